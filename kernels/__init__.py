@@ -1,0 +1,33 @@
+"""The ops that a decoder is made of: one interface, several backends.
+
+`load("auto")` gives the fastest backend that works here; `available()` says which do, and why not.
+"""
+
+from kernels.interface import DecodeGroup, Ops, PagedRows, PrefillRow
+from kernels.reference import ReferenceOps
+
+BACKENDS: dict[str, type[Ops]] = {"reference": ReferenceOps}
+"""From slowest to fastest."""
+
+
+def available() -> dict[str, str | None]:
+    """Every backend, and why it cannot be used here (None: it can)."""
+    return {name: backend.unavailable() for name, backend in BACKENDS.items()}
+
+
+def load(name: str = "auto") -> Ops:
+    """The backend called `name`, or for "auto" the fastest one that works here.
+
+    Raises `ValueError` when there is no such backend, or when it cannot run here.
+    """
+    reasons = available()
+    if name == "auto":
+        name = [backend for backend, reason in reasons.items() if reason is None][-1]
+    if name not in BACKENDS:
+        raise ValueError(f"no kernel backend {name!r}; there are: auto, {', '.join(BACKENDS)}")
+    if (reason := reasons[name]) is not None:
+        raise ValueError(f"kernel backend {name!r} cannot be used here: {reason}")
+    return BACKENDS[name]()
+
+
+__all__ = ["BACKENDS", "DecodeGroup", "Ops", "PagedRows", "PrefillRow", "available", "load"]

@@ -1,0 +1,114 @@
+"""The ops in plain torch: differentiable, on any device, and the oracle of the other backends."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.interface import Ops, PagedRows, expand_heads
+from kernels.sampling import sample
+
+
+class ReferenceOps(Ops):
+    """Every op as torch spells it."""
+
+    name = "reference"
+
+    @classmethod
+    def unavailable(cls) -> str | None:
+        return None
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        if x.dtype is torch.float32:
+            return F.rms_norm(x, weight.shape, weight, eps)
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        return weight * wide.to(x.dtype)
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+    def rope_and_cache(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        slots: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        heads = q.shape[1]
+        q, k = self.rope(torch.cat((q, k), dim=1), cos, sin).split((heads, k.shape[1]), dim=1)
+        k_cache.flatten(0, 1).index_copy_(0, slots, k.to(k_cache.dtype))
+        v_cache.flatten(0, 1).index_copy_(0, slots, v.to(v_cache.dtype))
+        return q, k
+
+    def paged_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, rows: PagedRows, scale: float
+    ) -> Tensor:
+        out = torch.empty_like(q)
+        for group in rows.decode:
+            # The query heads that share a key/value head are laid out as if they were positions, so
+            # that one batched call serves all rows and no key is repeated.
+            count, heads, dim = group.blocks.shape[0], k_cache.shape[2], q.shape[-1]
+            part = slice(group.start, group.start + count)
+            keys = _gather(k_cache, group.blocks)
+            values = _gather(v_cache, group.blocks)
+            query = q[part].view(count, heads, -1, dim)
+            found = F.scaled_dot_product_attention(query, keys, values, attn_mask=group.mask, scale=scale)
+            out[part] = found.reshape(count, -1, dim)
+        for row in rows.prefill:
+            part = slice(row.start, row.start + row.count)
+            if row.mask is None:
+                out[part] = self.packed_attention(q[part], k[part], v[part], [row.count], scale)
+                continue
+            total = row.context + row.count
+            groups = q.shape[1] // k_cache.shape[2]
+            keys = expand_heads(_gather(k_cache, row.blocks.unsqueeze(0))[:, :, :total], groups)
+            values = expand_heads(_gather(v_cache, row.blocks.unsqueeze(0))[:, :, :total], groups)
+            query = q[part].transpose(0, 1).unsqueeze(0)
+            found = F.scaled_dot_product_attention(query, keys, values, attn_mask=row.mask, scale=scale)
+            out[part] = found.squeeze(0).transpose(0, 1)
+        return out
+
+    def packed_attention(self, q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float) -> Tensor:
+        groups = q.shape[1] // k.shape[1]
+        parts = []
+        for q1, k1, v1 in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
+            found = F.scaled_dot_product_attention(
+                q1.transpose(0, 1).unsqueeze(0),
+                expand_heads(k1.transpose(0, 1), groups).unsqueeze(0),
+                expand_heads(v1.transpose(0, 1), groups).unsqueeze(0),
+                is_causal=True,
+                scale=scale,
+            )
+            parts.append(found.squeeze(0).transpose(0, 1))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def sample(
+        self,
+        logits: Tensor,
+        uniform: Tensor,
+        temperature: Tensor,
+        top_k: Tensor,
+        top_p: Tensor,
+        min_p: Tensor,
+    ) -> Tensor:
+        return sample(logits, uniform, temperature, top_k, top_p, min_p)
+
+
+def _gather(cache: Tensor, blocks: Tensor) -> Tensor:
+    """cache [N, B, G, D], blocks [R, n] → [R, G, n * B, D], a view of one gathered copy."""
+    _, size, heads, dim = cache.shape
+    rows, count = blocks.shape
+    return cache.index_select(0, blocks.flatten()).view(rows, count * size, heads, dim).transpose(1, 2)

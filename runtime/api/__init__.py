@@ -1,0 +1,1 @@
+"""The HTTP surface: a Litestar app over an engine service, and the server that runs it."""

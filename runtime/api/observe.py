@@ -1,0 +1,130 @@
+"""Wraps the whole app: request ids, the request log, HTTP metrics, and headers that every response has.
+
+Outside routing, so that it also sees what no route answers. Refuses the few requests that must not get as
+far as a handler.
+"""
+
+import time
+from collections.abc import Callable
+from email.utils import formatdate
+from typing import Any
+
+import structlog
+from litestar.types import ASGIApp, Message, Receive, Scope, Send
+
+from runtime.api.errors import JSON, HeadersTooLarge, encode
+from runtime.api.handle import ServiceHandle
+from runtime.api.record import RequestRecord, attach, make_id
+from runtime.errors import InvalidRequest, RequestError
+from runtime.logs import get_logger
+from runtime.metrics import UNMATCHED
+
+MAX_HEADERS = 64 * 1024
+"""Bytes of all header lines of a request."""
+
+_log = get_logger("http")
+
+
+class Observer:
+    """An ASGI app around `app`."""
+
+    def __init__(self, app: ASGIApp, handle: ServiceHandle, *, log_requests: bool) -> None:
+        self._app = app
+        self._handle = handle
+        self._log_requests = log_requests
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        record = RequestRecord(make_id(headers.get(b"x-request-id", b"").decode("latin-1")))
+        attach(scope, record)
+        exchange = _Exchange(record, receive, send, unread=_has_body(headers))
+        started = time.monotonic()
+        with structlog.contextvars.bound_contextvars(request_id=record.request_id):
+            try:
+                refused = _refusal(scope)
+                if refused is not None:
+                    await _answer(refused, exchange.send)
+                else:
+                    await self._app(scope, exchange.receive, exchange.send)
+            finally:
+                self._finish(scope, record, exchange.status, time.monotonic() - started)
+
+    def _finish(self, scope: Scope, record: RequestRecord, status: int, seconds: float) -> None:
+        handler = scope.get("path_template") or UNMATCHED
+        method = str(scope.get("method", ""))
+        if self._handle.service is not None:
+            self._handle.service.metrics.on_http(method, status, handler, seconds)
+        if self._log_requests:
+            details = {key: value for key, value in record.log.items() if value is not None}
+            _log.info("request", method=method, handler=handler, status=status, ms=round(seconds * 1000, 1), **details)
+
+
+class _Exchange:
+    """The two ASGI channels of one request, watched."""
+
+    def __init__(self, record: RequestRecord, receive: Receive, send: Send, *, unread: bool) -> None:
+        self._record = record
+        self._receive = receive
+        self._send = send
+        self._unread = unread
+        self.status = 499
+        """Of the response; 499 as long as there is none, which is how it stays when the client leaves first."""
+
+    async def receive(self) -> Any:
+        message = await self._receive()
+        if message["type"] == "http.disconnect" or not message.get("more_body", False):
+            self._unread = False
+        return message
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            message["headers"] = [*message.get("headers", ()), *self._headers()]
+        await self._send(message)
+
+    def _headers(self) -> list[tuple[bytes, bytes]]:
+        headers = [(b"x-request-id", self._record.request_id.encode()), (b"date", _date())]
+        if self._record.warnings:
+            headers.append((b"x-eft-warning", "; ".join(self._record.warnings).encode("ascii", "replace")))
+        if self._unread:
+            # Nobody will read the rest of the body: without this the connection would swallow all of it.
+            headers.append((b"connection", b"close"))
+        return headers
+
+
+def _has_body(headers: dict[bytes, bytes]) -> bool:
+    return b"transfer-encoding" in headers or headers.get(b"content-length", b"0").strip() != b"0"
+
+
+def _refusal(scope: Scope) -> RequestError | None:
+    """What is wrong with a request before anything of it is looked at."""
+    headers = scope["headers"]
+    if sum(len(name) + len(value) + 4 for name, value in headers) > MAX_HEADERS:  # 4: colon, space, CR, LF
+        return HeadersTooLarge(f"The headers are longer than {MAX_HEADERS} bytes.")
+    names = {name for name, _ in headers}
+    if b"content-length" in names and b"transfer-encoding" in names:
+        # RFC 9112, section 6.1: a sign of request smuggling.
+        return InvalidRequest("Content-Length and Transfer-Encoding exclude each other.")
+    return None
+
+
+async def _answer(error: RequestError, send: Callable[[Any], Any]) -> None:
+    body = encode(error)
+    headers = [(b"content-type", JSON.encode()), (b"content-length", str(len(body)).encode()), (b"connection", b"close")]
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+_date_cache = (0, b"")
+
+
+def _date() -> bytes:
+    """The Date header; formatted once a second."""
+    global _date_cache
+    now = int(time.time())
+    if _date_cache[0] != now:
+        _date_cache = (now, formatdate(now, usegmt=True).encode())
+    return _date_cache[1]

@@ -1,0 +1,1 @@
+"""OpenAI's endpoints, one file each."""

@@ -1,0 +1,148 @@
+"""From settings to a working engine: opens the checkpoint, sizes the cache, puts the parts together."""
+
+from dataclasses import dataclass
+
+import psutil
+import torch
+from msgspec import ValidationError, convert
+
+import kernels
+from runtime.blocks import BlockManager
+from runtime.engine import Engine
+from runtime.metrics import Metrics
+from runtime.scheduler import Scheduler
+from runtime.scheduler.policies import make_policy
+from runtime.workers.decoder import Decoder, DecoderSpec
+from runtime.workers.executor import InProcessExecutor
+from runtime.workers.kv_cache import KVCache, block_bytes
+from runtime.workers.layers import WeightError
+from runtime.workers.loading import Checkpoint, open_checkpoint
+from runtime.workers.loading.errors import ModelLoadError
+from runtime.workers.models import find_model
+from runtime.workers.worker import Worker
+from settings.schema import CacheSettings, ModelSettings, Settings
+
+DEFAULT_CONTEXTS = 4
+"""Without a setting the cache holds so many full contexts, if a quarter of the free memory does."""
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """An engine, and what the outside wants to know of its model."""
+
+    engine: Engine
+    model_name: str
+    block_size: int
+    num_blocks: int
+
+
+def assemble(settings: Settings) -> Assembled:
+    """Load the model and build the engine. Raises `ModelLoadError` with what is wrong and what would work."""
+    if settings.model.threads:
+        torch.set_num_threads(settings.model.threads)
+    checkpoint = open_checkpoint(
+        settings.model.model, revision=settings.model.revision, chat_template=settings.model.chat_template
+    )
+    name = settings.model.served_model_name or checkpoint.name
+    decoder = load_decoder(checkpoint, settings.model)
+    context = settings.model.max_model_len or decoder.spec.max_position
+    num_blocks = _num_blocks(settings.cache, decoder, context)
+    block_size = settings.cache.block_size
+    max_len = min(context, num_blocks * block_size)
+    spec = decoder.spec
+    cache = KVCache(
+        num_layers=spec.num_layers,
+        num_blocks=num_blocks,
+        block_size=block_size,
+        num_kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        dtype=decoder.dtype,
+        device=decoder.device,
+    )
+    scheduler = Scheduler(
+        BlockManager(num_blocks, block_size, prefix_caching=settings.cache.prefix_caching),
+        make_policy(settings.scheduler.policy),
+        max_batched_tokens=settings.scheduler.max_batched_tokens,
+        max_prefill_chunk=settings.scheduler.max_prefill_chunk,
+        max_running=settings.scheduler.max_running,
+        max_waiting=settings.scheduler.max_waiting,
+    )
+    worker = Worker(decoder, cache, max_running=settings.scheduler.max_running, max_len=max_len)
+    metrics = Metrics(
+        name,
+        vllm_names=settings.observability.vllm_names,
+        max_model_len=max_len,
+        block_size=block_size,
+        num_blocks=num_blocks,
+    )
+    engine = Engine(scheduler, InProcessExecutor(worker), checkpoint.tokenizer, metrics, max_len=max_len)
+    return Assembled(engine, name, block_size, num_blocks)
+
+
+def load_decoder(checkpoint: Checkpoint, settings: ModelSettings) -> Decoder:
+    """The checkpoint's weights in a decoder, on the device and in the type that the settings ask for."""
+    device = _device(settings.device)
+    dtype = _dtype(settings.dtype, device)
+    try:
+        model = find_model(checkpoint.config)
+        spec = _checked(model.spec(checkpoint.config))
+        context = settings.max_model_len or spec.max_position
+        if context > spec.max_position:
+            raise ModelLoadError(
+                f"max_model_len is {context}, but {checkpoint.name} was made for at most {spec.max_position} tokens."
+            )
+        decoder = Decoder(spec, kernels.load(settings.kernels), max_len=context, dtype=dtype, device=device)
+        decoder.load(model.weights(checkpoint.tensors(), spec))
+    except (WeightError, ValueError) as error:
+        raise ModelLoadError(f"{checkpoint.name}: {error}") from error
+    except KeyError as error:
+        raise ModelLoadError(f"{checkpoint.name}: config.json has no {error.args[0]!r}") from error
+    return decoder
+
+
+def _checked(spec: DecoderSpec) -> DecoderSpec:
+    """Raise `ValueError` when a value from config.json is not of the type that the spec says."""
+    try:
+        return convert(spec, DecoderSpec, from_attributes=True)
+    except ValidationError as error:
+        raise ValueError(f"config.json: {error}") from None
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ModelLoadError(f"model.device must be auto, cpu, cuda or cuda:N, got {name!r}.") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ModelLoadError(f"model.device is {name!r}, but torch finds no CUDA device here.")
+    return device
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def _num_blocks(settings: CacheSettings, decoder: Decoder, context: int) -> int:
+    if settings.num_blocks is not None:
+        return settings.num_blocks
+    spec = decoder.spec
+    size = block_bytes(
+        num_layers=spec.num_layers,
+        block_size=settings.block_size,
+        num_kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        dtype=decoder.dtype,
+    )
+    if settings.kv_memory is not None:
+        count = settings.kv_memory // size
+        if count == 0:
+            raise ModelLoadError(f"cache.kv_memory is {settings.kv_memory} bytes, but one block takes {size}.")
+        return count
+    free = psutil.virtual_memory().available
+    if decoder.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(decoder.device)
+    return max(1, min(DEFAULT_CONTEXTS * -(-context // settings.block_size), free // 4 // size))

@@ -1,0 +1,10 @@
+"""Paged KV memory in whole blocks of tokens: who holds which block, and what can be found in it again.
+
+`BlockManager` is the way in. Deals in ints only: it knows neither tensors nor requests.
+"""
+
+from runtime.blocks.manager import BlockManager, BlockTable, PrefixMatch
+from runtime.blocks.pool import BlockPool
+from runtime.blocks.prefix import PrefixIndex, PrefixKey
+
+__all__ = ["BlockManager", "BlockPool", "BlockTable", "PrefixIndex", "PrefixKey", "PrefixMatch"]

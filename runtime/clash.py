@@ -1,0 +1,45 @@
+"""Refuses to run beside another package that is imported as `kernels`.
+
+Hugging Face has a distribution of that name, with an import package of that name. Whichever of the
+two comes first on the path hides the other, and what breaks then says nothing of the cause.
+"""
+
+import importlib.metadata
+import importlib.util
+from pathlib import Path
+
+_OURS = Path(__file__).resolve().parent.parent / "kernels"
+
+
+class PackageClash(Exception):
+    """Another distribution claims an import package of ours."""
+
+
+def find_clash() -> str | None:
+    """What is wrong and the way out, or None when `import kernels` can only mean ours."""
+    try:
+        version = importlib.metadata.version("kernels")
+    except importlib.metadata.PackageNotFoundError:
+        version = None
+    if version is not None:
+        return (
+            f"Hugging Face's `kernels` {version} is installed in this environment. Eft has a package that is "
+            "imported by the same name, so one would hide the other. Uninstall it (pip uninstall kernels), "
+            "or install Eft in a virtual environment of its own."
+        )
+    spec = importlib.util.find_spec("kernels")
+    locations = spec.submodule_search_locations if spec else None
+    places = [Path(place).resolve() for place in locations or ()]
+    if _OURS not in places:
+        found = f"finds {places[0]}" if places else "finds nothing"
+        return (
+            f"`import kernels` {found} instead of Eft's own package. Take that directory off PYTHONPATH, or "
+            "install Eft in a virtual environment of its own."
+        )
+    return None
+
+
+def refuse_clash() -> None:
+    """Raise `PackageClash` where `find_clash` finds one. Called before anything loads a model."""
+    if message := find_clash():
+        raise PackageClash(message)

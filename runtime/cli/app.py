@@ -1,0 +1,92 @@
+"""The `eft` application: its commands, imported when they are called, and its exit codes.
+
+0: done. 1: it failed. 2: wrong usage or settings. 130: stopped with Ctrl-C. Errors are one message
+on stderr; EFT_DEBUG=1 adds the traceback.
+"""
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from cyclopts import App, CycloptsError
+
+from runtime.cli.errors import CommandError
+from runtime.cli.version import version
+from settings.errors import SettingsError
+
+INTERRUPTED = 130
+
+app = App(
+    name="eft",
+    help="Serve a language model, and fine-tune adapters for it, from one copy of the weights.",
+    version=version,
+    result_action="return_value",
+    suppress_keyboard_interrupt=False,
+)
+_bench = App(name="bench", help="Measure a server, or the engine alone.")
+_config = App(name="config", help="Show the settings, and write files to start from.")
+
+_SERVE = """Serve a model over the OpenAI API, until Ctrl-C or SIGTERM.
+
+Exit code 0: stopped; 1: it could not load or listen; 2: wrong usage or settings."""
+_CHAT = """Chat with a server, or with a model loaded here.
+
+Piped input: one question a line. In the dialogue: /reset, /system, /save, /help, /exit. Ctrl-C stops an
+answer."""
+_BATCH = """Run a file of OpenAI batch lines, through a server or a model loaded here.
+
+Resumable: run it again, and it goes on where it stopped. Exit code 0: every request succeeded; 1: some
+failed (the output says why); 2: wrong usage."""
+
+# By name, so that a command's module is imported when it is called, or its help is asked for. The
+# first paragraph of a help is what the list of commands shows.
+_LAZY = [
+    (app, "serve", "serve", _SERVE),
+    (app, "chat", "chat", _CHAT),
+    (app, "batch", "batch", _BATCH),
+    (app, "doctor", "doctor", "Report what was found on this machine, and what is broken."),
+    (_bench, "serve", "bench_serve", "Measure any OpenAI-style server under load: latencies and throughput."),
+    (_bench, "offline", "bench_offline", "Measure the engine, without a server."),
+    (_config, "show", "config:show", "Print each setting, its value and where it came from."),
+    (_config, "example", "config:example", "Print a settings file with every key, commented out."),
+    (_config, "docs", "config:docs", "Print the reference page of all settings, in Markdown."),
+    (_config, "path", "config:path", "Print the path of the settings file that would be read."),
+]
+for _parent, _name, _target, _help in _LAZY:
+    _module, _, _function = _target.partition(":")
+    _parent.command(f"runtime.cli.{_module}:{_function or _module}", name=_name, help=_help)
+app.command(_bench)
+app.command(_config)
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    """Parse and run a command line. Returns the exit code; raises nothing."""
+    try:
+        result = app(argv, exit_on_error=False, print_error=False)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `eft config docs | head`: whoever read us has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except Exception as error:
+        return _fail(error)
+    return result if isinstance(result, int) else 0
+
+
+def _fail(error: Exception) -> int:
+    if os.environ.get("EFT_DEBUG") == "1":
+        traceback.print_exception(error)
+    problems = error.problems if isinstance(error, SettingsError) else (_message(error),)
+    for problem in problems:
+        print(f"eft: {problem}", file=sys.stderr)
+    if isinstance(error, SettingsError | CycloptsError):
+        return 2
+    return error.exit_code if isinstance(error, CommandError) else 1
+
+
+def _message(error: Exception) -> str:
+    """Our own exceptions speak for themselves; of others the class says half of it."""
+    ours = type(error).__module__.split(".")[0] in ("runtime", "kernels", "settings", "cyclopts")
+    return str(error) if ours and str(error) else f"{type(error).__name__}: {error}"

@@ -1,0 +1,125 @@
+"""Where a command sends its requests: to a server, or to a model loaded in this process.
+
+Both are an `httpx.AsyncClient` with the API's paths, so what uses it need not know which.
+"""
+
+import asyncio
+import ipaddress
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import httpx
+import msgspec
+
+from runtime.cli.asgi import InProcessTransport
+from runtime.cli.errors import CommandError, UsageError
+from settings.load import Loaded
+from settings.schema import Settings
+
+_CONNECT = httpx.Timeout(None, connect=10.0)
+"""No limit on how long an answer may take; the caller sets one where it wants one."""
+
+
+@asynccontextmanager
+async def remote(url: str, api_key: str | None = None) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of the server at `url` (with or without a trailing /v1). Raises `UsageError` for no URL."""
+    base = _base(url)
+    key = api_key or os.environ.get("EFT_API_KEY")
+    async with httpx.AsyncClient(
+        base_url=base,
+        timeout=_CONNECT,
+        headers=_authorization(key),
+        trust_env=not _is_loopback(base),  # a proxy in the environment knows nothing of our loopback
+        limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
+    ) as client:
+        yield client
+
+
+@asynccontextmanager
+async def in_process(loaded: Loaded) -> AsyncIterator[httpx.AsyncClient]:
+    """Load the model of these settings here, and a client of the API over it. No socket is opened."""
+    from runtime.clash import refuse_clash
+
+    refuse_clash()
+    from runtime import logs
+    from runtime.api.app import create_app
+    from runtime.service import EngineService
+
+    settings = _quiet(loaded)
+    logs.configure(settings.observability)
+    service = await asyncio.to_thread(EngineService.load, settings)
+    service.start()
+    try:
+        transport = InProcessTransport(create_app(service, settings))
+        key = settings.server.api_key[0] if settings.server.api_key else None
+        async with httpx.AsyncClient(
+            transport=transport, base_url="http://127.0.0.1", timeout=None, headers=_authorization(key)
+        ) as client:
+            yield client
+    finally:
+        await service.stop(0.0)
+
+
+async def served_model(client: httpx.AsyncClient) -> str:
+    """The name of the first model that is served. Raises `CommandError` where none answers."""
+    try:
+        response = await client.get("/v1/models")
+    except httpx.TransportError as error:
+        raise CommandError(f"no server answers at {client.base_url}: {describe(error)}") from error
+    if response.status_code != 200:
+        raise CommandError(f"{client.base_url} answers {error_text(response)}")
+    try:
+        return str(msgspec.json.decode(response.content)["data"][0]["id"])
+    except (msgspec.DecodeError, KeyError, IndexError, TypeError) as error:
+        raise CommandError(f"{client.base_url} lists no model: this is no OpenAI-style server") from error
+
+
+def error_text(response: httpx.Response) -> str:
+    """Status and message of an error response whose body was read."""
+    try:
+        message = msgspec.json.decode(response.content)["error"]["message"]
+    except (msgspec.DecodeError, KeyError, TypeError):
+        message = response.reason_phrase
+    return f"{response.status_code}: {message}"
+
+
+def describe(error: httpx.HTTPError) -> str:
+    """httpx leaves many messages empty; the class then says what happened."""
+    return str(error) or type(error).__name__
+
+
+def _quiet(loaded: Loaded) -> Settings:
+    """Without the log lines that a server writes, unless they were asked for."""
+    changes = {
+        name: value
+        for name, value in (("log_requests", False), ("log_level", "warning"))
+        if loaded.origins[f"observability.{name}"] == "default"
+    }
+    observability = msgspec.structs.replace(loaded.settings.observability, **changes)
+    return msgspec.structs.replace(loaded.settings, observability=observability)
+
+
+def _authorization(key: str | None) -> dict[str, str]:
+    if key and not (key.isascii() and key.isprintable()):
+        raise UsageError("the API key has characters that no HTTP header can hold")
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+def _base(text: str) -> httpx.URL:
+    try:
+        url = httpx.URL(text)
+    except httpx.InvalidURL as error:
+        raise UsageError(f"--url {text!r} is no URL: {error}") from error
+    if url.scheme not in ("http", "https") or not url.host:
+        raise UsageError(f"--url {text!r} is no URL of a server, such as http://127.0.0.1:8000")
+    return url.copy_with(path=url.path.rstrip("/").removesuffix("/v1"), query=None, fragment=None)
+
+
+def _is_loopback(url: httpx.URL) -> bool:
+    if url.host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(url.host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,64 @@
+"""`eft config`: what the settings are, where they came from, and files to start from."""
+
+import os
+from typing import Any
+
+import msgspec
+from rich.table import Table
+
+from runtime.cli.errors import CommandError
+from runtime.cli.flags import Config, Json, read_settings, with_settings
+from runtime.cli.output import console
+from settings import fields, render, sources, values
+from settings.load import Loaded
+
+
+@with_settings()
+def show(*, json: Json = False, config: Config = None, **flags: Any) -> None:
+    """Print each setting, its value and where it came from. Keys and tokens are hidden."""
+    loaded = read_settings(flags, config)
+    if json:
+        print(msgspec.json.format(msgspec.json.encode(_as_dict(loaded))).decode())
+        return
+    table = Table("setting", "value", "from", box=None, pad_edge=False, header_style="bold")
+    for field in fields.fields():
+        origin = loaded.origins[field.key]
+        style = "dim" if origin == "default" else None
+        table.add_row(field.key, values.show(field, _value(loaded, field)) or "–", origin, style=style)
+    console().print(table)
+
+
+def example() -> None:
+    """Print a settings file with every key, commented out."""
+    print(render.example_toml(), end="")
+
+
+def docs() -> None:
+    """Print the reference page of all settings, in Markdown."""
+    print(render.reference(), end="")
+
+
+def path(*, config: Config = None) -> None:
+    """Print the path of the settings file that would be read; exit 1 when there is none."""
+    found = sources.locate(os.environ, config)
+    if found is None:
+        raise CommandError(
+            "no settings file: neither --config nor EFT_CONFIG names one, "
+            f"and there is no ./{sources.DEFAULT_FILE}"
+        )
+    print(found.absolute())
+
+
+def _as_dict(loaded: Loaded) -> dict[str, Any]:
+    tree: dict[str, Any] = {section: {} for section in fields.sections()}
+    for field in fields.fields():
+        value = _value(loaded, field)
+        tree[field.section][field.name] = {
+            "value": values.show(field, value) or None if field.secret else value,
+            "origin": loaded.origins[field.key],
+        }
+    return {"file": str(loaded.file.absolute()) if loaded.file else None, "settings": tree}
+
+
+def _value(loaded: Loaded, field: fields.Field) -> Any:
+    return getattr(getattr(loaded.settings, field.section), field.name)

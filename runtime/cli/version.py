@@ -1,0 +1,13 @@
+"""The version of Eft: from the installed distribution, else from the source tree's pyproject.toml."""
+
+import importlib.metadata
+import tomllib
+from pathlib import Path
+
+
+def version() -> str:
+    try:
+        return importlib.metadata.version("eft-server")
+    except importlib.metadata.PackageNotFoundError:
+        pyproject = Path(__file__).resolve().parents[2] / "pyproject.toml"
+        return str(tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]["version"])

@@ -1,0 +1,181 @@
+"""The step loop: schedule, execute, deliver.
+
+`Engine` is synchronous and belongs to one thread. `runtime.service` runs it beside an event loop, and
+`runtime.llm` drives it from a script; neither knows what happens inside a step. Knows no HTTP.
+"""
+
+import random
+import time
+
+from runtime.detokenizer import Detokenizer
+from runtime.errors import ContextLengthExceeded, InvalidRequest
+from runtime.messages import FinishReason, Output, StepPlan, StepResult, Submission
+from runtime.metrics import Metrics
+from runtime.scheduler import Committed, Request, Scheduler
+from runtime.tokenizer import Tokenizer
+from runtime.workers.executor import AllRowsFailed, Executor
+
+MAX_FAILED_STEPS = 3
+"""So many steps in a row without one row computed, and the engine gives up."""
+
+
+class Engine:
+    """Owns the scheduler (and through it the blocks), the executor, and every request's text."""
+
+    def __init__(
+        self, scheduler: Scheduler, executor: Executor, tokenizer: Tokenizer, metrics: Metrics, *, max_len: int
+    ) -> None:
+        """`max_len` is the longest sequence, prompt and output, that context and block pool can hold."""
+        self.scheduler = scheduler
+        self.max_len = max_len
+        self._executor = executor
+        self.tokenizer = tokenizer
+        self.metrics = metrics
+        self._texts: dict[str, Detokenizer] = {}
+        self._failed_steps = 0
+        self._seen_preemptions = 0
+        self._seen_prefix = (0, 0)
+
+    # -- the loop ------------------------------------------------------------------------------
+
+    def step(self) -> list[Output]:
+        """One step: what it added to each request. Empty when there is nothing to do."""
+        plan = self.scheduler.schedule()
+        if not plan.rows:
+            return []
+        result = self._execute(plan)
+        committed = self.scheduler.commit(plan, result)
+        outputs = [self._deliver(item) for item in committed]
+        self.observe(plan.num_tokens)
+        return outputs
+
+    @property
+    def busy(self) -> bool:
+        return len(self.scheduler) > 0
+
+    # -- requests ------------------------------------------------------------------------------
+
+    def check(self, submission: Submission) -> None:
+        """Raise `InvalidRequest` or `ContextLengthExceeded` for what can never run."""
+        prompt, vocab = submission.prompt_ids, self.tokenizer.vocab_size
+        if not prompt:
+            raise InvalidRequest("The prompt is empty: it must have at least one token.", param="prompt")
+        if not 0 <= min(prompt) <= max(prompt) < vocab:
+            wrong = min(prompt) if min(prompt) < 0 else max(prompt)
+            raise InvalidRequest(f"Token ids must be from 0 to {vocab - 1}, got {wrong}.", param="prompt")
+        wanted = submission.params.max_tokens or 1
+        if len(prompt) + wanted > self.max_len:
+            raise ContextLengthExceeded(
+                f"This server holds at most {self.max_len} tokens of a sequence; the prompt has {len(prompt)} "
+                f"and max_tokens asks for {wanted} more. Shorten the prompt or lower max_tokens.",
+                param="max_tokens" if len(prompt) < self.max_len else "prompt",
+            )
+
+    def submit(self, submission: Submission) -> None:
+        """Queue a sequence. Raises what `check` and `Scheduler.submit` raise."""
+        self.check(submission)
+        params = submission.params
+        most = params.max_tokens or self.max_len
+        request = Request(
+            submission,
+            seed=params.seed if params.seed is not None else random.getrandbits(63),
+            max_len=min(self.max_len, len(submission.prompt_ids) + most),
+            eos_ids=self.tokenizer.eos_ids,
+        )
+        request.timing.arrival = submission.arrival or time.monotonic()
+        try:
+            self.scheduler.submit(request)
+        except Exception:
+            self.metrics.on_rejection("queue_full")
+            raise
+        self._texts[request.id] = Detokenizer(
+            self.tokenizer,
+            submission.prompt_ids,
+            stop=params.stop,
+            include_stop=params.include_stop_str_in_output,
+            skip_special_tokens=params.skip_special_tokens,
+        )
+
+    def abort(self, request_id: str, reason: FinishReason = "abort") -> None:
+        """End a request wherever it is; its slot and blocks are free at once. Unknown ids are fine."""
+        request = self.scheduler.get(request_id)
+        if request is not None:
+            self._finish(request, reason)
+
+    # -- parts of a step -----------------------------------------------------------------------
+
+    def _execute(self, plan: StepPlan) -> StepResult:
+        """The executor's result; rows that failed are in it. Raises once it is clear that nothing works."""
+        try:
+            result = self._executor.execute(plan)
+        except AllRowsFailed:
+            self._failed_steps += 1
+            if self._failed_steps >= MAX_FAILED_STEPS:
+                raise
+            failed = {row.slot: "An internal error ended this request." for row in plan.rows}
+            return StepResult(step=plan.step, slots=[], tokens=[], failed=failed)
+        self._failed_steps = 0
+        return result
+
+    def _deliver(self, item: Committed) -> Output:
+        """Turn a new token into text, and end the request if this token ends it."""
+        request = item.request
+        if item.token is None:
+            self._forget(request)
+            return self._output(request, error=item.error)
+        self.metrics.on_tokens(request.timing, 1, now := time.monotonic())
+        request.timing.first_token = request.timing.first_token or now
+        request.timing.last_token = now
+        text = self._texts[request.id]
+        may_stop = request.num_generated >= request.params.min_tokens
+        if may_stop and item.token in request.stop_ids:
+            stop_reason = item.token if item.token in request.params.stop_token_ids else None
+            self._finish(request, "stop", stop_reason)
+            return self._output(request, [item.token], text.flush())
+        shown = text.add(item.token, may_stop=may_stop)
+        if text.stopped_by is not None:
+            self._finish(request, "stop", text.stopped_by)
+        elif len(request.tokens) >= request.max_len:
+            self._finish(request, "length")
+            shown += text.flush()
+        return self._output(request, [item.token], shown)
+
+    def _output(
+        self, request: Request, token_ids: list[int] | None = None, text: str = "", error: str | None = None
+    ) -> Output:
+        return Output(
+            request_id=request.id,
+            text=text,
+            token_ids=token_ids or [],
+            finish_reason=request.finish_reason,
+            stop_reason=request.stop_reason,
+            prompt_tokens=request.prompt_len,
+            cached_tokens=request.timing.cached_tokens,
+            generated_tokens=request.num_generated,
+            error=error,
+        )
+
+    def _finish(self, request: Request, reason: FinishReason, stop_reason: str | int | None = None) -> None:
+        self.scheduler.finish(request, reason, stop_reason=stop_reason)
+        self._forget(request)
+
+    def _forget(self, request: Request) -> None:
+        self._texts.pop(request.id, None)
+        self.metrics.on_finish(request.timing)
+
+    def observe(self, num_tokens: int = 0) -> None:
+        """Bring the gauges and counters up to date, after a step of `num_tokens` or after aborts."""
+        scheduler = self.scheduler
+        self.metrics.on_step(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            kv_usage=scheduler.blocks.usage,
+            tokens=num_tokens,
+        )
+        for _ in range(scheduler.num_preemptions - self._seen_preemptions):
+            self.metrics.on_preemption()
+        self._seen_preemptions = scheduler.num_preemptions
+        queries, hits = self._seen_prefix
+        if scheduler.prefix_queries > queries:
+            self.metrics.on_prefix_lookup(scheduler.prefix_queries - queries, scheduler.prefix_hits - hits)
+            self._seen_prefix = (scheduler.prefix_queries, scheduler.prefix_hits)

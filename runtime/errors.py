@@ -1,0 +1,114 @@
+"""Every way a request can fail, one class an outcome.
+
+The status code, OpenAI error type and default code sit on the class; the raise site gives the
+message and names the field. Knows nothing of HTTP frameworks: `runtime.api.errors` renders these.
+"""
+
+from typing import ClassVar
+
+
+class RequestError(Exception):
+    """A failure that is answered to the client that caused it."""
+
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "server_error"
+    default_code: ClassVar[str | None] = None
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.code = code or self.default_code
+
+
+class InvalidRequest(RequestError):
+    """The request is malformed or asks for something out of range."""
+
+    status = 400
+    type = "invalid_request_error"
+
+
+class ContextLengthExceeded(InvalidRequest):
+    """The prompt can never fit: in the model's context, or in the block pool."""
+
+    default_code = "context_length_exceeded"
+
+
+class Unsupported(InvalidRequest):
+    """A field that we know but do not (yet) act on; refusing beats ignoring in silence."""
+
+    default_code = "unsupported_parameter"
+
+
+class Unauthorized(RequestError):
+    status = 401
+    type = "invalid_request_error"
+    default_code = "invalid_api_key"
+
+
+class Forbidden(RequestError):
+    status = 403
+    type = "permission_error"
+    default_code = "forbidden"
+
+
+class NotFound(RequestError):
+    status = 404
+    type = "invalid_request_error"
+    default_code = "not_found"
+
+
+class ModelNotFound(NotFound):
+    default_code = "model_not_found"
+
+
+class MethodNotAllowed(RequestError):
+    status = 405
+    type = "invalid_request_error"
+    default_code = "method_not_allowed"
+
+
+class Conflict(RequestError):
+    status = 409
+    type = "invalid_request_error"
+    default_code = "conflict"
+
+
+class PayloadTooLarge(RequestError):
+    status = 413
+    type = "invalid_request_error"
+    default_code = "payload_too_large"
+
+
+class UnsupportedMediaType(RequestError):
+    status = 415
+    type = "invalid_request_error"
+    default_code = "unsupported_media_type"
+
+
+class TooManyRequests(RequestError):
+    """The queue is full. `retry_after` (seconds) becomes the `Retry-After` header."""
+
+    status = 429
+    type = "rate_limit_error"
+    default_code = "queue_full"
+
+    def __init__(self, message: str, *, retry_after: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class EngineFailure(RequestError):
+    """This one request's step raised; the rest of the batch went on."""
+
+    status = 500
+    type = "server_error"
+    default_code = "engine_failure"
+
+
+class EngineUnavailable(RequestError):
+    """The engine is dead, stuck, loading, or draining before shutdown."""
+
+    status = 503
+    type = "service_unavailable"
+    default_code = "engine_unavailable"

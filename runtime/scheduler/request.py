@@ -1,0 +1,107 @@
+"""One sequence from submission to its end, and the transitions that it may make."""
+
+from enum import Enum
+
+from runtime.blocks import BlockTable
+from runtime.messages import FinishReason, RequestTiming, SamplingParams, Submission
+
+
+class State(Enum):
+    """Where a request is. Order means nothing; `TRANSITIONS` says what may follow what."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    PREEMPTED = "preempted"
+    """Waiting again: its blocks went to somebody else, its tokens are kept and will be recomputed."""
+    FINISHED = "finished"
+
+
+TRANSITIONS: dict[State, frozenset[State]] = {
+    State.WAITING: frozenset({State.RUNNING, State.FINISHED}),
+    State.RUNNING: frozenset({State.PREEMPTED, State.FINISHED}),
+    State.PREEMPTED: frozenset({State.RUNNING, State.FINISHED}),
+    State.FINISHED: frozenset(),
+}
+
+
+class Request:
+    """What the scheduler knows of a sequence. Written by the scheduler alone.
+
+    One quantity drives everything: `num_computed` chases `len(tokens)`. Prefill, a chunk of it,
+    decode and the recomputation after a preemption differ only in how far apart the two are.
+    """
+
+    __slots__ = (
+        "finish_reason",
+        "id",
+        "max_len",
+        "num_computed",
+        "num_sent_blocks",
+        "seed",
+        "slot",
+        "state",
+        "stop_ids",
+        "stop_reason",
+        "submission",
+        "table",
+        "timing",
+        "tokens",
+    )
+
+    def __init__(
+        self, submission: Submission, *, seed: int, max_len: int, eos_ids: tuple[int, ...] = ()
+    ) -> None:
+        """`max_len` is the length at which the sequence is finished: prompt and generated tokens.
+        `eos_ids` are the model's; with `ignore_eos` they end nothing."""
+        self.id = submission.request_id
+        self.submission = submission
+        self.seed = seed
+        self.max_len = max_len
+        self.tokens = list(submission.prompt_ids)
+        self.num_computed = 0
+        params = submission.params
+        self.stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else frozenset(eos_ids))
+        self.table: BlockTable | None = None
+        self.num_sent_blocks = 0
+        """Blocks of the table that the worker has been told of."""
+        self.slot: int | None = None
+        self.state = State.WAITING
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: str | int | None = None
+        self.timing = RequestTiming(
+            arrival=submission.arrival,
+            prompt_tokens=len(submission.prompt_ids),
+            max_tokens=max_len - len(submission.prompt_ids),
+        )
+
+    @property
+    def params(self) -> SamplingParams:
+        return self.submission.params
+
+    @property
+    def prompt_len(self) -> int:
+        return len(self.submission.prompt_ids)
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.tokens) - self.prompt_len
+
+    @property
+    def num_wanted(self) -> int:
+        """Tokens that are known but whose KV is not computed yet."""
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def suppressed_ids(self) -> list[int]:
+        """Token ids that must not be sampled before `min_tokens`."""
+        return sorted(self.stop_ids) if self.params.min_tokens else []
+
+    @property
+    def finished(self) -> bool:
+        return self.state is State.FINISHED
+
+    def move(self, state: State) -> None:
+        """Change state. A transition that the table does not have is a bug in the scheduler."""
+        if state not in TRANSITIONS[self.state]:
+            raise RuntimeError(f"request {self.id} cannot go from {self.state.value} to {state.value}")
+        self.state = state

@@ -1,0 +1,181 @@
+"""The engine on its own thread, seen from the event loop.
+
+The engine thread takes messages from an inbox, steps while there is work, and sleeps on a condition
+when there is none. Outputs cross back with one `call_soon_threadsafe` a step. Model steps never run
+on the event loop, and the scheduler is never touched from two threads.
+"""
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+from runtime.assembly import Assembled, assemble
+from runtime.errors import Conflict, EngineUnavailable, RequestError, TooManyRequests
+from runtime.logs import get_logger
+from runtime.messages import Output, Submission
+from runtime.stream import OutputStream
+from settings.schema import Settings
+
+log = get_logger(__name__)
+
+
+class EngineService:
+    """Submissions in, output streams out. All methods but the thread's own belong to the event loop."""
+
+    def __init__(self, settings: Settings, assembled: Assembled) -> None:
+        self.settings = settings
+        self.engine = assembled.engine
+        self.tokenizer = assembled.engine.tokenizer
+        self.metrics = assembled.engine.metrics
+        self.model_name = assembled.model_name
+        self.max_model_len = assembled.engine.max_len
+        self.block_size = assembled.block_size
+        self.num_blocks = assembled.num_blocks
+        self.created = int(time.time())
+        self.died = asyncio.Event()
+        """Set when the engine thread ended by itself: nothing can be served any more."""
+        self._streams: dict[str, OutputStream] = {}
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._wake = threading.Condition()
+        self._stopping = False
+        self._draining = False
+        self._step_started: float | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    @classmethod
+    def load(cls, settings: Settings) -> "EngineService":
+        """Read the weights and build everything; blocks for seconds. Raises `ModelLoadError`."""
+        return cls(settings, assemble(settings))
+
+    # -- life ----------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the engine thread. Called in the running event loop that will receive the outputs."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    async def stop(self, drain_timeout: float) -> None:
+        """Refuse new requests, give the running ones `drain_timeout` seconds, abort the rest, end the thread."""
+        self._draining = True
+        deadline = time.monotonic() + drain_timeout
+        while self._streams and self._thread.is_alive() and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        for stream in list(self._streams.values()):
+            self.abort(stream.request_id)
+            stream.fail(EngineUnavailable("The server is shutting down."))
+        self._stopping = True
+        self._send(lambda: None)
+        if self._thread.ident is not None:
+            # A step that hangs must not keep the process: the thread is a daemon.
+            await asyncio.to_thread(self._thread.join, self.settings.server.drain_timeout)
+
+    @property
+    def healthy(self) -> bool:
+        """False when the thread is dead, or a step takes longer than `server.step_timeout`."""
+        started = self._step_started
+        stuck = started is not None and time.monotonic() - started > self.settings.server.step_timeout
+        return self._thread.is_alive() and not stuck
+
+    @property
+    def ready(self) -> bool:
+        return self.healthy and not self._draining
+
+    @property
+    def num_running(self) -> int:
+        return len(self.engine.scheduler.running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self.engine.scheduler.waiting)
+
+    @property
+    def kv_usage(self) -> float:
+        return self.engine.scheduler.blocks.usage
+
+    # -- requests ------------------------------------------------------------------------------
+
+    def submit(self, submission: Submission) -> OutputStream:
+        """Hand a sequence to the engine. Raises `InvalidRequest` and its kin for what can never run,
+        `TooManyRequests`, `Conflict` for an id in use, `EngineUnavailable` when draining or dead."""
+        if self._draining or not self._thread.is_alive():
+            raise EngineUnavailable("The server is shutting down." if self._draining else "The engine is not running.")
+        request_id = submission.request_id
+        if request_id in self._streams:
+            raise Conflict(f"A request with id {request_id!r} is already running.", param="request_id")
+        limits = self.settings.scheduler
+        if self.num_waiting >= limits.max_waiting or len(self._streams) >= limits.max_running + limits.max_waiting:
+            self.metrics.on_rejection("queue_full")
+            raise TooManyRequests(f"The queue is full: {limits.max_waiting} requests are waiting. Try again later.")
+        self.engine.check(submission)
+        stream = self._streams[request_id] = OutputStream(request_id, self.abort)
+        self._send(lambda: self._submit(submission, stream))
+        return stream
+
+    def abort(self, request_id: str) -> None:
+        """Take a request out of the engine before its next step. Unknown and finished ids are fine."""
+        if self._streams.pop(request_id, None) is not None:
+            self._send(lambda: self.engine.abort(request_id))
+
+    def _send(self, message: Callable[[], None]) -> None:
+        with self._wake:
+            self._inbox.append(message)
+            self._wake.notify()
+
+    def _dispatch(self, outputs: list[Output]) -> None:
+        for output in outputs:
+            stream = self._streams.get(output.request_id)
+            if stream is not None:
+                if output.finish_reason is not None:
+                    del self._streams[output.request_id]
+                stream.put(output)
+
+    def _fail(self, stream: OutputStream, error: RequestError) -> None:
+        if self._streams.get(stream.request_id) is stream:
+            del self._streams[stream.request_id]
+        stream.fail(error)
+
+    # -- the engine thread ---------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                self._take_messages()
+                if self.engine.busy:
+                    self._step_started = time.monotonic()
+                    outputs = self.engine.step()
+                    self._step_started = None
+                    self._call(self._dispatch, outputs)
+        except Exception:
+            log.exception("engine_died")
+            self._call(self._bury)
+
+    def _take_messages(self) -> None:
+        """Do what the inbox says; wait for a message when there is nothing else to do."""
+        with self._wake:
+            while not self._inbox and not self.engine.busy and not self._stopping:
+                self._wake.wait()
+        changed = bool(self._inbox)
+        while self._inbox:
+            self._inbox.popleft()()
+        if changed:
+            self.engine.observe()
+
+    def _submit(self, submission: Submission, stream: OutputStream) -> None:
+        try:
+            self.engine.submit(submission)
+        except RequestError as error:
+            self._call(self._fail, stream, error)
+
+    def _call(self, function: Callable[..., None], *args: object) -> None:
+        assert self._loop is not None
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to hear it
+            self._loop.call_soon_threadsafe(function, *args)
+
+    def _bury(self) -> None:
+        for stream in list(self._streams.values()):
+            self._fail(stream, EngineUnavailable("The engine has failed; the server is going down."))
+        self.died.set()

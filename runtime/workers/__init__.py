@@ -1,0 +1,1 @@
+"""What computes a step: the executor, the rank worker, the decoder and its weights."""

@@ -1,0 +1,96 @@
+"""From a plan's rows to tensors: the flat batch, and how it lies over the paged cache."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kernels import DecodeGroup, PagedRows, PrefillRow
+from runtime.messages import Row
+
+WASTE = 1.5
+"""Rows decode together while the longest context of a group is at most this many times the shortest."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's flat batch of T tokens."""
+
+    token_ids: Tensor
+    positions: Tensor
+    paged: PagedRows
+    slots: list[int]
+    """Slots of the rows that sample, in batch order."""
+    lengths: list[int]
+    """Their sequence lengths."""
+    sample_at: Tensor
+    """[rows that sample] index of each one's last token in the flat batch."""
+
+
+def build_batch(
+    rows: list[Row], tokens: dict[int, list[int]], tables: np.ndarray, block_size: int, device: torch.device
+) -> Batch:
+    """`tokens` holds every slot's known tokens, `tables` [slots, max_blocks] its block ids (int64).
+
+    Rows of one token come first, by context length, so that those that decode together lie together.
+    """
+    rows = sorted(rows, key=lambda row: (row.count > 1, row.start if row.count == 1 else 0))
+    token_ids = [token for row in rows for token in tokens[row.slot][row.start : row.start + row.count]]
+    counts = np.array([row.count for row in rows])
+    starts = np.array([row.start for row in rows])
+    ends = counts.cumsum()
+    positions = np.arange(ends[-1]) - np.repeat(ends - counts - starts, counts)
+    owners = np.repeat(np.array([row.slot for row in rows]), counts)
+    places = tables[owners, positions // block_size] * block_size + positions % block_size
+    singles = int((counts == 1).sum())
+    sampled = [index for index, row in enumerate(rows) if row.sample]
+    return Batch(
+        token_ids=torch.tensor(token_ids, device=device),
+        positions=torch.from_numpy(positions).to(device),
+        paged=PagedRows(
+            slots=torch.from_numpy(places).to(device),
+            decode=_decode_groups(rows[:singles], tables, block_size, device),
+            prefill=[
+                _prefill_row(row, int(end) - row.count, tables, block_size, device)
+                for row, end in zip(rows[singles:], ends[singles:], strict=True)
+            ],
+        ),
+        slots=[rows[index].slot for index in sampled],
+        lengths=[rows[index].start + rows[index].count for index in sampled],
+        sample_at=torch.tensor([int(ends[index]) - 1 for index in sampled], dtype=torch.int64, device=device),
+    )
+
+
+def _decode_groups(rows: list[Row], tables: np.ndarray, block_size: int, device: torch.device) -> list[DecodeGroup]:
+    """`rows` are in order of context length."""
+    groups = []
+    first = 0
+    while first < len(rows):
+        limit = max((rows[first].start + 1) * WASTE, 4 * block_size)
+        last = first
+        while last < len(rows) and rows[last].start + 1 <= limit:
+            last += 1
+        lengths = np.array([row.start + 1 for row in rows[first:last]])
+        width = -(-int(lengths[-1]) // block_size)
+        # Past a row's own blocks the table may hold stale ids; they are valid ones, and masked.
+        blocks = tables[[row.slot for row in rows[first:last]], :width]
+        mask = np.arange(width * block_size) < lengths[:, None]
+        groups.append(
+            DecodeGroup(
+                start=first,
+                blocks=torch.from_numpy(blocks).to(device),
+                mask=torch.from_numpy(mask[:, None, None, :]).to(device),
+            )
+        )
+        first = last
+    return groups
+
+
+def _prefill_row(row: Row, start: int, tables: np.ndarray, block_size: int, device: torch.device) -> PrefillRow:
+    total = row.start + row.count
+    blocks = torch.from_numpy(tables[row.slot, : -(-total // block_size)]).to(device)
+    mask = None
+    if row.start:
+        mask = torch.ones(row.count, total, dtype=torch.bool, device=device).tril(row.start)
+    return PrefillRow(start=start, count=row.count, context=row.start, blocks=blocks, mask=mask)

@@ -1,0 +1,48 @@
+"""Where a plan is executed. In this process for now; ranks over torch.distributed take the same messages."""
+
+from typing import Protocol
+
+from runtime.messages import StepPlan, StepResult
+from runtime.workers.worker import Worker
+
+
+class Executor(Protocol):
+    """Runs step plans. A row that fails is in the result's `failed`; what it raises, nothing can go on after."""
+
+    def execute(self, plan: StepPlan) -> StepResult: ...
+
+
+class AllRowsFailed(RuntimeError):
+    """Not one row of a step could be computed, alone or together."""
+
+
+class InProcessExecutor:
+    """The worker in this very thread."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """One batch; when it raises, row by row, so that one bad row fails alone. See `Executor`."""
+        self._worker.admit(plan)
+        try:
+            return self._worker.compute(plan.step, plan.rows)
+        except Exception as error:
+            return self._isolate(plan, error)
+
+    def _isolate(self, plan: StepPlan, cause: Exception) -> StepResult:
+        slots: list[int] = []
+        tokens: list[int] = []
+        failed: dict[int, str] = {}
+        for row in plan.rows:
+            try:
+                result = self._worker.compute(plan.step, [row])
+            except Exception:
+                failed[row.slot] = "An internal error ended this request; the others go on."
+                continue
+            slots += result.slots
+            tokens += result.tokens
+            failed |= result.failed
+        if len(failed) == len(plan.rows):
+            raise AllRowsFailed(f"every row of step {plan.step} failed") from cause
+        return StepResult(step=plan.step, slots=slots, tokens=tokens, failed=failed)

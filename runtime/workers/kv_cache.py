@@ -1,0 +1,47 @@
+"""The memory of the paged KV cache: one key and one value tensor a layer. Who owns a block is not known here."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class KVCache:
+    """`layers[i]` is (keys, values), each [num_blocks, block_size, kv_heads, head_dim], zero at first."""
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        num_blocks: int,
+        block_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        shape = (num_blocks, block_size, num_kv_heads, head_dim)
+        self.layers = [(_zeros(shape, dtype, device), _zeros(shape, dtype, device)) for _ in range(num_layers)]
+
+    def clear_broken(self, blocks: list[int]) -> None:
+        """Zero those of `blocks` that hold NaN or infinity: masked attention multiplies what it skips by
+        0, and NaN times 0 is NaN, so whoever gets such a block next would be broken too."""
+        index = torch.tensor(blocks, dtype=torch.int64, device=self.layers[0][0].device)
+        for keys, values in self.layers:
+            for tensor in (keys, values):
+                finite = tensor[index].isfinite().flatten(1).all(dim=1)
+                tensor[index[~finite]] = 0
+
+
+def block_bytes(*, num_layers: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+    """Bytes that one block takes over all layers."""
+    return 2 * num_layers * block_size * num_kv_heads * head_dim * dtype.itemsize
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # calloc: the system hands out zero pages when they are first touched, so an idle cache costs no memory.
+    raw = np.zeros(int(np.prod(shape)) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(raw).view(dtype).view(shape)

@@ -1,0 +1,80 @@
+"""The decoder's layers: plain tensors plus how a checkpoint's tensors fill them.
+
+A fused layer (query, key and value; gate and up) is filled part by part. What a layer needs to know
+to be split over ranks, or to have an adapter added, belongs here, not in the decoder.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels import Ops
+
+
+class WeightError(ValueError):
+    """A checkpoint's tensor does not fit the layer that it names."""
+
+
+class Parameter:
+    """One weight tensor, made of named parts along its first dimension."""
+
+    def __init__(self, parts: dict[str, int], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+        """`parts` maps a name to its rows; `shape` is that of one row (empty for a vector)."""
+        self.data = torch.empty((sum(parts.values()), *shape), dtype=dtype, device=device)
+        self._slices: dict[str, slice] = {}
+        self._missing = set(parts)
+        start = 0
+        for name, rows in parts.items():
+            self._slices[name] = slice(start, start + rows)
+            start += rows
+
+    def fill(self, part: str, value: Tensor) -> None:
+        target = self.data[self._slices[part]]
+        if target.shape != value.shape:
+            raise WeightError(f"expected shape {list(target.shape)}, got {list(value.shape)}")
+        target.copy_(value)
+        self._missing.discard(part)
+
+    @property
+    def missing(self) -> list[str]:
+        """Parts that no tensor has filled yet."""
+        return sorted(self._missing)
+
+
+class Linear:
+    """x [T, in] → [T, out], with one or more output parts fused into one weight [out, in]."""
+
+    def __init__(
+        self,
+        in_features: int,
+        parts: dict[str, int],
+        *,
+        bias: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.weight = Parameter(parts, (in_features,), dtype, device)
+        self.bias = Parameter(parts, (), dtype, device) if bias else None
+
+    def __call__(self, ops: Ops, x: Tensor) -> Tensor:
+        return ops.linear(x, self.weight.data, None if self.bias is None else self.bias.data)
+
+
+class RMSNorm:
+    """x [T, hidden] → the same, over its root mean square, times a weight."""
+
+    def __init__(self, hidden: int, eps: float, *, dtype: torch.dtype, device: torch.device) -> None:
+        self.eps = eps
+        self.weight = Parameter({"": hidden}, (), dtype, device)
+
+    def __call__(self, ops: Ops, x: Tensor) -> Tensor:
+        return ops.rms_norm(x, self.weight.data, self.eps)
+
+
+class Embedding:
+    """Token ids [T] → [T, hidden]; tied models use the same weight [vocab, hidden] for their logits."""
+
+    def __init__(self, vocab: int, hidden: int, *, dtype: torch.dtype, device: torch.device) -> None:
+        self.weight = Parameter({"": vocab}, (hidden,), dtype, device)
+
+    def __call__(self, token_ids: Tensor) -> Tensor:
+        return torch.nn.functional.embedding(token_ids, self.weight.data)

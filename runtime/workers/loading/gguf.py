@@ -1,0 +1,101 @@
+"""GGUF files, the format of llama.cpp: weights, configuration and tokenizer in one file.
+
+Quantised weights are turned into float32 while they are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from runtime.workers.loading import gguf_llama
+from runtime.workers.loading.checkpoint import Checkpoint
+from runtime.workers.loading.errors import ModelLoadError
+from runtime.workers.loading.gguf_blocks import FORMATS, Floats, dequantise, type_name
+from runtime.workers.loading.gguf_container import GgufFile, TensorInfo
+from runtime.workers.loading.gguf_metadata import Metadata
+from runtime.workers.loading.gguf_tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    import torch
+
+
+def open_gguf(path: Path, *, name: str | None = None, chat_template: str | None = None) -> Checkpoint:
+    """Check a GGUF file and read everything but its weights. `name` defaults to the file's, without .gguf.
+
+    `chat_template` is the source of a template to use instead of the file's. Raises `ModelLoadError`.
+    """
+    file = GgufFile(path)
+    metadata = Metadata(file.fields, path)
+    if metadata.architecture != gguf_llama.ARCHITECTURE:
+        raise ModelLoadError(
+            f"{path}: GGUF files of architecture {metadata.architecture!r} are not supported; supported is: "
+            f"{gguf_llama.ARCHITECTURE}."
+        )
+    if (metadata.integer("split.count") or 1) > 1:
+        raise ModelLoadError(
+            f"{path} is a part of a split model: join the parts with llama-gguf-split --merge."
+        )
+    if metadata.integer(".expert_count"):
+        raise metadata.error(".expert_count", "is not 0, and mixtures of experts are not supported")
+    for info in file.tensors.values():
+        _check(info, file)
+    factors = file.tensors.pop(gguf_llama.ROPE_FACTORS, None)
+    config = gguf_llama.hf_config(metadata, file.tensors, None if factors is None else _values(factors, file))
+    gguf_llama.check_shapes(file.tensors, config, str(path))
+    return Checkpoint(
+        name=name or path.stem,
+        source=path,
+        config=config,
+        tokenizer=load_tokenizer(metadata, config["vocab_size"], chat_template=chat_template),
+        reader=lambda: _tensors(file, config),
+    )
+
+
+def _check(info: TensorInfo, file: GgufFile) -> None:
+    """Everything that could go wrong while the tensor is read, found out before."""
+    if info.name != gguf_llama.ROPE_FACTORS and gguf_llama.hf_name(info.name) is None:
+        raise ModelLoadError(f"{file.path}: a {gguf_llama.ARCHITECTURE} model has no tensor {info.name!r}.")
+    if info.type not in FORMATS:
+        supported = ", ".join(format.name for format in FORMATS.values())
+        raise ModelLoadError(
+            f"{file.path}: {info.name} is in {type_name(info.type)}, which is not supported; supported are: "
+            f"{supported}."
+        )
+    format = FORMATS[info.type]
+    if info.shape[-1] % format.values:
+        raise ModelLoadError(
+            f"{file.path}: rows of {info.name} have {info.shape[-1]} values, and blocks of {format.name} "
+            f"{format.values}."
+        )
+    end = info.offset + format.num_bytes(info.num_elements)
+    if end > len(file.data):
+        raise ModelLoadError(
+            f"{file.path} is cut off: {info.name} ends at byte {end}, the file at {len(file.data)}. "
+            "Is the download complete?"
+        )
+
+
+def _values(info: TensorInfo, file: GgufFile) -> Floats:
+    format = FORMATS[info.type]
+    size = format.num_bytes(info.num_elements)
+    data = np.frombuffer(file.data, dtype=np.uint8, count=size, offset=info.offset)
+    return dequantise(format, data).reshape(info.shape)
+
+
+def _tensors(file: GgufFile, config: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    import torch  # not needed for a tokenizer or a configuration alone
+
+    for info in file.tensors.values():
+        name = gguf_llama.hf_name(info.name)
+        if name is None:
+            continue
+        tensor = torch.from_numpy(_values(info, file))
+        heads = gguf_llama.interleaved_heads(info.name, config)
+        if heads is not None:
+            pairs = tensor.reshape(heads, config["head_dim"] // 2, 2, -1)
+            tensor = pairs.transpose(1, 2).reshape(info.shape)
+        yield name, tensor

@@ -1,0 +1,174 @@
+"""The tokenizer in a GGUF file's metadata, rebuilt so that its ids are the original tokenizer's.
+
+Two kinds: `gpt2`, byte-level BPE with its merges, and `llama`, a sentencepiece model of scored pieces.
+"""
+
+from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer as Backend
+from tokenizers.models import BPE
+
+from runtime.tokenizer import Tokenizer
+from runtime.workers.loading.errors import ModelLoadError
+from runtime.workers.loading.gguf_metadata import Metadata
+from runtime.workers.loading.gguf_pieces import merges_of_pieces
+
+KEY = "tokenizer.ggml."
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
+"""Kinds of token. The others are never matched as a whole: 5 is unused, 6 is a single byte."""
+
+ROLES = ("bos", "eos", "eot", "eom", "unknown", "padding")
+
+_WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3 = rf"{_CONTRACTION}|{_WORD}|\p{{N}}{{1,3}}|{_REST}"
+QWEN2 = rf"{_CONTRACTION}|{_WORD}|\p{{N}}|{_REST}"
+
+GPT2_NAMES = ("gpt-2", "default")
+LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
+SUPPORTED = ("smollm", *LLAMA3_NAMES, "qwen2", *GPT2_NAMES)
+"""Values of `tokenizer.ggml.pre`: how text is cut into words before the merges."""
+
+
+def load_tokenizer(metadata: Metadata, vocab_size: int, *, chat_template: str | None = None) -> Tokenizer:
+    """The tokenizer of a file whose embedding has `vocab_size` rows.
+
+    `chat_template` is a template to use instead of the file's. Raises `ModelLoadError`, and
+    `ChatTemplateError` for a template that does not compile.
+    """
+    tokens = metadata.require(metadata.texts(KEY + "tokens"), KEY + "tokens")
+    if len(tokens) > vocab_size:
+        raise metadata.error(KEY + "tokens", f"are {len(tokens)}, and the embedding has {vocab_size} rows")
+    if len(set(tokens)) != len(tokens):
+        raise metadata.error(KEY + "tokens", "are not all different")
+    kinds = metadata.numbers(KEY + "token_type") or [NORMAL] * len(tokens)
+    if len(kinds) != len(tokens):
+        raise metadata.error(KEY + "token_type", f"has {len(kinds)} entries for {len(tokens)} tokens")
+    ids = {role: _id(metadata, role, len(tokens)) for role in ROLES}
+    try:
+        backend = _backend(metadata, tokens, kinds, ids)
+    except ModelLoadError:
+        raise
+    except Exception as error:  # the library raises Exception itself, such as for a merge of unknown tokens
+        raise metadata.error(KEY + "*", f"cannot be made into a tokenizer: {error}") from error
+    names = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
+    own = metadata.text("tokenizer.chat_template")
+    return Tokenizer(
+        backend,
+        bos_id=ids["bos"],
+        eos_ids=[id for role in ("eos", "eot", "eom") if (id := ids[role]) is not None],
+        chat_template=chat_template if chat_template is not None else own,
+        template_tokens={name: tokens[id] for role, name in names.items() if (id := ids[role]) is not None},
+    )
+
+
+def _backend(
+    metadata: Metadata, tokens: list[str], kinds: list[float], ids: dict[str, int | None]
+) -> Backend:
+    model = metadata.require(metadata.text(KEY + "model"), KEY + "model")
+    if model == "gpt2":
+        backend, add_bos = _byte_level(metadata, tokens)
+    elif model == "llama":
+        backend, add_bos = _sentencepiece(metadata, tokens, kinds, ids["unknown"] or 0)
+    else:
+        raise metadata.error(KEY + "model", f"is {model!r}; supported are: gpt2, llama")
+    kind_of = dict(zip(tokens, kinds, strict=True))
+    special = [text for text, kind in kind_of.items() if text and kind in (UNKNOWN, CONTROL)]
+    whole = [text for text, kind in kind_of.items() if text and kind == USER_DEFINED]
+    backend.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in special])
+    backend.add_tokens([AddedToken(text, normalized=False, special=False) for text in whole])
+    _add_around(backend, metadata, tokens, ids, add_bos)
+    return backend
+
+
+def _byte_level(metadata: Metadata, tokens: list[str]) -> tuple[Backend, bool]:
+    """A `gpt2` model, and whether a BOS comes before a text unless the file says otherwise."""
+    merges = metadata.require(metadata.texts(KEY + "merges"), KEY + "merges")
+    pairs = [(merge[:cut], merge[cut + 1 :]) for merge in merges if (cut := merge.find(" ", 1)) > 0]
+    if len(pairs) != len(merges):
+        raise metadata.error(KEY + "merges", "must be pairs of tokens with a space between them")
+    pre = metadata.text(KEY + "pre") or "default"
+    if pre not in SUPPORTED:
+        raise metadata.error(KEY + "pre", f"is {pre!r}; supported are: {', '.join(SUPPORTED)}")
+    vocab = {text: id for id, text in enumerate(tokens)}
+    backend = Backend(BPE(vocab=vocab, merges=pairs, ignore_merges=pre in LLAMA3_NAMES))
+    backend.pre_tokenizer = _pre_tokenizer(pre, metadata.flag(KEY + "add_space_prefix") or False)
+    backend.decoder = decoders.ByteLevel()
+    if pre == "qwen2":
+        backend.normalizer = normalizers.NFC()
+    return backend, pre in LLAMA3_NAMES
+
+
+def _pre_tokenizer(pre: str, add_prefix_space: bool) -> pre_tokenizers.PreTokenizer:
+    if pre in GPT2_NAMES:
+        return pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space, use_regex=True)
+    if pre == "smollm":
+        # Digits are cut off one by one first, so that " 12" is three words, and not " 1" and "2".
+        return pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space, use_regex=True),
+            ]
+        )
+    words = Regex(QWEN2 if pre == "qwen2" else LLAMA3)
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(words, behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space, use_regex=False),
+        ]
+    )
+
+
+def _sentencepiece(
+    metadata: Metadata, tokens: list[str], kinds: list[float], unknown: int
+) -> tuple[Backend, bool]:
+    """A `llama` model, and whether a BOS comes before a text unless the file says otherwise."""
+    scores = metadata.require(metadata.numbers(KEY + "scores"), KEY + "scores")
+    if len(scores) != len(tokens):
+        raise metadata.error(KEY + "scores", f"has {len(scores)} entries for {len(tokens)} tokens")
+    pieces = {
+        text: score
+        for text, score, kind in zip(tokens, scores, kinds, strict=True)
+        if kind in (NORMAL, USER_DEFINED)
+    }
+    model = BPE(
+        vocab={text: id for id, text in enumerate(tokens)},
+        merges=merges_of_pieces(pieces),
+        unk_token=tokens[unknown],
+        fuse_unk=True,
+        byte_fallback=True,
+    )
+    backend = Backend(model)
+    spaces = normalizers.Replace(" ", "▁")
+    restore = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if metadata.flag(KEY + "add_space_prefix") is False:
+        backend.normalizer = spaces
+    else:
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces])
+        restore.append(decoders.Strip(" ", 1, 0))
+    backend.decoder = decoders.Sequence(restore)
+    return backend, True
+
+
+def _add_around(
+    backend: Backend, metadata: Metadata, tokens: list[str], ids: dict[str, int | None], add_bos: bool
+) -> None:
+    """Make `encode` put a BOS and an EOS around a text, where the model wants them."""
+    asked = metadata.flag(KEY + "add_bos_token")
+    bos = ids["bos"] if (add_bos if asked is None else asked) else None
+    eos = ids["eos"] if metadata.flag(KEY + "add_eos_token") else None
+    before = [] if bos is None else [(tokens[bos], bos)]
+    after = [] if eos is None else [(tokens[eos], eos)]
+    if before or after:
+        backend.post_processor = processors.TemplateProcessing(
+            single=[*(text for text, _ in before), "$A", *(text for text, _ in after)],
+            special_tokens=list(dict.fromkeys(before + after)),
+        )
+
+
+def _id(metadata: Metadata, role: str, num_tokens: int) -> int | None:
+    key = f"{KEY}{role}_token_id"
+    id = metadata.integer(key)
+    if id is not None and not 0 <= id < num_tokens:
+        raise metadata.error(key, f"is {id}, and there are {num_tokens} tokens")
+    return id

@@ -1,0 +1,64 @@
+"""From logits to tokens, row by row: suppressed ids, greedy or sampled, and rows that are not finite."""
+
+import torch
+from torch import Tensor
+
+from kernels import Ops
+from runtime.messages import Admission
+
+_MASK = 2**64 - 1
+
+
+class Sampler:
+    """Keeps each slot's sampling parameters; a token depends on its row's logits, seed and position only."""
+
+    def __init__(self, ops: Ops) -> None:
+        self._ops = ops
+        self._slots: dict[int, Admission] = {}
+
+    def admit(self, admission: Admission) -> None:
+        self._slots[admission.slot] = admission
+
+    def __call__(self, logits: Tensor, slots: list[int], lengths: list[int]) -> tuple[list[int], list[int]]:
+        """logits [R, vocab] float32 (changed in place); for each row its slot, and the length of its
+        sequence before the token. Returns the tokens, and the indices of rows whose logits are NaN."""
+        rows = [self._slots[slot] for slot in slots]
+        for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+            if row.suppressed_ids and length - row.prompt_len < row.params.min_tokens:
+                logits[index, row.suppressed_ids] = float("-inf")
+        best, tokens = logits.max(dim=-1)
+        broken = torch.nonzero(~best.isfinite()).flatten().tolist()
+        sampled = [i for i, row in enumerate(rows) if not row.params.greedy and i not in broken]
+        if sampled:
+            index_tensor = torch.tensor(sampled, device=logits.device)
+            tokens[index_tensor] = self._sample(
+                logits[index_tensor], [rows[i] for i in sampled], [lengths[i] for i in sampled]
+            )
+        return tokens.tolist(), broken
+
+    def _sample(self, logits: Tensor, rows: list[Admission], lengths: list[int]) -> Tensor:
+        vocab, device = logits.shape[1], logits.device
+        points = [uniform(row.seed, length) for row, length in zip(rows, lengths, strict=True)]
+        top_k = [int(min(row.params.top_k_limit, vocab)) for row in rows]
+        return self._ops.sample(
+            logits,
+            torch.tensor(points, dtype=torch.float64, device=device),
+            torch.tensor([row.params.temperature for row in rows], dtype=torch.float32, device=device),
+            torch.tensor(top_k, dtype=torch.int64, device=device),
+            torch.tensor([row.params.top_p for row in rows], dtype=torch.float32, device=device),
+            torch.tensor([row.params.min_p for row in rows], dtype=torch.float32, device=device),
+        )
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) for one token of one request: two rounds of splitmix64 (Steele et al., 2014)
+    over seed and position. No state, so chunking, preemption and neighbours cannot change it."""
+    mixed = _splitmix(_splitmix(seed & _MASK) ^ position)
+    return float(mixed >> 11) * 2.0**-53
+
+
+def _splitmix(value: int) -> int:
+    value = (value + 0x9E3779B97F4A7C15) & _MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)

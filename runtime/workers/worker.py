@@ -1,0 +1,66 @@
+"""One rank: weights, cache, and what it remembers of every running sequence. It plans nothing."""
+
+import numpy as np
+import torch
+
+from runtime.failpoints import failpoint
+from runtime.messages import Row, StepPlan, StepResult
+from runtime.workers.attention import PagedAttention
+from runtime.workers.batch import build_batch
+from runtime.workers.decoder import Decoder
+from runtime.workers.kv_cache import KVCache
+from runtime.workers.sampler import Sampler
+
+
+class Worker:
+    """Executes step plans. Tokens and block tables live here per slot; a plan carries only what changed."""
+
+    def __init__(self, decoder: Decoder, cache: KVCache, *, max_running: int, max_len: int) -> None:
+        self._decoder = decoder
+        self._cache = cache
+        self._sampler = Sampler(decoder.ops)
+        self._tokens: dict[int, list[int]] = {}
+        self._tables = np.zeros((max_running, -(-max_len // cache.block_size)), dtype=np.int64)
+        self._num_blocks = [0] * max_running
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Compute the plan's rows. Executing the same plan's rows again is harmless: it writes the same KV."""
+        self.admit(plan)
+        return self.compute(plan.step, plan.rows)
+
+    def admit(self, plan: StepPlan) -> None:
+        """Take in the plan's new sequences and blocks, without computing anything."""
+        for admission in plan.admitted:
+            self._tokens[admission.slot] = list(admission.token_ids)
+            self._num_blocks[admission.slot] = 0
+            self._append_blocks(admission.slot, admission.block_ids)
+            self._sampler.admit(admission)
+        for row in plan.rows:
+            self._append_blocks(row.slot, row.new_blocks)
+
+    def compute(self, step: int, rows: list[Row]) -> StepResult:
+        """Run the decoder over rows whose sequences are known, and sample where a token is due."""
+        for row in rows:
+            failpoint("worker.row", row.slot)
+        cache = self._cache
+        with torch.inference_mode():
+            batch = build_batch(rows, self._tokens, self._tables, cache.block_size, self._decoder.device)
+            attention = PagedAttention(self._decoder.ops, cache, batch.paged, self._decoder.spec.scale)
+            hidden = self._decoder.forward(batch.token_ids, batch.positions, attention)
+            if not batch.slots:
+                return StepResult(step=step, slots=[], tokens=[])
+            logits = self._decoder.logits(hidden[batch.sample_at])
+            tokens, broken = self._sampler(logits, batch.slots, batch.lengths)
+        for slot, length, token in zip(batch.slots, batch.lengths, tokens, strict=True):
+            self._tokens[slot][length:] = [token]
+        failed = {}
+        for index in broken:
+            slot = batch.slots[index]
+            cache.clear_broken(self._tables[slot, : self._num_blocks[slot]].tolist())
+            failed[slot] = "The model's output was not a finite number."
+        return StepResult(step=step, slots=batch.slots, tokens=tokens, failed=failed)
+
+    def _append_blocks(self, slot: int, blocks: list[int]) -> None:
+        start = self._num_blocks[slot]
+        self._tables[slot, start : start + len(blocks)] = blocks
+        self._num_blocks[slot] = start + len(blocks)

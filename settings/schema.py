@@ -1,0 +1,150 @@
+"""Every setting of Eft, once: type, default and a line of documentation.
+
+CLI flags, `EFT_…` environment variables, the TOML file and `eft config show` are all made from
+these structs (see `settings.load`). Field names are unique over all sections, so that a flag is
+just the field's name: `scheduler.max_batched_tokens` is `--max-batched-tokens`.
+"""
+
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct, field
+
+from settings.units import Bytes, Count, Seconds
+
+
+def doc(text: str, *, example: object = None, secret: bool = False) -> Meta:
+    """The one line that `--help` and the reference page print for a field.
+
+    `example` is a value for the example file, where the default (None) has no TOML form; the value of
+    a `secret` field is never printed.
+    """
+    return Meta(
+        description=text,
+        examples=None if example is None else [example],
+        extra={"secret": True} if secret else None,
+    )
+
+
+NonEmpty = Annotated[str, Meta(min_length=1)]
+Port = Annotated[int, Meta(ge=0, le=65535)]
+Device = Annotated[str, Meta(pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$")]
+
+
+class ModelSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which weights to serve, and how to hold them."""
+
+    model: Annotated[
+        NonEmpty, doc("A model directory, a GGUF file, a hub id, or `demo` (SmolLM2-135M-Instruct).")
+    ] = "demo"
+    revision: Annotated[NonEmpty | None, doc("Branch, tag or commit of a hub id.", example="main")] = None
+    served_model_name: Annotated[
+        NonEmpty | None, doc("Name in the API; default: the model's own name.", example="my-model")
+    ] = None
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16"],
+        doc("Type of the weights; auto is float32 on a CPU and bfloat16 on a GPU."),
+    ] = "auto"
+    device: Annotated[Device, doc("auto, cpu, cuda or cuda:N.")] = "auto"
+    max_model_len: Annotated[
+        Count | None, doc("Context length in tokens; default: the model's own.", example="8K")
+    ] = None
+    chat_template: Annotated[
+        NonEmpty | None,
+        doc(
+            "File with a Jinja chat template to use instead of the model's own.",
+            example="chat_template.jinja",
+        ),
+    ] = None
+    kernels: Annotated[
+        Literal["auto", "reference"], doc("Backend of the ops; auto takes the fastest one that works here.")
+    ] = "auto"
+    threads: Annotated[
+        Count | None, doc("CPU threads for the ops; default: all cores this process may use.", example=4)
+    ] = None
+
+
+class CacheSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The paged KV cache."""
+
+    block_size: Annotated[Count, doc("Tokens in one KV block.")] = 16
+    kv_memory: Annotated[
+        Bytes | None,
+        doc(
+            "Memory for KV blocks; default: enough for 4 full contexts, at most a quarter of what is free.",
+            example="4GiB",
+        ),
+    ] = None
+    num_blocks: Annotated[Count | None, doc("KV blocks, instead of a memory size.", example=1024)] = None
+    prefix_caching: Annotated[bool, doc("Reuse the KV of prompts that begin alike.")] = True
+
+
+class SchedulerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What goes into a step, and who goes first."""
+
+    policy: Annotated[Literal["fcfs"], doc("Order of the waiting requests.")] = "fcfs"
+    max_batched_tokens: Annotated[Count, doc("Most tokens computed in one step, over all sequences.")] = 512
+    max_prefill_chunk: Annotated[
+        Count | None,
+        doc("Most tokens of one sequence in one step; default: max_batched_tokens.", example=256),
+    ] = None
+    max_running: Annotated[Count, doc("Most sequences running at once.")] = 64
+    max_waiting: Annotated[Count, doc("Most sequences waiting; one more is answered 429.")] = 1024
+
+
+class ServerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The HTTP server."""
+
+    host: Annotated[NonEmpty, doc("Address to listen on.")] = "127.0.0.1"
+    port: Annotated[Port, doc("Port to listen on; 0 takes a free one and prints it.")] = 8000
+    api_key: Annotated[
+        tuple[NonEmpty, ...],
+        doc(
+            "Keys that clients must send as `Authorization: Bearer …`; none: no key is asked for.",
+            secret=True,
+        ),
+    ] = ()
+    public_metrics: Annotated[bool, doc("Serve /metrics without a key.")] = True
+    docs_enabled: Annotated[bool, doc("Serve the OpenAPI schema and the API reference.")] = True
+    max_body: Annotated[Bytes, doc("Largest request body.")] = 32 * 1024**2
+    header_timeout: Annotated[Seconds, doc("A request's headers must be complete in this time.")] = 10.0
+    body_timeout: Annotated[Seconds, doc("A request's body must be complete in this time.")] = 60.0
+    write_timeout: Annotated[Seconds, doc("A client that reads nothing for this long is cut off.")] = 60.0
+    drain_timeout: Annotated[Seconds, doc("On SIGTERM, running requests get this long to finish.")] = 30.0
+    step_timeout: Annotated[Seconds, doc("/health answers 503 when a step takes longer than this.")] = 120.0
+
+
+class LimitSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Caps on single requests; beyond them the answer is a 400 that names the cap."""
+
+    max_stop: Annotated[Count, doc("Most stop strings in a request.")] = 16
+    max_n: Annotated[Count, doc("Most choices (`n`) in a request.")] = 64
+    max_prompts: Annotated[Count, doc("Most prompts in one completions request.")] = 256
+    max_messages: Annotated[Count, doc("Most messages in a chat.")] = 4096
+    unknown_fields: Annotated[
+        Literal["ignore", "warn", "reject"],
+        doc("Fields that we do not know: warn names them in the X-Eft-Warning header and the log."),
+    ] = "warn"
+
+
+class ObservabilitySettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Logs and metrics."""
+
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], doc("Least severe level to log.")] = (
+        "info"
+    )
+    log_format: Annotated[
+        Literal["auto", "console", "json"], doc("auto is console on a terminal, json otherwise.")
+    ] = "auto"
+    log_requests: Annotated[bool, doc("Log one line per request (never its text).")] = True
+    vllm_names: Annotated[bool, doc("Export every metric under its `vllm:` name as well.")] = True
+
+
+class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """All settings, by section. The sections are the tables of the TOML file."""
+
+    model: ModelSettings = field(default_factory=ModelSettings)
+    cache: CacheSettings = field(default_factory=CacheSettings)
+    scheduler: SchedulerSettings = field(default_factory=SchedulerSettings)
+    server: ServerSettings = field(default_factory=ServerSettings)
+    limits: LimitSettings = field(default_factory=LimitSettings)
+    observability: ObservabilitySettings = field(default_factory=ObservabilitySettings)

@@ -1,0 +1,149 @@
+"""`eft doctor`: what it finds, what it hides, and what it calls broken."""
+
+import importlib.metadata
+import json
+import types
+from pathlib import Path
+
+import pytest
+
+from runtime.cli.findings import environment, machine, size, software, storage
+from runtime.cli.version import version
+from tests.cli.conftest import Eft
+
+X86 = """processor\t: 0
+model name\t: Imaginary CPU 9000
+flags\t\t: fpu avx avx2 fma avx512f amx_int8
+
+processor\t: 1
+model name\t: Another
+"""
+ARM = "processor\t: 0\nFeatures\t: fp asimd i8mm\n"
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> dict[str, str | None]:
+    """The backends that the package of kernels reports; to be changed by a test."""
+    backends: dict[str, str | None] = {"reference": None, "triton": "needs a GPU"}
+    monkeypatch.setitem(
+        __import__("sys").modules, "kernels", types.SimpleNamespace(available=lambda: backends)
+    )
+    monkeypatch.setattr(software, "find_clash", lambda: None)
+    return backends
+
+
+def by_name(found) -> dict[str, str]:
+    return {item.name: item.value for item in found}
+
+
+def test_json_has_every_area_and_says_that_all_is_well(eft: Eft, kernels: dict[str, str | None]) -> None:
+    done = eft("doctor", "--json")
+    report = json.loads(done.out)
+    assert done.code == 0
+    assert (report["ok"], report["problems"]) == (True, [])
+    assert set(report) == {"ok", "problems", "software", "machine", "storage", "settings"}
+    assert report["software"]["eft"]["value"] == version()
+    assert report["software"]["torch"]["value"] == importlib.metadata.version("torch")
+    assert report["software"]["kernels: reference"]["value"] == "works"
+    assert report["software"]["kernels: triton"]["value"] == "needs a GPU"
+
+
+def test_text_names_what_is_broken_and_exits_with_1(
+    eft: Eft, kernels: dict[str, str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(software, "find_clash", lambda: "two of a name")
+    kernels["reference"] = "no torch"
+    monkeypatch.setenv("EFT_SERVER_PROT", "1")
+    done = eft("doctor")
+    assert done.code == 1
+    broken = done.out[done.out.index("Broken:") :]
+    assert "two of a name" in broken
+    assert "no backend of the ops works here" in broken
+    assert "environment EFT_SERVER_PROT: unknown setting" in broken
+
+
+def test_secrets_are_hidden(
+    eft: Eft, kernels: dict[str, str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secrets = ("EFT_SERVER_API_KEY", "EFT_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+    for name in secrets:
+        monkeypatch.setenv(name, "hunter2")
+    monkeypatch.setenv("HF_ENDPOINT", "https://me:hunter2@hub.example/x")
+    monkeypatch.setenv("HF_HOME", "/models")
+    out = eft("doctor", "--json").out
+    assert "hunter2" not in out
+    found = by_name(environment.find())
+    assert [found[name] for name in secrets] == ["set (hidden)"] * 4
+    assert found["HF_ENDPOINT"] == "https://(hidden)@hub.example/x"
+    assert found["HF_HOME"] == "/models"
+
+
+def test_the_settings_that_differ_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert by_name(environment.find())["settings"] == "all at their defaults"
+    (tmp_path / "eft.toml").write_text("[server]\nport = 1\n")
+    found = by_name(environment.find())
+    assert found["settings"] == "changed: server.port"
+    assert found["file"] == str(tmp_path / "eft.toml")
+
+
+@pytest.mark.parametrize(
+    ("text", "model", "sets"),
+    [(X86, "Imaginary CPU 9000", "avx, fma, avx2, avx512f, amx_int8"), (ARM, None, "asimd, i8mm")],
+)
+def test_the_processor_as_the_system_describes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, model: str | None, sets: str
+) -> None:
+    path = tmp_path / "cpuinfo"
+    path.write_text(text)
+    monkeypatch.setattr(machine, "_CPUINFO", path)
+    found = by_name(machine.find())
+    assert found["instruction sets"] == sets
+    if model:
+        assert found["processor"] == model
+
+
+def test_systems_without_these_files_are_described_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "_CPUINFO", tmp_path / "none")
+    monkeypatch.setattr(machine, "_CGROUP_LIMIT", tmp_path / "none")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    found = by_name(machine.find())
+    assert found["instruction sets"] == "unknown"
+    assert found["C++ compiler"] == "none (no-such-compiler of CXX is not found)"
+    assert "memory limit of the container" not in found
+
+
+def test_a_package_that_is_missing_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr("importlib.metadata.version", missing)
+    finding = software._package("torch")
+    assert finding.value == "missing"
+    assert finding.problem is not None
+
+
+def test_the_caches_and_what_is_in_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EFT_CACHE_DIR", str(tmp_path / "not" / "yet"))
+    hub = tmp_path / "hub"
+    blobs = hub / "models--org--some--model" / "blobs"
+    blobs.mkdir(parents=True)
+    (blobs / "a").write_bytes(b"x" * 2048)
+    (blobs / "dangling").symlink_to(tmp_path / "nowhere")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
+    found = by_name(storage.find())
+    assert found["cache of Eft"].startswith(f"{tmp_path}/not/yet (")
+    assert found["cache of Eft"].endswith(" free)")
+    assert found["demo model"].startswith("not here yet")
+    assert found["hub model org/some--model"] == "2.0 KiB"
+
+
+def test_sizes() -> None:
+    assert [size(n) for n in (0, 1023, 1024, 5 * 1024**3, 3 * 1024**4)] == [
+        "0 B",
+        "1023 B",
+        "1.0 KiB",
+        "5.0 GiB",
+        "3.0 TiB",
+    ]
