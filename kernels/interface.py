@@ -73,7 +73,8 @@ class Ops(ABC):
 
     @abstractmethod
     def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Rotate x [T, heads, D] by position: halves paired as Hugging Face does; cos, sin [T, D/2] (arXiv:2104.09864)."""
+        """Rotate x [T, heads, D] by position, first half paired with second; cos, sin [T, D/2].
+        Source: arXiv:2104.09864, in Hugging Face's layout."""
 
     @abstractmethod
     def rope_and_cache(

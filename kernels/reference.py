@@ -48,7 +48,7 @@ class ReferenceOps(Ops):
         slots: Tensor,
     ) -> tuple[Tensor, Tensor]:
         heads = q.shape[1]
-        q, k = self.rope(torch.cat((q, k), dim=1), cos, sin).split((heads, k.shape[1]), dim=1)
+        q, k = self.rope(torch.cat((q, k), dim=1), cos, sin).tensor_split((heads,), dim=1)
         k_cache.flatten(0, 1).index_copy_(0, slots, k.to(k_cache.dtype))
         v_cache.flatten(0, 1).index_copy_(0, slots, v.to(v_cache.dtype))
         return q, k
@@ -84,7 +84,7 @@ class ReferenceOps(Ops):
     def packed_attention(self, q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float) -> Tensor:
         groups = q.shape[1] // k.shape[1]
         parts = []
-        for q1, k1, v1 in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
+        for q1, k1, v1 in zip(*(torch.split(x, lengths) for x in (q, k, v)), strict=True):
             found = F.scaled_dot_product_attention(
                 q1.transpose(0, 1).unsqueeze(0),
                 expand_heads(k1.transpose(0, 1), groups).unsqueeze(0),

@@ -11,9 +11,7 @@ FIRST_LOOK = 1024
 """How many of the likeliest tokens to sort before all of them; nearly always they hold the nucleus."""
 
 
-def sample(
-    logits: Tensor, uniform: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
-) -> Tensor:
+def sample(logits: Tensor, uniform: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
     """See `kernels.interface.Ops.sample`."""
     logits = logits / temperature.unsqueeze(1)
     tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
@@ -43,9 +41,7 @@ def _sample_filtered(logits: Tensor, uniform: Tensor, top_k: Tensor, top_p: Tens
     return chosen
 
 
-def _keep(
-    probs: Tensor, vocab: int, top_k: Tensor, top_p: Tensor, min_p: Tensor
-) -> tuple[Tensor, Tensor]:
+def _keep(probs: Tensor, vocab: int, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> tuple[Tensor, Tensor]:
     """Zero what the filters drop, and say of each row whether nothing beyond these columns could be kept.
 
     probs [R, n]: the n likeliest of `vocab` tokens in descending order, as shares of the whole.

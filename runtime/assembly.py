@@ -142,7 +142,7 @@ def _num_blocks(settings: CacheSettings, decoder: Decoder, context: int) -> int:
         if count == 0:
             raise ModelLoadError(f"cache.kv_memory is {settings.kv_memory} bytes, but one block takes {size}.")
         return count
-    free = psutil.virtual_memory().available
+    free = int(psutil.virtual_memory().available)
     if decoder.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(decoder.device)
     return max(1, min(DEFAULT_CONTEXTS * -(-context // settings.block_size), free // 4 // size))

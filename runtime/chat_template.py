@@ -74,9 +74,7 @@ class ChatTemplate:
             )
         except jinja2.TemplateError as error:
             reason = error.message or type(error).__name__
-            raise InvalidRequest(
-                f"The chat template refused the messages: {reason}", param="messages"
-            ) from error
+            raise InvalidRequest(f"The chat template refused the messages: {reason}", param="messages") from error
         except (TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError) as error:
             # What Python itself raises when a template adds, indexes or calls a value of the wrong type.
             raise InvalidRequest(
@@ -135,9 +133,7 @@ def _tojson(
     sort_keys: bool = False,
 ) -> str:
     """Unlike Jinja's own filter this one does not escape HTML."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _strftime_now(pattern: str) -> str:

@@ -23,7 +23,13 @@ class Engine:
     """Owns the scheduler (and through it the blocks), the executor, and every request's text."""
 
     def __init__(
-        self, scheduler: Scheduler, executor: Executor, tokenizer: Tokenizer, metrics: Metrics, *, max_len: int
+        self,
+        scheduler: Scheduler,
+        executor: Executor,
+        tokenizer: Tokenizer,
+        metrics: Metrics,
+        *,
+        max_len: int,
     ) -> None:
         """`max_len` is the longest sequence, prompt and output, that context and block pool can hold."""
         self.scheduler = scheduler

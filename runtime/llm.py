@@ -1,7 +1,7 @@
 """Offline batch generation: the engine without a server.
 
-    from runtime import LLM, SamplingParams
-    LLM("demo").generate(["The capital of France is"], SamplingParams(max_tokens=16))
+from runtime import LLM, SamplingParams
+LLM("demo").generate(["The capital of France is"], SamplingParams(max_tokens=16))
 """
 
 import os
@@ -68,8 +68,8 @@ class LLM:
 
         `progress` shows a bar; by default on a terminal. Raises `InvalidRequest` before anything runs.
         """
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        ids = [self.tokenizer.encode(text) if isinstance(text, str) else list(text) for text in texts]
+        each_prompt: Sequence[str | Sequence[int]] = [prompts] if isinstance(prompts, str) else prompts
+        ids = [self.tokenizer.encode(p) if isinstance(p, str) else list(p) for p in each_prompt]
         if params is None or isinstance(params, SamplingParams):
             each = [params or SamplingParams()] * len(ids)
         else:
@@ -95,7 +95,9 @@ class LLM:
         ]
         return self.generate(prompts, params, progress=progress)
 
-    def _run(self, prompts: list[list[int]], params: list[SamplingParams], *, progress: bool | None) -> list[Completion]:
+    def _run(
+        self, prompts: list[list[int]], params: list[SamplingParams], *, progress: bool | None
+    ) -> list[Completion]:
         limits = self.settings.limits
         run = uuid.uuid4().hex[:8]
         submissions = [

@@ -53,8 +53,7 @@ def clean(value: str) -> str:
 def _clean_values(logger: WrappedLogger, name: str, event: EventDict) -> EventDict:
     # The traceback is ours and must keep its lines; JSON escapes them, a console shows them.
     return {
-        key: clean(value) if isinstance(value, str) and key != "exception" else value
-        for key, value in event.items()
+        key: clean(value) if isinstance(value, str) and key != "exception" else value for key, value in event.items()
     }
 
 
@@ -70,9 +69,7 @@ def _wants_console(log_format: str, output: "_Sink") -> bool:
     return log_format == "console" or (log_format == "auto" and output.isatty())
 
 
-def _redirect_standard_library(
-    output: "_Sink", shared: list[Processor], final: list[Processor], level: int
-) -> None:
+def _redirect_standard_library(output: "_Sink", shared: list[Processor], final: list[Processor], level: int) -> None:
     handler = logging.StreamHandler(output)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(

@@ -37,6 +37,8 @@ class EngineService:
         self.created = int(time.time())
         self.died = asyncio.Event()
         """Set when the engine thread ended by itself: nothing can be served any more."""
+        self._drained = asyncio.Event()
+        """Set whenever the last stream is gone."""
         self._streams: dict[str, OutputStream] = {}
         self._inbox: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
@@ -61,9 +63,10 @@ class EngineService:
     async def stop(self, drain_timeout: float) -> None:
         """Refuse new requests, give the running ones `drain_timeout` seconds, abort the rest, end the thread."""
         self._draining = True
-        deadline = time.monotonic() + drain_timeout
-        while self._streams and self._thread.is_alive() and time.monotonic() < deadline:
-            await asyncio.sleep(0.02)
+        if self._streams:
+            self._drained.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._drained.wait(), drain_timeout)
         for stream in list(self._streams.values()):
             self.abort(stream.request_id)
             stream.fail(EngineUnavailable("The server is shutting down."))
@@ -117,7 +120,7 @@ class EngineService:
 
     def abort(self, request_id: str) -> None:
         """Take a request out of the engine before its next step. Unknown and finished ids are fine."""
-        if self._streams.pop(request_id, None) is not None:
+        if self._forget(request_id):
             self._send(lambda: self.engine.abort(request_id))
 
     def _send(self, message: Callable[[], None]) -> None:
@@ -130,12 +133,19 @@ class EngineService:
             stream = self._streams.get(output.request_id)
             if stream is not None:
                 if output.finish_reason is not None:
-                    del self._streams[output.request_id]
+                    self._forget(output.request_id)
                 stream.put(output)
+
+    def _forget(self, request_id: str) -> bool:
+        """Drop a stream; False when it was gone already."""
+        known = self._streams.pop(request_id, None) is not None
+        if not self._streams:
+            self._drained.set()
+        return known
 
     def _fail(self, stream: OutputStream, error: RequestError) -> None:
         if self._streams.get(stream.request_id) is stream:
-            del self._streams[stream.request_id]
+            self._forget(stream.request_id)
         stream.fail(error)
 
     # -- the engine thread ---------------------------------------------------------------------

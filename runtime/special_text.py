@@ -40,10 +40,7 @@ class SpecialText:
     def occurs_in(self, value: object) -> bool:
         """Whether any string in `value` holds a special token, or ends like the beginning of one: two such
         strings that a template writes side by side could make up a token."""
-        return any(
-            text.endswith(self._prefixes) or self._pattern.search(text) is not None
-            for text in _strings(value)
-        )
+        return any(text.endswith(self._prefixes) or self._pattern.search(text) is not None for text in _strings(value))
 
     def hide(self, value: Any) -> Any:
         """`value` with a character of every special token in its strings replaced by a code."""
@@ -70,17 +67,13 @@ class SpecialText:
         at = {match.start() for match in self._starts.finditer(text)}
         if text.endswith(self._prefixes):
             at |= {len(text) - len(prefix) for prefix in self._prefixes if text.endswith(prefix)}
-        return "".join(
-            f"{self._nonce}{ord(char)}z" if index in at else char for index, char in enumerate(text)
-        )
+        return "".join(f"{self._nonce}{ord(char)}z" if index in at else char for index, char in enumerate(text))
 
     def _stand_in(self, id: int) -> str:
         return f"{self._nonce}s{id}z"
 
     def _stand_in_token(self, id: int, token: AddedToken) -> AddedToken:
-        return AddedToken(
-            self._stand_in(id), lstrip=token.lstrip, rstrip=token.rstrip, normalized=False, special=False
-        )
+        return AddedToken(self._stand_in(id), lstrip=token.lstrip, rstrip=token.rstrip, normalized=False, special=False)
 
     def _literal_backend(self) -> Backend:
         """A copy of the tokenizer in which special tokens are plain text, and each has a stand-in with the

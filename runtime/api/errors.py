@@ -89,7 +89,7 @@ def handle_exception(request: Request[Any, Any, Any], error: Exception) -> Respo
 
 
 def from_validation(error: msgspec.ValidationError) -> InvalidRequest:
-    """msgspec's complaint with its JSON path turned into `param`: `$.messages[0].role` → `messages[0].role`."""
+    """msgspec's complaint, its JSON path turned into `param`: `$.messages[0].role` → `messages[0].role`."""
     text = str(error)
     message, _, path = text.partition(" - at `")
     param = path.rstrip("`").removeprefix("$").removeprefix(".") or None
@@ -100,7 +100,7 @@ def from_validation(error: msgspec.ValidationError) -> InvalidRequest:
 
 
 def _from_framework(error: HTTPException) -> RequestError:
-    """Litestar's own routing errors. Its wording for other cases may hold values of ours, so it is not used."""
+    """Litestar's own errors, reworded: its texts may hold values of ours."""
     if isinstance(error, NotFoundException):
         return NotFound("There is no such endpoint.", code="unknown_url")
     if isinstance(error, MethodNotAllowedException):

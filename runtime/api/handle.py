@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from runtime.errors import EngineUnavailable
+from settings.schema import Settings
 
 if TYPE_CHECKING:
     from runtime.service import EngineService
@@ -14,11 +15,17 @@ class ServiceHandle:
     """Filled by whoever loads the engine; read by every request. Event-loop thread only."""
 
     service: "EngineService | None" = None
-    error: str | None = None
-    """Why loading failed, in words fit for a client."""
 
     def require(self) -> "EngineService":
         """The service. Raises `EngineUnavailable` while there is none."""
         if self.service is None:
-            raise EngineUnavailable(self.error or "The model is still loading. Try again in a moment.")
+            raise EngineUnavailable("The model is still loading. Try again in a moment.")
         return self.service
+
+
+@dataclass(frozen=True)
+class Api:
+    """What every handler gets: the engine and the settings."""
+
+    handle: ServiceHandle
+    settings: Settings

@@ -10,6 +10,7 @@ from email.utils import formatdate
 from typing import Any
 
 import structlog
+from litestar.enums import ScopeType
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
 
 from runtime.api.errors import JSON, HeadersTooLarge, encode
@@ -34,7 +35,7 @@ class Observer:
         self._log_requests = log_requests
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] != ScopeType.HTTP:
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
@@ -59,7 +60,14 @@ class Observer:
             self._handle.service.metrics.on_http(method, status, handler, seconds)
         if self._log_requests:
             details = {key: value for key, value in record.log.items() if value is not None}
-            _log.info("request", method=method, handler=handler, status=status, ms=round(seconds * 1000, 1), **details)
+            _log.info(
+                "request",
+                method=method,
+                handler=handler,
+                status=status,
+                ms=round(seconds * 1000, 1),
+                **details,
+            )
 
 
 class _Exchange:
@@ -71,7 +79,7 @@ class _Exchange:
         self._send = send
         self._unread = unread
         self.status = 499
-        """Of the response; 499 as long as there is none, which is how it stays when the client leaves first."""
+        """Of the response; 499 while there is none, and for good when the client leaves first."""
 
     async def receive(self) -> Any:
         message = await self._receive()
@@ -113,7 +121,11 @@ def _refusal(scope: Scope) -> RequestError | None:
 
 async def _answer(error: RequestError, send: Callable[[Any], Any]) -> None:
     body = encode(error)
-    headers = [(b"content-type", JSON.encode()), (b"content-length", str(len(body)).encode()), (b"connection", b"close")]
+    headers = [
+        (b"content-type", JSON.encode()),
+        (b"content-length", str(len(body)).encode()),
+        (b"connection", b"close"),
+    ]
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": body, "more_body": False})
 

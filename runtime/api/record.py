@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from litestar.connection import ASGIConnection
+from litestar.types import Scope
 
 MAX_ID = 128
 """Characters of a request id; longer ones are cut."""
@@ -28,8 +29,10 @@ def record_of(connection: ASGIConnection[Any, Any, Any, Any]) -> RequestRecord:
     return record
 
 
-def attach(scope: dict[str, Any], record: RequestRecord) -> None:
-    scope.setdefault("state", {})[_KEY] = record
+def attach(scope: Scope, record: RequestRecord) -> None:
+    """Called before routing, for every request."""
+    scope.setdefault("state", {})
+    scope["state"][_KEY] = record
 
 
 def make_id(given: str | None = None) -> str:

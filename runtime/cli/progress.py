@@ -1,5 +1,6 @@
 """How far a command is: a bar on a terminal, a line every few seconds otherwise. Always on stderr."""
 
+import os
 import sys
 import time
 from types import TracebackType
@@ -20,7 +21,8 @@ class Meter:
         self._total = total
         self._done = done
         self._said = time.monotonic()
-        self._bar = _bar() if sys.stderr.isatty() else None
+        shown = sys.stderr.isatty() and "EFT_NO_PROGRESS" not in os.environ
+        self._bar = _bar() if shown else None
         self._task = self._bar.add_task(label, total=total, completed=done, note="") if self._bar else None
 
     def advance(self, note: str = "") -> None:

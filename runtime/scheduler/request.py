@@ -48,9 +48,7 @@ class Request:
         "tokens",
     )
 
-    def __init__(
-        self, submission: Submission, *, seed: int, max_len: int, eos_ids: tuple[int, ...] = ()
-    ) -> None:
+    def __init__(self, submission: Submission, *, seed: int, max_len: int, eos_ids: tuple[int, ...] = ()) -> None:
         """`max_len` is the length at which the sequence is finished: prompt and generated tokens.
         `eos_ids` are the model's; with `ignore_eos` they end nothing."""
         self.id = submission.request_id

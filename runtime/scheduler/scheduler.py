@@ -107,9 +107,9 @@ class Scheduler:
             if self._make_room(request, rows):
                 rows[request] = self._row(request, budget)
             budget = self._budget - sum(row.count for row in rows.values())
-        while budget > 0 and (request := self._next_admissible()) is not None:
-            admitted.append(self._admit(request))
-            rows[request] = row = self._row(request, budget)
+        while budget > 0 and (newcomer := self._next_admissible()) is not None:
+            admitted.append(self._admit(newcomer))
+            rows[newcomer] = row = self._row(newcomer, budget)
             budget -= row.count
         self._step += 1
         return StepPlan(step=self._step, admitted=admitted, rows=list(rows.values()))

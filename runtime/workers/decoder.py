@@ -50,7 +50,7 @@ class DecoderLayer:
         self.index = index
         self._spec = spec
         hidden, heads, inner = spec.hidden_size, spec.num_heads * spec.head_dim, spec.intermediate_size
-        self._split = (heads, spec.num_kv_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim)
+        self._split = [heads, spec.num_kv_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim]
         qkv = dict(zip("qkv", self._split, strict=True))
         self.qkv = Linear(hidden, qkv, bias=spec.qkv_bias, dtype=dtype, device=device)
         self.out = Linear(heads, {"": hidden}, bias=spec.out_bias, dtype=dtype, device=device)
@@ -62,11 +62,9 @@ class DecoderLayer:
 
     def __call__(self, ops: Ops, hidden: Tensor, attention: Attention, cos: Tensor, sin: Tensor) -> Tensor:
         """hidden [T, hidden] → the same; cos, sin [T, head_dim / 2] of the tokens' positions."""
-        dim = self._spec.head_dim
-        q, k, v = self.qkv(ops, self.attention_norm(ops, hidden)).split(self._split, dim=-1)
-        mixed = attention(
-            self.index, q.unflatten(-1, (-1, dim)), k.unflatten(-1, (-1, dim)), v.unflatten(-1, (-1, dim)), cos, sin
-        )
+        fused = self.qkv(ops, self.attention_norm(ops, hidden))
+        q, k, v = (x.view(len(x), -1, self._spec.head_dim) for x in torch.split(fused, self._split, dim=-1))
+        mixed = attention(self.index, q, k, v, cos, sin)
         hidden = hidden + self.out(ops, mixed.flatten(1))
         inner = ops.silu_mul(self.gate_up(ops, self.mlp_norm(ops, hidden)))
         return hidden + self.down(ops, inner)
@@ -105,7 +103,10 @@ class Decoder:
 
     def parameters(self) -> dict[str, Parameter]:
         """Every weight by its place in the decoder, such as `layers.0.qkv.weight`."""
-        named: dict[str, Parameter] = {"embedding.weight": self.embedding.weight, "norm.weight": self.norm.weight}
+        named: dict[str, Parameter] = {
+            "embedding.weight": self.embedding.weight,
+            "norm.weight": self.norm.weight,
+        }
         if self._head is not None:
             named["head.weight"] = self._head.weight
         for layer in self.layers:

@@ -36,9 +36,7 @@ def open_gguf(path: Path, *, name: str | None = None, chat_template: str | None 
             f"{gguf_llama.ARCHITECTURE}."
         )
     if (metadata.integer("split.count") or 1) > 1:
-        raise ModelLoadError(
-            f"{path} is a part of a split model: join the parts with llama-gguf-split --merge."
-        )
+        raise ModelLoadError(f"{path} is a part of a split model: join the parts with llama-gguf-split --merge.")
     if metadata.integer(".expert_count"):
         raise metadata.error(".expert_count", "is not 0, and mixtures of experts are not supported")
     for info in file.tensors.values():

@@ -59,9 +59,7 @@ class GgufFile:
         if version not in VERSIONS:
             swapped = int.from_bytes(version.to_bytes(4, "little"), "big") in VERSIONS
             kind = "big-endian" if swapped else f"version {version}"
-            raise ModelLoadError(
-                f"{path}: {kind} GGUF is not supported; versions 2 and 3, little-endian, are."
-            )
+            raise ModelLoadError(f"{path}: {kind} GGUF is not supported; versions 2 and 3, little-endian, are.")
         num_tensors, num_fields = cursor.number("Q"), cursor.number("Q")
         cursor.expect(num_fields, 13, "metadata fields")  # the smallest: a key's length, a type, one byte
         self.fields: dict[str, Any] = {}
@@ -89,9 +87,7 @@ def _tensor_info(cursor: "_Cursor") -> tuple[str, tuple[int, ...], int, int]:
     name = cursor.string()
     num_dimensions = cursor.number("I")
     if not 1 <= num_dimensions <= MAX_DIMENSIONS:
-        raise cursor.error(
-            f"tensor {name!r} has {num_dimensions} dimensions; 1 to {MAX_DIMENSIONS} are possible"
-        )
+        raise cursor.error(f"tensor {name!r} has {num_dimensions} dimensions; 1 to {MAX_DIMENSIONS} are possible")
     shape = cursor.numbers("Q", num_dimensions)
     return name, tuple(reversed(shape)), cursor.number("I"), cursor.number("Q")
 

@@ -104,9 +104,7 @@ def hf_config(
     }
 
 
-def _rope_scaling(
-    metadata: Metadata, head_dim: int, factors: NDArray[np.float32] | None
-) -> dict[str, Any] | None:
+def _rope_scaling(metadata: Metadata, head_dim: int, factors: NDArray[np.float32] | None) -> dict[str, Any] | None:
     if factors is not None:
         return _llama3_scaling(metadata, head_dim, factors)
     kind = metadata.text(".rope.scaling.type") or "none"
@@ -131,7 +129,7 @@ def _llama3_scaling(metadata: Metadata, head_dim: int, factors: NDArray[np.float
     """
     scaling: dict[str, Any] = {
         "rope_type": "llama3",
-        "factor": _shortest(float(factors.max(initial=1.0))),
+        "factor": float(f"{factors.max(initial=1.0):.6g}"),
         "low_freq_factor": 1.0,
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": metadata.integer(".rope.scaling.original_context_length") or 8192,
@@ -139,9 +137,7 @@ def _llama3_scaling(metadata: Metadata, head_dim: int, factors: NDArray[np.float
     theta = metadata.number(".rope.freq_base") or 10000.0
     expected = [_llama3_factor(theta ** (2 * i / head_dim), scaling) for i in range(head_dim // 2)]
     if factors.shape != (head_dim // 2,) or not np.allclose(factors, expected, rtol=1e-3):
-        raise metadata.error(
-            ROPE_FACTORS, "does not follow Llama 3's rope scaling, the only one supported here"
-        )
+        raise metadata.error(ROPE_FACTORS, "does not follow Llama 3's rope scaling, the only one supported here")
     return scaling
 
 

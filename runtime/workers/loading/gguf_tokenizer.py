@@ -62,9 +62,7 @@ def load_tokenizer(metadata: Metadata, vocab_size: int, *, chat_template: str | 
     )
 
 
-def _backend(
-    metadata: Metadata, tokens: list[str], kinds: list[float], ids: dict[str, int | None]
-) -> Backend:
+def _backend(metadata: Metadata, tokens: list[str], kinds: list[float], ids: dict[str, int | None]) -> Backend:
     model = metadata.require(metadata.text(KEY + "model"), KEY + "model")
     if model == "gpt2":
         backend, add_bos = _byte_level(metadata, tokens)
@@ -119,17 +117,13 @@ def _pre_tokenizer(pre: str, add_prefix_space: bool) -> pre_tokenizers.PreTokeni
     )
 
 
-def _sentencepiece(
-    metadata: Metadata, tokens: list[str], kinds: list[float], unknown: int
-) -> tuple[Backend, bool]:
+def _sentencepiece(metadata: Metadata, tokens: list[str], kinds: list[float], unknown: int) -> tuple[Backend, bool]:
     """A `llama` model, and whether a BOS comes before a text unless the file says otherwise."""
     scores = metadata.require(metadata.numbers(KEY + "scores"), KEY + "scores")
     if len(scores) != len(tokens):
         raise metadata.error(KEY + "scores", f"has {len(scores)} entries for {len(tokens)} tokens")
     pieces = {
-        text: score
-        for text, score, kind in zip(tokens, scores, kinds, strict=True)
-        if kind in (NORMAL, USER_DEFINED)
+        text: score for text, score, kind in zip(tokens, scores, kinds, strict=True) if kind in (NORMAL, USER_DEFINED)
     }
     model = BPE(
         vocab={text: id for id, text in enumerate(tokens)},

@@ -1,14 +1,15 @@
 """The tokenizer of a Hugging Face directory.
 
-tokenizer.json is used as it stands. Only when there is none is transformers asked to convert the older
-files (a sentencepiece model, or vocab.json and merges.txt).
+tokenizer.json is used as it stands, as transformers does it: its post-processor alone says whether a BOS
+comes before a text, whatever `add_bos_token` in tokenizer_config.json says. Only when there is none is
+transformers asked to convert the older files (a sentencepiece model, or vocab.json and merges.txt).
 """
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, processors
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 from runtime.tokenizer import Tokenizer
@@ -39,11 +40,6 @@ def load_tokenizer(
     named = {key: text for key in NAMED if (text := _token_text(settings.get(key))) is not None}
     _make_special(backend, named, settings)
     bos_id = _id(backend, named.get("bos_token"))
-    if backend.post_processor is None and settings.get("add_bos_token") is True and bos_id is not None:
-        bos = named["bos_token"]
-        backend.post_processor = processors.TemplateProcessing(
-            single=[bos, "$A"], special_tokens=[(bos, bos_id)]
-        )
     eos_ids = [*_ids(generation_config.get("eos_token_id")), *_ids(config.get("eos_token_id"))]
     tokenizer_eos = _id(backend, named.get("eos_token"))
     return Tokenizer(

@@ -35,9 +35,7 @@ def fetch(model: str, *, revision: str | None = None) -> Path:
         ) from error
     which = model if revision is None else f"{model} at revision {revision}"
     try:
-        directory = snapshot_download(
-            model, revision=revision, allow_patterns=WANTED, ignore_patterns=UNWANTED
-        )
+        directory = snapshot_download(model, revision=revision, allow_patterns=WANTED, ignore_patterns=UNWANTED)
     except errors.GatedRepoError as error:
         raise ModelLoadError(
             f"{which} is gated: accept its terms on the hub, and set HF_TOKEN to a token of that account."

@@ -9,9 +9,7 @@ from runtime.workers.loading.errors import ModelLoadError
 DEMO = "demo"
 
 
-def open_checkpoint(
-    model: str, *, revision: str | None = None, chat_template: str | None = None
-) -> Checkpoint:
+def open_checkpoint(model: str, *, revision: str | None = None, chat_template: str | None = None) -> Checkpoint:
     """Find and check a model's files; its weights are read by `Checkpoint.tensors`.
 
     `model` is `demo`, a GGUF file, a directory, or a hub id such as `org/name`, tried in this order.

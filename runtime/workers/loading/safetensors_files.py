@@ -66,9 +66,7 @@ def _indexed(directory: Path) -> WeightFiles:
     by_file: defaultdict[str, list[str]] = defaultdict(list)
     for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise ModelLoadError(
-                f"{index}: {name} must be in a safetensors file beside the index, not {file!r}."
-            )
+            raise ModelLoadError(f"{index}: {name} must be in a safetensors file beside the index, not {file!r}.")
         by_file[file].append(name)
     missing = [file for file in by_file if not (directory / file).is_file()]
     if missing:
@@ -95,9 +93,7 @@ def _opened(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt", device="cpu") as file:
             yield file
     except (SafetensorError, OSError) as error:
-        raise ModelLoadError(
-            f"{path} cannot be read as safetensors: {error}. Is the download complete?"
-        ) from error
+        raise ModelLoadError(f"{path} cannot be read as safetensors: {error}. Is the download complete?") from error
 
 
 def _pickle_message(directory: Path, name: str) -> str:

@@ -1,5 +1,6 @@
 """The GGUF container against the `gguf` package, and against damaged files."""
 
+import contextlib
 import struct
 from pathlib import Path
 
@@ -8,8 +9,7 @@ from gguf import GGUFReader
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from runtime.workers.loading.errors import ModelLoadError
-from runtime.workers.loading.gguf import open_gguf
+from runtime.workers.loading import ModelLoadError, open_checkpoint
 from runtime.workers.loading.gguf_container import GgufFile
 from tests.workers.loading.gguf_files import write_gguf
 
@@ -37,9 +37,7 @@ def test_reads_what_the_reference_reads(tiny_gguf: Path) -> None:
     file, reference = GgufFile(tiny_gguf), GGUFReader(tiny_gguf)
     fields = {key: field.contents() for key, field in reference.fields.items() if not key.startswith("GGUF.")}
     assert file.fields == fields
-    assert {
-        name: (list(reversed(info.shape)), info.type, info.offset) for name, info in file.tensors.items()
-    } == {
+    assert {name: (list(reversed(info.shape)), info.type, info.offset) for name, info in file.tensors.items()} == {
         tensor.name: (tensor.shape.tolist(), tensor.tensor_type.value, tensor.data_offset)
         for tensor in reference.tensors
     }
@@ -60,8 +58,7 @@ def test_every_kind_of_value(tmp_path: Path) -> None:
         (12, "<d", 1e300),
     ]
     fields = b"".join(
-        string(f"k{type}".encode()) + struct.pack("<I", type) + struct.pack(code, value)
-        for type, code, value in values
+        string(f"k{type}".encode()) + struct.pack("<I", type) + struct.pack(code, value) for type, code, value in values
     )
     file = opened(tmp_path, header(fields, num_fields=len(values)))
     assert file.fields == {f"k{type}": value for type, _, value in values}
@@ -106,26 +103,24 @@ def test_an_absent_file_is_refused(tmp_path: Path) -> None:
 def test_a_file_cut_off_anywhere_is_refused(tiny_gguf: Path, tmp_path: Path) -> None:
     data = tiny_gguf.read_bytes()
     path = tmp_path / "cut.gguf"
-    for size in [*range(0, 64), *range(64, len(data), 4001), len(data) - 1]:
+    for size in [*range(64), *range(64, len(data), 4001), len(data) - 1]:
         path.write_bytes(data[:size])
         with pytest.raises(ModelLoadError):
-            open_gguf(path)
+            open_checkpoint(str(path))
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(flips=st.lists(st.tuples(st.integers(0, 24_000), st.integers(0, 255)), min_size=1, max_size=4))
+@given(flips=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=4))
 def test_flipped_bytes_never_end_in_another_error(
-    tiny_gguf: Path, tmp_path: Path, flips: list[tuple[int, int]]
+    tiny_gguf: Path, tmp_path: Path, flips: list[tuple[float, int]]
 ) -> None:
-    """The first 24,000 bytes are the metadata and the tensor list. What still opens must be readable."""
+    """Bytes of the metadata and the tensor list are overwritten. What still opens must be readable."""
     data = bytearray(tiny_gguf.read_bytes())
+    end = min(info.offset for info in GgufFile(tiny_gguf).tensors.values())
     for at, byte in flips:
-        data[at] = byte
+        data[int(at * (end - 1))] = byte
     path = tmp_path / "flipped.gguf"
     path.write_bytes(data)
-    try:
-        checkpoint = open_gguf(path)
-    except ModelLoadError as error:
-        assert "flipped.gguf" in str(error)
-        return
-    assert len(checkpoint.tokenizer.encode("newt")) > 0
+    with contextlib.suppress(ModelLoadError):
+        checkpoint = open_checkpoint(str(path))
+        assert all(name.startswith(("model.", "lm_head.")) for name, _ in checkpoint.tensors())

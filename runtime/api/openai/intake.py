@@ -1,0 +1,35 @@
+"""The way in, the same for all POST endpoints: from bytes to a checked struct."""
+
+from typing import Any, Generic, TypeVar
+
+import msgspec
+from litestar import Request
+
+from runtime.api.body import decode, parse_fields, read_body
+from runtime.api.handle import Api
+from runtime.api.openai.fields import check_fields, report_unknown
+from runtime.errors import ModelNotFound
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+
+class Intake(Generic[T]):
+    """Reads requests of one kind."""
+
+    def __init__(self, kind: type[T]) -> None:
+        self._known = frozenset(kind.__struct_fields__)
+        self._decoder = msgspec.json.Decoder(kind)
+
+    async def read(self, request: Request[Any, Any, Any], api: Api) -> T:
+        """The request's body as a struct. Raises a `RequestError` for whatever is wrong with it."""
+        body = await read_body(request, api.settings.server)
+        fields = parse_fields(body)
+        unknown = check_fields(fields, self._known)
+        report_unknown(request, unknown, api.settings.limits.unknown_fields)
+        return decode(body, self._decoder)
+
+
+def check_model(asked: str | None, served: str) -> None:
+    """Raise `ModelNotFound` for a model that is not served. None asks for the one there is."""
+    if asked is not None and asked != served:
+        raise ModelNotFound(f"The model `{asked[:200]}` does not exist. This server has `{served}`.", param="model")

@@ -1,0 +1,163 @@
+"""`eft bench offline`: the engine alone, without HTTP, on prompts of random words."""
+
+import random
+import time
+from typing import TYPE_CHECKING, Annotated, Any
+
+import msgspec
+from cyclopts import Parameter
+from msgspec import Struct
+from rich.table import Table
+
+from runtime.cli.errors import UsageError
+from runtime.cli.flags import MODEL_SECTIONS, Config, Json, read_settings, with_settings
+from runtime.cli.load.prompts import WORDS
+from runtime.cli.load.report import Stats
+from runtime.cli.output import console
+from settings.schema import Settings
+
+if TYPE_CHECKING:
+    from runtime.llm import LLM, Completion
+
+
+class OfflineSpec(Struct, frozen=True, kw_only=True):
+    """The work, reproducible from its seed. Lengths are in tokens."""
+
+    requests: int
+    concurrency: int
+    input_len: int
+    output_len: int
+    shared_prefix: int
+    seed: int
+
+    def verify(self) -> None:
+        """Raise `UsageError` naming the first field that makes no sense."""
+        for name, least in {"requests": 1, "input_len": 1, "output_len": 1, "shared_prefix": 0}.items():
+            if (value := getattr(self, name)) < least:
+                raise UsageError(f"{name} must be at least {least}, got {value}")
+
+
+class OfflineReport(Struct, frozen=True, kw_only=True):
+    """Rates are over `duration`, loading and warming up aside. Times are in seconds."""
+
+    spec: OfflineSpec
+    model: str
+    load_time: float
+    duration: float
+    prompt_tokens: int
+    cached_tokens: int
+    """Prompt tokens whose KV came from the prefix cache."""
+    output_tokens: int
+    prompt_tokens_per_s: float
+    output_tokens_per_s: float
+    requests_per_s: float
+    ttft: Stats | None
+    """From the start of the whole run: all requests are there at once."""
+    e2e: Stats | None
+
+
+@with_settings(*MODEL_SECTIONS)
+def bench_offline(
+    model: Annotated[str | None, Parameter(help="As in `eft serve MODEL`.")] = None,
+    *,
+    requests: Annotated[int, Parameter(help="How many.")] = 64,
+    max_running: Annotated[
+        int, Parameter(name=["--concurrency", "--max-running"], help="Most sequences running at once.")
+    ] = 32,
+    input_len: Annotated[int, Parameter(help="Prompt tokens of each request.")] = 120,
+    output_len: Annotated[int, Parameter(help="Tokens to generate, exactly.")] = 128,
+    shared_prefix: Annotated[
+        int, Parameter(help="Tokens that every prompt begins with, besides its own.")
+    ] = 0,
+    seed: Annotated[int, Parameter(help="Same seed, same prompts.")] = 0,
+    json: Json = False,
+    config: Config = None,
+    **flags: Any,
+) -> None:
+    """Generate greedily, all requests submitted at once, and report the rates."""
+    settings = read_settings(flags, config, model=model, max_running=max_running).settings
+    spec = OfflineSpec(
+        requests=requests,
+        concurrency=max_running,
+        input_len=input_len,
+        output_len=output_len,
+        shared_prefix=shared_prefix,
+        seed=seed,
+    )
+    spec.verify()
+    report = _measure(spec, settings)
+    if json:
+        print(msgspec.json.encode(report).decode())
+    else:
+        console().print(_table(report))
+
+
+def _measure(spec: OfflineSpec, settings: Settings) -> OfflineReport:
+    from runtime.clash import refuse_clash
+
+    refuse_clash()
+    from runtime.llm import LLM
+
+    begin = time.perf_counter()
+    llm = LLM(settings=settings)
+    loaded = time.perf_counter()
+    # The first steps pay for what is set up lazily. Another seed: nothing of it helps the prefix cache.
+    _generate(llm, _prompts(llm, msgspec.structs.replace(spec, requests=1, seed=~spec.seed)), 2)
+    prompts = _prompts(llm, spec)
+    started = time.perf_counter()
+    done = _generate(llm, prompts, spec.output_len)
+    duration = time.perf_counter() - started
+    prompt_tokens, output_tokens = sum(map(len, prompts)), sum(len(one.token_ids) for one in done)
+    return OfflineReport(
+        spec=spec,
+        model=llm.model_name,
+        load_time=loaded - begin,
+        duration=duration,
+        prompt_tokens=prompt_tokens,
+        cached_tokens=sum(one.cached_tokens for one in done),
+        output_tokens=output_tokens,
+        prompt_tokens_per_s=prompt_tokens / duration,
+        output_tokens_per_s=output_tokens / duration,
+        requests_per_s=len(done) / duration,
+        ttft=Stats.of([one.ttft for one in done]),
+        e2e=Stats.of([one.e2e for one in done]),
+    )
+
+
+def _prompts(llm: "LLM", spec: OfflineSpec) -> list[list[int]]:
+    """Prompts of exactly `shared_prefix + input_len` tokens, made of ordinary words."""
+    ids = llm.tokenizer.encode(" " + " ".join(WORDS), add_special_tokens=False)
+    prefix = random.Random(f"prefix {spec.seed}").choices(ids, k=spec.shared_prefix)
+    rng = random.Random(f"own {spec.seed}")
+    return [prefix + rng.choices(ids, k=spec.input_len) for _ in range(spec.requests)]
+
+
+def _generate(llm: "LLM", prompts: list[list[int]], length: int) -> list["Completion"]:
+    from runtime.messages import SamplingParams
+
+    return llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True))
+
+
+def _table(report: OfflineReport) -> Table:
+    spec = report.spec
+    title = (
+        f"{report.model}: {spec.requests} requests, {spec.concurrency} at once, "
+        f"{spec.shared_prefix + spec.input_len} in, {spec.output_len} out"
+    )
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column("")
+    table.add_column("", justify="right")
+    rows = {
+        "output": f"{report.output_tokens_per_s:.1f} tok/s",
+        "prompt": f"{report.prompt_tokens_per_s:.1f} tok/s",
+        "requests": f"{report.requests_per_s:.2f} /s",
+        "prompt tokens cached": f"{report.cached_tokens} of {report.prompt_tokens}",
+        "duration": f"{report.duration:.2f} s",
+        "loading": f"{report.load_time:.2f} s",
+    }
+    for label, value in rows.items():
+        table.add_row(label, value)
+    for label, stats in (("time to first token", report.ttft), ("end to end", report.e2e)):
+        if stats is not None:
+            table.add_row(f"{label}, median", f"{stats.p50:.2f} s")
+    return table

@@ -1,0 +1,93 @@
+"""Block tables and prefix sharing. Expected numbers are worked out by hand for blocks of 4 tokens."""
+
+from runtime.blocks import BlockManager, BlockTable
+
+TOKENS = list(range(100, 120))
+
+
+def add(manager: BlockManager, tokens: list[int], *, adapter: str = "", salt: str = "") -> tuple[BlockTable, int]:
+    """Adopt and compute a whole sequence; returns its table and the tokens that were cached."""
+    match = manager.match(tokens, adapter=adapter, salt=salt)
+    assert manager.can_adopt(match, len(tokens))
+    table = manager.adopt(match, len(tokens))
+    manager.index(table, tokens, len(tokens))
+    return table, match.num_tokens
+
+
+def test_a_second_sequence_shares_full_blocks() -> None:
+    manager = BlockManager(16, 4)
+    first, cached = add(manager, TOKENS[:10])
+    assert cached == 0
+    second, cached = add(manager, TOKENS[:10])
+    assert cached == 8
+    assert second.blocks[:2] == first.blocks[:2]
+    assert second.blocks[2] != first.blocks[2]
+    assert manager.num_free == 16 - 4
+    manager.check_integrity()
+
+
+def test_the_last_token_is_always_left_to_compute() -> None:
+    manager = BlockManager(16, 4)
+    add(manager, TOKENS[:8])
+    assert manager.match(TOKENS[:8], adapter="", salt="").num_tokens == 4
+    assert manager.match(TOKENS[:9], adapter="", salt="").num_tokens == 8
+
+
+def test_adapter_version_and_salt_are_part_of_the_key() -> None:
+    manager = BlockManager(32, 4)
+    add(manager, TOKENS)
+    for adapter, salt in (("a@1", ""), ("", "tenant"), ("a@2", ""), ("", "a@1")):
+        _, cached = add(manager, TOKENS, adapter=adapter, salt=salt)
+        assert cached == 0
+    assert manager.match(TOKENS, adapter="a@1", salt="").num_tokens == 16
+
+
+def test_freed_blocks_are_found_again_until_evicted_and_the_start_lasts_longest() -> None:
+    manager = BlockManager(5, 4)
+    table, _ = add(manager, TOKENS[:17])
+    manager.free(table)
+    assert manager.num_free == 5
+    assert manager.match(TOKENS[:17], adapter="", salt="").num_tokens == 16
+    other, _ = add(manager, list(range(8)))  # takes the block without content, then the tail of the old sequence
+    assert manager.match(TOKENS[:17], adapter="", salt="").num_tokens == 12
+    manager.free(other)
+    manager.check_integrity()
+
+
+def test_a_match_in_the_free_list_does_not_count_as_room() -> None:
+    manager = BlockManager(4, 4)
+    table, _ = add(manager, TOKENS[:12])
+    manager.free(table)
+    match = manager.match(TOKENS[:12], adapter="", salt="")
+    assert match.num_tokens == 8
+    assert match.num_evictable == 2
+    assert manager.can_adopt(match, 16)
+    assert not manager.can_adopt(match, 17)
+
+
+def test_forget_makes_content_unfindable() -> None:
+    manager = BlockManager(8, 4)
+    table, _ = add(manager, TOKENS[:12])
+    manager.free(table, forget=True)
+    assert manager.match(TOKENS[:12], adapter="", salt="").num_tokens == 0
+    manager.check_integrity()
+
+
+def test_reset_and_disabled_caching() -> None:
+    manager = BlockManager(8, 4)
+    held, _ = add(manager, TOKENS[:12])
+    manager.reset_prefixes()
+    assert manager.match(TOKENS[:12], adapter="", salt="").num_tokens == 0
+    manager.free(held)
+    manager.check_integrity()
+    off = BlockManager(8, 4, prefix_caching=False)
+    add(off, TOKENS[:12])
+    assert off.match(TOKENS[:12], adapter="", salt="").num_tokens == 0
+
+
+def test_usage_counts_held_blocks_only() -> None:
+    manager = BlockManager(10, 4)
+    table, _ = add(manager, TOKENS[:17])
+    assert manager.usage == 0.5
+    manager.free(table)
+    assert manager.usage == 0.0

@@ -1,0 +1,100 @@
+"""Our decoder against transformers' LlamaForCausalLM: same weights, same logits, same gradients."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import kernels
+from runtime.workers.attention import PackedAttention
+from runtime.workers.decoder import Decoder
+from runtime.workers.loading import open_checkpoint
+from runtime.workers.models import find_model
+from tests.tiny import make_tiny_llama
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "grouped-query": {},
+    "multi-head": {"num_key_value_heads": 4},
+    "multi-query": {"num_key_value_heads": 1},
+    "tied": {"tie_word_embeddings": True},
+    "untied": {"tie_word_embeddings": False},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "wide heads": {"head_dim": 32},
+    "rope theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
+    "rope linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
+    "rope llama3": {
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        }
+    },
+}
+
+
+def load(path: Path) -> tuple[Decoder, Any]:
+    from transformers import LlamaForCausalLM
+
+    checkpoint = open_checkpoint(str(path))
+    model = find_model(checkpoint.config)
+    spec = model.spec(checkpoint.config)
+    decoder = Decoder(
+        spec,
+        kernels.load("reference"),
+        max_len=spec.max_position,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    decoder.load(model.weights(checkpoint.tensors(), spec))
+    return decoder, LlamaForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+def logits_of(decoder: Decoder, sequences: list[Tensor]) -> Tensor:
+    """Packed, without a cache, as training runs it: [T, vocab]."""
+    positions = torch.cat([torch.arange(len(ids)) for ids in sequences])
+    attention = PackedAttention(decoder.ops, [len(ids) for ids in sequences], decoder.spec.scale)
+    return decoder.logits(decoder.forward(torch.cat(sequences), positions, attention))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_logits_equal_transformers(name: str, tmp_path: Path) -> None:
+    decoder, oracle = load(make_tiny_llama(tmp_path / "model", **VARIANTS[name]))
+    generator = torch.Generator().manual_seed(1)
+    sequences = [torch.randint(0, 512, (length,), generator=generator) for length in (1, 7, 130)]
+    with torch.no_grad():
+        ours = logits_of(decoder, sequences).split([len(ids) for ids in sequences])
+        for ids, logits in zip(sequences, ours, strict=True):
+            expected = oracle(ids.unsqueeze(0)).logits[0]
+            assert (logits - expected).abs().max() < 1e-3
+
+
+def test_input_gradients_equal_transformers(tiny_model: Path) -> None:
+    """The same layers serve and train: the gradient that reaches the embeddings is transformers'."""
+    decoder, oracle = load(tiny_model)
+    ids = torch.randint(0, 512, (40,), generator=torch.Generator().manual_seed(2))
+    ours = decoder.embedding.weight.data.requires_grad_(True)
+    torch.nn.functional.cross_entropy(logits_of(decoder, [ids])[:-1], ids[1:]).backward()
+    oracle(ids.unsqueeze(0), labels=ids.unsqueeze(0)).loss.backward()
+    expected = oracle.get_input_embeddings().weight.grad
+    assert ours.grad is not None
+    assert torch.allclose(ours.grad, expected, atol=1e-5)
+    assert expected.abs().max() > 1e-3  # the comparison is not one of zeros
+
+
+def test_unknown_architecture_lists_the_known() -> None:
+    with pytest.raises(ValueError, match=r"NewtForCausalLM.*LlamaForCausalLM"):
+        find_model({"architectures": ["NewtForCausalLM"]})
+
+
+def test_unknown_rope_scaling_is_refused(tiny_model: Path) -> None:
+    config = open_checkpoint(str(tiny_model)).config | {
+        "rope_scaling": {"rope_type": "spiral"},
+        "rope_parameters": None,
+    }
+    with pytest.raises(ValueError, match=r"spiral.*linear"):
+        find_model(config).spec(config)

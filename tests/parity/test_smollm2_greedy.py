@@ -1,0 +1,80 @@
+"""The real SmolLM2 against transformers' generate: the same 64 greedy tokens, however they are computed."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from runtime import LLM, SamplingParams
+from runtime.workers.loading import open_checkpoint
+
+pytestmark = pytest.mark.real_model
+
+QUESTIONS = [
+    "What is the capital of France?",
+    "Write a haiku about rain.",
+    "Explain why the sky is blue, to a child of five.",
+    "List three prime numbers above 100.",
+    "Translate 'good morning' into Spanish.",
+    "Write a Python function that reverses a string.",
+    "Who was Ada Lovelace? Answer in two sentences.",
+    "What should I cook tonight with eggs, rice and spinach?",
+]
+STEPS = 64
+GREEDY = SamplingParams(max_tokens=STEPS, temperature=0.0, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def prompts(demo_model: Path) -> list[list[int]]:
+    tokenizer = open_checkpoint(str(demo_model)).tokenizer
+    return [tokenizer.encode_chat([{"role": "user", "content": question}]) for question in QUESTIONS]
+
+
+@pytest.fixture(scope="module")
+def expected(demo_model: Path, prompts: list[list[int]]) -> list[list[int]]:
+    """transformers on the same weights, one prompt at a time, float32."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    checkpoint = open_checkpoint(str(demo_model))
+    model: Any = LlamaForCausalLM(LlamaConfig(**checkpoint.config)).eval()
+    missing, unexpected = model.load_state_dict(dict(checkpoint.tensors()), strict=False)
+    assert set(missing) <= {"lm_head.weight"}
+    assert not unexpected
+    model.tie_weights()
+    outputs = []
+    for ids in prompts:
+        tensor = torch.tensor([ids])
+        out = model.generate(
+            tensor,
+            attention_mask=torch.ones_like(tensor),
+            max_new_tokens=STEPS,
+            min_new_tokens=STEPS,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        outputs.append(out[0, len(ids) :].tolist())
+    return outputs
+
+
+@pytest.fixture(
+    scope="module",
+    params=[{}, {"max_prefill_chunk": 7}, {"num_blocks": 17, "max_prefill_chunk": 7}],
+    ids=["plain", "chunks of 7", "chunks of 7 and preempting"],
+)
+def llm(request: pytest.FixtureRequest, demo_model: Path) -> LLM:
+    return LLM(str(demo_model), **request.param)
+
+
+def test_all_at_once(llm: LLM, prompts: list[list[int]], expected: list[list[int]]) -> None:
+    completions = llm.generate(prompts, GREEDY)
+    assert [c.token_ids for c in completions] == expected
+    if llm.settings.cache.num_blocks is not None:
+        assert llm.engine.scheduler.num_preemptions > 0
+    llm.engine.scheduler.check_integrity()
+
+
+def test_one_by_one(demo_model: Path, prompts: list[list[int]], expected: list[list[int]]) -> None:
+    llm = LLM(str(demo_model), max_prefill_chunk=7)
+    assert [llm.generate([ids], GREEDY)[0].token_ids for ids in prompts] == expected
