@@ -75,7 +75,7 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             reason = error.message or type(error).__name__
             raise InvalidRequest(f"The chat template refused the messages: {reason}", param="messages") from error
-        except (TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError) as error:
+        except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
             # What Python itself raises when a template adds, indexes or calls a value of the wrong type.
             raise InvalidRequest(
                 f"The chat template cannot render these messages: {error}", param="messages"

@@ -27,7 +27,6 @@ class SpecialText:
         longest_first = sorted(self._ids, key=len, reverse=True)  # the order in which the tokenizer matches
         alternatives = "|".join(map(re.escape, longest_first)) or "(?!)"
         self._pattern = re.compile(alternatives)
-        self._starts = re.compile(f"(?={alternatives})")  # matches that overlap are found too
         # Drawn per process, so that no client can write a stand-in. ASCII letters and digits alone, so that
         # no filter of a template changes them.
         self._nonce = f"q{secrets.token_hex(8)}q"
@@ -64,10 +63,22 @@ class SpecialText:
         return [self._id_of_stand_in.get(id, id) for id in ids]
 
     def _hide_in_text(self, text: str) -> str:
-        at = {match.start() for match in self._starts.finditer(text)}
+        pieces, done = [], 0
+        for at in self._beginnings(text):
+            pieces += [text[done:at], f"{self._nonce}{ord(text[at])}z"]
+            done = at + 1
+        return "".join([*pieces, text[done:]])
+
+    def _beginnings(self, text: str) -> list[int]:
+        """Where special tokens begin in `text`, overlapping ones too, and those that its end cuts off."""
+        found = set()
+        match = self._pattern.search(text)
+        while match is not None:
+            found.add(match.start())
+            match = self._pattern.search(text, match.start() + 1)
         if text.endswith(self._prefixes):
-            at |= {len(text) - len(prefix) for prefix in self._prefixes if text.endswith(prefix)}
-        return "".join(f"{self._nonce}{ord(char)}z" if index in at else char for index, char in enumerate(text))
+            found |= {len(text) - len(prefix) for prefix in self._prefixes if text.endswith(prefix)}
+        return sorted(found)
 
     def _stand_in(self, id: int) -> str:
         return f"{self._nonce}s{id}z"

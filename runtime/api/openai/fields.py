@@ -4,6 +4,7 @@ A field that is accepted and then ignored is a lie to the client. So each of the
 asks for nothing, and any other value is refused by name.
 """
 
+import contextlib
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ import msgspec
 from litestar import Request
 
 from runtime.api.body import Fields
+from runtime.api.openai.schema import ChatMessage, StreamOptions
 from runtime.api.record import record_of
 from runtime.errors import InvalidRequest, Unsupported
 from runtime.logs import clean, get_logger
@@ -79,6 +81,12 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 }
 """Field name → the values that ask for nothing. A number stands for its integer and float form."""
 
+_MESSAGE_FIELDS = frozenset(ChatMessage.__struct_fields__)
+_OPTION_FIELDS = frozenset(StreamOptions.__struct_fields__)
+_object = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_objects = msgspec.json.Decoder(list[dict[str, msgspec.Raw]])
+_list = msgspec.json.Decoder(list[msgspec.Raw])
+
 _MAX_NEUTRAL = 64
 """Bytes of the longest encoded neutral value, with room for spaces; longer ones need no decoding."""
 
@@ -99,6 +107,27 @@ def check_fields(fields: Fields, known: Iterable[str]) -> list[str]:
             unknown.append(name)
         elif not _is_neutral(value, NEUTRAL[name]):
             raise Unsupported(f"`{name}` is not supported yet, got {_shown(value)}.", param=name)
+    return unknown
+
+
+def unknown_nested(fields: Fields, *, max_messages: int) -> list[str]:
+    """Unknown keys inside messages and stream options, as `messages[0].colour`.
+
+    Also the place where too many messages are refused, before a struct is made of each. What is of the wrong
+    type here is left to the decoder that knows the types.
+    """
+    unknown: list[str] = []
+    with contextlib.suppress(msgspec.ValidationError):
+        if "stream_options" in fields:
+            options = _object.decode(fields["stream_options"])
+            unknown += [f"stream_options.{name}" for name in options if name not in _OPTION_FIELDS]
+    with contextlib.suppress(msgspec.ValidationError):
+        count = len(_list.decode(fields["messages"])) if "messages" in fields else 0
+        if count > max_messages:
+            raise InvalidRequest(f"messages must have at most {max_messages} messages, got {count}.", param="messages")
+        messages = _objects.decode(fields["messages"]) if count else []
+        for index, message in enumerate(messages):
+            unknown += [f"messages[{index}].{name}" for name in message if name not in _MESSAGE_FIELDS]
     return unknown
 
 

@@ -3,11 +3,11 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Iterable
-from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 from runtime.api.disconnect import cancel
 from runtime.api.openai.responses import PromptTokensDetails, Usage
+from runtime.api.record import RequestRecord
 from runtime.errors import EngineFailure, EngineUnavailable
 from runtime.messages import Output, Submission
 
@@ -19,10 +19,18 @@ if TYPE_CHECKING:
 class Generation:
     """`choices` sequences for each prompt, in the order prompt by prompt. `close` must be called."""
 
-    def __init__(self, service: "EngineService", submissions: Iterable[Submission], *, choices: int) -> None:
+    def __init__(
+        self,
+        service: "EngineService",
+        submissions: Iterable[Submission],
+        *,
+        choices: int,
+        record: RequestRecord,
+    ) -> None:
         """Submits all or none. Raises what `EngineService.submit` raises."""
         self.created = int(time.time())
         self._metrics = service.metrics
+        self._record = record
         self._choices = choices
         self._closed = False
         self._streams: list[OutputStream] = []
@@ -42,6 +50,12 @@ class Generation:
         self._cancel()
         longest = max((output.generated_tokens for output in self._latest if output), default=0)
         self._metrics.on_request(choices=self._choices, longest=longest)
+        usage = self.usage
+        self._record.log.update(
+            prompt_tokens=usage.prompt_tokens,
+            cached_tokens=usage.prompt_tokens_details.cached_tokens,
+            completion_tokens=usage.completion_tokens,
+        )
 
     def _cancel(self) -> None:
         for stream in self._streams:

@@ -7,7 +7,7 @@ from litestar import Request
 
 from runtime.api.body import decode, parse_fields, read_body
 from runtime.api.handle import Api
-from runtime.api.openai.fields import check_fields, report_unknown
+from runtime.api.openai.fields import check_fields, report_unknown, unknown_nested
 from runtime.errors import ModelNotFound
 
 T = TypeVar("T", bound=msgspec.Struct)
@@ -24,8 +24,10 @@ class Intake(Generic[T]):
         """The request's body as a struct. Raises a `RequestError` for whatever is wrong with it."""
         body = await read_body(request, api.settings.server)
         fields = parse_fields(body)
+        limits = api.settings.limits
         unknown = check_fields(fields, self._known)
-        report_unknown(request, unknown, api.settings.limits.unknown_fields)
+        unknown += unknown_nested(fields, max_messages=limits.max_messages)
+        report_unknown(request, unknown, limits.unknown_fields)
         return decode(body, self._decoder)
 
 

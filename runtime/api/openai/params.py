@@ -63,7 +63,7 @@ def sampling_params(
 
 
 def fit_context(
-    params: SamplingParams, prompt_tokens: int, context: int, *, field: str, prompt_field: str, default: int | None
+    params: SamplingParams, prompt_tokens: int, context: int, *, max_field: str, prompt_field: str, default: int | None
 ) -> SamplingParams:
     """`params` with a `max_tokens` that fits beside the prompt. Raises `ContextLengthExceeded`.
 
@@ -79,9 +79,9 @@ def fit_context(
     if params.max_tokens is not None and params.max_tokens > room:
         raise ContextLengthExceeded(
             f"This model's maximum context length is {context} tokens. You asked for "
-            f"{prompt_tokens + params.max_tokens}: {prompt_tokens} in the prompt and {params.max_tokens} in {field}. "
+            f"{prompt_tokens + params.max_tokens}: {prompt_tokens} in the prompt and {params.max_tokens} in {max_field}. "
             "Shorten the prompt or the output.",
-            param=field,
+            param=max_field,
         )
     if params.max_tokens is None and default is not None:
         return replace(params, max_tokens=max(min(default, room), min(params.min_tokens, room)))

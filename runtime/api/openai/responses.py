@@ -58,7 +58,7 @@ class ChatChunkChoice(Struct, kw_only=True):
     index: int
     delta: ChatDelta
     finish_reason: Finish | None = None
-    stop_reason: str | int | None | UnsetType = UNSET
+    stop_reason: str | int | UnsetType | None = UNSET
     logprobs: None = None
     token_ids: list[int] | UnsetType = UNSET
 
@@ -70,7 +70,7 @@ class ChatChunk(Struct, kw_only=True):
     choices: list[ChatChunkChoice]
     system_fingerprint: str
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    usage: Usage | None | UnsetType = UNSET
+    usage: Usage | UnsetType | None = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
 
 
@@ -93,7 +93,7 @@ class Completion(Struct, kw_only=True):
     choices: list[CompletionChoice]
     system_fingerprint: str
     object: Literal["text_completion"] = "text_completion"
-    usage: Usage | None | UnsetType = UNSET
+    usage: Usage | UnsetType | None = UNSET
 
 
 class Model(Struct, kw_only=True):

@@ -1,0 +1,70 @@
+"""The work that every peer is given, and what came of it."""
+
+import random
+import statistics
+from collections.abc import Callable
+from typing import Literal, Protocol
+
+from msgspec import Struct
+
+from runtime.cli.load.prompts import WORDS
+
+Encode = Callable[[str], list[int]]
+
+
+class Job(Struct, frozen=True):
+    """Prompts as token ids, and how many tokens to generate for each, greedily and past any end token."""
+
+    prompts: list[list[int]]
+    output_len: int
+
+
+class Outcome(Struct, frozen=True):
+    """What a peer made of a job."""
+
+    seconds: float
+    tokens: list[list[int]]
+    """What was generated for each prompt."""
+
+    @property
+    def output_rate(self) -> float:
+        """Generated tokens a second."""
+        return sum(map(len, self.tokens)) / self.seconds
+
+
+class Peer(Protocol):
+    """Something that generates."""
+
+    def run(self, job: Job) -> Outcome: ...
+
+
+class Measurement(Struct, kw_only=True):
+    """One number about one peer, measured several times."""
+
+    peer: str
+    unit: Literal["output tok/s", "prompt tok/s", "s to first token"]
+    values: list[float] = []
+    note: str = ""
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.values)
+
+    def times_better(self, base: "Measurement") -> float:
+        """How often `base` fits into this: above 1 is faster, for rates and for times."""
+        ratio = self.median / base.median
+        return 1 / ratio if self.unit == "s to first token" else ratio
+
+
+class Prompts:
+    """Random prompts of exact length. Every call gives other ones, so that nobody has them cached."""
+
+    def __init__(self, encode: Encode, seed: int) -> None:
+        self._ids = sorted({token for word in WORDS for token in encode(" " + word)})
+        self._rng = random.Random(seed)
+
+    def ids(self, length: int) -> list[int]:
+        return self._rng.choices(self._ids, k=length)
+
+    def job(self, count: int, length: int, output_len: int) -> Job:
+        return Job([self.ids(length) for _ in range(count)], output_len)

@@ -1,0 +1,58 @@
+"""The app: routes, guard, errors, and what wraps them all. Importable without a socket and without torch."""
+
+from typing import TYPE_CHECKING
+
+from litestar import Litestar
+from litestar.di import Provide
+
+from runtime.api.auth import KeyGuard
+from runtime.api.docs import openapi_config
+from runtime.api.errors import handle_exception
+from runtime.api.handle import Api, ServiceHandle
+from runtime.api.lag import LagSampler
+from runtime.api.observe import Observer
+from runtime.api.openai.chat import create_chat_completion
+from runtime.api.openai.completions import create_completion
+from runtime.api.openai.models import list_models, retrieve_model
+from runtime.api.openai.tokenize import detokenize, tokenize
+from runtime.api.operations import get_version, health, load, metrics_handler, ping, ready
+from settings.schema import Settings
+
+if TYPE_CHECKING:
+    from runtime.service import EngineService
+
+
+def create_app(service: "EngineService | ServiceHandle", settings: Settings) -> Litestar:
+    """The ASGI app. Give a `ServiceHandle` to answer while the engine loads: fill it in later."""
+    handle = service if isinstance(service, ServiceHandle) else ServiceHandle(service)
+    api, lag = Api(handle, settings), LagSampler()
+    app = Litestar(
+        route_handlers=[
+            create_chat_completion,
+            create_completion,
+            list_models,
+            retrieve_model,
+            tokenize,
+            detokenize,
+            health,
+            ready,
+            ping,
+            get_version,
+            load,
+            metrics_handler(public=settings.server.public_metrics),
+        ],
+        # On the app, not on a middleware that looks at paths: `//v1/models`, `/%761/models` and `/v1/models/`
+        # all reach the same handlers, and a guard runs once a handler is chosen.
+        guards=[KeyGuard(settings.server.api_key)],
+        dependencies={
+            "api": Provide(lambda: api, sync_to_thread=False, use_cache=True),
+            "lag": Provide(lambda: lag, sync_to_thread=False, use_cache=True),
+        },
+        exception_handlers={Exception: handle_exception},
+        lifespan=[lag.running],
+        openapi_config=openapi_config() if settings.server.docs_enabled else None,
+        logging_config=None,
+        debug=False,
+    )
+    app.asgi_handler = Observer(app.asgi_handler, handle, log_requests=settings.observability.log_requests)
+    return app

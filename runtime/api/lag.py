@@ -1,0 +1,42 @@
+"""How late the event loop is. Sampled every few seconds and at each scrape: an idle server must stay idle."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator
+
+from litestar import Litestar
+
+INTERVAL = 5.0
+
+
+class LagSampler:
+    """The longest delay since it was last asked."""
+
+    def __init__(self) -> None:
+        self._worst = 0.0
+
+    async def take(self) -> float:
+        """Seconds. Measures once more, over one turn of the loop."""
+        due = time.monotonic()
+        await asyncio.sleep(0)
+        worst = max(self._worst, time.monotonic() - due)
+        self._worst = 0.0
+        return worst
+
+    async def _run(self) -> None:
+        while True:
+            due = time.monotonic() + INTERVAL
+            await asyncio.sleep(INTERVAL)
+            self._worst = max(self._worst, time.monotonic() - due)
+
+    @contextlib.asynccontextmanager
+    async def running(self, app: Litestar) -> AsyncIterator[None]:
+        """As a lifespan of the app."""
+        task = asyncio.create_task(self._run())
+        try:
+            yield
+        finally:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
