@@ -1,6 +1,8 @@
-"""The app's hold on the engine, which may still be loading. Never imports the engine: that imports torch."""
+"""The app's hold on the engine, which may still be loading. Never imports the engine: that imports torch.
 
-from dataclasses import dataclass
+Plain classes, not dataclasses: Litestar would read the fields' types when it injects them.
+"""
+
 from typing import TYPE_CHECKING
 
 from runtime.errors import EngineUnavailable
@@ -10,11 +12,11 @@ if TYPE_CHECKING:
     from runtime.service import EngineService
 
 
-@dataclass
 class ServiceHandle:
     """Filled by whoever loads the engine; read by every request. Event-loop thread only."""
 
-    service: "EngineService | None" = None
+    def __init__(self, service: "EngineService | None" = None) -> None:
+        self.service = service
 
     def require(self) -> "EngineService":
         """The service. Raises `EngineUnavailable` while there is none."""
@@ -23,9 +25,9 @@ class ServiceHandle:
         return self.service
 
 
-@dataclass(frozen=True)
 class Api:
     """What every handler gets: the engine and the settings."""
 
-    handle: ServiceHandle
-    settings: Settings
+    def __init__(self, handle: ServiceHandle, settings: Settings) -> None:
+        self.handle = handle
+        self.settings = settings

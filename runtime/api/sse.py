@@ -14,7 +14,7 @@ import msgspec
 from litestar import Request, Response
 from litestar.datastructures import Cookie
 from litestar.response.base import ASGIResponse
-from litestar.types import Receive, Send, TypeEncodersMap
+from litestar.types import Receive, Send
 
 from runtime.api.disconnect import cancel, until_disconnect
 from runtime.api.errors import encode, to_request_error
@@ -63,7 +63,7 @@ class EventStream(Response[Any]):
         is_head_response: bool = False,
         media_type: Any = None,
         status_code: int | None = None,
-        type_encoders: TypeEncodersMap | None = None,
+        type_encoders: Any = None,
     ) -> ASGIResponse:
         return _ASGIEventStream(self._events, self._on_close, {**(headers or {}), **self.headers})
 

@@ -79,8 +79,8 @@ def fit_context(
     if params.max_tokens is not None and params.max_tokens > room:
         raise ContextLengthExceeded(
             f"This model's maximum context length is {context} tokens. You asked for "
-            f"{prompt_tokens + params.max_tokens}: {prompt_tokens} in the prompt and {params.max_tokens} in {max_field}. "
-            "Shorten the prompt or the output.",
+            f"{prompt_tokens + params.max_tokens}: {prompt_tokens} in the prompt and {params.max_tokens} in "
+            f"{max_field}. Shorten the prompt or the output.",
             param=max_field,
         )
     if params.max_tokens is None and default is not None:

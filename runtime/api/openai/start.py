@@ -39,7 +39,7 @@ def start(
     """Submit `n` sequences for each prompt. Raises a `RequestError` that names the field at fault."""
     choices = choices_of(request)
     params, max_field = sampling_params(request, vocab_size=service.tokenizer.vocab_size, limits=limits)
-    submissions = []
+    submissions: list[Submission] = []
     for prompt in prompts:
         fitted = fit_context(
             params,
