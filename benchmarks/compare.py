@@ -8,7 +8,6 @@ Measures on the CPU in float32. Use an idle machine: each peer runs alone, one a
 """
 
 import argparse
-import platform
 import sys
 from collections.abc import Mapping, Sequence
 
@@ -17,8 +16,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import machine
 from benchmarks.peers import Eft, HuggingFace
-from benchmarks.scenarios import SCENARIOS, Setup, cores
+from benchmarks.scenarios import SCENARIOS, Setup
 from benchmarks.work import Measurement, Prompts
 from settings.fields import by_name
 
@@ -26,6 +26,9 @@ from settings.fields import by_name
 def main(argv: Sequence[str] | None = None) -> int:
     given = parse(argv)
     console = Console(stderr=given.json)
+    warning = machine.busy()
+    if warning:
+        console.print(warning, style="yellow")
     if given.threads:
         torch.set_num_threads(given.threads)
     setup = prepare(given)
@@ -35,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         results[name] = SCENARIOS[name](setup)
         console.print(render(name, results[name]))
     if given.json:
-        sys.stdout.write(msgspec.json.encode(report(given, results)).decode() + "\n")
+        sys.stdout.write(msgspec.json.encode(report(given, results, warning)).decode() + "\n")
     return 0
 
 
@@ -102,14 +105,13 @@ def render(name: str, results: Sequence[Measurement]) -> Table:
     return table
 
 
-def report(given: argparse.Namespace, results: Mapping[str, Sequence[Measurement]]) -> dict[str, object]:
+def report(
+    given: argparse.Namespace, results: Mapping[str, Sequence[Measurement]], warning: str | None
+) -> dict[str, object]:
     """What `--json` prints: the machine, the settings, and every value that was measured."""
-    import transformers
-
     return {
-        "machine": {"platform": platform.platform(), "processor": platform.processor(), "cores": cores()},
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "threads": torch.get_num_threads(),
+        "machine": machine.describe(),
+        "warning": warning,
         "arguments": vars(given),
         "scenarios": {
             name: [

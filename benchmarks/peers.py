@@ -67,7 +67,8 @@ def load_transformers(model: str) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     checkpoint = open_checkpoint(model)
-    peer: Any = LlamaForCausalLM(LlamaConfig(**checkpoint.config)).float().eval()
+    untyped: Any = LlamaForCausalLM
+    peer = untyped(LlamaConfig(**checkpoint.config)).float().eval()
     missing, unexpected = peer.load_state_dict(dict(checkpoint.tensors()), strict=False)
     if unexpected or not set(missing) <= {"lm_head.weight"}:
         raise ValueError(f"{model} is no Llama checkpoint: missing {missing}, unexpected {unexpected}")
@@ -80,7 +81,7 @@ class Eft:
     """The engine in this process, through `runtime.LLM`."""
 
     def __init__(self, model: str, *, at_once: int, overrides: Mapping[str, str]) -> None:
-        settings: dict[str, object] = {"dtype": "float32", "max_running": at_once, **overrides}
+        settings: dict[str, Any] = {"dtype": "float32", "max_running": at_once, **overrides}
         self._llm = LLM(model, **settings)
         self.encode = self._llm.tokenizer.encode
 

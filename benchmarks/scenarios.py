@@ -4,7 +4,6 @@ The peers take turns within every repeat, each alone on the machine, on the same
 done the same kind of work once before it is timed.
 """
 
-import os
 from collections.abc import Callable
 
 from msgspec import Struct
@@ -112,11 +111,6 @@ def equal_tokens(one: Outcome, other: Outcome) -> int:
     """Tokens that are the same at the same place, over the prompts that both were given."""
     pairs = zip(one.tokens, other.tokens, strict=False)
     return sum(a == b for left, right in pairs for a, b in zip(left, right, strict=True))
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 SCENARIOS: dict[str, Callable[[Setup], list[Measurement]]] = {

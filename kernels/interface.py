@@ -8,7 +8,6 @@ Ops without "in place" in their docstring are differentiable in the reference ba
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 
@@ -120,8 +119,3 @@ class Ops(ABC):
         (0 for none). The filters apply in the order min_p, top_k, top_p to the tempered
         distribution. A row's token depends on that row alone. → [R] int64.
         """
-
-
-def expand_heads(x: Tensor, groups: int) -> Tensor:
-    """[…, G, T, D] → […, G * groups, T, D], each key/value head repeated for its query heads."""
-    return x if groups == 1 else torch.repeat_interleave(x, groups, dim=-3)

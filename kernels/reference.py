@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.interface import Ops, PagedRows, expand_heads
+from kernels.interface import Ops, PagedRows
 from kernels.sampling import sample
 
 
@@ -73,24 +73,27 @@ class ReferenceOps(Ops):
                 out[part] = self.packed_attention(q[part], k[part], v[part], [row.count], scale)
                 continue
             total = row.context + row.count
-            groups = q.shape[1] // k_cache.shape[2]
-            keys = expand_heads(_gather(k_cache, row.blocks.unsqueeze(0))[:, :, :total], groups)
-            values = expand_heads(_gather(v_cache, row.blocks.unsqueeze(0))[:, :, :total], groups)
-            query = q[part].transpose(0, 1).unsqueeze(0)
-            found = F.scaled_dot_product_attention(query, keys, values, attn_mask=row.mask, scale=scale)
+            found = F.scaled_dot_product_attention(
+                q[part].transpose(0, 1).unsqueeze(0),
+                _gather(k_cache, row.blocks.unsqueeze(0))[:, :, :total],
+                _gather(v_cache, row.blocks.unsqueeze(0))[:, :, :total],
+                attn_mask=row.mask,
+                scale=scale,
+                enable_gqa=True,
+            )
             out[part] = found.squeeze(0).transpose(0, 1)
         return out
 
     def packed_attention(self, q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float) -> Tensor:
-        groups = q.shape[1] // k.shape[1]
         parts = []
         for q1, k1, v1 in zip(*(torch.split(x, lengths) for x in (q, k, v)), strict=True):
             found = F.scaled_dot_product_attention(
                 q1.transpose(0, 1).unsqueeze(0),
-                expand_heads(k1.transpose(0, 1), groups).unsqueeze(0),
-                expand_heads(v1.transpose(0, 1), groups).unsqueeze(0),
+                k1.transpose(0, 1).unsqueeze(0),
+                v1.transpose(0, 1).unsqueeze(0),
                 is_causal=True,
                 scale=scale,
+                enable_gqa=True,
             )
             parts.append(found.squeeze(0).transpose(0, 1))
         return parts[0] if len(parts) == 1 else torch.cat(parts)

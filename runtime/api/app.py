@@ -3,13 +3,12 @@
 from typing import TYPE_CHECKING
 
 from litestar import Litestar
-from litestar.di import Provide
+from litestar.datastructures import State
 
 from runtime.api.auth import KeyGuard
 from runtime.api.docs import openapi_config
 from runtime.api.errors import handle_exception
 from runtime.api.handle import Api, ServiceHandle
-from runtime.api.lag import LagSampler
 from runtime.api.observe import Observer
 from runtime.api.openai.chat import create_chat_completion
 from runtime.api.openai.completions import create_completion
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 def create_app(service: "EngineService | ServiceHandle", settings: Settings) -> Litestar:
     """The ASGI app. Give a `ServiceHandle` to answer while the engine loads: fill it in later."""
     handle = service if isinstance(service, ServiceHandle) else ServiceHandle(service)
-    api, lag = Api(handle, settings), LagSampler()
+    api = Api(handle, settings)
     app = Litestar(
         route_handlers=[
             create_chat_completion,
@@ -44,12 +43,9 @@ def create_app(service: "EngineService | ServiceHandle", settings: Settings) -> 
         # On the app, not on a middleware that looks at paths: `//v1/models`, `/%761/models` and `/v1/models/`
         # all reach the same handlers, and a guard runs once a handler is chosen.
         guards=[KeyGuard(settings.server.api_key)],
-        dependencies={
-            "api": Provide(lambda: api, sync_to_thread=False, use_cache=True),
-            "lag": Provide(lambda: lag, sync_to_thread=False, use_cache=True),
-        },
+        state=State({"api": api}),
         exception_handlers={Exception: handle_exception},
-        lifespan=[lag.running],
+        lifespan=[api.lag.running],
         openapi_config=openapi_config() if settings.server.docs_enabled else None,
         logging_config=None,
         debug=False,

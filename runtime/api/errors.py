@@ -92,7 +92,7 @@ def from_validation(error: msgspec.ValidationError) -> InvalidRequest:
     """msgspec's complaint, its JSON path turned into `param`: `$.messages[0].role` → `messages[0].role`."""
     text = str(error)
     message, _, path = text.partition(" - at `")
-    param = path.rstrip("`").removeprefix("$").removeprefix(".") or None
+    param = path.rstrip("`").removeprefix("$").removeprefix(".").removesuffix("[...]") or None
     missing = re.search(r"missing required field `([^`]+)`", message)
     if missing is not None:
         param = f"{param}.{missing[1]}" if param else missing[1]

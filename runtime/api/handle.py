@@ -1,15 +1,21 @@
 """The app's hold on the engine, which may still be loading. Never imports the engine: that imports torch.
 
-Plain classes, not dataclasses: Litestar would read the fields' types when it injects them.
+Handlers find it in the app's state (`api_of`).
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from litestar import Request
+
+from runtime.api.lag import LagSampler
 from runtime.errors import EngineUnavailable
 from settings.schema import Settings
 
 if TYPE_CHECKING:
     from runtime.service import EngineService
+
+
+AnyRequest = Request[Any, Any, Any]
 
 
 class ServiceHandle:
@@ -26,8 +32,14 @@ class ServiceHandle:
 
 
 class Api:
-    """What every handler gets: the engine and the settings."""
+    """What every handler works with."""
 
     def __init__(self, handle: ServiceHandle, settings: Settings) -> None:
         self.handle = handle
         self.settings = settings
+        self.lag = LagSampler()
+
+
+def api_of(request: AnyRequest) -> Api:
+    api: Api = request.app.state.api
+    return api

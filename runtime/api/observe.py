@@ -121,11 +121,7 @@ def _refusal(scope: Scope) -> RequestError | None:
 
 async def _answer(error: RequestError, send: Callable[[Any], Any]) -> None:
     body = encode(error)
-    headers = [
-        (b"content-type", JSON.encode()),
-        (b"content-length", str(len(body)).encode()),
-        (b"connection", b"close"),
-    ]
+    headers = [(b"content-type", JSON.encode()), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": body, "more_body": False})
 

@@ -2,12 +2,11 @@
 
 from typing import Any
 
-from litestar import Request, Response, get, route
+from litestar import Response, get, route
 from msgspec import Struct
 
 from runtime.api.auth import OPEN
-from runtime.api.handle import Api
-from runtime.api.lag import LagSampler
+from runtime.api.handle import AnyRequest, api_of
 from runtime.errors import EngineUnavailable
 from runtime.metrics import render_process
 from runtime.version import version
@@ -30,21 +29,21 @@ class Load(Struct):
 
 
 @get("/health", opt={OPEN: True})
-async def health(api: Api) -> Status:
+async def health(request: AnyRequest) -> Status:
     """Alive: 503 when the engine is dead or stuck. Loading is being alive."""
-    return _health(api)
+    return _health(request)
 
 
 @route("/ping", http_method=["GET", "POST"], status_code=200)
-async def ping(api: Api) -> Status:
+async def ping(request: AnyRequest) -> Status:
     """As /health; the name that SageMaker asks for."""
-    return _health(api)
+    return _health(request)
 
 
 @get("/ready", opt={OPEN: True})
-async def ready(api: Api) -> Status:
+async def ready(request: AnyRequest) -> Status:
     """Takes requests: 503 while loading and while draining."""
-    service = api.handle.require()
+    service = api_of(request).handle.require()
     if not service.ready:
         raise EngineUnavailable("The server takes no new requests.")
     return Status("ready")
@@ -56,9 +55,9 @@ async def get_version() -> Version:
 
 
 @get("/load")
-async def load(api: Api) -> Load:
+async def load(request: AnyRequest) -> Load:
     """How busy the engine is."""
-    service = api.handle.service
+    service = api_of(request).handle.service
     if service is None:
         return Load(0, 0, 0, 0.0)
     running, waiting = service.num_running, service.num_waiting
@@ -69,22 +68,23 @@ def metrics_handler(*, public: bool) -> Any:
     """GET /metrics; whether a key is asked for is a setting."""
 
     @get("/metrics", opt={OPEN: public})
-    async def metrics(request: Request[Any, Any, Any], api: Api, lag: LagSampler) -> Response[bytes]:
+    async def metrics(request: AnyRequest) -> Response[bytes]:
         """Prometheus metrics; OpenMetrics when the Accept header asks for it."""
         accept = request.headers.get("accept", "")
-        service = api.handle.service
+        service = api_of(request).handle.service
         if service is None:
             content, media_type = render_process(accept)
         else:
-            service.metrics.on_lag(await lag.take())
+            service.metrics.on_lag(await api_of(request).lag.take())
             content, media_type = service.metrics.render(accept)
-        return Response(content, media_type=media_type)
+        # As a header: Litestar would add a second charset to a media type.
+        return Response(content, headers={"Content-Type": media_type})
 
     return metrics
 
 
-def _health(api: Api) -> Status:
-    service = api.handle.service
+def _health(request: AnyRequest) -> Status:
+    service = api_of(request).handle.service
     if service is not None and not service.healthy:
         raise EngineUnavailable("The engine is dead or stuck.")
     return Status("ok")

@@ -2,42 +2,37 @@
 
 import shlex
 
-import httpx
 import msgspec
 
 _QUESTION = "Why is the sky blue?"
-_ANYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}
-"""What a client on this machine calls a server that listens on every address."""
 
 
 def banner(url: str, model: str, *, needs_key: bool) -> str:
     """`needs_key`: the snippets then read the key from EFT_API_KEY; the key itself is never printed."""
-    address = httpx.URL(url)
-    base = str(address.copy_with(host=_ANYWHERE.get(address.host, address.host))).rstrip("/")
     return (
         f"Serving {model} at {url} (Ctrl-C stops it). Try:\n\n"
-        f"{_curl(base, model, needs_key)}\n\n"
-        f"or, after `pip install openai`:\n\n{_python(base, model, needs_key)}\n"
+        f"{_curl(url, model, needs_key)}\n\n"
+        f"or, after `pip install openai`:\n\n{_python(url, model, needs_key)}\n"
     )
 
 
-def _curl(base: str, model: str, needs_key: bool) -> str:
+def _curl(url: str, model: str, needs_key: bool) -> str:
     body = {"model": model, "messages": [{"role": "user", "content": _QUESTION}], "max_tokens": 64}
-    lines = [f"curl {base}/v1/chat/completions", "-H 'Content-Type: application/json'"]
+    lines = [f"curl {url}/v1/chat/completions", "-H 'Content-Type: application/json'"]
     if needs_key:
         lines.append('-H "Authorization: Bearer $EFT_API_KEY"')
     lines.append(f"-d {shlex.quote(msgspec.json.encode(body).decode())}")
     return " \\\n  ".join(lines)
 
 
-def _python(base: str, model: str, needs_key: bool) -> str:
+def _python(url: str, model: str, needs_key: bool) -> str:
     key = 'os.environ["EFT_API_KEY"]' if needs_key else '"none"'
     return "\n".join(
         [
             *(["import os", ""] if needs_key else []),
             "from openai import OpenAI",
             "",
-            f'client = OpenAI(base_url="{base}/v1", api_key={key})',
+            f'client = OpenAI(base_url="{url}/v1", api_key={key})',
             "stream = client.chat.completions.create(",
             f"    model={msgspec.json.encode(model).decode()},",
             f'    messages=[{{"role": "user", "content": "{_QUESTION}"}}],',

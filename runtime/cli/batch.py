@@ -3,7 +3,9 @@
 import asyncio
 import sys
 import time
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,20 +47,22 @@ def batch(
         raise UsageError(f"--concurrency must be at least 1, got {concurrency}")
     if not timeout > 0:
         raise UsageError(f"--timeout must be above 0 seconds, got {timeout}")
+    open_client: Callable[[], AbstractAsyncContextManager[httpx.AsyncClient]]
     if url is None:
         if api_key is not None:
             raise UsageError("--api-key is for a server; a model that is loaded here asks for none")
-        opened = client.in_process(read_settings(flags, config))
+        open_client = partial(client.in_process, read_settings(flags, config))
     else:
         refuse_settings(flags, config)
-        opened = client.remote(url, api_key)
+        open_client = partial(client.remote, url, api_key)
     keys = input_keys(input)
     if output.exists() and output.samefile(input):
         raise UsageError("the output must not be the input")
     with Output(output) as results:
         run = _Run(input, results, keys, concurrency=concurrency, timeout=timeout)
         try:
-            asyncio.run(run.go(opened))
+            if not run.finished:  # nothing is loaded for nothing
+                asyncio.run(run.go(open_client()))
         except KeyboardInterrupt:
             print("eft: stopped; the same command goes on from here", file=sys.stderr)
             raise
@@ -85,9 +89,12 @@ class _Run:
         self._started = time.monotonic()
         self.tally = Tally()
 
+    @property
+    def finished(self) -> bool:
+        """Whether earlier runs did it all."""
+        return self._skipped == self._total
+
     async def go(self, opened: AbstractAsyncContextManager[httpx.AsyncClient]) -> None:
-        if self._skipped == self._total:
-            return  # nothing is loaded for nothing
         left = (item for item in read_input(self._source) if item.key not in self._results.done)
         async with opened as http:
             name = await client.served_model(http)

@@ -47,9 +47,7 @@ class Runner:
         self._timeout = timeout
         self.tally = Tally()
 
-    async def run(
-        self, items: Iterable[Job | BadLine], concurrency: int, on_result: Callable[[Tally], None]
-    ) -> None:
+    async def run(self, items: Iterable[Job | BadLine], concurrency: int, on_result: Callable[[Tally], None]) -> None:
         """Work through `items`, `concurrency` at a time. Raises `CommandError` where the server is gone.
 
         A request that no answer came for is not written, so that a later run sends it again.
@@ -104,7 +102,7 @@ class Runner:
             if response.status_code not in _BUSY:
                 return response
             if last:
-                raise CommandError(f"the server has no room: {error_text(response)}")
+                raise CommandError(f"the server cannot take it: {error_text(response)}")
             await asyncio.sleep(_pause(attempt, response.headers.get("retry-after")))
         raise AssertionError("the last attempt returns or raises")
 

@@ -66,9 +66,7 @@ def bench_offline(
     ] = 32,
     input_len: Annotated[int, Parameter(help="Prompt tokens of each request.")] = 120,
     output_len: Annotated[int, Parameter(help="Tokens to generate, exactly.")] = 128,
-    shared_prefix: Annotated[
-        int, Parameter(help="Tokens that every prompt begins with, besides its own.")
-    ] = 0,
+    shared_prefix: Annotated[int, Parameter(help="Tokens that every prompt begins with, besides its own.")] = 0,
     seed: Annotated[int, Parameter(help="Same seed, same prompts.")] = 0,
     json: Json = False,
     config: Config = None,

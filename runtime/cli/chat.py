@@ -32,9 +32,7 @@ def chat(
     temperature: Annotated[float | None, Parameter(help="0 is greedy; default: the server's.")] = None,
     max_tokens: Annotated[int | None, Parameter(help="Most tokens of an answer.")] = None,
     seed: Annotated[int | None, Parameter(help="Same seed, same answers.")] = None,
-    json: Annotated[
-        bool, Parameter(help="One JSON object per answer.", negative="", show_default=False)
-    ] = False,
+    json: Annotated[bool, Parameter(help="One JSON object per answer.", negative="", show_default=False)] = False,
     config: Config = None,
     **flags: Any,
 ) -> int:

@@ -3,11 +3,11 @@
 Both are an `httpx.AsyncClient` with the API's paths, so what uses it need not know which.
 """
 
-import asyncio
 import ipaddress
 import os
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import TYPE_CHECKING
 
 import httpx
 import msgspec
@@ -16,6 +16,9 @@ from runtime.cli.asgi import InProcessTransport
 from runtime.cli.errors import CommandError, UsageError
 from settings.load import Loaded
 from settings.schema import Settings
+
+if TYPE_CHECKING:
+    from runtime.service import EngineService
 
 _CONNECT = httpx.Timeout(None, connect=10.0)
 """No limit on how long an answer may take; the caller sets one where it wants one."""
@@ -36,19 +39,26 @@ async def remote(url: str, api_key: str | None = None) -> AsyncIterator[httpx.As
         yield client
 
 
-@asynccontextmanager
-async def in_process(loaded: Loaded) -> AsyncIterator[httpx.AsyncClient]:
-    """Load the model of these settings here, and a client of the API over it. No socket is opened."""
+def in_process(loaded: Loaded) -> AbstractAsyncContextManager[httpx.AsyncClient]:
+    """Load the model of these settings, and give a client of the API over it. No socket is opened.
+
+    Blocks while it loads, and is called outside of an event loop: Ctrl-C then ends it at once.
+    """
     from runtime.clash import refuse_clash
 
     refuse_clash()
     from runtime import logs
-    from runtime.api.app import create_app
     from runtime.service import EngineService
 
     settings = _quiet(loaded)
     logs.configure(settings.observability)
-    service = await asyncio.to_thread(EngineService.load, settings)
+    return _client_of(EngineService.load(settings), settings)
+
+
+@asynccontextmanager
+async def _client_of(service: "EngineService", settings: Settings) -> AsyncIterator[httpx.AsyncClient]:
+    from runtime.api.app import create_app
+
     service.start()
     try:
         transport = InProcessTransport(create_app(service, settings))

@@ -43,8 +43,7 @@ def path(*, config: Config = None) -> None:
     found = sources.locate(os.environ, config)
     if found is None:
         raise CommandError(
-            "no settings file: neither --config nor EFT_CONFIG names one, "
-            f"and there is no ./{sources.DEFAULT_FILE}"
+            f"no settings file: neither --config nor EFT_CONFIG names one, and there is no ./{sources.DEFAULT_FILE}"
         )
     print(found.absolute())
 

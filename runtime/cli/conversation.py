@@ -23,9 +23,7 @@ class Answer(Struct):
 class Conversation:
     """Messages so far. A question that failed leaves no trace, so that it can be asked again."""
 
-    def __init__(
-        self, client: httpx.AsyncClient, model: str, *, system: str | None, params: dict[str, Any]
-    ) -> None:
+    def __init__(self, client: httpx.AsyncClient, model: str, *, system: str | None, params: dict[str, Any]) -> None:
         self._client = client
         self.model = model
         self.system = system

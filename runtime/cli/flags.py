@@ -17,9 +17,7 @@ R = TypeVar("R")
 
 Config = Annotated[
     Path | None,
-    Parameter(
-        help="TOML file with settings; default: what EFT_CONFIG names, else ./eft.toml where it exists."
-    ),
+    Parameter(help="TOML file with settings; default: what EFT_CONFIG names, else ./eft.toml where it exists."),
 ]
 """The type of a command's `config` parameter."""
 
@@ -42,9 +40,7 @@ def with_settings(*sections: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
         own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
         taken = {parameter.name for parameter in own}
         made = [
-            inspect.Parameter(
-                field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_annotation(field)
-            )
+            inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_annotation(field))
             for field in fields.fields()
             if field.name not in taken and (not sections or field.section in sections)
         ]

@@ -7,7 +7,7 @@ cancellation.
 
 import re
 import sys
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -54,40 +54,38 @@ class Repl:
 
     def loop(self) -> int:
         """Until the input ends or /exit. Returns 1 where input was piped and a question failed."""
-        for line in self._lines():
-            command = _COMMAND.fullmatch(line)
-            if command and command[1] in ("exit", "quit"):
-                break
+        while True:
             try:
-                if command:
-                    self._command(command[1], command[2] or "")
-                elif line:
-                    self._answer(line)
+                if not self._turn():
+                    return 1 if self._failed and not self._interactive else 0
             except CommandError as error:
                 self._failed = True
                 print(f"eft: {error}", file=sys.stderr)
-        return 1 if self._failed and not self._interactive else 0
-
-    def _lines(self) -> Iterator[str]:
-        """Questions and commands, continued lines joined."""
-        parts: list[str] = []
-        while True:
-            try:
-                line = self._read("… " if parts else "> ")
             except KeyboardInterrupt:
                 if not self._interactive:
                     raise
-                parts = []
                 self._note("\n(/exit or Ctrl-D leaves)")
-                continue
-            if line is None:
-                if parts:
-                    yield "\n".join(parts).strip()
-                return
+
+    def _turn(self) -> bool:
+        """Read and do one thing. False at the end."""
+        line = self._read_joined()
+        command = _COMMAND.fullmatch(line or "")
+        if line is None or (command and command[1] in ("exit", "quit")):
+            return False
+        if command:
+            self._command(command[1], command[2] or "")
+        elif line:
+            self._answer(line)
+        return True
+
+    def _read_joined(self) -> str | None:
+        """The next question or command, continued lines joined; None where the input ends."""
+        parts: list[str] = []
+        while (line := self._read("… " if parts else "> ")) is not None:
             parts.append(line.removesuffix("\\"))
             if not line.endswith("\\"):
-                yield "\n".join(parts).strip()
-                parts = []
+                break
+        return "\n".join(parts).strip() if parts else None
 
     def _read(self, prompt: str) -> str | None:
         if not self._interactive:
@@ -125,9 +123,7 @@ class Repl:
 
     def _command(self, name: str, argument: str) -> None:
         if name not in self._commands:
-            raise CommandError(
-                f"unknown command /{name}{hint(name, [*self._commands, 'exit'])}; /help lists them"
-            )
+            raise CommandError(f"unknown command /{name}{hint(name, [*self._commands, 'exit'])}; /help lists them")
         self._commands[name](argument.strip())
 
     def _reset(self, _: str) -> None:

@@ -1,19 +1,22 @@
 """`eft serve`: the server, until it is told to stop."""
 
+import asyncio
 from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+from runtime.cli.banner import banner
+from runtime.cli.client import remote, served_model
+from runtime.cli.errors import CommandError
 from runtime.cli.flags import Config, read_settings, with_settings
+from settings.schema import Settings
 
 
 @with_settings()
 def serve(
     model: Annotated[
         str | None,
-        Parameter(
-            help="A model directory, a GGUF file, a hub id, or `demo`; default: the setting model.model."
-        ),
+        Parameter(help="A model directory, a GGUF file, a hub id, or `demo`; default: the setting model.model."),
     ] = None,
     *,
     config: Config = None,
@@ -26,12 +29,30 @@ def serve(
     refuse_clash()
     import uvloop
 
+    from runtime import logs
+
+    logs.configure(settings.observability)
+    code: int = uvloop.run(_serve(settings))
+    return code
+
+
+async def _serve(settings: Settings) -> int:
     from runtime.api.server import serve as run_server
-    from runtime.cli.banner import banner
+
+    greetings: list[asyncio.Task[None]] = []  # a task that nobody holds may be collected
 
     def ready(url: str) -> None:
-        name = settings.model.served_model_name or settings.model.model
-        print(banner(url, name, needs_key=bool(settings.server.api_key)), flush=True)
+        greetings.append(asyncio.create_task(_greet(url, settings)))
 
-    code: int = uvloop.run(run_server(settings, on_ready=ready))
-    return code
+    return await run_server(settings, on_ready=ready)
+
+
+async def _greet(url: str, settings: Settings) -> None:
+    """Ask the server what its model is called, as a client would, and print how to try it."""
+    keys = settings.server.api_key
+    try:
+        async with remote(url, keys[0] if keys else None) as client:
+            name = await served_model(client)
+    except CommandError:  # stopped this very moment, or a proxy in between: what we asked for will do
+        name = settings.model.served_model_name or settings.model.model
+    print(banner(url, name, needs_key=bool(keys)), flush=True)

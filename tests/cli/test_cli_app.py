@@ -40,9 +40,7 @@ def test_version(eft: Eft) -> None:
     assert eft("--version").out.strip() == version()
 
 
-@pytest.mark.parametrize(
-    "command", [["serve"], ["chat"], ["batch"], ["bench", "offline"], ["config", "show"]]
-)
+@pytest.mark.parametrize("command", [["serve"], ["chat"], ["batch"], ["bench", "offline"], ["config", "show"]])
 def test_help_of_what_loads_a_model_has_a_flag_with_its_documentation_for_every_setting(
     eft: Eft, command: list[str]
 ) -> None:
@@ -76,9 +74,7 @@ def test_as_a_process_the_exit_code_and_the_streams_are_apart(tmp_path: Path) ->
     done = process("config", "show", "--port", "70000", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr == (
-        "eft: server.port (flag --port): expected a whole number from 0 to 65535, got 70000\n"
-    )
+    assert done.stderr == ("eft: server.port (flag --port): expected a whole number from 0 to 65535, got 70000\n")
 
 
 def test_a_reader_that_has_enough_is_no_error(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ def parts(text: str) -> tuple[list[str], str]:
 
 
 def test_the_snippets_name_the_model_and_the_address() -> None:
-    arguments, python = parts(banner("http://0.0.0.0:8123", AWKWARD, needs_key=False))
+    arguments, python = parts(banner("http://127.0.0.1:8123", AWKWARD, needs_key=False))
     assert arguments[1] == "http://127.0.0.1:8123/v1/chat/completions"
     assert json.loads(arguments[-1])["model"] == AWKWARD
     tree = ast.parse(python)
@@ -25,7 +25,7 @@ def test_the_snippets_name_the_model_and_the_address() -> None:
 
 
 def test_with_a_key_they_read_it_from_the_environment() -> None:
-    text = banner("http://[::]:8000", "m", needs_key=True)
+    text = banner("http://[::1]:8000", "m", needs_key=True)
     arguments, python = parts(text)
     assert "Authorization: Bearer $EFT_API_KEY" in arguments
     assert 'api_key=os.environ["EFT_API_KEY"]' in python

@@ -48,9 +48,7 @@ def output(tmp_path: Path) -> Path:
     return tmp_path / "out.jsonl"
 
 
-def test_every_request_gets_a_line_in_openai_form(
-    eft: Eft, loaded_here: FakeApi, source: Path, output: Path
-) -> None:
+def test_every_request_gets_a_line_in_openai_form(eft: Eft, loaded_here: FakeApi, source: Path, output: Path) -> None:
     completion = {"custom_id": "b", "method": "POST", "url": "/v1/completions", "body": {"prompt": "x y z"}}
     write(source, chat("a", "one two", model="other", max_tokens=3), completion, "\n")
     done = eft("batch", source, output, "--model", "demo", "--json")
@@ -75,9 +73,7 @@ def test_every_request_gets_a_line_in_openai_form(
     assert sorted(loaded_here.paths) == ["/v1/chat/completions", "/v1/completions", "/v1/models"]
 
 
-def test_bad_lines_and_failures_are_results_too(
-    eft: Eft, loaded_here: FakeApi, source: Path, output: Path
-) -> None:
+def test_bad_lines_and_failures_are_results_too(eft: Eft, loaded_here: FakeApi, source: Path, output: Path) -> None:
     write(
         source,
         chat("good", "hi"),
@@ -130,9 +126,7 @@ def test_a_second_run_goes_on_where_the_first_stopped(
     assert loaded_here.paths == []
 
 
-def test_concurrency_is_what_was_asked_for(
-    eft: Eft, loaded_here: FakeApi, source: Path, output: Path
-) -> None:
+def test_concurrency_is_what_was_asked_for(eft: Eft, loaded_here: FakeApi, source: Path, output: Path) -> None:
     loaded_here.pause = 0.01
     write(source, *[chat(f"r{n}", "x") for n in range(12)])
     assert eft("batch", source, output, "--concurrency", "3").code == 0

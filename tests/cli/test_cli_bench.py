@@ -10,9 +10,7 @@ from tests.cli.fake_api import FakeApi
 
 
 def test_bench_serve_reports_what_the_server_did(eft: Eft, api: FakeApi, url: str) -> None:
-    done = eft(
-        "bench", "serve", "--url", url, "--requests", 6, "--concurrency", 3, "--input-len", 20, "--json"
-    )
+    done = eft("bench", "serve", "--url", url, "--requests", 6, "--concurrency", 3, "--input-len", 20, "--json")
     report = json.loads(done.out)
     assert done.code == 0
     assert (report["completed"], report["failed"], report["model"]) == (6, 0, "echo")

@@ -18,9 +18,7 @@ def say(monkeypatch: pytest.MonkeyPatch):
     return lambda text: monkeypatch.setattr("sys.stdin", io.StringIO(text))
 
 
-def test_piped_questions_give_plain_answers_and_one_conversation(
-    eft: Eft, api: FakeApi, url: str, say
-) -> None:
+def test_piped_questions_give_plain_answers_and_one_conversation(eft: Eft, api: FakeApi, url: str, say) -> None:
     say("one two\nthree\n")
     done = eft("chat", "--url", url, "--system", "be brief", "--temperature", "0", "--max-tokens", "9")
     assert (done.code, done.out, done.err) == (0, "one two \nthree \n", "")
@@ -48,9 +46,7 @@ def test_json_prints_one_object_an_answer(eft: Eft, url: str, say) -> None:
     assert len(records) == 2
 
 
-def test_a_backslash_continues_a_line_and_commands_work(
-    eft: Eft, api: FakeApi, url: str, say, tmp_path
-) -> None:
+def test_a_backslash_continues_a_line_and_commands_work(eft: Eft, api: FakeApi, url: str, say, tmp_path) -> None:
     say("one\\\ntwo\n/system be kind\n/reset\nthree\n/save talk.json\n/etc/hosts is what?\n/exit\nnever\n")
     assert eft("chat", "--url", url).code == 0
     asked = [body["messages"][-1]["content"] for body in api.bodies]
@@ -145,9 +141,7 @@ def test_a_key_comes_from_flag_or_environment(eft: Eft, api: FakeApi, url: str, 
     assert eft("chat", "--url", url).out == "hi \n"
 
 
-def test_a_model_here_is_loaded_with_the_settings_given(
-    eft: Eft, loaded_here: FakeApi, say, tmp_path: Path
-) -> None:
+def test_a_model_here_is_loaded_with_the_settings_given(eft: Eft, loaded_here: FakeApi, say, tmp_path: Path) -> None:
     say("hello there\n")
     assert eft("chat", "demo", "--kv-memory", "1GiB").out == "hello there \n"
     assert loaded_here.bodies[0]["stream"] is True

@@ -9,9 +9,7 @@ from settings import fields, render
 from tests.cli.conftest import Eft
 
 
-def test_show_has_every_value_and_its_origin(
-    eft: Eft, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_show_has_every_value_and_its_origin(eft: Eft, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "eft.toml").write_text("[server]\nport = 9\nmax_body = '1MiB'\n")
     monkeypatch.setenv("EFT_SERVER_PORT", "10")
     done = eft("config", "show", "--max-batched-tokens", "4K", "--no-prefix-caching")

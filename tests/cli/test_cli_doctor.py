@@ -25,9 +25,7 @@ ARM = "processor\t: 0\nFeatures\t: fp asimd i8mm\n"
 def kernels(monkeypatch: pytest.MonkeyPatch) -> dict[str, str | None]:
     """The backends that the package of kernels reports; to be changed by a test."""
     backends: dict[str, str | None] = {"reference": None, "triton": "needs a GPU"}
-    monkeypatch.setitem(
-        __import__("sys").modules, "kernels", types.SimpleNamespace(available=lambda: backends)
-    )
+    monkeypatch.setitem(__import__("sys").modules, "kernels", types.SimpleNamespace(available=lambda: backends))
     monkeypatch.setattr(software, "find_clash", lambda: None)
     return backends
 
@@ -62,9 +60,7 @@ def test_text_names_what_is_broken_and_exits_with_1(
     assert "environment EFT_SERVER_PROT: unknown setting" in broken
 
 
-def test_secrets_are_hidden(
-    eft: Eft, kernels: dict[str, str | None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_secrets_are_hidden(eft: Eft, kernels: dict[str, str | None], monkeypatch: pytest.MonkeyPatch) -> None:
     secrets = ("EFT_SERVER_API_KEY", "EFT_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
     for name in secrets:
         monkeypatch.setenv(name, "hunter2")

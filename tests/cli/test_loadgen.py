@@ -62,9 +62,7 @@ class FakeServer:
 
     def _send(self, writer: asyncio.StreamWriter, status: int, body: object) -> None:
         data = json.dumps(body).encode()
-        writer.write(
-            f"HTTP/1.1 {status} X\r\nconnection: close\r\ncontent-length: {len(data)}\r\n\r\n".encode()
-        )
+        writer.write(f"HTTP/1.1 {status} X\r\nconnection: close\r\ncontent-length: {len(data)}\r\n\r\n".encode())
         writer.write(data)
 
     async def _stream(self, writer: asyncio.StreamWriter, head: str, body: dict[str, Any]) -> None:

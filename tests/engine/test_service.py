@@ -173,9 +173,7 @@ def test_a_slow_reader_loses_nothing_and_holds_little() -> None:
         stream = OutputStream("r", aborted.append)
         for i in range(100):
             last = i == 99
-            stream.put(
-                Output(request_id="r", text=f"{i},", token_ids=[i], finish_reason="length" if last else None)
-            )
+            stream.put(Output(request_id="r", text=f"{i},", token_ids=[i], finish_reason="length" if last else None))
         assert len(stream._queue) <= CAPACITY
         outputs = await gather(stream)
         assert "".join(o.text for o in outputs) == "".join(f"{i}," for i in range(100))

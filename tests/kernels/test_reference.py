@@ -94,5 +94,5 @@ def test_rope_keeps_lengths_and_turns_by_the_position() -> None:
 
 
 def test_unknown_backend_lists_the_known() -> None:
-    with pytest.raises(ValueError, match="abacus.*reference"):
+    with pytest.raises(ValueError, match=r"abacus.*reference"):
         kernels.load("abacus")

@@ -10,7 +10,9 @@ from runtime.workers.sampler import uniform
 DRAWS = 20_000
 
 
-def filtered_distribution(logits: torch.Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> torch.Tensor:
+def filtered_distribution(
+    logits: torch.Tensor, temperature: float, top_k: int, top_p: float, min_p: float
+) -> torch.Tensor:
     """The definition, for one row: temper, drop below min_p, keep top_k, keep the smallest nucleus, normalise."""
     probs = (logits / temperature).softmax(-1).double()
     probs[probs < min_p * probs.max()] = 0
@@ -31,9 +33,7 @@ def draw(logits: torch.Tensor, temperature: float, top_k: int, top_p: float, min
     points = torch.tensor([uniform(1234, i) for i in range(count)], dtype=torch.float64)
     full = torch.full((count,), 1.0)
     ops = load("reference")
-    return ops.sample(
-        rows, points, full * temperature, torch.full((count,), top_k), full * top_p, full * min_p
-    )
+    return ops.sample(rows, points, full * temperature, torch.full((count,), top_k), full * top_p, full * min_p)
 
 
 @pytest.mark.parametrize(
@@ -95,8 +95,9 @@ def test_a_row_is_independent_of_its_neighbours() -> None:
 
 
 def test_uniform_is_uniform_and_depends_on_both_arguments() -> None:
-    values = torch.tensor([uniform(seed, position) for seed in range(100) for position in range(100)], dtype=torch.float64)
-    assert 0.0 <= float(values.min())
+    drawn = [uniform(seed, position) for seed in range(100) for position in range(100)]
+    values = torch.tensor(drawn, dtype=torch.float64)
+    assert float(values.min()) >= 0.0
     assert float(values.max()) < 1.0
     assert abs(float(values.mean()) - 0.5) < 6 * (1 / 12 / 10_000) ** 0.5
     assert len(set(values.tolist())) == 10_000

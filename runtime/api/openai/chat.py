@@ -4,11 +4,11 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
-from litestar import Request, Response, post
+from litestar import Response, post
 from msgspec import UNSET
 
 from runtime.api.disconnect import unless_disconnected
-from runtime.api.handle import Api
+from runtime.api.handle import AnyRequest, api_of
 from runtime.api.openai.generation import Generation
 from runtime.api.openai.intake import Intake, check_model
 from runtime.api.openai.messages import chat_prompt
@@ -31,8 +31,9 @@ _intake = Intake(ChatRequest)
 
 
 @post("/v1/chat/completions", status_code=200, opt={"body": ChatRequest})
-async def create_chat_completion(request: Request[Any, Any, Any], api: Api) -> Response[ChatCompletion]:
+async def create_chat_completion(request: AnyRequest) -> Response[ChatCompletion]:
     """Answer a chat, whole or streamed."""
+    api = api_of(request)
     service = api.handle.require()
     asked = await _intake.read(request, api)
     check_model(asked.model, service.model_name)

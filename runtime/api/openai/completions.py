@@ -4,11 +4,11 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
-from litestar import Request, Response, post
+from litestar import Response, post
 from msgspec import UNSET
 
 from runtime.api.disconnect import unless_disconnected
-from runtime.api.handle import Api
+from runtime.api.handle import AnyRequest, api_of
 from runtime.api.openai.generation import Generation
 from runtime.api.openai.intake import Intake, check_model
 from runtime.api.openai.params import DEFAULT_COMPLETION_TOKENS, check_common, choices_of, truncate
@@ -25,8 +25,9 @@ _intake = Intake(CompletionRequest)
 
 
 @post("/v1/completions", status_code=200, opt={"body": CompletionRequest})
-async def create_completion(request: Request[Any, Any, Any], api: Api) -> Response[Completion]:
+async def create_completion(request: AnyRequest) -> Response[Completion]:
     """Continue one text or many, whole or streamed."""
+    api = api_of(request)
     service = api.handle.require()
     asked = await _intake.read(request, api)
     check_model(asked.model, service.model_name)

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from litestar import get
 
-from runtime.api.handle import Api
+from runtime.api.handle import AnyRequest, api_of
 from runtime.api.openai.intake import check_model
 from runtime.api.openai.responses import Model, ModelList
 
@@ -13,16 +13,16 @@ if TYPE_CHECKING:
 
 
 @get("/v1/models")
-async def list_models(api: Api) -> ModelList:
+async def list_models(request: AnyRequest) -> ModelList:
     """The models that can be asked for."""
-    return ModelList(data=[_describe(api.handle.require())])
+    return ModelList(data=[_describe(api_of(request).handle.require())])
 
 
 @get("/v1/models/{model_id:path}")  # a path: names of hub models have a slash in them
-async def retrieve_model(api: Api, model_id: str) -> Model:
+async def retrieve_model(request: AnyRequest) -> Model:
     """One model."""
-    service = api.handle.require()
-    check_model(model_id.removeprefix("/"), service.model_name)
+    service = api_of(request).handle.require()
+    check_model(str(request.path_params["model_id"]).removeprefix("/"), service.model_name)
     return _describe(service)
 
 

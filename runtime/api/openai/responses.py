@@ -24,8 +24,8 @@ class Usage(Struct, kw_only=True):
 
 
 class AssistantMessage(Struct, kw_only=True):
-    content: str
     role: Literal["assistant"] = "assistant"
+    content: str
     refusal: None = None
 
 
@@ -40,12 +40,12 @@ class ChatChoice(Struct, kw_only=True):
 
 class ChatCompletion(Struct, kw_only=True):
     id: str
+    object: Literal["chat.completion"] = "chat.completion"
     created: int
     model: str
     choices: list[ChatChoice]
     usage: Usage
     system_fingerprint: str
-    object: Literal["chat.completion"] = "chat.completion"
     prompt_token_ids: list[int] | UnsetType = UNSET
 
 
@@ -65,11 +65,11 @@ class ChatChunkChoice(Struct, kw_only=True):
 
 class ChatChunk(Struct, kw_only=True):
     id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     created: int
     model: str
     choices: list[ChatChunkChoice]
     system_fingerprint: str
-    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     usage: Usage | UnsetType | None = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
 
@@ -88,27 +88,27 @@ class CompletionChoice(Struct, kw_only=True):
 
 class Completion(Struct, kw_only=True):
     id: str
+    object: Literal["text_completion"] = "text_completion"
     created: int
     model: str
     choices: list[CompletionChoice]
     system_fingerprint: str
-    object: Literal["text_completion"] = "text_completion"
     usage: Usage | UnsetType | None = UNSET
 
 
 class Model(Struct, kw_only=True):
     id: str
+    object: Literal["model"] = "model"
     created: int
     root: str
     max_model_len: int
-    object: Literal["model"] = "model"
     owned_by: str = "eft"
     parent: str | None = None
 
 
 class ModelList(Struct, kw_only=True):
-    data: list[Model]
     object: Literal["list"] = "list"
+    data: list[Model]
 
 
 class Tokens(Struct, kw_only=True):

@@ -1,11 +1,10 @@
 """POST /tokenize and /detokenize, in vLLM's shape."""
 
 import asyncio
-from typing import Any
 
-from litestar import Request, Response, post
+from litestar import Response, post
 
-from runtime.api.handle import Api
+from runtime.api.handle import AnyRequest, api_of
 from runtime.api.openai.intake import Intake, check_model
 from runtime.api.openai.messages import chat_prompt
 from runtime.api.openai.prompts import encode_chat, encode_prompts
@@ -21,8 +20,9 @@ LONG_LIST = 4000
 
 
 @post("/tokenize", status_code=200, opt={"body": TokenizeRequest})
-async def tokenize(request: Request[Any, Any, Any], api: Api) -> Response[Tokens]:
+async def tokenize(request: AnyRequest) -> Response[Tokens]:
     """The token ids of a text or of a chat."""
+    api = api_of(request)
     service = api.handle.require()
     asked = await _tokenize.read(request, api)
     check_model(asked.model, service.model_name)
@@ -45,8 +45,9 @@ async def tokenize(request: Request[Any, Any, Any], api: Api) -> Response[Tokens
 
 
 @post("/detokenize", status_code=200, opt={"body": DetokenizeRequest})
-async def detokenize(request: Request[Any, Any, Any], api: Api) -> Response[Text]:
+async def detokenize(request: AnyRequest) -> Response[Text]:
     """The text of token ids, special tokens included."""
+    api = api_of(request)
     service = api.handle.require()
     asked = await _detokenize.read(request, api)
     check_model(asked.model, service.model_name)

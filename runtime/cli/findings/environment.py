@@ -9,9 +9,7 @@ from settings.load import SettingsError, load
 
 AREA = "settings"
 
-_RELEVANT = re.compile(
-    r"(EFT|HF|HUGGING_FACE|CUDA|OMP|KMP|MKL|TORCH|TRITON)_|CXX$|LD_PRELOAD$|https?_proxy$", re.I
-)
+_RELEVANT = re.compile(r"(EFT|HF|HUGGING_FACE|CUDA|OMP|KMP|MKL|TORCH|TRITON)_|CXX$|LD_PRELOAD$|https?_proxy$", re.I)
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.I)
 _LOGIN_IN_URL = re.compile(r"(?<=://)[^/@\s]+@")
 
@@ -36,9 +34,7 @@ def _settings() -> Finding:
 
 def _variables() -> list[Finding]:
     return [
-        Finding(AREA, name, _shown(name, value))
-        for name, value in sorted(os.environ.items())
-        if _RELEVANT.match(name)
+        Finding(AREA, name, _shown(name, value)) for name, value in sorted(os.environ.items()) if _RELEVANT.match(name)
     ]
 
 

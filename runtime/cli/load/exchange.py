@@ -89,9 +89,7 @@ class Chunk(Struct):
 _decode = msgspec.json.Decoder(Chunk).decode
 
 
-async def exchange(
-    client: httpx.AsyncClient, model: str, spec: LoadSpec, number: int, prompt: Prompt
-) -> Sample:
+async def exchange(client: httpx.AsyncClient, model: str, spec: LoadSpec, number: int, prompt: Prompt) -> Sample:
     """Send request `number` and read its stream to the end. Failures are in `Sample.error`, not raised."""
     sample = Sample(started=time.perf_counter())
     try:

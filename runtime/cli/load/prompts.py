@@ -84,9 +84,7 @@ async def _word_ids(client: httpx.AsyncClient, model: str) -> list[int]:
 async def _calibrate(client: httpx.AsyncClient, model: str, spec: LoadSpec) -> tuple[float, float]:
     """Tokens of an empty prompt (chat template, BOS), and tokens a word."""
     rng = random.Random(f"calibration {spec.seed}")
-    few, many = [
-        await _prompt_tokens(client, model, spec, " ".join(rng.choices(WORDS, k=k))) for k in _PROBES
-    ]
+    few, many = [await _prompt_tokens(client, model, spec, " ".join(rng.choices(WORDS, k=k))) for k in _PROBES]
     per_word = (many - few) / (_PROBES[1] - _PROBES[0])
     if per_word <= 0:
         raise CommandError(f"{client.base_url} counts {few} and {many} prompt tokens for {_PROBES} words")
@@ -104,6 +102,4 @@ async def _prompt_tokens(client: httpx.AsyncClient, model: str, spec: LoadSpec, 
     try:
         return msgspec.convert(response.json()["usage"]["prompt_tokens"], int)
     except _NOT_THAT_FORM as error:
-        raise CommandError(
-            f"{client.base_url} reports no usage, so the length of a prompt is unknown"
-        ) from error
+        raise CommandError(f"{client.base_url} reports no usage, so the length of a prompt is unknown") from error

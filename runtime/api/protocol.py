@@ -1,0 +1,153 @@
+"""HTTP/1.1 on a socket, with the deadlines that uvicorn's protocol does not have.
+
+A connection ends when a request's headers are not complete in time (from its first byte on, or from the
+connection's start), and when the client reads nothing of what waits to be sent for too long. A slow client
+costs its own connection, and nothing else.
+"""
+
+import asyncio
+import sys
+from typing import Any, ClassVar, cast
+
+import h11
+from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
+
+from runtime.api.errors import JSON, HeadersTooLarge, encode
+from runtime.api.linger import LingeringTransport
+from runtime.errors import InvalidRequest, RequestError
+
+MAX_HEADERS = 64 * 1024
+"""Bytes of the request line and headers together."""
+
+_SLICE = 16 * 1024
+
+
+class Protocol(H11Protocol):
+    """One connection. The deadlines are on the class: make a subclass per server with `configured`."""
+
+    header_timeout: ClassVar[float]
+    write_timeout: ClassVar[float]
+
+    _header_timer: asyncio.TimerHandle | None = None
+    _write_timer: asyncio.TimerHandle | None = None
+    _unsent = 0
+
+    @classmethod
+    def configured(cls, *, header_timeout: float, write_timeout: float) -> type["Protocol"]:
+        deadlines = {"header_timeout": header_timeout, "write_timeout": write_timeout}
+        return type("ConfiguredProtocol", (cls,), deadlines)
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        lingering = LingeringTransport(transport, self._has_unread_input)
+        super().connection_made(cast(asyncio.Transport, lingering))
+        self._watch_headers()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_header_timer()
+        self._stop_write_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        # In slices: h11 checks its limit only on headers that are not complete, so a megabyte of them that
+        # arrives at once would be parsed.
+        for start in range(0, len(data), _SLICE):
+            if self.transport.is_closing():
+                return  # also what throws away the rest of a request that was answered early
+            super().data_received(data[start : start + _SLICE])
+        self._watch_headers()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._watch_headers()
+        self._watch_writes()
+
+    def timeout_keep_alive_handler(self) -> None:
+        super().timeout_keep_alive_handler()
+        self._watch_writes()  # what is still unsent would otherwise keep the closed connection open
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch_writes()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stop_write_timer()
+
+    def send_400_response(self, msg: str) -> None:
+        """Called by uvicorn while it handles h11's complaint about what the client sent."""
+        cause = sys.exception()
+        hint = getattr(cause, "error_status_hint", 400)
+        error: RequestError = InvalidRequest("The HTTP request is malformed.")
+        if hint == 431:
+            error = HeadersTooLarge(f"The headers are longer than {MAX_HEADERS} bytes.")
+        try:
+            self._send_error(error)
+        except h11.LocalProtocolError:  # an answer is on its way already
+            self.transport.abort()
+
+    def _send_error(self, error: RequestError) -> None:
+        body = encode(error)
+        headers = [
+            (b"content-type", JSON.encode()),
+            (b"content-length", str(len(body)).encode()),
+            (b"connection", b"close"),
+        ]
+        events: list[Any] = [
+            h11.Response(status_code=error.status, headers=headers, reason=STATUS_PHRASES[error.status]),
+            h11.Data(data=body),
+            h11.EndOfMessage(),
+        ]
+        for event in events:
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
+
+    def _has_unread_input(self) -> bool:
+        return self.conn.their_state in (h11.SEND_BODY, h11.ERROR)
+
+    # -- headers -------------------------------------------------------------------------------
+
+    def _watch_headers(self) -> None:
+        """Arm the deadline once a request has begun, and disarm it once its headers are there."""
+        if not self._awaits_headers():
+            self._stop_header_timer()
+        elif self._header_timer is None:
+            self._header_timer = self.loop.call_later(self.header_timeout, self._headers_are_late)
+
+    def _awaits_headers(self) -> bool:
+        """Between requests a connection may be idle: that is the keep-alive timeout's matter."""
+        if self.conn.their_state is not h11.IDLE or self.transport.is_closing():
+            return False
+        return self.cycle is None or bool(self.conn.trailing_data[0])
+
+    def _stop_header_timer(self) -> None:
+        if self._header_timer is not None:
+            self._header_timer.cancel()
+            self._header_timer = None
+
+    def _headers_are_late(self) -> None:
+        self._header_timer = None
+        self.transport.abort()
+
+    # -- writes --------------------------------------------------------------------------------
+
+    def _watch_writes(self) -> None:
+        """Called when nothing more will be written until the client reads, or ever. Starts the time anew."""
+        self._stop_write_timer()
+        self._unsent = self.transport.get_write_buffer_size()
+        if self._unsent > 0:
+            self._write_timer = self.loop.call_later(self.write_timeout, self._check_writes)
+
+    def _check_writes(self) -> None:
+        """The client took something since the last look, or it is cut off."""
+        self._write_timer = None
+        answered = self.cycle is None or self.cycle.response_complete
+        settled = self.flow.write_paused or self.transport.is_closing() or answered
+        if settled and 0 < self._unsent <= self.transport.get_write_buffer_size():
+            self.transport.abort()
+        else:
+            self._watch_writes()
+
+    def _stop_write_timer(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None

@@ -1,0 +1,109 @@
+"""The app over a fake engine, and a whole server over a tiny model."""
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from runtime.api.app import create_app
+from runtime.logs import configure
+from settings.schema import CacheSettings, ModelSettings, ObservabilitySettings, ServerSettings, Settings
+from tests.api.fakes import FakeService
+
+pytest_plugins = ["anyio"]
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(autouse=True)
+def _quiet_logs() -> None:
+    configure(ObservabilitySettings(log_level="error", log_format="json"))
+
+
+@pytest.fixture
+def service() -> FakeService:
+    return FakeService()
+
+
+@pytest.fixture
+def client(service: FakeService) -> httpx.AsyncClient:
+    """A client of the app with default settings."""
+    return client_of(service, Settings())
+
+
+def client_of(service: FakeService, settings: Settings, **headers: str) -> httpx.AsyncClient:
+    transport = httpx.ASGITransport(app=create_app(service, settings), raise_app_exceptions=False)
+    return httpx.AsyncClient(transport=transport, base_url="http://test", headers=headers)
+
+
+class RunningServer:
+    """`runtime.api.server.serve` on a thread, with a loop of its own."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.exit_code: int | None = None
+        self.url = ""
+        self._settings = settings
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> "RunningServer":
+        self._thread.start()
+        assert self._ready.wait(120), "the server did not start"
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self.stop()
+        self._thread.join(30)
+
+    def stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._stop.set)
+
+    def join(self) -> int | None:
+        self._thread.join(30)
+        return self.exit_code
+
+    @property
+    def address(self) -> tuple[str, int]:
+        host, _, port = self.url.removeprefix("http://").partition(":")
+        return host, int(port)
+
+    def _run(self) -> None:
+        async def main() -> int:
+            from runtime.api.server import serve
+
+            self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+            return await serve(self._settings, on_ready=self._on_ready, stop=self._stop)
+
+        try:
+            import uvloop
+
+            self.exit_code = uvloop.run(main())
+        finally:
+            self._ready.set()
+
+    def _on_ready(self, url: str) -> None:
+        self.url = url
+        self._ready.set()
+
+
+def tiny_settings(model: Path, **server: object) -> Settings:
+    """A server for tests: any free port, one thread, deadlines of seconds."""
+    deadlines = {"header_timeout": 1.0, "body_timeout": 1.0, "write_timeout": 2.0, "drain_timeout": 10.0}
+    return Settings(
+        model=ModelSettings(model=str(model), threads=1),
+        cache=CacheSettings(num_blocks=128),
+        server=ServerSettings(port=0, max_body=1024 * 1024, **{**deadlines, **server}),
+    )
+
+
+@pytest.fixture(scope="session")
+def server(tiny_model: Path) -> Iterator[RunningServer]:
+    """A server that all tests share: leave it as you found it."""
+    with RunningServer(tiny_settings(tiny_model)) as running:
+        yield running

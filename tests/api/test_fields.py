@@ -1,0 +1,127 @@
+"""Fields that are known and not acted on, and fields that nobody knows."""
+
+from typing import Any
+
+import httpx
+import pytest
+
+from runtime.api.openai.fields import NEUTRAL
+from runtime.api.openai.schema import ChatRequest, CompletionRequest
+from tests.api.conftest import client_of
+from tests.api.fakes import FakeService, settings_with
+
+pytestmark = pytest.mark.anyio
+CHAT = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
+
+ASKS: dict[str, Any] = {
+    "add_special_tokens": True,
+    "echo": True,
+    "frequency_penalty": 0.5,
+    "function_call": {"name": "f"},
+    "include_reasoning": "yes",
+    "length_penalty": 2.0,
+    "logit_bias": {"5": 1},
+    "logprobs": True,
+    "modalities": ["text", "audio"],
+    "parallel_tool_calls": "yes",
+    "presence_penalty": -1,
+    "priority": 1,
+    "prompt_cache_retention": "24h",
+    "reasoning_effort": "high",
+    "repetition_penalty": 1.1,
+    "response_format": {"type": "json_object"},
+    "return_tokens_as_token_ids": True,
+    "service_tier": "flex",
+    "spaces_between_special_tokens": False,
+    "store": True,
+    "suffix": "end",
+    "tool_choice": "required",
+    "tools": [{"type": "function", "function": {"name": "f"}}],
+    "top_logprobs": 5,
+    "use_beam_search": True,
+    "verbosity": "high",
+}
+"""A value that asks for something, where a bare 3 would not do."""
+
+
+@pytest.mark.parametrize("field", sorted(NEUTRAL))
+async def test_neutral_values_pass_and_others_are_refused_by_name(
+    client: httpx.AsyncClient, service: FakeService, field: str
+) -> None:
+    for value in NEUTRAL[field]:
+        answer = await client.post("/v1/chat/completions", json={**CHAT, field: value})
+        assert answer.status_code == 200, (field, value)
+        assert "x-eft-warning" not in answer.headers
+    before = len(service.submitted)
+    answer = await client.post("/v1/chat/completions", json={**CHAT, field: ASKS.get(field, 3)})
+    error = answer.json()["error"]
+    assert answer.status_code == 400
+    assert error["code"] == "unsupported_parameter"
+    assert error["param"] == field
+    assert "not supported yet" in error["message"]
+    assert len(service.submitted) == before
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("presence_penalty", 0.0), ("repetition_penalty", 1.0), ("length_penalty", 1)]
+)
+async def test_integers_and_floats_are_the_same_number(client: httpx.AsyncClient, field: str, value: float) -> None:
+    assert (await client.post("/v1/chat/completions", json={**CHAT, field: value})).status_code == 200
+
+
+@pytest.mark.parametrize(("field", "value"), [("logprobs", 0), ("presence_penalty", False), ("store", 0)])
+async def test_zero_is_not_false(client: httpx.AsyncClient, field: str, value: Any) -> None:
+    answer = await client.post("/v1/chat/completions", json={**CHAT, field: value})
+    assert answer.json()["error"]["param"] == field
+
+
+async def test_completions_refuse_logprobs_too(client: httpx.AsyncClient) -> None:
+    answer = await client.post("/v1/completions", json={"prompt": "a", "logprobs": 0})
+    assert answer.json()["error"]["code"] == "unsupported_parameter"
+
+
+def test_no_field_is_both_acted_on_and_refused() -> None:
+    acted_on = set(ChatRequest.__struct_fields__) & set(CompletionRequest.__struct_fields__)
+    assert acted_on.isdisjoint(NEUTRAL)
+
+
+async def test_a_huge_value_is_refused_unread(client: httpx.AsyncClient) -> None:
+    schema = {"type": "json_schema", "schema": "x" * 500_000}
+    answer = await client.post("/v1/chat/completions", json={**CHAT, "response_format": schema})
+    assert answer.json()["error"]["param"] == "response_format"
+    assert len(answer.content) < 1000
+
+
+UNKNOWN = {
+    **CHAT,
+    "colour": "red",
+    "messages": [{"role": "user", "content": "Hi", "mood": 1}],
+    "stream": True,
+    "stream_options": {"sparkle": True},
+}
+
+
+async def test_unknown_fields_are_named_in_a_header(client: httpx.AsyncClient) -> None:
+    answer = await client.post("/v1/chat/completions", json=UNKNOWN)
+    assert answer.status_code == 200
+    warning = answer.headers["x-eft-warning"]
+    assert warning == "unknown fields: colour, stream_options.sparkle, messages[0].mood"
+
+
+async def test_unknown_fields_can_be_refused_or_ignored(service: FakeService) -> None:
+    rejecting = client_of(service, settings_with("limits", unknown_fields="reject"))
+    answer = await rejecting.post("/v1/chat/completions", json=UNKNOWN)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "colour"
+    ignoring = client_of(service, settings_with("limits", unknown_fields="ignore"))
+    answer = await ignoring.post("/v1/chat/completions", json=UNKNOWN)
+    assert answer.status_code == 200
+    assert "x-eft-warning" not in answer.headers
+
+
+async def test_hostile_names_cannot_split_the_header(client: httpx.AsyncClient) -> None:
+    names = {f"a\r\nX-Evil-{index}: 1\u2028é": 1 for index in range(20)}
+    answer = await client.post("/v1/chat/completions", json={**CHAT, **names})
+    assert answer.status_code == 200
+    assert "and 12 more" in answer.headers["x-eft-warning"]
+    assert not [name for name in answer.headers if name.startswith("x-evil")]

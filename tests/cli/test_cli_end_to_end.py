@@ -1,0 +1,110 @@
+"""The commands with a real engine and a tiny model; `eft serve` as a process of its own."""
+
+import io
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.cli.conftest import Eft
+from tests.cli.test_cli_batch import chat, results, write
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_batch_runs_a_model_here(eft: Eft, tiny_model: Path, tmp_path: Path) -> None:
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    limits = {"max_tokens": 5, "temperature": 0, "ignore_eos": True}
+    lines = [chat(f"r{n}", f"question {n}", **limits) for n in range(6)]
+    write(source, *lines, chat("wrong", "x", max_tokens=0))
+    command = ["batch", source, output, "--model", tiny_model, "--concurrency", 3, "--max-batched-tokens", 64]
+    assert eft(*command).code == 1
+    found = results(output)
+    assert found["wrong"]["response"]["status_code"] == 400
+    assert found["wrong"]["response"]["body"]["error"]["param"] == "max_tokens"
+    for n in range(6):
+        body = found[f"r{n}"]["response"]["body"]
+        assert body["usage"]["completion_tokens"] == 5
+        assert body["model"] == tiny_model.name
+        assert found[f"r{n}"]["response"]["request_id"]
+    again = eft(*command)
+    assert "0 succeeded, 0 failed; 7 done before (1 of them failed)" in again.out
+
+
+def test_chat_streams_from_a_model_here(eft: Eft, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\nand more\n"))
+    done = eft("chat", tiny_model, "--json", "--max-tokens", 4, "--temperature", 0)
+    first, second = [json.loads(line) for line in done.out.splitlines()]
+    assert done.code == 0
+    assert first["model"] == tiny_model.name
+    assert first["answer"]["finish_reason"] in ("length", "stop")
+    assert first["answer"]["usage"]["completion_tokens"] <= 4
+    assert second["answer"]["usage"]["prompt_tokens"] > first["answer"]["usage"]["prompt_tokens"]
+
+
+@contextmanager
+def serving(*arguments: str, cwd: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`eft serve` as a process, and what it printed when it was ready."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "runtime", "serve", *arguments, "--port", "0"],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        printed = ""
+        while "flush=True)" not in printed:  # the last line of the snippets
+            line = process.stdout.readline()
+            if not line:
+                pytest.fail(f"eft serve ended early: {process.communicate()[1]}")
+            printed += line
+        yield process, printed
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_serve_prints_snippets_that_work_and_ends_on_sigterm(tiny_model: Path, tmp_path: Path) -> None:
+    with serving(str(tiny_model), "--api-key", "secret-key", cwd=tmp_path) as (process, printed):
+        assert "secret-key" not in printed
+        assert printed.startswith(f"Serving {tiny_model.name} at http://127.0.0.1:")
+        curl = re.search(r"curl .*?\}'$", printed, re.DOTALL | re.MULTILINE)
+        assert curl is not None
+        _, url, *options = shlex.split(curl[0].replace("$EFT_API_KEY", "secret-key"))
+        headers: dict[str, Any] = dict(
+            option.split(": ", 1) for option in options if ": " in option and "{" not in option
+        )
+        answer = httpx.post(url, headers=headers, content=options[-1], timeout=60, trust_env=False)
+        assert answer.status_code == 200
+        assert answer.json()["usage"]["completion_tokens"] > 0
+        process.send_signal(signal.SIGTERM)
+        _, logged = process.communicate(timeout=60)
+        assert process.returncode == 0
+        assert "secret-key" not in logged
+
+
+def test_the_python_snippet_runs_as_it_is_printed(tiny_model: Path, tmp_path: Path) -> None:
+    with serving(str(tiny_model), "--max-model-len", "64", cwd=tmp_path) as (_, printed):
+        program = printed[printed.index("from openai") :]
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_serve_reports_what_it_cannot_load(eft: Eft, tmp_path: Path) -> None:
+    done = eft("serve", tmp_path / "nothing", "--port", 0)
+    assert done.code == 1
+    assert "is not a model" in done.err
+    assert "Traceback" not in done.err
