@@ -9,6 +9,8 @@ BIN := $(VENV)/bin
 RUN := $(VENV)/.installed-run
 DEV := $(VENV)/.installed-dev
 DEMO := $(VENV)/.fetched-demo
+# Python without a .py for ruff to find it by.
+SCRIPTS := .ci/health .ci/smoke
 export VENV
 
 # The tests find promtool, and whatever else was put beside the interpreter.
@@ -42,15 +44,15 @@ test: $(DEV)  ## install what the tests need and run them (ARGS="-k name" for so
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(DEV)  ## check style, types and the Dockerfile
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BIN)/ruff check . $(SCRIPTS)
+	$(BIN)/ruff format --check . $(SCRIPTS)
 	$(BIN)/mypy
 	$(BIN)/mypy benchmarks
 	$(BIN)/hadolint Dockerfile
 
 format: $(DEV)  ## rewrite the code in its style
-	$(BIN)/ruff check --fix .
-	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix . $(SCRIPTS)
+	$(BIN)/ruff format . $(SCRIPTS)
 
 bench: $(DEV) $(DEMO)  ## compare with Hugging Face generate on this machine (ARGS="--repeats 1" is quick)
 	$(BIN)/python -m benchmarks.compare $(ARGS)

@@ -92,16 +92,16 @@ def prepare(given: argparse.Namespace) -> Setup:
 
 def render(name: str, results: Sequence[Measurement]) -> Table:
     base = results[0]
-    table = Table(title=f"{name}: {SCENARIOS[name].__doc__}", title_justify="left")
-    table.add_column("")
+    notes = "\n".join(f"{result.peer}: {result.note}" for result in results if result.note)
+    table = Table(title=f"{name}: {SCENARIOS[name].__doc__}", caption=notes or None)
+    table.title_justify = table.caption_justify = "left"
+    table.add_column("", no_wrap=True)
     table.add_column(base.unit, justify="right")
-    table.add_column("lowest – highest", justify="right")
-    table.add_column(f"× {base.peer}", justify="right")
-    table.add_column("")
+    table.add_column("low – high", justify="right", no_wrap=True)
+    table.add_column("ratio", justify="right")
     for result in results:
         spread = f"{min(result.values):.4g} – {max(result.values):.4g}"
-        ratio = f"{result.times_better(base):.2f}"
-        table.add_row(result.peer, f"{result.median:.4g}", spread, ratio, result.note)
+        table.add_row(result.peer, f"{result.median:.4g}", spread, f"{result.times_better(base):.2f}")
     return table
 
 

@@ -41,7 +41,7 @@ def single(setup: Setup) -> list[Measurement]:
 
 
 def batch(setup: Setup) -> list[Measurement]:
-    """64 requests of 120 tokens in and 128 out, 32 at once."""
+    """64 requests of 120 tokens in and 128 out."""
     size, sample = setup.at_once, setup.peer_sample
     static = setup.hf.batches_of(size)
     results = [

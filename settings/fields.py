@@ -90,9 +90,7 @@ def sections() -> dict[str, type[Struct]]:
 @functools.cache
 def fields() -> tuple[Field, ...]:
     """Every setting, in schema order."""
-    return tuple(
-        field for section, struct in sections().items() for field in _section_fields(section, struct)
-    )
+    return tuple(field for section, struct in sections().items() for field in _section_fields(section, struct))
 
 
 @functools.cache

@@ -60,9 +60,7 @@ def load(
         origins[given.field.key] = given.origin
     if problems:
         raise SettingsError(problems)
-    built: dict[str, Any] = {
-        section: struct(**merged[section]) for section, struct in fields.sections().items()
-    }
+    built: dict[str, Any] = {section: struct(**merged[section]) for section, struct in fields.sections().items()}
     return Loaded(Settings(**built), origins, path)
 
 

@@ -33,9 +33,9 @@ Device = Annotated[str, Meta(pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$")]
 class ModelSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Which weights to serve, and how to hold them."""
 
-    model: Annotated[
-        NonEmpty, doc("A model directory, a GGUF file, a hub id, or `demo` (SmolLM2-135M-Instruct).")
-    ] = "demo"
+    model: Annotated[NonEmpty, doc("A model directory, a GGUF file, a hub id, or `demo` (SmolLM2-135M-Instruct).")] = (
+        "demo"
+    )
     revision: Annotated[NonEmpty | None, doc("Branch, tag or commit of a hub id.", example="main")] = None
     served_model_name: Annotated[
         NonEmpty | None, doc("Name in the API; default: the model's own name.", example="my-model")
@@ -45,9 +45,9 @@ class ModelSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         doc("Type of the weights; auto is float32 on a CPU and bfloat16 on a GPU."),
     ] = "auto"
     device: Annotated[Device, doc("auto, cpu, cuda or cuda:N.")] = "auto"
-    max_model_len: Annotated[
-        Count | None, doc("Context length in tokens; default: the model's own.", example="8K")
-    ] = None
+    max_model_len: Annotated[Count | None, doc("Context length in tokens; default: the model's own.", example="8K")] = (
+        None
+    )
     chat_template: Annotated[
         NonEmpty | None,
         doc(
@@ -129,12 +129,10 @@ class LimitSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 class ObservabilitySettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Logs and metrics."""
 
-    log_level: Annotated[Literal["debug", "info", "warning", "error"], doc("Least severe level to log.")] = (
-        "info"
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], doc("Least severe level to log.")] = "info"
+    log_format: Annotated[Literal["auto", "console", "json"], doc("auto is console on a terminal, json otherwise.")] = (
+        "auto"
     )
-    log_format: Annotated[
-        Literal["auto", "console", "json"], doc("auto is console on a terminal, json otherwise.")
-    ] = "auto"
     log_requests: Annotated[bool, doc("Log one line per request (never its text).")] = True
     vllm_names: Annotated[bool, doc("Export every metric under its `vllm:` name as well.")] = True
 

@@ -21,7 +21,7 @@ from runtime.logs import get_logger
 from runtime.metrics import UNMATCHED
 
 MAX_HEADERS = 64 * 1024
-"""Bytes of all header lines of a request."""
+"""Bytes of a request's target and header lines."""
 
 _log = get_logger("http")
 
@@ -110,7 +110,8 @@ def _has_body(headers: dict[bytes, bytes]) -> bool:
 def _refusal(scope: Scope) -> RequestError | None:
     """What is wrong with a request before anything of it is looked at."""
     headers = scope["headers"]
-    if sum(len(name) + len(value) + 4 for name, value in headers) > MAX_HEADERS:  # 4: colon, space, CR, LF
+    target = len(scope.get("raw_path") or b"") + len(scope["query_string"])
+    if target + sum(len(name) + len(value) + 4 for name, value in headers) > MAX_HEADERS:  # 4: ": " and CR LF
         return HeadersTooLarge(f"The headers are longer than {MAX_HEADERS} bytes.")
     names = {name for name, _ in headers}
     if b"content-length" in names and b"transfer-encoding" in names:

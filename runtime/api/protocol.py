@@ -6,7 +6,10 @@ costs its own connection, and nothing else.
 """
 
 import asyncio
+import contextlib
+import fcntl
 import sys
+import termios
 from typing import Any, ClassVar, cast
 
 import h11
@@ -133,8 +136,8 @@ class Protocol(H11Protocol):
     def _watch_writes(self) -> None:
         """Called when nothing more will be written until the client reads, or ever. Starts the time anew."""
         self._stop_write_timer()
-        self._unsent = self.transport.get_write_buffer_size()
-        if self._unsent > 0:
+        if self.transport.get_write_buffer_size() > 0:
+            self._unsent = self._count_unsent()
             self._write_timer = self.loop.call_later(self.write_timeout, self._check_writes)
 
     def _check_writes(self) -> None:
@@ -142,10 +145,20 @@ class Protocol(H11Protocol):
         self._write_timer = None
         answered = self.cycle is None or self.cycle.response_complete
         settled = self.flow.write_paused or self.transport.is_closing() or answered
-        if settled and 0 < self._unsent <= self.transport.get_write_buffer_size():
+        if settled and self.transport.get_write_buffer_size() > 0 and self._count_unsent() >= self._unsent:
             self.transport.abort()
         else:
             self._watch_writes()
+
+    def _count_unsent(self) -> int:
+        """Bytes that the client has not taken, here and in the kernel: a slow reader empties the kernel's buffer
+        long before ours, and is not one that reads nothing."""
+        waiting: int = self.transport.get_write_buffer_size()
+        with contextlib.suppress(OSError, AttributeError):  # not a TCP socket, or not on Linux
+            queued = bytearray(4)
+            fcntl.ioctl(self.transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, queued)
+            waiting += int.from_bytes(queued, sys.byteorder)
+        return waiting
 
     def _stop_write_timer(self) -> None:
         if self._write_timer is not None:

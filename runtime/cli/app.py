@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from cyclopts import App, CycloptsError
 
 from runtime.cli.errors import CommandError
-from runtime.cli.version import version
+from runtime.version import version
 from settings.errors import SettingsError
 
 INTERRUPTED = 130

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from runtime.cli import app as cli
-from runtime.cli.version import version
+from runtime.version import version
 from settings import fields, values
 from tests.cli.conftest import Eft
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from runtime.cli.findings import environment, machine, size, software, storage
-from runtime.cli.version import version
+from runtime.version import version
 from tests.cli.conftest import Eft
 
 X86 = """processor\t: 0

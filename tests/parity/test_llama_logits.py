@@ -37,7 +37,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def load(path: Path) -> tuple[Decoder, Any]:
+def load(path: Path, dtype: torch.dtype = torch.float32) -> tuple[Decoder, Any]:
     from transformers import LlamaForCausalLM
 
     checkpoint = open_checkpoint(str(path))
@@ -47,11 +47,11 @@ def load(path: Path) -> tuple[Decoder, Any]:
         spec,
         kernels.load("reference"),
         max_len=spec.max_position,
-        dtype=torch.float32,
+        dtype=dtype,
         device=torch.device("cpu"),
     )
     decoder.load(model.weights(checkpoint.tensors(), spec))
-    return decoder, LlamaForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    return decoder, LlamaForCausalLM.from_pretrained(path, dtype=dtype).eval()
 
 
 def logits_of(decoder: Decoder, sequences: list[Tensor]) -> Tensor:
@@ -71,6 +71,18 @@ def test_logits_equal_transformers(name: str, tmp_path: Path) -> None:
         for ids, logits in zip(sequences, ours, strict=True):
             expected = oracle(ids.unsqueeze(0)).logits[0]
             assert (logits - expected).abs().max() < 1e-3
+
+
+def test_bfloat16_is_as_near_to_float32_as_transformers_is(tiny_model: Path) -> None:
+    decoder, oracle = load(tiny_model, torch.bfloat16)
+    exact, _ = load(tiny_model)
+    ids = torch.randint(0, 512, (60,), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        truth = logits_of(exact, [ids])
+        theirs = (oracle(ids.unsqueeze(0)).logits[0].float() - truth).abs().mean()
+        ours = (logits_of(decoder, [ids]) - truth).abs().mean()
+    assert ours <= 1.25 * theirs
+    assert ours > 0  # it did run in bfloat16
 
 
 def test_input_gradients_equal_transformers(tiny_model: Path) -> None:

@@ -187,9 +187,7 @@ def test_reserved_foreign_and_kubernetes_variables_are_left_alone() -> None:
         ),
     ],
 )
-def test_an_error_names_field_origin_limit_and_value(
-    tmp_path: Path, text: str, key: str, message: str
-) -> None:
+def test_an_error_names_field_origin_limit_and_value(tmp_path: Path, text: str, key: str, message: str) -> None:
     path = toml(tmp_path, text)
     assert problems(file=path) == (f"{key} (file {path}): {message}",)
 

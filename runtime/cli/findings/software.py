@@ -7,7 +7,7 @@ import platform
 
 from runtime.clash import find_clash
 from runtime.cli.findings import Finding
-from runtime.cli.version import version
+from runtime.version import version
 
 AREA = "software"
 
