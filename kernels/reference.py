@@ -8,6 +8,11 @@ from kernels.interface import Ops, PagedRows
 from kernels.sampling import sample
 
 
+TRANSPOSED = range(12, 37)
+"""For so few rows MKL computes the transposed product a fifth faster, until a weight is as large as a vocabulary."""
+LARGE = 1 << 24
+
+
 class ReferenceOps(Ops):
     """Every op as torch spells it."""
 
@@ -18,6 +23,9 @@ class ReferenceOps(Ops):
         return None
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if len(x) in TRANSPOSED and weight.numel() < LARGE and x.device.type == "cpu":
+            y = torch.mm(weight, x.t()).t()
+            return y if bias is None else y + bias
         return F.linear(x, weight, bias)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

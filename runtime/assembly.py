@@ -18,6 +18,7 @@ from runtime.workers.kv_cache import KVCache, block_bytes
 from runtime.workers.layers import WeightError
 from runtime.workers.loading import Checkpoint, open_checkpoint
 from runtime.workers.loading.errors import ModelLoadError
+from runtime.workers.memory import keep_freed_memory
 from runtime.workers.models import find_model
 from runtime.workers.worker import Worker
 from settings.schema import CacheSettings, ModelSettings, Settings
@@ -38,6 +39,7 @@ class Assembled:
 
 def assemble(settings: Settings) -> Assembled:
     """Load the model and build the engine. Raises `ModelLoadError` with what is wrong and what would work."""
+    keep_freed_memory()
     if settings.model.threads:
         torch.set_num_threads(settings.model.threads)
     checkpoint = open_checkpoint(

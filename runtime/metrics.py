@@ -101,7 +101,7 @@ TABLE: tuple[Spec, ...] = (
          twin="none"),
 )  # fmt: skip
 
-_REASONS = frozenset({"queue_full", "context_length_exceeded", "conflict", "unavailable", "other"})
+_REASONS = frozenset({"queue_full", "context_length_exceeded", "conflict", "engine_unavailable", "other"})
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 UNMATCHED = "unmatched"
 """The one `handler` label of all requests that no route answered."""
@@ -194,7 +194,7 @@ class Metrics:
         self._histograms["request_max_num_generation_tokens"].observe(longest)
 
     def on_rejection(self, reason: str) -> None:
-        """A request was turned away before it waited. Reasons that are not in the table count as `other`."""
+        """A request was turned away before it waited; `reason` is its error code. Unforeseen ones are `other`."""
         label = reason if reason in _REASONS else "other"
         self._counters["admission_rejections"].labels(label).inc()
 

@@ -12,7 +12,7 @@ from litestar import Request
 from litestar.openapi.config import OpenAPIConfig
 from litestar.openapi.plugins import OpenAPIRenderPlugin
 
-from runtime.api.errors import ErrorBody
+from runtime.api.errors import JSON, ErrorBody
 from runtime.version import version
 
 BODY = "body"
@@ -67,7 +67,7 @@ def _with_bodies(request: Request[Any, Any, Any], schema: dict[str, Any]) -> dic
     schemas = {**schema.get("components", {}).get("schemas", {}), **components}
     paths = {
         path: {
-            method: _operation(operation, reference_of.get(bodies.get(path)), reference_of[ErrorBody])
+            method: _operation(operation, reference_of[ErrorBody], bodies.get(path), reference_of)
             for method, operation in operations.items()
         }
         for path, operations in schema["paths"].items()
@@ -75,19 +75,24 @@ def _with_bodies(request: Request[Any, Any, Any], schema: dict[str, Any]) -> dic
     return {**schema, "paths": paths, "components": {"schemas": schemas}}
 
 
-def _operation(operation: dict[str, Any], body: Any, error: Any) -> dict[str, Any]:
-    failure = {"description": "What went wrong", "content": {"application/json": {"schema": error}}}
-    kept = {status: answer for status, answer in operation["responses"].items() if status.startswith("2")}
-    described = {**operation, "responses": {**kept, "default": failure}}
-    if body is not None:
-        described["requestBody"] = {"required": True, "content": {"application/json": {"schema": body}}}
-    return described
+def _operation(
+    operation: dict[str, Any], error: Any, body: type[msgspec.Struct] | None, reference_of: dict[Any, Any]
+) -> dict[str, Any]:
+    answers = {status: answer for status, answer in operation["responses"].items() if status.startswith("2")}
+    answers["default"] = {"description": "What went wrong", "content": {JSON: {"schema": error}}}
+    if body is None:
+        return {**operation, "responses": answers}
+    if "stream" in body.__struct_fields__:
+        events = {"text/event-stream": {"schema": {"type": "string"}}}
+        answers["200"] = {**answers["200"], "content": {**answers["200"]["content"], **events}}
+    request_body = {"required": True, "content": {JSON: {"schema": reference_of[body]}}}
+    return {**operation, "responses": answers, "requestBody": request_body}
 
 
 def _section(method: str, path: str, operation: dict[str, Any], schemas: dict[str, Any]) -> str:
     title = f"<h2><code>{method.upper()}</code> {html.escape(path)}</h2>"
     about = f"<p>{html.escape(operation.get('description', ''))}</p>"
-    body = operation.get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema", {})
+    body = operation.get("requestBody", {}).get("content", {}).get(JSON, {}).get("schema", {})
     struct = schemas.get(body.get("$ref", "").rpartition("/")[2], {})
     rows = "".join(
         f"<tr><td><code>{html.escape(name)}</code></td><td>{html.escape(_type(field))}</td></tr>"

@@ -7,6 +7,7 @@ far as a handler.
 import time
 from collections.abc import Callable
 from email.utils import formatdate
+from http import HTTPStatus
 from typing import Any
 
 import structlog
@@ -22,6 +23,9 @@ from runtime.metrics import UNMATCHED
 
 MAX_HEADERS = 64 * 1024
 """Bytes of a request's target and header lines."""
+
+_PROBES = frozenset({"/health", "/ready", "/ping", "/metrics", "/load"})
+"""Asked every few seconds by machines: logged when something is wrong, or at level debug."""
 
 _log = get_logger("http")
 
@@ -60,7 +64,8 @@ class Observer:
             self._handle.service.metrics.on_http(method, status, handler, seconds)
         if self._log_requests:
             details = {key: value for key, value in record.log.items() if value is not None}
-            _log.info(
+            quiet = handler in _PROBES and status < HTTPStatus.BAD_REQUEST
+            (_log.debug if quiet else _log.info)(
                 "request",
                 method=method,
                 handler=handler,

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from litestar import Response, get, route
+from litestar import MediaType, Response, get, route
 from msgspec import Struct
 
 from runtime.api.auth import OPEN
@@ -67,7 +67,7 @@ async def load(request: AnyRequest) -> Load:
 def metrics_handler(*, public: bool) -> Any:
     """GET /metrics; whether a key is asked for is a setting."""
 
-    @get("/metrics", opt={OPEN: public})
+    @get("/metrics", opt={OPEN: public}, media_type=MediaType.TEXT)
     async def metrics(request: AnyRequest) -> Response[bytes]:
         """Prometheus metrics; OpenMetrics when the Accept header asks for it."""
         accept = request.headers.get("accept", "")

@@ -1,9 +1,11 @@
 """The app over a fake engine, and a whole server over a tiny model."""
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -62,7 +64,8 @@ class RunningServer:
         self._thread.join(30)
 
     def stop(self) -> None:
-        self._loop.call_soon_threadsafe(self._stop.set)
+        with contextlib.suppress(RuntimeError):  # it has ended already, and its loop with it
+            self._loop.call_soon_threadsafe(self._stop.set)
 
     def join(self) -> int | None:
         self._thread.join(30)
@@ -94,11 +97,18 @@ class RunningServer:
 
 def tiny_settings(model: Path, **server: object) -> Settings:
     """A server for tests: any free port, one thread, deadlines of seconds."""
-    deadlines = {"header_timeout": 1.0, "body_timeout": 1.0, "write_timeout": 2.0, "drain_timeout": 10.0}
+    fields: dict[str, Any] = {
+        "port": 0,
+        "max_body": 1024 * 1024,
+        "header_timeout": 1.0,
+        "body_timeout": 1.0,
+        "write_timeout": 2.0,
+        "drain_timeout": 10.0,
+    }
     return Settings(
         model=ModelSettings(model=str(model), threads=1),
         cache=CacheSettings(num_blocks=128),
-        server=ServerSettings(port=0, max_body=1024 * 1024, **{**deadlines, **server}),
+        server=ServerSettings(**{**fields, **server}),
     )
 
 

@@ -122,9 +122,11 @@ async def test_max_completion_tokens_is_named_when_it_does_not_fit(client: httpx
     assert "1008" in error["message"]
 
 
-async def test_prompt_as_long_as_the_context(client: httpx.AsyncClient) -> None:
+async def test_prompt_as_long_as_the_context(client: httpx.AsyncClient, service: FakeService) -> None:
     messages = [{"role": "user", "content": "x" * 300}]
     answer = await client.post(URL, json={"messages": messages})
+    rejections = b'eft:admission_rejections_total{model_name="fake",reason="context_length_exceeded"} 1.0'
+    assert rejections in service.metrics.render()[0]
     assert answer.status_code == 400
     assert answer.json()["error"]["code"] == "context_length_exceeded"
     assert answer.json()["error"]["param"] == "messages"

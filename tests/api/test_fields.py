@@ -7,7 +7,7 @@ import pytest
 
 from runtime.api.openai.fields import NEUTRAL
 from runtime.api.openai.schema import ChatRequest, CompletionRequest
-from tests.api.conftest import client_of
+from tests.api.conftest import RunningServer, client_of
 from tests.api.fakes import FakeService, settings_with
 
 pytestmark = pytest.mark.anyio
@@ -117,6 +117,14 @@ async def test_unknown_fields_can_be_refused_or_ignored(service: FakeService) ->
     answer = await ignoring.post("/v1/chat/completions", json=UNKNOWN)
     assert answer.status_code == 200
     assert "x-eft-warning" not in answer.headers
+
+
+@pytest.mark.parametrize("name", ["", " ", "\t", " a ", "\u00a0", "\x00"])
+async def test_names_of_nothing_are_a_valid_header_all_the_same(server: RunningServer, name: str) -> None:
+    async with httpx.AsyncClient(base_url=server.url) as client:
+        answer = await client.post("/v1/completions", json={"prompt": "a", "max_tokens": 1, name: 1})
+    assert answer.status_code == 200
+    assert answer.headers["x-eft-warning"].startswith("unknown fields: ")
 
 
 async def test_hostile_names_cannot_split_the_header(client: httpx.AsyncClient) -> None:

@@ -168,6 +168,7 @@ async def test_tokenize_and_detokenize(client: httpx.AsyncClient, service: FakeS
     assert chat["tokens"] == list(b"user: Hi")
     assert chat["token_strs"] is None
     assert service.tokenizer.last_chat[1]["add_generation_prompt"] is False
+    assert (await client.post("/tokenize", json={"prompt": ""})).json()["tokens"] == []
     assert (await client.post("/detokenize", json={"tokens": [97, 98]})).json() == {"prompt": "ab"}
 
 

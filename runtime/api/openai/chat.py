@@ -8,6 +8,7 @@ from litestar import Response, post
 from msgspec import UNSET
 
 from runtime.api.disconnect import unless_disconnected
+from runtime.api.docs import BODY
 from runtime.api.handle import AnyRequest, api_of
 from runtime.api.openai.generation import Generation
 from runtime.api.openai.intake import Intake, check_model
@@ -30,7 +31,7 @@ from runtime.messages import Output
 _intake = Intake(ChatRequest)
 
 
-@post("/v1/chat/completions", status_code=200, opt={"body": ChatRequest})
+@post("/v1/chat/completions", status_code=200, opt={BODY: ChatRequest})
 async def create_chat_completion(request: AnyRequest) -> Response[ChatCompletion]:
     """Answer a chat, whole or streamed."""
     api = api_of(request)

@@ -8,6 +8,7 @@ from litestar import Response, post
 from msgspec import UNSET
 
 from runtime.api.disconnect import unless_disconnected
+from runtime.api.docs import BODY
 from runtime.api.handle import AnyRequest, api_of
 from runtime.api.openai.generation import Generation
 from runtime.api.openai.intake import Intake, check_model
@@ -24,7 +25,7 @@ from runtime.tokenizer import Tokenizer
 _intake = Intake(CompletionRequest)
 
 
-@post("/v1/completions", status_code=200, opt={"body": CompletionRequest})
+@post("/v1/completions", status_code=200, opt={BODY: CompletionRequest})
 async def create_completion(request: AnyRequest) -> Response[Completion]:
     """Continue one text or many, whole or streamed."""
     api = api_of(request)

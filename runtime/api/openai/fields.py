@@ -4,9 +4,8 @@ A field that is accepted and then ignored is a lie to the client. So each of the
 asks for nothing, and any other value is refused by name.
 """
 
-import contextlib
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import msgspec
 from litestar import Request
@@ -16,6 +15,8 @@ from runtime.api.openai.schema import ChatMessage, StreamOptions
 from runtime.api.record import record_of
 from runtime.errors import InvalidRequest, Unsupported
 from runtime.logs import clean, get_logger
+
+T = TypeVar("T")
 
 _log = get_logger("api")
 
@@ -83,9 +84,8 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 
 _MESSAGE_FIELDS = frozenset(ChatMessage.__struct_fields__)
 _OPTION_FIELDS = frozenset(StreamOptions.__struct_fields__)
-_object = msgspec.json.Decoder(dict[str, msgspec.Raw])
-_objects = msgspec.json.Decoder(list[dict[str, msgspec.Raw]])
-_list = msgspec.json.Decoder(list[msgspec.Raw])
+_object = msgspec.json.Decoder(dict[str, msgspec.Raw] | None)
+_objects = msgspec.json.Decoder(list[dict[str, msgspec.Raw]] | None)
 
 _MAX_NEUTRAL = 64
 """Bytes of the longest encoded neutral value, with room for spaces; longer ones need no decoding."""
@@ -113,22 +113,23 @@ def check_fields(fields: Fields, known: Iterable[str]) -> list[str]:
 def unknown_nested(fields: Fields, *, max_messages: int) -> list[str]:
     """Unknown keys inside messages and stream options, as `messages[0].colour`.
 
-    Also the place where too many messages are refused, before a struct is made of each. What is of the wrong
-    type here is left to the decoder that knows the types.
+    Of fields that were decoded already, so that their types are known to be right. Also refuses too many messages.
     """
     unknown: list[str] = []
-    with contextlib.suppress(msgspec.ValidationError):
-        if "stream_options" in fields:
-            options = _object.decode(fields["stream_options"])
-            unknown += [f"stream_options.{name}" for name in options if name not in _OPTION_FIELDS]
-    with contextlib.suppress(msgspec.ValidationError):
-        count = len(_list.decode(fields["messages"])) if "messages" in fields else 0
-        if count > max_messages:
-            raise InvalidRequest(f"messages must have at most {max_messages} messages, got {count}.", param="messages")
-        messages = _objects.decode(fields["messages"]) if count else []
-        for index, message in enumerate(messages):
-            unknown += [f"messages[{index}].{name}" for name in message if name not in _MESSAGE_FIELDS]
+    if options := _value(fields, "stream_options", _object):
+        unknown += [f"stream_options.{name}" for name in options if name not in _OPTION_FIELDS]
+    messages = _value(fields, "messages", _objects) or []
+    if len(messages) > max_messages:
+        raise InvalidRequest(
+            f"messages must have at most {max_messages} messages, got {len(messages)}.", param="messages"
+        )
+    for index, message in enumerate(messages):
+        unknown += [f"messages[{index}].{name}" for name in message if name not in _MESSAGE_FIELDS]
     return unknown
+
+
+def _value(fields: Fields, name: str, decoder: msgspec.json.Decoder[T]) -> T | None:
+    return decoder.decode(fields[name]) if name in fields else None
 
 
 def report_unknown(
@@ -137,7 +138,7 @@ def report_unknown(
     """Do with unknown fields what the setting says. Raises `InvalidRequest` for "reject"."""
     if not names or mode == "ignore":
         return
-    listed = ", ".join(clean(name[:64]) for name in names[:_MAX_NAMED])
+    listed = ", ".join(clean(name[:64]).strip() or '""' for name in names[:_MAX_NAMED])
     if len(names) > _MAX_NAMED:
         listed += f" and {len(names) - _MAX_NAMED} more"
     if mode == "reject":

@@ -25,6 +25,9 @@ _OTHER_PARTS = frozenset(
 )
 
 
+_EMPTY = frozenset({b"null", b"[]", b"{}"})
+
+
 @dataclass(frozen=True)
 class ChatPrompt:
     """The arguments of `Tokenizer.encode_chat`."""
@@ -62,7 +65,7 @@ def chat_prompt(request: ChatRequest | TokenizeRequest, template: str | None, *,
 def _message(message: ChatMessage, index: int, template: str) -> dict[str, Any]:
     path = f"messages[{index}]"
     for field in ("tool_calls", "function_call", "audio"):
-        if getattr(message, field):
+        if bytes(getattr(message, field)) not in _EMPTY:
             raise Unsupported(f"`{path}.{field}` is not supported yet.", param=f"{path}.{field}")
     role = message.role
     if role == "developer" and "developer" not in template:

@@ -9,6 +9,8 @@ from runtime.errors import ContextLengthExceeded, InvalidRequest
 from runtime.tokenizer import Tokenizer
 
 T = TypeVar("T")
+Prompt = str | list[str | int | list[int]]
+"""A text, several, token ids, or several lists of them."""
 
 LONG_TEXT = 4000
 """Characters; below that a thread costs more than the tokeniser."""
@@ -33,31 +35,34 @@ async def encode_chat(tokenizer: Tokenizer, chat: ChatPrompt, context: int) -> l
 
 
 async def encode_prompts(
-    tokenizer: Tokenizer, prompt: str | list[str | int | list[int]], context: int, *, add_special_tokens: bool
+    tokenizer: Tokenizer, prompt: Prompt, context: int, *, add_special_tokens: bool
 ) -> list[list[int]]:
     """The token ids of every prompt of a completions request. Raises `InvalidRequest`, `ContextLengthExceeded`."""
-    prompts = _split(prompt)
-    for index, one in enumerate(prompts):
-        if not one:
-            raise InvalidRequest("The prompt is empty: it must have at least one token.", param=_param(prompt, index))
-        if isinstance(one, list):
-            _check_ids(one, tokenizer.vocab_size, _param(prompt, index))
-        else:
-            _check_size(len(one), context, _param(prompt, index))
 
-    def encode(one: str | list[int]) -> list[int]:
-        return one if isinstance(one, list) else tokenizer.encode(one, add_special_tokens=add_special_tokens)
+    def encode() -> list[list[int]]:
+        prompts = _split(prompt)
+        for index, one in enumerate(prompts):
+            _check(one, _param(prompt, index), tokenizer.vocab_size, context)
+        return [
+            one if isinstance(one, list) else tokenizer.encode(one, add_special_tokens=add_special_tokens)
+            for one in prompts
+        ]
 
-    size = sum(len(one) for one in prompts if isinstance(one, str))
-    return await _run(lambda: [encode(one) for one in prompts], size)
+    return await _run(encode, _size(prompt))
 
 
-def count_prompts(prompt: str | list[str | int | list[int]]) -> int:
+async def encode_text(tokenizer: Tokenizer, text: str, context: int, *, add_special_tokens: bool) -> list[int]:
+    """The token ids of one text, which may be empty."""
+    _check_size(len(text), context, "prompt")
+    return await _run(lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens), len(text))
+
+
+def count_prompts(prompt: Prompt) -> int:
     """How many prompts `prompt` holds; a list of token ids is one."""
     return len(prompt) if isinstance(prompt, list) and not _is_ids(prompt) else 1
 
 
-def _split(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:
+def _split(prompt: Prompt) -> list[str | list[int]]:
     if isinstance(prompt, str):
         return [prompt]
     if not prompt:
@@ -74,16 +79,28 @@ def _split(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:
     raise InvalidRequest("prompt must be all texts, all token ids, or all lists of token ids.", param="prompt")
 
 
+def _size(prompt: Prompt) -> int:
+    """Characters and token ids, or a first part of them that is many already."""
+    if isinstance(prompt, str) or len(prompt) > LONG_TEXT:
+        return len(prompt)
+    return sum(1 if isinstance(one, int) else len(one) for one in prompt)
+
+
 def _is_ids(prompt: list[str | int | list[int]]) -> bool:
     return bool(prompt) and isinstance(prompt[0], int)
 
 
-def _param(prompt: str | list[str | int | list[int]], index: int) -> str:
+def _param(prompt: Prompt, index: int) -> str:
     return f"prompt[{index}]" if count_prompts(prompt) > 1 else "prompt"
 
 
-def _check_ids(ids: list[int], vocab_size: int, param: str) -> None:
-    lowest, highest = min(ids), max(ids)
+def _check(prompt: str | list[int], param: str, vocab_size: int, context: int) -> None:
+    if not prompt:
+        raise InvalidRequest("The prompt is empty: it must have at least one token.", param=param)
+    if isinstance(prompt, str):
+        _check_size(len(prompt), context, param)
+        return
+    lowest, highest = min(prompt), max(prompt)
     if lowest < 0 or highest >= vocab_size:
         wrong = lowest if lowest < 0 else highest
         raise InvalidRequest(f"Token ids must be from 0 to {vocab_size - 1}, got {wrong}.", param=param)

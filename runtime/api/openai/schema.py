@@ -11,6 +11,10 @@ import msgspec
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 
 
+def _null() -> msgspec.Raw:
+    return msgspec.Raw(b"null")
+
+
 class StreamOptions(msgspec.Struct, kw_only=True):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
@@ -30,14 +34,14 @@ class ChatMessage(msgspec.Struct, kw_only=True):
     content: str | list[ContentPart] | None = None
     name: str | None = None
     tool_call_id: str | None = None
-    # Answers of other servers come back as history with these. Only their empty values can be taken.
-    tool_calls: list[Any] | None = None
-    function_call: Any = None
-    audio: Any = None
     refusal: str | None = None
-    annotations: list[Any] | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
+    # Answers of other servers come back as history with these. Not decoded, as nothing in them is used.
+    annotations: msgspec.Raw = msgspec.field(default_factory=_null)
+    audio: msgspec.Raw = msgspec.field(default_factory=_null)
+    function_call: msgspec.Raw = msgspec.field(default_factory=_null)
+    tool_calls: msgspec.Raw = msgspec.field(default_factory=_null)
 
 
 class GenerationRequest(msgspec.Struct, kw_only=True):

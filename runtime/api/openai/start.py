@@ -1,7 +1,8 @@
 """From a checked request and its token ids to running sequences."""
 
 import hashlib
-from functools import lru_cache
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 from litestar import Request
@@ -10,7 +11,8 @@ from runtime.api.openai.generation import Generation
 from runtime.api.openai.params import choices_of, fit_context, sampling_params, seed_of
 from runtime.api.openai.schema import GenerationRequest
 from runtime.api.record import RequestRecord, make_id, record_of
-from runtime.messages import Submission
+from runtime.errors import Conflict, ContextLengthExceeded, EngineUnavailable
+from runtime.messages import SamplingParams, Submission
 from runtime.version import version
 from settings.schema import LimitSettings
 
@@ -37,28 +39,40 @@ def start(
     default_max: int | None,
 ) -> Generation:
     """Submit `n` sequences for each prompt. Raises a `RequestError` that names the field at fault."""
-    choices = choices_of(request)
     params, max_field = sampling_params(request, vocab_size=service.tokenizer.vocab_size, limits=limits)
-    submissions: list[Submission] = []
-    for prompt in prompts:
-        fitted = fit_context(
-            params,
-            len(prompt),
-            service.max_model_len,
-            max_field=max_field,
-            prompt_field=prompt_field,
-            default=default_max,
-        )
-        submissions += [
-            Submission(
-                request_id=_sequence_id(record.request_id, len(submissions) + choice),
+    fit = partial(
+        fit_context,
+        params,
+        context=service.max_model_len,
+        max_field=max_field,
+        prompt_field=prompt_field,
+        default=default_max,
+    )
+    try:
+        submissions = list(_submissions(request, prompts, record.request_id, fit))
+        return Generation(service, submissions, choices=choices_of(request), record=record)
+    except (ContextLengthExceeded, Conflict, EngineUnavailable) as error:  # the engine counts a full queue itself
+        service.metrics.on_rejection(error.code or "")
+        raise
+
+
+def _submissions(
+    request: GenerationRequest,
+    prompts: list[list[int]],
+    request_id: str,
+    fit: Callable[[int], SamplingParams],
+) -> Iterator[Submission]:
+    """`n` for each prompt, prompt by prompt."""
+    choices = choices_of(request)
+    for index, prompt in enumerate(prompts):
+        fitted = fit(len(prompt))
+        for choice in range(choices):
+            yield Submission(
+                request_id=_sequence_id(request_id, index * choices + choice),
                 prompt_ids=prompt,
                 params=seed_of(fitted, choice),
                 cache_salt=request.cache_salt or "",
             )
-            for choice in range(choices)
-        ]
-    return Generation(service, submissions, choices=choices, record=record)
 
 
 def _sequence_id(request_id: str, index: int) -> str:

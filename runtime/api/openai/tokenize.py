@@ -4,10 +4,11 @@ import asyncio
 
 from litestar import Response, post
 
+from runtime.api.docs import BODY
 from runtime.api.handle import AnyRequest, api_of
 from runtime.api.openai.intake import Intake, check_model
 from runtime.api.openai.messages import chat_prompt
-from runtime.api.openai.prompts import encode_chat, encode_prompts
+from runtime.api.openai.prompts import encode_chat, encode_text
 from runtime.api.openai.responses import Text, Tokens
 from runtime.api.openai.schema import DetokenizeRequest, TokenizeRequest
 from runtime.errors import InvalidRequest
@@ -19,7 +20,7 @@ LONG_LIST = 4000
 """Tokens; below that a thread costs more than decoding."""
 
 
-@post("/tokenize", status_code=200, opt={"body": TokenizeRequest})
+@post("/tokenize", status_code=200, opt={BODY: TokenizeRequest})
 async def tokenize(request: AnyRequest) -> Response[Tokens]:
     """The token ids of a text or of a chat."""
     api = api_of(request)
@@ -30,10 +31,7 @@ async def tokenize(request: AnyRequest) -> Response[Tokens]:
         raise InvalidRequest("Send either `prompt` or `messages`.", param="prompt")
     if asked.prompt is not None:
         special = asked.add_special_tokens is not False
-        encoded = await encode_prompts(
-            service.tokenizer, asked.prompt, service.max_model_len, add_special_tokens=special
-        )
-        ids = encoded[0]
+        ids = await encode_text(service.tokenizer, asked.prompt, service.max_model_len, add_special_tokens=special)
     else:
         limit = api.settings.limits.max_messages
         chat = chat_prompt(asked, service.tokenizer.chat_template, max_messages=limit)
@@ -44,7 +42,7 @@ async def tokenize(request: AnyRequest) -> Response[Tokens]:
     return Response(Tokens(count=len(ids), max_model_len=service.max_model_len, tokens=ids, token_strs=texts))
 
 
-@post("/detokenize", status_code=200, opt={"body": DetokenizeRequest})
+@post("/detokenize", status_code=200, opt={BODY: DetokenizeRequest})
 async def detokenize(request: AnyRequest) -> Response[Text]:
     """The text of token ids, special tokens included."""
     api = api_of(request)

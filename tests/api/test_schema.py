@@ -1,0 +1,33 @@
+"""What schemathesis makes up from our OpenAPI schema, valid and invalid, gets the answers that it promises."""
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.api.conftest import RunningServer
+
+CHECKS = (
+    "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance,"
+    "unsupported_method,negative_data_rejection"
+)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("schemathesis") is None, reason="schemathesis is not installed")
+def test_every_route_positive_and_negative(server: RunningServer, tmp_path: Path) -> None:
+    beside = Path(sys.executable).with_name("st")
+    command = str(beside) if beside.exists() else shutil.which("st")
+    assert command is not None, "schemathesis is installed without its command"
+    limits = ["--max-examples", "20", "--workers", "1", "--generation-deterministic", "--seed", "1"]
+    done = subprocess.run(
+        [command, "run", f"{server.url}/docs/openapi.json", "--checks", CHECKS, *limits],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,  # it leaves its reports where it runs
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-5000:]
