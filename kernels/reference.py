@@ -7,7 +7,6 @@ from torch import Tensor
 from kernels.interface import Ops, PagedRows
 from kernels.sampling import sample
 
-
 TRANSPOSED = range(12, 37)
 """For so few rows MKL computes the transposed product a fifth faster, until a weight is as large as a vocabulary."""
 LARGE = 1 << 24

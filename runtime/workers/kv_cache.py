@@ -1,6 +1,9 @@
 """The memory of the paged KV cache: one key and one value tensor a layer. Who owns a block is not known here."""
 
-import numpy as np
+import contextlib
+import math
+import mmap
+
 import torch
 from torch import Tensor
 
@@ -42,6 +45,9 @@ def block_bytes(*, num_layers: int, block_size: int, num_kv_heads: int, head_dim
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    # calloc: the system hands out zero pages when they are first touched, so an idle cache costs no memory.
-    raw = np.zeros(int(np.prod(shape)) * dtype.itemsize, dtype=np.uint8)
-    return torch.from_numpy(raw).view(dtype).view(shape)
+    # Mapped, not allocated: the system hands out zero pages when they are first touched, so an idle cache
+    # costs no memory; huge pages make that first touch cheap.
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    with contextlib.suppress(OSError, AttributeError):  # not every system has huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
