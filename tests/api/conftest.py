@@ -15,8 +15,6 @@ from runtime.logs import configure
 from settings.schema import CacheSettings, ModelSettings, ObservabilitySettings, ServerSettings, Settings
 from tests.api.fakes import FakeService
 
-pytest_plugins = ["anyio"]
-
 
 @pytest.fixture
 def anyio_backend() -> str:
