@@ -2,7 +2,6 @@
 
 import asyncio
 import random
-import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -36,7 +35,7 @@ def run(model: Path, body: Callable[[EngineService], Awaitable[None]], **overrid
         service = asyncio.run(asyncio.wait_for(main(), 120))
     finally:
         failpoints.configure("")
-    assert not any(thread.name == "engine" for thread in threading.enumerate())
+    assert not service._thread.is_alive()
     return service
 
 
