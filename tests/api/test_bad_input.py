@@ -134,7 +134,9 @@ def test_it_is_answered_with_an_error_of_ours(server: RunningServer, sent: bytes
     ],
 )
 def test_unfinished_headers_end_the_connection(server: RunningServer, sent: bytes) -> None:
-    exchange(server, sent)  # returns only because the server closes; the socket would time out otherwise
+    answer = exchange(server, sent)  # returns only because the server closes; the socket would time out otherwise
+    complete = sent.count(b"\r\n\r\n")
+    assert answer.count(b"HTTP/1.1 200") == complete
 
 
 def test_an_unfinished_body_is_answered_and_ends(server: RunningServer) -> None:
