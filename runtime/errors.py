@@ -112,3 +112,11 @@ class EngineUnavailable(RequestError):
     status = 503
     type = "service_unavailable"
     default_code = "engine_unavailable"
+
+
+class StorageUnavailable(RequestError):
+    """Nothing was stored: the disk is full, or the database cannot be written."""
+
+    status = 503
+    type = "service_unavailable"
+    default_code = "storage_unavailable"

@@ -57,7 +57,9 @@ class Field(Struct, frozen=True, kw_only=True):
             return "a list of non-empty strings"
         if self.base is str:
             return self.doc.rstrip(".") if self._pattern else "a non-empty string"
-        noun = {"bytes": "a size", "seconds": "a time"}.get(self.unit or "", "a whole number")
+        noun = {"bytes": "a size", "seconds": "a time"}.get(
+            self.unit or "", "a number" if self.base is float else "a whole number"
+        )
         units = {
             "count": " (units: K, M)",
             "bytes": " (units: KiB, MiB, GiB, KB, MB, GB)",

@@ -71,7 +71,8 @@ def _toml(field: Field) -> str:
     if field.base is bool:
         return json.dumps(value)
     text = value if isinstance(value, str) else values.show(field, value)
-    return text if field.base in (int, float) and text.isdigit() else json.dumps(text, ensure_ascii=False)
+    plain = text.isdigit() or (field.base is float and not field.unit)
+    return text if field.base in (int, float) and plain else json.dumps(text, ensure_ascii=False)
 
 
 def _default(field: Field) -> str:
@@ -85,4 +86,4 @@ def _takes(field: Field) -> str:
     if field.base is bool:
         return "true, false"
     noun = {"bytes": "size", "seconds": "time", "count": "count"}.get(field.unit or "")
-    return noun or {int: "number", tuple: "list of texts"}.get(field.base, "text")
+    return noun or {int: "number", float: "number", tuple: "list of texts"}.get(field.base, "text")

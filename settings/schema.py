@@ -27,6 +27,7 @@ def doc(text: str, *, example: object = None, secret: bool = False) -> Meta:
 
 NonEmpty = Annotated[str, Meta(min_length=1)]
 Port = Annotated[int, Meta(ge=0, le=65535)]
+Share = Annotated[float, Meta(ge=0.0, le=0.9)]
 Device = Annotated[str, Meta(pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$")]
 
 
@@ -89,6 +90,16 @@ class SchedulerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields
     ] = None
     max_running: Annotated[Count, doc("Most sequences running at once.")] = 64
     max_waiting: Annotated[Count, doc("Most sequences waiting; one more is answered 429.")] = 1024
+    ttft_target: Annotated[
+        Seconds, doc("Training gives way so that first tokens come in this time, where serving alone would do it.")
+    ] = 1.0
+    tpot_target: Annotated[
+        Seconds | None,
+        doc(
+            "Time per output token that training must leave; default: 1.4 times what it is without training.",
+            example="50ms",
+        ),
+    ] = None
 
 
 class ServerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -103,6 +114,10 @@ class ServerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             secret=True,
         ),
     ] = ()
+    admin_key: Annotated[
+        tuple[NonEmpty, ...],
+        doc("Keys for /admin and for loading adapters; none: clients on this machine only.", secret=True),
+    ] = ()
     public_metrics: Annotated[bool, doc("Serve /metrics without a key.")] = True
     docs_enabled: Annotated[bool, doc("Serve the OpenAPI schema and the API reference.")] = True
     max_body: Annotated[Bytes, doc("Largest request body.")] = 32 * 1024**2
@@ -111,6 +126,33 @@ class ServerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     write_timeout: Annotated[Seconds, doc("A client that reads nothing for this long is cut off.")] = 60.0
     drain_timeout: Annotated[Seconds, doc("On SIGTERM, running requests get this long to finish.")] = 30.0
     step_timeout: Annotated[Seconds, doc("/health answers 503 when a step takes longer than this.")] = 120.0
+
+
+class AdapterSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """LoRA adapters that are served beside the base model."""
+
+    max_loaded: Annotated[
+        Count, doc("Most adapter versions in memory; one more takes the place of the one unused for longest.")
+    ] = 16
+    max_lora_rank: Annotated[Count, doc("Largest rank of an adapter that is loaded or trained.")] = 256
+
+
+class TrainerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Fine-tuning jobs in the serving process."""
+
+    state_dir: Annotated[
+        NonEmpty | None,
+        doc(
+            "Folder of jobs, checkpoints, uploaded files and adapters; default: ~/.local/state/eft.",
+            example="/var/lib/eft",
+        ),
+    ] = None
+    data_roots: Annotated[
+        tuple[NonEmpty, ...], doc("Folders from which recipes may read data, besides the files sent along.")
+    ] = ()
+    min_share: Annotated[Share, doc("Share of the time that a running job gets even when requests never pause.")] = 0.2
+    max_queued_jobs: Annotated[Count, doc("Most jobs waiting; one more is answered 429.")] = 100
+    max_upload: Annotated[Bytes, doc("Largest body of a recipe with its data files.")] = 512 * 1024**2
 
 
 class LimitSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -144,5 +186,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     cache: CacheSettings = field(default_factory=CacheSettings)
     scheduler: SchedulerSettings = field(default_factory=SchedulerSettings)
     server: ServerSettings = field(default_factory=ServerSettings)
+    adapters: AdapterSettings = field(default_factory=AdapterSettings)
+    trainer: TrainerSettings = field(default_factory=TrainerSettings)
     limits: LimitSettings = field(default_factory=LimitSettings)
     observability: ObservabilitySettings = field(default_factory=ObservabilitySettings)

@@ -16,6 +16,7 @@ from settings.fields import Field
 
 _TRUE = {"true", "yes", "on", "1"}
 _FALSE = {"false", "no", "off", "0"}
+_DECIMAL = re.compile(r"[0-9]{1,18}(\.[0-9]{1,18})?")
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
 _LARGEST = 2**63 - 1
 
@@ -33,6 +34,8 @@ def from_text(field: Field, text: str) -> Any:
         return check(field, True if word in _TRUE else False if word in _FALSE else text)
     if field.base is int and _INTEGER.fullmatch(text.strip()):
         return check(field, int(text))
+    if field.base is float and _DECIMAL.fullmatch(text.strip()):
+        return check(field, float(text))
     return check(field, text)
 
 

@@ -42,7 +42,7 @@ def create_app(service: "EngineService | ServiceHandle", settings: Settings) -> 
         ],
         # On the app, not on a middleware that looks at paths: `//v1/models`, `/%761/models` and `/v1/models/`
         # all reach the same handlers, and a guard runs once a handler is chosen.
-        guards=[KeyGuard(settings.server.api_key)],
+        guards=[KeyGuard(settings.server.api_key, settings.server.admin_key)],
         state=State({"api": api}),
         exception_handlers={Exception: handle_exception},
         lifespan=[api.lag.running],

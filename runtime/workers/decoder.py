@@ -1,7 +1,8 @@
 """The one decoder: every architecture is a `DecoderSpec`, serving and training run the same layers.
 
 Inputs are a flat batch of T tokens. Attention is handed in (`runtime.workers.attention`), so the decoder
-knows neither the KV cache nor packing; it never samples. Differentiable throughout.
+knows neither the KV cache nor packing; adapters are handed in too (`runtime.workers.adaptation`), so it knows
+no LoRA. It never samples. Differentiable throughout.
 """
 
 from collections.abc import Iterable
@@ -11,9 +12,13 @@ import torch
 from torch import Tensor
 
 from kernels import Ops
+from runtime.workers.adaptation import Adaptation
 from runtime.workers.attention import Attention
 from runtime.workers.layers import Embedding, Linear, Parameter, RMSNorm, WeightError
 from runtime.workers.rope import RopeSpec
+
+LINEARS = ("qkv", "out", "gate_up", "down")
+"""A layer's linears, by attribute name; each may be fused of parts (`Linear.parts`)."""
 
 
 @dataclass(frozen=True)
@@ -60,14 +65,29 @@ class DecoderLayer:
         self.attention_norm = RMSNorm(hidden, spec.norm_eps, dtype=dtype, device=device)
         self.mlp_norm = RMSNorm(hidden, spec.norm_eps, dtype=dtype, device=device)
 
-    def __call__(self, ops: Ops, hidden: Tensor, attention: Attention, cos: Tensor, sin: Tensor) -> Tensor:
+    def __call__(
+        self, ops: Ops, hidden: Tensor, attention: Attention, cos: Tensor, sin: Tensor, adaptation: Adaptation | None
+    ) -> Tensor:
         """hidden [T, hidden] → the same; cos, sin [T, head_dim / 2] of the tokens' positions."""
-        fused = self.qkv(ops, self.attention_norm(ops, hidden))
+        q, k, v = self.project(ops, hidden, adaptation)
+        return self.finish(ops, hidden, attention(self.index, q, k, v, cos, sin), adaptation)
+
+    def project(self, ops: Ops, hidden: Tensor, adaptation: Adaptation | None) -> tuple[Tensor, Tensor, Tensor]:
+        """hidden [T, hidden] → q [T, H, D], k and v [T, G, D], before rope. Token by token: T may be any part."""
+        fused = self._linear("qkv", ops, self.attention_norm(ops, hidden), adaptation)
         q, k, v = (x.view(len(x), -1, self._spec.head_dim) for x in torch.split(fused, self._split, dim=-1))
-        mixed = attention(self.index, q, k, v, cos, sin)
-        hidden = hidden + self.out(ops, mixed.flatten(1))
-        inner = ops.silu_mul(self.gate_up(ops, self.mlp_norm(ops, hidden)))
-        return hidden + self.down(ops, inner)
+        return q, k, v
+
+    def finish(self, ops: Ops, hidden: Tensor, mixed: Tensor, adaptation: Adaptation | None) -> Tensor:
+        """What attention found [T, H, D], and the layer's input [T, hidden] → its output. Token by token too."""
+        hidden = hidden + self._linear("out", ops, mixed.flatten(1), adaptation)
+        gate_up = self._linear("gate_up", ops, self.mlp_norm(ops, hidden), adaptation)
+        return hidden + self._linear("down", ops, ops.silu_mul(gate_up), adaptation)
+
+    def _linear(self, name: str, ops: Ops, x: Tensor, adaptation: Adaptation | None) -> Tensor:
+        linear: Linear = getattr(self, name)
+        y = linear(ops, x)
+        return y if adaptation is None else adaptation(self.index, name, x, y)
 
 
 class Decoder:
@@ -84,12 +104,14 @@ class Decoder:
         self._head = None if spec.tied else Embedding(spec.vocab_size, spec.hidden_size, dtype=dtype, device=device)
         self._cos, self._sin = spec.rope.table(spec.head_dim, max_len, dtype, device)
 
-    def forward(self, token_ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
+    def forward(
+        self, token_ids: Tensor, positions: Tensor, attention: Attention, adaptation: Adaptation | None = None
+    ) -> Tensor:
         """token_ids, positions [T] int64 → hidden states [T, hidden] after the last layer, before the norm."""
         hidden = self.embedding(token_ids)
         cos, sin = self.angles(positions)
         for layer in self.layers:
-            hidden = layer(self.ops, hidden, attention, cos, sin)
+            hidden = layer(self.ops, hidden, attention, cos, sin, adaptation)
         return hidden
 
     def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,7 +133,7 @@ class Decoder:
             named["head.weight"] = self._head.weight
         for layer in self.layers:
             prefix = f"layers.{layer.index}."
-            for name in ("qkv", "out", "gate_up", "down"):
+            for name in LINEARS:
                 linear: Linear = getattr(layer, name)
                 named[f"{prefix}{name}.weight"] = linear.weight
                 if linear.bias is not None:

@@ -52,6 +52,9 @@ class Linear:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
+        self.in_features = in_features
+        self.parts = parts
+        """Output rows of each part, in the order in which they lie in the weight."""
         self.weight = Parameter(parts, (in_features,), dtype, device)
         self.bias = Parameter(parts, (), dtype, device) if bias else None
 

@@ -1,7 +1,7 @@
 """Architectures: one small file each, found by the `architectures` entry of a `config.json`."""
 
 from collections.abc import Iterable, Iterator
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
@@ -11,6 +11,9 @@ from runtime.workers.models.llama import Llama
 
 class Model(Protocol):
     """What an architecture's file provides."""
+
+    LORA_TARGETS: ClassVar[dict[str, tuple[str, str]]]
+    """A layer's linears by their name in the checkpoint (`self_attn.q_proj`) → the decoder's (linear, part)."""
 
     @staticmethod
     def spec(config: dict[str, Any]) -> DecoderSpec:

@@ -2,11 +2,11 @@
 
 import re
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from runtime.workers.decoder import DecoderSpec
+from runtime.workers.decoder import LINEARS, DecoderSpec
 from runtime.workers.rope import RopeSpec
 
 LAYER = {
@@ -31,6 +31,8 @@ _LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)")
 
 class Llama:
     """RMSNorm, rope, grouped-query attention, SwiGLU (arXiv:2302.13971, arXiv:2407.21783)."""
+
+    LORA_TARGETS: ClassVar = {name: place for name, place in LAYER.items() if place[0] in LINEARS}
 
     @staticmethod
     def spec(config: dict[str, Any]) -> DecoderSpec:

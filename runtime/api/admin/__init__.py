@@ -1,0 +1,1 @@
+"""The endpoints that change the server: training jobs and adapters. Every handler says `opt={ADMIN: True}`."""
