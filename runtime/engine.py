@@ -59,6 +59,12 @@ class Engine:
     def busy(self) -> bool:
         return len(self.scheduler) > 0
 
+    @property
+    def first_tokens_due(self) -> bool:
+        """Is there a request that has no token yet?"""
+        scheduler = self.scheduler
+        return len(scheduler.waiting) > 0 or any(request.num_generated == 0 for request in scheduler.running)
+
     # -- requests ------------------------------------------------------------------------------
 
     def check(self, submission: Submission) -> None:

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable
 
 from runtime.assembly import Assembled, assemble
+from runtime.background import Background
 from runtime.errors import Conflict, EngineUnavailable, RequestError, TooManyRequests
 from runtime.logs import get_logger
 from runtime.messages import Output, Submission
@@ -45,6 +46,8 @@ class EngineService:
         self._stopping = False
         self._draining = False
         self._step_started: float | None = None
+        self.background: Background | None = None
+        """What the engine thread does beside steps. Set before `start`."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -155,24 +158,44 @@ class EngineService:
             while not self._stopping:
                 self._take_messages()
                 if self.engine.busy:
-                    self._step_started = time.monotonic()
-                    outputs = self.engine.step()
-                    self._step_started = None
-                    self._call(self._dispatch, outputs)
+                    self._step()
+                elif self.background is not None:
+                    self.background.idle()
         except Exception:
             log.exception("engine_died")
             self._call(self._bury)
 
+    def _step(self) -> None:
+        self._step_started = began = time.monotonic()
+        outputs = self.engine.step()
+        self._step_started = None
+        self._call(self._dispatch, outputs)
+        if self.background is not None and self.engine.busy:
+            waiting = self.engine.first_tokens_due
+            self.background.between_steps(time.monotonic() - began, first_tokens_due=waiting)
+
     def _take_messages(self) -> None:
         """Do what the inbox says; wait for a message when there is nothing else to do."""
         with self._wake:
-            while not self._inbox and not self.engine.busy and not self._stopping:
+            while not self._inbox and not self._has_work and not self._stopping:
                 self._wake.wait()
         changed = bool(self._inbox)
         while self._inbox:
             self._inbox.popleft()()
         if changed:
             self.engine.observe()
+
+    @property
+    def _has_work(self) -> bool:
+        return self.engine.busy or (self.background is not None and self.background.ready)
+
+    def on_engine_thread(self, work: Callable[[], None]) -> None:
+        """Do `work` on the engine thread before its next step. From any thread; wakes it."""
+        self._send(work)
+
+    def on_event_loop(self, work: Callable[..., None], *args: object) -> None:
+        """Do `work` on the event loop, in the order of the calls. From the engine thread."""
+        self._call(work, *args)
 
     def _submit(self, submission: Submission, stream: OutputStream) -> None:
         try:

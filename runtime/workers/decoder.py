@@ -118,10 +118,11 @@ class Decoder:
         """The rope cosines and sines [T, head_dim / 2] of positions [T]."""
         return self._cos[positions], self._sin[positions]
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [rows, hidden], only those rows that are wanted → [rows, vocab] float32."""
+    def logits(self, hidden: Tensor, ops: Ops | None = None) -> Tensor:
+        """hidden [rows, hidden], only those rows that are wanted → [rows, vocab] float32. `ops` instead of its own."""
+        ops = ops or self.ops
         head = self._head or self.embedding
-        return self.ops.linear(self.norm(self.ops, hidden), head.weight.data).float()
+        return ops.linear(self.norm(ops, hidden), head.weight.data).float()
 
     def parameters(self) -> dict[str, Parameter]:
         """Every weight by its place in the decoder, such as `layers.0.qkv.weight`."""

@@ -1,0 +1,101 @@
+"""The reference ops with backward passes of their own.
+
+Autograd's backward of the small ops reads and writes the activations more often than needed: here each is written
+straight into its place. Values are those of the reference, up to rounding; only float32 takes these ways.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.reference import ReferenceOps
+
+
+class TrainingOps(ReferenceOps):
+    """For training: every op differentiable, the frequent ones with fewer temporaries."""
+
+    name = "training"
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        if x.dtype is not torch.float32 or weight.requires_grad:
+            return super().rms_norm(x, weight, eps)
+        normed: Tensor = _RmsNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
+        return normed
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        if gate_up.dtype is not torch.float32:
+            return super().silu_mul(gate_up)
+        product: Tensor = _SiluMul.apply(gate_up)  # type: ignore[no-untyped-call]
+        return product
+
+    def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        rotated: Tensor = _Rope.apply(x, cos.unsqueeze(1), sin.unsqueeze(1))  # type: ignore[no-untyped-call]
+        return rotated
+
+
+class _RmsNorm(torch.autograd.Function):
+    """y = x r w with r = 1 / rms(x); dx = r (g w - x r² mean(g w x))."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, inverse)
+        normed: Tensor = (x * inverse).mul_(weight)
+        return normed
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x, weight, inverse = ctx.saved_tensors
+        scaled = grads[0] * weight
+        mean = torch.linalg.vecdot(scaled, x).unsqueeze(-1).div_(x.shape[-1])
+        return scaled.addcmul_(x, mean.mul_(inverse.square()), value=-1).mul_(inverse), None, None
+
+
+class _SiluMul(torch.autograd.Function):
+    """silu(gate) up; both gradients into one tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (gate_up,) = ctx.saved_tensors
+        (grad,) = grads
+        gate, up = gate_up.chunk(2, dim=-1)
+        found = torch.empty_like(gate_up)
+        grad_gate, grad_up = found.chunk(2, dim=-1)
+        torch.mul(grad, F.silu(gate), out=grad_up)
+        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
+        return found
+
+
+class _Rope(torch.autograd.Function):
+    """A rotation; its gradient is rotated back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        cos, sin = ctx.saved_tensors
+        return _rotate(grads[0], cos, sin, -1), None, None
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    low, high = out.chunk(2, dim=-1)
+    torch.mul(first, cos, out=low).addcmul_(second, sin, value=-direction)
+    torch.mul(second, cos, out=high).addcmul_(first, sin, value=direction)
+    return out

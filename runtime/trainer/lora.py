@@ -1,0 +1,190 @@
+"""The adapter that is being trained: its parameters, and how they change the decoder's linears.
+
+LoRA (arXiv:2106.09685) as PEFT has it: A starts uniform, B at zero, dropout before A. One difference: the parts of
+a fused linear (query, key and value; gate and up) share a dropout mask, since they share their input.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from runtime.workers.decoder import Decoder
+from runtime.workers.layers import Linear
+from runtime.workers.lora import LoraLayers, LoraPart, LoraShape
+
+Targets = Mapping[tuple[int, str], Sequence[str]]
+"""(layer index, linear name) → those of the linear's parts that are trained, in the linear's own order."""
+
+
+@dataclass(frozen=True, eq=False)
+class AdaptedLinear:
+    """The parameters of one linear. Float32 whatever the base is in."""
+
+    parts: tuple[str, ...]
+    columns: tuple[slice, ...]
+    """Where each part lies in the linear's output."""
+    a: Tensor
+    """[parts * rank, in]: the parts' A matrices, one above the other, since all of them see the same input."""
+    b: tuple[Tensor, ...]
+    """[out of the part, rank] each."""
+
+
+class TrainableLora:
+    """All parameters of one adapter."""
+
+    def __init__(self, decoder: Decoder, targets: Targets, shape: LoraShape, *, seed: int) -> None:
+        """Fresh parameters on the decoder's device; the same seed gives the same ones."""
+        self.shape = shape
+        self.scale = shape.scale(shape.rank, shape.alpha)
+        generator = torch.Generator().manual_seed(seed)
+        self.linears: dict[tuple[int, str], AdaptedLinear] = {}
+        for (layer, name), parts in targets.items():
+            linear: Linear = getattr(decoder.layers[layer], name)
+            self.linears[layer, name] = _fresh(linear, parts, shape.rank, generator, decoder.device)
+
+    def parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Every trained tensor by a stable name, layer by layer."""
+        for (layer, name), linear in self.linears.items():
+            yield f"{layer}.{name}.a", linear.a
+            for part, b in zip(linear.parts, linear.b, strict=True):
+                yield f"{layer}.{name}.b.{part}", b
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for _, parameter in self.parameters())
+
+    def capture(self) -> dict[str, Tensor]:
+        """A copy of every parameter, on the CPU."""
+        return {name: parameter.detach().to("cpu", copy=True) for name, parameter in self.parameters()}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take the values of an earlier `capture`. Raises `ValueError` where they are another adapter's."""
+        own = dict(self.parameters())
+        if own.keys() != tensors.keys() or any(own[name].shape != tensors[name].shape for name in own):
+            raise ValueError("these are the weights of an adapter of another shape")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(tensors[name])
+
+    def layers_of(self, captured: Mapping[str, Tensor]) -> LoraLayers:
+        """What `capture` gave, as an adapter to serve or to write."""
+        rank = self.shape.rank
+        return {
+            (layer, name): [
+                LoraPart(
+                    part=part,
+                    a=captured[f"{layer}.{name}.a"][index * rank : (index + 1) * rank],
+                    b=captured[f"{layer}.{name}.b.{part}"],
+                    scale=self.scale,
+                )
+                for index, part in enumerate(linear.parts)
+            ]
+            for (layer, name), linear in self.linears.items()
+        }
+
+
+def _fresh(
+    linear: Linear, parts: Sequence[str], rank: int, generator: torch.Generator, device: torch.device
+) -> AdaptedLinear:
+    bound = 1 / math.sqrt(linear.in_features)  # kaiming_uniform with a = sqrt(5), which is PEFT's
+    a = torch.empty(len(parts) * rank, linear.in_features).uniform_(-bound, bound, generator=generator)
+    starts = dict(zip(linear.parts, _starts(linear.parts.values()), strict=True))
+    return AdaptedLinear(
+        parts=tuple(parts),
+        columns=tuple(slice(starts[part], starts[part] + linear.parts[part]) for part in parts),
+        a=a.to(device).requires_grad_(),
+        b=tuple(torch.zeros(linear.parts[part], rank, device=device, requires_grad=True) for part in parts),
+    )
+
+
+def _starts(sizes: Iterable[int]) -> list[int]:
+    total, found = 0, []
+    for size in sizes:
+        found.append(total)
+        total += size
+    return found
+
+
+class TrainingAdaptation:
+    """The hook for a run of tokens of one micro-batch: adds what the adapter says, with gradients, and dropout."""
+
+    def __init__(self, lora: TrainableLora, *, dropout: float, seed: int, rows: slice, num_tokens: int) -> None:
+        """`rows` are these tokens' places among the micro-batch's `num_tokens`; `seed` is the micro-batch's. A mask
+        is drawn for all of them and cut, so it does not depend on how the tokens are split into slices."""
+        self._lora = lora
+        self._dropout = dropout
+        self._seed = seed
+        self._rows = rows
+        self._num_tokens = num_tokens
+
+    def __call__(self, layer: int, linear: str, x: Tensor, y: Tensor) -> Tensor:
+        adapted = self._lora.linears.get((layer, linear))
+        if adapted is None:
+            return y
+        mask = self._mask(layer, linear, x) if self._dropout else None
+        added: Tensor = _AddLora.apply(y, x, mask, adapted.columns, self._lora.scale, adapted.a, *adapted.b)  # type: ignore[no-untyped-call]
+        return added
+
+    def _mask(self, layer: int, linear: str, x: Tensor) -> Tensor:
+        """[T, in]: 0 with probability `dropout`, else 1 / (1 - dropout)."""
+        generator = torch.Generator(x.device).manual_seed(mix(self._seed, layer, sum(linear.encode())))
+        keep = torch.rand(self._num_tokens, x.shape[1], device=x.device, generator=generator) >= self._dropout
+        return keep[self._rows].to(x.dtype).div_(1 - self._dropout)
+
+
+def mix(*numbers: int) -> int:
+    """A seed made of several numbers: neighbouring ones give unrelated seeds."""
+    value = 0
+    for number in numbers:
+        value = ((value ^ number) * 0x9E3779B97F4A7C15 + 0xD1B54A32D192ED03) & (2**64 - 1)
+        value ^= value >> 29
+    return value & (2**63 - 1)
+
+
+class _AddLora(torch.autograd.Function):
+    """y += scale * (dropout(x) A^T) B^T, part by part and in place: autograd's own ops would copy y for each."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        x: Tensor,
+        mask: Tensor | None,
+        columns: Sequence[slice],
+        scale: float,
+        a: Tensor,
+        *b: Tensor,
+    ) -> Tensor:
+        dropped = x if mask is None else x * mask
+        shrunk = dropped @ a.to(x.dtype).t()
+        for place, small, up in zip(columns, shrunk.chunk(len(b), dim=1), b, strict=True):
+            y[:, place].addmm_(small, up.to(y.dtype).t(), alpha=scale)
+        ctx.save_for_backward(x, mask, shrunk, a, *b)
+        ctx.columns, ctx.scale = columns, scale
+        ctx.mark_dirty(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (grad,) = grads
+        x, mask, shrunk, a, *b = ctx.saved_tensors
+        dropped = x if mask is None else x * mask
+        grad_b = []
+        grad_shrunk = torch.empty_like(shrunk)
+        pieces = zip(ctx.columns, shrunk.chunk(len(b), dim=1), grad_shrunk.chunk(len(b), dim=1), b, strict=True)
+        for place, small, grad_small, up in pieces:
+            part = grad[:, place]
+            torch.mm(part, up.to(grad.dtype), out=grad_small)
+            grad_b.append((part.t() @ small).mul_(ctx.scale).to(up.dtype))
+        grad_shrunk.mul_(ctx.scale)
+        grad_a = (grad_shrunk.t() @ dropped).to(a.dtype)
+        grad_x = None
+        if ctx.needs_input_grad[1]:
+            grad_x = grad_shrunk @ a.to(grad.dtype)
+            if mask is not None:
+                grad_x *= mask
+        return grad, grad_x, None, None, None, grad_a, *grad_b

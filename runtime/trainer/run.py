@@ -1,0 +1,277 @@
+"""One training run: steps, evaluations, snapshots, from the first to the last, as one generator of slices.
+
+Lives on the engine thread. `pause`, `resume` and `cancel` may be called from any thread; a pause takes effect at
+the end of a step, where there is something to go on from. Everything random is made from the seed and the step, so
+a run that goes on from a snapshot does what it would have done. Knows no recipe, no job and no file.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+from torch import Tensor
+
+from kernels.training import TrainingOps
+from runtime.failpoints import failpoint
+from runtime.trainer.events import (
+    CancelledEvent,
+    CheckpointEvent,
+    EvalEvent,
+    FailedEvent,
+    FinishedEvent,
+    PausedEvent,
+    RunEvent,
+    StepEvent,
+)
+from runtime.trainer.examples import Example
+from runtime.trainer.lora import TrainableLora, mix
+from runtime.trainer.loss import Score
+from runtime.trainer.memory import halve, is_out_of_memory
+from runtime.trainer.microbatch import pack
+from runtime.trainer.optimizer import Optimizer
+from runtime.trainer.slices import Pacer, Slice, Sliced, Slices
+from runtime.trainer.snapshot import Progress, Restored, Snapshot
+from runtime.trainer.spec import RunSpec
+from runtime.trainer.step import MicroStep
+from runtime.trainer.watchdog import Lost, Watchdog
+from runtime.workers.decoder import Decoder
+from runtime.workers.lora import LoraLayers
+
+MicroBatches = Sequence[Sequence[Example]]
+
+
+class TrainingRun:
+    """`pacer` drives it. Reports through `on_event`, on the thread that drives it."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        spec: RunSpec,
+        batches: Callable[[int], MicroBatches],
+        test: MicroBatches,
+        on_event: Callable[[RunEvent], None],
+        write_adapter: Callable[[Path, LoraLayers], None],
+        *,
+        restored: Restored | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`batches` gives the micro-batches of an epoch (from 0), `test` are those to evaluate on. Raises
+        `ValueError` when `restored` is from another run."""
+        self._decoder = decoder
+        self._spec = spec
+        self._batches = batches
+        self._test = test
+        self._on_event = on_event
+        self._write_adapter = write_adapter
+        self._clock = clock
+        self._ops = TrainingOps()
+        self._lora = TrainableLora(decoder, spec.targets, spec.shape, seed=spec.seed)
+        self._optimizer = Optimizer(self._lora.parameters(), spec.optimizer)
+        self._watchdog = Watchdog(spec.watchdog, decoder.spec.vocab_size)
+        self._progress = Progress()
+        self._best: Mapping[str, Tensor] | None = None
+        self._halved = False
+        self._snapshots: dict[int, Snapshot] = {}
+        if restored is not None:
+            self._lora.restore(restored.parameters)
+            self._optimizer.restore(restored.optimizer)
+            self._progress = restored.progress
+            self._best = restored.best or restored.parameters
+        self._pause_asked = False
+        self._cancel_asked = False
+        self._paused = False
+        self.pacer = Pacer(self._slices(), clock)
+
+    # -- from any thread -----------------------------------------------------------------------
+
+    @property
+    def ready(self) -> bool:
+        """Is there anything to do now?"""
+        return not self.pacer.done and (self._cancel_asked or not (self._paused and self._pause_asked))
+
+    def work(self, seconds: float) -> float:
+        """Train for about so long; returns how long it was. On the engine thread."""
+        if self._cancel_asked and not self.pacer.done:
+            self.pacer.close()
+            self._on_event(CancelledEvent(step=self._progress.step))
+        return self.pacer.run(seconds, may_go_on=self._may_go_on)
+
+    def _may_go_on(self) -> bool:
+        return self.ready and not self._cancel_asked
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return self._progress.step
+
+    def pause(self) -> None:
+        """Stand still at the end of this step, with a snapshot."""
+        self._pause_asked = True
+
+    def resume(self) -> None:
+        self._pause_asked = False
+
+    def cancel(self) -> None:
+        """End before the next slice."""
+        self._cancel_asked = True
+
+    def take_snapshot(self, step: int) -> Snapshot:
+        """What was captured at `step`, once. Raises `KeyError` for a step without."""
+        return self._snapshots.pop(step)
+
+    # -- the run -------------------------------------------------------------------------------
+
+    def _slices(self) -> Slices:
+        try:
+            yield from self._train()
+        except Lost as lost:
+            self._on_event(FailedEvent(step=self._progress.step, code=lost.code, message=str(lost)))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            message = "There is not enough memory for this job: lower micro_batch_size or sequence_len."
+            self._on_event(FailedEvent(step=self._progress.step, code="out_of_memory", message=message))
+
+    def _train(self) -> Slices:
+        began, busy = self._clock(), self.pacer.busy_seconds
+        for epoch, group in self._groups():
+            score, norm = yield from self._step(group)
+            progress = self._progress
+            progress.step += 1
+            now, now_busy = self._clock(), self.pacer.busy_seconds
+            tokens = sum(len(example) for micro in group for example in micro)
+            progress.tokens += tokens
+            progress.trained_tokens += score.tokens
+            self._on_event(
+                StepEvent(
+                    step=progress.step,
+                    epoch=epoch,
+                    loss=score.mean,
+                    learning_rate=self._rate(progress.step),
+                    grad_norm=norm,
+                    tokens=tokens,
+                    trained_tokens=score.tokens,
+                    accuracy=score.accuracy,
+                    seconds=now - began,
+                    busy_seconds=now_busy - busy,
+                )
+            )
+            began, busy = now, now_busy
+            if (yield from self._after_step()):
+                break
+        yield from self._finish()
+
+    def _groups(self) -> Iterator[tuple[float, MicroBatches]]:
+        """The micro-batches of each step that is still to do, and the epoch that it ends at."""
+        size, total = self._spec.accumulation, self._spec.schedule.total_steps
+        step = epoch = 0
+        while step < total:
+            batches = self._batches(epoch)
+            groups = [batches[first : first + size] for first in range(0, len(batches), size)]
+            for index, group in enumerate(groups[: total - step], 1):
+                if step + index > self._progress.step:
+                    yield epoch + index / len(groups), group
+            step += len(groups)
+            epoch += 1
+
+    def _step(self, group: MicroBatches) -> Sliced[tuple[Score, float]]:
+        """One change of the parameters; the score of its tokens, and the gradient's norm."""
+        step = self._progress.step + 1
+        failpoint("train.step", step)
+        score = yield from self._gradients(step, group)
+        self._watchdog.check(step, score.mean, 0.0)
+        norm = yield from self._optimizer.step(self._spec.schedule.factor(step))
+        self._watchdog.check(step, score.mean, norm)
+        return score, norm
+
+    def _gradients(self, step: int, group: MicroBatches) -> Sliced[Score]:
+        """Where memory runs out, once in a run, all micro-batches are halved from there on."""
+        try:
+            return (yield from self._accumulate(step, halve(group) if self._halved else group))
+        except Exception as error:
+            if self._halved or not is_out_of_memory(error) or halve(group) == list(group):
+                raise
+        self._halved = True
+        self._optimizer.zero_grad()
+        return (yield from self._accumulate(step, halve(group)))
+
+    def _accumulate(self, step: int, group: MicroBatches) -> Sliced[Score]:
+        trained = sum(example.num_trained for micro in group for example in micro)
+        total = Score()
+        for index, examples in enumerate(group):
+            micro = MicroStep(
+                self._decoder,
+                self._ops,
+                self._lora,
+                pack(examples, self._decoder.device),
+                dropout=self._spec.dropout,
+                seed=mix(self._spec.seed, step, index),
+                checkpointing=self._spec.checkpointing,
+            )
+            yield from micro.forward_backward(1 / max(1, trained))
+            total.add(micro.score)
+        return total
+
+    def _after_step(self) -> Sliced[bool]:
+        """Evaluate, capture and stand still where that is due; True when the run should end early."""
+        spec, progress = self._spec, self._progress
+        stop = False
+        last = progress.step == spec.schedule.total_steps
+        if self._test and spec.eval_every and (progress.step % spec.eval_every == 0 or last):
+            stop = yield from self._evaluate()
+        if spec.save_every and progress.step % spec.save_every == 0 and not last:
+            self._capture()
+            self._on_event(CheckpointEvent(step=progress.step, best=progress.best_step == progress.step))
+        if self._pause_asked and not last:
+            self._capture()
+            self._paused = True
+            self._on_event(PausedEvent(step=progress.step))
+            yield Slice("pause", 1)
+            self._paused = False
+        return stop
+
+    def _evaluate(self) -> Sliced[bool]:
+        """Score the held-out rows, and remember the best parameters; True when it has not improved for too long."""
+        total = Score()
+        for examples in self._test:
+            micro = MicroStep(self._decoder, self._ops, self._lora, pack(examples, self._decoder.device))
+            yield from micro.evaluate()
+            total.add(micro.score)
+        progress = self._progress
+        better = progress.best_loss is None or total.mean < progress.best_loss
+        if better:
+            progress.best_loss, progress.best_step, progress.worse_evals = total.mean, progress.step, 0
+            self._best = self._lora.capture()
+        else:
+            progress.worse_evals += 1
+        self._on_event(EvalEvent(step=progress.step, loss=total.mean, accuracy=total.accuracy, tokens=total.tokens))
+        patience = self._spec.early_stopping
+        return patience is not None and progress.worse_evals >= patience
+
+    def _finish(self) -> Slices:
+        progress = self._progress
+        if self._test and not self._spec.eval_every:
+            yield from self._evaluate()
+        done = progress.step == self._spec.schedule.total_steps
+        self._capture()
+        self._on_event(
+            FinishedEvent(
+                step=progress.step,
+                best_step=progress.best_step or progress.step,
+                reason="done" if done else "early_stopping",
+            )
+        )
+
+    def _capture(self) -> None:
+        progress = msgspec.structs.replace(self._progress)
+        self._snapshots[progress.step] = Snapshot(
+            progress=progress,
+            parameters=self._lora.capture(),
+            optimizer=self._optimizer.capture(),
+            best=None if progress.best_step in (0, progress.step) else self._best,
+            write_adapter=lambda path, captured: self._write_adapter(path, self._lora.layers_of(captured)),
+        )
+
+    def _rate(self, step: int) -> float:
+        return self._spec.optimizer.learning_rate * self._spec.schedule.factor(step)

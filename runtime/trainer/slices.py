@@ -1,0 +1,104 @@
+"""Training cut into slices: the noun, and the controller that learns what each kind costs.
+
+A training step is a generator. Before each piece of work it yields a `Slice` that says what comes next and how
+much of it there is, and is sent back how much it may do now. So the same loop runs a whole layer at once on an idle
+machine, and a few tokens of it between two inference steps. Knows no tensors.
+"""
+
+import time
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import TypeAlias, TypeVar
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """The next piece of work of a training step."""
+
+    kind: str
+    """Pieces of one kind cost alike: what is learned of one is used for the next."""
+    amount: int
+    """How much there is of it, in the kind's own unit (tokens, heads, layers). At least 1."""
+    least: int = 1
+    """Do not cut it smaller than this: below, the overhead is the most of it."""
+
+
+T = TypeVar("T")
+Sliced: TypeAlias = Generator[Slice, int, T]
+"""Yields what it wants to do; is sent how much it may: at least the `least`, at most the `amount`."""
+Slices: TypeAlias = Sliced[None]
+
+
+class Pacer:
+    """Drives a generator of slices, some seconds at a time."""
+
+    def __init__(self, slices: Slices, clock: Callable[[], float] = time.monotonic) -> None:
+        self._slices = slices
+        self._clock = clock
+        self._rates: dict[str, float] = {}
+        self._next: Slice | None = None
+        self._started = False
+        self.done = False
+        self.busy_seconds = 0.0
+        """Spent inside slices so far."""
+
+    def run(self, budget: float, may_go_on: Callable[[], bool] = lambda: True) -> float:
+        """Do slices for about `budget` seconds; returns the seconds spent.
+
+        A slice that would not fit is cut, but never below its `least`: then it is left for another time. One of
+        which nothing is known yet is tried with the least there can be. `may_go_on` is asked before each.
+        """
+        spent = 0.0
+        while not self.done and may_go_on():
+            wanted = self._peek()
+            if wanted is None:
+                break
+            granted = self._grant(wanted, budget - spent)
+            if granted == 0:
+                break
+            spent += self._do(wanted, granted)
+        return spent
+
+    def cost_of_least(self) -> float:
+        """Seconds that the next slice takes at least; 0 when that is not known."""
+        wanted = self._peek()
+        return 0.0 if wanted is None else self._rates.get(wanted.kind, 0.0) * min(wanted.least, wanted.amount)
+
+    def close(self) -> None:
+        self._slices.close()
+        self.done = True
+
+    def _peek(self) -> Slice | None:
+        if not self._started:
+            self._started = True
+            self._advance(None)
+        return self._next
+
+    def _grant(self, wanted: Slice, seconds: float) -> int:
+        rate = self._rates.get(wanted.kind)
+        least = min(wanted.least, wanted.amount)
+        if rate is None:
+            return least if seconds > 0 else 0
+        fits = wanted.amount if seconds == float("inf") else int(seconds / rate)
+        if fits < least:
+            return 0
+        # A rest too small to be worth a slice of its own is done along with this one.
+        return wanted.amount if wanted.amount - fits < least else fits
+
+    def _do(self, wanted: Slice, granted: int) -> float:
+        begin = self._clock()
+        self._advance(granted)
+        seconds = self._clock() - begin
+        self.busy_seconds += seconds
+        rate = max(seconds, 1e-7) / granted
+        known = self._rates.get(wanted.kind, rate)
+        # Dearer news counts at once, cheaper news slowly: too much time taken shows, too little does not.
+        self._rates[wanted.kind] = max(0.5 * (known + rate), 0.9 * known)
+        return seconds
+
+    def _advance(self, granted: int | None) -> None:
+        try:
+            self._next = next(self._slices) if granted is None else self._slices.send(granted)
+        except StopIteration:
+            self._next = None
+            self.done = True

@@ -1,0 +1,162 @@
+"""Training against PEFT: the same base, the same adapter, the same losses and gradients, however it is sliced."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kernels.training import TrainingOps
+from runtime.trainer.examples import Example
+from runtime.trainer.lora import TrainableLora
+from runtime.trainer.microbatch import pack
+from runtime.trainer.slices import Slices
+from runtime.trainer.step import MicroStep
+from runtime.workers.decoder import Decoder
+from runtime.workers.lora import LoraShape
+from runtime.workers.models.llama import Llama
+from tests.parity.test_llama_logits import VARIANTS
+from tests.tiny import make_tiny_llama
+from tests.trainer.tiny_training import all_targets, examples, load_decoder
+
+RANK, ALPHA = 4, 12
+SLICING = ["whole", "least", "odd"]
+
+
+def drive(slices: Slices, how: str) -> None:
+    """Do it all at once, in the smallest slices that are allowed, or in uneven ones."""
+    sizes = iter(range(10**9))
+    try:
+        wanted = next(slices)
+        while True:
+            least = min(wanted.least, wanted.amount)
+            granted = {"whole": wanted.amount, "least": least, "odd": least + 7 * (next(sizes) % 3)}[how]
+            wanted = slices.send(min(granted, wanted.amount))
+    except StopIteration:
+        return
+
+
+def peft_model(path: Path, lora: TrainableLora, *, rslora: bool = False) -> Any:
+    """transformers + PEFT with the very same adapter weights; B is not zero, so that A has a gradient."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaForCausalLM
+
+    modules = [name.split(".")[-1] for name in Llama.LORA_TARGETS]
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=modules, use_rslora=rslora, task_type="CAUSAL_LM")
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(path, dtype=torch.float32), config)
+    with torch.no_grad():
+        for (layer, linear), parts in lora.layers_of(lora.capture()).items():
+            for part in parts:
+                module = peft_module(model, layer, linear, part.part)
+                module.lora_A["default"].weight.copy_(part.a)
+                module.lora_B["default"].weight.copy_(part.b)
+    return model.train()
+
+
+def peft_module(model: Any, layer: int, linear: str, part: str) -> Any:
+    (name,) = (name for name, place in Llama.LORA_TARGETS.items() if place == (linear, part))
+    return model.get_submodule(f"base_model.model.model.layers.{layer}.{name}")
+
+
+def adapter(decoder: Decoder, shape: LoraShape) -> TrainableLora:
+    lora = TrainableLora(decoder, all_targets(decoder), shape, seed=3)
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for name, parameter in lora.parameters():
+            if ".b." in name:
+                parameter.normal_(std=0.2, generator=generator)
+    return lora
+
+
+def peft_loss(model: Any, data: list[Example]) -> torch.Tensor:
+    """The mean over the trained tokens, each sequence by itself."""
+    total, count = torch.zeros(()), 0
+    for example in data:
+        ids = torch.tensor([example.token_ids])
+        logits = model(input_ids=ids).logits[0, :-1]
+        targets = torch.where(torch.tensor(example.trained[1:]), ids[0, 1:], -100)
+        total = total + torch.nn.functional.cross_entropy(logits, targets, reduction="sum", ignore_index=-100)
+        count += example.num_trained
+    return total / count
+
+
+def check(path: Path, *, slicing: str, checkpointing: bool, rslora: bool = False, longest: int = 40) -> None:
+    decoder = load_decoder(path)
+    lora = adapter(decoder, LoraShape(rank=RANK, alpha=ALPHA, rslora=rslora))
+    data = examples(3, longest=longest)
+    oracle = peft_model(path, lora, rslora=rslora)
+    loss = peft_loss(oracle, data)
+    loss.backward()
+    trained = sum(example.num_trained for example in data)
+    micro = MicroStep(decoder, TrainingOps(), lora, pack(data, decoder.device), checkpointing=checkpointing)
+    drive(micro.forward_backward(1 / trained), slicing)
+    assert micro.score.tokens == trained
+    assert micro.score.mean == pytest.approx(loss.item(), abs=1e-4)
+    for (layer, linear), adapted in lora.linears.items():
+        assert adapted.a.grad is not None
+        for part, grad_a, b in zip(adapted.parts, adapted.a.grad.split(RANK), adapted.b, strict=True):
+            module = peft_module(oracle, layer, linear, part)
+            torch.testing.assert_close(grad_a, module.lora_A["default"].weight.grad, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(b.grad, module.lora_B["default"].weight.grad, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("slicing", SLICING)
+def test_gradients_equal_peft_however_sliced(slicing: str, checkpointing: bool, tmp_path: Path) -> None:
+    path = make_tiny_llama(tmp_path / "model")
+    check(path, slicing=slicing, checkpointing=checkpointing, longest=150)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_gradients_equal_peft_for_every_variant(name: str, tmp_path: Path) -> None:
+    check(make_tiny_llama(tmp_path / "model", **VARIANTS[name]), slicing="odd", checkpointing=True)
+
+
+def test_rank_stabilised_scaling_is_peft_s(tmp_path: Path) -> None:
+    check(make_tiny_llama(tmp_path / "model"), slicing="whole", checkpointing=False, rslora=True)
+
+
+@pytest.mark.parametrize("slicing", SLICING)
+def test_dropout_is_the_same_however_sliced(slicing: str, tmp_path: Path) -> None:
+    """PEFT draws other masks, so the oracle is our own pass without slices."""
+    decoder = load_decoder(make_tiny_llama(tmp_path / "model"))
+    data = pack(examples(3, longest=150), decoder.device)
+    losses, grads = [], []
+    for how, checkpointing in (("whole", False), (slicing, True)):
+        lora = adapter(decoder, LoraShape(rank=RANK, alpha=ALPHA))
+        micro = MicroStep(decoder, TrainingOps(), lora, data, dropout=0.3, seed=11, checkpointing=checkpointing)
+        drive(micro.forward_backward(1.0), how)
+        losses.append(micro.score.loss)
+        grads.append(
+            torch.cat([parameter.grad.flatten() for _, parameter in lora.parameters() if parameter.grad is not None])
+        )
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    torch.testing.assert_close(grads[0], grads[1], atol=1e-3, rtol=1e-3)
+    other = MicroStep(decoder, TrainingOps(), adapter(decoder, LoraShape(RANK, ALPHA)), data, dropout=0.3, seed=12)
+    drive(other.forward_backward(1.0), "whole")
+    assert other.score.loss != pytest.approx(losses[0], rel=1e-5)
+
+
+def test_an_evaluation_scores_what_training_would(tmp_path: Path) -> None:
+    decoder = load_decoder(make_tiny_llama(tmp_path / "model"))
+    lora = adapter(decoder, LoraShape(rank=RANK, alpha=ALPHA))
+    data = pack(examples(3), decoder.device)
+    trained = MicroStep(decoder, TrainingOps(), lora, data)
+    drive(trained.forward_backward(1.0), "whole")
+    evaluated = MicroStep(decoder, TrainingOps(), lora, data)
+    drive(evaluated.evaluate(), "least")
+    assert evaluated.score.loss == pytest.approx(trained.score.loss, rel=1e-5)
+    assert evaluated.score.correct == trained.score.correct
+
+
+def test_a_new_adapter_changes_nothing(tmp_path: Path) -> None:
+    decoder = load_decoder(make_tiny_llama(tmp_path / "model"))
+    data = pack(examples(3), decoder.device)
+    fresh = TrainableLora(decoder, all_targets(decoder), LoraShape(rank=4, alpha=8), seed=0)
+    nothing = TrainableLora(decoder, {}, LoraShape(rank=4, alpha=8), seed=0)
+    scores = []
+    for lora in (fresh, nothing):
+        micro = MicroStep(decoder, TrainingOps(), lora, data)
+        drive(micro.evaluate(), "whole")
+        scores.append(micro.score.loss)
+    assert scores[0] == scores[1]
