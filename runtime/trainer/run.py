@@ -180,7 +180,6 @@ class TrainingRun:
         step = self._progress.step + 1
         failpoint("train.step", step)
         score = yield from self._gradients(step, group)
-        self._watchdog.check(step, score.mean, 0.0)
         norm = yield from self._optimizer.step(self._spec.schedule.factor(step))
         self._watchdog.check(step, score.mean, norm)
         return score, norm

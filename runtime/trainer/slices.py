@@ -23,6 +23,8 @@ class Slice:
     """Do not cut it smaller than this: below, the overhead is the most of it."""
 
 
+DOUBT = 0.9
+
 T = TypeVar("T")
 Sliced: TypeAlias = Generator[Slice, int, T]
 """Yields what it wants to do; is sent how much it may: at least the `least`, at most the `amount`."""
@@ -55,6 +57,8 @@ class Pacer:
                 break
             granted = self._grant(wanted, budget - spent)
             if granted == 0:
+                if spent == 0:
+                    self._doubt(wanted)
                 break
             spent += self._do(wanted, granted)
         return spent
@@ -84,6 +88,11 @@ class Pacer:
             return 0
         # A rest too small to be worth a slice of its own is done along with this one.
         return wanted.amount if wanted.amount - fits < least else fits
+
+    def _doubt(self, wanted: Slice) -> None:
+        """What was learned may be wrong (something else ran): without doubt it would never be tried again."""
+        if wanted.kind in self._rates:
+            self._rates[wanted.kind] *= DOUBT
 
     def _do(self, wanted: Slice, granted: int) -> float:
         begin = self._clock()
