@@ -1,0 +1,263 @@
+"""Training measured: against transformers + PEFT, and beside requests that are being served.
+
+python -m benchmarks.training                 everything
+python -m benchmarks.training loop            the loop against PEFT, on the same batches
+python -m benchmarks.training beside          a lone streaming client and a job, each alone and together
+
+Real SmolLM2, float32, LoRA of rank 16 on all linears, 512 tokens a step. Use an idle machine.
+"""
+
+import argparse
+import asyncio
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import machine
+from benchmarks.peers import load_transformers
+from kernels.training import TrainingOps
+from runtime.assembly import load_decoder
+from runtime.messages import SamplingParams, Submission
+from runtime.service import EngineService
+from runtime.trainer.events import RunEvent, StepEvent
+from runtime.trainer.examples import Example
+from runtime.trainer.host import TrainingHost
+from runtime.trainer.lora import TrainableLora
+from runtime.trainer.microbatch import pack
+from runtime.trainer.run import TrainingRun
+from runtime.trainer.share import Share
+from runtime.trainer.spec import OptimizerSpec, RunSpec, ScheduleSpec
+from runtime.trainer.step import MicroStep
+from runtime.workers.decoder import Decoder
+from runtime.workers.loading import open_checkpoint
+from runtime.workers.lora import LoraLayers, LoraShape
+from runtime.workers.memory import keep_freed_memory
+from settings.load import load as load_settings
+
+MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+PARTS = {"qkv": ("q", "k", "v"), "out": ("",), "gate_up": ("gate", "up"), "down": ("",)}
+VOCAB = 49_000
+
+
+def uniform(rng: random.Random) -> list[Example]:
+    """2 sequences of 256 tokens, all of them trained on: what suits a padding loop best."""
+    return [Example([rng.randrange(VOCAB) for _ in range(256)], [False] + [True] * 255) for _ in range(2)]
+
+
+def chats(rng: random.Random) -> list[Example]:
+    """4 chats of 40 to 216 tokens, of which the last third is an answer: 512 tokens."""
+    lengths = [40, 96, 160, 216]
+    return [
+        Example([rng.randrange(VOCAB) for _ in range(n)], [place >= n - n // 3 for place in range(n)]) for n in lengths
+    ]
+
+
+BATCHES: dict[str, Callable[[random.Random], list[Example]]] = {"uniform": uniform, "chats": chats}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="benchmarks.training", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("what", nargs="*", default=[], help="loop, beside; default: both")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=600, help="that the client streams in each phase of `beside`")
+    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing, for all")
+    given = parser.parse_args(argv)
+    console = Console()
+    if warning := machine.busy():
+        console.print(warning, style="yellow")
+    keep_freed_memory()
+    if not given.what or "loop" in given.what:
+        for name in BATCHES:
+            console.print(loop(name, given.repeats, checkpointing=given.checkpointing))
+    if not given.what or "beside" in given.what:
+        console.print(asyncio.run(beside(given.repeats, given.tokens, checkpointing=given.checkpointing)))
+    return 0
+
+
+# -- the loop alone ------------------------------------------------------------------------------
+
+
+def loop(name: str, repeats: int, *, checkpointing: bool) -> Table:
+    """Forward and backward of one step, ours and PEFT's in turns, on the same examples."""
+    decoder = load_decoder(open_checkpoint("demo"), load_settings(env={}).settings.model)
+    lora = TrainableLora(decoder, targets(decoder), LoraShape(rank=16, alpha=32), seed=0)
+    peft = peft_model(checkpointing=checkpointing)
+    rng = random.Random(0)
+    times: dict[str, list[float]] = {"transformers + peft": [], "Eft": []}
+    for repeat in range(repeats + 1):
+        examples = BATCHES[name](rng)
+        for peer in times:
+            begin = time.perf_counter()
+            if peer == "Eft":
+                ours = our_step(decoder, lora, examples, checkpointing=checkpointing)
+            else:
+                theirs = peft_step(peft, examples)
+            if repeat:  # the first one warms up
+                times[peer].append(time.perf_counter() - begin)
+        assert abs(ours - theirs) < 1e-3, (ours, theirs)
+    table = Table(title=f"training step, {name}: {BATCHES[name].__doc__}", title_justify="left")
+    for column in ("", "tok/s", "ms", "low – high", "ratio"):
+        table.add_column(column, justify="left" if not column else "right")
+    base = statistics.median(times["transformers + peft"])
+    for peer, values in times.items():
+        median = statistics.median(values)
+        spread = f"{min(values) * 1e3:.0f} – {max(values) * 1e3:.0f}"
+        table.add_row(peer, f"{512 / median:.0f}", f"{median * 1e3:.0f}", spread, f"{base / median:.2f}")
+    return table
+
+
+def our_step(decoder: Decoder, lora: TrainableLora, examples: list[Example], *, checkpointing: bool) -> float:
+    micro = MicroStep(decoder, TrainingOps(), lora, pack(examples, decoder.device), checkpointing=checkpointing)
+    slices = micro.forward_backward(1 / sum(example.num_trained for example in examples))
+    try:
+        wanted = next(slices)
+        while True:
+            wanted = slices.send(wanted.amount)
+    except StopIteration:
+        return micro.score.mean
+
+
+def peft_model(*, checkpointing: bool) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    base = load_transformers("demo")
+    if checkpointing:
+        base.gradient_checkpointing_enable()
+        base.enable_input_require_grads()
+    return get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules=MODULES, task_type="CAUSAL_LM")).train()
+
+
+def peft_step(model: Any, examples: list[Example]) -> float:
+    """Padded on the right, as trainers do."""
+    width = max(map(len, examples))
+    ids = torch.tensor([example.token_ids + [0] * (width - len(example)) for example in examples])
+    mask = torch.tensor([[1] * len(example) + [0] * (width - len(example)) for example in examples])
+    trained = torch.tensor([example.trained + [False] * (width - len(example)) for example in examples])
+    found = model(input_ids=ids, attention_mask=mask, labels=torch.where(trained, ids, -100))
+    found.loss.backward()
+    return float(found.loss)
+
+
+# -- beside requests -----------------------------------------------------------------------------
+
+
+async def beside(repeats: int, tokens: int, *, checkpointing: bool) -> Table:
+    """The same engine and the same job, each alone and both together, in turns."""
+    settings = load_settings(env={}, flags={"model": "demo", "dtype": "float32", "prefix_caching": False}).settings
+    service = EngineService.load(settings)
+    decoder: Decoder = service.engine._executor._worker._decoder  # type: ignore[attr-defined]
+    share = Share(tpot_target=settings.scheduler.tpot_target, min_share=settings.trainer.min_share)
+    host = service.background = TrainingHost(share)
+    service.start()
+    await stream(service, 20)
+    found = Beside()
+    for _ in range(repeats):
+        found.quiet.append(await stream(service, tokens))
+        found.alone.append(stand_alone(decoder, checkpointing=checkpointing))
+        job = Job(decoder, checkpointing=checkpointing)
+        service.on_engine_thread(lambda job=job: host.attach(job.run, job.note))  # type: ignore[misc]
+        await asyncio.sleep(8.0)
+        found.idle.append(job.rate())
+        found.busy.append(await stream(service, tokens))
+        found.beside.append(job.rate())
+        service.on_engine_thread(lambda job=job: host.detach(job.run))  # type: ignore[misc]
+        await stream(service, 5)
+    await service.stop(0.0)
+    return found.table()
+
+
+class Beside:
+    """What was measured, a value (or a list of gaps) a repeat."""
+
+    def __init__(self) -> None:
+        self.quiet: list[list[float]] = []
+        self.busy: list[list[float]] = []
+        self.alone: list[float] = []
+        self.idle: list[float] = []
+        self.beside: list[float] = []
+
+    def table(self) -> Table:
+        table = Table(title=f"training beside requests: {beside.__doc__}", title_justify="left")
+        for column in ("", "alone", "together", "ratio"):
+            table.add_column(column, justify="left" if not column else "right")
+        for name, share in (("time per output token, median", 0.5), ("time per output token, 95th percentile", 0.95)):
+            quiet, busy = (statistics.median(percentile(g, share) for g in gaps) for gaps in (self.quiet, self.busy))
+            table.add_row(f"{name} (ms)", f"{quiet * 1e3:.1f}", f"{busy * 1e3:.1f}", f"{busy / quiet:.2f}")
+        alone = statistics.median(self.alone)
+        for name, values in (("in the server, no requests", self.idle), ("in the server, one stream", self.beside)):
+            rate = statistics.median(values)
+            table.add_row(f"job, {name} (tok/s)", f"{alone:.0f}", f"{rate:.0f}", f"{rate / alone:.2f}")
+        return table
+
+
+class Job:
+    """A run without an end, and when its steps were done."""
+
+    def __init__(self, decoder: Decoder, *, checkpointing: bool) -> None:
+        rng = random.Random(0)
+        epoch = [uniform(rng) for _ in range(64)]
+        spec = RunSpec(
+            targets=targets(decoder),
+            shape=LoraShape(rank=16, alpha=32),
+            optimizer=OptimizerSpec(learning_rate=1e-5),
+            schedule=ScheduleSpec(name="constant", total_steps=1_000_000),
+            checkpointing=checkpointing,
+        )
+        self.done: list[tuple[float, int]] = []
+        self.run = TrainingRun(decoder, spec, lambda _: epoch, [], self.note, write_nothing)
+
+    def note(self, event: RunEvent) -> None:
+        if isinstance(event, StepEvent):
+            self.done.append((time.perf_counter(), event.tokens))
+
+    def rate(self) -> float:
+        """Tokens a second since this was last asked, whole steps only."""
+        done, self.done = self.done, self.done[-1:]
+        if len(done) < 2:
+            raise RuntimeError(f"only {len(done)} steps were done: stream more --tokens")
+        return sum(tokens for _, tokens in done[1:]) / (done[-1][0] - done[0][0])
+
+
+def stand_alone(decoder: Decoder, *, checkpointing: bool) -> float:
+    """The same loop with the machine to itself: 3 steps after the first."""
+    job = Job(decoder, checkpointing=checkpointing)
+    while len(job.done) < 4:
+        job.run.work(1.0)
+    job.run.pacer.close()
+    return job.rate()
+
+
+async def stream(service: EngineService, tokens: int) -> list[float]:
+    """The gaps between the tokens of one greedy answer, in seconds."""
+    prompt = random.Random(tokens).choices(range(VOCAB), k=64)
+    params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
+    submission = Submission(request_id=f"stream-{time.monotonic_ns()}", prompt_ids=prompt, params=params)
+    times = []
+    async for output in service.submit(submission):
+        times += [time.perf_counter()] * len(output.token_ids)
+    return [later - earlier for earlier, later in pairwise(times)]
+
+
+def percentile(values: list[float], share: float) -> float:
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
+
+
+def targets(decoder: Decoder) -> dict[tuple[int, str], tuple[str, ...]]:
+    return {(layer.index, name): parts for layer in decoder.layers for name, parts in PARTS.items()}
+
+
+def write_nothing(path: Path, layers: LoraLayers) -> None:
+    """Nothing is published here."""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
