@@ -1,0 +1,134 @@
+"""A recipe's YAML to plain values and the lines they stand on, within limits and without recursion.
+
+The values are built straight from the parser's events: PyYAML's own composer and constructor recurse (a deeply
+nested document kills the process in its C form), follow aliases and tags, and let a second key win in silence.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import yaml
+from msgspec import Struct, field
+
+from runtime.trainer.recipe.problems import Problem, RecipeError
+from runtime.trainer.recipe.scalars import plain
+
+MAX_BYTES = 128 * 1024
+MAX_DEPTH = 16
+MAX_NODES = 10_000
+
+
+class Document(Struct):
+    """What a recipe says."""
+
+    values: dict[str, Any]
+    lines: dict[str, int] = field(default_factory=dict)
+    """Path of a key or item (`datasets[0].type`) → its line, from 1."""
+
+
+class _Open(Struct):
+    """A mapping or sequence that has begun."""
+
+    value: dict[str, Any] | list[Any]
+    path: str
+    key: str | None = None
+    """Of a mapping: the key whose value comes next."""
+
+    def child(self) -> str:
+        if isinstance(self.value, list):
+            return f"{self.path}[{len(self.value)}]"
+        return f"{self.path}.{self.key}" if self.path else str(self.key)
+
+    def add(self, value: Any) -> None:
+        if isinstance(self.value, list):
+            self.value.append(value)
+        else:
+            self.value[str(self.key)] = value
+            self.key = None
+
+
+def read_document(data: bytes) -> Document:
+    """Parse one YAML document whose root is a mapping. Raises `RecipeError`."""
+    if len(data) > MAX_BYTES:
+        raise _error(f"a recipe has at most {MAX_BYTES} bytes, this one has {len(data)}")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise _error(f"a recipe is UTF-8 text, and byte {error.start} is not", data.count(b"\n", 0, error.start) + 1)
+    try:
+        return _build(yaml.parse(text, Loader=yaml.SafeLoader))
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        raise _error(f"this is not YAML: {error.problem}", mark.line + 1 if mark else None) from None
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise _error(f"character U+{_code(error.character):04X} is not allowed in YAML", line) from None
+
+
+def _build(events: Iterator[Any]) -> Document:
+    document = Document({})
+    stack: list[_Open] = []
+    nodes = documents = 0
+    for event in events:
+        line = event.start_mark.line + 1
+        if isinstance(event, yaml.DocumentStartEvent):
+            documents += 1
+            if documents > 1:
+                raise _error("a recipe is one YAML document, and a second one begins here", line)
+        elif isinstance(event, yaml.AliasEvent):
+            raise _error(f"aliases (*{event.anchor}) are not allowed: write the value out", line)
+        elif isinstance(event, yaml.NodeEvent):
+            nodes += 1
+            if nodes > MAX_NODES:
+                raise _error(f"a recipe has at most {MAX_NODES} keys and values", line)
+            if event.tag is not None and event.tag != "!":  # "!" alone says: a text
+                raise _error(f"tags are not allowed, got {event.tag[:64]}", line)
+            _place(event, stack, document, line)
+        elif isinstance(event, yaml.CollectionEndEvent):
+            stack.pop()
+    if not documents:
+        raise _error("the recipe is empty")
+    return document
+
+
+def _place(event: Any, stack: list[_Open], document: Document, line: int) -> None:
+    """Put a node that begins where it belongs."""
+    if not stack:
+        if not isinstance(event, yaml.MappingStartEvent):
+            raise _error("a recipe is a mapping of keys to values, as in `learning_rate: 2e-4`", line)
+        stack.append(_Open(document.values, ""))
+        return
+    parent = stack[-1]
+    if isinstance(parent.value, dict) and parent.key is None:
+        parent.key = _key(event, parent, document, line)
+        document.lines[parent.child()] = line
+        return
+    path = parent.child()
+    document.lines.setdefault(path, line)
+    if isinstance(event, yaml.ScalarEvent):
+        parent.add(plain(event.value) if event.implicit[0] else event.value)
+        return
+    if len(stack) >= MAX_DEPTH:
+        raise _error(f"a recipe is nested at most {MAX_DEPTH} deep", line, path[:64])
+    value: Any = {} if isinstance(event, yaml.MappingStartEvent) else []
+    parent.add(value)
+    stack.append(_Open(value, path))
+
+
+def _key(event: Any, parent: _Open, document: Document, line: int) -> str:
+    if not isinstance(event, yaml.ScalarEvent):
+        raise _error("a key must be a text", line, parent.path)
+    key = str(event.value)
+    if key in parent.value:
+        path = f"{parent.path}.{key}" if parent.path else key
+        raise _error(f"the key is given twice, first on line {document.lines[path]}", line, path)
+    return key
+
+
+def _code(character: str | bytes | int) -> int:
+    """PyYAML has a number here, whatever its types say."""
+    return character if isinstance(character, int) else ord(character)
+
+
+def _error(message: str, line: int | None = None, key: str = "") -> RecipeError:
+    return RecipeError([Problem(key, message, line)])

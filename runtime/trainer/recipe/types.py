@@ -1,0 +1,141 @@
+"""A value of a recipe to the type of its key, and what a type expects, in words."""
+
+import math
+import types
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import msgspec
+from msgspec import Meta, Struct
+
+from runtime.trainer.recipe.scalars import as_bool, lenient_number
+
+_NOUNS: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+_PLURALS: dict[Any, str] = {str: "texts", int: "whole numbers", float: "numbers"}
+
+
+def convert(value: Any, hint: Any) -> Any:
+    """`value` as the type `hint`. Raises `ValueError` with what was expected and given.
+
+    Where a boolean is expected, the words yes, no, on and off are ones; where a number is, a text that is one.
+    """
+    for candidate in _readings(value, hint):
+        if any(isinstance(x, float) and not math.isfinite(x) for x in _leaves(candidate)):
+            break
+        try:
+            return msgspec.convert(candidate, hint)
+        except msgspec.ValidationError:
+            continue
+    raise ValueError(f"expected {describe(hint)}, got {show(value)}")
+
+
+def check_length(length: int, hint: Any) -> None:
+    """Raise `ValueError` when a list of structs is shorter or longer than its key allows."""
+    _, metas = _strip(hint)
+    least = next((meta.min_length for meta in metas if meta.min_length is not None), 0)
+    most = next((meta.max_length for meta in metas if meta.max_length is not None), length)
+    if not least <= length <= most:
+        raise ValueError(f"expected {least} to {most} entries, got {length}")
+
+
+def show(value: Any) -> str:
+    """A value as it stands in an error message."""
+    text = value if isinstance(value, str) else msgspec.json.encode(value).decode()
+    if isinstance(value, float) and not math.isfinite(value):
+        text = str(value)
+    text = text if len(text) <= 80 else text[:77] + "…"
+    return repr(text) if isinstance(value, str) else text
+
+
+def describe(hint: Any) -> str:
+    """What a key of this type takes, as in "expected …"."""
+    base, metas = _strip(hint)
+    if get_origin(base) in (Union, types.UnionType):
+        return " or ".join(describe(_with(option, metas)) for option in _options(base))
+    if get_origin(base) is Literal:
+        choices = get_args(base)
+        return "one of " + ", ".join(choices) if len(choices) > 1 else str(choices[0])
+    if get_origin(base) is tuple:
+        inner, _ = _strip(get_args(base)[0])
+        return f"a list of {_PLURALS.get(inner, 'mappings')}"
+    if base is str and any((meta.min_length or 0) > 0 for meta in metas):
+        return "a text that is not empty"
+    noun = _NOUNS.get(base, "a mapping of keys to values")
+    return noun + ("" if base is bool else _range(metas))
+
+
+def literals(hint: Any) -> tuple[str, ...]:
+    """The texts that a key of this type takes, where they are a fixed list."""
+    base, _ = _strip(hint)
+    if get_origin(base) in (Union, types.UnionType):
+        return tuple(text for option in _options(base) for text in literals(option))
+    return get_args(base) if get_origin(base) is Literal else ()
+
+
+def struct_of(hint: Any) -> tuple[type[Struct] | None, bool]:
+    """The struct that a key of this type holds, if any, and whether as a list of them."""
+    base, _ = _strip(hint)
+    many = get_origin(base) is tuple
+    inner, _ = _strip(get_args(base)[0]) if many else (base, ())
+    return (inner if isinstance(inner, type) and issubclass(inner, Struct) else None), many
+
+
+def _readings(value: Any, hint: Any) -> Iterator[Any]:
+    yield value
+    if isinstance(value, str):
+        word, number = as_bool(value), lenient_number(value)
+        if word is not None and _takes(hint, bool):
+            yield word
+        if number is not None and (_takes(hint, int) or _takes(hint, float)):
+            yield number
+    elif isinstance(value, float) and value.is_integer() and _takes(hint, int):
+        yield int(value)
+
+
+def _takes(hint: Any, kind: type) -> bool:
+    base, _ = _strip(hint)
+    if get_origin(base) in (Union, types.UnionType):
+        return any(_takes(option, kind) for option in _options(base))
+    return (get_origin(base) or base) is kind
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict):
+        for item in value.values():
+            yield from _leaves(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _leaves(item)
+    else:
+        yield value
+
+
+def _strip(hint: Any) -> tuple[Any, tuple[Meta, ...]]:
+    """The type without its annotations, and these."""
+    metas: tuple[Meta, ...] = ()
+    while get_origin(hint) is Annotated:
+        hint, *more = get_args(hint)
+        metas = (*more, *metas)
+    return hint, metas
+
+
+def _with(hint: Any, metas: tuple[Meta, ...]) -> Any:
+    return Annotated[hint, *metas] if metas else hint
+
+
+def _options(union: Any) -> list[Any]:
+    return [option for option in get_args(union) if option is not type(None)]
+
+
+def _range(metas: tuple[Meta, ...]) -> str:
+    words = [("of at least", "ge"), ("above", "gt"), ("of at most", "le"), ("below", "lt")]
+    found = [f"{word} {_number(limit)}" for word, name in words if (limit := _limit(metas, name)) is not None]
+    return " " + " and ".join(found) if found else ""
+
+
+def _limit(metas: tuple[Meta, ...], name: str) -> float | None:
+    return next((value for meta in metas if (value := getattr(meta, name)) is not None), None)
+
+
+def _number(value: float) -> str:
+    return f"{int(value)}" if float(value).is_integer() else f"{value:g}"
