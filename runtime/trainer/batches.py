@@ -1,0 +1,80 @@
+"""Examples into micro-batches: in another order each epoch, the same for the same seed, and as many every time.
+
+Nothing is padded: attention keeps the examples of a micro-batch apart. So a packed bin is no more than a group of
+examples that have room in `sequence_len` tokens together. Bins are made once; epochs differ in their order.
+"""
+
+import random
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+
+from runtime.trainer.examples import Example
+
+WINDOW = 2048
+"""Examples that are packed at a time: packing all at once would put all long ones first."""
+MEGABATCH = 50
+"""Micro-batches within which examples are sorted by length: of like length, and still in no order."""
+
+Bin = tuple[int, ...]
+"""Indices of examples."""
+
+
+def pack(lengths: Sequence[int], capacity: int, *, window: int = WINDOW) -> list[Bin]:
+    """Bins of at most `capacity` tokens that hold every example once: first-fit, longest first, by windows.
+
+    An example that is longer than `capacity` has a bin of its own.
+    """
+    bins: list[Bin] = []
+    for start in range(0, len(lengths), window):
+        bins += _pack_window(lengths, range(start, min(start + window, len(lengths))), capacity)
+    return bins
+
+
+def _pack_window(lengths: Sequence[int], indices: range, capacity: int) -> list[Bin]:
+    """Best-fit instead of first-fit: as tight, and the fullest bin with room is found by bisection."""
+    filled: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (free tokens, bin), sorted
+    for index in sorted(indices, key=lambda i: (-lengths[i], i)):
+        at = bisect_left(room, (lengths[index], -1))
+        if at == len(room):
+            filled.append([index])
+            insort(room, (max(0, capacity - lengths[index]), len(filled) - 1))
+        else:
+            free, number = room.pop(at)
+            filled[number].append(index)
+            insort(room, (free - lengths[index], number))
+    return [tuple(bin) for bin in filled]
+
+
+def epoch_order(
+    bins: Sequence[Bin],
+    lengths: Sequence[int],
+    *,
+    micro_batch_size: int,
+    seed: int,
+    epoch: int,
+    shuffle: bool,
+    by_length: bool,
+) -> list[list[int]]:
+    """The micro-batches of an epoch (from 0), as indices of examples."""
+    order = list(range(len(bins)))
+    if shuffle:
+        random.Random(f"epoch {epoch} of {seed}").shuffle(order)
+    if by_length:
+        order = _by_length(order, bins, lengths, micro_batch_size)
+    groups = [order[start : start + micro_batch_size] for start in range(0, len(order), micro_batch_size)]
+    return [[index for number in group for index in bins[number]] for group in groups]
+
+
+def _by_length(order: list[int], bins: Sequence[Bin], lengths: Sequence[int], micro_batch_size: int) -> list[int]:
+    """Sorted by length within megabatches, longest first: what does not fit in memory fails at once."""
+    size = MEGABATCH * micro_batch_size
+    parts = [order[start : start + size] for start in range(0, len(order), size)]
+    return [
+        number for part in parts for number in sorted(part, key=lambda n: -sum(lengths[index] for index in bins[n]))
+    ]
+
+
+def chosen(examples: Sequence[Example], batches: Sequence[Sequence[int]]) -> list[list[Example]]:
+    """The micro-batches themselves."""
+    return [[examples[index] for index in batch] for batch in batches]
