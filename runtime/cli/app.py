@@ -26,6 +26,7 @@ app = App(
 )
 _bench = App(name="bench", help="Measure a server, or the engine alone.")
 _config = App(name="config", help="Show the settings, and write files to start from.")
+_recipe = App(name="recipe", help="Check fine-tuning recipes, and write one to start from.")
 
 _SERVE = """Serve a model over the OpenAI API, until Ctrl-C or SIGTERM.
 
@@ -38,6 +39,10 @@ _BATCH = """Run a file of OpenAI batch lines, through a server or a model loaded
 
 Resumable: run it again, and it goes on where it stopped. Exit code 0: every request succeeded; 1: some
 failed (the output says why); 2: wrong usage."""
+
+_CHECK = """Check a recipe and its data, and print what would be trained.
+
+Exit code 0: it can run; 2: it cannot, and every problem is listed."""
 
 # By name, so that a command's module is imported when it is called, or its help is asked for. The
 # first paragraph of a help is what the list of commands shows.
@@ -52,12 +57,17 @@ _LAZY = [
     (_config, "example", "config:example", "Print a settings file with every key, commented out."),
     (_config, "docs", "config:docs", "Print the reference page of all settings, in Markdown."),
     (_config, "path", "config:path", "Print the path of the settings file that would be read."),
+    (_recipe, "check", "recipe:check", _CHECK),
+    (_recipe, "new", "recipe:new", "Print a commented recipe to start from, or write it to a file."),
+    (_recipe, "schema", "recipe:schema", "Print the JSON schema of recipes, for editors."),
+    (_recipe, "docs", "recipe:docs", "Print the reference page of recipes, in Markdown."),
 ]
 for _parent, _name, _target, _help in _LAZY:
     _module, _, _function = _target.partition(":")
     _parent.command(f"runtime.cli.{_module}:{_function or _module}", name=_name, help=_help)
 app.command(_bench)
 app.command(_config)
+app.command(_recipe)
 
 
 def run(argv: Sequence[str] | None = None) -> int:

@@ -95,7 +95,9 @@ def prepare(
     if recipe.val_set_size > 0:
         train, test = _held_out(train, recipe)
     lengths = [len(example) for example in train]
-    bins = batches.pack(lengths, recipe.sequence_len) if recipe.sample_packing else [(i,) for i in range(len(train))]
+    bins: list[batches.Bin] = [(index,) for index in range(len(train))]
+    if recipe.sample_packing:
+        bins = batches.pack(lengths, recipe.sequence_len)
     schedule = make_schedule(recipe, -(-len(bins) // recipe.micro_batch_size), evaluates=bool(test))
     sizes = sorted((sum(lengths[index] for index in bin) for bin in bins), reverse=True)
     return Plan(

@@ -56,7 +56,7 @@ class ChatRows:
         given = _list(row[field], field)
         if not given:
             raise RowProblem(f"{field} is empty")
-        messages, turns = [], list[int]()
+        messages, turns = list[dict[str, Any]](), list[int]()
         for index, item in enumerate(given, 1):
             message, trained = self._message(item, index)
             if self._entry.drop_system_message and message["role"] == "system":

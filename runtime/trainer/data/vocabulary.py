@@ -69,7 +69,8 @@ def end_ids(recipe: Recipe, tokenizer: Tokenizer) -> frozenset[int]:
             )
     for name, token in recipe.special_tokens.items():
         _check_special(name, token, tokenizer)
-    return frozenset([*tokenizer.eos_ids, *(id for token in recipe.eot_tokens if (id := tokenizer.token_id(token)) is not None)])
+    further = (tokenizer.token_id(token) for token in recipe.eot_tokens)
+    return frozenset([*tokenizer.eos_ids, *(id for id in further if id is not None)])
 
 
 def _required(recipe: Recipe) -> Iterator[tuple[str, str]]:

@@ -103,10 +103,10 @@ def _evaluation(recipe: Recipe, given: set[str]) -> Iterator[Found]:
             if name in given:
                 yield name, "has no meaning with `eval_strategy: no`"
     for kind, names in (("eval", ("eval_steps", "evals_per_epoch")), ("save", ("save_steps", "saves_per_epoch"))):
-        if getattr(recipe, f"{kind}_strategy") == "steps" and getattr(recipe, names[0]) is None:
-            if names[1] not in given:
-                yield f"{kind}_strategy", f"steps needs {kind}_steps"
-        if getattr(recipe, f"{kind}_strategy") == "epoch" and names[0] in given:
+        strategy = getattr(recipe, f"{kind}_strategy")
+        if strategy == "steps" and not given.intersection(names):
+            yield f"{kind}_strategy", f"steps needs {kind}_steps"
+        if strategy == "epoch" and names[0] in given:
             yield names[0], f"has no meaning with `{kind}_strategy: epoch`"
 
 

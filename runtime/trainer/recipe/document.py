@@ -54,7 +54,9 @@ def read_document(data: bytes) -> Document:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise _error(f"a recipe is UTF-8 text, and byte {error.start} is not", data.count(b"\n", 0, error.start) + 1)
+        raise _error(
+            f"a recipe is UTF-8 text, and byte {error.start} is not", data.count(b"\n", 0, error.start) + 1
+        ) from None
     try:
         return _build(yaml.parse(text, Loader=yaml.SafeLoader))
     except yaml.MarkedYAMLError as error:

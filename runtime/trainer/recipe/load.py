@@ -16,6 +16,7 @@ from runtime.trainer.recipe.refused import REFUSED
 from runtime.trainer.recipe.schema import Recipe
 
 _BESIDE = frozenset(NOTED) | frozenset(REFUSED)
+_NO_ADAPTER = "is missing: expected lora or qlora; training all weights is not supported, because they are being served"
 _SWITCHES_ELSEWHERE = ("offload", "offload_disk", "unsloth")
 
 
@@ -30,6 +31,9 @@ def load_recipe(data: bytes, *, max_lora_rank: int, served: Iterable[str] | None
 def recipe_from(document: Document, *, max_lora_rank: int, served: Iterable[str] | None = None) -> Recipe:
     """The same for values that did not come as YAML, such as a JSON object's: `Document(values)`."""
     values, problems = _checkpointing(document.values), list[Problem]()
+    if values.get("adapter") is None:
+        values["adapter"] = "lora"
+        problems.append(Problem("adapter", _NO_ADAPTER, document.lines.get("adapter")))
 
     def report(key: str, message: str) -> None:
         problems.append(Problem(key, message, document.lines.get(key)))
@@ -38,14 +42,16 @@ def recipe_from(document: Document, *, max_lora_rank: int, served: Iterable[str]
         if not refused.asks_for_nothing(values.get(key)):
             report(key, f"is not supported: {refused.why}")
     recipe = convert_struct(Recipe, values, "", report, beside=_BESIDE)
-    if recipe is not None:
-        for key, message in find_problems(recipe, values, max_lora_rank=max_lora_rank):
+    reported = {problem.key for problem in problems}
+    for key, message in find_problems(recipe, values, max_lora_rank=max_lora_rank):
+        if key not in reported:
             report(key, message)
+    if not reported & {"batch_size", "micro_batch_size", "gradient_accumulation_steps"}:
         try:
             recipe = resolve_batch(recipe, values)
         except InvalidRequest as error:
             report(error.param or "batch_size", error.message)
-    if problems or recipe is None:
+    if problems:
         raise RecipeError(sorted(problems, key=lambda problem: problem.line or 0))
     if served is not None:
         check_base_model(recipe, served)

@@ -7,7 +7,7 @@ from typing import Any
 
 from msgspec import Struct
 
-OFF = (None, False, [], {}, "")
+OFF: tuple[Any, ...] = (None, False, [], {}, "")
 
 
 class Refused(Struct, frozen=True):
@@ -15,6 +15,8 @@ class Refused(Struct, frozen=True):
 
     why: str
     harmless: tuple[Any, ...] = ()
+    later: bool = False
+    """Nothing speaks against it, but that it is not built."""
 
     def asks_for_nothing(self, value: Any) -> bool:
         return any(type(value) is type(off) and value == off for off in (*OFF, *self.harmless))
@@ -78,4 +80,4 @@ _LATER = """
     swanlab_log_model swanlab_mode swanlab_project swanlab_workspace total_num_tokens trackio_project_name
     trackio_run_name trackio_space_id trl use_eaft use_onebitllms use_otel_metrics use_ray use_swanlab vllm
 """
-REFUSED |= {name: Refused("a key of Axolotl that is not supported yet") for name in _LATER.split()}
+REFUSED |= {name: Refused("a key of Axolotl that is not built yet", later=True) for name in _LATER.split()}

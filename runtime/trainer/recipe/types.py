@@ -128,9 +128,11 @@ def _options(union: Any) -> list[Any]:
 
 
 def _range(metas: tuple[Meta, ...]) -> str:
-    words = [("of at least", "ge"), ("above", "gt"), ("of at most", "le"), ("below", "lt")]
+    words = [("at least", "ge"), ("above", "gt"), ("at most", "le"), ("below", "lt")]
     found = [f"{word} {_number(limit)}" for word, name in words if (limit := _limit(metas, name)) is not None]
-    return " " + " and ".join(found) if found else ""
+    if not found:
+        return ""
+    return (" of " if found[0].startswith("at") else " ") + " and ".join(found)
 
 
 def _limit(metas: tuple[Meta, ...], name: str) -> float | None:

@@ -1,0 +1,77 @@
+"""A plan as `eft recipe check` prints it."""
+
+from rich.text import Text
+
+from runtime.cli.output import console
+from runtime.trainer.plan import DataStats
+from runtime.trainer.preview import Piece
+from runtime.trainer.summary import PlanSummary
+
+
+def print_plan(plan: PlanSummary) -> None:
+    """Numbers first, then notes, then the first examples with what is trained on in green (or in «»)."""
+    out = console()
+    schedule, estimate = plan.schedule, plan.estimate
+    batch = f"{plan.micro_batch_size} × {plan.gradient_accumulation_steps} × {plan.ranks}"
+    lines = [
+        ("base model", plan.base_model),
+        ("training rows", _rows(plan.train)),
+        ("test rows", _rows(plan.test) if plan.test.examples else "none"),
+        ("batch", f"{plan.effective_batch} ({batch}: micro-batch, accumulation, ranks){_bins(plan)}"),
+        (
+            "steps",
+            f"{schedule.total_steps} ({schedule.steps_per_epoch} an epoch, {schedule.epochs:g} epochs), "
+            f"{schedule.warmup_steps} of warmup",
+        ),
+        ("evaluated", f"every {schedule.eval_every} steps" if schedule.eval_every else "never"),
+        ("saved", f"every {schedule.save_every} steps" if schedule.save_every else "at the end"),
+        ("adapts", f"{_linears(plan)}: {plan.trained_parameters:,} parameters"),
+        (
+            "memory",
+            f"about {_size(plan.memory_bytes)} beside the base model ({_size(estimate.activation_bytes)} activations)",
+        ),
+    ]
+    if estimate.seconds is not None:
+        lines.append(("time", f"about {estimate.seconds:,.0f} s, undisturbed"))
+    for name, value in lines:
+        out.print(f"{name:14}  {value}")
+    for note in plan.notes:
+        out.print(f"note: {note}", style="yellow")
+    for number, pieces in enumerate(plan.previews, 1):
+        out.print(f"\nexample {number}, «trained on»:", style="bold")
+        out.print(_marked(pieces))
+
+
+def _rows(stats: DataStats) -> str:
+    counts = stats.counts
+    left_out = [
+        (counts.too_long, "too long"),
+        (counts.too_short, "too short"),
+        (counts.untrained, "without an answer"),
+        (counts.duplicates, "duplicates"),
+        (counts.truncated, "truncated"),
+    ]
+    details = "".join(f", {count} {what}" for count, what in left_out if count)
+    return (
+        f"{stats.examples}{details}; {stats.tokens:,} tokens, {stats.trained_tokens:,} of them trained on; "
+        f"longest {stats.longest}"
+    )
+
+
+def _bins(plan: PlanSummary) -> str:
+    return "" if plan.packed_bins is None else f", {plan.packed_bins} packed bins"
+
+
+def _linears(plan: PlanSummary) -> str:
+    return ", ".join(f"{name.rpartition('.')[2]} ×{count}" for name, count in plan.linears.items())
+
+
+def _marked(pieces: list[Piece]) -> Text:
+    text = Text()
+    for piece in pieces:
+        text.append(f"«{piece.text}»" if piece.trained else piece.text, style="green" if piece.trained else "dim")
+    return text
+
+
+def _size(count: int) -> str:
+    return f"{count / 1024**2:,.0f} MiB"
