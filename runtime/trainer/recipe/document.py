@@ -83,7 +83,7 @@ def _build(events: Iterator[Any]) -> Document:
             nodes += 1
             if nodes > MAX_NODES:
                 raise _error(f"a recipe has at most {MAX_NODES} keys and values", line)
-            if event.tag is not None and event.tag != "!":  # "!" alone says: a text
+            if event.tag is not None:
                 raise _error(f"tags are not allowed, got {event.tag[:64]}", line)
             _place(event, stack, document, line)
         elif isinstance(event, yaml.CollectionEndEvent):
