@@ -14,6 +14,7 @@ from typing import BinaryIO
 from runtime.errors import Forbidden, InvalidRequest
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_HUB_ID = re.compile(r"[\w-]+/[\w.-]+")
 _WORKS = "Send the file along with the recipe, or put it under one of the server's data roots (trainer.data_roots)."
 
 
@@ -54,36 +55,32 @@ class DataFiles:
             return DataFile(name, self.uploads[name].resolve())
         if "\0" in name or _URL.match(name):
             raise _forbidden(name, "Data is not fetched from other places.", param)
+        outside = not self.roots and not self.uploads
         for root in self.roots:
-            base = root.resolve()
-            try:
-                path = (base / name).resolve()
-            except (OSError, RuntimeError):  # too long a name, or links that go round in circles
-                continue
+            base = os.path.realpath(root)
+            path = Path(os.path.realpath(os.path.join(base, name)))
             if not path.is_relative_to(base):
-                continue
-            if path.is_dir():
-                raise InvalidRequest(
-                    f"{name} is a folder: name its files in data_files.", param=param, code="data_not_found"
-                )
-            if path.exists():
+                outside = True
+            elif (mode := _mode(path)) is not None:
+                if stat.S_ISDIR(mode):
+                    message = f"{name} is a folder: name its files in data_files."
+                    raise InvalidRequest(message, param=param, code="data_not_found")
                 return DataFile(name, path)
-        if os.path.isabs(name) or ".." in Path(name).parts or not Path(name).suffix:
-            raise _forbidden(name, "Data sets of a hub are not fetched." if name.count("/") == 1 else "", param)
-        raise _missing(name, self, param)
+        if outside or not Path(name).suffix:
+            raise _forbidden(name, "Data sets of a hub are not fetched." if _HUB_ID.fullmatch(name) else "", param)
+        sent = ", ".join(sorted(self.uploads)[:10]) or "none"
+        raise InvalidRequest(
+            f"{name} is neither among the files sent along ({sent}) nor under a data root. {_WORKS}",
+            param=param,
+            code="data_not_found",
+        )
 
 
-def _missing(name: str, files: DataFiles, param: str) -> Exception:
-    if not files.roots and not files.uploads:
-        return _forbidden(name, "No file was sent along, and the server has no data roots.", param)
-    sent = ", ".join(sorted(files.uploads)[:10]) or "none"
-    if any((root / name).is_symlink() for root in files.roots):
-        return _forbidden(name, "It leads out of the data roots.", param)
-    return InvalidRequest(
-        f"{name} is neither among the files sent along ({sent}) nor under a data root. {_WORKS}",
-        param=param,
-        code="data_not_found",
-    )
+def _mode(path: Path) -> int | None:
+    try:
+        return path.lstat().st_mode
+    except OSError:
+        return None
 
 
 def _forbidden(name: str, why: str, param: str) -> Forbidden:

@@ -65,7 +65,9 @@ def test_quoted_scalars_are_texts() -> None:
 
 
 def test_lines_and_nesting() -> None:
-    document = read_document(b"\xef\xbb\xbfa: 1\ndatasets:\n  - path: x\n    roles: {user: [human, me]}\n\n  - path: y\n")
+    document = read_document(
+        b"\xef\xbb\xbfa: 1\ndatasets:\n  - path: x\n    roles: {user: [human, me]}\n\n  - path: y\n"
+    )
     assert document.values == {"a": 1, "datasets": [{"path": "x", "roles": {"user": ["human", "me"]}}, {"path": "y"}]}
     assert document.lines["a"] == 1
     assert document.lines["datasets[0].roles.user[1]"] == 4

@@ -168,7 +168,11 @@ def test_learning_rates_that_make_no_sense(value: Any) -> None:
         ({"datasets": "a.jsonl"}, "datasets", "list of mappings"),
         ({"datasets": [{"type": "alpaca"}]}, "datasets[0].path", "is missing"),
         ({"datasets": [{"path": "a", "type": "sharegpt"}]}, "datasets[0].type", "chat_template, "),
-        ({"datasets": [{"path": "a", "train_on_eos": "all", "train_on_eot": "turn"}]}, "datasets[0].train_on_eot", "equal"),
+        (
+            {"datasets": [{"path": "a", "train_on_eos": "all", "train_on_eot": "turn"}]},
+            "datasets[0].train_on_eot",
+            "equal",
+        ),
         ({"lora_r": 0}, "lora_r", "of at least 1, got 0"),
         ({"lora_r": 65}, "lora_r", "at most 64"),
         ({"lora_r": 8.5}, "lora_r", "a whole number"),
