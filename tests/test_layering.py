@@ -27,6 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "runtime.blocks": set(),
     "runtime.scheduler": {"runtime.blocks"},
     "runtime.workers": {"kernels", *TEXT},
+    "runtime.trainer": {"runtime.workers", "runtime.engine", *TEXT},
     "runtime.engine": {"runtime.scheduler", "runtime.blocks", "runtime.workers", "runtime.metrics", *TEXT},
 }
 
@@ -143,6 +144,13 @@ def test_light_parts_reach_nothing_heavy(owner: str) -> None:
         assert not HEAVY & graph(deferred=True)[name], name
         reached = reachable(name)
         assert not {f"{heavy} through {reached[heavy]}" for heavy in HEAVY & reached.keys()}, name
+
+
+def test_recipes_and_plans_need_no_torch() -> None:
+    """They are checked where there is no engine, and while one is busy."""
+    for start in ("runtime.trainer.recipe", "runtime.trainer.plan", "runtime.trainer.summary"):
+        reached = reachable(start)
+        assert not {f"{heavy} through {reached[heavy]}" for heavy in HEAVY & reached.keys()}, start
 
 
 def tracked() -> list[Path]:

@@ -20,7 +20,8 @@ Bin = tuple[int, ...]
 
 
 def pack(lengths: Sequence[int], capacity: int, *, window: int = WINDOW) -> list[Bin]:
-    """Bins of at most `capacity` tokens that hold every example once: first-fit, longest first, by windows.
+    """Bins of at most `capacity` tokens that hold every example once: longest first, each into the fullest
+    bin that has room for it, by windows.
 
     An example that is longer than `capacity` has a bin of its own.
     """
@@ -31,7 +32,6 @@ def pack(lengths: Sequence[int], capacity: int, *, window: int = WINDOW) -> list
 
 
 def _pack_window(lengths: Sequence[int], indices: range, capacity: int) -> list[Bin]:
-    """Best-fit instead of first-fit: as tight, and the fullest bin with room is found by bisection."""
     filled: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (free tokens, bin), sorted
     for index in sorted(indices, key=lambda i: (-lengths[i], i)):

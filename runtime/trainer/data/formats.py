@@ -19,12 +19,12 @@ Format = Callable[[Mapping[str, Any]], Example]
 def make_format(kind: str, entry: Dataset, recipe: Recipe, tokenizer: Tokenizer, ends: Collection[int]) -> Format:
     """The format of the type `kind`, which is not "auto"; `ends` are the ids that end a turn."""
     if kind.startswith("chat_template"):
-        return _chat(entry, recipe, tokenizer, ends)
+        return _guarded(_chat(entry, recipe, tokenizer, ends))
     encoder = TextEncoder(tokenizer, everything=recipe.train_on_inputs)
     if kind == "completion":
-        return lambda row: encoder.text(text_of(row, entry.field))
+        return _guarded(lambda row: encoder.text(text_of(row, entry.field)))
     split = alpaca if kind == "alpaca" else prompt_completion
-    return lambda row: encoder.answer(*split(row))
+    return _guarded(lambda row: encoder.answer(*split(row)))
 
 
 def guess(row: Mapping[str, Any], entry: Dataset) -> str:
@@ -50,8 +50,17 @@ def _chat(entry: Dataset, recipe: Recipe, tokenizer: Tokenizer, ends: Collection
 
     def example(row: Mapping[str, Any]) -> Example:
         chat = rows.read(row)
+        return encoder.encode(chat.messages, chat.turns, chat.tools)
+
+    return example
+
+
+def _guarded(encode: Format) -> Format:
+    """What the tokenizer or the template has against a row is a problem of that row."""
+
+    def example(row: Mapping[str, Any]) -> Example:
         try:
-            return encoder.encode(chat.messages, chat.turns, chat.tools)
+            return encode(row)
         except InvalidRequest as error:
             raise RowProblem(error.message) from None
 

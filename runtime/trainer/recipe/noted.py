@@ -6,7 +6,7 @@ false) is not mentioned; of any other the plan has a note.
 
 _KERNELS = "the server's own kernels compute this"
 _SERVED = "the model is loaded already, by the server"
-_TRACKING = "nothing is sent: losses are in the job's events and in /metrics"
+_TRACKING = "nothing is sent; losses are in the job's events and in /metrics"
 _STATE = "the server keeps jobs and checkpoints in its state directory"
 _ONE = "there is one process"
 _PRECISION = "the base is trained on in the type in which it is served"

@@ -148,7 +148,7 @@ def test_a_template_that_forgets_earlier_answers(make_tokenizer: MakeTokenizer) 
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content if loop.last else '…' }}<|im_end|>{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
-    with pytest.raises(RowProblem, match="message 2: .* when other messages follow|message 2: .* otherwise"):
+    with pytest.raises(RowProblem, match=r"message 2: .* when other messages follow|message 2: .* otherwise"):
         encode(tokenizer, CHAT[1:])
 
 
@@ -157,7 +157,7 @@ def test_a_prompt_that_history_does_not_have(make_tokenizer: MakeTokenizer) -> N
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n<think>{% endif %}"
     )
-    with pytest.raises(RowProblem, match="message 2: .* otherwise than the prompt"):
+    with pytest.raises(RowProblem, match=r"message 2: .* otherwise than the prompt"):
         encode(tokenizer, CHAT[1:3])
 
 

@@ -122,6 +122,7 @@ def test_the_deepest_that_is_allowed() -> None:
 @given(st.binary(max_size=200))
 def test_any_bytes_are_read_or_refused(data: bytes) -> None:
     try:
-        assert isinstance(read_document(data).values, dict)
-    except RecipeError as error:
-        assert error.problems
+        values = read_document(data).values
+    except RecipeError:
+        return
+    assert isinstance(values, dict)

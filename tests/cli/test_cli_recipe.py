@@ -1,0 +1,107 @@
+"""`eft recipe`."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from runtime.trainer.recipe.reference import json_schema, reference
+from tests.cli.conftest import Eft
+
+RECIPE = """
+adapter: lora
+lora_r: 4
+learning_rate: 2e-4
+datasets:
+  - path: rows.jsonl
+val_set_size: 1
+bf16: auto
+"""
+ROWS = "".join(
+    json.dumps({"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n}!"}]}) + "\n"
+    for n in range(5)
+)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """A recipe with its data beside it, and not in the working directory."""
+    folder = tmp_path / "job"
+    folder.mkdir()
+    (folder / "rows.jsonl").write_text(ROWS)
+    (folder / "recipe.yaml").write_text(RECIPE)
+    return folder / "recipe.yaml"
+
+
+def test_check_prints_the_plan(eft: Eft, recipe: Path, tiny_model: Path) -> None:
+    done = eft("recipe", "check", recipe, "--model", tiny_model)
+    assert done.code == 0, done.err
+    rows = {line.split("  ")[0]: line for line in done.out.splitlines() if "  " in line}
+    assert "tiny-llama" in rows["base model"]
+    assert " 4; " in rows["training rows"]
+    assert "steps" in rows
+    assert "note: bf16 is ignored" in done.out
+    assert "«" in done.out
+
+
+def test_check_as_json(eft: Eft, recipe: Path, tiny_model: Path) -> None:
+    done = eft("recipe", "check", recipe, tiny_model, "--json")
+    plan = json.loads(done.out)
+    assert done.code == 0
+    assert (plan["train"]["examples"], plan["test"]["examples"]) == (4, 1)
+    assert plan["trained_parameters"] > 0
+    assert plan["schedule"]["total_steps"] == 4
+
+
+def test_all_problems_and_exit_code_2(eft: Eft, recipe: Path) -> None:
+    recipe.write_text(RECIPE + "lora_rr: 3\nmax_steps: 0\n")
+    done = eft("recipe", "check", recipe)
+    assert (done.code, done.out) == (2, "")
+    assert "lora_rr, line 9: unknown key; did you mean lora_r?" in done.err
+    assert "max_steps, line 10: expected a whole number of at least 1" in done.err
+    found = eft("recipe", "check", recipe, "--json")
+    assert found.code == 2
+    shown = json.loads(found.out)
+    assert [(problem["key"], problem["line"]) for problem in shown["problems"]] == [("lora_rr", 9), ("max_steps", 10)]
+    assert shown["error"]["param"] == "lora_rr"
+
+
+def test_a_bad_row_and_exit_code_2(eft: Eft, recipe: Path, tiny_model: Path) -> None:
+    (recipe.parent / "rows.jsonl").write_text(ROWS + "nonsense\n")
+    done = eft("recipe", "check", recipe, tiny_model)
+    assert done.code == 2
+    assert "rows.jsonl, row 6: is not JSON" in done.err
+
+
+def test_keys_only_needs_no_model_and_no_data(eft: Eft, recipe: Path) -> None:
+    (recipe.parent / "rows.jsonl").unlink()
+    done = eft("recipe", "check", recipe, "--keys-only", "--model", "absent")
+    assert (done.code, "the keys are fine" in done.out) == (0, True)
+    assert json.loads(eft("recipe", "check", recipe, "--keys-only", "--json").out)["notes"]
+
+
+def test_the_rank_is_limited_by_the_settings(eft: Eft, recipe: Path) -> None:
+    done = eft("recipe", "check", recipe, "--keys-only", "--max-lora-rank", "2")
+    assert "lora_r, line 3: must be at most 2 (adapters.max_lora_rank), got 4" in done.err
+
+
+def test_a_file_that_is_not_there(eft: Eft) -> None:
+    done = eft("recipe", "check", "absent.yaml")
+    assert (done.code, "cannot read absent.yaml" in done.err) == (2, True)
+
+
+def test_new_is_a_recipe_and_overwrites_nothing(eft: Eft, tmp_path: Path) -> None:
+    printed = eft("recipe", "new").out
+    assert eft("recipe", "new", "--output", "recipe.yaml").code == 0
+    assert (tmp_path / "recipe.yaml").read_text() == printed
+    assert eft("recipe", "check", "recipe.yaml", "--keys-only").code == 0
+    (tmp_path / "recipe.yaml").write_text("mine")
+    done = eft("recipe", "new", "--output", "recipe.yaml")
+    assert (done.code, "is there already" in done.err) == (2, True)
+    assert (tmp_path / "recipe.yaml").read_text() == "mine"
+    assert eft("recipe", "new", "--output", "absent/recipe.yaml").code == 1
+
+
+def test_schema_and_docs(eft: Eft) -> None:
+    assert json.loads(eft("recipe", "schema").out) == json.loads(json.dumps(json_schema()))
+    assert eft("recipe", "docs").out == reference()

@@ -1,0 +1,82 @@
+"""Numbers of steps. Those of evaluations and checkpoints as shares are transformers' (`math.ceil`)."""
+
+from typing import Any
+
+import pytest
+
+from runtime.trainer.recipe import Document, recipe_from
+from runtime.trainer.schedule import Schedule, make_schedule
+
+
+def schedule(microbatches: int, *, evaluates: bool = True, **keys: Any) -> Schedule:
+    basic = {"adapter": "lora", "learning_rate": 1e-4, "datasets": [{"path": "a"}], "val_set_size": 1}
+    recipe = recipe_from(Document({**basic, **keys}), max_lora_rank=64)
+    return make_schedule(recipe, microbatches, evaluates=evaluates)
+
+
+@pytest.mark.parametrize(
+    ("microbatches", "keys", "per_epoch", "total"),
+    [
+        (10, {}, 10, 10),
+        (10, {"gradient_accumulation_steps": 4}, 3, 3),
+        (10, {"gradient_accumulation_steps": 4, "num_epochs": 3}, 3, 9),
+        (10, {"gradient_accumulation_steps": 100}, 1, 1),
+        (30, {"num_epochs": 0.1}, 30, 3),
+        (10, {"num_epochs": 0.01}, 10, 1),
+        (10, {"num_epochs": 1.25}, 10, 13),
+        (10, {"max_steps": 7, "num_epochs": 3}, 10, 7),
+        (10, {"max_steps": 25}, 10, 25),
+    ],
+)
+def test_steps(microbatches: int, keys: dict[str, Any], per_epoch: int, total: int) -> None:
+    made = schedule(microbatches, **keys)
+    assert (made.steps_per_epoch, made.total_steps) == (per_epoch, total)
+    assert made.epochs == pytest.approx(total / per_epoch)
+
+
+@pytest.mark.parametrize(
+    ("keys", "steps"),
+    [
+        ({"warmup_steps": 10}, 10),
+        ({"warmup_steps": 0.1}, 10),
+        ({"warmup_ratio": 0.1}, 10),
+        ({"warmup_ratio": 0.0}, 0),
+        ({"warmup_steps": 0}, 0),
+        ({"warmup_steps": 1000}, 100),
+        ({}, 3),
+        ({"lr_scheduler": "constant", "warmup_steps": 10}, 0),
+        ({"lr_scheduler": "constant_with_warmup", "warmup_steps": 10}, 10),
+    ],
+)
+def test_warmup(keys: dict[str, Any], steps: int) -> None:
+    assert schedule(100, **keys).warmup_steps == steps
+
+
+def test_warmup_by_default_is_at_most_100_steps() -> None:
+    assert schedule(100_000).warmup_steps == 100
+
+
+@pytest.mark.parametrize(
+    ("keys", "evals", "saves"),
+    [
+        ({}, 100, 100),
+        ({"evals_per_epoch": 4, "saves_per_epoch": 3}, 25, 34),
+        ({"evals_per_epoch": 0, "saves_per_epoch": 0}, None, None),
+        ({"evals_per_epoch": 1000}, 1, 100),
+        ({"eval_steps": 7, "save_steps": 0.05}, 7, 10),
+        ({"eval_strategy": "no", "save_strategy": "no"}, None, None),
+        ({"eval_strategy": "steps", "eval_steps": 0.5, "save_strategy": "best"}, 100, None),
+    ],
+)
+def test_evaluations_and_checkpoints(keys: dict[str, Any], evals: int | None, saves: int | None) -> None:
+    made = schedule(100, num_epochs=2, **keys)
+    assert (made.eval_every, made.save_every) == (evals, saves)
+    assert made.save_best is (keys.get("save_strategy") == "best")
+
+
+def test_without_test_data_nothing_is_evaluated() -> None:
+    assert schedule(100, evaluates=False, evals_per_epoch=4).eval_every is None
+
+
+def test_logging() -> None:
+    assert [schedule(100, logging_steps=n).log_every for n in (1, 5, 0.1)] == [1, 5, 10]
