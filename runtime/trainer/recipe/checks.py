@@ -62,12 +62,10 @@ def resolve_batch(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
         return msgspec.structs.replace(recipe, gradient_accumulation_steps=whole // recipe.micro_batch_size)
     if whole == recipe.effective_batch:
         return recipe
+    given = f"{recipe.micro_batch_size} × {recipe.gradient_accumulation_steps} = {recipe.effective_batch}"
     raise InvalidRequest(
-        f"is {whole}, but micro_batch_size × gradient_accumulation_steps is {recipe.micro_batch_size} × "
-        f"{recipe.gradient_accumulation_steps} = {recipe.effective_batch}, and leaving one out gives no whole number"
-        if micro is None or steps is None
-        else f"is {whole}, but micro_batch_size × gradient_accumulation_steps is {recipe.micro_batch_size} × "
-        f"{recipe.gradient_accumulation_steps} = {recipe.effective_batch}: leave one of the three out",
+        f"is {whole}, and micro_batch_size × gradient_accumulation_steps is {given}: give whole numbers that agree, or "
+        "leave one of the three out",
         param="batch_size",
     )
 

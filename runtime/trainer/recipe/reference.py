@@ -1,5 +1,6 @@
 """The keys of recipes for people and for editors: docs/recipes.md and a JSON schema, made from the structs."""
 
+import re
 from typing import Any, get_args, get_type_hints
 
 import msgspec
@@ -57,6 +58,10 @@ _REFUSED_HEAD = [
 ]
 
 
+_UNLIMITED = re.compile(" and at most (2147483647|9223372036854775807)")
+"""Limits that say no more than what a machine's numbers hold."""
+
+
 def _table(struct: type[Struct], group: str | None = None) -> list[str]:
     hints = get_type_hints(struct, include_extras=True)
     rows = ["| key | takes | default | |", "|---|---|---|---|"]
@@ -65,7 +70,7 @@ def _table(struct: type[Struct], group: str | None = None) -> list[str]:
         text = next((meta.description for meta in metas if meta.description), None)
         own = next((meta.extra["group"] for meta in metas if meta.extra), None)
         if text is not None and own == group:
-            takes = describe(hints[field.name]).replace("|", "\\|")
+            takes = _UNLIMITED.sub("", describe(hints[field.name]))
             rows.append(f"| `{field.name}` | {takes} | {_default(field)} | {text} |")
     return rows
 

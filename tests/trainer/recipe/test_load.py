@@ -207,7 +207,7 @@ def test_learning_rates_that_make_no_sense(value: Any) -> None:
         ({"name": "../x"}, "name", "letters, digits"),
         ({"name": "x" * 300}, "name", "at most 128"),
         ({"name": "ﬁn"}, "name", "letters, digits"),
-        ({"batch_size": 7, "micro_batch_size": 2}, "batch_size", "no whole number"),
+        ({"batch_size": 7, "micro_batch_size": 2}, "batch_size", "whole numbers that agree"),
         ({"batch_size": 8, "micro_batch_size": 2, "gradient_accumulation_steps": 2}, "batch_size", "2 × 2 = 4"),
         ({"train_on_inputs": "maybe"}, "train_on_inputs", "true or false, got 'maybe'"),
         ({"deepspeed": "zero3.json"}, "deepspeed", "one serving process"),
