@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "runtime.blocks": set(),
     "runtime.scheduler": {"runtime.blocks"},
     "runtime.workers": {"kernels", *TEXT},
-    "runtime.trainer": {"runtime.workers", "runtime.engine", *TEXT},
+    "runtime.trainer": {"runtime.workers", "runtime.engine", "runtime.background", "runtime.logs", "kernels", *TEXT},
     "runtime.engine": {"runtime.scheduler", "runtime.blocks", "runtime.workers", "runtime.metrics", *TEXT},
 }
 

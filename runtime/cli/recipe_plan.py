@@ -23,7 +23,7 @@ def print_plan(plan: PlanSummary) -> None:
             f"{schedule.total_steps} ({schedule.steps_per_epoch} an epoch, {schedule.epochs:g} epochs), "
             f"{schedule.warmup_steps} of warmup",
         ),
-        ("evaluated", f"every {schedule.eval_every} steps" if schedule.eval_every else "never"),
+        ("evaluated", _evaluated(plan)),
         ("saved", f"every {schedule.save_every} steps" if schedule.save_every else "at the end"),
         ("adapts", f"{_linears(plan)}: {plan.trained_parameters:,} parameters"),
         (
@@ -40,6 +40,13 @@ def print_plan(plan: PlanSummary) -> None:
     for number, pieces in enumerate(plan.previews, 1):
         out.print(f"\nexample {number}, «trained on»:", style="bold")
         out.print(_marked(pieces))
+
+
+def _evaluated(plan: PlanSummary) -> str:
+    if not plan.test.examples:
+        return "never"
+    every = plan.schedule.eval_every
+    return f"every {every} steps, and at the end" if every else "at the end"
 
 
 def _rows(stats: DataStats) -> str:

@@ -21,12 +21,9 @@ class Schedule(Struct, frozen=True, kw_only=True):
     """Passes over the data: total steps through steps of an epoch."""
     warmup_steps: int
     eval_every: int | None
-    """Steps between evaluations; None: never."""
+    """Steps between evaluations; None: at the end alone, if there is test data."""
     save_every: int | None
-    """Steps between checkpoints; None: only when something asks for one."""
-    save_best: bool
-    """Also a checkpoint whenever an evaluation is the best so far."""
-    log_every: int
+    """Steps between checkpoints; None: none, but when the job is paused."""
 
 
 def make_schedule(recipe: Recipe, microbatches: int, *, evaluates: bool) -> Schedule:
@@ -37,7 +34,7 @@ def make_schedule(recipe: Recipe, microbatches: int, *, evaluates: bool) -> Sche
     eval_every = None
     if evaluates and recipe.eval_strategy != "no":
         eval_every = _every(recipe.eval_steps, recipe.evals_per_epoch, per_epoch, total)
-    save_every = None
+    save_every = eval_every if recipe.save_strategy == "best" else None  # every checkpoint has the best weights, too
     if recipe.save_strategy not in ("no", "best"):
         save_every = _every(recipe.save_steps, recipe.saves_per_epoch, per_epoch, total)
     return Schedule(
@@ -48,8 +45,6 @@ def make_schedule(recipe: Recipe, microbatches: int, *, evaluates: bool) -> Sche
         warmup_steps=_warmup(recipe, total),
         eval_every=eval_every,
         save_every=save_every,
-        save_best=recipe.save_strategy == "best",
-        log_every=_steps(recipe.logging_steps, total),
     )
 
 

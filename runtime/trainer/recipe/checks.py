@@ -22,7 +22,7 @@ _ONE_OF = [
     ("eval_steps", "evals_per_epoch"),
     ("val_set_size", "test_datasets"),
 ]
-_AMOUNTS = ("eval_steps", "save_steps", "warmup_steps", "logging_steps", "val_set_size")
+_AMOUNTS = ("eval_steps", "save_steps", "warmup_steps", "val_set_size")
 
 
 def find_problems(recipe: Recipe, values: Mapping[str, Any], *, max_lora_rank: int) -> Iterator[Found]:
@@ -75,7 +75,7 @@ def _sizes(recipe: Recipe, values: Mapping[str, Any]) -> Iterator[Found]:
         amount = getattr(recipe, name)
         if amount is not None and amount >= 1 and not float(amount).is_integer():
             yield name, f"expected a whole number, or a share below 1, got {amount}"
-    for name in ("eval_steps", "save_steps", "logging_steps"):
+    for name in ("eval_steps", "save_steps"):
         if getattr(recipe, name) == 0 and values.get(name) is not None:
             yield name, "must be above 0; leave it out to use the default"
     if recipe.min_sample_len > recipe.sequence_len:
@@ -89,13 +89,17 @@ def _sizes(recipe: Recipe, values: Mapping[str, Any]) -> Iterator[Found]:
 def _evaluation(recipe: Recipe, given: set[str]) -> Iterator[Found]:
     if not recipe.evaluates:
         # Recipes come with `evals_per_epoch` whether or not they hold anything out, as Axolotl allows: noted.
-        for name in ("early_stopping_patience", "load_best_model_at_end"):
-            if name in given:
-                yield name, "needs test data: set val_set_size or test_datasets"
+        if recipe.early_stopping_patience is not None:
+            yield "early_stopping_patience", "needs test data: set val_set_size or test_datasets"
         if recipe.save_strategy == "best":
             yield "save_strategy", "best needs test data: set val_set_size or test_datasets"
         if (metric := recipe.publish.metric) is not None and metric.startswith("eval_"):
             yield "publish.when", f"{metric} needs test data: set val_set_size or test_datasets"
+    elif not recipe.load_best_model_at_end:
+        yield (
+            "load_best_model_at_end",
+            "false is not supported: where there is test data, the best weights are published",
+        )
     if recipe.eval_strategy == "no":
         for name in ("eval_steps", "evals_per_epoch", "early_stopping_patience"):
             if name in given:

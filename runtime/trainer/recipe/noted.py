@@ -78,6 +78,7 @@ NOTED: dict[str, str] = {
     "save_only_model": "checkpoints always hold all that is needed to resume",
     "save_safetensors": "adapters are always safetensors",
     "auto_resume_from_checkpoints": "an interrupted job always resumes",
+    "logging_steps": "every step is reported",
     "do_causal_lm_eval": "evaluations report loss and accuracy",
     "eval_max_new_tokens": "evaluations generate no text",
     "eval_table_size": "evaluations generate no text",

@@ -169,13 +169,10 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         AboveZero | None, key("training", "The job fails when the loss is above this…")
     ] = None
     loss_watchdog_patience: Annotated[Positive, key("training", "…for so many steps in a row.")] = 3
-    logging_steps: Annotated[
-        AmountOrShare, key("training", "A step event every so many steps; below 1 a share of all steps.")
-    ] = 1.0
 
     eval_strategy: Annotated[
         Strategy | None,
-        key("evaluation", "When to evaluate. Default: at the end of each epoch, if there is test data."),
+        key("evaluation", "When to evaluate, besides at the end. Default: after each epoch."),
     ] = None
     eval_steps: Annotated[
         AmountOrShare | None, key("evaluation", "Steps between evaluations; below 1 a share of all steps.")
@@ -188,14 +185,14 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         Positive | None, key("evaluation", "Stop after so many evaluations in a row that are no better.")
     ] = None
     metric_for_best_model: Annotated[
-        Literal["eval_loss", "loss", "eval_accuracy"], key("evaluation", "What better means; `loss` is `eval_loss`.")
+        Literal["eval_loss", "loss"], key("evaluation", "What better means: a lower loss on the test data.")
     ] = "eval_loss"
     load_best_model_at_end: Annotated[
-        bool, key("evaluation", "Publish the best evaluated weights instead of the last.")
-    ] = False
+        bool, key("evaluation", "The best evaluated weights are published, so only true is accepted with test data.")
+    ] = True
     save_strategy: Annotated[
         Literal["no", "steps", "epoch", "best"] | None,
-        key("evaluation", "When to write a checkpoint. Default: at the end of each epoch."),
+        key("evaluation", "When to write a checkpoint; best: at each evaluation. Default: after each epoch."),
     ] = None
     save_steps: Annotated[
         AmountOrShare | None, key("evaluation", "Steps between checkpoints; below 1 a share of all steps.")

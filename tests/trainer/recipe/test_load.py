@@ -120,7 +120,7 @@ def test_a_qlora_recipe_of_axolotls_kind() -> None:
     noted = {note.split()[0] for note in recipe.notes}
     assert noted == {
         "model_type", "tokenizer_type", "bf16", "load_in_4bit", "attn_implementation", "gradient_checkpointing_kwargs",
-        "pad_to_sequence_len", "dataset_prepared_path",
+        "logging_steps", "pad_to_sequence_len", "dataset_prepared_path",
     }  # fmt: skip
 
 
@@ -193,7 +193,8 @@ def test_learning_rates_that_make_no_sense(value: Any) -> None:
         ({"eval_strategy": "no", "eval_steps": 3, "val_set_size": 2}, "eval_steps", "no meaning"),
         ({"save_strategy": "epoch", "save_steps": 3}, "save_steps", "no meaning"),
         ({"early_stopping_patience": 3}, "early_stopping_patience", "needs test data"),
-        ({"load_best_model_at_end": True}, "load_best_model_at_end", "needs test data"),
+        ({"load_best_model_at_end": False, "val_set_size": 1}, "load_best_model_at_end", "best weights are published"),
+        ({"metric_for_best_model": "eval_accuracy"}, "metric_for_best_model", "one of eval_loss, loss"),
         ({"save_strategy": "best"}, "save_strategy", "needs test data"),
         ({"publish": {"when": "eval_loss < 1.5"}}, "publish.when", "needs test data"),
         ({"publish": {"when": "loss is low"}}, "publish.when", "always, never, or a condition"),

@@ -1,0 +1,101 @@
+"""From a plan to a run: every number arrives, and the run takes the steps that the plan says."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runtime.trainer.data.files import DataFiles
+from runtime.trainer.events import EvalEvent, FinishedEvent, RunEvent, StepEvent
+from runtime.trainer.plan import Plan, eval_microbatches, microbatches, prepare
+from runtime.trainer.recipe import Document, recipe_from
+from runtime.trainer.run import TrainingRun
+from runtime.trainer.run_spec import run_spec
+from runtime.trainer.shape import shape_of
+from runtime.workers.loading.hf_tokenizer import load_tokenizer
+from runtime.workers.models.llama import Llama
+from tests.trainer.tiny_training import drive, load_decoder, write_nothing
+
+EXAMPLES = Path(__file__).parent.parent.parent / "settings" / "recipes"
+
+
+@pytest.fixture(scope="module")
+def decoder(tiny_model: Path) -> Any:
+    return load_decoder(tiny_model)
+
+
+def make_plan(tiny_model: Path, decoder: Any, **keys: Any) -> Plan:
+    basic = {"adapter": "lora", "learning_rate": 5e-3, "datasets": [{"path": "data/newts.jsonl"}], "lora_r": 4}
+    return prepare(
+        recipe_from(Document({**basic, **keys}), max_lora_rank=64),
+        load_tokenizer(tiny_model, {}, {}),
+        DataFiles(roots=[EXAMPLES]),
+        model_names=("tiny",),
+        max_len=512,
+        shape=shape_of(decoder.spec, Llama.LORA_TARGETS, bytes_per_value=4),
+    )
+
+
+def test_a_run_takes_the_steps_of_its_plan(tiny_model: Path, decoder: Any) -> None:
+    plan = make_plan(
+        tiny_model,
+        decoder,
+        lora_target_modules=["v_proj", "up_proj", "q_proj"],
+        sample_packing=True,
+        micro_batch_size=2,
+        gradient_accumulation_steps=2,
+        num_epochs=3,
+        val_set_size=2,
+        evals_per_epoch=1,
+    )
+    spec = run_spec(plan, Llama.LORA_TARGETS)
+    assert spec.targets == {
+        (layer, name): parts for layer in (0, 1) for name, parts in (("qkv", ["q", "v"]), ("gate_up", ["up"]))
+    }
+    events: list[RunEvent] = []
+    run = TrainingRun(decoder, spec, partial(microbatches, plan), eval_microbatches(plan), events.append, write_nothing)
+    drive(run)
+    steps = [event for event in events if isinstance(event, StepEvent)]
+    assert isinstance(events[-1], FinishedEvent)
+    assert len(steps) == plan.schedule.total_steps
+    assert steps[-1].epoch == plan.schedule.epochs == 3
+    assert sum(step.tokens for step in steps) == 3 * plan.train_stats.tokens
+    assert sum(step.trained_tokens for step in steps) == 3 * plan.train_stats.trained_tokens
+    assert sum(isinstance(event, EvalEvent) for event in events) == 3
+    assert steps[-1].loss < steps[0].loss
+    assert sum(tensor.numel() for tensor in run._lora.capture().values()) == plan.estimate.parameters
+
+
+@pytest.mark.parametrize(
+    ("keys", "path", "value"),
+    [
+        ({"optimizer": "paged_adamw_8bit"}, "optimizer.name", "adamw_8bit"),
+        ({"optimizer": "sgd"}, "optimizer.name", "sgd"),
+        ({"max_grad_norm": 0}, "optimizer.max_grad_norm", None),
+        ({"max_grad_norm": 0.5}, "optimizer.max_grad_norm", 0.5),
+        ({"adam_beta2": 0.95, "adam_beta1": 0.8}, "optimizer.betas", (0.8, 0.95)),
+        ({"adam_epsilon": 1e-6}, "optimizer.epsilon", 1e-6),
+        ({"weight_decay": 0.1}, "optimizer.weight_decay", 0.1),
+        ({"lr_scheduler": "constant_with_warmup", "warmup_steps": 3}, "schedule.name", "constant"),
+        ({"lr_scheduler": "constant_with_warmup", "warmup_steps": 3}, "schedule.warmup_steps", 3),
+        ({"lr_scheduler": "linear"}, "schedule.name", "linear"),
+        ({"lr_scheduler": "cosine_min_lr_ratio", "cosine_min_lr_ratio": 0.1}, "schedule.name", "cosine"),
+        ({"cosine_min_lr_ratio": 0.1}, "schedule.min_ratio", 0.1),
+        ({"lora_dropout": 0.05}, "dropout", 0.05),
+        ({"peft_use_rslora": True}, "shape.rslora", True),
+        ({"lora_alpha": 32}, "shape.alpha", 32.0),
+        ({"loss_watchdog_threshold": 5, "loss_watchdog_patience": 2}, "watchdog.threshold", 5.0),
+        ({"gradient_checkpointing": "offload"}, "checkpointing", True),
+        ({"gradient_accumulation_steps": 3}, "accumulation", 3),
+        ({"seed": 7}, "seed", 7),
+        ({"early_stopping_patience": 2, "val_set_size": 2}, "early_stopping", 2),
+        ({"save_steps": 5}, "save_every", 5),
+        ({"val_set_size": 2, "eval_steps": 4}, "eval_every", 4),
+    ],
+)
+def test_every_key_arrives(tiny_model: Path, decoder: Any, keys: dict[str, Any], path: str, value: object) -> None:
+    found: Any = run_spec(make_plan(tiny_model, decoder, **keys), Llama.LORA_TARGETS)
+    for name in path.split("."):
+        found = getattr(found, name)
+    assert found == value
