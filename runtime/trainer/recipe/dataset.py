@@ -34,6 +34,8 @@ class Dataset(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ] = {}
     message_field_role: Annotated[Text | None, key("chat_template: the older way to map `role`.")] = None
     message_field_content: Annotated[Text | None, key("chat_template: the older way to map `content`.")] = None
+    field_thinking: Annotated[Text | None, key("chat_template: field of a message with its reasoning.")] = None
+    template_thinking_key: Annotated[Text, key("chat_template: the template's name of it.")] = "reasoning_content"
     message_field_training: Annotated[
         Text | None, key("chat_template: field of a message that says whether to train on it.")
     ] = None
@@ -60,6 +62,10 @@ class Dataset(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     @property
     def properties(self) -> dict[str, str]:
         """The template's name of a message's field → its name in the file."""
-        older = {"role": self.message_field_role, "content": self.message_field_content}
+        older = {
+            "role": self.message_field_role,
+            "content": self.message_field_content,
+            self.template_thinking_key: self.field_thinking,
+        }
         named = {name: given for name, given in older.items() if given}
         return {"role": "role", "content": "content", **named, **self.message_property_mappings}

@@ -28,6 +28,7 @@ Optimizer = Literal[
     "adamw_bnb_8bit",
     "adamw_8bit",
     "adamw_torch_8bit",
+    "adamw_torch_4bit",
     "paged_adamw_8bit",
     "paged_adamw_32bit",
     "sgd",

@@ -77,6 +77,13 @@ def test_further_fields_and_parts() -> None:
     assert found.messages[1] == {"role": "assistant", "tool_calls": [{"id": "1"}], "content": ""}
 
 
+def test_reasoning() -> None:
+    row = chat(USER, {**ANSWER, "thoughts": "Hm."})
+    assert read(row, field_thinking="thoughts").messages[1]["reasoning_content"] == "Hm."
+    assert read(row, field_thinking="thoughts", template_thinking_key="thinking").messages[1]["thinking"] == "Hm."
+    assert "thoughts" not in read(row).messages[1]
+
+
 def test_a_chat_in_a_csv_cell() -> None:
     assert pairs(read({"messages": '[{"role": "user", "content": "Hi"}]'})) == [("user", "Hi")]
 
