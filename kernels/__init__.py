@@ -3,7 +3,7 @@
 `load("auto")` gives the fastest backend that works here; `available()` says which do, and why not.
 """
 
-from kernels.interface import DecodeGroup, Ops, PagedRows, PrefillRow
+from kernels.interface import DecodeGroup, LoraFactors, LoraSegment, Ops, PagedRows, PrefillRow
 from kernels.reference import ReferenceOps
 
 BACKENDS: dict[str, type[Ops]] = {"reference": ReferenceOps}
@@ -30,4 +30,14 @@ def load(name: str = "auto") -> Ops:
     return BACKENDS[name]()
 
 
-__all__ = ["BACKENDS", "DecodeGroup", "Ops", "PagedRows", "PrefillRow", "available", "load"]
+__all__ = [
+    "BACKENDS",
+    "DecodeGroup",
+    "LoraFactors",
+    "LoraSegment",
+    "Ops",
+    "PagedRows",
+    "PrefillRow",
+    "available",
+    "load",
+]

@@ -6,6 +6,7 @@ Ops without "in place" in their docstring are differentiable in the reference ba
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -48,6 +49,29 @@ class PagedRows:
     prefill: list[PrefillRow]
 
 
+@dataclass(frozen=True, eq=False)
+class LoraFactors:
+    """One adapter's low-rank factors for one linear, all its adapted parts together. Built when it is loaded."""
+
+    a: Tensor
+    """[R, in]: every part's A, one below the other, R the sum of their ranks; so one product shrinks for all."""
+    b: tuple[Tensor, ...]
+    """Every part's B, each [out of the part, its rank]."""
+    columns: tuple[int, ...]
+    """Where each part begins in the linear's output."""
+    scales: Tensor
+    """[R]: the scale of the part that each row of `a` belongs to."""
+
+
+@dataclass(frozen=True, eq=False)
+class LoraSegment:
+    """The tokens of a batch that one adapter is for."""
+
+    tokens: Tensor | None
+    """[n] int64, ascending indices into the flat batch; None: all of it."""
+    factors: LoraFactors
+
+
 class Ops(ABC):
     """One backend. Stateless: the same inputs give the same outputs."""
 
@@ -61,6 +85,11 @@ class Ops(ABC):
     @abstractmethod
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [T, in] times weight [out, in] transposed, plus bias [out] → [T, out]."""
+
+    @abstractmethod
+    def lora_apply(self, x: Tensor, y: Tensor, segments: Sequence[LoraSegment]) -> Tensor:
+        """In place: add each segment's `(scales * x A^T) B^T` to its tokens' rows of y [T, out], part by part;
+        x [T, in]. No token is in two segments. Returns y (arXiv:2106.09685, arXiv:2310.18547)."""
 
     @abstractmethod
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

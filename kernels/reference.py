@@ -1,10 +1,12 @@
 """The ops in plain torch: differentiable, on any device, and the oracle of the other backends."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.interface import Ops, PagedRows
+from kernels.interface import LoraSegment, Ops, PagedRows
 from kernels.sampling import sample
 
 TRANSPOSED = range(12, 37)
@@ -26,6 +28,19 @@ class ReferenceOps(Ops):
             y = torch.mm(weight, x.t()).t()
             return y if bias is None else y + bias
         return F.linear(x, weight, bias)
+
+    def lora_apply(self, x: Tensor, y: Tensor, segments: Sequence[LoraSegment]) -> Tensor:
+        for segment in segments:
+            tokens, factors = segment.tokens, segment.factors
+            shrunk = F.linear(x if tokens is None else x.index_select(0, tokens), factors.a) * factors.scales
+            ranks = [b.shape[1] for b in factors.b]
+            for narrow, b, column in zip(shrunk.split(ranks, dim=-1), factors.b, factors.columns, strict=True):
+                target = y[:, column : column + len(b)]
+                if tokens is None:
+                    target += F.linear(narrow, b)
+                else:
+                    target.index_add_(0, tokens, F.linear(narrow, b))
+        return y
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         if x.dtype is torch.float32:

@@ -12,12 +12,14 @@ from runtime.engine import Engine
 from runtime.metrics import Metrics
 from runtime.scheduler import Scheduler
 from runtime.scheduler.policies import make_policy
+from runtime.workers.adapter_slots import AdapterSlots
 from runtime.workers.decoder import Decoder, DecoderSpec
 from runtime.workers.executor import InProcessExecutor
 from runtime.workers.kv_cache import KVCache, block_bytes
 from runtime.workers.layers import WeightError
 from runtime.workers.loading import Checkpoint, open_checkpoint
 from runtime.workers.loading.errors import ModelLoadError
+from runtime.workers.lora_base import LoraBase
 from runtime.workers.memory import keep_freed_memory
 from runtime.workers.models import find_model
 from runtime.workers.worker import Worker
@@ -35,6 +37,9 @@ class Assembled:
     model_name: str
     block_size: int
     num_blocks: int
+    decoder: Decoder
+    lora_base: LoraBase
+    """What adapters must fit."""
 
 
 def assemble(settings: Settings) -> Assembled:
@@ -69,16 +74,25 @@ def assemble(settings: Settings) -> Assembled:
         max_running=settings.scheduler.max_running,
         max_waiting=settings.scheduler.max_waiting,
     )
-    worker = Worker(decoder, cache, max_running=settings.scheduler.max_running, max_len=max_len)
+    lora_base = LoraBase.of(decoder, find_model(checkpoint.config).LORA_TARGETS, name)
+    slots = AdapterSlots(
+        lora_base,
+        decoder.ops,
+        max_rank=settings.adapters.max_lora_rank,
+        dtype=decoder.dtype,
+        device=decoder.device,
+    )
+    worker = Worker(decoder, cache, max_running=settings.scheduler.max_running, max_len=max_len, adapters=slots)
     metrics = Metrics(
         name,
         vllm_names=settings.observability.vllm_names,
         max_model_len=max_len,
         block_size=block_size,
         num_blocks=num_blocks,
+        max_adapters=settings.adapters.max_loaded,
     )
     engine = Engine(scheduler, InProcessExecutor(worker), checkpoint.tokenizer, metrics, max_len=max_len)
-    return Assembled(engine, name, block_size, num_blocks)
+    return Assembled(engine, name, block_size, num_blocks, decoder, lora_base)
 
 
 def load_decoder(checkpoint: Checkpoint, settings: ModelSettings) -> Decoder:

@@ -6,9 +6,10 @@
 
 import random
 import time
+from collections import Counter
 
 from runtime.detokenizer import Detokenizer
-from runtime.errors import ContextLengthExceeded, InvalidRequest
+from runtime.errors import AdapterUnavailable, ContextLengthExceeded, InvalidRequest
 from runtime.messages import FinishReason, Output, StepPlan, StepResult, Submission
 from runtime.metrics import Metrics
 from runtime.scheduler import Committed, Request, Scheduler
@@ -38,6 +39,12 @@ class Engine:
         self.tokenizer = tokenizer
         self.metrics = metrics
         self._texts: dict[str, Detokenizer] = {}
+        self._adapter_uses: Counter[str] = Counter()
+        """Requests that are not finished, by the key of the version that they began with."""
+        self._adapters: set[str] = set()
+        """Keys that new requests may name."""
+        self._leaving: set[str] = set()
+        """Keys that no new request may name, in memory for those that still run."""
         self._failed_steps = 0
         self._seen_preemptions = 0
         self._seen_prefix = (0, 0)
@@ -86,6 +93,8 @@ class Engine:
     def submit(self, submission: Submission) -> None:
         """Queue a sequence. Raises what `check` and `Scheduler.submit` raise."""
         self.check(submission)
+        if submission.adapter and submission.adapter not in self._adapters:
+            raise AdapterUnavailable("The adapter version that this request was for is not loaded any more.")
         params = submission.params
         most = params.max_tokens or self.max_len
         request = Request(
@@ -100,6 +109,8 @@ class Engine:
         except Exception:
             self.metrics.on_rejection("queue_full")
             raise
+        if submission.adapter:
+            self._adapter_uses[submission.adapter] += 1
         self._texts[request.id] = Detokenizer(
             self.tokenizer,
             submission.prompt_ids,
@@ -113,6 +124,33 @@ class Engine:
         request = self.scheduler.get(request_id)
         if request is not None:
             self._finish(request, reason)
+
+    # -- adapters ------------------------------------------------------------------------------
+
+    def prepare_adapter(self, key: str, directory: str) -> None:
+        """Read a version's files. The one method for any thread: it touches nothing that a step uses.
+        Raises `AdapterInvalid`."""
+        self._executor.prepare_adapter(key, directory)
+
+    def load_adapter(self, key: str) -> None:
+        """Let requests name a version that was prepared."""
+        self._executor.load_adapter(key)
+        self._leaving.discard(key)
+        self._adapters.add(key)
+        self.metrics.on_adapter_loaded(key)
+
+    def unload_adapter(self, key: str) -> None:
+        """Refuse new requests for a version, and free its memory once the last request for it has ended."""
+        if key in self._adapters:
+            self._adapters.discard(key)
+            self._leaving.add(key)
+        self._let_go(key)
+
+    def _let_go(self, key: str) -> None:
+        if key in self._leaving and not self._adapter_uses[key]:
+            self._leaving.discard(key)
+            self._executor.unload_adapter(key)
+            self.metrics.on_adapter_unloaded(key)
 
     # -- parts of a step -----------------------------------------------------------------------
 
@@ -174,6 +212,11 @@ class Engine:
     def _forget(self, request: Request) -> None:
         self._texts.pop(request.id, None)
         self.metrics.on_finish(request.timing)
+        if key := request.submission.adapter:
+            self._adapter_uses[key] -= 1
+            if not self._adapter_uses[key]:
+                del self._adapter_uses[key]
+            self._let_go(key)
 
     def observe(self, num_tokens: int = 0) -> None:
         """Bring the gauges and counters up to date, after a step of `num_tokens` or after aborts."""
@@ -183,6 +226,12 @@ class Engine:
             waiting=len(scheduler.waiting),
             kv_usage=scheduler.blocks.usage,
             tokens=num_tokens,
+        )
+        self.metrics.on_adapter_step(
+            running={r.submission.adapter for r in scheduler.running if r.submission.adapter}
+            if self._adapter_uses
+            else (),
+            active=self._adapter_uses.keys(),
         )
         for _ in range(scheduler.num_preemptions - self._seen_preemptions):
             self.metrics.on_preemption()

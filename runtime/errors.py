@@ -98,6 +98,12 @@ class TooManyRequests(RequestError):
         self.retry_after = retry_after
 
 
+class AdaptersBusy(TooManyRequests):
+    """Every adapter version in memory is answering somebody, and there is room for no more."""
+
+    default_code = "adapters_busy"
+
+
 class EngineFailure(RequestError):
     """This one request's step raised; the rest of the batch went on."""
 
@@ -112,6 +118,14 @@ class EngineUnavailable(RequestError):
     status = 503
     type = "service_unavailable"
     default_code = "engine_unavailable"
+
+
+class AdapterUnavailable(RequestError):
+    """An adapter version that is known cannot be used now: its files are gone or broken, or it was unloaded."""
+
+    status = 503
+    type = "service_unavailable"
+    default_code = "adapter_unavailable"
 
 
 class StorageUnavailable(RequestError):

@@ -130,6 +130,8 @@ class RequestTiming(Struct, kw_only=True):
     """The life of one request in times and counts, for metrics. One writer: the engine thread."""
 
     arrival: float
+    adapter: str = ""
+    """Key of the adapter version that it asked for."""
     scheduled: float | None = None
     """First time it got tokens of a step."""
     first_token: float | None = None

@@ -5,7 +5,8 @@ labels `model_name` and `engine` are put on when somebody scrapes, so the engine
 counter, not for two. Knows nothing of HTTP frameworks, and nothing of torch.
 """
 
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -36,6 +37,8 @@ _HTTP_FINE_SECONDS = (
 _STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 _CHOICES = (1, 2, 5, 10, 20)
 _PREEMPTIONS = (1, 2, 3, 4, 5, 10, 20)
+
+ADAPTER = ("adapter", "version")
 
 Kind = Literal["gauge", "counter", "histogram"]
 Twin = Literal["vllm", "plain", "none"]
@@ -96,12 +99,23 @@ TABLE: tuple[Spec, ...] = (
          ("handler", "method"), _HTTP_SECONDS, twin="plain"),
     Spec("http_request_duration_highr_seconds", "histogram", "Request to end of response, all handlers.",
          buckets=_HTTP_FINE_SECONDS, twin="plain"),
+    Spec("lora_requests_info", "gauge", "Adapters at work, as labels; the value is the time of the last change.",
+         ("max_lora", "running_lora_adapters", "waiting_lora_adapters")),
+    Spec("adapter_requests", "counter", "Requests ended, by adapter version.", ADAPTER, twin="none"),
+    Spec("adapter_prompt_tokens", "counter", "Prompt tokens of requests that ended, by adapter version.",
+         ADAPTER, twin="none"),
+    Spec("adapter_generation_tokens", "counter", "Tokens generated, by adapter version.", ADAPTER, twin="none"),
+    Spec("adapter_time_to_first_token_seconds", "histogram", "Arrival to first token, by adapter version.",
+         ADAPTER, _FIRST_TOKEN_SECONDS, twin="none"),
+    Spec("adapter_publishes", "counter", "Adapter versions published, or not.", ("outcome",), twin="none"),
     Spec("aborts", "counter", "Requests aborted, by how far they had come.", ("phase",), twin="none"),
     Spec("event_loop_lag_seconds", "gauge", "Longest delay of the event loop seen since the last scrape.",
          twin="none"),
 )  # fmt: skip
 
 _REASONS = frozenset({"queue_full", "context_length_exceeded", "conflict", "engine_unavailable", "other"})
+PUBLISH_OUTCOMES = ("published", "refused", "failed")
+"""Refused: the adapter did not fit. Failed: the server could not."""
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 UNMATCHED = "unmatched"
 """The one `handler` label of all requests that no route answered."""
@@ -111,7 +125,14 @@ class Metrics:
     """The metrics of one served model. Engine thread and event loop both write; each write is atomic."""
 
     def __init__(
-        self, model_name: str, *, vllm_names: bool, max_model_len: int, block_size: int, num_blocks: int
+        self,
+        model_name: str,
+        *,
+        vllm_names: bool,
+        max_model_len: int,
+        block_size: int,
+        num_blocks: int,
+        max_adapters: int = 0,
     ) -> None:
         lengths = _one_two_five(max_model_len)
         self._gauges: dict[str, Gauge] = {}
@@ -126,6 +147,10 @@ class Metrics:
                 self._histograms[spec.name] = Histogram(
                     spec.name, spec.help, spec.labels, buckets=spec.buckets or lengths, registry=None
                 )
+        self._adapters: dict[str, tuple[str, str]] = {}
+        """Key → labels, of the versions in memory: of these only are there samples, so there are never many."""
+        self._max_adapters = str(max_adapters)
+        self._adapters_at_work = ("", "")
         self._fill_labels(block_size, num_blocks, max_model_len)
         self._registry = CollectorRegistry()
         families: Families = {**self._gauges, **self._counters, **self._histograms}
@@ -144,6 +169,9 @@ class Metrics:
             self._counters["admission_rejections"].labels(reason)
         for phase in ("queued", "prefill", "decode"):
             self._counters["aborts"].labels(phase)
+        for outcome in PUBLISH_OUTCOMES:
+            self._counters["adapter_publishes"].labels(outcome)
+        self._gauges["lora_requests_info"].labels(self._max_adapters, "", "").set(time.time())
 
     def on_step(self, *, running: int, waiting: int, kv_usage: float, tokens: int, deferred: int = 0) -> None:
         """After a step of `tokens` (0: none ran). `deferred` of the `waiting` would fit but must not run."""
@@ -169,6 +197,8 @@ class Metrics:
         self._counters["generation_tokens"].inc(count)
         if timing.first_token is None:
             self._histograms["time_to_first_token_seconds"].observe(now - timing.arrival)
+            if (labels := self._adapters.get(timing.adapter)) is not None:
+                self._histograms["adapter_time_to_first_token_seconds"].labels(*labels).observe(now - timing.arrival)
             self._counters["prompt_tokens"].inc(timing.prompt_tokens)
             self._counters["prompt_tokens_cached"].inc(timing.cached_tokens)
         elif timing.last_token is not None:
@@ -181,12 +211,46 @@ class Metrics:
             self._counters["aborts"].labels(_phase(timing)).inc()
         for name, value in _durations(timing):
             self._histograms[name].observe(value)
+        if (labels := self._adapters.get(timing.adapter)) is not None:
+            self._counters["adapter_requests"].labels(*labels).inc()
+            self._counters["adapter_prompt_tokens"].labels(*labels).inc(timing.prompt_tokens)
+            self._counters["adapter_generation_tokens"].labels(*labels).inc(timing.generated_tokens)
         computed = max(0, timing.prompt_tokens - timing.cached_tokens)
         self._histograms["request_prompt_tokens"].observe(timing.prompt_tokens)
         self._histograms["request_generation_tokens"].observe(timing.generated_tokens)
         self._histograms["request_params_max_tokens"].observe(timing.max_tokens)
         self._histograms["request_prefill_kv_computed_tokens"].observe(computed)
         self._histograms["request_num_preemptions"].observe(timing.preemptions)
+
+    def on_adapter_loaded(self, key: str) -> None:
+        """A version (`name@number:…`) is in memory: its samples are there from now on, at 0."""
+        name, _, rest = key.partition("@")
+        labels = self._adapters[key] = (name, rest.partition(":")[0])
+        for spec in TABLE:
+            if spec.labels == ADAPTER:
+                {**self._counters, **self._histograms}[spec.name].labels(*labels)
+
+    def on_adapter_unloaded(self, key: str) -> None:
+        labels = self._adapters.pop(key, None)
+        if labels is not None and labels not in self._adapters.values():
+            for spec in TABLE:
+                if spec.labels == ADAPTER:
+                    {**self._counters, **self._histograms}[spec.name].remove(*labels)
+
+    def on_adapter_step(self, *, running: Collection[str], active: Collection[str]) -> None:
+        """The keys of the versions that running requests, and all unfinished requests, are for."""
+        names = [
+            ",".join(sorted(key.partition("@")[0] for key in keys)) for keys in (running, set(active) - set(running))
+        ]
+        if self._adapters_at_work != (now := (names[0], names[1])):
+            info = self._gauges["lora_requests_info"]
+            info.labels(self._max_adapters, *now).set(time.time())
+            info.remove(self._max_adapters, *self._adapters_at_work)
+            self._adapters_at_work = now
+
+    def on_publish(self, outcome: str) -> None:
+        """A version was published, or was not; one of `PUBLISH_OUTCOMES`."""
+        self._counters["adapter_publishes"].labels(outcome).inc()
 
     def on_request(self, *, choices: int, longest: int) -> None:
         """An API request of `choices` sequences ended; `longest` is the most tokens that one generated."""

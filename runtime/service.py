@@ -9,8 +9,9 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from runtime.assembly import Assembled, assemble
 from runtime.background import Background
@@ -19,6 +20,11 @@ from runtime.logs import get_logger
 from runtime.messages import Output, Submission
 from runtime.stream import OutputStream
 from settings.schema import Settings
+
+if TYPE_CHECKING:
+    from runtime.trainer.adapters import AdapterLibrary
+
+T = TypeVar("T")
 
 log = get_logger(__name__)
 
@@ -35,12 +41,19 @@ class EngineService:
         self.max_model_len = assembled.engine.max_len
         self.block_size = assembled.block_size
         self.num_blocks = assembled.num_blocks
+        self.lora_base = assembled.lora_base
+        self.adapters: AdapterLibrary | None = None
+        """The adapters that can be asked for by name; set by who opens the state directory, if anybody does."""
         self.created = int(time.time())
         self.died = asyncio.Event()
         """Set when the engine thread ended by itself: nothing can be served any more."""
         self._drained = asyncio.Event()
         """Set whenever the last stream is gone."""
         self._streams: dict[str, OutputStream] = {}
+        self._adapter_of: dict[str, str] = {}
+        """Request id → adapter key, for the streams that are not for the base."""
+        self._adapter_streams: Counter[str] = Counter()
+        self._calls: set[asyncio.Future[Any]] = set()
         self._inbox: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._stopping = False
@@ -118,6 +131,9 @@ class EngineService:
             raise TooManyRequests(f"The queue is full: {limits.max_waiting} requests are waiting. Try again later.")
         self.engine.check(submission)
         stream = self._streams[request_id] = OutputStream(request_id, self.abort)
+        if submission.adapter:
+            self._adapter_of[request_id] = submission.adapter
+            self._adapter_streams[submission.adapter] += 1
         self._send(lambda: self._submit(submission, stream))
         return stream
 
@@ -125,6 +141,50 @@ class EngineService:
         """Take a request out of the engine before its next step. Unknown and finished ids are fine."""
         if self._forget(request_id):
             self._send(lambda: self.engine.abort(request_id))
+
+    # -- adapters ------------------------------------------------------------------------------
+
+    async def load_adapter(self, key: str, directory: str) -> None:
+        """Read an adapter version's files beside the engine, then let requests name it.
+        Raises `AdapterInvalid`, `EngineUnavailable`."""
+        await asyncio.to_thread(self.engine.prepare_adapter, key, directory)
+        await self.call(lambda: self.engine.load_adapter(key))
+
+    async def unload_adapter(self, key: str) -> None:
+        """Refuse new requests for a version. Its memory is free once the last one for it has ended."""
+        await self.call(lambda: self.engine.unload_adapter(key))
+
+    def adapter_in_use(self, key: str) -> bool:
+        """Is a request for this version not answered yet?"""
+        return key in self._adapter_streams
+
+    async def call(self, work: Callable[[], T]) -> T:
+        """The result of `work`, done on the engine's thread between two steps. Raises what it raises, and
+        `EngineUnavailable` where no engine runs."""
+        if not self._thread.is_alive() or self._stopping:
+            raise EngineUnavailable("The engine is not running.")
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._calls.add(future)
+        future.add_done_callback(self._calls.discard)
+
+        def settle(result: T | None, error: BaseException | None) -> None:
+            if future.done():  # whoever asked has left
+                return
+            if error is not None:
+                future.set_exception(error)
+            else:
+                future.set_result(result)  # type: ignore[arg-type]
+
+        def run() -> None:
+            try:
+                result = work()
+            except Exception as error:
+                self._call(settle, None, error)
+            else:
+                self._call(settle, result, None)
+
+        self._send(run)
+        return await future
 
     def _send(self, message: Callable[[], None]) -> None:
         with self._wake:
@@ -142,6 +202,10 @@ class EngineService:
     def _forget(self, request_id: str) -> bool:
         """Drop a stream; False when it was gone already."""
         known = self._streams.pop(request_id, None) is not None
+        if (key := self._adapter_of.pop(request_id, None)) is not None:
+            self._adapter_streams[key] -= 1
+            if not self._adapter_streams[key]:
+                del self._adapter_streams[key]
         if not self._streams:
             self._drained.set()
         return known
@@ -211,4 +275,7 @@ class EngineService:
     def _bury(self) -> None:
         for stream in list(self._streams.values()):
             self._fail(stream, EngineUnavailable("The engine has failed; the server is going down."))
+        for call in list(self._calls):
+            if not call.done():
+                call.set_exception(EngineUnavailable("The engine has failed; the server is going down."))
         self.died.set()

@@ -26,8 +26,16 @@ ALLOWED: dict[str, set[str]] = {
     "kernels": set(),
     "runtime.blocks": set(),
     "runtime.scheduler": {"runtime.blocks"},
-    "runtime.workers": {"kernels", *TEXT},
-    "runtime.trainer": {"runtime.workers", "runtime.engine", "runtime.background", "runtime.logs", "kernels", *TEXT},
+    "runtime.workers": {"kernels", "runtime.durable", *TEXT},
+    "runtime.trainer": {
+        "runtime.workers",
+        "runtime.engine",
+        "runtime.background",
+        "runtime.durable",
+        "runtime.logs",
+        "kernels",
+        *TEXT,
+    },
     "runtime.engine": {"runtime.scheduler", "runtime.blocks", "runtime.workers", "runtime.metrics", *TEXT},
 }
 

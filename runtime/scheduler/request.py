@@ -68,6 +68,7 @@ class Request:
         self.stop_reason: str | int | None = None
         self.timing = RequestTiming(
             arrival=submission.arrival,
+            adapter=submission.adapter,
             prompt_tokens=len(submission.prompt_ids),
             max_tokens=max_len - len(submission.prompt_ids),
         )

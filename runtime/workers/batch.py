@@ -1,5 +1,6 @@
 """From a plan's rows to tensors: the flat batch, and how it lies over the paged cache."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,6 +9,9 @@ from torch import Tensor
 
 from kernels import DecodeGroup, PagedRows, PrefillRow
 from runtime.messages import Row
+from runtime.workers.adapter_slots import AdapterTokens
+
+NO_ADAPTERS: Mapping[int, str] = {}
 
 WASTE = 1.5
 """Rows decode together while the longest context of a group is at most this many times the shortest."""
@@ -26,12 +30,20 @@ class Batch:
     """Their sequence lengths."""
     sample_at: Tensor
     """[rows that sample] index of each one's last token in the flat batch."""
+    adapters: list[AdapterTokens]
+    """Who the tokens are for, base rows left out; empty where all rows are for the base."""
 
 
 def build_batch(
-    rows: list[Row], tokens: dict[int, list[int]], tables: np.ndarray, block_size: int, device: torch.device
+    rows: list[Row],
+    tokens: dict[int, list[int]],
+    tables: np.ndarray,
+    block_size: int,
+    device: torch.device,
+    adapters: Mapping[int, str] = NO_ADAPTERS,
 ) -> Batch:
-    """`tokens` holds every slot's known tokens, `tables` [slots, max_blocks] its block ids (int64).
+    """`tokens` holds every slot's known tokens, `tables` [slots, max_blocks] its block ids (int64), `adapters`
+    the keys of the slots that are not for the base.
 
     Rows of one token come first, by context length, so that those that decode together lie together.
     """
@@ -59,7 +71,19 @@ def build_batch(
         slots=[rows[index].slot for index in sampled],
         lengths=[rows[index].start + rows[index].count for index in sampled],
         sample_at=torch.tensor([int(ends[index]) - 1 for index in sampled], dtype=torch.int64, device=device),
+        adapters=_adapter_tokens([adapters.get(row.slot, "") for row in rows], counts, device) if adapters else [],
     )
+
+
+def _adapter_tokens(keys: list[str], counts: np.ndarray, device: torch.device) -> list[AdapterTokens]:
+    """`keys` and `counts` are the rows', in batch order."""
+    if len(set(keys)) == 1:  # nobody to pick out
+        return [AdapterTokens(keys[0], None)] if keys[0] else []
+    owners = np.repeat(np.array(keys), counts)
+    return [
+        AdapterTokens(key, torch.from_numpy(np.flatnonzero(owners == key)).to(device))
+        for key in dict.fromkeys(filter(None, keys))
+    ]
 
 
 def _decode_groups(rows: list[Row], tables: np.ndarray, block_size: int, device: torch.device) -> list[DecodeGroup]:

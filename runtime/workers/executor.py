@@ -3,6 +3,7 @@
 from typing import Protocol
 
 from runtime.messages import StepPlan, StepResult
+from runtime.workers.adapter_slots import AdapterSlots
 from runtime.workers.worker import Worker
 
 
@@ -10,6 +11,16 @@ class Executor(Protocol):
     """Runs step plans. A row that fails is in the result's `failed`; what it raises, nothing can go on after."""
 
     def execute(self, plan: StepPlan) -> StepResult: ...
+
+    def prepare_adapter(self, key: str, directory: str) -> None:
+        """Read an adapter version's files and check them. From any thread; changes nothing yet.
+        Raises `AdapterInvalid`."""
+
+    def load_adapter(self, key: str) -> None:
+        """Serve what was prepared under `key`, from the next step on."""
+
+    def unload_adapter(self, key: str) -> None:
+        """Let its memory go. Nothing in a later plan may name it."""
 
 
 class AllRowsFailed(RuntimeError):
@@ -29,6 +40,21 @@ class InProcessExecutor:
             return self._worker.compute(plan.step, plan.rows)
         except Exception as error:
             return self._isolate(plan, error)
+
+    def prepare_adapter(self, key: str, directory: str) -> None:
+        self._slots.prepare(key, directory)
+
+    def load_adapter(self, key: str) -> None:
+        self._slots.load(key)
+
+    def unload_adapter(self, key: str) -> None:
+        self._slots.unload(key)
+
+    @property
+    def _slots(self) -> AdapterSlots:
+        if self._worker.adapters is None:
+            raise RuntimeError("this worker was made without adapter slots")
+        return self._worker.adapters
 
     def _isolate(self, plan: StepPlan, cause: Exception) -> StepResult:
         slots: list[int] = []

@@ -39,3 +39,16 @@ class LoraPart:
 
 LoraLayers = dict[tuple[int, str], list[LoraPart]]
 """(layer index, linear name) → the parts of that linear which are adapted, in the order of `Linear.parts`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """One adapter's weights, and how they were made."""
+
+    shape: LoraShape
+    layers: LoraLayers
+
+    @property
+    def rank(self) -> int:
+        """The largest of its parts' ranks."""
+        return max(len(part.a) for parts in self.layers.values() for part in parts)

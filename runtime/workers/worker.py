@@ -5,6 +5,7 @@ import torch
 
 from runtime.failpoints import failpoint
 from runtime.messages import Row, StepPlan, StepResult
+from runtime.workers.adapter_slots import AdapterSlots
 from runtime.workers.attention import PagedAttention
 from runtime.workers.batch import build_batch
 from runtime.workers.decoder import Decoder
@@ -15,11 +16,23 @@ from runtime.workers.sampler import Sampler
 class Worker:
     """Executes step plans. Tokens and block tables live here per slot; a plan carries only what changed."""
 
-    def __init__(self, decoder: Decoder, cache: KVCache, *, max_running: int, max_len: int) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        cache: KVCache,
+        *,
+        max_running: int,
+        max_len: int,
+        adapters: AdapterSlots | None = None,
+    ) -> None:
         self._decoder = decoder
         self._cache = cache
         self._sampler = Sampler(decoder.ops)
+        self.adapters = adapters
+        """None: this worker serves the base alone."""
         self._tokens: dict[int, list[int]] = {}
+        self._adapted: dict[int, str] = {}
+        """The adapter of each slot that is not for the base."""
         self._tables = np.zeros((max_running, -(-max_len // cache.block_size)), dtype=np.int64)
         self._num_blocks = [0] * max_running
 
@@ -35,6 +48,9 @@ class Worker:
             self._num_blocks[admission.slot] = 0
             self._append_blocks(admission.slot, admission.block_ids)
             self._sampler.admit(admission)
+            self._adapted.pop(admission.slot, None)
+            if admission.adapter:
+                self._adapted[admission.slot] = admission.adapter
         for row in plan.rows:
             self._append_blocks(row.slot, row.new_blocks)
 
@@ -44,9 +60,10 @@ class Worker:
             failpoint("worker.row", row.slot)
         cache = self._cache
         with torch.inference_mode():
-            batch = build_batch(rows, self._tokens, self._tables, cache.block_size, self._decoder.device)
+            batch = build_batch(rows, self._tokens, self._tables, cache.block_size, self._decoder.device, self._adapted)
             attention = PagedAttention(self._decoder.ops, cache, batch.paged, self._decoder.spec.scale)
-            hidden = self._decoder.forward(batch.token_ids, batch.positions, attention)
+            adaptation = self.adapters.adaptation(batch.adapters) if self.adapters else None
+            hidden = self._decoder.forward(batch.token_ids, batch.positions, attention, adaptation)
             if not batch.slots:
                 return StepResult(step=step, slots=[], tokens=[])
             logits = self._decoder.logits(hidden[batch.sample_at])

@@ -1,0 +1,31 @@
+"""What an adapter or an alias may be called: it becomes a folder, a label, and the `model` of a request."""
+
+import re
+
+from runtime.errors import InvalidRequest
+
+MAX_NAME = 128
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]*")
+_VERSION = re.compile(r"(.+)[:@]([0-9]{1,9})")
+
+
+def check_name(name: str, *, base: str, param: str) -> None:
+    """Raise `InvalidRequest` naming `param`. ASCII only, so that no two names look alike."""
+    if not 1 <= len(name) <= MAX_NAME:
+        raise InvalidRequest(f"{param} must have 1 to {MAX_NAME} characters, got {len(name)}.", param=param)
+    if not _NAME.fullmatch(name) or ".." in name:
+        raise InvalidRequest(
+            f"{param} must begin with a letter or digit and have only ASCII letters, digits, and `.`, `_`, `-`, `:`, "
+            f"no two dots in a row; got {name!r}.",
+            param=param,
+        )
+    if _VERSION.fullmatch(name):
+        raise InvalidRequest(f"{param} must not end like a version, `:` and a number; got {name!r}.", param=param)
+    if name.casefold() == base.casefold():
+        raise InvalidRequest(f"{param} must not be the base model's name, {base!r}.", param=param)
+
+
+def split_version(text: str) -> tuple[str, int] | None:
+    """`name@3` or `name:3` → its two parts."""
+    match = _VERSION.fullmatch(text)
+    return (match[1], int(match[2])) if match else None

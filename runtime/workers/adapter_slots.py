@@ -1,0 +1,99 @@
+"""The adapter versions that are in memory, and how they are applied to a batch in which rows differ."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+
+import torch
+from torch import Tensor
+
+from kernels import LoraFactors, LoraSegment, Ops
+from runtime.failpoints import failpoint
+from runtime.workers.loading.peft import read_adapter
+from runtime.workers.lora import Adapter, LoraPart
+from runtime.workers.lora_base import LoraBase
+
+Place = tuple[int, str]
+"""Layer index, and the linear's name."""
+
+
+@dataclass(frozen=True)
+class AdapterTokens:
+    """Which tokens of a batch are for one adapter version."""
+
+    key: str
+    tokens: Tensor | None
+    """[n] int64 ascending; None: all of the batch."""
+
+
+class AdapterSlots:
+    """Loaded versions by key. `prepare` may be called from any thread, all else from the engine's.
+
+    An adapter's weights never change once they are here: a new version has a new key.
+    """
+
+    def __init__(self, base: LoraBase, ops: Ops, *, max_rank: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._base = base
+        self._ops = ops
+        self._max_rank = max_rank
+        self._dtype = dtype
+        self._device = device
+        self._prepared: dict[str, dict[Place, LoraFactors]] = {}
+        self._loaded: dict[str, dict[Place, LoraFactors]] = {}
+        self._lock = Lock()
+
+    def prepare(self, key: str, directory: str) -> None:
+        """Read an adapter's files (format of PEFT), ready to be loaded. Raises `AdapterInvalid`."""
+        failpoint("adapters.prepare", key)
+        adapter = read_adapter(Path(directory), self._base, max_rank=self._max_rank)
+        factors = self._factors(adapter)
+        with self._lock:
+            self._prepared[key] = factors
+
+    def load(self, key: str) -> None:
+        """Let rows use what was prepared under `key`, from the next step on. Raises `KeyError`."""
+        failpoint("adapters.load", key)
+        with self._lock:
+            self._loaded[key] = self._prepared.pop(key)
+
+    def unload(self, key: str) -> None:
+        """Let an adapter's memory go. No row may need it any more. Unknown keys are fine."""
+        with self._lock:
+            self._prepared.pop(key, None)
+            self._loaded.pop(key, None)
+
+    @property
+    def keys(self) -> list[str]:
+        return list(self._loaded)
+
+    def adaptation(self, tokens: list[AdapterTokens]) -> "BatchAdaptation | None":
+        """What changes the decoder for one batch; None where all of it is for the base."""
+        if not tokens:
+            return None
+        return BatchAdaptation(self._ops, [(part.tokens, self._loaded[part.key]) for part in tokens])
+
+    def _factors(self, adapter: Adapter) -> dict[Place, LoraFactors]:
+        return {(layer, linear): self._stack(linear, parts) for (layer, linear), parts in adapter.layers.items()}
+
+    def _stack(self, linear: str, parts: list[LoraPart]) -> LoraFactors:
+        starts = {t.part: t.start for t in self._base.targets.values() if t.linear == linear}
+        scales = torch.cat([torch.full((len(part.a),), part.scale) for part in parts])
+        return LoraFactors(
+            a=torch.cat([part.a for part in parts]).to(self._device, self._dtype),
+            b=tuple(part.b.to(self._device, self._dtype).contiguous() for part in parts),
+            columns=tuple(starts[part.part] for part in parts),
+            scales=scales.to(self._device, self._dtype),
+        )
+
+
+class BatchAdaptation:
+    """The `Adaptation` of one step: every row's own adapter. Changes outputs in place; not for training."""
+
+    def __init__(self, ops: Ops, adapters: list[tuple[Tensor | None, dict[Place, LoraFactors]]]) -> None:
+        self._ops = ops
+        self._adapters = adapters
+
+    def __call__(self, layer: int, linear: str, x: Tensor, y: Tensor) -> Tensor:
+        place = (layer, linear)
+        segments = [LoraSegment(tokens, factors[place]) for tokens, factors in self._adapters if place in factors]
+        return self._ops.lora_apply(x, y, segments) if segments else y

@@ -1,0 +1,71 @@
+"""What an adapter must fit: the base model's linears as a checkpoint names them, and which weights those are."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import blake2b
+
+import torch
+
+from runtime.workers.decoder import Decoder
+from runtime.workers.layers import Linear
+
+LAYERS = "model.layers"
+"""Where a checkpoint of any of our architectures has its layers."""
+_SAMPLES = 256
+"""Values of each weight that go into the fingerprint: to read them all would take as long as loading them."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """One linear of a layer that an adapter may change."""
+
+    linear: str
+    """The decoder's, in which this may be one of several parts."""
+    part: str
+    start: int
+    """First column of the part in the linear's output."""
+    in_features: int
+    out_features: int
+
+
+@dataclass(frozen=True)
+class LoraBase:
+    """One base model, seen by adapters."""
+
+    name: str
+    fingerprint: str
+    """Equal for the same weights in whatever type they are held; other weights, another fingerprint."""
+    num_layers: int
+    targets: dict[str, Target]
+    """By the name within a layer, such as `self_attn.q_proj`."""
+
+    @classmethod
+    def of(cls, decoder: Decoder, lora_targets: Mapping[str, tuple[str, str]], name: str) -> "LoraBase":
+        """The base that `decoder` is; `lora_targets` as in `Model.LORA_TARGETS`."""
+        targets = {}
+        for module, (linear_name, part) in lora_targets.items():
+            linear: Linear = getattr(decoder.layers[0], linear_name)
+            parts = list(linear.parts)
+            start = sum(linear.parts[before] for before in parts[: parts.index(part)])
+            targets[module] = Target(linear_name, part, start, linear.in_features, linear.parts[part])
+        return cls(name, fingerprint(decoder), decoder.spec.num_layers, targets)
+
+    def module(self, layer: int, linear: str, part: str) -> str:
+        """The full name in the checkpoint of a part of a layer's linear."""
+        names = {(target.linear, target.part): name for name, target in self.targets.items()}
+        return f"{LAYERS}.{layer}.{names[linear, part]}"
+
+    @property
+    def widest(self) -> int:
+        """in + out of all linears of all layers: the size of a rank-1 adapter of everything."""
+        return self.num_layers * sum(t.in_features + t.out_features for t in self.targets.values())
+
+
+def fingerprint(decoder: Decoder) -> str:
+    """A digest of the architecture and of a sample of every weight, rounded to bfloat16."""
+    digest = blake2b(repr(decoder.spec).encode(), digest_size=16, person=b"eft-base")
+    for name, parameter in sorted(decoder.parameters().items()):
+        flat = parameter.data.flatten()
+        sample = flat[:: max(1, len(flat) // _SAMPLES)][:_SAMPLES].to(torch.bfloat16).cpu()
+        digest.update(name.encode() + sample.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
