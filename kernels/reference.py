@@ -34,7 +34,7 @@ class ReferenceOps(Ops):
             tokens, factors = segment.tokens, segment.factors
             shrunk = F.linear(x if tokens is None else x.index_select(0, tokens), factors.a) * factors.scales
             ranks = [b.shape[1] for b in factors.b]
-            for narrow, b, column in zip(shrunk.split(ranks, dim=-1), factors.b, factors.columns, strict=True):
+            for narrow, b, column in zip(torch.split(shrunk, ranks, dim=-1), factors.b, factors.columns, strict=True):
                 target = y[:, column : column + len(b)]
                 if tokens is None:
                     target += F.linear(narrow, b)

@@ -22,7 +22,7 @@ from runtime.stream import OutputStream
 from settings.schema import Settings
 
 if TYPE_CHECKING:
-    from runtime.trainer.adapters import AdapterLibrary
+    from runtime.trainer.adapters.library import AdapterLibrary
 
 T = TypeVar("T")
 

@@ -1,10 +1,19 @@
 """Models that many tests share. Built or fetched once a session, and only when a test asks."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.tiny import make_tiny_llama
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _state_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test, and no server that one starts, keeps anything in the state directory of whoever runs the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        yield
 
 
 @pytest.fixture(scope="session")

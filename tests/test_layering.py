@@ -33,6 +33,7 @@ ALLOWED: dict[str, set[str]] = {
         "runtime.background",
         "runtime.durable",
         "runtime.logs",
+        "runtime.metrics",
         "kernels",
         *TEXT,
     },

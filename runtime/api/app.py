@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 from litestar import Litestar
 from litestar.datastructures import State
 
+from runtime.api.admin import adapters
+from runtime.api.admin.lora import load_lora_adapter, unload_lora_adapter
 from runtime.api.auth import KeyGuard
 from runtime.api.docs import openapi_config
 from runtime.api.errors import handle_exception
@@ -38,6 +40,9 @@ def create_app(service: "EngineService | ServiceHandle", settings: Settings) -> 
             ping,
             get_version,
             load,
+            load_lora_adapter,
+            unload_lora_adapter,
+            *adapters.ROUTES,
             metrics_handler(public=settings.server.public_metrics),
         ],
         # On the app, not on a middleware that looks at paths: `//v1/models`, `/%761/models` and `/v1/models/`

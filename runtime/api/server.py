@@ -22,6 +22,7 @@ from settings.schema import Settings
 
 if TYPE_CHECKING:
     from runtime.service import EngineService
+    from runtime.trainer.state import State
 
 KEEP_ALIVE = 30
 """Seconds that a connection may be idle between two requests."""
@@ -80,8 +81,31 @@ async def _run(
         _report_load_error(error)
         stopping.cancel()
         return 1
-    service = handle.service = loading.result()
+    service = loading.result()
     service.start()
+    try:
+        state = await _open_state(settings, service)
+    except Exception as error:
+        _log.error("cannot_open_state", reason=str(error))
+        stopping.cancel()
+        await service.stop(0.0)
+        return 1
+    handle.service = service
+    try:
+        return await _until_the_end(settings, service, url, on_ready, stopping, server)
+    finally:
+        if state is not None:
+            await state.close()
+
+
+async def _until_the_end(
+    settings: Settings,
+    service: "EngineService",
+    url: str,
+    on_ready: Callable[[str], None] | None,
+    stopping: "asyncio.Future[Any]",
+    server: "_Server",
+) -> int:
     if on_ready is not None:
         on_ready(url)
     _log.info("ready", url=url, model=service.model_name)
@@ -94,6 +118,26 @@ async def _run(
     died.cancel()
     await _drain(service, settings.server.drain_timeout, server)
     return 0
+
+
+async def _open_state(settings: Settings, service: "EngineService") -> "State | None":
+    """What is kept on the disk, adapters among it, opened for this server.
+
+    A directory that was asked for and cannot be had is an error. Of the default one, a second server beside the
+    first does without: it serves the base model, and /admin says why there is no more.
+    """
+    from runtime.trainer.database import StateDirectoryInUse
+    from runtime.trainer.state import open_state
+
+    try:
+        state = await open_state(settings, service)
+    except (StateDirectoryInUse, OSError) as error:
+        if settings.trainer.state_dir is not None:
+            raise
+        _log.warning("no_state", reason=str(error))
+        return None
+    service.adapters = state.adapters
+    return state
 
 
 async def _drain(service: "EngineService", timeout: float, server: "_Server") -> None:

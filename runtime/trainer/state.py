@@ -1,12 +1,14 @@
 """The state directory: where it is, and what a server keeps in it. One process has it at a time."""
 
 import asyncio
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime.trainer.adapters import SCHEMA, AdapterHost, AdapterLibrary
+from runtime.trainer.adapters.library import AdapterLibrary
+from runtime.trainer.adapters.memory import AdapterHost
+from runtime.trainer.adapters.store import SCHEMA
 from runtime.trainer.database import Database
+from runtime.trainer.directory import state_directory
 from settings.schema import Settings
 
 SCHEMAS = (SCHEMA,)
@@ -22,17 +24,8 @@ class State:
     adapters: AdapterLibrary
 
     async def close(self) -> None:
+        await self.adapters.close()
         await asyncio.to_thread(self.database.close)
-
-
-def state_directory(settings: Settings) -> Path:
-    """`trainer.state_dir`, else `eft` under XDG_STATE_HOME, else ~/.local/state/eft. Absolute."""
-    if settings.trainer.state_dir is not None:
-        return Path(settings.trainer.state_dir).expanduser().absolute()
-    home = Path(os.environ.get("XDG_STATE_HOME", ""))
-    if not home.is_absolute():  # the XDG specification has relative ones ignored
-        home = Path.home() / ".local" / "state"
-    return home / "eft"
 
 
 async def open_state(settings: Settings, host: AdapterHost) -> State:

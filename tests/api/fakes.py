@@ -40,6 +40,7 @@ class FakeService:
         self.tokenizer = FakeTokenizer()
         self.model_name = "fake"
         self.created = 1
+        self.adapters = None
         self.max_model_len = context
         self.num_running = self.num_waiting = 0
         self.kv_usage = 0.0

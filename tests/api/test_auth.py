@@ -1,5 +1,6 @@
 """API keys. The routes come from the app's own table, so that a new one cannot be forgotten."""
 
+import re
 from typing import Any
 
 import pytest
@@ -11,14 +12,14 @@ from tests.api.fakes import Exchange, FakeService, settings_with
 
 pytestmark = pytest.mark.anyio
 KEYS = ("first-key", "schlüssel", "third-key")
-LOCKED = settings_with("server", api_key=KEYS)
+LOCKED = settings_with("server", api_key=KEYS, admin_key=("boss",))
 
 
 def routes(settings: Settings = LOCKED) -> list[tuple[str, str]]:
     """Every (method, path) that the app has registered."""
     app = create_app(FakeService(), settings)
     return [
-        (method, route.path.replace("{model_id:path}", "fake"))
+        (method, re.sub(r"{\w+:int}", "1", re.sub(r"{\w+:(str|path)}", "fake", route.path)))
         for route in app.routes
         for handler in route.route_handlers
         for method in handler.http_methods

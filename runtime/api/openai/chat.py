@@ -11,7 +11,7 @@ from runtime.api.disconnect import unless_disconnected
 from runtime.api.docs import BODY
 from runtime.api.handle import AnyRequest, api_of
 from runtime.api.openai.generation import Generation
-from runtime.api.openai.intake import Intake, check_model
+from runtime.api.openai.intake import Intake
 from runtime.api.openai.messages import chat_prompt
 from runtime.api.openai.params import check_common, truncate
 from runtime.api.openai.prompts import encode_chat
@@ -24,6 +24,7 @@ from runtime.api.openai.responses import (
     ChatDelta,
 )
 from runtime.api.openai.schema import ChatRequest
+from runtime.api.openai.served import find_model
 from runtime.api.openai.start import fingerprint, start, take_id
 from runtime.api.sse import EventStream, with_end
 from runtime.messages import Output
@@ -37,21 +38,22 @@ async def create_chat_completion(request: AnyRequest) -> Response[ChatCompletion
     api = api_of(request)
     service = api.handle.require()
     asked = await _intake.read(request, api)
-    check_model(asked.model, service.model_name)
+    served = find_model(service, asked.model)
     limits = api.settings.limits
     check_common(asked, limits)
     record = take_id(request, asked.request_id)
     chat = chat_prompt(asked, service.tokenizer.chat_template, max_messages=limits.max_messages)
     prompt = await encode_chat(service.tokenizer, chat, service.max_model_len)
     prompt = truncate(prompt, asked, service.max_model_len)
-    generation = start(service, asked, [prompt], record, limits, prompt_field="messages", default_max=None)
+    await served.ready()
+    generation = start(served, asked, [prompt], record, limits, prompt_field="messages", default_max=None)
     answer = _Answer(
         generation,
         asked,
         prompt,
         id=f"chatcmpl-{record.request_id}",
-        model=service.model_name,
-        system_fingerprint=fingerprint(service.model_name, api.settings.model.dtype),
+        model=served.name,
+        system_fingerprint=fingerprint(f"{service.model_name}{served.key}", api.settings.model.dtype),
     )
     if asked.stream:
         return EventStream(with_end(answer.chunks(), record), generation.close)

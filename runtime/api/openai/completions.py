@@ -11,11 +11,12 @@ from runtime.api.disconnect import unless_disconnected
 from runtime.api.docs import BODY
 from runtime.api.handle import AnyRequest, api_of
 from runtime.api.openai.generation import Generation
-from runtime.api.openai.intake import Intake, check_model
+from runtime.api.openai.intake import Intake
 from runtime.api.openai.params import DEFAULT_COMPLETION_TOKENS, check_common, choices_of, truncate
 from runtime.api.openai.prompts import count_prompts, encode_prompts
 from runtime.api.openai.responses import Completion, CompletionChoice
 from runtime.api.openai.schema import CompletionRequest
+from runtime.api.openai.served import find_model
 from runtime.api.openai.start import fingerprint, start, take_id
 from runtime.api.sse import EventStream, with_end
 from runtime.errors import InvalidRequest
@@ -31,7 +32,7 @@ async def create_completion(request: AnyRequest) -> Response[Completion]:
     api = api_of(request)
     service = api.handle.require()
     asked = await _intake.read(request, api)
-    check_model(asked.model, service.model_name)
+    served = find_model(service, asked.model)
     limits = api.settings.limits
     check_common(asked, limits)
     if (count := count_prompts(asked.prompt)) > limits.max_prompts:
@@ -45,8 +46,9 @@ async def create_completion(request: AnyRequest) -> Response[Completion]:
         add_special_tokens=asked.add_special_tokens is not False,
     )
     prompts = [truncate(prompt, asked, context) for prompt in prompts]
+    await served.ready()
     generation = start(
-        service, asked, prompts, record, limits, prompt_field="prompt", default_max=DEFAULT_COMPLETION_TOKENS
+        served, asked, prompts, record, limits, prompt_field="prompt", default_max=DEFAULT_COMPLETION_TOKENS
     )
     answer = _Answer(
         generation,
@@ -54,8 +56,8 @@ async def create_completion(request: AnyRequest) -> Response[Completion]:
         prompts,
         _echoes(asked, prompts, service.tokenizer),
         id=f"cmpl-{record.request_id}",
-        model=service.model_name,
-        system_fingerprint=fingerprint(service.model_name, api.settings.model.dtype),
+        model=served.name,
+        system_fingerprint=fingerprint(f"{service.model_name}{served.key}", api.settings.model.dtype),
     )
     if asked.stream:
         return EventStream(with_end(answer.chunks(), record), generation.close)

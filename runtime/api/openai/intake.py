@@ -10,7 +10,6 @@ from runtime.api.body import decode, parse_fields, read_body
 from runtime.api.handle import Api
 from runtime.api.openai.cost import check_cost, check_strings
 from runtime.api.openai.fields import check_fields, report_unknown, unknown_nested
-from runtime.errors import ModelNotFound
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -44,9 +43,3 @@ class Intake(Generic[T]):
         unknown = check_fields(fields, self._known)
         asked = decode(body, self._decoder)
         return asked, unknown + unknown_nested(fields, max_messages=max_messages)
-
-
-def check_model(asked: str | None, served: str) -> None:
-    """Raise `ModelNotFound` for a model that is not served. None asks for the one there is."""
-    if asked is not None and asked != served:
-        raise ModelNotFound(f"The model `{asked[:200]}` does not exist. This server has `{served}`.", param="model")

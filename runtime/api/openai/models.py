@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 from litestar import get
 
 from runtime.api.handle import AnyRequest, api_of
-from runtime.api.openai.intake import check_model
 from runtime.api.openai.responses import Model, ModelList
+from runtime.api.openai.served import Served, find_model
 
 if TYPE_CHECKING:
     from runtime.service import EngineService
@@ -14,22 +14,33 @@ if TYPE_CHECKING:
 
 @get("/v1/models")
 async def list_models(request: AnyRequest) -> ModelList:
-    """The models that can be asked for."""
-    return ModelList(data=[_describe(api_of(request).handle.require())])
+    """The models that can be asked for: the base first, then adapters and aliases."""
+    service = api_of(request).handle.require()
+    return ModelList(data=[_describe(served) for served in _all(service)])
 
 
 @get("/v1/models/{model_id:path}")  # a path: names of hub models have a slash in them
 async def retrieve_model(request: AnyRequest) -> Model:
     """One model."""
-    service = api_of(request).handle.require()
-    check_model(str(request.path_params["model_id"]).removeprefix("/"), service.model_name)
-    return _describe(service)
+    asked = str(request.path_params["model_id"]).removeprefix("/")
+    return _describe(find_model(api_of(request).handle.require(), asked))
 
 
-def _describe(service: "EngineService") -> Model:
+def _all(service: "EngineService") -> list[Served]:
+    found = [Served(service.model_name, service)]
+    if service.adapters is not None:
+        for record in service.adapters.list():
+            if record.served and service.adapters.fits(record.version):
+                found += [Served(name, service, record.version) for name in (record.name, *record.aliases)]
+    return found
+
+
+def _describe(served: Served) -> Model:
+    service, version = served.service, served.version
     return Model(
-        id=service.model_name,
-        created=service.created,
+        id=served.name,
+        created=service.created if version is None else int(version.created),
         root=service.model_name,
+        parent=None if version is None else service.model_name,
         max_model_len=service.max_model_len,
     )

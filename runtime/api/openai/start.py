@@ -3,21 +3,19 @@
 import hashlib
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from litestar import Request
 
 from runtime.api.openai.generation import Generation
 from runtime.api.openai.params import choices_of, fit_context, sampling_params, seed_of
 from runtime.api.openai.schema import GenerationRequest
+from runtime.api.openai.served import Served
 from runtime.api.record import RequestRecord, make_id, record_of
-from runtime.errors import Conflict, ContextLengthExceeded, EngineUnavailable
+from runtime.errors import AdapterUnavailable, Conflict, ContextLengthExceeded, EngineUnavailable
 from runtime.messages import SamplingParams, Submission
 from runtime.version import version
 from settings.schema import LimitSettings
-
-if TYPE_CHECKING:
-    from runtime.service import EngineService
 
 
 def take_id(request: Request[Any, Any, Any], given: str | None) -> RequestRecord:
@@ -29,7 +27,7 @@ def take_id(request: Request[Any, Any, Any], given: str | None) -> RequestRecord
 
 
 def start(
-    service: "EngineService",
+    served: Served,
     request: GenerationRequest,
     prompts: list[list[int]],
     record: RequestRecord,
@@ -38,7 +36,9 @@ def start(
     prompt_field: str,
     default_max: int | None,
 ) -> Generation:
-    """Submit `n` sequences for each prompt. Raises a `RequestError` that names the field at fault."""
+    """Submit `n` sequences for each prompt. `served` is ready, and nothing was awaited since.
+    Raises a `RequestError` that names the field at fault."""
+    service = served.service
     params, max_field = sampling_params(request, vocab_size=service.tokenizer.vocab_size, limits=limits)
     fit = partial(
         fit_context,
@@ -49,9 +49,14 @@ def start(
         default=default_max,
     )
     try:
-        submissions = list(_submissions(request, prompts, record.request_id, fit))
+        submissions = list(_submissions(request, prompts, record.request_id, served.key, fit))
         return Generation(service, submissions, choices=choices_of(request), record=record)
-    except (ContextLengthExceeded, Conflict, EngineUnavailable) as error:  # the engine counts a full queue itself
+    except (
+        ContextLengthExceeded,
+        Conflict,
+        EngineUnavailable,
+        AdapterUnavailable,
+    ) as error:  # the engine counts a full queue itself
         service.metrics.on_rejection(error.code or "")
         raise
 
@@ -60,6 +65,7 @@ def _submissions(
     request: GenerationRequest,
     prompts: list[list[int]],
     request_id: str,
+    adapter: str,
     fit: Callable[[int], SamplingParams],
 ) -> Iterator[Submission]:
     """`n` for each prompt, prompt by prompt."""
@@ -71,6 +77,7 @@ def _submissions(
                 request_id=_sequence_id(request_id, index * choices + choice),
                 prompt_ids=prompt,
                 params=seed_of(fitted, choice),
+                adapter=adapter,
                 cache_salt=request.cache_salt or "",
             )
 

@@ -6,11 +6,12 @@ from litestar import Response, post
 
 from runtime.api.docs import BODY
 from runtime.api.handle import AnyRequest, api_of
-from runtime.api.openai.intake import Intake, check_model
+from runtime.api.openai.intake import Intake
 from runtime.api.openai.messages import chat_prompt
 from runtime.api.openai.prompts import encode_chat, encode_text
 from runtime.api.openai.responses import Text, Tokens
 from runtime.api.openai.schema import DetokenizeRequest, TokenizeRequest
+from runtime.api.openai.served import find_model
 from runtime.errors import InvalidRequest
 
 _tokenize = Intake(TokenizeRequest)
@@ -26,7 +27,7 @@ async def tokenize(request: AnyRequest) -> Response[Tokens]:
     api = api_of(request)
     service = api.handle.require()
     asked = await _tokenize.read(request, api)
-    check_model(asked.model, service.model_name)
+    find_model(service, asked.model)
     if (asked.prompt is None) == (asked.messages is None):
         raise InvalidRequest("Send either `prompt` or `messages`.", param="prompt")
     if asked.prompt is not None:
@@ -48,7 +49,7 @@ async def detokenize(request: AnyRequest) -> Response[Text]:
     api = api_of(request)
     service = api.handle.require()
     asked = await _detokenize.read(request, api)
-    check_model(asked.model, service.model_name)
+    find_model(service, asked.model)
     vocab_size = service.tokenizer.vocab_size
     if any(not 0 <= id < vocab_size for id in asked.tokens):
         raise InvalidRequest(f"Token ids must be from 0 to {vocab_size - 1}.", param="tokens")

@@ -1,34 +1,51 @@
 """Adapters by name: publish, resolve, promote, roll back, delete. Belongs to the event loop; files and rows are
 dealt with on other threads.
-
-A version is published by: a fresh folder, on the disk; the version in memory; one transaction that adds its row
-and moves the name's pointer. Whatever fails before that transaction leaves the old version serving.
 """
 
 import asyncio
 import contextlib
+import functools
 import random
 import shutil
-import time
-from collections import defaultdict
 from collections.abc import Callable, Collection, Coroutine
 from pathlib import Path
 from sqlite3 import Connection
-from typing import Any, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
+from weakref import WeakValueDictionary
 
-from runtime.errors import AdaptersBusy, AdapterUnavailable, Conflict, InvalidRequest, NotFound, StorageUnavailable
-from runtime.failpoints import failpoint
+from runtime.errors import AdaptersBusy, AdapterUnavailable, Conflict, InvalidRequest, NotFound
 from runtime.logs import get_logger
 from runtime.trainer.adapters import store
-from runtime.trainer.adapters.files import Source, digest, stage, sweep
+from runtime.trainer.adapters.files import Source, sweep
 from runtime.trainer.adapters.memory import AdapterHost, LoadedVersions
 from runtime.trainer.adapters.names import check_name, split_version
+from runtime.trainer.adapters.publishing import Publisher
 from runtime.trainer.adapters.records import AdapterRecord, Canary, Catalogue, Version
 from runtime.trainer.database import Database
 
+P = ParamSpec("P")
 T = TypeVar("T")
 Records = list[AdapterRecord]
 _log = get_logger("adapters")
+
+
+def _exclusive(
+    method: Callable[Concatenate["AdapterLibrary", str, P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate["AdapterLibrary", str, P], Coroutine[Any, Any, T]]:
+    """One change of a name at a time, each to its end: whoever asked for it may leave meanwhile."""
+
+    @functools.wraps(method)
+    async def alone(self: "AdapterLibrary", name: str, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        async def work() -> T:
+            async with self._locks.setdefault(name, asyncio.Lock()):
+                return await method(self, name, *args, **kwargs)
+
+        task = asyncio.ensure_future(work())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return await asyncio.shield(task)
+
+    return alone
 
 
 class AdapterLibrary:
@@ -40,11 +57,11 @@ class AdapterLibrary:
         self._database = database
         self._root = directory / "adapters"
         self._host = host
-        self._max_rank = max_rank
         self._loaded = LoadedVersions(host, most=max_loaded)
+        self._publisher = Publisher(self._root, host.lora_base, self._loaded, max_rank=max_rank)
         self._max_loaded = max_loaded
         self._catalogue = Catalogue()
-        self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._tasks: set[asyncio.Future[Any]] = set()
 
     @classmethod
@@ -62,6 +79,10 @@ class AdapterLibrary:
             _log.info("adapter_leftovers_deleted", folders=swept)
         await library._load_published()
         return library
+
+    async def close(self) -> None:
+        """Wait for changes that are under way. The database is its owner's to close."""
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     # -- asking --------------------------------------------------------------------------------
 
@@ -102,7 +123,7 @@ class AdapterLibrary:
 
     def directory(self, version: Version) -> Path:
         """Where its files are."""
-        return self._root / version.name / str(version.number)
+        return self._publisher.directory(version.name, version.number)
 
     async def ready(self, version: Version) -> None:
         """Have a version in memory, so that a request submitted before the next await finds it there.
@@ -111,6 +132,7 @@ class AdapterLibrary:
 
     # -- publishing ----------------------------------------------------------------------------
 
+    @_exclusive
     async def publish(
         self,
         name: str,
@@ -127,65 +149,11 @@ class AdapterLibrary:
         files, `Conflict`, and `StorageUnavailable` when they cannot be stored; nothing has changed then.
         """
         self._check_free(name, "name")
-        async with self._locks[name]:
-            if new and name in self._catalogue.adapters:
-                raise Conflict(f"There is an adapter {name!r} already.", param="name")
-            details = {"job": job, "step": step, "metrics": metrics or {}}
-            outcome = "failed"
-            try:
-                version = await self._to_the_end(self._publish(name, source, details))
-                outcome = "published"
-            except InvalidRequest:
-                outcome = "refused"
-                raise
-            finally:
-                self._host.metrics.on_publish(outcome)
-        _log.info("adapter_published", adapter=version.id, rank=version.rank, job=job, step=step)
-        return version
+        if new and name in self._catalogue.adapters:
+            raise Conflict(f"There is an adapter {name!r} already.", param="name")
+        return await self._publish(name, source, job=job, step=step, metrics=metrics or {})
 
-    async def _publish(self, name: str, source: Source, details: dict[str, Any]) -> Version:
-        number = await self._database.call(lambda connection: store.reserve_number(connection, name))
-        failpoint("publish.after_reserve", name)
-        directory = self._root / name / str(number)
-        key = ""
-        try:
-            rank, sha256 = await asyncio.to_thread(self._stage, source, directory)
-            key = f"{name}@{number}:{sha256[:12]}"
-            version = Version(
-                name=name,
-                number=number,
-                key=key,
-                created=time.time(),
-                rank=rank,
-                base=self._host.lora_base.fingerprint,
-                sha256=sha256,
-                **details,
-            )
-            failpoint("publish.before_load", name)
-            with contextlib.suppress(AdaptersBusy):  # it will be loaded when there is room
-                await self._loaded.ensure(version, directory)
-            failpoint("publish.before_commit", name)
-            await self._change(lambda connection: self._commit(connection, version))
-        except BaseException:
-            await self._loaded.release(key)
-            await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
-            raise
-        failpoint("publish.after_commit", name)
-        return version
-
-    def _stage(self, source: Source, directory: Path) -> tuple[int, str]:
-        try:
-            rank = stage(source, directory, self._host.lora_base, max_rank=self._max_rank)
-            failpoint("publish.after_stage", directory.name)
-            return rank, digest(directory)
-        except OSError as error:
-            raise StorageUnavailable(f"The adapter cannot be stored: {error.strerror}.") from error
-
-    @staticmethod
-    def _commit(connection: Connection, version: Version) -> None:
-        store.add_version(connection, version)
-        failpoint("publish.in_transaction", version.id)
-
+    @_exclusive
     async def load_external(self, name: str, path: Path, *, inplace: bool) -> Version:
         """What `/v1/load_lora_adapter` does: publish the adapter in `path` under `name`.
 
@@ -200,48 +168,61 @@ class AdapterLibrary:
                 param="lora_name",
                 code="adapter_exists",
             )
-        if record is not None and not record.served and self.fits(record.version):
-            with contextlib.suppress(OSError):
-                if await asyncio.to_thread(digest, path) == record.version.sha256:
-                    return await self.load(name)
-        return await self.publish(name, path)
+        if record is not None and self.fits(record.version) and await self._publisher.same(path, record.version):
+            return await self._serve(record.version)
+        return await self._publish(name, path)
+
+    async def _publish(self, name: str, source: Source, **details: Any) -> Version:
+        outcome = "failed"
+        try:
+            version = await self._publisher.publish(name, source, self._change, **details)
+            outcome = "published"
+        except InvalidRequest:
+            outcome = "refused"
+            raise
+        finally:
+            self._host.metrics.on_publish(outcome)
+        _log.info("adapter_published", adapter=version.id, rank=version.rank, job=version.job, step=version.step)
+        return version
 
     # -- pointers ------------------------------------------------------------------------------
 
+    @_exclusive
     async def load(self, name: str) -> Version:
         """Serve a name that was unloaded, and have its version in memory. Raises `NotFound`, `Conflict`."""
-        async with self._locks[name]:
-            version = self._fitting(self._named(name), None)
-            await self.ready(version)
-            await self._change(lambda connection: store.set_served(connection, name, served=True))
+        return await self._serve(self._fitting(self._named(name), None))
+
+    async def _serve(self, version: Version) -> Version:
+        await self.ready(version)
+        await self._change(lambda connection: store.set_served(connection, version.name, served=True))
         return version
 
+    @_exclusive
     async def unload(self, name: str) -> None:
         """Serve a name no more, and free its memory once nobody uses it. Its versions stay. Raises `NotFound`."""
-        async with self._locks[name]:
-            record = self._named(name)
-            await self._change(lambda connection: store.set_served(connection, name, served=False))
-            await self._release(record.versions.values())
+        record = self._named(name)
+        await self._change(lambda connection: store.set_served(connection, name, served=False))
+        await self._release(record.versions.values())
 
+    @_exclusive
     async def promote(self, name: str, number: int) -> Version:
         """Point a name to another of its versions. Raises `NotFound`, `Conflict`, `AdapterUnavailable`."""
-        async with self._locks[name]:
-            version = self._fitting(self._named(name), number)
-            await self._prepared(version)
-            await self._change(lambda connection: store.move_pointer(connection, name, number))
+        version = self._fitting(self._named(name), number)
+        await self._prepared(version)
+        await self._change(lambda connection: store.move_pointer(connection, name, number))
         _log.info("adapter_promoted", adapter=version.id)
         return version
 
+    @_exclusive
     async def rollback(self, name: str) -> Version:
         """Point a name to the version before. Raises `NotFound`, and `Conflict` where there is none."""
-        async with self._locks[name]:
-            record = self._named(name)
-            number = await self._database.call(lambda connection: store.previous_number(connection, name))
-            if number is None:
-                raise Conflict(f"{record.version.id} has no version before it to go back to.", param="name")
-            version = self._fitting(record, number)
-            await self._prepared(version)
-            await self._change(lambda connection: store.roll_back(connection, name, number))
+        record = self._named(name)
+        number = await self._database.call(lambda connection: store.previous_number(connection, name))
+        if number is None:
+            raise Conflict(f"{record.version.id} has no version before it to go back to.", param="name")
+        version = self._fitting(record, number)
+        await self._prepared(version)
+        await self._change(lambda connection: store.roll_back(connection, name, number))
         _log.info("adapter_rolled_back", adapter=version.id)
         return version
 
@@ -259,43 +240,43 @@ class AdapterLibrary:
             raise NotFound(f"There is no alias {alias[:200]!r}.", param="alias")
         await self._change(lambda connection: store.delete_alias(connection, alias))
 
+    @_exclusive
     async def set_canary(self, name: str, number: int, weight: float) -> None:
         """Give a version a share of the requests for its name; 0 takes it back. Raises `NotFound`, `Conflict`."""
-        async with self._locks[name]:
-            record = self._named(name)
-            if not 0.0 <= weight <= 1.0:
-                raise InvalidRequest(f"weight must be from 0 to 1, got {weight:g}.", param="weight")
-            version = self._fitting(record, number)
-            if number == record.current:
-                raise Conflict(f"{version.id} is the current version already.", param="version")
-            canary = Canary(number, weight) if weight else None
-            await self._prepared(version)
-            await self._change(lambda connection: store.set_canary(connection, name, canary))
+        record = self._named(name)
+        if not 0.0 <= weight <= 1.0:
+            raise InvalidRequest(f"weight must be from 0 to 1, got {weight:g}.", param="weight")
+        version = self._fitting(record, number)
+        if number == record.current:
+            raise Conflict(f"{version.id} is the current version already.", param="version")
+        canary = Canary(number, weight) if weight else None
+        await self._prepared(version)
+        await self._change(lambda connection: store.set_canary(connection, name, canary))
 
     # -- deleting ------------------------------------------------------------------------------
 
+    @_exclusive
     async def delete(self, name: str, *, drain: bool = False) -> None:
         """Delete a name and all its versions. Requests that run keep what they have in memory.
 
         Raises `NotFound`, and `Conflict` while it is in use, unless `drain`.
         """
-        async with self._locks[name]:
-            record = self._named(name)
-            self._refuse_if_used(record.versions.values(), drain=drain)
-            await self._change(lambda connection: store.delete_adapter(connection, name))
-            await self._discard(record.versions.values())
+        record = self._named(name)
+        self._refuse_if_used(record.versions.values(), drain=drain)
+        await self._change(lambda connection: store.delete_adapter(connection, name))
+        await self._discard(record.versions.values())
         _log.info("adapter_deleted", adapter=name)
 
+    @_exclusive
     async def delete_version(self, name: str, number: int, *, drain: bool = False) -> None:
         """Delete one version that its name does not point to. Raises as `delete`."""
-        async with self._locks[name]:
-            record = self._named(name)
-            version = self._version(record, number)
-            if number == record.current:
-                raise Conflict(f"{version.id} is the current version: promote another one first.", param="version")
-            self._refuse_if_used([version], drain=drain)
-            await self._change(lambda connection: store.delete_version(connection, name, number))
-            await self._discard([version])
+        record = self._named(name)
+        version = self._version(record, number)
+        if number == record.current:
+            raise Conflict(f"{version.id} is the current version: promote another one first.", param="version")
+        self._refuse_if_used([version], drain=drain)
+        await self._change(lambda connection: store.delete_version(connection, name, number))
+        await self._discard([version])
 
     # -- parts ---------------------------------------------------------------------------------
 
@@ -347,21 +328,12 @@ class AdapterLibrary:
             with contextlib.suppress(AdapterUnavailable):  # logged; a request for it is told
                 await self.ready(version)
 
-    async def _change(self, work: Callable[[Connection], None]) -> None:
+    async def _change(self, work: Callable[[Connection], T]) -> T:
         """One transaction, and the catalogue as it is after it."""
 
-        def transaction(connection: Connection) -> Catalogue:
-            work(connection)
-            return store.read_catalogue(connection)
+        def transaction(connection: Connection) -> tuple[T, Catalogue]:
+            result = work(connection)
+            return result, store.read_catalogue(connection)
 
-        async def apply() -> None:
-            self._catalogue = await self._database.call(transaction)
-
-        await self._to_the_end(apply())
-
-    async def _to_the_end(self, work: Coroutine[Any, Any, T]) -> T:
-        """The result of `work`, which goes on when whoever waits for it leaves."""
-        task = asyncio.ensure_future(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return await asyncio.shield(task)
+        result, self._catalogue = await self._database.call(transaction)
+        return result

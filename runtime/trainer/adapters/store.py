@@ -128,10 +128,7 @@ def set_canary(connection: Connection, name: str, canary: Canary | None) -> None
 
 
 def set_alias(connection: Connection, alias: str, name: str) -> None:
-    connection.execute(
-        "INSERT INTO adapter_aliases (alias, name) VALUES (?, ?) ON CONFLICT (alias) DO UPDATE SET name = excluded.name",
-        (alias, name),
-    )
+    connection.execute("INSERT OR REPLACE INTO adapter_aliases (alias, name) VALUES (?, ?)", (alias, name))
 
 
 def delete_alias(connection: Connection, alias: str) -> None:
