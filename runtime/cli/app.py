@@ -25,6 +25,7 @@ app = App(
     suppress_keyboard_interrupt=False,
 )
 _bench = App(name="bench", help="Measure a server, or the engine alone.")
+_adapters = App(name="adapters", help="See and change the adapters of a running server.")
 _config = App(name="config", help="Show the settings, and write files to start from.")
 _recipe = App(name="recipe", help="Check fine-tuning recipes, and write one to start from.")
 
@@ -51,6 +52,13 @@ _LAZY = [
     (app, "chat", "chat", _CHAT),
     (app, "batch", "batch", _BATCH),
     (app, "doctor", "doctor", "Report what was found on this machine, and what is broken."),
+    (_adapters, "list", "adapters:list_adapters", "Print every adapter and the version that its name means."),
+    (_adapters, "show", "adapters:show", "Print the versions of an adapter."),
+    (_adapters, "load", "adapters:load", "Load an adapter from a folder on the server, or one that was unloaded."),
+    (_adapters, "unload", "adapters:unload", "Serve an adapter no more; its versions stay."),
+    (_adapters, "promote", "adapters:promote", "Point an adapter's name to another of its versions."),
+    (_adapters, "rollback", "adapters:rollback", "Point an adapter's name to the version before."),
+    (_adapters, "delete", "adapters:delete", "Delete an adapter, or one of its versions."),
     (_bench, "serve", "bench_serve", "Measure any OpenAI-style server under load: latencies and throughput."),
     (_bench, "offline", "bench_offline", "Measure the engine, without a server."),
     (_config, "show", "config:show", "Print each setting, its value and where it came from."),
@@ -65,6 +73,7 @@ _LAZY = [
 for _parent, _name, _target, _help in _LAZY:
     _module, _, _function = _target.partition(":")
     _parent.command(f"runtime.cli.{_module}:{_function or _module}", name=_name, help=_help)
+app.command(_adapters)
 app.command(_bench)
 app.command(_config)
 app.command(_recipe)

@@ -1,22 +1,17 @@
 """GET /v1/models and /v1/models/{id}."""
 
-from typing import TYPE_CHECKING
-
 from litestar import get
 
 from runtime.api.handle import AnyRequest, api_of
 from runtime.api.openai.responses import Model, ModelList
-from runtime.api.openai.served import Served, find_model
-
-if TYPE_CHECKING:
-    from runtime.service import EngineService
+from runtime.api.openai.served import Served, every_model, find_model
 
 
 @get("/v1/models")
 async def list_models(request: AnyRequest) -> ModelList:
     """The models that can be asked for: the base first, then adapters and aliases."""
     service = api_of(request).handle.require()
-    return ModelList(data=[_describe(served) for served in _all(service)])
+    return ModelList(data=[_describe(served) for served in every_model(service)])
 
 
 @get("/v1/models/{model_id:path}")  # a path: names of hub models have a slash in them
@@ -24,15 +19,6 @@ async def retrieve_model(request: AnyRequest) -> Model:
     """One model."""
     asked = str(request.path_params["model_id"]).removeprefix("/")
     return _describe(find_model(api_of(request).handle.require(), asked))
-
-
-def _all(service: "EngineService") -> list[Served]:
-    found = [Served(service.model_name, service)]
-    if service.adapters is not None:
-        for record in service.adapters.list():
-            if record.served and service.adapters.fits(record.version):
-                found += [Served(name, service, record.version) for name in (record.name, *record.aliases)]
-    return found
 
 
 def _describe(served: Served) -> Model:

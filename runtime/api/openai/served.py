@@ -9,6 +9,9 @@ if TYPE_CHECKING:
     from runtime.service import EngineService
     from runtime.trainer.adapters.records import Version
 
+MAX_NAMED = 10
+"""Models that an error names."""
+
 
 @dataclass(frozen=True)
 class Served:
@@ -39,11 +42,16 @@ def find_model(service: "EngineService", asked: str | None) -> Served:
         return Served(service.model_name, service)
     version = service.adapters.resolve(asked) if service.adapters else None
     if version is None:
-        raise ModelNotFound(
-            f"The model `{asked[:200]}` does not exist. This server has `{service.model_name}`, and the adapters "
-            "that GET /v1/models lists."
-            if service.adapters
-            else f"The model `{asked[:200]}` does not exist. This server has `{service.model_name}`.",
-            param="model",
-        )
+        there = ", ".join(f"`{served.name}`" for served in every_model(service)[:MAX_NAMED])
+        raise ModelNotFound(f"The model `{asked[:200]}` does not exist. This server has {there}.", param="model")
     return Served(asked, service, version)
+
+
+def every_model(service: "EngineService") -> list[Served]:
+    """Everything that can be asked for: the base first, then adapters, each followed by its aliases."""
+    found = [Served(service.model_name, service)]
+    if service.adapters is not None:
+        for record in service.adapters.list():
+            if record.served and service.adapters.fits(record.version):
+                found += [Served(name, service, record.version) for name in (record.name, *record.aliases)]
+    return found
