@@ -142,7 +142,7 @@ async def set_alias(request: AnyRequest) -> AdapterView:
 async def delete_alias(request: AnyRequest) -> AdapterView:
     """Take an alias away."""
     library = library_of(api_of(request))
-    await library.delete_alias(request.path_params["alias"])
+    await library.delete_alias(str(request.path_params["alias"]), _name(request))
     return _view(library, library.get(_name(request)))
 
 

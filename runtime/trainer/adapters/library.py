@@ -226,6 +226,7 @@ class AdapterLibrary:
         _log.info("adapter_rolled_back", adapter=version.id)
         return version
 
+    @_exclusive
     async def set_alias(self, alias: str, name: str) -> None:
         """Let `alias` mean `name`, whatever it meant before. Raises `InvalidRequest`, `Conflict`, `NotFound`."""
         check_name(alias, base=self._host.model_name, param="alias")
@@ -234,10 +235,11 @@ class AdapterLibrary:
             raise Conflict(f"{alias!r} is an adapter's own name.", param="alias")
         await self._change(lambda connection: store.set_alias(connection, alias, name))
 
-    async def delete_alias(self, alias: str) -> None:
-        """Raises `NotFound`."""
-        if alias not in self._catalogue.aliases:
-            raise NotFound(f"There is no alias {alias[:200]!r}.", param="alias")
+    @_exclusive
+    async def delete_alias(self, alias: str, name: str) -> None:
+        """Raises `NotFound` where `alias` does not mean `name`."""
+        if self._catalogue.aliases.get(alias) != name:
+            raise NotFound(f"{name[:200]!r} has no alias {alias[:200]!r}.", param="alias")
         await self._change(lambda connection: store.delete_alias(connection, alias))
 
     @_exclusive

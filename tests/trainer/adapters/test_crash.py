@@ -1,10 +1,12 @@
 """A crash between any two steps of a publish: after the restart the old version or the new one, never neither."""
 
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 
 import runtime
@@ -33,17 +35,22 @@ PLACES = [
 """Failpoint, and at which time of passing it."""
 
 PUBLISH = """
-import sys
+import json, os, sys
 from pathlib import Path
-from runtime import failpoints
-from runtime.workers.lora_base import LoraBase, Target
-from tests.trainer.adapters.conftest import with_library
 import msgspec
-base = msgspec.json.decode(sys.argv[1], type=LoraBase)
-async def body(library, host):
-    failpoints.configure(sys.argv[2])
-    await library.publish("a", Path(sys.argv[3]))
-with_library(Path(sys.argv[4]), base, body)
+from runtime import failpoints
+from runtime.workers.lora_base import LoraBase
+from tests.trainer.adapters.conftest import with_library
+base, source, places = msgspec.json.decode(sys.argv[1], type=LoraBase), Path(sys.argv[2]), json.loads(sys.argv[3])
+for state, place in places.items():
+    async def body(library, host):
+        failpoints.configure(place)
+        await library.publish("a", source)
+    child = os.fork()  # no thread runs yet; importing torch once is enough
+    if child == 0:
+        with_library(Path(state), base, body)
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
@@ -64,10 +71,6 @@ def check(state: Path, base: LoraBase, *, new: bool) -> None:
         assert kept == [str(n) for n in library.get("a").versions]
 
     with_library(state, base, body)
-
-
-async def publish_old(library: AdapterLibrary, host: FakeHost, source: Path) -> None:
-    await library.publish("a", source)
 
 
 def test_the_places_are_all_there_are() -> None:
@@ -100,19 +103,13 @@ def test_a_raise(place: str, tmp_path: Path, tiny_base: LoraBase, sources: list[
 
 
 def test_an_exit(tmp_path: Path, tiny_base: LoraBase, sources: list[Path]) -> None:
-    """All places in one test: each is a process of its own, and they run beside each other."""
-    import msgspec
-
-    running = {}
-    for index, place in enumerate(PLACES):
-        state = tmp_path / str(index)
-        with_library(state, tiny_base, lambda library, host: publish_old(library, host, sources[0]))
-        arguments = [msgspec.json.encode(tiny_base).decode(), action(place, "exit"), str(sources[1]), str(state)]
-        running[place, state] = [sys.executable, "-c", PUBLISH, *arguments]
-    waiting = list(running.items())
-    while waiting:
-        batch, waiting = waiting[:2], waiting[2:]
-        children = [(where, subprocess.Popen(command, cwd=ROOT)) for where, command in batch]
-        for (place, state), child in children:
-            assert child.wait(120) == 70, place
-            check(state, tiny_base, new=place == "publish.after_commit=1")
+    """The process ends there and then, as with `kill -9`."""
+    states = {place: tmp_path / str(index) for index, place in enumerate(PLACES)}
+    for state in states.values():
+        with_library(state, tiny_base, lambda library, host: library.publish("a", sources[0]))
+    places = {str(state): action(place, "exit") for place, state in states.items()}
+    command = [sys.executable, "-c", PUBLISH, msgspec.json.encode(tiny_base).decode(), str(sources[1])]
+    done = subprocess.run([*command, json.dumps(places)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["70"] * len(PLACES), done.stderr
+    for place, state in states.items():
+        check(state, tiny_base, new=place == "publish.after_commit=1")

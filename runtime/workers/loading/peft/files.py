@@ -39,10 +39,11 @@ def _read(directory: Path, name: str, limit: int) -> bytes:
         if (directory / name).is_symlink():
             raise AdapterInvalid(f"The adapter's {name} is a link; it must be a plain file.") from None
         raise AdapterInvalid(f"The adapter's {name} cannot be read: {error.strerror}.") from None
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise AdapterInvalid(f"The adapter's {name} is not a plain file.")
     with open(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise AdapterInvalid(f"The adapter's {name} is not a plain file.")
         if status.st_size > limit:
             raise AdapterInvalid(f"The adapter's {name} has {status.st_size} bytes; at most {limit} can be right.")
         data = file.read(limit + 1)

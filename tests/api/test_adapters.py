@@ -1,0 +1,247 @@
+"""Adapters over HTTP: the `openai` client asks for one by name, operators load, swap and delete them."""
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+import openai
+import pytest
+
+from runtime import failpoints
+from settings.schema import AdapterSettings, Settings, TrainerSettings
+from tests.adapters import make_adapter, peft_greedy
+from tests.api.conftest import RunningServer, tiny_settings
+from tests.api.fakes import events
+from tests.api.test_openai_client import eventually
+
+ASK: dict[str, Any] = {"prompt": [5, 77, 131, 9, 42], "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Adapters one, two and three, in PEFT's format."""
+    folder = tmp_path_factory.mktemp("lora")
+    for seed, name in enumerate(("one", "two", "three"), 1):
+        make_adapter(tiny_model, folder / name, seed=seed)
+    return folder
+
+
+def adapter_settings(model: Path, state: Path, data: Path, **server: object) -> Settings:
+    return msgspec.structs.replace(
+        tiny_settings(model, **server),
+        adapters=AdapterSettings(max_loaded=2, max_lora_rank=16),
+        trainer=TrainerSettings(state_dir=str(state), data_roots=(str(data),)),
+    )
+
+
+@pytest.fixture(scope="module")
+def running(tiny_model: Path, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    with RunningServer(adapter_settings(tiny_model, tmp_path_factory.mktemp("state"), folder)) as server:
+        yield server
+
+
+@pytest.fixture
+def http(running: RunningServer) -> Iterator[httpx.Client]:
+    """A client; afterwards the server has no adapters."""
+    with httpx.Client(base_url=running.url, timeout=60) as client:
+        yield client
+        for adapter in client.get("/admin/adapters").json()["adapters"]:
+            assert client.delete(f"/admin/adapters/{adapter['name']}?drain=1").status_code == 200
+
+
+def load(http: httpx.Client, name: str, path: Path, **more: Any) -> httpx.Response:
+    return http.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": str(path), **more})
+
+
+def answer(http: httpx.Client, model: str, **more: Any) -> list[int]:
+    response = http.post("/v1/completions", json={**ASK, "model": model, "return_token_ids": True, **more})
+    assert response.status_code == 200, response.text
+    return list(response.json()["choices"][0]["token_ids"])
+
+
+def error(response: httpx.Response) -> tuple[int, str | None, str | None]:
+    detail = response.json()["error"]
+    return response.status_code, detail["param"], detail["code"]
+
+
+def test_the_openai_client_asks_for_an_adapter_by_name(
+    running: RunningServer, http: httpx.Client, tiny_model: Path, folder: Path
+) -> None:
+    added = load(http, "helper", folder / "one")
+    assert (added.status_code, added.text) == (200, "Success: LoRA adapter 'helper' added successfully.")
+    assert http.post("/admin/adapters/helper/alias", json={"alias": "assistant"}).status_code == 200
+    with openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0) as client:
+        models = {model.id: model.model_dump() for model in client.models.list()}
+        assert list(models) == [tiny_model.name, "helper", "assistant"]
+        assert models["helper"]["parent"] == models["helper"]["root"] == tiny_model.name
+        assert models[tiny_model.name]["parent"] is None
+        assert client.models.retrieve("assistant").id == "assistant"
+        assert client.models.retrieve("helper@1").id == "helper@1"
+        for name in ("helper", "assistant", "helper@1"):
+            done = client.completions.create(
+                model=name,
+                prompt=ASK["prompt"],
+                max_tokens=8,
+                temperature=0,
+                extra_body={"ignore_eos": True, "return_token_ids": True},
+            )
+            assert done.model == name
+            assert done.choices[0].model_extra is not None
+            assert done.choices[0].model_extra["token_ids"] == peft_greedy(tiny_model, folder / "one", ASK["prompt"], 8)
+        chat = client.chat.completions.create(
+            model="helper", messages=[{"role": "user", "content": "hi"}], max_tokens=4, stream=True
+        )
+        assert {chunk.model for chunk in chat} == {"helper"}
+        with pytest.raises(openai.NotFoundError, match="`nobody` does not exist"):
+            client.completions.create(model="nobody", prompt="a")
+
+
+def test_refusals_in_vllms_shape(http: httpx.Client, folder: Path, tiny_model: Path, tmp_path: Path) -> None:
+    assert load(http, "a", folder / "one").status_code == 200
+    assert error(load(http, "a", folder / "two")) == (400, "lora_name", "adapter_exists")
+    assert error(load(http, "", folder / "two")) == (400, "lora_name", None)
+    assert error(load(http, "../x", folder / "two")) == (400, "lora_name", None)
+    assert error(load(http, tiny_model.name, folder / "two")) == (400, "lora_name", None)
+    assert error(load(http, "b", folder / "nothing")) == (404, "lora_path", "not_found")
+    assert error(load(http, "b", folder)) == (400, None, "invalid_adapter")
+    assert error(http.post("/v1/load_lora_adapter", json={"lora_name": "b"})) == (400, "lora_path", None)
+    for outside in (tiny_model, Path("/etc"), Path("/nowhere"), folder / ".." / "x", Path("relative"), Path("\0")):
+        response = load(http, "b", outside)
+        assert error(response) == (403, "lora_path", "forbidden")
+        assert "trainer.data_roots" in response.json()["error"]["message"]
+    (folder / "link").symlink_to(tmp_path)
+    assert error(load(http, "b", folder / "link")) == (403, "lora_path", "forbidden")
+    (folder / "link").unlink()
+    wide = make_adapter(tiny_model, folder / "wide", r=17, target_modules=["q_proj"])
+    assert "max_lora_rank allows 16" in load(http, "b", wide).json()["error"]["message"]
+    assert error(http.post("/v1/unload_lora_adapter", json={"lora_name": "b"})) == (404, "lora_name", "not_found")
+    assert [a["name"] for a in http.get("/admin/adapters").json()["adapters"]] == ["a"]
+    removed = http.post("/v1/unload_lora_adapter", json={"lora_name": "a"})
+    assert (removed.status_code, removed.text) == (200, "Success: LoRA adapter 'a' removed successfully.")
+    assert error(http.post("/v1/completions", json={**ASK, "model": "a"})) == (404, "model", "model_not_found")
+    assert load(http, "a", folder / "two").status_code == 200
+
+
+def test_versions_over_http(http: httpx.Client, tiny_model: Path, folder: Path) -> None:
+    expected = {name: peft_greedy(tiny_model, folder / name, ASK["prompt"], 8) for name in ("one", "two", "three")}
+    load(http, "story", folder / "one")
+    assert load(http, "story", folder / "two", load_inplace=True).status_code == 200
+    assert answer(http, "story") == expected["two"]
+    load(http, "story", folder / "three", load_inplace=True)
+    shown = http.get("/admin/adapters/story").json()
+    assert [v["number"] for v in shown["versions"]] == [1, 2, 3]
+    assert [v["loaded"] for v in shown["versions"]] == [False, True, True]  # adapters.max_loaded is 2
+    assert answer(http, "story@1") == expected["one"]  # loaded when it is asked for
+    assert http.post("/admin/adapters/story/promote", json={"version": 1}).json()["current"] == 1
+    assert answer(http, "story") == expected["one"]
+    assert http.post("/admin/adapters/story/rollback").json()["current"] == 3
+    assert answer(http, "story") == expected["three"]
+    assert http.post("/admin/adapters/story/canary", json={"version": 2, "weight": 1.0}).status_code == 200
+    assert answer(http, "story") == expected["two"]
+    assert error(http.post("/admin/adapters/story/promote", json={"version": 9})) == (404, "version", "not_found")
+    assert error(http.delete("/admin/adapters/story/versions/3")) == (409, "version", "conflict")
+    assert http.delete("/admin/adapters/story/versions/2").json() == {"id": "story@2", "deleted": True}
+    assert answer(http, "story") == expected["three"]
+    assert http.post("/admin/adapters/story/alias", json={"alias": "tale"}).json()["aliases"] == ["tale"]
+    assert answer(http, "tale") == expected["three"]
+    assert error(http.delete("/admin/adapters/other/alias/tale")) == (404, "alias", "not_found")
+    assert http.delete("/admin/adapters/story/alias/tale").json()["aliases"] == []
+    assert error(http.post("/admin/adapters/nobody/rollback")) == (404, "name", "not_found")
+    assert answer(http, tiny_model.name) not in expected.values()
+
+
+def test_a_swap_during_decoding(http: httpx.Client, folder: Path) -> None:
+    """Fault 24: a stream that runs keeps its version; what is asked after the swap has the new one's answer."""
+    load(http, "a", folder / "one")
+    long = {"max_tokens": 300}
+    alone = {"one": answer(http, "a", **long)}
+    http.post("/v1/load_lora_adapter", json={"lora_name": "b", "lora_path": str(folder / "two")})
+    alone["two"] = answer(http, "b", **long)
+    assert alone["one"] != alone["two"]
+    streamed: list[int] = []
+    begun, swapped = threading.Event(), threading.Event()
+
+    def read() -> None:
+        body = {**ASK, **long, "model": "a", "stream": True, "return_token_ids": True}
+        with httpx.stream("POST", f"{http.base_url}/v1/completions", json=body, timeout=60) as response:
+            text = ""
+            for piece in response.iter_text():
+                text += piece
+                if not begun.is_set():
+                    begun.set()
+                    swapped.wait(60)
+        for event in events(text):
+            if event["choices"]:
+                streamed.extend(event["choices"][0].get("token_ids") or [])
+
+    failpoints.configure("worker.row=sleep:0.01")  # so that the stream outlasts the swap
+    reader = threading.Thread(target=read)
+    reader.start()
+    assert begun.wait(60)
+    assert load(http, "a", folder / "two", load_inplace=True).status_code == 200
+    assert http.get("/load").json()["running"] == 1
+    failpoints.configure("")
+    assert answer(http, "a", **long) == alone["two"]
+    swapped.set()
+    reader.join(60)
+    assert streamed == alone["one"]
+
+
+def test_metrics_of_an_idle_adapter_and_of_one_at_work(http: httpx.Client, folder: Path) -> None:
+    load(http, "idle", folder / "one")
+    load(http, "busy", folder / "two")
+
+    def value(name: str, adapter: str) -> float | None:
+        lines = http.get("/metrics").text.splitlines()
+        found = [line for line in lines if line.startswith(f"eft:{name}{{") and f'adapter="{adapter}"' in line]
+        return float(found[0].rpartition(" ")[2]) if found else None
+
+    assert value("adapter_requests_total", "idle") == 0.0
+    answer(http, "busy")
+    assert eventually(lambda: value("adapter_requests_total", "busy") == 1.0)
+    assert value("adapter_generation_tokens_total", "busy") == 8.0
+    assert value("adapter_time_to_first_token_seconds_count", "busy") == 1.0
+    assert value("adapter_requests_total", "idle") == 0.0
+    load(http, "third", folder / "three")  # takes the place of the idle one
+    assert eventually(lambda: value("adapter_requests_total", "idle") is None)
+    assert "vllm:lora_requests_info{" in http.get("/metrics").text
+
+
+def test_a_restart_serves_what_was_published(tiny_model: Path, folder: Path, tmp_path: Path) -> None:
+    settings = adapter_settings(tiny_model, tmp_path, folder)
+    with RunningServer(settings) as server, httpx.Client(base_url=server.url, timeout=60) as http:
+        load(http, "a", folder / "one")
+        before = answer(http, "a")
+        with RunningServer(tiny_settings(tiny_model)) as beside:  # another state directory: no harm
+            assert httpx.get(f"{beside.url}/v1/models").status_code == 200
+    with RunningServer(settings) as server, httpx.Client(base_url=server.url, timeout=60) as http:
+        assert answer(http, "a") == before
+        assert http.get("/admin/adapters/a").json()["versions"][0]["loaded"] is True
+
+
+def test_a_state_directory_that_is_taken(tiny_model: Path, folder: Path, tmp_path: Path) -> None:
+    """Asked for: the second server does not start. The default one: it serves the base, and says what is missing."""
+    settings = adapter_settings(tiny_model, tmp_path, folder)
+    with RunningServer(settings):
+        second = RunningServer(settings)
+        with second:
+            assert second.join() == 1
+    with RunningServer(tiny_settings(tiny_model)) as first, RunningServer(tiny_settings(tiny_model)) as other:
+        statuses = {httpx.get(f"{server.url}/admin/adapters").status_code for server in (first, other)}
+        assert 503 in statuses
+        for server in (first, other):
+            body = {**ASK, "model": tiny_model.name}
+            assert httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).status_code == 200
+
+
+def test_only_admins(tiny_model: Path, folder: Path, tmp_path: Path) -> None:
+    settings = adapter_settings(tiny_model, tmp_path, folder, api_key=("user",), admin_key=("boss",))
+    with RunningServer(settings) as server:
+        body = {"lora_name": "a", "lora_path": str(folder / "one")}
+        for key, status in (("user", 403), ("wrong", 401), ("boss", 200)):
+            headers = {"authorization": f"Bearer {key}"}
+            response = httpx.post(f"{server.url}/v1/load_lora_adapter", json=body, headers=headers, timeout=60)
+            assert response.status_code == status

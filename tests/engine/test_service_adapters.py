@@ -1,0 +1,65 @@
+"""Adapters through the service: loaded beside the engine, counted while they are used."""
+
+from pathlib import Path
+
+import pytest
+
+from runtime.errors import AdapterUnavailable, EngineUnavailable
+from runtime.messages import SamplingParams, Submission
+from runtime.service import EngineService
+from runtime.workers.loading.peft import AdapterInvalid
+from tests.adapters import make_adapter
+from tests.engine.test_service import check_empty, gather, run
+
+
+def ask(name: str, adapter: str) -> Submission:
+    params = SamplingParams(max_tokens=30, ignore_eos=True, temperature=0.0)
+    return Submission(request_id=name, prompt_ids=[5, 6, 7], params=params, adapter=adapter)
+
+
+def test_uses_are_counted_until_the_last_stream_is_gone(tiny_model: Path, tmp_path: Path) -> None:
+    make_adapter(tiny_model, tmp_path / "a")
+
+    async def body(service: EngineService) -> None:
+        await service.load_adapter("a@1:x", str(tmp_path / "a"))
+        first, second = service.submit(ask("1", "a@1:x")), service.submit(ask("2", "a@1:x"))
+        assert service.adapter_in_use("a@1:x")
+        await service.unload_adapter("a@1:x")  # while both run
+        late = service.submit(ask("3", "a@1:x"))
+        with pytest.raises(AdapterUnavailable):
+            await gather(late)
+        second.cancel()
+        assert service.adapter_in_use("a@1:x")
+        outputs = await gather(first)
+        assert outputs[-1].finish_reason == "length"
+        assert not service.adapter_in_use("a@1:x")
+        keys = await service.call(lambda: service.engine._executor._slots.keys)  # type: ignore[attr-defined]
+        assert keys == []
+
+    service = run(tiny_model, body)
+    check_empty(service)
+    assert not service._adapter_of
+    assert not service._adapter_streams
+
+
+def test_what_cannot_be_loaded_changes_nothing(tiny_model: Path, tmp_path: Path) -> None:
+    async def body(service: EngineService) -> None:
+        with pytest.raises(AdapterInvalid):
+            await service.load_adapter("a", str(tmp_path))
+        with pytest.raises(AdapterUnavailable):
+            await gather(service.submit(ask("1", "a")))
+        await service.unload_adapter("a")
+
+    check_empty(run(tiny_model, body))
+
+
+def test_calls_to_an_engine_that_is_gone(tiny_model: Path) -> None:
+    stopped: list[EngineService] = []
+
+    async def body(service: EngineService) -> None:
+        await service.stop(0.0)
+        with pytest.raises(EngineUnavailable):
+            await service.call(lambda: stopped.append(service))
+
+    run(tiny_model, body)
+    assert stopped == []
