@@ -37,7 +37,7 @@ class ReferenceOps(Ops):
             for narrow, b, column in zip(torch.split(shrunk, ranks, dim=-1), factors.b, factors.columns, strict=True):
                 target = y[:, column : column + len(b)]
                 if tokens is None:
-                    target += F.linear(narrow, b)
+                    target.addmm_(narrow, b.t())
                 else:
                     target.index_add_(0, tokens, F.linear(narrow, b))
         return y
