@@ -148,7 +148,7 @@ class TrainerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         ),
     ] = None
     data_roots: Annotated[
-        tuple[NonEmpty, ...], doc("Folders from which recipes may read data, besides the files sent along.")
+        tuple[NonEmpty, ...], doc("Folders from which recipes may read data and adapters may be loaded.")
     ] = ()
     min_share: Annotated[Share, doc("Share of the time that a running job gets even when requests never pause.")] = 0.2
     max_queued_jobs: Annotated[Count, doc("Most jobs waiting; one more is answered 429.")] = 100

@@ -41,6 +41,7 @@ class AdapterSlots:
         self._prepared: dict[str, dict[Place, LoraFactors]] = {}
         self._loaded: dict[str, dict[Place, LoraFactors]] = {}
         self._lock = Lock()
+        """Guards `_prepared` alone."""
 
     def prepare(self, key: str, directory: str) -> None:
         """Read an adapter's files (format of PEFT), ready to be loaded. Raises `AdapterInvalid`."""
@@ -52,15 +53,16 @@ class AdapterSlots:
 
     def load(self, key: str) -> None:
         """Let rows use what was prepared under `key`, from the next step on. Raises `KeyError`."""
-        failpoint("adapters.load", key)
         with self._lock:
-            self._loaded[key] = self._prepared.pop(key)
+            factors = self._prepared.pop(key)
+        failpoint("adapters.load", key)
+        self._loaded[key] = factors
 
     def unload(self, key: str) -> None:
         """Let an adapter's memory go. No row may need it any more. Unknown keys are fine."""
         with self._lock:
             self._prepared.pop(key, None)
-            self._loaded.pop(key, None)
+        self._loaded.pop(key, None)
 
     @property
     def keys(self) -> list[str]:

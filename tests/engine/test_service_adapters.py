@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from runtime import failpoints
 from runtime.errors import AdapterUnavailable, EngineUnavailable
 from runtime.messages import SamplingParams, Submission
 from runtime.service import EngineService
@@ -49,6 +50,27 @@ def test_what_cannot_be_loaded_changes_nothing(tiny_model: Path, tmp_path: Path)
         with pytest.raises(AdapterUnavailable):
             await gather(service.submit(ask("1", "a")))
         await service.unload_adapter("a")
+
+    check_empty(run(tiny_model, body))
+
+
+def test_a_load_that_fails_on_the_engines_thread(tiny_model: Path, tmp_path: Path) -> None:
+    """Fault 25: what was loaded before serves on, and the next try succeeds."""
+    make_adapter(tiny_model, tmp_path / "a")
+
+    async def body(service: EngineService) -> None:
+        await service.load_adapter("a@1:x", str(tmp_path / "a"))
+        before = await gather(service.submit(ask("1", "a@1:x")))
+        for place in ("adapters.prepare", "adapters.load"):
+            failpoints.configure(f"{place}=raise:1")
+            with pytest.raises(failpoints.FailpointError):
+                await service.load_adapter("a@2:y", str(tmp_path / "a"))
+            with pytest.raises(AdapterUnavailable):
+                await gather(service.submit(ask("2", "a@2:y")))
+        after = await gather(service.submit(ask("3", "a@1:x")))
+        assert [o.token_ids for o in before if o.token_ids] == [o.token_ids for o in after if o.token_ids]
+        await service.load_adapter("a@2:y", str(tmp_path / "a"))
+        assert (await gather(service.submit(ask("4", "a@2:y"))))[-1].finish_reason == "length"
 
     check_empty(run(tiny_model, body))
 
