@@ -1,0 +1,326 @@
+"""What is kept of jobs, in the state directory's database. Each method is one transaction.
+
+Nothing here runs anything: `runtime.trainer.jobs.manager` does, after what it is about to do is stored.
+"""
+
+import asyncio
+import sqlite3
+import time
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import msgspec
+
+from runtime.errors import Conflict, StorageUnavailable, TooManyRequests
+from runtime.trainer.database import Database
+from runtime.trainer.events import EvalEvent, StepEvent
+from runtime.trainer.jobs import rows
+from runtime.trainer.jobs.ports import PreparedJob
+from runtime.trainer.jobs.reading import JobReader
+from runtime.trainer.jobs.records import Job, JobError, Note, Submission
+from runtime.trainer.jobs.states import AT_WORK, ENDED, WAITING, State
+
+T = TypeVar("T")
+
+MAX_CRASHES = 3
+"""Starts in a row without a checkpoint after which a job that took the process with it is not tried again."""
+
+
+RETRY = 5.0
+"""Seconds between two tries to store something, while the disk is full."""
+
+
+async def insist(store: Callable[[], Awaitable[T]]) -> T:
+    """Store what has happened already, as soon as there is room for it."""
+    while True:
+        try:
+            return await store()
+        except StorageUnavailable:
+            await asyncio.sleep(RETRY)
+
+
+class JobStore(JobReader):
+    """Jobs, their files, events, checkpoints and results."""
+
+    def __init__(self, database: Database, on_change: Callable[[str, dict[str, int] | None], None]) -> None:
+        """`on_change` is called on the event loop after each change of a job: with the new counts by state where
+        a state may have changed, and None where events were stored."""
+        super().__init__(database)
+        self._on_change = on_change
+
+    # -- coming and going ----------------------------------------------------------------------
+
+    async def create(self, submission: Submission, *, max_waiting: int) -> tuple[Job, bool]:
+        """Store a job as validating; or give the job that this idempotency key made before, and False.
+
+        Raises `Conflict` for a key that came with another body, and `TooManyRequests`.
+        """
+
+        def work(c: sqlite3.Connection) -> tuple[Job, bool]:
+            key = submission.idempotency_key
+            if key is not None:
+                row = c.execute("SELECT * FROM jobs WHERE idempotency_key = ?", (key,)).fetchone()
+                if row is not None and row["digest"] != submission.digest:
+                    raise Conflict(
+                        "This Idempotency-Key was used with another recipe or other files.",
+                        param="Idempotency-Key",
+                        code="idempotency_key_reused",
+                    )
+                if row is not None:
+                    return rows.to_job(row), False
+            by_state = rows.counts(c)
+            if sum(by_state.get(state, 0) for state in WAITING) >= max_waiting:
+                raise TooManyRequests(f"{max_waiting} jobs are waiting already. Try again later.", retry_after=60)
+            c.execute(
+                "INSERT INTO jobs (id, state, created_at, attempts, recipe, digest, idempotency_key) "
+                "VALUES (?, 'validating', ?, 1, ?, ?, ?)",
+                (submission.id, time.time(), submission.recipe, submission.digest, key),
+            )
+            files = [(submission.id, file.name, file.stored_as, file.bytes) for file in submission.files]
+            c.executemany("INSERT INTO job_files (job_id, name, stored_as, bytes) VALUES (?, ?, ?, ?)", files)
+            rows.append(
+                c, submission.id, Note("Created; reading the recipe and its data.", data={"status": "validating"})
+            )
+            return rows.get(c, submission.id), True
+
+        return await self._changing(submission.id, work)
+
+    async def remove(self, job_id: str) -> None:
+        """Forget a job that came to nothing before anybody was told of it."""
+
+        def work(c: sqlite3.Connection) -> None:
+            c.execute("DELETE FROM jobs WHERE id = ? AND state = 'validating'", (job_id,))
+
+        await self._changing(job_id, work)
+
+    async def accept(self, job_id: str, prepared: PreparedJob) -> Job:
+        """From validating to queued. Raises `Conflict` while another job of that name is not at its end."""
+
+        def work(c: sqlite3.Connection) -> Job:
+            ended = ", ".join(f"'{state}'" for state in sorted(ENDED))
+            query = f"SELECT id FROM jobs WHERE name = ? AND id != ? AND state NOT IN ({ended})"
+            other = c.execute(query, (prepared.name, job_id)).fetchone()
+            if other is not None:
+                raise Conflict(
+                    f"The job `{other['id']}` is making an adapter `{prepared.name}` already; wait for its end, or "
+                    "cancel it.",
+                    param="name",
+                    code="adapter_name_in_use",
+                )
+            return rows.move(
+                c,
+                job_id,
+                "queued",
+                Note(f"The recipe is valid: {prepared.total_steps} steps. Queued."),
+                name=prepared.name,
+                summary=msgspec.json.encode(prepared.summary).decode(),
+                total_steps=prepared.total_steps,
+                attempts=0,
+            )
+
+        return await self._changing(job_id, work)
+
+    # -- states --------------------------------------------------------------------------------
+
+    async def start_next(self) -> Job | None:
+        """Make the first of the queue the running one. None where none waits, or one is at work."""
+
+        def work(c: sqlite3.Connection) -> Job | None:
+            if _at_work(c):
+                return None
+            row = c.execute("SELECT * FROM jobs WHERE state = 'queued' ORDER BY number LIMIT 1").fetchone()
+            if row is None:
+                return None
+            job = rows.to_job(row)
+            return rows.move(c, job.id, "running", Note("Started."), attempts=job.attempts + 1)
+
+        job = await self._changing("", work)
+        if job is not None:
+            self._on_change(job.id, None)
+        return job
+
+    async def move(
+        self, job_id: str, to: State, note: Note, *, unless_cancelled: bool = False, adapter: str | None = None
+    ) -> Job:
+        """Raises `Conflict` where `to` cannot follow on the job's state. `unless_cancelled`: a job whose end was
+        asked for meanwhile becomes cancelled instead."""
+
+        def work(c: sqlite3.Connection) -> Job:
+            if unless_cancelled and rows.get(c, job_id).wanted == "cancel":
+                return rows.move(c, job_id, "cancelled", Note("Cancelled."))
+            return rows.move(c, job_id, to, note, **({} if adapter is None else {"adapter": adapter}))
+
+        return await self._changing(job_id, work)
+
+    async def fail(self, job_id: str, error: JobError) -> Job:
+        return await self._changing(job_id, lambda c: rows.fail(c, job_id, error))
+
+    async def interrupt(self, job_id: str) -> None:
+        """The process ends in good order with this job at work: that is no crash. No-op for any other job."""
+
+        def work(c: sqlite3.Connection) -> None:
+            job = rows.get(c, job_id)
+            if job.state in AT_WORK:
+                note = Note("Interrupted: the server is stopping. It goes on when the server is back.", "warning")
+                rows.move(c, job_id, "interrupted", note, attempts=max(0, job.attempts - 1), wanted=job.wanted)
+
+        await self._changing(job_id, work)
+
+    async def cancel(self, job_id: str) -> Job:
+        """Cancel a job that is not at work, and mark one that is. Raises `Conflict` for one that cannot be."""
+
+        def work(c: sqlite3.Connection) -> Job:
+            job = rows.get(c, job_id)
+            if job.state in ("running", "evaluating"):
+                if job.wanted != "cancel":
+                    rows.change(c, job_id, wanted="cancel")
+                    rows.append(c, job_id, Note("Cancelling after the step that is running."))
+                return rows.get(c, job_id)
+            if job.state == "publishing" or job.ended:
+                raise Conflict(f"The job is {job.state}: it cannot be cancelled.", code="job_state")
+            return rows.move(c, job_id, "cancelled", Note("Cancelled."))
+
+        return await self._changing(job_id, work)
+
+    async def pause(self, job_id: str) -> Job:
+        """Pause a queued job, and mark a running one. Raises `Conflict` for any other."""
+
+        def work(c: sqlite3.Connection) -> Job:
+            job = rows.get(c, job_id)
+            if job.state == "running" and job.wanted != "cancel":
+                if job.wanted is None:
+                    rows.change(c, job_id, wanted="pause")
+                    rows.append(c, job_id, Note("Pausing after the step that is running."))
+                return rows.get(c, job_id)
+            if job.state != "queued":
+                what = "being cancelled" if job.wanted == "cancel" else job.state
+                raise Conflict(f"The job is {what}: it cannot be paused.", code="job_state")
+            return rows.move(c, job_id, "paused", Note("Paused before it started."))
+
+        return await self._changing(job_id, work)
+
+    async def resume(self, job_id: str, *, at_once: bool) -> Job:
+        """Make a paused job running, where its run is still there (`at_once`) and none other is at work, else
+        queued. Raises `Conflict`."""
+
+        def work(c: sqlite3.Connection) -> Job:
+            job = rows.get(c, job_id)
+            if job.state != "paused":
+                raise Conflict(f"The job is {job.state}: only a paused job can be resumed.", code="job_state")
+            if at_once and not _at_work(c):
+                return rows.move(c, job_id, "running", Note("Resumed."))
+            return rows.move(c, job_id, "queued", Note("Resumed: queued."))
+
+        return await self._changing(job_id, work)
+
+    async def recover(self) -> list[str]:
+        """Once, when a process starts: what the last one left at work is queued again, or given up.
+
+        Returns the ids of the jobs whose recipes are to be read again.
+        """
+
+        def work(c: sqlite3.Connection) -> list[str]:
+            for row in c.execute("SELECT * FROM jobs ORDER BY number").fetchall():
+                _recover(c, rows.to_job(row))
+            query = "SELECT id FROM jobs WHERE state = 'validating' ORDER BY number"
+            return [row["id"] for row in c.execute(query).fetchall()]
+
+        return await self._changing("", work)
+
+    # -- what a run reports --------------------------------------------------------------------
+
+    async def report(self, job_id: str, events: list[StepEvent | EvalEvent]) -> None:
+        """Steps and evaluations, as one transaction."""
+
+        def work(c: sqlite3.Connection) -> None:
+            for event in events:
+                rows.append(c, job_id, _note(event))
+
+        await self._events(job_id, work)
+
+    async def add_checkpoint(self, job_id: str, step: int, *, best: bool) -> None:
+        """The directory is in place: from now on the job resumes from it."""
+
+        def work(c: sqlite3.Connection) -> None:
+            if best:
+                c.execute("UPDATE job_checkpoints SET best = 0 WHERE job_id = ?", (job_id,))
+            c.execute(
+                "INSERT INTO job_checkpoints (job_id, step, best, created_at) VALUES (?, ?, ?, ?) "
+                "ON CONFLICT (job_id, step) DO UPDATE SET best = max(best, excluded.best)",
+                (job_id, step, best, time.time()),
+            )
+            rows.change(c, job_id, attempts=0)
+            rows.append(c, job_id, Note(f"Checkpoint at step {step}.", data={"checkpoint": step, "best": best}))
+
+        await self._events(job_id, work)
+
+    async def drop_checkpoints(self, job_id: str, steps: list[int]) -> None:
+        """Their directories go next: nothing may name what is half deleted."""
+
+        def work(c: sqlite3.Connection) -> None:
+            c.executemany("DELETE FROM job_checkpoints WHERE job_id = ? AND step = ?", [(job_id, s) for s in steps])
+
+        await self._events(job_id, work)
+
+    async def set_result(self, job_id: str, step: int, reason: str) -> Job:
+        """Training is over and its result is on disk; the job is evaluating from here on."""
+
+        def work(c: sqlite3.Connection) -> Job:
+            c.execute("INSERT INTO job_results (job_id, step) VALUES (?, ?)", (job_id, step))
+            how = "Stopped early" if reason == "early_stopping" else "All steps are done"
+            return rows.move(c, job_id, "evaluating", Note(f"{how}; the result is that of step {step}."), attempts=0)
+
+        return await self._changing(job_id, work)
+
+    async def note(self, job_id: str, note: Note) -> None:
+        await self._events(job_id, lambda c: rows.append(c, job_id, note))
+
+    # -- transactions --------------------------------------------------------------------------
+
+    async def _changing(self, job_id: str, work: Callable[[sqlite3.Connection], T]) -> T:
+        """A transaction after which a job may be in another state."""
+        result, counts = await self._database.call(lambda c: (work(c), rows.counts(c)))
+        self._on_change(job_id, counts)
+        return result
+
+    async def _events(self, job_id: str, work: Callable[[sqlite3.Connection], object]) -> None:
+        await self._database.call(work)
+        self._on_change(job_id, None)
+
+
+def _at_work(c: sqlite3.Connection) -> bool:
+    states = ", ".join(f"'{state}'" for state in sorted(AT_WORK))
+    return c.execute(f"SELECT 1 FROM jobs WHERE state IN ({states})").fetchone() is not None
+
+
+def _recover(c: sqlite3.Connection, job: Job) -> None:
+    crashed = job.attempts >= MAX_CRASHES
+    error = JobError("crash_loop", f"The server ended {job.attempts} times in a row while this job was at work.")
+    if job.state == "validating":
+        if crashed:
+            rows.fail(c, job.id, error)
+        else:
+            rows.change(c, job.id, attempts=job.attempts + 1)
+        return
+    if job.state in AT_WORK:
+        note = Note("Interrupted: the server ended while the job was at work.", "warning")
+        rows.move(c, job.id, "interrupted", note, wanted=job.wanted)
+    elif job.state != "interrupted":
+        return
+    if job.wanted == "cancel":
+        rows.move(c, job.id, "cancelled", Note("Cancelled."))
+    elif crashed:
+        rows.fail(c, job.id, error)
+    elif job.wanted == "pause":
+        rows.move(c, job.id, "paused", Note("Paused."))
+    else:
+        rows.move(c, job.id, "queued", Note("Queued again; it goes on from its newest checkpoint."))
+
+
+def _note(event: StepEvent | EvalEvent) -> Note:
+    data = msgspec.to_builtins(event)
+    if isinstance(event, StepEvent):
+        message = f"Step {event.step}: loss {event.loss:.4f}"
+        return Note(message, data=data, kind="step", step=event.step)
+    message = f"Evaluation at step {event.step}: loss {event.loss:.4f}, accuracy {event.accuracy:.4f}"
+    return Note(message, data=data, kind="eval", step=event.step)
