@@ -18,6 +18,7 @@ from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
 from runtime.messages import FinishReason, RequestTiming
+from runtime.trainer.events import EvalEvent, StepEvent
 
 # Bucket borders are vLLM's, so that its dashboards read ours.
 _REQUEST_SECONDS = (
@@ -30,6 +31,8 @@ _FIRST_TOKEN_SECONDS = (
 _TOKEN_SECONDS = (
     0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80,
 )  # fmt: skip
+_TRAIN_STEP_SECONDS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300)
+_TRAIN_SLICE_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2)
 _HTTP_SECONDS = (0.1, 0.5, 1)
 _HTTP_FINE_SECONDS = (
     0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 7.5, 10, 30, 60,
@@ -109,6 +112,16 @@ TABLE: tuple[Spec, ...] = (
          ADAPTER, _FIRST_TOKEN_SECONDS, twin="none"),
     Spec("adapter_publishes", "counter", "Adapter versions published, or not.", ("outcome",), twin="none"),
     Spec("aborts", "counter", "Requests aborted, by how far they had come.", ("phase",), twin="none"),
+    Spec("jobs", "gauge", "Training jobs, by state.", ("state",), twin="none"),
+    Spec("train_loss", "gauge", "Loss of the last training step, in nats a token.", twin="none"),
+    Spec("train_tokens", "counter", "Tokens computed by training steps.", twin="none"),
+    Spec("train_step_seconds", "histogram", "End of a training step to the end of the next.",
+         buckets=_TRAIN_STEP_SECONDS, twin="none"),
+    Spec("train_slice_seconds", "histogram", "One slice of training, between two inference steps.",
+         buckets=_TRAIN_SLICE_SECONDS, twin="none"),
+    Spec("train_share", "gauge", "Share of the last training step's time that went to training, 0 to 1.",
+         twin="none"),
+    Spec("eval_metric", "gauge", "Result of the last evaluation, by metric.", ("name",), twin="none"),
     Spec("event_loop_lag_seconds", "gauge", "Longest delay of the event loop seen since the last scrape.",
          twin="none"),
 )  # fmt: skip
@@ -268,6 +281,28 @@ class Metrics:
         self._counters["http_requests"].labels(verb, str(status), handler).inc()
         self._histograms["http_request_duration_seconds"].labels(handler, verb).observe(seconds)
         self._histograms["http_request_duration_highr_seconds"].observe(seconds)
+
+    def on_train_step(self, event: StepEvent) -> None:
+        """A training step was taken."""
+        self._gauges["train_loss"].set(event.loss)
+        self._counters["train_tokens"].inc(event.tokens)
+        self._histograms["train_step_seconds"].observe(event.seconds)
+        if event.seconds > 0:
+            self._gauges["train_share"].set(min(1.0, event.busy_seconds / event.seconds))
+
+    def on_slice(self, seconds: float) -> None:
+        """Training had the engine thread for this long."""
+        self._histograms["train_slice_seconds"].observe(seconds)
+
+    def on_eval(self, event: EvalEvent) -> None:
+        """The held-out rows were scored."""
+        self._gauges["eval_metric"].labels("loss").set(event.loss)
+        self._gauges["eval_metric"].labels("accuracy").set(event.accuracy)
+
+    def on_jobs(self, counts: dict[str, int]) -> None:
+        """How many jobs are in each state."""
+        for state, count in counts.items():
+            self._gauges["jobs"].labels(state).set(count)
 
     def on_lag(self, seconds: float) -> None:
         self._gauges["event_loop_lag_seconds"].set(seconds)

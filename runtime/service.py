@@ -76,9 +76,13 @@ class EngineService:
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
+    def drain(self) -> None:
+        """Refuse new requests from now on; the running ones and training go on."""
+        self._draining = True
+
     async def stop(self, drain_timeout: float) -> None:
         """Refuse new requests, give the running ones `drain_timeout` seconds, abort the rest, end the thread."""
-        self._draining = True
+        self.drain()
         if self._streams:
             self._drained.clear()
             with contextlib.suppress(TimeoutError):

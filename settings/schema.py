@@ -152,6 +152,7 @@ class TrainerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     ] = ()
     min_share: Annotated[Share, doc("Share of the time that a running job gets even when requests never pause.")] = 0.2
     max_queued_jobs: Annotated[Count, doc("Most jobs waiting; one more is answered 429.")] = 100
+    max_recipe: Annotated[Bytes, doc("Largest recipe.")] = 1024**2
     max_upload: Annotated[Bytes, doc("Largest body of a recipe with its data files.")] = 512 * 1024**2
 
 

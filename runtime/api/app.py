@@ -7,6 +7,17 @@ from litestar.datastructures import State
 
 from runtime.api.admin import adapters
 from runtime.api.admin.lora import load_lora_adapter, unload_lora_adapter
+from runtime.api.admin.jobs import (
+    cancel_job,
+    job_events,
+    job_logs,
+    job_metrics,
+    list_jobs,
+    pause_job,
+    resume_job,
+    retrieve_job,
+)
+from runtime.api.admin.train import train
 from runtime.api.auth import KeyGuard
 from runtime.api.docs import openapi_config
 from runtime.api.errors import handle_exception
@@ -35,6 +46,15 @@ def create_app(service: "EngineService | ServiceHandle", settings: Settings) -> 
             retrieve_model,
             tokenize,
             detokenize,
+            train,
+            list_jobs,
+            retrieve_job,
+            job_events,
+            job_metrics,
+            job_logs,
+            cancel_job,
+            pause_job,
+            resume_job,
             health,
             ready,
             ping,

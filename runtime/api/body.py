@@ -1,9 +1,8 @@
-"""A request's body: read under a limit and a deadline, and decoded into a struct.
+"""A JSON body: read under a limit and a deadline (`runtime.api.receive`), and decoded into a struct.
 
-The app takes JSON in UTF-8, plainly encoded. Everything else is refused by name, not guessed at.
+It must be UTF-8, plainly encoded. Everything else is refused by name, not guessed at.
 """
 
-import asyncio
 import json
 import re
 from collections.abc import Mapping
@@ -12,8 +11,9 @@ from typing import Any, TypeVar
 import msgspec
 from litestar import Request
 
-from runtime.api.errors import ClientDisconnected, RequestTimeout, from_validation
-from runtime.errors import InvalidRequest, PayloadTooLarge, UnsupportedMediaType
+from runtime.api.errors import from_validation
+from runtime.api.receive import check_encoding, receive_all
+from runtime.errors import InvalidRequest, UnsupportedMediaType
 from settings.schema import ServerSettings
 
 T = TypeVar("T")
@@ -32,12 +32,8 @@ async def read_body(request: Request[Any, Any, Any], settings: ServerSettings) -
 
     Raises `UnsupportedMediaType`, `PayloadTooLarge`, `RequestTimeout`, `ClientDisconnected`.
     """
-    _check_headers(request, settings.max_body)
-    try:
-        async with asyncio.timeout(settings.body_timeout):
-            return await _receive_all(request, settings.max_body)
-    except TimeoutError:
-        raise RequestTimeout(f"The request's body was not complete after {settings.body_timeout:g} seconds.") from None
+    _check_headers(request)
+    return await receive_all(request, limit=settings.max_body, timeout=settings.body_timeout)
 
 
 def parse_fields(body: bytes) -> dict[str, msgspec.Raw]:
@@ -71,38 +67,14 @@ def decode(value: bytes | msgspec.Raw, decoder: "msgspec.json.Decoder[T]") -> T:
         raise InvalidRequest(f"The body is not valid JSON: {error}.") from None
 
 
-def _check_headers(request: Request[Any, Any, Any], limit: int) -> None:
+def _check_headers(request: Request[Any, Any, Any]) -> None:
     media_type, _, parameters = request.headers.get("content-type", "application/json").partition(";")
     if media_type.strip().lower() != "application/json":
         raise UnsupportedMediaType("Send JSON, with `Content-Type: application/json`.")
     charset = re.search(r"charset\s*=\s*\"?([^\s\";]+)", parameters, re.IGNORECASE)
     if charset is not None and charset[1].lower() not in ("utf-8", "utf8", "us-ascii"):
         raise UnsupportedMediaType("Send the JSON in UTF-8.")
-    if request.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
-        raise UnsupportedMediaType("Send the body without a Content-Encoding.")
-    declared = request.headers.get("content-length", "")
-    if declared.isascii() and declared.isdigit() and int(declared[:20]) > limit:
-        raise _too_large(limit)
-
-
-async def _receive_all(request: Request[Any, Any, Any], limit: int) -> bytes:
-    chunks: list[bytes] = []
-    size = 0
-    while True:
-        message: Any = await request.receive()
-        if message["type"] == "http.disconnect":
-            raise ClientDisconnected("The client left before its request was complete.")
-        chunk: bytes = message.get("body", b"")
-        size += len(chunk)
-        if size > limit:
-            raise _too_large(limit)
-        chunks.append(chunk)
-        if not message.get("more_body", False):
-            return b"".join(chunks)
-
-
-def _too_large(limit: int) -> PayloadTooLarge:
-    return PayloadTooLarge(f"The request's body is larger than {limit} bytes.")
+    check_encoding(request)
 
 
 def _malformed(body: bytes, error: msgspec.DecodeError) -> InvalidRequest:

@@ -13,6 +13,7 @@ from settings.schema import Settings
 
 if TYPE_CHECKING:
     from runtime.service import EngineService
+    from runtime.trainer.jobs.manager import JobManager
 
 
 AnyRequest = Request[Any, Any, Any]
@@ -21,14 +22,24 @@ AnyRequest = Request[Any, Any, Any]
 class ServiceHandle:
     """Filled by whoever loads the engine; read by every request. Event-loop thread only."""
 
-    def __init__(self, service: "EngineService | None" = None) -> None:
+    def __init__(self, service: "EngineService | None" = None, jobs: "JobManager | None" = None) -> None:
         self.service = service
+        self.jobs = jobs
+        self.no_jobs = "This server runs no training jobs."
+        """Why there is no `jobs` where the engine is loaded."""
 
     def require(self) -> "EngineService":
         """The service. Raises `EngineUnavailable` while there is none."""
         if self.service is None:
             raise EngineUnavailable("The model is still loading. Try again in a moment.")
         return self.service
+
+    def require_jobs(self) -> "JobManager":
+        """The training jobs. Raises `EngineUnavailable` while, or where, there are none."""
+        self.require()
+        if self.jobs is None:
+            raise EngineUnavailable(self.no_jobs, code="training_unavailable")
+        return self.jobs
 
 
 class Api:

@@ -9,7 +9,9 @@ import contextlib
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
@@ -22,6 +24,7 @@ from settings.schema import Settings
 
 if TYPE_CHECKING:
     from runtime.service import EngineService
+    from runtime.trainer.jobs.manager import JobManager
     from runtime.trainer.state import State
 
 KEEP_ALIVE = 30
@@ -33,9 +36,14 @@ FLUSH = 5.0
 _log = get_logger("server")
 
 
+OpenState = Callable[["EngineService", Settings], AbstractAsyncContextManager["State"]]
+"""Opens the state directory for a loaded and started engine, and closes it at the end."""
+
+
 async def serve(
     settings: Settings,
     *,
+    open_state: OpenState | None = None,
     on_ready: Callable[[str], None] | None = None,
     stop: asyncio.Event | None = None,
 ) -> int:
@@ -58,7 +66,8 @@ async def serve(
     with _signals(stop, server):
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         try:
-            return await _run(settings, handle, _url(settings.server.host, listener), on_ready, stop, server)
+            url = _url(settings.server.host, listener)
+            return await _run(settings, handle, url, open_state, on_ready, stop, server)
         finally:
             server.leave()
             await serving
@@ -68,6 +77,7 @@ async def _run(
     settings: Settings,
     handle: ServiceHandle,
     url: str,
+    open_state: OpenState | None,
     on_ready: Callable[[str], None] | None,
     stop: asyncio.Event,
     server: "_Server",
@@ -83,24 +93,47 @@ async def _run(
         return 1
     service = loading.result()
     service.start()
-    try:
-        state = await _open_state(settings, service)
-    except Exception as error:
-        _log.error("cannot_open_state", reason=str(error))
-        stopping.cancel()
-        await service.stop(0.0)
-        return 1
-    handle.service = service
-    try:
-        return await _until_the_end(settings, service, url, on_ready, stopping, server)
-    finally:
+    async with contextlib.AsyncExitStack() as stack:
+        try:
+            state = await _open(stack, open_state, service, settings)
+        except Exception as error:
+            _log.error("cannot_open_state", reason=str(error))
+            stopping.cancel()
+            await service.stop(0.0)
+            return 1
         if state is not None:
-            await state.close()
+            service.adapters, handle.jobs = state.adapters, state.jobs
+        else:
+            handle.no_jobs = "This server runs no training jobs: another process has its state directory."
+        handle.service = service
+        return await _until_the_end(settings, service, handle.jobs, url, on_ready, stopping, server)
+
+
+async def _open(
+    stack: contextlib.AsyncExitStack, open_state: "OpenState | None", service: "EngineService", settings: Settings
+) -> "State | None":
+    """What is kept on the disk, adapters and jobs, opened for this server until the stack is left.
+
+    A directory that was asked for and cannot be had is an error. Of the default one, a second server beside the
+    first does without: it serves the base model, and /admin says why there is no more.
+    """
+    from runtime.trainer.database import StateDirectoryInUse
+
+    if open_state is None:
+        from runtime.trainer.state import open_state
+    try:
+        return await stack.enter_async_context(open_state(service, settings))
+    except (StateDirectoryInUse, OSError) as error:
+        if settings.trainer.state_dir is not None:
+            raise
+        _log.warning("no_state", reason=str(error))
+        return None
 
 
 async def _until_the_end(
     settings: Settings,
     service: "EngineService",
+    jobs: "JobManager | None",
     url: str,
     on_ready: Callable[[str], None] | None,
     stopping: "asyncio.Future[Any]",
@@ -114,44 +147,36 @@ async def _until_the_end(
     if died.done():
         stopping.cancel()
         _log.error("engine_dead")
+        if jobs is not None:
+            await jobs.stop(0.0, crashed=True)
         return 1
     died.cancel()
-    await _drain(service, settings.server.drain_timeout, server)
+    await _drain(service, jobs, settings.server.drain_timeout, server)
     return 0
 
 
-async def _open_state(settings: Settings, service: "EngineService") -> "State | None":
-    """What is kept on the disk, adapters among it, opened for this server.
-
-    A directory that was asked for and cannot be had is an error. Of the default one, a second server beside the
-    first does without: it serves the base model, and /admin says why there is no more.
-    """
-    from runtime.trainer.database import StateDirectoryInUse
-    from runtime.trainer.state import open_state
-
-    try:
-        state = await open_state(settings, service)
-    except (StateDirectoryInUse, OSError) as error:
-        if settings.trainer.state_dir is not None:
-            raise
-        _log.warning("no_state", reason=str(error))
-        return None
-    service.adapters = state.adapters
-    return state
-
-
-async def _drain(service: "EngineService", timeout: float, server: "_Server") -> None:
-    """No new requests; the running ones get `timeout` seconds, or until a second signal."""
+async def _drain(service: "EngineService", jobs: "JobManager | None", timeout: float, server: "_Server") -> None:
+    """No new requests; the running ones and a checkpoint of the running job get `timeout` seconds, or until a
+    second signal."""
     _log.info("draining", timeout_s=timeout, running=service.num_running, waiting=service.num_waiting)
-    draining = asyncio.ensure_future(service.stop(timeout))
+    service.drain()
+    draining = asyncio.ensure_future(_stop(service, jobs, timeout))
     hurry = asyncio.ensure_future(server.hurry.wait())
     await asyncio.wait((draining, hurry), return_when=asyncio.FIRST_COMPLETED)
     if not draining.done():
         draining.cancel()
         await asyncio.gather(draining, return_exceptions=True)
-        await service.stop(0.0)
+        await _stop(service, jobs, 0.0)
     hurry.cancel()
     await asyncio.gather(hurry, return_exceptions=True)
+
+
+async def _stop(service: "EngineService", jobs: "JobManager | None", timeout: float) -> None:
+    """Jobs first: the engine thread is what brings a running one to the end of its step."""
+    began = time.monotonic()
+    if jobs is not None:
+        await jobs.stop(timeout)
+    await service.stop(max(0.0, timeout - (time.monotonic() - began)))
 
 
 def _load_in_thread(settings: Settings) -> "asyncio.Future[EngineService]":

@@ -6,7 +6,7 @@ Both are an `httpx.AsyncClient` with the API's paths, so what uses it need not k
 import ipaddress
 import os
 from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING
 
 import httpx
@@ -18,6 +18,7 @@ from settings.load import Loaded
 from settings.schema import Settings
 
 if TYPE_CHECKING:
+    from runtime.api.server import OpenJobs
     from runtime.service import EngineService
 
 _CONNECT = httpx.Timeout(None, connect=10.0)
@@ -39,8 +40,10 @@ async def remote(url: str, api_key: str | None = None) -> AsyncIterator[httpx.As
         yield client
 
 
-def in_process(loaded: Loaded) -> AbstractAsyncContextManager[httpx.AsyncClient]:
+def in_process(loaded: Loaded, open_jobs: "OpenJobs | None" = None) -> AbstractAsyncContextManager[httpx.AsyncClient]:
     """Load the model of these settings, and give a client of the API over it. No socket is opened.
+
+    With `open_jobs` the API has training jobs too.
 
     Blocks while it loads, and is called outside of an event loop: Ctrl-C then ends it at once.
     """
@@ -52,22 +55,32 @@ def in_process(loaded: Loaded) -> AbstractAsyncContextManager[httpx.AsyncClient]
 
     settings = _quiet(loaded)
     logs.configure(settings.observability)
-    return _client_of(EngineService.load(settings), settings)
+    return _client_of(EngineService.load(settings), settings, open_jobs)
 
 
 @asynccontextmanager
-async def _client_of(service: "EngineService", settings: Settings) -> AsyncIterator[httpx.AsyncClient]:
+async def _client_of(
+    service: "EngineService", settings: Settings, open_jobs: "OpenJobs | None"
+) -> AsyncIterator[httpx.AsyncClient]:
     from runtime.api.app import create_app
+    from runtime.api.handle import ServiceHandle
 
+    handle = ServiceHandle(service)
     service.start()
+    jobs = AsyncExitStack()
     try:
-        transport = InProcessTransport(create_app(service, settings))
-        key = settings.server.api_key[0] if settings.server.api_key else None
+        if open_jobs is not None:
+            handle.jobs = await jobs.enter_async_context(open_jobs(service, settings))
+        transport = InProcessTransport(create_app(handle, settings))
+        key = next(iter(settings.server.admin_key if open_jobs else settings.server.api_key), None)
         async with httpx.AsyncClient(
             transport=transport, base_url="http://127.0.0.1", timeout=None, headers=_authorization(key)
         ) as client:
             yield client
     finally:
+        if handle.jobs is not None:
+            await handle.jobs.stop(settings.server.drain_timeout)
+        await jobs.aclose()
         await service.stop(0.0)
 
 

@@ -211,7 +211,9 @@ class Execution:
         metrics = await self._store.gate_metrics(self.id, step)
         good, why = prepared.publish_when(metrics)
         if not good:
-            raise JobFailed("not_good_enough", f"Trained, and not published: {why}")
+            note = Note(f"Trained, and not published: {why}", "warning")
+            await self._store.move(self.id, "succeeded", note, unless_cancelled=True)
+            return
         note = Note(f"Publishing: {why}" if why else "Publishing.")
         job = await self._store.move(self.id, "publishing", note, unless_cancelled=True)
         if job.state == "cancelled":

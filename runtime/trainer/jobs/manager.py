@@ -51,6 +51,7 @@ class JobManager:
         self._parked: Execution | None = None
         """A paused job whose run is still there, as long as no other wants to start."""
         self._stopping = False
+        self._stopped = False
 
     # -- life ----------------------------------------------------------------------------------
 
@@ -65,17 +66,23 @@ class JobManager:
         self._journaling = asyncio.create_task(self._journal.run())
         self._lane = asyncio.create_task(self._run_lane())
 
-    async def stop(self, timeout: float) -> None:
-        """Give the running job `timeout` seconds to write a checkpoint, and leave it for the next process."""
+    async def stop(self, timeout: float, *, crashed: bool = False) -> None:
+        """Give the running job `timeout` seconds to write a checkpoint, and leave it for the next process.
+
+        `crashed`: the engine is gone. The rows stay as they are, and the next process counts a crash. Any number
+        of times.
+        """
+        if self._stopped:
+            return
         self._stopping = True
         self.feed.close()
         await self._validation.close()
         current = self._current
-        if current is not None and current.suspend() and self._lane is not None:
+        if current is not None and not crashed and current.suspend() and self._lane is not None:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(asyncio.shield(self._lane), timeout)
         await _end(self._lane)
-        if current is not None:
+        if current is not None and not crashed:
             with contextlib.suppress(StorageUnavailable):  # then it counts as a crash: the rows still say what to do
                 await self.store.interrupt(current.id)
         self._unpark()
@@ -83,6 +90,7 @@ class JobManager:
         with contextlib.suppress(StorageUnavailable):
             await self._journal.flush()
         self._disk.close()
+        self._stopped = True
 
     # -- what can be asked for -----------------------------------------------------------------
 

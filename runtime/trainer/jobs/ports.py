@@ -28,7 +28,8 @@ class PreparedJob(Protocol):
         """What `Runs.start` needs; opaque here."""
 
     def publish_when(self, metrics: dict[str, float]) -> tuple[bool, str]:
-        """Whether the result is good enough to publish, and why (not). `metrics`: see `gate_metrics`."""
+        """Whether the result is good enough to publish, and why (not). `metrics`: see
+        `JobReader.gate_metrics`."""
 
 
 class Preparer(Protocol):

@@ -74,8 +74,8 @@ class JobReader:
         return await self._database.call(work)
 
     async def gate_metrics(self, job_id: str, step: int) -> dict[str, float]:
-        """What is known of the weights of `step`: `loss` and `accuracy` of training, and `eval_loss` and
-        `eval_accuracy` of the last evaluation up to then, where there was one."""
+        """What is known of the weights of `step`: `train_loss` and `train_accuracy`, and `eval_loss` and
+        `eval_accuracy` of the last evaluation up to then. What is unknown or no number is left out."""
         query = (
             "SELECT data FROM job_events WHERE job_id = ? AND kind = ? AND step <= ? "
             "ORDER BY step DESC, number DESC LIMIT 1"
@@ -83,11 +83,12 @@ class JobReader:
 
         def work(c: sqlite3.Connection) -> dict[str, float]:
             metrics: dict[str, float] = {"step": step}
-            for kind, prefix in (("step", ""), ("eval", "eval_")):
+            for kind, prefix in (("step", "train"), ("eval", "eval")):
                 row = c.execute(query, (job_id, kind, step)).fetchone()
                 if row is not None:
                     data = msgspec.json.decode(row["data"])
-                    metrics |= {f"{prefix}{name}": data[name] for name in ("loss", "accuracy")}
+                    known = [name for name in ("loss", "accuracy") if data[name] is not None]  # None: not a number
+                    metrics |= {f"{prefix}_{name}": data[name] for name in known}
             return metrics
 
         return await self._database.call(work)

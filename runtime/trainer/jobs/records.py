@@ -59,7 +59,7 @@ class Job(Struct, frozen=True, kw_only=True):
     """Starts in a row that brought no checkpoint."""
     error: JobError | None
     adapter: str | None
-    """The version that was published."""
+    """The version that was published. None in a job that succeeded: its recipe's gate was not passed."""
 
     @property
     def ended(self) -> bool:

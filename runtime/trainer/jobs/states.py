@@ -21,7 +21,7 @@ TRANSITIONS: dict[State, frozenset[State]] = {
     "queued": frozenset({"running", "paused", "failed", "cancelled"}),
     "running": frozenset({"paused", "evaluating", "failed", "cancelled", "interrupted"}),
     "paused": frozenset({"running", "queued", "failed", "cancelled"}),
-    "evaluating": frozenset({"publishing", "failed", "cancelled", "interrupted"}),
+    "evaluating": frozenset({"publishing", "succeeded", "failed", "cancelled", "interrupted"}),
     "publishing": frozenset({"succeeded", "failed", "interrupted"}),
     # The process ended while the job was at work; the next process decides at its start.
     "interrupted": frozenset({"queued", "paused", "failed", "cancelled"}),

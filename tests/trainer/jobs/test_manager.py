@@ -1,0 +1,484 @@
+"""The life of jobs, over a run that steps when it is told to."""
+
+import asyncio
+import errno
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from runtime.errors import Conflict, InvalidRequest, StorageUnavailable, TooManyRequests
+from runtime.trainer.jobs.records import JobError
+from runtime.trainer.jobs.store import MAX_CRASHES
+from tests.trainer.jobs.fakes import World
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture
+async def world(tmp_path: Path) -> AsyncIterator[World]:
+    """Runs go on by themselves."""
+    world = World(tmp_path)
+    await world.start()
+    yield world
+    await world.stop()
+
+
+@pytest.fixture
+async def by_hand(tmp_path: Path) -> AsyncIterator[World]:
+    """A step is taken when the test says so."""
+    world = World(tmp_path, steps_itself=False)
+    await world.start()
+    yield world
+    await world.stop(0.0)
+
+
+async def statuses(world: World, job_id: str) -> list[str]:
+    _, events = await world.manager.store.events(job_id, after=0, limit=1000)
+    return [event.data["status"] for event in events if "status" in event.data]
+
+
+async def test_from_recipe_to_adapter(world: World) -> None:
+    job = await world.submit("name: shop", "steps: 3")
+    assert (job.name, job.total_steps) == ("shop", 3)
+    done = await world.until(job.id, "succeeded")
+    assert done.adapter == "shop@1"
+    assert done.created_at <= (done.started_at or 0) <= (done.finished_at or 0)
+    assert await statuses(world, job.id) == [
+        "validating", "queued", "running", "evaluating", "publishing", "succeeded",
+    ]  # fmt: skip
+    assert world.publisher.published == [
+        {
+            "name": "shop",
+            "weights": "weights of step 3",
+            "step": 3,
+            "metrics": {
+                "step": 3, "train_loss": pytest.approx(1 / 3), "train_accuracy": 0.5, "eval_loss": 0.5,
+                "eval_accuracy": 0.75,
+            },
+        }
+    ]  # fmt: skip
+    assert [event.step for event in world.meters.steps] == [1, 2, 3]
+    assert world.meters.counts["succeeded"] == 1
+    assert world.runs.current.closed
+
+
+async def test_what_a_run_reported_can_be_read(world: World) -> None:
+    job = await world.submit("name: a", "steps: 5")
+    await world.until(job.id, "succeeded")
+    _, events = await world.manager.store.events(job.id, after=0, limit=1000)
+    assert [event.number for event in events] == list(range(1, len(events) + 1))
+    rows = await world.manager.store.metrics(job.id, after=2, limit=100)
+    assert [(row["type"], row["step"]) for row in rows] == [("step", 3), ("step", 4), ("step", 5), ("eval", 5)]
+    _, progress = await world.manager.store.describe(job.id)
+    assert (progress.step, progress.trained_tokens, progress.step_seconds) == (5, 50, 2.0)
+    await world.settle()
+    log = world.manager.directories.log(job.id).read_text().splitlines()
+    assert [json.loads(line)["number"] for line in log] == list(range(1, len(events) + 1))
+
+
+async def test_a_gate_that_is_not_passed_publishes_nothing(world: World) -> None:
+    job = await world.submit("name: a", "good: no")
+    done = await world.until(job.id, "succeeded")
+    assert done.adapter is None
+    assert world.publisher.published == []
+    _, events = await world.manager.store.events(job.id, after=0, limit=1000)
+    assert "not published: train_loss is" in events[-1].message
+
+
+async def test_one_at_a_time_in_order(by_hand: World) -> None:
+    first = await by_hand.submit("name: a", "steps: 1")
+    second = await by_hand.submit("name: b", "steps: 1")
+    third = await by_hand.submit("name: c", "steps: 1")
+    for job in (first, second, third):
+        await by_hand.until(job.id, "running")
+        await by_hand.settle()
+        assert by_hand.meters.counts["running"] == 1
+        await by_hand.step()
+        await by_hand.until(job.id, "succeeded")
+    assert [job_id for job_id, _ in by_hand.runs.started] == [first.id, second.id, third.id]
+
+
+async def test_a_wrong_recipe_is_told_and_leaves_nothing(world: World) -> None:
+    with pytest.raises(InvalidRequest, match="name"):
+        await world.submit("steps: 3")
+    assert await world.manager.store.page(after=None, limit=10, states=()) == ([], False)
+    assert list(world.manager.directories.root.iterdir()) == []
+
+
+async def test_a_wrong_recipe_that_nobody_waits_for_is_a_failed_job(world: World) -> None:
+    world.preparer.hold = True
+    from runtime.trainer.jobs.records import Submission
+
+    job, _ = await world.manager.submit(Submission(id=world.manager.new_id(), recipe=b"x"), patience=0.01)
+    assert job.state == "validating"
+    world.preparer.hold = False
+    failed = await world.until(job.id, "failed")
+    assert failed.error == JobError("invalid_request_error", "name: missing.", "name")
+
+
+async def test_cancelling_while_the_recipe_is_read(world: World) -> None:
+    world.preparer.hold = True
+    submitting = asyncio.create_task(world.submit("name: a"))
+    await world.settle()
+    (job, _), *_ = (await world.manager.store.page(after=None, limit=1, states=()))[0]
+    assert (await world.manager.cancel(job.id)).state == "cancelled"
+    world.preparer.hold = False
+    assert (await submitting).state == "cancelled"
+    assert world.runs.started == []
+
+
+async def test_a_name_is_in_use_until_its_job_ends(by_hand: World) -> None:
+    first = await by_hand.submit("name: a", "steps: 1")
+    with pytest.raises(Conflict, match=first.id) as raised:
+        await by_hand.submit("name: a")
+    assert (raised.value.param, raised.value.code) == ("name", "adapter_name_in_use")
+    await by_hand.until(first.id, "running")
+    await by_hand.settle()
+    await by_hand.step()
+    await by_hand.until(first.id, "succeeded")
+    await by_hand.submit("name: a")
+
+
+async def test_a_full_queue(tmp_path: Path) -> None:
+    world = World(tmp_path, steps_itself=False, max_waiting=2)
+    await world.start()
+    running = await world.submit("name: a")
+    await world.until(running.id, "running")
+    await world.submit("name: b")
+    await world.submit("name: c")
+    with pytest.raises(TooManyRequests, match="2 jobs"):
+        await world.submit("name: d")
+    await world.stop(0.0)
+
+
+async def test_an_idempotency_key_makes_one_job(by_hand: World) -> None:
+    first = await by_hand.submit("name: a", idempotency_key="k")
+    again = await by_hand.submit("name: a", idempotency_key="k")
+    assert again.id == first.id
+    with pytest.raises(Conflict) as raised:
+        await by_hand.submit("name: b", idempotency_key="k")
+    assert raised.value.code == "idempotency_key_reused"
+    assert len((await by_hand.manager.store.page(after=None, limit=10, states=()))[0]) == 1
+
+
+async def test_the_same_key_twice_at_once_is_one_job(world: World) -> None:
+    jobs = await asyncio.gather(*(world.submit("name: a", idempotency_key="k") for _ in range(5)))
+    assert len({job.id for job in jobs}) == 1
+    assert world.preparer.calls <= 2  # to check it, and to run it
+
+
+async def test_cancelling(by_hand: World) -> None:
+    running = await by_hand.submit("name: a")
+    queued = await by_hand.submit("name: b")
+    await by_hand.until(running.id, "running")
+    await by_hand.settle()
+    assert (await by_hand.manager.cancel(queued.id)).state == "cancelled"
+    marked = await by_hand.manager.cancel(running.id)
+    assert (marked.state, marked.wanted) == ("running", "cancel")
+    await by_hand.manager.cancel(running.id)  # twice is fine
+    await by_hand.step()
+    await by_hand.until(running.id, "cancelled")
+    for job in (running, queued):
+        for action in (by_hand.manager.cancel, by_hand.manager.pause, by_hand.manager.resume):
+            with pytest.raises(Conflict, match="cancelled"):
+                await action(job.id)
+    assert by_hand.publisher.published == []
+
+
+async def test_pausing_and_going_on_with_the_same_run(by_hand: World) -> None:
+    job = await by_hand.submit("name: a", "steps: 4")
+    await by_hand.until(job.id, "running")
+    await by_hand.settle()
+    await by_hand.manager.pause(job.id)
+    await by_hand.step()
+    await by_hand.until(job.id, "paused")
+    assert [c.step for c in await by_hand.manager.store.checkpoints(job.id)] == [1]
+    await by_hand.settle()
+    assert (await by_hand.manager.resume(job.id)).state == "running"
+    await by_hand.settle()
+    await by_hand.step(3)
+    await by_hand.until(job.id, "succeeded")
+    assert len(by_hand.runs.started) == 1
+
+
+async def test_a_paused_job_lets_others_go_first_and_goes_on_from_its_checkpoint(by_hand: World) -> None:
+    job = await by_hand.submit("name: a", "steps: 4")
+    await by_hand.until(job.id, "running")
+    await by_hand.settle()
+    await by_hand.step()
+    await by_hand.manager.pause(job.id)
+    await by_hand.step()
+    await by_hand.until(job.id, "paused")
+    other = await by_hand.submit("name: b", "steps: 1")
+    await by_hand.until(other.id, "running")
+    await by_hand.settle()
+    assert by_hand.runs.runs[0].closed
+    assert (await by_hand.manager.resume(job.id)).state == "queued"
+    await by_hand.step()
+    await by_hand.until(job.id, "running")
+    await by_hand.settle()
+    assert by_hand.runs.started == [(job.id, 0), (other.id, 0), (job.id, 2)]
+    await by_hand.step(2)
+    await by_hand.until(job.id, "succeeded")
+
+
+async def test_cancelling_a_paused_job_lets_its_run_go(by_hand: World) -> None:
+    job = await by_hand.submit("name: a")
+    await by_hand.until(job.id, "running")
+    await by_hand.settle()
+    await by_hand.manager.pause(job.id)
+    await by_hand.step()
+    await by_hand.until(job.id, "paused")
+    await by_hand.settle()
+    await by_hand.manager.cancel(job.id)
+    assert by_hand.runs.current.closed
+
+
+async def test_a_run_that_fails(by_hand: World) -> None:
+    job = await by_hand.submit("name: a")
+    await by_hand.until(job.id, "running")
+    await by_hand.settle()
+    by_hand.runs.current.fail("nan_loss")
+    failed = await by_hand.until(job.id, "failed")
+    assert failed.error == JobError("nan_loss", "The loss is not a number.")
+    assert by_hand.publisher.published == []
+
+
+async def test_a_publisher_that_refuses_fails_the_job(world: World) -> None:
+    world.publisher.error = Conflict("That name is taken.", param="name", code="taken")
+    failed = await world.until((await world.submit("name: a")).id, "failed")
+    assert failed.error == JobError("taken", "That name is taken.", "name")
+
+
+async def test_a_bug_fails_the_job_without_telling_its_text(world: World) -> None:
+    world.publisher.error = LookupError("/secret/path")
+    job = await world.submit("name: a")
+    failed = await world.until(job.id, "failed")
+    assert failed.error is not None
+    assert failed.error.code == "internal_error"
+    assert "secret" not in failed.error.message
+    world.publisher.error = None
+    await world.until((await world.submit("name: b")).id, "succeeded")
+
+
+async def test_a_full_disk_at_a_checkpoint_fails_the_job_and_keeps_the_one_before(by_hand: World) -> None:
+    job = await by_hand.submit("name: a", "steps: 9", "every: 2")
+    await by_hand.until(job.id, "running")
+    await by_hand.settle()
+    await by_hand.step(3)
+    by_hand.runs.disk_error = OSError(errno.ENOSPC, "No space left on device")
+    await by_hand.step()
+    failed = await by_hand.until(job.id, "failed")
+    assert failed.error is not None
+    assert failed.error.code == "disk_full"
+    assert by_hand.runs.current.closed
+    folder = by_hand.manager.directories.checkpoint(job.id, 2)
+    assert (folder / "step").read_text() == "2"
+    assert [path.name for path in folder.parent.iterdir()] == ["step-2"]
+    by_hand.runs.disk_error = None
+    other = await by_hand.submit("name: b", "steps: 1")
+    await by_hand.until(other.id, "running")
+
+
+async def test_old_checkpoints_go(world: World) -> None:
+    job = await world.submit("name: a", "steps: 9", "every: 1", "keep: 2")
+    await world.until(job.id, "succeeded")
+    assert [c.step for c in await world.manager.store.checkpoints(job.id)] == [7, 8]
+    folder = world.manager.directories.checkpoint(job.id, 8).parent
+    assert sorted(path.name for path in folder.iterdir()) == ["step-7", "step-8"]
+
+
+async def test_a_full_database_takes_no_job(world: World) -> None:
+    pages = await world.database.call(lambda c: c.execute("PRAGMA page_count").fetchone()[0])
+    await world.database.call(lambda c: c.execute(f"PRAGMA max_page_count = {pages}").fetchall())
+    with pytest.raises(StorageUnavailable):
+        await world.submit("name: a", "x" * 100_000)
+    assert list(world.manager.directories.root.iterdir()) == []
+    await world.database.call(lambda c: c.execute("PRAGMA max_page_count = 1000000").fetchall())
+    assert (await world.manager.store.page(after=None, limit=10, states=()))[0] == []
+    await world.until((await world.submit("name: a")).id, "succeeded")
+
+
+# -- the end of a process, and the next one --------------------------------------------------
+
+
+async def test_stopping_writes_a_checkpoint_and_the_next_process_goes_on_from_it(tmp_path: Path) -> None:
+    world = World(tmp_path, steps_itself=False)
+    await world.start()
+    job = await world.submit("name: a", "steps: 5")
+    queued = await world.submit("name: b")
+    await world.until(job.id, "running")
+    await world.settle()
+    await world.step(2)
+    stopping = asyncio.create_task(world.stop())
+    await asyncio.sleep(0.01)
+    world.runs.current.step()
+    await stopping
+    await world.start()
+    assert [c.step for c in await world.manager.store.checkpoints(job.id)] == [3]
+    assert (await world.manager.store.get(queued.id)).state == "queued"
+    await world.until(job.id, "running")
+    await world.settle()
+    assert world.runs.started == [(job.id, 3)]
+    assert (await statuses(world, job.id))[-3:] == ["interrupted", "queued", "running"]
+    await world.stop(0.0)
+
+
+async def test_a_killed_process_resumes_once_from_the_newest_checkpoint(tmp_path: Path) -> None:
+    world = World(tmp_path, steps_itself=False)
+    await world.start()
+    job = await world.submit("name: a", "steps: 9", "every: 2")
+    await world.until(job.id, "running")
+    await world.settle()
+    await world.step(5)
+    await world.crash()
+    await world.start()
+    await world.until(job.id, "running")
+    await world.settle()
+    assert world.runs.started == [(job.id, 4)]
+    await world.step(5)
+    done = await world.until(job.id, "succeeded")
+    assert done.attempts == 0
+    _, progress = await world.manager.store.describe(job.id)
+    assert progress.trained_tokens == 90  # step 5 was computed twice, and counts once
+    await world.stop()
+
+
+async def test_a_paused_job_stays_paused(tmp_path: Path) -> None:
+    world = World(tmp_path, steps_itself=False)
+    await world.start()
+    job = await world.submit("name: a")
+    await world.until(job.id, "running")
+    await world.settle()
+    await world.manager.pause(job.id)
+    await world.step()
+    await world.until(job.id, "paused")
+    await world.crash()
+    await world.start()
+    await world.settle()
+    assert (await world.manager.store.get(job.id)).state == "paused"
+    await world.manager.resume(job.id)
+    await world.until(job.id, "running")
+    await world.settle()
+    assert world.runs.started == [(job.id, 1)]
+    await world.stop(0.0)
+
+
+@pytest.mark.parametrize(("wish", "state"), [("cancel", "cancelled"), ("pause", "paused")])
+async def test_what_was_asked_for_outlives_the_process(tmp_path: Path, wish: str, state: str) -> None:
+    world = World(tmp_path, steps_itself=False)
+    await world.start()
+    job = await world.submit("name: a")
+    await world.until(job.id, "running")
+    await world.settle()
+    await getattr(world.manager, wish)(job.id)
+    await world.crash()
+    await world.start()
+    assert (await world.manager.store.get(job.id)).state == state
+    await world.stop()
+
+
+async def test_a_recipe_that_was_being_read_is_read_again(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    await world.start()
+    world.preparer.hold = True
+    submitting = asyncio.create_task(world.submit("name: a"))
+    await world.settle()
+    await world.crash()
+    world.preparer.hold = False
+    await asyncio.gather(submitting, return_exceptions=True)
+    await world.start()
+    (job, _), *_ = (await world.manager.store.page(after=None, limit=1, states=()))[0]
+    await world.until(job.id, "succeeded")
+    await world.stop()
+
+
+async def test_a_job_that_ends_the_process_again_and_again_is_given_up(tmp_path: Path) -> None:
+    world = World(tmp_path, steps_itself=False)
+    await world.start()
+    job = await world.submit("name: a")
+    other = await world.submit("name: b")
+    for _ in range(MAX_CRASHES):
+        await world.until(job.id, "running")
+        await world.settle()
+        await world.step()
+        await world.crash()
+        await world.start()
+    failed = await world.manager.store.get(job.id)
+    assert failed.error is not None
+    assert (failed.state, failed.error.code) == ("failed", "crash_loop")
+    await world.until(other.id, "running")
+    await world.stop(0.0)
+
+
+async def test_progress_between_crashes_starts_the_count_anew(tmp_path: Path) -> None:
+    world = World(tmp_path, steps_itself=False)
+    await world.start()
+    job = await world.submit("name: a", "steps: 20", "every: 1")
+    for _ in range(MAX_CRASHES + 1):
+        await world.until(job.id, "running")
+        await world.settle()
+        await world.step()
+        await world.crash()
+        await world.start()
+    assert (await world.until(job.id, "running")).error is None
+    await world.stop(0.0)
+
+
+async def test_a_result_that_was_not_published_yet_is_published_without_training_again(tmp_path: Path) -> None:
+    world = World(tmp_path, steps_itself=False)
+    await world.start()
+    publishing = asyncio.Event()
+
+    async def hang(**_: object) -> str:
+        publishing.set()
+        await asyncio.sleep(60)
+        return ""
+
+    world.publisher.publish, publish = hang, world.publisher.publish  # type: ignore[method-assign, assignment]
+    job = await world.submit("name: a", "steps: 1")
+    await world.until(job.id, "running")
+    await world.settle()
+    world.runs.current.step()
+    await publishing.wait()
+    with pytest.raises(Conflict, match="publishing"):
+        await world.manager.cancel(job.id)
+    await world.crash()
+    world.publisher.publish = publish  # type: ignore[method-assign]
+    await world.start()
+    assert (await world.until(job.id, "succeeded")).adapter == "a@1"
+    assert world.runs.started == []
+    await world.stop()
+
+
+async def test_leftovers_are_cleared_up_and_lost_checkpoints_forgotten(tmp_path: Path) -> None:
+    import shutil
+
+    world = World(tmp_path, steps_itself=False)
+    await world.start()
+    job = await world.submit("name: a", "steps: 9", "every: 2")
+    await world.until(job.id, "running")
+    await world.settle()
+    await world.step(4)
+    await world.crash()
+    directories = world.manager.directories
+    shutil.rmtree(directories.checkpoint(job.id, 4))
+    (directories.root / "ftjob-unknown" / "uploads").mkdir(parents=True)
+    directories.checkpoint(job.id, 6).mkdir()
+    (directories.root / job.id / "result.partial").mkdir()
+    (directories.root / job.id / "result").mkdir()
+    await world.start()
+    await world.until(job.id, "running")
+    await world.settle()
+    assert world.runs.started == [(job.id, 2)]
+    assert [path.name for path in directories.root.iterdir()] == [job.id]
+    assert sorted(path.name for path in (directories.root / job.id).iterdir()) == ["checkpoints", "log.jsonl"]
+    assert [path.name for path in directories.checkpoint(job.id, 2).parent.iterdir()] == ["step-2"]
+    await world.stop(0.0)
