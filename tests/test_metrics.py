@@ -10,6 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 
 from runtime.messages import RequestTiming
 from runtime.metrics import TABLE, UNMATCHED, Metrics, render_process
+from runtime.trainer.events import EvalEvent, StepEvent
 
 # What vLLM's dashboards ask for, from its documentation of metrics.
 VLLM_NAMES = [
@@ -66,6 +67,23 @@ def busy() -> Metrics:
     metrics.on_rejection("queue_full")
     metrics.on_request(choices=2, longest=3)
     metrics.on_http("POST", 200, "/v1/completions", 0.3)
+    metrics.on_train_step(
+        StepEvent(
+            step=1,
+            epoch=0.1,
+            loss=2.5,
+            learning_rate=1e-4,
+            grad_norm=1.0,
+            tokens=300,
+            trained_tokens=100,
+            accuracy=0.5,
+            seconds=4.0,
+            busy_seconds=3.0,
+        )
+    )
+    metrics.on_slice(0.003)
+    metrics.on_eval(EvalEvent(step=1, loss=1.5, accuracy=0.75, tokens=50))
+    metrics.on_jobs({"running": 1, "queued": 2})
     metrics.on_lag(0.001)
     return metrics
 
@@ -127,6 +145,18 @@ def test_the_life_of_a_request() -> None:
     assert values["eft:num_requests_waiting_by_reason{reason=capacity}"] == 2
     assert values["eft:num_requests_waiting_by_reason{reason=deferred}"] == 1
     assert values["eft:cache_config_info{block_size=16,max_model_len=512,num_gpu_blocks=8}"] == 1
+
+
+def test_training() -> None:
+    values = samples(busy())
+    assert values["eft:train_loss"] == 2.5
+    assert values["eft:train_tokens_total"] == 300
+    assert values["eft:train_step_seconds_sum"] == 4.0
+    assert values["eft:train_slice_seconds_sum"] == 0.003
+    assert values["eft:train_share"] == 0.75
+    assert values["eft:eval_metric{name=accuracy}"] == 0.75
+    assert values["eft:jobs{state=queued}"] == 2
+    assert not any(name.startswith("vllm:train") for name in values)
 
 
 @pytest.mark.parametrize(

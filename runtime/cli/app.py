@@ -26,6 +26,7 @@ app = App(
 )
 _bench = App(name="bench", help="Measure a server, or the engine alone.")
 _adapters = App(name="adapters", help="See and change the adapters of a running server.")
+_jobs = App(name="jobs", help="See, hold and end the training jobs of a server.")
 _config = App(name="config", help="Show the settings, and write files to start from.")
 _recipe = App(name="recipe", help="Check fine-tuning recipes, and write one to start from.")
 
@@ -44,6 +45,10 @@ failed (the output says why); 2: wrong usage."""
 _CHECK = """Check a recipe and its data, and print what would be trained.
 
 Exit code 0: it can run; 2: it cannot, and every problem is listed."""
+_TRAIN = """Train an adapter from a recipe, on a running server, or with a model loaded here (--model).
+
+The data files that the recipe names are sent along, where they are on this machine. Exit code 0: published (or, without
+--follow, queued); 1: refused, failed or cancelled; 2: wrong usage; 3: trained, and not good enough to publish."""
 
 # By name, so that a command's module is imported when it is called, or its help is asked for. The
 # first paragraph of a help is what the list of commands shows.
@@ -51,6 +56,14 @@ _LAZY = [
     (app, "serve", "serve", _SERVE),
     (app, "chat", "chat", _CHAT),
     (app, "batch", "batch", _BATCH),
+    (app, "train", "train", _TRAIN),
+    (_jobs, "list", "jobs:list_jobs", "List the jobs, the newest first."),
+    (_jobs, "show", "jobs:show", "Show one job, with its plan and checkpoints."),
+    (_jobs, "events", "jobs:events", "Print what happened in a job; --follow waits for more until its end."),
+    (_jobs, "logs", "jobs:logs", "Print the end of a job's log."),
+    (_jobs, "cancel", "jobs:cancel", "End a job: at once, or after the step that is running."),
+    (_jobs, "pause", "jobs:pause", "Hold a job; others go first meanwhile."),
+    (_jobs, "resume", "jobs:resume", "Let a paused job go on where it stood."),
     (app, "doctor", "doctor", "Report what was found on this machine, and what is broken."),
     (_adapters, "list", "adapters:list_adapters", "Print every adapter and the version that its name means."),
     (_adapters, "show", "adapters:show", "Print the versions of an adapter."),
@@ -77,6 +90,7 @@ app.command(_adapters)
 app.command(_bench)
 app.command(_config)
 app.command(_recipe)
+app.command(_jobs)
 
 
 def run(argv: Sequence[str] | None = None) -> int:

@@ -26,12 +26,23 @@ class Meter:
         self._task = self._bar.add_task(label, total=total, completed=done, note="") if self._bar else None
 
     def advance(self, note: str = "") -> None:
-        self._done += 1
+        self.reach(self._done + 1, note)
+
+    def reach(self, done: int, note: str = "") -> None:
+        """So many are done by now."""
+        self._done = done
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, advance=1, note=note)
+            self._bar.update(self._task, completed=done, note=note)
         elif time.monotonic() - self._said >= INTERVAL:
             self._said = time.monotonic()
             print(f"{self._label}: {self._done}/{self._total} {note}".rstrip(), file=sys.stderr, flush=True)
+
+    def say(self, text: str) -> None:
+        """A line of its own, above the bar."""
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False)
+        else:
+            print(text, file=sys.stderr, flush=True)
 
     def __enter__(self) -> Self:
         if self._bar is not None:

@@ -44,17 +44,17 @@ async def list_jobs(request: AnyRequest) -> Page[JobItem]:
 
 
 @get("/admin/jobs/{job_id:str}", opt={ADMIN: True})
-async def retrieve_job(request: AnyRequest, job_id: str) -> JobDetail:
+async def retrieve_job(request: AnyRequest) -> JobDetail:
     """One job, with its plan, files and checkpoints."""
     check_names(request, ())
-    return await detail_of(_jobs(request), job_id)
+    return await detail_of(_jobs(request), _job_id(request))
 
 
 @get("/admin/jobs/{job_id:str}/events", opt={ADMIN: True})
-async def job_events(request: AnyRequest, job_id: str) -> Response[Page[EventItem]]:
+async def job_events(request: AnyRequest) -> Response[Page[EventItem]]:
     """What happened, from behind the number `after`. With `Accept: text/event-stream`: also what is still to
     come, until the job's end; goes on from Last-Event-ID."""
-    jobs = _jobs(request)
+    jobs, job_id = _jobs(request), _job_id(request)
     check_names(request, ("after", "limit"))
     limit = integer(request, "limit", default=100, least=1, most=MAX_EVENTS)
     after = first_number(request)
@@ -66,9 +66,9 @@ async def job_events(request: AnyRequest, job_id: str) -> Response[Page[EventIte
 
 
 @get("/admin/jobs/{job_id:str}/metrics", opt={ADMIN: True})
-async def job_metrics(request: AnyRequest, job_id: str) -> Response[Page[dict[str, Any]]]:
+async def job_metrics(request: AnyRequest) -> Response[Page[dict[str, Any]]]:
     """A row for each step and each evaluation behind the step `after`; as CSV with `Accept: text/csv`."""
-    jobs = _jobs(request)
+    jobs, job_id = _jobs(request), _job_id(request)
     check_names(request, ("after", "limit"))
     limit = integer(request, "limit", default=MAX_ROWS, least=1, most=MAX_ROWS)
     after = integer(request, "after", default=0, least=0, most=_ALL)
@@ -79,9 +79,9 @@ async def job_metrics(request: AnyRequest, job_id: str) -> Response[Page[dict[st
 
 
 @get("/admin/jobs/{job_id:str}/logs", opt={ADMIN: True})
-async def job_logs(request: AnyRequest, job_id: str) -> Response[bytes]:
+async def job_logs(request: AnyRequest) -> Response[bytes]:
     """The last `lines` of the job's log, a JSON object each."""
-    jobs = _jobs(request)
+    jobs, job_id = _jobs(request), _job_id(request)
     check_names(request, ("lines",))
     lines = integer(request, "lines", default=1000, least=1, most=MAX_LINES)
     await jobs.store.get(job_id)
@@ -90,28 +90,32 @@ async def job_logs(request: AnyRequest, job_id: str) -> Response[bytes]:
 
 
 @post("/admin/jobs/{job_id:str}/cancel", opt={ADMIN: True}, status_code=200)
-async def cancel_job(request: AnyRequest, job_id: str) -> JobDetail:
+async def cancel_job(request: AnyRequest) -> JobDetail:
     """End a job: at once, or where it is running, after the current step (`wanted` says so). 409 at its end."""
     jobs = _jobs(request)
-    await jobs.cancel(job_id)
-    return await detail_of(jobs, job_id)
+    job = await jobs.cancel(_job_id(request))
+    return await detail_of(jobs, job.id)
 
 
 @post("/admin/jobs/{job_id:str}/pause", opt={ADMIN: True}, status_code=200)
-async def pause_job(request: AnyRequest, job_id: str) -> JobDetail:
+async def pause_job(request: AnyRequest) -> JobDetail:
     """Hold a queued or a running job, the latter after the current step and with a checkpoint. Others go first
     meanwhile. 409 for any other."""
     jobs = _jobs(request)
-    await jobs.pause(job_id)
-    return await detail_of(jobs, job_id)
+    job = await jobs.pause(_job_id(request))
+    return await detail_of(jobs, job.id)
 
 
 @post("/admin/jobs/{job_id:str}/resume", opt={ADMIN: True}, status_code=200)
-async def resume_job(request: AnyRequest, job_id: str) -> JobDetail:
+async def resume_job(request: AnyRequest) -> JobDetail:
     """Let a paused job go on where it stood, once it is its turn. 409 for any other."""
     jobs = _jobs(request)
-    await jobs.resume(job_id)
-    return await detail_of(jobs, job_id)
+    job = await jobs.resume(_job_id(request))
+    return await detail_of(jobs, job.id)
+
+
+def _job_id(request: AnyRequest) -> str:
+    return str(request.path_params["job_id"])
 
 
 def _jobs(request: AnyRequest) -> JobManager:

@@ -219,7 +219,7 @@ class Execution:
         if job.state == "cancelled":
             return
         label = await self._ports.publisher.publish(
-            name=prepared.name,
+            name=job.name or self.id,
             source=self._directories.result(self.id) / ADAPTER_FILES,
             job_id=self.id,
             step=step,

@@ -13,7 +13,7 @@ class PreparedJob(Protocol):
 
     @property
     def name(self) -> str:
-        """Of the adapter that will be published."""
+        """Of the adapter that will be published. Empty: the job's id is its name."""
 
     @property
     def summary(self) -> dict[str, Any]:

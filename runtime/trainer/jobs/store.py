@@ -96,13 +96,15 @@ class JobStore(JobReader):
     async def accept(self, job_id: str, prepared: PreparedJob) -> Job:
         """From validating to queued. Raises `Conflict` while another job of that name is not at its end."""
 
+        name = prepared.name or job_id
+
         def work(c: sqlite3.Connection) -> Job:
             ended = ", ".join(f"'{state}'" for state in sorted(ENDED))
             query = f"SELECT id FROM jobs WHERE name = ? AND id != ? AND state NOT IN ({ended})"
-            other = c.execute(query, (prepared.name, job_id)).fetchone()
+            other = c.execute(query, (name, job_id)).fetchone()
             if other is not None:
                 raise Conflict(
-                    f"The job `{other['id']}` is making an adapter `{prepared.name}` already; wait for its end, or "
+                    f"The job `{other['id']}` is making an adapter `{name}` already; wait for its end, or "
                     "cancel it.",
                     param="name",
                     code="adapter_name_in_use",
@@ -112,7 +114,7 @@ class JobStore(JobReader):
                 job_id,
                 "queued",
                 Note(f"The recipe is valid: {prepared.total_steps} steps. Queued."),
-                name=prepared.name,
+                name=name,
                 summary=msgspec.json.encode(prepared.summary).decode(),
                 total_steps=prepared.total_steps,
                 attempts=0,

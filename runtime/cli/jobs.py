@@ -1,0 +1,158 @@
+"""`eft jobs`: the training jobs of a server."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from datetime import datetime
+from typing import Annotated, Any, TypeVar
+
+import httpx
+import msgspec
+from cyclopts import Parameter
+from rich.table import Table
+
+from runtime.cli.admin import DEFAULT_URL, AdminKey, Url, admin_client, ask, send
+from runtime.cli.flags import Json
+from runtime.cli.follow import events as stream_events
+from runtime.cli.follow import follow as follow_job
+from runtime.cli.output import console
+from runtime.cli.train import exit_code
+
+T = TypeVar("T")
+JobId = Annotated[str, Parameter(help="The job's id, ftjob-….")]
+
+
+def list_jobs(
+    *,
+    status: Annotated[list[str] | None, Parameter(help="Only jobs in this state; several times for several.")] = None,
+    limit: Annotated[int, Parameter(help="Most jobs.")] = 20,
+    url: Url = DEFAULT_URL,
+    admin_key: AdminKey = None,
+    json: Json = False,
+) -> int:
+    """The newest first."""
+    params = {"limit": limit, "status": status or []}
+    page = _with(url, admin_key, lambda http: ask(http, "GET", "/admin/jobs", params=params))
+    if json:
+        return _print(page)
+    table = Table("id", "status", "name", "step", "loss", "created", "adapter", box=None)
+    for job in page["data"]:
+        table.add_row(
+            job["id"],
+            job["status"],
+            job["name"] or "",
+            f"{job['step']}/{job['total_steps']}" if job["total_steps"] else "",
+            "" if job["loss"] is None else f"{job['loss']:.4f}",
+            _time(job["created_at"]),
+            job["adapter"] or "",
+        )
+    console().print(table)
+    return 0
+
+
+def show(job_id: JobId, /, *, url: Url = DEFAULT_URL, admin_key: AdminKey = None, json: Json = False) -> int:
+    """Returns 1 for a job that failed or was cancelled."""
+    job = _with(url, admin_key, lambda http: ask(http, "GET", f"/admin/jobs/{job_id}"))
+    if json:
+        _print(job)
+    else:
+        print(msgspec.json.format(msgspec.json.encode(job), indent=2).decode())
+    return exit_code(job)
+
+
+def events(
+    job_id: JobId,
+    /,
+    *,
+    follow: Annotated[bool, Parameter(help="Wait for more, until the job's end.", negative="")] = False,
+    url: Url = DEFAULT_URL,
+    admin_key: AdminKey = None,
+    json: Json = False,
+) -> int:
+    """With --follow, returns 1 where the job failed or was cancelled."""
+
+    async def stored(http: httpx.AsyncClient) -> None:
+        after, more = 0, True
+        while more:
+            page = await ask(http, "GET", f"/admin/jobs/{job_id}/events", params={"after": after, "limit": 1000})
+            for event in page["data"]:
+                _print_event(event, json=json)
+                after = int(event["id"])
+            more = page["has_more"]
+
+    async def live(http: httpx.AsyncClient) -> int:
+        job = await ask(http, "GET", f"/admin/jobs/{job_id}")
+        if not json:
+            return exit_code(await follow_job(http, job))
+        async for event in stream_events(http, job_id):
+            _print_event(event, json=True)
+        return exit_code(await ask(http, "GET", f"/admin/jobs/{job_id}"))
+
+    if follow:
+        return _with(url, admin_key, live)
+    _with(url, admin_key, stored)
+    return 0
+
+
+def logs(
+    job_id: JobId,
+    /,
+    *,
+    lines: Annotated[int, Parameter(help="Most lines.")] = 1000,
+    url: Url = DEFAULT_URL,
+    admin_key: AdminKey = None,
+) -> int:
+    """JSON, an object a line."""
+    params = {"lines": lines}
+    print(
+        _with(url, admin_key, lambda http: send(http, "GET", f"/admin/jobs/{job_id}/logs", params=params)).text, end=""
+    )
+    return 0
+
+
+def cancel(job_id: JobId, /, *, url: Url = DEFAULT_URL, admin_key: AdminKey = None, json: Json = False) -> int:
+    """Asks for it, and does not wait."""
+    return _act(job_id, "cancel", url, admin_key, json=json)
+
+
+def pause(job_id: JobId, /, *, url: Url = DEFAULT_URL, admin_key: AdminKey = None, json: Json = False) -> int:
+    """Asks for it, and does not wait."""
+    return _act(job_id, "pause", url, admin_key, json=json)
+
+
+def resume(job_id: JobId, /, *, url: Url = DEFAULT_URL, admin_key: AdminKey = None, json: Json = False) -> int:
+    """Asks for it, and does not wait."""
+    return _act(job_id, "resume", url, admin_key, json=json)
+
+
+def _act(job_id: str, action: str, url: str, admin_key: str | None, *, json: bool) -> int:
+    job = _with(url, admin_key, lambda http: ask(http, "POST", f"/admin/jobs/{job_id}/{action}"))
+    if json:
+        return _print(job)
+    soon = f", and will {job['wanted']} after this step" if job["wanted"] else ""
+    print(f"{job['id']} is {job['status']}{soon}.")
+    return 0
+
+
+def _with(url: str, admin_key: str | None, work: Callable[[httpx.AsyncClient], Awaitable[T]]) -> T:
+    async def run() -> T:
+        async with admin_client(url, admin_key) as http:
+            return await work(http)
+
+    return asyncio.run(run())
+
+
+def _print(data: Any) -> int:
+    print(msgspec.json.encode(data).decode())
+    return 0
+
+
+def _print_event(event: dict[str, Any], *, json: bool) -> None:
+    if json:
+        _print(event)
+    else:
+        level = "" if event["level"] == "info" else f"{event['level']}: "
+        print(f"{_time(event['created_at'])} {level}{event['message']}", flush=True)
+
+
+def _time(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M:%S")

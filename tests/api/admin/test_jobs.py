@@ -1,0 +1,146 @@
+"""/admin/jobs: lists, one job, metrics, logs, and what can be asked of a job."""
+
+import csv
+import io
+import json
+from typing import Any
+
+import pytest
+
+from tests.api.admin.conftest import admin, start_job
+from tests.trainer.jobs.fakes import World
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_the_list_is_paged_and_filtered(by_hand: World) -> None:
+    client = admin(by_hand)
+    ids = [await start_job(client, f"name: a{n}\n".encode()) for n in range(5)]
+    await by_hand.until(ids[0], "running")
+    page = (await client.get("/admin/jobs?limit=2")).json()
+    assert (page["object"], page["has_more"]) == ("list", True)
+    assert [job["id"] for job in page["data"]] == [ids[4], ids[3]]
+    page = (await client.get(f"/admin/jobs?limit=3&after={ids[3]}")).json()
+    assert ([job["id"] for job in page["data"]], page["has_more"]) == ([ids[2], ids[1], ids[0]], False)
+    page = (await client.get("/admin/jobs?status=running,failed")).json()
+    assert [job["id"] for job in page["data"]] == [ids[0]]
+    page = (await client.get("/admin/jobs?status=running&status=queued")).json()
+    assert len(page["data"]) == 5
+
+
+async def test_one_job(by_hand: World) -> None:
+    client = admin(by_hand)
+    job_id = await start_job(client, b"name: a\nsteps: 6\nevery: 2\n")
+    await by_hand.until(job_id, "running")
+    await by_hand.settle()
+    await by_hand.step(4)
+    job = (await client.get(f"/admin/jobs/{job_id}")).json()
+    assert (job["status"], job["step"], job["total_steps"], job["loss"]) == ("running", 4, 6, 0.25)
+    assert job["trained_tokens"] == 40
+    assert [checkpoint["step"] for checkpoint in job["checkpoints"]] == [2, 4]
+    assert 0 <= job["estimated_finish"] - job["started_at"] - 4 <= 10  # 2 steps of 2 seconds each
+    await by_hand.step(2)
+    await by_hand.until(job_id, "succeeded")
+    job = (await client.get(f"/admin/jobs/{job_id}")).json()
+    assert (job["status"], job["adapter"], job["error"], job["estimated_finish"]) == ("succeeded", "a@1", None, None)
+    assert job["finished_at"] >= job["started_at"]
+
+
+async def test_a_failed_job_says_why(by_hand: World) -> None:
+    client = admin(by_hand)
+    job_id = await start_job(client)
+    await by_hand.until(job_id, "running")
+    await by_hand.settle()
+    by_hand.runs.current.fail("nan_loss")
+    await by_hand.until(job_id, "failed")
+    error = (await client.get(f"/admin/jobs/{job_id}")).json()["error"]
+    assert error == {"code": "nan_loss", "message": "The loss is not a number.", "param": None}
+
+
+async def test_metrics_as_json_and_csv(world: World) -> None:
+    client = admin(world)
+    job_id = await start_job(client)
+    await world.until(job_id, "succeeded")
+    page = (await client.get(f"/admin/jobs/{job_id}/metrics")).json()
+    assert [(row["type"], row["step"], row["loss"]) for row in page["data"]] == [
+        ("step", 1, 1.0), ("step", 2, 0.5), ("step", 3, pytest.approx(1 / 3)), ("eval", 3, 0.5),
+    ]  # fmt: skip
+    page = (await client.get(f"/admin/jobs/{job_id}/metrics?after=1&limit=1")).json()
+    assert ([row["step"] for row in page["data"]], page["has_more"]) == ([2], True)
+    answer = await client.get(f"/admin/jobs/{job_id}/metrics", headers={"accept": "text/csv"})
+    assert answer.headers["content-type"].startswith("text/csv")
+    rows = list(csv.DictReader(io.StringIO(answer.text)))
+    assert [(row["type"], row["step"], row["learning_rate"]) for row in rows] == [
+        ("step", "1", "0.0001"), ("step", "2", "0.0001"), ("step", "3", "0.0001"), ("eval", "3", ""),
+    ]  # fmt: skip
+
+
+async def test_the_log_is_json_lines(world: World) -> None:
+    client = admin(world)
+    job_id = await start_job(client)
+    await world.until(job_id, "succeeded")
+    await world.settle()
+    answer = await client.get(f"/admin/jobs/{job_id}/logs")
+    assert answer.headers["content-type"].startswith("application/jsonl")
+    lines = [json.loads(line) for line in answer.text.splitlines()]
+    assert lines[-1]["message"] == "Published as shop@1."
+    answer = await client.get(f"/admin/jobs/{job_id}/logs?lines=2")
+    assert [json.loads(line) for line in answer.text.splitlines()] == lines[-2:]
+
+
+async def test_holding_and_ending(by_hand: World) -> None:
+    client = admin(by_hand)
+    running = await start_job(client, b"name: a\n")
+    queued = await start_job(client, b"name: b\n")
+    await by_hand.until(running, "running")
+    await by_hand.settle()
+
+    async def post(job_id: str, action: str) -> tuple[int, Any]:
+        answer = await client.post(f"/admin/jobs/{job_id}/{action}")
+        body = answer.json()
+        return answer.status_code, body.get("status") or body["error"]["code"]
+
+    assert await post(queued, "pause") == (200, "paused")
+    assert await post(queued, "resume") == (200, "queued")
+    assert await post(queued, "resume") == (409, "job_state")
+    assert await post(queued, "cancel") == (200, "cancelled")
+    assert await post(queued, "cancel") == (409, "job_state")
+    answer = await client.post(f"/admin/jobs/{running}/cancel")
+    assert (answer.json()["status"], answer.json()["wanted"]) == ("running", "cancel")
+    assert await post(running, "pause") == (409, "job_state")
+    await by_hand.step()
+    await by_hand.until(running, "cancelled")
+
+
+@pytest.mark.parametrize("path", ["", "/events", "/metrics", "/logs"])
+async def test_a_job_that_is_not_there(world: World, path: str) -> None:
+    answer = await admin(world).get(f"/admin/jobs/ftjob-no{path}")
+    assert answer.status_code == 404
+    assert answer.json()["error"]["code"] == "job_not_found"
+    streamed = await admin(world).get("/admin/jobs/ftjob-no/events", headers={"accept": "text/event-stream"})
+    assert streamed.status_code == 404
+
+
+@pytest.mark.parametrize("action", ["cancel", "pause", "resume"])
+async def test_nothing_can_be_asked_of_a_job_that_is_not_there(world: World, action: str) -> None:
+    assert (await admin(world).post(f"/admin/jobs/ftjob-no/{action}")).status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("query", "param"),
+    [
+        ("?limit=0", "limit"),
+        ("?limit=101", "limit"),
+        ("?limit=1e3", "limit"),
+        ("?status=done", "status"),
+        ("?stauts=running", "stauts"),
+    ],
+)
+async def test_parameters_that_make_no_sense(world: World, query: str, param: str) -> None:
+    answer = await admin(world).get(f"/admin/jobs{query}")
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == param
+
+
+async def test_after_a_job_that_is_not_there(world: World) -> None:
+    assert (await admin(world).get("/admin/jobs?after=ftjob-no")).status_code == 404
