@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 _CONNECT = httpx.Timeout(None, connect=10.0)
 """No limit on how long an answer may take; the caller sets one where it wants one."""
 
+training_jobs: "OpenJobs | None" = None
+"""What `in_process` opens beside the engine where training is asked for. None: this build only trains in a server."""
+
 
 @asynccontextmanager
 async def remote(url: str, api_key: str | None = None) -> AsyncIterator[httpx.AsyncClient]:
@@ -40,13 +43,15 @@ async def remote(url: str, api_key: str | None = None) -> AsyncIterator[httpx.As
         yield client
 
 
-def in_process(loaded: Loaded, open_jobs: "OpenJobs | None" = None) -> AbstractAsyncContextManager[httpx.AsyncClient]:
+def in_process(loaded: Loaded, *, training: bool = False) -> AbstractAsyncContextManager[httpx.AsyncClient]:
     """Load the model of these settings, and give a client of the API over it. No socket is opened.
 
-    With `open_jobs` the API has training jobs too.
+    With `training` the API has training jobs too. Raises `CommandError` where that cannot be.
 
     Blocks while it loads, and is called outside of an event loop: Ctrl-C then ends it at once.
     """
+    if training and training_jobs is None:
+        raise CommandError("training in this process is not part of this build: start a server, and give its --url")
     from runtime.clash import refuse_clash
 
     refuse_clash()
@@ -55,7 +60,7 @@ def in_process(loaded: Loaded, open_jobs: "OpenJobs | None" = None) -> AbstractA
 
     settings = _quiet(loaded)
     logs.configure(settings.observability)
-    return _client_of(EngineService.load(settings), settings, open_jobs)
+    return _client_of(EngineService.load(settings), settings, training_jobs if training else None)
 
 
 @asynccontextmanager

@@ -37,6 +37,12 @@ class Meter:
             self._said = time.monotonic()
             print(f"{self._label}: {self._done}/{self._total} {note}".rstrip(), file=sys.stderr, flush=True)
 
+    def total(self, total: int) -> None:
+        """It was not known before how many there will be."""
+        self._total = total
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, total=total)
+
     def say(self, text: str) -> None:
         """A line of its own, above the bar."""
         if self._bar is not None:

@@ -76,6 +76,8 @@ def _with_name(text: str, name: str) -> str:
         raise UsageError("--name works for recipes that are a block of `key: value` lines")
     for key, value in root.value:
         if key.value == "name":
-            return text[: value.start_mark.index] + quoted + text[value.end_mark.index :]
+            start, end = value.start_mark.index, value.end_mark.index
+            line_break = "\n" if text[start:end].endswith("\n") else ""  # a block of text ends with its line
+            return text[:start] + quoted + line_break + text[end:]
     start = root.start_mark.index
     return f"{text[:start]}name: {quoted}\n{text[start:]}"

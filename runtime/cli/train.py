@@ -43,7 +43,7 @@ def train(
     if model is not None:
         if url is not None or admin_key is not None:
             raise UsageError("--url and --admin-key are for a server; with --model, training is done here")
-        opened = client.in_process(read_settings(flags, config, model=model), jobs_of_this_process())
+        opened = client.in_process(read_settings(flags, config, model=model), training=True)
     else:
         refuse_settings(flags, config)
         opened = admin_client(url or DEFAULT_URL, admin_key)
@@ -74,7 +74,7 @@ async def submit(http: httpx.AsyncClient, files: RecipeFiles, *, dry_run: bool =
     """Post a recipe with its files, each read as it is sent: the job, or with `dry_run` the plan."""
     with ExitStack() as stack:
         form = [("recipe", ("recipe.yaml", files.recipe))]
-        form += [("file", (name, stack.enter_context(open(path, "rb")))) for name, path in files.data.items()]  # type: ignore[arg-type, misc]  # noqa: ASYNC230
+        form += [("file", (name, stack.enter_context(open(path, "rb")))) for name, path in files.data.items()]  # type: ignore[misc]  # noqa: ASYNC230
         params = {"dry_run": "1"} if dry_run else {}
         answer: dict[str, Any] = await ask(http, "POST", "/admin/train", files=form, params=params)
         return answer

@@ -32,7 +32,7 @@ def process(*arguments: str, cwd: Path, code: str | None = None) -> subprocess.C
 def test_help_lists_every_command(eft: Eft) -> None:
     done = eft("--help")
     assert done.code == 0
-    for name in ("serve", "chat", "batch", "bench", "config", "doctor"):
+    for name in ("serve", "chat", "batch", "train", "jobs", "bench", "config", "doctor"):
         assert name in done.out
 
 
@@ -40,7 +40,9 @@ def test_version(eft: Eft) -> None:
     assert eft("--version").out.strip() == version()
 
 
-@pytest.mark.parametrize("command", [["serve"], ["chat"], ["batch"], ["bench", "offline"], ["config", "show"]])
+@pytest.mark.parametrize(
+    "command", [["serve"], ["chat"], ["batch"], ["train"], ["bench", "offline"], ["config", "show"]]
+)
 def test_help_of_what_loads_a_model_has_a_flag_with_its_documentation_for_every_setting(
     eft: Eft, command: list[str]
 ) -> None:
@@ -50,6 +52,8 @@ def test_help_of_what_loads_a_model_has_a_flag_with_its_documentation_for_every_
     everything = command in (["serve"], ["config", "show"])
     for field in fields.fields():
         if not everything and field.section in ("server", "adapters", "trainer"):
+            continue
+        if not everything and field.section in ("adapters", "trainer") and command != ["train"]:
             continue
         if field.name == "model" and command != ["config", "show"]:
             continue  # has a line of its own in each command

@@ -19,14 +19,17 @@ class Checkpoints:
         self._directories = directories
         self._disk = disk
 
+    async def has(self, job_id: str, step: int) -> bool:
+        """Whether that step has one."""
+        return any(known.step == step for known in await self._store.checkpoints(job_id))
+
     async def save(self, job_id: str, step: int, snapshot: Snapshot, *, best: bool, limit: int | None) -> None:
         """Write one and commit its row, then drop the oldest beyond `limit`: never the newest, never the best.
 
-        A step that has one already keeps it: a snapshot of the same step says the same. Raises `OSError` and
-        `StorageUnavailable`; what was there before is there still.
+        Only for a step that has none. Raises `OSError` and `StorageUnavailable`; what was there before is there
+        still.
         """
-        if all(known.step != step for known in await self._store.checkpoints(job_id)):
-            await self._disk.call(write_snapshot, snapshot, self._directories.checkpoint(job_id, step))
+        await self._disk.call(write_snapshot, snapshot, self._directories.checkpoint(job_id, step))
         await self._store.add_checkpoint(job_id, step, best=best)
         failpoint("checkpoint.after_commit")
         await self._prune(job_id, limit)

@@ -201,6 +201,8 @@ class Execution:
         return None
 
     async def _save(self, handle: RunHandle, step: int, *, best: bool) -> None:
+        if await self._checkpoints.has(self.id, step):
+            return  # one was due at the step at which the run was paused: it says the same
         assert self._prepared is not None
         snapshot = await handle.take_snapshot(step)
         limit = self._prepared.summary.get("save_total_limit")

@@ -104,8 +104,7 @@ class JobStore(JobReader):
             other = c.execute(query, (name, job_id)).fetchone()
             if other is not None:
                 raise Conflict(
-                    f"The job `{other['id']}` is making an adapter `{name}` already; wait for its end, or "
-                    "cancel it.",
+                    f"The job `{other['id']}` is making an adapter `{name}` already; wait for its end, or cancel it.",
                     param="name",
                     code="adapter_name_in_use",
                 )
@@ -247,8 +246,7 @@ class JobStore(JobReader):
             if best:
                 c.execute("UPDATE job_checkpoints SET best = 0 WHERE job_id = ?", (job_id,))
             c.execute(
-                "INSERT INTO job_checkpoints (job_id, step, best, created_at) VALUES (?, ?, ?, ?) "
-                "ON CONFLICT (job_id, step) DO UPDATE SET best = max(best, excluded.best)",
+                "INSERT INTO job_checkpoints (job_id, step, best, created_at) VALUES (?, ?, ?, ?)",
                 (job_id, step, best, time.time()),
             )
             rows.change(c, job_id, attempts=0)

@@ -63,7 +63,7 @@ class FakePreparer:
         summary: dict[str, Any] = {"total_steps": steps, "rows": rows, "every": int(keys.get("every", "0"))}
         if "keep" in keys:
             summary["save_total_limit"] = int(keys["keep"])
-        return FakePrepared(keys["name"], steps, summary, good=keys.get("good") != "no")
+        return FakePrepared(keys["name"].strip("'"), steps, summary, good=keys.get("good") != "no")
 
 
 class FakeSnapshot:
