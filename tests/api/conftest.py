@@ -3,17 +3,22 @@
 import asyncio
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
 
 from runtime.api.app import create_app
 from runtime.logs import configure
+from runtime.trainer.jobs.manager import JobManager
 from settings.schema import CacheSettings, ModelSettings, ObservabilitySettings, ServerSettings, Settings
 from tests.api.fakes import FakeService
+from tests.trainer.jobs.fakes import World
+
+if TYPE_CHECKING:
+    from runtime.api.server import OpenJobs
 
 
 @pytest.fixture
@@ -45,7 +50,8 @@ def client_of(service: FakeService, settings: Settings, **headers: str) -> httpx
 class RunningServer:
     """`runtime.api.server.serve` on a thread, with a loop of its own."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, open_jobs: "OpenJobs | None" = None) -> None:
+        self._open_jobs = open_jobs
         self.exit_code: int | None = None
         self.url = ""
         self._settings = settings
@@ -79,7 +85,7 @@ class RunningServer:
             from runtime.api.server import serve
 
             self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-            return await serve(self._settings, on_ready=self._on_ready, stop=self._stop)
+            return await serve(self._settings, open_jobs=self._open_jobs, on_ready=self._on_ready, stop=self._stop)
 
         try:
             import uvloop
@@ -110,8 +116,22 @@ def tiny_settings(model: Path, **server: object) -> Settings:
     )
 
 
+def jobs_of(world: World) -> "OpenJobs":
+    """Training jobs over fakes, for a server."""
+
+    @contextlib.asynccontextmanager
+    async def open_jobs(service: object, settings: Settings) -> AsyncIterator[JobManager]:
+        try:
+            yield await world.start()
+        finally:
+            await world.stop(0.0)
+
+    return open_jobs
+
+
 @pytest.fixture(scope="session")
-def server(tiny_model: Path) -> Iterator[RunningServer]:
+def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     """A server that all tests share: leave it as you found it."""
-    with RunningServer(tiny_settings(tiny_model)) as running:
+    world = World(tmp_path_factory.mktemp("state"))
+    with RunningServer(tiny_settings(tiny_model), jobs_of(world)) as running:
         yield running
