@@ -162,6 +162,15 @@ def test_recipes_and_plans_need_no_torch() -> None:
         assert not {f"{heavy} through {reached[heavy]}" for heavy in HEAVY & reached.keys()}, start
 
 
+def test_jobs_know_neither_http_nor_tensors() -> None:
+    inside = [name for name in graph(deferred=True) if name.startswith("runtime.trainer.jobs")]
+    assert inside
+    for name in inside:
+        reached = reachable(name)
+        assert not {f"{name}: {heavy} through {reached[heavy]}" for heavy in HEAVY & reached.keys()}
+        assert not {target for target in graph(deferred=True)[name] if part(target) in ("runtime.workers", "runtime.api")}
+
+
 def tracked() -> list[Path]:
     """The project's files: what git tracks, and what it would if it were added."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
