@@ -42,6 +42,7 @@ class EngineService:
         self.block_size = assembled.block_size
         self.num_blocks = assembled.num_blocks
         self.lora_base = assembled.lora_base
+        self.decoder = assembled.decoder
         self.adapters: AdapterLibrary | None = None
         """The adapters that can be asked for by name; set by who opens the state directory, if anybody does."""
         self.created = int(time.time())
@@ -60,7 +61,7 @@ class EngineService:
         self._draining = False
         self._step_started: float | None = None
         self.background: Background | None = None
-        """What the engine thread does beside steps. Set before `start`."""
+        """What the engine thread does beside steps, and when there are none."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
 

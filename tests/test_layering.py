@@ -168,7 +168,9 @@ def test_jobs_know_neither_http_nor_tensors() -> None:
     for name in inside:
         reached = reachable(name)
         assert not {f"{name}: {heavy} through {reached[heavy]}" for heavy in HEAVY & reached.keys()}
-        assert not {target for target in graph(deferred=True)[name] if part(target) in ("runtime.workers", "runtime.api")}
+        assert not {
+            target for target in graph(deferred=True)[name] if part(target) in ("runtime.workers", "runtime.api")
+        }
 
 
 def tracked() -> list[Path]:

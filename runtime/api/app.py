@@ -6,7 +6,6 @@ from litestar import Litestar
 from litestar.datastructures import State
 
 from runtime.api.admin import adapters
-from runtime.api.admin.lora import load_lora_adapter, unload_lora_adapter
 from runtime.api.admin.jobs import (
     cancel_job,
     job_events,
@@ -17,6 +16,7 @@ from runtime.api.admin.jobs import (
     resume_job,
     retrieve_job,
 )
+from runtime.api.admin.lora import load_lora_adapter, unload_lora_adapter
 from runtime.api.admin.train import train
 from runtime.api.auth import KeyGuard
 from runtime.api.docs import openapi_config

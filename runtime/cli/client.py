@@ -18,14 +18,11 @@ from settings.load import Loaded
 from settings.schema import Settings
 
 if TYPE_CHECKING:
-    from runtime.api.server import OpenJobs
     from runtime.service import EngineService
+    from runtime.trainer.state import State
 
 _CONNECT = httpx.Timeout(None, connect=10.0)
 """No limit on how long an answer may take; the caller sets one where it wants one."""
-
-training_jobs: "OpenJobs | None" = None
-"""What `in_process` opens beside the engine where training is asked for. None: this build only trains in a server."""
 
 
 @asynccontextmanager
@@ -46,12 +43,11 @@ async def remote(url: str, api_key: str | None = None) -> AsyncIterator[httpx.As
 def in_process(loaded: Loaded, *, training: bool = False) -> AbstractAsyncContextManager[httpx.AsyncClient]:
     """Load the model of these settings, and give a client of the API over it. No socket is opened.
 
-    With `training` the API has training jobs too. Raises `CommandError` where that cannot be.
+    With `training` the API has the state directory's jobs and adapters too. Entering raises `StateDirectoryInUse`
+    where a server has them.
 
     Blocks while it loads, and is called outside of an event loop: Ctrl-C then ends it at once.
     """
-    if training and training_jobs is None:
-        raise CommandError("training in this process is not part of this build: start a server, and give its --url")
     from runtime.clash import refuse_clash
 
     refuse_clash()
@@ -60,24 +56,25 @@ def in_process(loaded: Loaded, *, training: bool = False) -> AbstractAsyncContex
 
     settings = _quiet(loaded)
     logs.configure(settings.observability)
-    return _client_of(EngineService.load(settings), settings, training_jobs if training else None)
+    return _client_of(EngineService.load(settings), settings, training=training)
 
 
 @asynccontextmanager
 async def _client_of(
-    service: "EngineService", settings: Settings, open_jobs: "OpenJobs | None"
+    service: "EngineService", settings: Settings, *, training: bool
 ) -> AsyncIterator[httpx.AsyncClient]:
     from runtime.api.app import create_app
     from runtime.api.handle import ServiceHandle
 
     handle = ServiceHandle(service)
     service.start()
-    jobs = AsyncExitStack()
+    stack = AsyncExitStack()
     try:
-        if open_jobs is not None:
-            handle.jobs = await jobs.enter_async_context(open_jobs(service, settings))
+        if training:
+            state = await stack.enter_async_context(open_state(service, settings))
+            service.adapters, handle.jobs = state.adapters, state.jobs
         transport = InProcessTransport(create_app(handle, settings))
-        key = next(iter(settings.server.admin_key if open_jobs else settings.server.api_key), None)
+        key = next(iter(settings.server.admin_key if training else settings.server.api_key), None)
         async with httpx.AsyncClient(
             transport=transport, base_url="http://127.0.0.1", timeout=None, headers=_authorization(key)
         ) as client:
@@ -85,8 +82,15 @@ async def _client_of(
     finally:
         if handle.jobs is not None:
             await handle.jobs.stop(settings.server.drain_timeout)
-        await jobs.aclose()
+        await stack.aclose()
         await service.stop(0.0)
+
+
+def open_state(service: "EngineService", settings: Settings) -> "AbstractAsyncContextManager[State]":
+    """Jobs and adapters of the state directory."""
+    from runtime.trainer.state import open_state as opened
+
+    return opened(service, settings)
 
 
 async def served_model(client: httpx.AsyncClient) -> str:

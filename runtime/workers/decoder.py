@@ -96,6 +96,8 @@ class Decoder:
     def __init__(self, spec: DecoderSpec, ops: Ops, *, max_len: int, dtype: torch.dtype, device: torch.device) -> None:
         self.spec = spec
         self.ops = ops
+        self.max_len = max_len
+        """Positions that there are angles for: the longest sequence, in tokens."""
         self.dtype = dtype
         self.device = device
         self.embedding = Embedding(spec.vocab_size, spec.hidden_size, dtype=dtype, device=device)

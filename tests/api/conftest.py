@@ -12,13 +12,13 @@ import pytest
 
 from runtime.api.app import create_app
 from runtime.logs import configure
-from runtime.trainer.jobs.manager import JobManager
+from runtime.trainer.state import State
 from settings.schema import CacheSettings, ModelSettings, ObservabilitySettings, ServerSettings, Settings
 from tests.api.fakes import FakeService
 from tests.trainer.jobs.fakes import World
 
 if TYPE_CHECKING:
-    from runtime.api.server import OpenJobs
+    from runtime.api.server import OpenState
 
 
 @pytest.fixture
@@ -50,8 +50,8 @@ def client_of(service: FakeService, settings: Settings, **headers: str) -> httpx
 class RunningServer:
     """`runtime.api.server.serve` on a thread, with a loop of its own."""
 
-    def __init__(self, settings: Settings, open_jobs: "OpenJobs | None" = None) -> None:
-        self._open_jobs = open_jobs
+    def __init__(self, settings: Settings, open_state: "OpenState | None" = None) -> None:
+        self._open_state = open_state
         self.exit_code: int | None = None
         self.url = ""
         self._settings = settings
@@ -85,7 +85,7 @@ class RunningServer:
             from runtime.api.server import serve
 
             self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-            return await serve(self._settings, open_jobs=self._open_jobs, on_ready=self._on_ready, stop=self._stop)
+            return await serve(self._settings, open_state=self._open_state, on_ready=self._on_ready, stop=self._stop)
 
         try:
             import uvloop
@@ -116,17 +116,17 @@ def tiny_settings(model: Path, **server: object) -> Settings:
     )
 
 
-def jobs_of(world: World) -> "OpenJobs":
+def jobs_of(world: World) -> "OpenState":
     """Training jobs over fakes, for a server."""
 
     @contextlib.asynccontextmanager
-    async def open_jobs(service: object, settings: Settings) -> AsyncIterator[JobManager]:
+    async def open_state(service: object, settings: Settings) -> AsyncIterator[State]:
         try:
-            yield await world.start()
+            yield State(adapters=None, jobs=await world.start())
         finally:
             await world.stop(0.0)
 
-    return open_jobs
+    return open_state
 
 
 @pytest.fixture(scope="session")

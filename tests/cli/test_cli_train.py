@@ -11,7 +11,7 @@ import pytest
 from runtime.cli import client
 from runtime.cli.recipe_files import read_recipe
 from runtime.logs import configure
-from runtime.trainer.jobs.manager import JobManager
+from runtime.trainer.state import State
 from settings.schema import ObservabilitySettings
 from tests.cli.conftest import Eft
 from tests.cli.fake_api import listening
@@ -152,11 +152,11 @@ def test_in_this_process(eft: Eft, tiny_model: Path, recipe: Path, tmp_path: Pat
     world = World(tmp_path / "state")
 
     @asynccontextmanager
-    async def open_jobs(service: Any, settings: Any) -> AsyncIterator[JobManager]:
-        yield await world.start()
+    async def open_state(service: Any, settings: Any) -> AsyncIterator[State]:
+        yield State(adapters=None, jobs=await world.start())
         await world.stop()
 
-    monkeypatch.setattr(client, "training_jobs", open_jobs)
+    monkeypatch.setattr(client, "open_state", open_state)
     done = eft("train", recipe, "--model", tiny_model)
     assert done.code == 0
     assert done.out == f"Published as shop@1. Try it:\n  eft chat {tiny_model}\n"

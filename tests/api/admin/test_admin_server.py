@@ -104,10 +104,10 @@ def test_stopping_writes_a_checkpoint_and_the_next_server_goes_on_from_it(tiny_m
 
 
 def test_serving_goes_on_where_the_state_cannot_be_had(tiny_model: Path) -> None:
-    def open_jobs(service: object, settings: Settings) -> Any:
+    def open_state(service: object, settings: Settings) -> Any:
         raise StateDirectoryInUse("/var/lib/eft is in use")
 
-    with RunningServer(tiny_settings(tiny_model), open_jobs) as server:
+    with RunningServer(tiny_settings(tiny_model), open_state) as server:
         answer = httpx.post(f"{server.url}/v1/completions", json={"prompt": "a", "max_tokens": 1}, timeout=30)
         assert answer.status_code == 200
         error = httpx.get(f"{server.url}/admin/jobs").json()["error"]
