@@ -120,7 +120,9 @@ async def _open(
     from runtime.trainer.database import StateDirectoryInUse
 
     if open_state is None:
-        from runtime.trainer.state import open_state
+        from runtime.trainer import state
+
+        open_state = state.open_state
     try:
         return await stack.enter_async_context(open_state(service, settings))
     except (StateDirectoryInUse, OSError) as error:
