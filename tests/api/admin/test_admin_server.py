@@ -38,7 +38,7 @@ def folders(server: RunningServer) -> int:
 
 
 def test_a_form_in_small_pieces(server: RunningServer) -> None:
-    data = b"\r\n--X-\r\n" * 100  # nearly a boundary, again and again
+    data = b"\r\n--\r\n-X\r" * 100  # nearly a boundary, again and again
     body = part('name="recipe"', b"name: pieces") + part('name="f"; filename="a b.jsonl"', data) + b"--X--\r\n"
     with socket.create_connection(server.address, timeout=10) as connection:
         connection.sendall(head("/admin/train", f"Content-Length: {len(body)}", "Connection: close"))
