@@ -12,6 +12,9 @@ import pytest
 
 from runtime.api.app import create_app
 from runtime.logs import configure
+from runtime.trainer.adapters import store
+from runtime.trainer.adapters.library import AdapterLibrary
+from runtime.trainer.database import Database
 from runtime.trainer.state import State
 from settings.schema import CacheSettings, ModelSettings, ObservabilitySettings, ServerSettings, Settings
 from tests.api.fakes import FakeService
@@ -117,14 +120,19 @@ def tiny_settings(model: Path, **server: object) -> Settings:
 
 
 def jobs_of(world: World) -> "OpenState":
-    """Training jobs over fakes, for a server."""
+    """Training jobs over fakes, beside a real library of adapters, for a server."""
 
     @contextlib.asynccontextmanager
-    async def open_state(service: object, settings: Settings) -> AsyncIterator[State]:
+    async def open_state(service: Any, settings: Settings) -> AsyncIterator[State]:
+        folder = world.path / "adapters-of-the-server"
+        database = Database(folder, [store.SCHEMA])
+        library = await AdapterLibrary.open(database, folder, service, max_loaded=4, max_rank=64)
         try:
-            yield State(adapters=None, jobs=await world.start())
+            yield State(adapters=library, jobs=await world.start())
         finally:
             await world.stop(0.0)
+            await library.close()
+            database.close()
 
     return open_state
 

@@ -1,5 +1,6 @@
 """Every route under /admin asks for an admin key: generated from the route table."""
 
+import re
 from typing import Any
 
 import httpx
@@ -17,7 +18,7 @@ SETTINGS = Settings(server=ServerSettings(api_key=("inference",), admin_key=("bo
 
 def admin_routes() -> list[tuple[str, str, Any]]:
     return [
-        (method, route.path.replace("{job_id:str}", "ftjob-1"), handler)
+        (method, re.sub(r"{\w+:int}", "1", re.sub(r"{\w+:(str|path)}", "ftjob-1", route.path)), handler)
         for route in create_app(FakeService(), SETTINGS).routes
         for handler in route.route_handlers
         for method in handler.http_methods
