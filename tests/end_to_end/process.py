@@ -1,0 +1,127 @@
+"""`eft serve` in a process of its own, to be asked, killed and started again."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+
+ROOT = Path(__file__).parents[2]
+ENDED = {"succeeded", "failed", "cancelled"}
+
+
+class ServerProcess:
+    """A server on a free port, over a state directory that outlives it."""
+
+    def __init__(self, model: str, state: Path, *, failpoints: str = "", **settings: object) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        given = {"port": port, "state_dir": state, "log_level": "warning", **settings}
+        flags = [item for name, value in given.items() for item in (f"--{name.replace('_', '-')}", str(value))]
+        environment = os.environ | {"EFT_FAILPOINTS": failpoints}
+        command = [sys.executable, "-m", "runtime", "serve", model, *flags]
+        self._process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+        self.http = httpx.Client(base_url=self.url, timeout=120, trust_env=False)
+
+    def __enter__(self) -> Self:
+        wait_until(self._is_ready, 90)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._process.poll() is None:
+            self._process.terminate()
+        try:
+            self._process.wait(60)
+        finally:
+            self._process.kill()
+            self.http.close()
+
+    def kill(self) -> None:
+        """As `kill -9`."""
+        self._process.send_signal(signal.SIGKILL)
+        self._process.wait(30)
+
+    def wait_for_exit(self) -> int:
+        return self._process.wait(120)
+
+    @property
+    def resident_bytes(self) -> int:
+        pages = int(Path(f"/proc/{self._process.pid}/statm").read_text(encoding="ascii").split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+    def _is_ready(self) -> bool:
+        assert self._process.poll() is None, f"the server ended with {self._process.returncode}"
+        try:
+            return self.http.get("/ready").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    # -- training ------------------------------------------------------------------------------
+
+    def train(self, recipe: str, data: dict[str, bytes]) -> str:
+        """Post a recipe with its data files; the job's id."""
+        files = [("recipe", ("recipe.yaml", recipe.encode(), "application/yaml"))]
+        files += [("data", (name, content, "application/octet-stream")) for name, content in data.items()]
+        answer = self.http.post("/admin/train", files=files)
+        assert answer.status_code in (201, 202), answer.text
+        return str(answer.json()["id"])
+
+    def job(self, job_id: str) -> dict[str, Any]:
+        found: dict[str, Any] = self.http.get(f"/admin/jobs/{job_id}").json()
+        return found
+
+    def wait_for_job(self, job_id: str, seconds: float = 240) -> dict[str, Any]:
+        """The job once it has ended."""
+        wait_until(lambda: self.job(job_id)["status"] in ENDED, seconds)
+        return self.job(job_id)
+
+    def losses(self, job_id: str) -> dict[int, float]:
+        """Step → loss."""
+        rows = self.http.get(f"/admin/jobs/{job_id}/metrics", params={"limit": 1000}).json()["data"]
+        return {row["step"]: row["loss"] for row in rows if row.get("kind", row.get("type")) == "step"}
+
+    # -- asking --------------------------------------------------------------------------------
+
+    def tokens(self, model: str, prompt: str, count: int = 16) -> list[int]:
+        """A greedy answer to a chat, as token ids."""
+        body = {
+            "model": model,
+            "messages": [{"role": "user", "content": prompt}],
+            "max_tokens": count,
+            "temperature": 0,
+            "return_token_ids": True,
+        }
+        answer = self.http.post("/v1/chat/completions", json=body)
+        assert answer.status_code == 200, answer.text
+        ids: list[int] = answer.json()["choices"][0]["token_ids"]
+        return ids
+
+    def ask(self, model: str, prompt: str, count: int = 24) -> str:
+        """A greedy answer to a chat."""
+        body = {
+            "model": model,
+            "messages": [{"role": "user", "content": prompt}],
+            "max_tokens": count,
+            "temperature": 0,
+        }
+        answer = self.http.post("/v1/chat/completions", json=body)
+        assert answer.status_code == 200, answer.text
+        return str(answer.json()["choices"][0]["message"]["content"])
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"not within {seconds} s"
+        time.sleep(0.1)
