@@ -18,7 +18,7 @@ SETTINGS = Settings(server=ServerSettings(api_key=("inference",), admin_key=("bo
 
 def admin_routes() -> list[tuple[str, str, Any]]:
     return [
-        (method, re.sub(r"{\w+:int}", "1", re.sub(r"{\w+:(str|path)}", "ftjob-1", route.path)), handler)
+        (method, re.sub(r"\{\w+:\w+\}", "1", route.path), handler)
         for route in create_app(FakeService(), SETTINGS).routes
         for handler in route.route_handlers
         for method in handler.http_methods
@@ -28,21 +28,22 @@ def admin_routes() -> list[tuple[str, str, Any]]:
 
 def test_there_are_some() -> None:
     paths = {(method, path) for method, path, _ in admin_routes()}
-    assert {("POST", "/admin/train"), ("GET", "/admin/jobs"), ("POST", "/admin/jobs/ftjob-1/cancel")} <= paths
+    assert {("POST", "/admin/train"), ("GET", "/admin/jobs"), ("POST", "/admin/jobs/1/cancel")} <= paths
 
 
 def test_each_says_that_it_is_for_admins() -> None:
     assert all(handler.opt.get(ADMIN) is True for _, _, handler in admin_routes())
 
 
-@pytest.mark.parametrize(("key", "status"), [(None, 401), ("inference", 403), ("bos", 401), ("boss", 503)])
-async def test_each_asks_for_the_admin_key(key: str | None, status: int) -> None:
+@pytest.mark.parametrize(("key", "status"), [(None, 401), ("inference", 403), ("bos", 401), ("boss", None)])
+async def test_each_asks_for_the_admin_key(key: str | None, status: int | None) -> None:
     transport = httpx.ASGITransport(create_app(FakeService(), SETTINGS))
     headers = {"authorization": f"Bearer {key}"} if key else {}
     async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", headers=headers) as client:
         for method, path, _ in admin_routes():
             for spelling in (path, path + "/"):
-                assert (await client.request(method, spelling)).status_code == status, (method, spelling)
+                answered = (await client.request(method, spelling)).status_code
+                assert answered == status if status else answered not in (401, 403), (method, spelling)
 
 
 async def test_without_an_admin_key_only_this_machine_may() -> None:
