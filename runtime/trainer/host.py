@@ -1,11 +1,13 @@
 """The engine thread's side of training: holds the run that is being trained, and gives it its share of the time."""
 
+import threading
 from collections.abc import Callable
 
 from runtime.logs import get_logger
 from runtime.trainer.events import FailedEvent, RunEvent
 from runtime.trainer.run import TrainingRun
 from runtime.trainer.share import Share
+from runtime.workers.memory import give_back_memory
 
 IDLE_SLICE = 0.05
 """Seconds of training between two looks at the inbox when nobody asks for anything: what a first token may wait."""
@@ -62,4 +64,6 @@ class TrainingHost:
             return 0.0
         if spent:
             self._on_slices(spent)
+        if run.pacer.done:
+            threading.Thread(target=give_back_memory, name="trim", daemon=True).start()
         return spent

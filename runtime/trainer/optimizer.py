@@ -80,6 +80,11 @@ class Optimizer:
                     if state:
                         optimizer.state[parameter] = state
 
+    def release(self) -> None:
+        """Let gradients and state go: there will be no more steps."""
+        self.zero_grad()
+        self._optimizers.clear()
+
     def _state(self, parameter: Tensor) -> dict[str, Any]:
         for optimizer in self._optimizers:
             if parameter in optimizer.state:

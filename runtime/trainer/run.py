@@ -132,6 +132,8 @@ class TrainingRun:
                 raise
             message = "There is not enough memory for this job: lower micro_batch_size or sequence_len."
             self._on_event(FailedEvent(step=self._progress.step, code="out_of_memory", message=message))
+        finally:
+            self._optimizer.release()
 
     def _train(self) -> Slices:
         began, busy = self._clock(), self.pacer.busy_seconds
@@ -253,7 +255,7 @@ class TrainingRun:
         if self._test and not self._spec.eval_every:
             yield from self._evaluate()
         done = progress.step == self._spec.schedule.total_steps
-        self._capture()
+        self._capture(last=True)
         self._on_event(
             FinishedEvent(
                 step=progress.step,
@@ -262,12 +264,13 @@ class TrainingRun:
             )
         )
 
-    def _capture(self) -> None:
+    def _capture(self, *, last: bool = False) -> None:
+        """`last`: nothing goes on from here, so the optimiser's state is left out."""
         progress = msgspec.structs.replace(self._progress)
         self._snapshots[progress.step] = Snapshot(
             progress=progress,
             parameters=self._lora.capture(),
-            optimizer=self._optimizer.capture(),
+            optimizer={} if last else self._optimizer.capture(),
             best=None if progress.best_step in (0, progress.step) else self._best,
             write_adapter=lambda path, captured: self._write_adapter(path, self._lora.layers_of(captured)),
         )

@@ -1,8 +1,8 @@
 """All that a training run needs to go on from a step, apart from model, recipe and data. On disk without pickles.
 
-A snapshot directory holds `state.json`, `training.safetensors` (parameters, optimiser state, best parameters), and
-`adapter_files/` in PEFT's format: what would be published. Nothing random is in it: every mask and every order is
-made from the seed and the step.
+A snapshot directory holds `state.json`, a safetensors file each for the parameters, the optimiser's state and the best
+parameters so far, and `adapter_files/` in PEFT's format: what would be published. Nothing random is in it: every mask
+and every order is made from the seed and the step.
 """
 
 import os
@@ -19,8 +19,8 @@ from torch import Tensor
 from runtime.failpoints import failpoint
 
 STATE = "state.json"
-TENSORS = "training.safetensors"
 ADAPTER = "adapter_files"
+GROUPS = ("parameters", "optimizer", "best")
 
 
 class Progress(Struct, kw_only=True):
@@ -50,11 +50,13 @@ class Snapshot:
 
     def write(self, directory: Path) -> None:
         """Write everything into an existing empty directory, and sync it. Raises `OSError`."""
-        groups = {"parameters": self.parameters, "optimizer": self.optimizer, "best": self.best or {}}
-        tensors = {f"{group}/{name}": tensor for group, part in groups.items() for name, tensor in part.items()}
         failpoint("snapshot.write")
-        save_file(tensors, directory / TENSORS)
-        sync(directory / TENSORS)
+        for group, tensors in zip(
+            GROUPS, (self.parameters, self.optimizer, self.best or {}), strict=True
+        ):  # one file each: what is written is in memory twice meanwhile
+            path = directory / _tensors(group)
+            save_file(dict(tensors), path)
+            sync(path)
         failpoint("snapshot.tensors_written")
         (directory / STATE).write_bytes(msgspec.json.encode(self.progress))
         sync(directory / STATE)
@@ -82,14 +84,14 @@ def read_snapshot(directory: Path) -> Restored:
     """Raises `ValueError` for what is no complete snapshot."""
     try:
         progress = msgspec.json.decode((directory / STATE).read_bytes(), type=Progress)
-        tensors = load_file(directory / TENSORS)
+        parameters, optimizer, best = (load_file(directory / _tensors(group)) for group in GROUPS)
     except (OSError, msgspec.MsgspecError, SafetensorError) as error:
         raise ValueError(f"{directory.name} is no complete checkpoint: {error}") from error
-    groups: dict[str, dict[str, Tensor]] = {"parameters": {}, "optimizer": {}, "best": {}}
-    for name, tensor in tensors.items():
-        group, _, rest = name.partition("/")
-        groups[group][rest] = tensor
-    return Restored(progress, groups["parameters"], groups["optimizer"], groups["best"] or None)
+    return Restored(progress, parameters, optimizer, best or None)
+
+
+def _tensors(group: str) -> str:
+    return f"{group}.safetensors"
 
 
 def sync(path: Path) -> None:

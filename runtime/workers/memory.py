@@ -1,4 +1,4 @@
-"""How the C allocator treats the step's temporaries."""
+"""How the C allocator treats the temporaries of steps, and what a job leaves behind."""
 
 import ctypes
 import sys
@@ -20,3 +20,14 @@ def keep_freed_memory() -> bool:
     except (OSError, AttributeError):
         return False
     return bool(mallopt(_M_MMAP_THRESHOLD, _LARGE)) and bool(mallopt(_M_TRIM_THRESHOLD, _LARGE))
+
+
+def give_back_memory() -> bool:
+    """Return what is free to the system, after something large has ended. False without glibc."""
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError):
+        return False
+    return bool(trim(0))

@@ -118,7 +118,7 @@ def test_a_snapshot_of_another_adapter_is_refused(decoder: Decoder, tmp_path: Pa
         make_run(decoder, run_spec(decoder, shape=LoraShape(rank=8, alpha=8)), [], restored=restored)
 
 
-@pytest.mark.parametrize("damage", ["state.json", "training.safetensors"])
+@pytest.mark.parametrize("damage", ["state.json", "parameters.safetensors", "best.safetensors"])
 def test_half_a_snapshot_is_refused(decoder: Decoder, damage: str, tmp_path: Path) -> None:
     events: list[RunEvent] = []
     run = make_run(decoder, run_spec(decoder), events)
