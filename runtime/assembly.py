@@ -9,10 +9,12 @@ from msgspec import ValidationError, convert
 import kernels
 from runtime.blocks import BlockManager
 from runtime.engine import Engine
+from runtime.hooks import Hooks
 from runtime.metrics import Metrics
-from runtime.scheduler import Scheduler
+from runtime.scheduler import Scheduler, Speculation
 from runtime.scheduler.policies import make_policy
 from runtime.workers.adapter_slots import AdapterSlots
+from runtime.tenants import tenant_weights
 from runtime.workers.decoder import Decoder, DecoderSpec
 from runtime.workers.executor import InProcessExecutor
 from runtime.workers.kv_cache import KVCache, block_bytes
@@ -23,7 +25,7 @@ from runtime.workers.lora_base import LoraBase
 from runtime.workers.memory import keep_freed_memory
 from runtime.workers.models import find_model
 from runtime.workers.worker import Worker
-from settings.schema import CacheSettings, ModelSettings, Settings
+from settings.schema import CacheSettings, ModelSettings, SchedulerSettings, Settings
 
 DEFAULT_CONTEXTS = 4
 """Without a setting the cache holds so many full contexts, if a quarter of the free memory does."""
@@ -66,14 +68,7 @@ def assemble(settings: Settings) -> Assembled:
         dtype=decoder.dtype,
         device=decoder.device,
     )
-    scheduler = Scheduler(
-        BlockManager(num_blocks, block_size, prefix_caching=settings.cache.prefix_caching),
-        make_policy(settings.scheduler.policy),
-        max_batched_tokens=settings.scheduler.max_batched_tokens,
-        max_prefill_chunk=settings.scheduler.max_prefill_chunk,
-        max_running=settings.scheduler.max_running,
-        max_waiting=settings.scheduler.max_waiting,
-    )
+    scheduler = make_scheduler(settings.scheduler, settings.cache, num_blocks)
     lora_base = LoraBase.of(decoder, find_model(checkpoint.config).LORA_TARGETS, name)
     slots = AdapterSlots(
         lora_base,
@@ -91,8 +86,30 @@ def assemble(settings: Settings) -> Assembled:
         num_blocks=num_blocks,
         max_adapters=settings.adapters.max_loaded,
     )
-    engine = Engine(scheduler, InProcessExecutor(worker), checkpoint.tokenizer, metrics, max_len=max_len)
+    engine = Engine(
+        scheduler, InProcessExecutor(worker), checkpoint.tokenizer, metrics, max_len=max_len, hooks=Hooks.installed()
+    )
     return Assembled(engine, name, block_size, num_blocks, decoder, lora_base)
+
+
+def make_scheduler(settings: SchedulerSettings, cache: CacheSettings, num_blocks: int) -> Scheduler:
+    """The scheduler and its block pool."""
+    speculation = None
+    if settings.speculative_tokens is not None:
+        speculation = Speculation(
+            settings.speculative_tokens, settings.speculative_max_running, settings.speculative_min_acceptance
+        )
+    return Scheduler(
+        BlockManager(num_blocks, cache.block_size, prefix_caching=cache.prefix_caching),
+        make_policy(settings.policy, weights=tenant_weights(settings.fair_weights)),
+        max_batched_tokens=settings.max_batched_tokens,
+        max_prefill_chunk=settings.max_prefill_chunk,
+        max_running=settings.max_running,
+        max_waiting=settings.max_waiting,
+        max_waiting_tokens=settings.max_waiting_tokens,
+        max_preemptions=settings.max_preemptions,
+        speculation=speculation,
+    )
 
 
 def load_decoder(checkpoint: Checkpoint, settings: ModelSettings) -> Decoder:

@@ -4,15 +4,17 @@
 `runtime.llm` drives it from a script; neither knows what happens inside a step. Knows no HTTP.
 """
 
+import copy
 import random
 import time
 from collections import Counter
 
-from runtime.detokenizer import Detokenizer
+from runtime.delivery import Delivery
 from runtime.errors import AdapterUnavailable, ContextLengthExceeded, InvalidRequest
+from runtime.hooks import Hooks
 from runtime.messages import FinishReason, Output, StepPlan, StepResult, Submission
 from runtime.metrics import Metrics
-from runtime.scheduler import Committed, Request, Scheduler
+from runtime.scheduler import Request, Scheduler
 from runtime.tokenizer import Tokenizer
 from runtime.workers.executor import AllRowsFailed, Executor
 
@@ -31,6 +33,7 @@ class Engine:
         metrics: Metrics,
         *,
         max_len: int,
+        hooks: Hooks | None = None,
     ) -> None:
         """`max_len` is the longest sequence, prompt and output, that context and block pool can hold."""
         self.scheduler = scheduler
@@ -38,7 +41,8 @@ class Engine:
         self._executor = executor
         self.tokenizer = tokenizer
         self.metrics = metrics
-        self._texts: dict[str, Detokenizer] = {}
+        self._hooks = hooks or Hooks()
+        self.delivery = Delivery(scheduler, tokenizer, metrics, self._hooks, on_end=self._release_adapter)
         self._adapter_uses: Counter[str] = Counter()
         """Requests that are not finished, by the key of the version that they began with."""
         self._adapters: set[str] = set()
@@ -46,19 +50,15 @@ class Engine:
         self._leaving: set[str] = set()
         """Keys that no new request may name, in memory for those that still run."""
         self._failed_steps = 0
-        self._seen_preemptions = 0
-        self._seen_prefix = (0, 0)
+        self._seen = copy.copy(scheduler.counts)
 
     # -- the loop ------------------------------------------------------------------------------
 
     def step(self) -> list[Output]:
         """One step: what it added to each request. Empty when there is nothing to do."""
         plan = self.scheduler.schedule()
-        if not plan.rows:
-            return []
         result = self._execute(plan)
-        committed = self.scheduler.commit(plan, result)
-        outputs = [self._deliver(item) for item in committed]
+        outputs = [self.delivery.deliver(item) for item in self.scheduler.commit(plan, result)]
         self.observe(plan.num_tokens)
         return outputs
 
@@ -73,6 +73,13 @@ class Engine:
         return len(scheduler.waiting) > 0 or any(request.num_generated == 0 for request in scheduler.running)
 
     # -- requests ------------------------------------------------------------------------------
+
+    def prepare(self, submission: Submission) -> Submission:
+        """What hooks make of a submission, checked. To be called once, before `submit`; raises what `check`
+        raises, and any `RequestError` with which a hook rejects it."""
+        submission = self._hooks.submit(submission)
+        self.check(submission)
+        return submission
 
     def check(self, submission: Submission) -> None:
         """Raise `InvalidRequest` or `ContextLengthExceeded` for what can never run."""
@@ -111,19 +118,13 @@ class Engine:
             raise
         if submission.adapter:
             self._adapter_uses[submission.adapter] += 1
-        self._texts[request.id] = Detokenizer(
-            self.tokenizer,
-            submission.prompt_ids,
-            stop=params.stop,
-            include_stop=params.include_stop_str_in_output,
-            skip_special_tokens=params.skip_special_tokens,
-        )
+        self.delivery.begin(request)
 
     def abort(self, request_id: str, reason: FinishReason = "abort") -> None:
         """End a request wherever it is; its slot and blocks are free at once. Unknown ids are fine."""
         request = self.scheduler.get(request_id)
         if request is not None:
-            self._finish(request, reason)
+            self.delivery.finish(request, reason)
 
     # -- adapters ------------------------------------------------------------------------------
 
@@ -146,6 +147,14 @@ class Engine:
             self._leaving.add(key)
         self._let_go(key)
 
+    def _release_adapter(self, request: Request) -> None:
+        """A request has ended, and its adapter version with it if it was the last one."""
+        if key := request.submission.adapter:
+            self._adapter_uses[key] -= 1
+            if not self._adapter_uses[key]:
+                del self._adapter_uses[key]
+            self._let_go(key)
+
     def _let_go(self, key: str) -> None:
         if key in self._leaving and not self._adapter_uses[key]:
             self._leaving.discard(key)
@@ -156,6 +165,8 @@ class Engine:
 
     def _execute(self, plan: StepPlan) -> StepResult:
         """The executor's result; rows that failed are in it. Raises once it is clear that nothing works."""
+        if not plan.rows:
+            return StepResult(step=plan.step, slots=[], tokens=[])
         try:
             result = self._executor.execute(plan)
         except AllRowsFailed:
@@ -167,63 +178,13 @@ class Engine:
         self._failed_steps = 0
         return result
 
-    def _deliver(self, item: Committed) -> Output:
-        """Turn a new token into text, and end the request if this token ends it."""
-        request = item.request
-        if item.token is None:
-            self._forget(request)
-            return self._output(request, error=item.error)
-        self.metrics.on_tokens(request.timing, 1, now := time.monotonic())
-        request.timing.first_token = request.timing.first_token or now
-        request.timing.last_token = now
-        text = self._texts[request.id]
-        may_stop = request.num_generated >= request.params.min_tokens
-        if may_stop and item.token in request.stop_ids:
-            stop_reason = item.token if item.token in request.params.stop_token_ids else None
-            self._finish(request, "stop", stop_reason)
-            return self._output(request, [item.token], text.flush())
-        shown = text.add(item.token, may_stop=may_stop)
-        if text.stopped_by is not None:
-            self._finish(request, "stop", text.stopped_by)
-        elif len(request.tokens) >= request.max_len:
-            self._finish(request, "length")
-            shown += text.flush()
-        return self._output(request, [item.token], shown)
-
-    def _output(
-        self, request: Request, token_ids: list[int] | None = None, text: str = "", error: str | None = None
-    ) -> Output:
-        return Output(
-            request_id=request.id,
-            text=text,
-            token_ids=token_ids or [],
-            finish_reason=request.finish_reason,
-            stop_reason=request.stop_reason,
-            prompt_tokens=request.prompt_len,
-            cached_tokens=request.timing.cached_tokens,
-            generated_tokens=request.num_generated,
-            error=error,
-        )
-
-    def _finish(self, request: Request, reason: FinishReason, stop_reason: str | int | None = None) -> None:
-        self.scheduler.finish(request, reason, stop_reason=stop_reason)
-        self._forget(request)
-
-    def _forget(self, request: Request) -> None:
-        self._texts.pop(request.id, None)
-        self.metrics.on_finish(request.timing)
-        if key := request.submission.adapter:
-            self._adapter_uses[key] -= 1
-            if not self._adapter_uses[key]:
-                del self._adapter_uses[key]
-            self._let_go(key)
-
     def observe(self, num_tokens: int = 0) -> None:
         """Bring the gauges and counters up to date, after a step of `num_tokens` or after aborts."""
         scheduler = self.scheduler
         self.metrics.on_step(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
+            deferred=scheduler.waiting.num_deferred,
             kv_usage=scheduler.blocks.usage,
             tokens=num_tokens,
         )
@@ -233,10 +194,8 @@ class Engine:
             else (),
             active=self._adapter_uses.keys(),
         )
-        for _ in range(scheduler.num_preemptions - self._seen_preemptions):
-            self.metrics.on_preemption()
-        self._seen_preemptions = scheduler.num_preemptions
-        queries, hits = self._seen_prefix
-        if scheduler.prefix_queries > queries:
-            self.metrics.on_prefix_lookup(scheduler.prefix_queries - queries, scheduler.prefix_hits - hits)
-            self._seen_prefix = (scheduler.prefix_queries, scheduler.prefix_hits)
+        news = scheduler.counts.since(self._seen)
+        self._seen = copy.copy(scheduler.counts)
+        self.metrics.on_preemptions(news.preemptions)
+        self.metrics.on_prefix_lookup(news.prefix_queries, news.prefix_hits)
+        self.metrics.on_drafts(news.drafted, news.accepted)

@@ -128,6 +128,14 @@ class AdapterUnavailable(RequestError):
     default_code = "adapter_unavailable"
 
 
+class DeadlineExceeded(RequestError):
+    """The request's deadline passed, or could no longer be kept."""
+
+    status = 504
+    type = "timeout_error"
+    default_code = "deadline_exceeded"
+
+
 class StorageUnavailable(RequestError):
     """Nothing was stored: the disk is full, or the database cannot be written."""
 

@@ -8,7 +8,8 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -16,6 +17,7 @@ from msgspec import Struct
 
 from runtime.assembly import assemble
 from runtime.engine import Engine
+from runtime.errors import TooManyRequests
 from runtime.messages import FinishReason, Output, SamplingParams, Submission
 from runtime.progress import progress_bar
 from settings.load import load as load_settings
@@ -106,9 +108,9 @@ class LLM:
         ]
         for submission in submissions:
             submission.params.verify(vocab_size=self.tokenizer.vocab_size, max_stop=limits.max_stop)
-            self.engine.check(submission)
+        submissions = [self.engine.prepare(submission) for submission in submissions]
         start = time.monotonic()
-        queue = iter(submissions)
+        queue = deque(submissions)
         gathered: dict[str, _Gathered] = {}
         with progress_bar("Generating", total=len(submissions), show=_wants(progress)) as bar:
             try:
@@ -124,13 +126,14 @@ class LLM:
                     self.engine.abort(submission.request_id)
         return [gathered[s.request_id].completion(s.prompt_ids, start) for s in submissions]
 
-    def _feed(self, queue: Iterator[Submission], start: float) -> None:
-        """Keep the queue of the scheduler short but never empty: it refuses more than `max_waiting`."""
-        while len(self.engine.scheduler.waiting) < self.settings.scheduler.max_waiting:
-            submission = next(queue, None)
-            if submission is None:
+    def _feed(self, queue: deque[Submission], start: float) -> None:
+        """Keep the queue of the scheduler filled as far as it takes prompts."""
+        while queue:
+            try:
+                self.engine.scheduler.check_room(len(queue[0].prompt_ids))
+            except TooManyRequests:
                 return
-            self.engine.submit(msgspec.structs.replace(submission, arrival=start))
+            self.engine.submit(msgspec.structs.replace(queue.popleft(), arrival=start))
 
 
 class _Gathered:

@@ -85,6 +85,14 @@ class Submission(Struct, frozen=True, kw_only=True):
     params: SamplingParams
     priority: int = 0
     """Lower runs first (policy `priority`)."""
+    deadline: float | None = None
+    """When the last token must be there; later the request ends with "timeout"."""
+    tenant: str = ""
+    """Who pays for it: a label made from the API key, never the key (policy `fair`)."""
+    fork_of: str = ""
+    """Id of a request with the same prompt, submitted before: its KV of the prompt is shared once it is computed."""
+    scored: bool = False
+    """Add up the log-probabilities of the generated tokens, which `best_of` ranks by."""
     adapter: str = ""
     """Adapter *version* key; the empty string is the base model. Part of every KV block's key."""
     cache_salt: str = ""
@@ -108,6 +116,8 @@ class Output(Struct, frozen=True, kw_only=True):
     """Prompt tokens whose KV came from the prefix cache."""
     generated_tokens: int = 0
     """Total so far, this output included."""
+    cumulative_logprob: float = 0.0
+    """Sum over the generated tokens so far; 0 unless the submission was `scored`."""
     error: str | None = None
     """With finish_reason "error": what to tell the client. Never a traceback or a path."""
 
@@ -122,6 +132,7 @@ class Output(Struct, frozen=True, kw_only=True):
             prompt_tokens=later.prompt_tokens,
             cached_tokens=later.cached_tokens,
             generated_tokens=later.generated_tokens,
+            cumulative_logprob=later.cumulative_logprob,
             error=later.error,
         )
 
@@ -142,6 +153,7 @@ class RequestTiming(Struct, kw_only=True):
     generated_tokens: int = 0
     max_tokens: int = 0
     preemptions: int = 0
+    deadline: float | None = None
     finish_reason: FinishReason | None = None
 
 
@@ -159,6 +171,8 @@ class Admission(Struct, frozen=True, kw_only=True):
     suppressed_ids: list[int]
     """Stop ids that must not be sampled before `params.min_tokens` (empty when min_tokens is 0)."""
     adapter: str = ""
+    scored: bool = False
+    """The worker reports the log-probabilities of what it samples."""
 
 
 class Row(Struct, frozen=True, kw_only=True, array_like=True):
@@ -171,6 +185,9 @@ class Row(Struct, frozen=True, kw_only=True, array_like=True):
     """True when the last of these tokens is the newest one, so that a next token is due."""
     new_blocks: list[int]
     """Blocks appended to the slot's table since its last row (or its admission)."""
+    draft: list[int] = []
+    """Guesses at the next tokens, counted in `count`: the last `len(draft)` tokens that the row computes.
+    A token is sampled before each of them and after the last, as far as they are what was sampled."""
 
 
 class StepPlan(Struct, frozen=True, kw_only=True):
@@ -179,6 +196,8 @@ class StepPlan(Struct, frozen=True, kw_only=True):
     step: int
     admitted: list[Admission]
     rows: list[Row]
+    copies: list[tuple[int, int]] = []
+    """(from, to) blocks to copy, in this order, before anything is computed."""
 
     @property
     def num_tokens(self) -> int:
@@ -190,8 +209,10 @@ class StepResult(Struct, frozen=True, kw_only=True):
 
     step: int
     slots: list[int]
-    """Slots of the rows with `sample`, in row order."""
+    """Slots of the rows with `sample`; one that had a draft comes once for every token that it got."""
     tokens: list[int]
     """One token id for each of `slots`."""
     failed: dict[int, str] = {}
     """Slots whose row could not be computed, with the reason; the others went on."""
+    logprobs: dict[int, float] = {}
+    """Slots of scored sequences → log-probability of their new tokens, added up."""

@@ -111,6 +111,12 @@ TABLE: tuple[Spec, ...] = (
     Spec("adapter_time_to_first_token_seconds", "histogram", "Arrival to first token, by adapter version.",
          ADAPTER, _FIRST_TOKEN_SECONDS, twin="none"),
     Spec("adapter_publishes", "counter", "Adapter versions published, or not.", ("outcome",), twin="none"),
+    Spec("spec_decode_num_draft_tokens", "counter", "Tokens guessed ahead."),
+    Spec("spec_decode_num_accepted_tokens", "counter", "Guessed tokens that proved right."),
+    Spec("deadline_misses", "counter", "Requests not done by their deadline, or given up on before it.",
+         twin="none"),
+    Spec("timeouts", "counter", "Requests ended by their deadline, by how far they had come.", ("phase",),
+         twin="none"),
     Spec("aborts", "counter", "Requests aborted, by how far they had come.", ("phase",), twin="none"),
     Spec("jobs", "gauge", "Training jobs, by state.", ("state",), twin="none"),
     Spec("train_loss", "gauge", "Loss of the last training step, in nats a token.", twin="none"),
@@ -182,6 +188,7 @@ class Metrics:
             self._counters["admission_rejections"].labels(reason)
         for phase in ("queued", "prefill", "decode"):
             self._counters["aborts"].labels(phase)
+            self._counters["timeouts"].labels(phase)
         for outcome in PUBLISH_OUTCOMES:
             self._counters["adapter_publishes"].labels(outcome)
         self._gauges["lora_requests_info"].labels(self._max_adapters, "", "").set(time.time())
@@ -202,8 +209,13 @@ class Metrics:
         self._counters["prefix_cache_queries"].inc(queries)
         self._counters["prefix_cache_hits"].inc(hits)
 
-    def on_preemption(self) -> None:
-        self._counters["num_preemptions"].inc()
+    def on_preemptions(self, count: int) -> None:
+        self._counters["num_preemptions"].inc(count)
+
+    def on_drafts(self, drafted: int, accepted: int) -> None:
+        """So many tokens were guessed, and `accepted` of them were right."""
+        self._counters["spec_decode_num_draft_tokens"].inc(drafted)
+        self._counters["spec_decode_num_accepted_tokens"].inc(accepted)
 
     def on_tokens(self, timing: RequestTiming, count: int, now: float) -> None:
         """`count` tokens came at `now`; called before `timing`'s own token times move on."""
@@ -222,6 +234,10 @@ class Metrics:
         self._counters["request_success"].labels(timing.finish_reason or "error").inc()
         if timing.finish_reason == "abort":
             self._counters["aborts"].labels(_phase(timing)).inc()
+        if timing.finish_reason == "timeout":
+            self._counters["timeouts"].labels(_phase(timing)).inc()
+        if _late(timing):
+            self._counters["deadline_misses"].inc()
         for name, value in _durations(timing):
             self._histograms[name].observe(value)
         if (labels := self._adapters.get(timing.adapter)) is not None:
@@ -376,6 +392,12 @@ def _phase(timing: RequestTiming) -> str:
     if timing.scheduled is None:
         return "queued"
     return "prefill" if timing.first_token is None else "decode"
+
+
+def _late(timing: RequestTiming) -> bool:
+    if timing.deadline is None or timing.finished is None or timing.finish_reason == "abort":
+        return False
+    return timing.finish_reason == "timeout" or timing.finished > timing.deadline
 
 
 def _durations(timing: RequestTiming) -> Iterator[tuple[str, float]]:

@@ -130,11 +130,12 @@ class EngineService:
         request_id = submission.request_id
         if request_id in self._streams:
             raise Conflict(f"A request with id {request_id!r} is already running.", param="request_id")
-        limits = self.settings.scheduler
-        if self.num_waiting >= limits.max_waiting or len(self._streams) >= limits.max_running + limits.max_waiting:
+        submission = self.engine.prepare(submission)
+        try:
+            self.engine.scheduler.check_room(len(submission.prompt_ids), num_requests=len(self._streams))
+        except TooManyRequests:
             self.metrics.on_rejection("queue_full")
-            raise TooManyRequests(f"The queue is full: {limits.max_waiting} requests are waiting. Try again later.")
-        self.engine.check(submission)
+            raise
         stream = self._streams[request_id] = OutputStream(request_id, self.abort)
         if submission.adapter:
             self._adapter_of[request_id] = submission.adapter

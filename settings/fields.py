@@ -49,6 +49,8 @@ class Field(Struct, frozen=True, kw_only=True):
     @property
     def expects(self) -> str:
         """The values it takes, as in "expected …, got …"."""
+        if told := next((told for meta in self.limits if (told := (meta.extra or {}).get("expects"))), None):
+            return str(told)
         if self.choices:
             return "one of " + ", ".join(self.choices)
         if self.base is bool:

@@ -12,22 +12,23 @@ from msgspec import Meta, Struct, field
 from settings.units import Bytes, Count, Seconds
 
 
-def doc(text: str, *, example: object = None, secret: bool = False) -> Meta:
+def doc(text: str, *, example: object = None, secret: bool = False, expects: str | None = None) -> Meta:
     """The one line that `--help` and the reference page print for a field.
 
     `example` is a value for the example file, where the default (None) has no TOML form; the value of
-    a `secret` field is never printed.
+    a `secret` field is never printed. `expects` says what a value must be, where the type does not.
     """
     return Meta(
         description=text,
         examples=None if example is None else [example],
-        extra={"secret": True} if secret else None,
+        extra={"secret": secret, "expects": expects},
     )
 
 
 NonEmpty = Annotated[str, Meta(min_length=1)]
 Port = Annotated[int, Meta(ge=0, le=65535)]
 Share = Annotated[float, Meta(ge=0.0, le=0.9)]
+TenantWeight = Annotated[str, Meta(pattern=r"^[0-9a-f]{12}=(?!0+(\.0+)?$)[0-9]{1,6}(\.[0-9]{1,6})?$")]
 Device = Annotated[str, Meta(pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$")]
 
 
@@ -82,7 +83,17 @@ class CacheSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 class SchedulerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What goes into a step, and who goes first."""
 
-    policy: Annotated[Literal["fcfs"], doc("Order of the waiting requests.")] = "fcfs"
+    policy: Annotated[
+        Literal["fcfs", "priority", "deadline", "fair"],
+        doc("Order of the requests: by arrival, by `priority`, by `deadline_ms`, or in turns between API keys."),
+    ] = "fcfs"
+    fair_weights: Annotated[
+        tuple[TenantWeight, ...],
+        doc(
+            "Shares under policy fair, 1 by default: TENANT=WEIGHT, a tenant being the first 12 digits of sha256(key).",
+            expects="a list of TENANT=WEIGHT, with 12 hexadecimal digits and a number above 0",
+        ),
+    ] = ()
     max_batched_tokens: Annotated[Count, doc("Most tokens computed in one step, over all sequences.")] = 512
     max_prefill_chunk: Annotated[
         Count | None,
@@ -90,6 +101,18 @@ class SchedulerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields
     ] = None
     max_running: Annotated[Count, doc("Most sequences running at once.")] = 64
     max_waiting: Annotated[Count, doc("Most sequences waiting; one more is answered 429.")] = 1024
+    max_waiting_tokens: Annotated[Count, doc("Most prompt tokens waiting; more are answered 429.")] = 1024**2
+    max_preemptions: Annotated[
+        Count, doc("After so many preemptions a request comes in only with room for all of its output, and stays.")
+    ] = 4
+    speculative_tokens: Annotated[
+        Count | None,
+        doc("Most tokens to guess ahead from what a sequence repeats; default: none.", example=4),
+    ] = None
+    speculative_max_running: Annotated[Count, doc("With more sequences running nothing is guessed.")] = 8
+    speculative_min_acceptance: Annotated[
+        Share, doc("A sequence of whose guesses fewer than this prove right stops guessing for a while.")
+    ] = 0.3
     ttft_target: Annotated[
         Seconds, doc("Training gives way so that first tokens come in this time, where serving alone would do it.")
     ] = 1.0

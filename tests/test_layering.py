@@ -37,7 +37,17 @@ ALLOWED: dict[str, set[str]] = {
         "kernels",
         *TEXT,
     },
-    "runtime.engine": {"runtime.scheduler", "runtime.blocks", "runtime.workers", "runtime.metrics", *TEXT},
+    "runtime.hooks": {"runtime.logs"},
+    "runtime.delivery": {"runtime.scheduler", "runtime.hooks", "runtime.metrics", *TEXT},
+    "runtime.engine": {
+        "runtime.scheduler",
+        "runtime.blocks",
+        "runtime.workers",
+        "runtime.metrics",
+        "runtime.delivery",
+        "runtime.hooks",
+        *TEXT,
+    },
 }
 
 COMMON = {"runtime.errors", "runtime.messages", "runtime.failpoints"}

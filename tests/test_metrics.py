@@ -63,7 +63,7 @@ def busy() -> Metrics:
     timing.finished, timing.finish_reason = 17.5, "stop"
     metrics.on_finish(timing)
     metrics.on_step(running=1, waiting=3, kv_usage=0.5, tokens=24, deferred=1)
-    metrics.on_preemption()
+    metrics.on_preemptions(1)
     metrics.on_rejection("queue_full")
     metrics.on_request(choices=2, longest=3)
     metrics.on_http("POST", 200, "/v1/completions", 0.3)

@@ -6,6 +6,7 @@ from litestar import Litestar
 from litestar.datastructures import State
 
 from runtime.api.admin import adapters
+from runtime.api.admin.cache import reset_cache
 from runtime.api.admin.jobs import (
     cancel_job,
     job_events,
@@ -63,6 +64,7 @@ def create_app(service: "EngineService | ServiceHandle", settings: Settings) -> 
             load_lora_adapter,
             unload_lora_adapter,
             *adapters.ROUTES,
+            reset_cache,
             metrics_handler(public=settings.server.public_metrics),
         ],
         # On the app, not on a middleware that looks at paths: `//v1/models`, `/%761/models` and `/v1/models/`

@@ -14,7 +14,9 @@ from urllib.parse import urlsplit
 from litestar.connection import ASGIConnection
 from litestar.handlers import BaseRouteHandler
 
+from runtime.api.record import record_of
 from runtime.errors import Forbidden, Unauthorized
+from runtime.tenants import tenant_of
 
 OPEN = "eft_open"
 """Key of a handler's `opt`: True lets everybody in."""
@@ -41,6 +43,7 @@ class KeyGuard:
             given = _given_key(connection)
             if not (self._keys.know(given) or self._admin_keys.know(given)):
                 raise Unauthorized("The API key is not valid.")
+            record_of(connection).tenant = tenant_of(given)
 
     def _admit_admin(self, connection: ASGIConnection[Any, Any, Any, Any]) -> None:
         if not self._admin_keys:

@@ -18,6 +18,8 @@ class RequestRecord:
     """Made by `runtime.api.observe` before routing, filled by handlers, written out at the end."""
 
     request_id: str
+    tenant: str = ""
+    """Label of the API key that was checked; "" where none is asked for."""
     warnings: list[str] = field(default_factory=list)
     log: dict[str, Any] = field(default_factory=dict)
     """Fields of the request's log line. Numbers and names, never text of a prompt or an output."""

@@ -3,8 +3,9 @@
 `BlockManager` is the way in. Deals in ints only: it knows neither tensors nor requests.
 """
 
-from runtime.blocks.manager import BlockManager, BlockTable, PrefixMatch
+from runtime.blocks.manager import BlockManager
 from runtime.blocks.pool import BlockPool
-from runtime.blocks.prefix import PrefixIndex, PrefixKey
+from runtime.blocks.prefix import KeyChain, PrefixIndex, PrefixKey
+from runtime.blocks.table import BlockTable, Fork, PrefixMatch
 
-__all__ = ["BlockManager", "BlockPool", "BlockTable", "PrefixIndex", "PrefixKey", "PrefixMatch"]
+__all__ = ["BlockManager", "BlockPool", "BlockTable", "Fork", "KeyChain", "PrefixIndex", "PrefixKey", "PrefixMatch"]

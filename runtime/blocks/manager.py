@@ -1,36 +1,15 @@
 """Block tables: which blocks a sequence holds, and which it can share with what was computed before.
 
-Ask/act pairs: `match` then `adopt`, `can_grow` then `grow`. Tables only ever grow at the end, and
-are given back whole. Does not know requests, only tokens and tables.
+Ask/act pairs: `match` then `adopt`, `can_grow` then `grow`, `can_fork` then `fork`. Tables only ever grow
+at the end, and are given back whole, or from the start where a sliding window has passed. What raises
+leaves everything as it was. Does not know requests, only tokens and tables.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 from runtime.blocks.pool import BlockPool
-from runtime.blocks.prefix import PrefixIndex, PrefixKey, block_key, root_key
-
-
-@dataclass(slots=True, eq=False)
-class BlockTable:
-    """The blocks of one sequence, in order of position. Owned by the manager; others only read it."""
-
-    key: PrefixKey
-    """Chain key of the last indexed (or adopted) block."""
-    blocks: list[int] = field(default_factory=list)
-    num_keyed: int = 0
-    """Blocks from the start whose chain key is known."""
-
-
-@dataclass(frozen=True, slots=True)
-class PrefixMatch:
-    """The blocks that a new sequence can share. Valid until the pool next changes."""
-
-    blocks: tuple[int, ...]
-    key: PrefixKey
-    num_tokens: int
-    num_evictable: int
-    """How many of `blocks` lie in the free list, and leave it when they are adopted."""
+from runtime.blocks.prefix import KeyChain, PrefixIndex
+from runtime.blocks.table import BlockTable, Fork, PrefixMatch
 
 
 class BlockManager:
@@ -52,6 +31,11 @@ class BlockManager:
         return self._pool.num_free
 
     @property
+    def num_cached(self) -> int:
+        """Blocks that the prefix index knows, held or free."""
+        return len(self._index)
+
+    @property
     def usage(self) -> float:
         """Share of the blocks that some sequence holds, from 0 to 1."""
         return self._pool.num_held / self._pool.num_blocks
@@ -59,23 +43,27 @@ class BlockManager:
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
-    def match(self, tokens: Sequence[int], *, adapter: str, salt: str) -> PrefixMatch:
+    def chain(self, *, adapter: str = "", salt: str = "") -> KeyChain:
+        """The keys of a new sequence's blocks. `adapter` is an adapter version."""
+        return KeyChain(self.block_size, adapter=adapter, salt=salt)
+
+    # -- a new table ---------------------------------------------------------------------------
+
+    def match(self, tokens: Sequence[int], chain: KeyChain) -> PrefixMatch:
         """The longest run of known blocks at the start of `tokens`.
 
         Always leaves at least the last token to compute: its logits are what the caller wants.
         """
-        key = root_key(adapter, salt)
         blocks: list[int] = []
         if self.prefix_caching:
-            for end in range(self.block_size, len(tokens), self.block_size):
-                next_key = block_key(key, tokens[end - self.block_size : end])
-                block = self._index.find(next_key)
+            count = (len(tokens) - 1) // self.block_size
+            for key in chain.keys(tokens, count)[:count]:
+                block = self._index.find(key)
                 if block is None:
                     break
-                key = next_key
                 blocks.append(block)
         evictable = sum(map(self._pool.is_free, blocks))
-        return PrefixMatch(tuple(blocks), key, len(blocks) * self.block_size, evictable)
+        return PrefixMatch(tuple(blocks), len(blocks) * self.block_size, evictable)
 
     def can_adopt(self, match: PrefixMatch, num_tokens: int) -> bool:
         """Is there room for a new table of `num_tokens` that begins with `match`?"""
@@ -84,8 +72,28 @@ class BlockManager:
 
     def adopt(self, match: PrefixMatch, num_tokens: int) -> BlockTable:
         """A new table: the matched blocks, then fresh ones up to `num_tokens`. Needs `can_adopt`."""
-        table = BlockTable(match.key, list(match.blocks), len(match.blocks))
-        for block in match.blocks:
+        return self._share(BlockTable(list(match.blocks), len(match.blocks)), num_tokens)
+
+    def can_fork(self, source: BlockTable, num_shared: int, num_tokens: int) -> bool:
+        """Can a new table of `num_tokens` have the first `num_shared` in common with `source`? For that `source`
+        must still have them all, and there must be room for the rest."""
+        fresh = self.blocks_for(num_tokens) - num_shared // self.block_size
+        return source.num_dropped == 0 and fresh <= self._pool.num_free
+
+    def fork(self, source: BlockTable, num_shared: int, num_tokens: int) -> Fork:
+        """A new table whose first `num_shared` tokens are those of `source`, computed already.
+
+        Full blocks are shared; one that is filled in part is copied, because both sequences go on to
+        write into it. Needs `can_fork`.
+        """
+        full, rest = divmod(num_shared, self.block_size)
+        table = BlockTable(source.blocks[:full], full)
+        self._share(table, num_tokens)
+        return Fork(table, [(source.blocks[full], table.blocks[full])] if rest else [])
+
+    def _share(self, table: BlockTable, num_tokens: int) -> BlockTable:
+        """Hold the blocks that are in `table` already, and grow it; undone when that raises."""
+        for block in table.held:
             self._pool.hold(block)
         self._tables[id(table)] = table
         try:
@@ -95,29 +103,43 @@ class BlockManager:
             raise
         return table
 
+    # -- a table's life ------------------------------------------------------------------------
+
     def can_grow(self, table: BlockTable, num_tokens: int) -> bool:
         return self.blocks_for(num_tokens) - len(table.blocks) <= self._pool.num_free
 
-    def grow(self, table: BlockTable, num_tokens: int) -> list[int]:
-        """Append fresh blocks until the table holds `num_tokens`; returns the new ones. Needs `can_grow`."""
-        fresh: list[int] = []
-        for _ in range(self.blocks_for(num_tokens) - len(table.blocks)):
-            block = self._pool.take()
-            self._index.discard(block)
-            table.blocks.append(block)
-            fresh.append(block)
-        return fresh
+    def grow(self, table: BlockTable, num_tokens: int) -> None:
+        """Append fresh blocks until the table holds `num_tokens`. Needs `can_grow`."""
+        before = len(table.blocks)
+        try:
+            for _ in range(self.blocks_for(num_tokens) - before):
+                block = self._pool.take()
+                self._index.discard(block)
+                table.blocks.append(block)
+        except BaseException:
+            while len(table.blocks) > before:
+                self._pool.release(table.blocks.pop(), reusable=False)
+            raise
 
-    def index(self, table: BlockTable, tokens: Sequence[int], num_computed: int) -> None:
+    def index(self, table: BlockTable, tokens: Sequence[int], num_computed: int, chain: KeyChain) -> None:
         """Make the full blocks among the first `num_computed` tokens findable, now that their KV is written."""
-        if not self.prefix_caching:
+        full = num_computed // self.block_size
+        if full <= table.num_indexed or not self.prefix_caching:
             return
-        size = self.block_size
-        while (table.num_keyed + 1) * size <= num_computed:
-            start = table.num_keyed * size
-            table.key = block_key(table.key, tokens[start : start + size])
-            self._index.add(table.key, table.blocks[table.num_keyed])
-            table.num_keyed += 1
+        keys = chain.keys(tokens, full)
+        for number in range(max(table.num_indexed, table.num_dropped), full):
+            self._index.add(keys[number], table.blocks[number])
+        table.num_indexed = full
+
+    def drop_behind(self, table: BlockTable, position: int) -> None:
+        """Give back the blocks of which every token lies before `position`: no query will look there again.
+
+        They stay findable until they are needed, like all that is freed.
+        """
+        passed = max(position, 0) // self.block_size
+        for block in table.blocks[table.num_dropped : passed]:
+            self._pool.release(block, reusable=block in self._index)
+        table.num_dropped = max(table.num_dropped, passed)
 
     def free(self, table: BlockTable, *, forget: bool = False) -> None:
         """Give every block back, tail first, so that the start of a sequence stays findable longest.
@@ -125,7 +147,7 @@ class BlockManager:
         With `forget` the content is not to be found again (it may be garbage after a failed step).
         """
         del self._tables[id(table)]
-        while table.blocks:
+        while len(table.blocks) > table.num_dropped:
             block = table.blocks.pop()
             if forget:
                 self._index.discard(block)
@@ -137,5 +159,5 @@ class BlockManager:
 
     def check_integrity(self) -> None:
         """Raise `AssertionError` when a block is lost, held twice without two tables, or wrongly indexed."""
-        self._pool.check_integrity(table.blocks for table in self._tables.values())
+        self._pool.check_integrity(table.held for table in self._tables.values())
         self._index.check_integrity()

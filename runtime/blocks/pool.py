@@ -3,6 +3,8 @@
 from collections import OrderedDict
 from collections.abc import Iterable
 
+from runtime.failpoints import failpoint
+
 
 class BlockPool:
     """`num_blocks` ids; the free ones in the order in which they will be handed out.
@@ -29,6 +31,7 @@ class BlockPool:
 
     def take(self) -> int:
         """The next free block, held once. The caller has checked `num_free` and evicts its old content."""
+        failpoint("blocks.take")
         block, _ = self._free.popitem(last=False)
         self._refs[block] = 1
         return block

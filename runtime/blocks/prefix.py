@@ -27,6 +27,24 @@ def block_key(parent: PrefixKey, tokens: Sequence[int]) -> PrefixKey:
     return blake2b(parent + array("q", tokens).tobytes(), digest_size=16, person=b"eft-kv-block").digest()
 
 
+class KeyChain:
+    """The keys of one sequence's full blocks. Each is computed once, however often a prompt that waits is looked up."""
+
+    __slots__ = ("_keys", "_root", "_size")
+
+    def __init__(self, block_size: int, *, adapter: str = "", salt: str = "") -> None:
+        self._size = block_size
+        self._root = root_key(adapter, salt)
+        self._keys: list[PrefixKey] = []
+
+    def keys(self, tokens: Sequence[int], count: int) -> list[PrefixKey]:
+        """The keys of the first `count` blocks of `tokens`, and maybe of more. Tokens only ever grow at the end."""
+        keys, size = self._keys, self._size
+        for start in range(len(keys) * size, count * size, size):
+            keys.append(block_key(keys[-1] if keys else self._root, tokens[start : start + size]))
+        return keys
+
+
 class PrefixIndex:
     """Key to block and back. At most one block a key: a block table is append-only, so a block
     whose content turns out to exist already keeps its place in its table and just stays unindexed."""
@@ -59,4 +77,5 @@ class PrefixIndex:
         self._keys.clear()
 
     def check_integrity(self) -> None:
+        """Raise `AssertionError` unless each key has one block and each block one key."""
         assert {block: key for key, block in self._blocks.items()} == self._keys, "index and its inverse differ"

@@ -2,8 +2,9 @@
 
 from enum import Enum
 
-from runtime.blocks import BlockTable
+from runtime.blocks import BlockTable, KeyChain
 from runtime.messages import FinishReason, RequestTiming, SamplingParams, Submission
+from runtime.scheduler.drafts import Drafter
 
 
 class State(Enum):
@@ -23,6 +24,14 @@ TRANSITIONS: dict[State, frozenset[State]] = {
     State.FINISHED: frozenset(),
 }
 
+ENDS: dict[State, frozenset[FinishReason]] = {
+    State.WAITING: frozenset({"abort", "timeout", "error"}),
+    State.RUNNING: frozenset({"stop", "length", "abort", "timeout", "error"}),
+    State.PREEMPTED: frozenset({"abort", "timeout", "error"}),
+    State.FINISHED: frozenset(),
+}
+"""How a request may end in each state: only one that runs can come to an end of its own."""
+
 
 class Request:
     """What the scheduler knows of a sequence. Written by the scheduler alone.
@@ -32,13 +41,18 @@ class Request:
     """
 
     __slots__ = (
+        "chain",
+        "cumulative_logprob",
+        "drafter",
         "finish_reason",
         "id",
         "max_len",
         "num_computed",
         "num_sent_blocks",
+        "order",
         "seed",
         "slot",
+        "source",
         "state",
         "stop_ids",
         "stop_reason",
@@ -59,10 +73,18 @@ class Request:
         self.num_computed = 0
         params = submission.params
         self.stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else frozenset(eos_ids))
+        self.order = 0
+        """Rank of its arrival, given by the scheduler: breaks every tie."""
         self.table: BlockTable | None = None
+        self.chain: KeyChain | None = None
+        """Keys of its blocks, kept while it waits: a prompt is hashed once, not once a step."""
         self.num_sent_blocks = 0
         """Blocks of the table that the worker has been told of."""
         self.slot: int | None = None
+        self.source: Request | None = None
+        """Whose prompt it can share when it first comes in."""
+        self.drafter: Drafter | None = None
+        self.cumulative_logprob = 0.0
         self.state = State.WAITING
         self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None
@@ -71,6 +93,7 @@ class Request:
             adapter=submission.adapter,
             prompt_tokens=len(submission.prompt_ids),
             max_tokens=max_len - len(submission.prompt_ids),
+            deadline=submission.deadline,
         )
 
     @property
@@ -99,8 +122,27 @@ class Request:
     def finished(self) -> bool:
         return self.state is State.FINISHED
 
+    def cut(self, num_tokens: int) -> None:
+        """Take back the last `num_tokens`: they were sampled together with the one that ends the output."""
+        if num_tokens:
+            del self.tokens[-num_tokens:]
+
     def move(self, state: State) -> None:
         """Change state. A transition that the table does not have is a bug in the scheduler."""
         if state not in TRANSITIONS[self.state]:
             raise RuntimeError(f"request {self.id} cannot go from {self.state.value} to {state.value}")
         self.state = state
+
+    def fail(self) -> None:
+        """It had ended well, but what was to be done at its end has raised."""
+        self.finish_reason = self.timing.finish_reason = "error"
+
+    def end(self, reason: FinishReason, stop_reason: str | int | None, now: float) -> None:
+        """Move to the end. `ENDS` says which ends there are from where."""
+        if reason not in ENDS[self.state]:
+            raise RuntimeError(f"request {self.id} is {self.state.value} and cannot end with {reason}")
+        self.move(State.FINISHED)
+        self.finish_reason = self.timing.finish_reason = reason
+        self.stop_reason = stop_reason
+        self.timing.generated_tokens = self.num_generated
+        self.timing.finished = now

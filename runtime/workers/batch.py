@@ -25,11 +25,11 @@ class Batch:
     positions: Tensor
     paged: PagedRows
     slots: list[int]
-    """Slots of the rows that sample, in batch order."""
+    """Slot of each token after which one is sampled, in batch order: a row's last one, and all of its draft."""
     lengths: list[int]
-    """Their sequence lengths."""
+    """Length of its sequence up to there."""
     sample_at: Tensor
-    """[rows that sample] index of each one's last token in the flat batch."""
+    """[len(slots)] index of that token in the flat batch."""
     adapters: list[AdapterTokens]
     """Who the tokens are for, base rows left out; empty where all rows are for the base."""
 
@@ -42,8 +42,8 @@ def build_batch(
     device: torch.device,
     adapters: Mapping[int, str] = NO_ADAPTERS,
 ) -> Batch:
-    """`tokens` holds every slot's known tokens, `tables` [slots, max_blocks] its block ids (int64), `adapters`
-    the keys of the slots that are not for the base.
+    """`tokens` holds every slot's known tokens and then its draft, `tables` [slots, max_blocks] its block ids
+    (int64), `adapters` the keys of the slots that are not for the base.
 
     Rows of one token come first, by context length, so that those that decode together lie together.
     """
@@ -56,7 +56,8 @@ def build_batch(
     owners = np.repeat(np.array([row.slot for row in rows]), counts)
     places = tables[owners, positions // block_size] * block_size + positions % block_size
     singles = int((counts == 1).sum())
-    sampled = [index for index, row in enumerate(rows) if row.sample]
+    sampled = [(row, back) for row in rows if row.sample for back in range(len(row.draft), -1, -1)]
+    last = {row.slot: int(end) - 1 for row, end in zip(rows, ends, strict=True)}
     return Batch(
         token_ids=torch.tensor(token_ids, device=device),
         positions=torch.from_numpy(positions).to(device),
@@ -68,9 +69,9 @@ def build_batch(
                 for row, end in zip(rows[singles:], ends[singles:], strict=True)
             ],
         ),
-        slots=[rows[index].slot for index in sampled],
-        lengths=[rows[index].start + rows[index].count for index in sampled],
-        sample_at=torch.tensor([int(ends[index]) - 1 for index in sampled], dtype=torch.int64, device=device),
+        slots=[row.slot for row, _ in sampled],
+        lengths=[row.start + row.count - back for row, back in sampled],
+        sample_at=torch.tensor([last[row.slot] - back for row, back in sampled], dtype=torch.int64, device=device),
         adapters=_adapter_tokens([adapters.get(row.slot, "") for row in rows], counts, device) if adapters else [],
     )
 

@@ -60,6 +60,7 @@ class InProcessExecutor:
         slots: list[int] = []
         tokens: list[int] = []
         failed: dict[int, str] = {}
+        logprobs: dict[int, float] = {}
         for row in plan.rows:
             try:
                 result = self._worker.compute(plan.step, [row])
@@ -69,6 +70,7 @@ class InProcessExecutor:
             slots += result.slots
             tokens += result.tokens
             failed |= result.failed
+            logprobs |= result.logprobs
         if len(failed) == len(plan.rows):
             raise AllRowsFailed(f"every row of step {plan.step} failed") from cause
-        return StepResult(step=plan.step, slots=slots, tokens=tokens, failed=failed)
+        return StepResult(step=plan.step, slots=slots, tokens=tokens, failed=failed, logprobs=logprobs)

@@ -27,6 +27,15 @@ class KVCache:
         shape = (num_blocks, block_size, num_kv_heads, head_dim)
         self.layers = [(_zeros(shape, dtype, device), _zeros(shape, dtype, device)) for _ in range(num_layers)]
 
+    def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
+        """Copy the content of whole blocks, each from the first of a pair to the second. No block is in both places."""
+        if not pairs:
+            return
+        source, target = torch.tensor(pairs, dtype=torch.int64, device=self.layers[0][0].device).unbind(1)
+        for keys, values in self.layers:
+            keys[target] = keys[source]
+            values[target] = values[source]
+
     def clear_broken(self, blocks: list[int]) -> None:
         """Zero those of `blocks` that hold NaN or infinity: masked attention multiplies what it skips by
         0, and NaN times 0 is NaN, so whoever gets such a block next would be broken too."""

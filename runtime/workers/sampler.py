@@ -36,6 +36,16 @@ class Sampler:
             )
         return tokens.tolist(), broken
 
+    def logprobs(self, logits: Tensor, slots: list[int], tokens: list[int]) -> dict[int, float]:
+        """Index of each row whose sequence is scored → log-probability of its token, before temperature.
+        Arguments as in a call, after it."""
+        scored = [index for index, slot in enumerate(slots) if self._slots[slot].scored]
+        if not scored:
+            return {}
+        rows = logits[scored].log_softmax(-1)
+        picked = rows.gather(1, torch.tensor([tokens[i] for i in scored], device=logits.device).unsqueeze(1))
+        return dict(zip(scored, picked.flatten().tolist(), strict=True))
+
     def _sample(self, logits: Tensor, rows: list[Admission], lengths: list[int]) -> Tensor:
         vocab, device = logits.shape[1], logits.device
         points = [uniform(row.seed, length) for row, length in zip(rows, lengths, strict=True)]

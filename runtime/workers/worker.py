@@ -11,6 +11,7 @@ from runtime.workers.batch import build_batch
 from runtime.workers.decoder import Decoder
 from runtime.workers.kv_cache import KVCache
 from runtime.workers.sampler import Sampler
+from runtime.workers.verify import proved_right
 
 
 class Worker:
@@ -42,7 +43,8 @@ class Worker:
         return self.compute(plan.step, plan.rows)
 
     def admit(self, plan: StepPlan) -> None:
-        """Take in the plan's new sequences and blocks, without computing anything."""
+        """Take in the plan's new sequences and blocks, without computing anything. Not to be done twice."""
+        self._cache.copy_blocks(plan.copies)
         for admission in plan.admitted:
             self._tokens[admission.slot] = list(admission.token_ids)
             self._num_blocks[admission.slot] = 0
@@ -58,6 +60,8 @@ class Worker:
         """Run the decoder over rows whose sequences are known, and sample where a token is due."""
         for row in rows:
             failpoint("worker.row", row.slot)
+            if row.draft:
+                self._tokens[row.slot][row.start + row.count - len(row.draft) :] = row.draft
         cache = self._cache
         with torch.inference_mode():
             batch = build_batch(rows, self._tokens, self._tables, cache.block_size, self._decoder.device, self._adapted)
@@ -68,14 +72,26 @@ class Worker:
                 return StepResult(step=step, slots=[], tokens=[])
             logits = self._decoder.logits(hidden[batch.sample_at])
             tokens, broken = self._sampler(logits, batch.slots, batch.lengths)
-        for slot, length, token in zip(batch.slots, batch.lengths, tokens, strict=True):
-            self._tokens[slot][length:] = [token]
+            scores = self._sampler.logprobs(logits, batch.slots, tokens)
+        kept = proved_right(batch.slots, tokens, {row.slot: row.draft for row in rows if row.draft})
+        logprobs: dict[int, float] = {}
+        for index in kept:
+            slot = batch.slots[index]
+            self._tokens[slot][batch.lengths[index] :] = [tokens[index]]
+            if index in scores:
+                logprobs[slot] = logprobs.get(slot, 0.0) + scores[index]
         failed = {}
         for index in broken:
             slot = batch.slots[index]
             cache.clear_broken(self._tables[slot, : self._num_blocks[slot]].tolist())
             failed[slot] = "The model's output was not a finite number."
-        return StepResult(step=step, slots=batch.slots, tokens=tokens, failed=failed)
+        return StepResult(
+            step=step,
+            slots=[batch.slots[index] for index in kept],
+            tokens=[tokens[index] for index in kept],
+            failed=failed,
+            logprobs=logprobs,
+        )
 
     def _append_blocks(self, slot: int, blocks: list[int]) -> None:
         start = self._num_blocks[slot]

@@ -53,6 +53,9 @@ class FakeService:
         self.stall_after: int | None = None
         """Tokens after which every output stands still."""
         self.fail_after: int | None = None
+        self.timeout_after: int | None = None
+        self.logprobs: list[float] | None = None
+        """Of the sequences in order of submission, whose text is then their number."""
 
     def submit(self, submission: Submission) -> OutputStream:
         if (error := self.reject(submission)) is not None:
@@ -76,6 +79,11 @@ class FakeService:
             del self.running[submission.request_id]
             stream.fail(RequestError("It broke.", code="engine_failure"))
             return
+        if count - 1 == self.timeout_after:
+            del self.running[submission.request_id]
+            stream.put(Output(request_id=submission.request_id, finish_reason="timeout"))
+            return
+        number = self.submitted.index(submission)
         id = submission.prompt_ids[(count - 1) % len(submission.prompt_ids)]
         last = count == submission.params.max_tokens
         if last:
@@ -83,12 +91,13 @@ class FakeService:
         stream.put(
             Output(
                 request_id=submission.request_id,
-                text=self.tokenizer.decode([id]),
+                text=str(number) if self.logprobs else self.tokenizer.decode([id]),
                 token_ids=[id],
                 finish_reason="length" if last else None,
                 prompt_tokens=len(submission.prompt_ids),
                 cached_tokens=1,
                 generated_tokens=count,
+                cumulative_logprob=self.logprobs[number] if self.logprobs else 0.0,
             )
         )
         if not last:

@@ -1,12 +1,15 @@
 """Sampling fields: what reaches the engine, and the ranges of the bad-input catalogue."""
 
+import hashlib
 from typing import Any
 
 import httpx
 import pytest
 
 from runtime.messages import SamplingParams
-from tests.api.fakes import FakeService
+from settings.schema import Settings
+from tests.api.conftest import client_of
+from tests.api.fakes import FakeService, settings_with
 
 pytestmark = pytest.mark.anyio
 URL = "/v1/completions"
@@ -109,9 +112,75 @@ async def test_numbers_that_json_or_floats_do_not_have(client: httpx.AsyncClient
     assert answer.status_code == 400
 
 
-@pytest.mark.parametrize(("best_of", "status"), [(1, 400), (2, 200), (3, 400)])
-async def test_best_of_is_n_or_refused(client: httpx.AsyncClient, best_of: int, status: int) -> None:
-    answer = await client.post(URL, json={"prompt": "a", "n": 2, "best_of": best_of})
+@pytest.mark.parametrize(
+    ("best_of", "stream", "status"), [(1, False, 400), (65, False, 400), (3, True, 400), (2, True, 200)]
+)
+async def test_best_of_lies_between_n_and_the_limit_and_is_not_streamed(
+    client: httpx.AsyncClient, best_of: int, stream: bool, status: int
+) -> None:
+    answer = await client.post(URL, json={"prompt": "a", "n": 2, "best_of": best_of, "stream": stream})
     assert answer.status_code == status
     if status == 400:
         assert answer.json()["error"]["param"] == "best_of"
+
+
+async def test_all_of_best_of_are_generated_scored_and_forked_and_n_come_back(
+    client: httpx.AsyncClient, service: FakeService
+) -> None:
+    answer = await client.post(URL, json={"prompt": ["a", "b"], "n": 2, "best_of": 3, "max_tokens": 2})
+    assert [choice["index"] for choice in answer.json()["choices"]] == [0, 1, 2, 3]
+    assert answer.json()["usage"]["completion_tokens"] == 12  # all that were generated count
+    first, second = service.submitted[0].request_id, service.submitted[3].request_id
+    assert [s.fork_of for s in service.submitted] == ["", first, first, "", second, second]
+    assert all(s.scored for s in service.submitted)
+
+
+async def test_the_likeliest_of_best_of_come_first(client: httpx.AsyncClient, service: FakeService) -> None:
+    service.logprobs = [-3.0, -1.0, -2.0]
+    asked = {"prompt": "a", "n": 2, "best_of": 3, "max_tokens": 1, "request_id": "r"}
+    answer = await client.post(URL, json=asked)
+    assert [choice["text"] for choice in answer.json()["choices"]] == ["1", "2"]
+
+
+async def test_urgency_reaches_the_engine(service: FakeService) -> None:
+    client = client_of(service, settings_with("scheduler", policy="priority"))
+    await client.post(URL, json={"prompt": "a", "priority": -3, "deadline_ms": 1500})
+    submission = service.submitted[0]
+    assert submission.priority == -3
+    assert submission.deadline is not None
+    assert submission.deadline - submission.arrival == pytest.approx(1.5)
+
+
+async def test_a_priority_that_the_policy_would_ignore_is_refused(client: httpx.AsyncClient) -> None:
+    answer = await client.post(URL, json={"prompt": "a", "priority": 1})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "priority"
+    assert "fcfs" in answer.json()["error"]["message"]
+    assert (await client.post(URL, json={"prompt": "a", "priority": 0})).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("priority", 2**32), ("deadline_ms", 0), ("deadline_ms", -5), ("deadline_ms", 2**40), ("deadline_ms", "1s")],
+)
+async def test_urgency_out_of_range(client: httpx.AsyncClient, field: str, value: Any) -> None:
+    answer = await client.post(URL, json={"prompt": "a", field: value})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == field
+
+
+async def test_a_missed_deadline_is_a_504(client: httpx.AsyncClient, service: FakeService) -> None:
+    service.timeout_after = 1
+    answer = await client.post(URL, json={"prompt": "a", "deadline_ms": 10})
+    assert answer.status_code == 504
+    assert answer.json()["error"]["code"] == "deadline_exceeded"
+
+
+async def test_the_tenant_is_a_label_of_the_key_that_was_checked(service: FakeService) -> None:
+    key = "sesame"
+    client = client_of(service, settings_with("server", api_key=(key,)), authorization=f"Bearer {key}")
+    await client.post(URL, json={"prompt": "a"})
+    assert service.submitted[0].tenant == hashlib.sha256(key.encode()).hexdigest()[:12]
+    open_client = client_of(service, Settings(), authorization="Bearer whatever I like to be")
+    await open_client.post(URL, json={"prompt": "a"})
+    assert service.submitted[1].tenant == ""  # nobody checked that key, so it buys no share

@@ -7,19 +7,25 @@ TOKENS = list(range(100, 120))
 
 def add(manager: BlockManager, tokens: list[int], *, adapter: str = "", salt: str = "") -> tuple[BlockTable, int]:
     """Adopt and compute a whole sequence; returns its table and the tokens that were cached."""
-    match = manager.match(tokens, adapter=adapter, salt=salt)
+    chain = manager.chain(adapter=adapter, salt=salt)
+    match = manager.match(tokens, chain)
     assert manager.can_adopt(match, len(tokens))
     table = manager.adopt(match, len(tokens))
-    manager.index(table, tokens, len(tokens))
+    manager.index(table, tokens, len(tokens), chain)
     return table, match.num_tokens
+
+
+def cached(manager: BlockManager, tokens: list[int], *, adapter: str = "", salt: str = "") -> int:
+    """How many of `tokens` could be shared."""
+    return manager.match(tokens, manager.chain(adapter=adapter, salt=salt)).num_tokens
 
 
 def test_a_second_sequence_shares_full_blocks() -> None:
     manager = BlockManager(16, 4)
-    first, cached = add(manager, TOKENS[:10])
-    assert cached == 0
-    second, cached = add(manager, TOKENS[:10])
-    assert cached == 8
+    first, found = add(manager, TOKENS[:10])
+    assert found == 0
+    second, found = add(manager, TOKENS[:10])
+    assert found == 8
     assert second.blocks[:2] == first.blocks[:2]
     assert second.blocks[2] != first.blocks[2]
     assert manager.num_free == 16 - 4
@@ -29,17 +35,17 @@ def test_a_second_sequence_shares_full_blocks() -> None:
 def test_the_last_token_is_always_left_to_compute() -> None:
     manager = BlockManager(16, 4)
     add(manager, TOKENS[:8])
-    assert manager.match(TOKENS[:8], adapter="", salt="").num_tokens == 4
-    assert manager.match(TOKENS[:9], adapter="", salt="").num_tokens == 8
+    assert cached(manager, TOKENS[:8]) == 4
+    assert cached(manager, TOKENS[:9]) == 8
 
 
 def test_adapter_version_and_salt_are_part_of_the_key() -> None:
     manager = BlockManager(32, 4)
     add(manager, TOKENS)
     for adapter, salt in (("a@1", ""), ("", "tenant"), ("a@2", ""), ("", "a@1")):
-        _, cached = add(manager, TOKENS, adapter=adapter, salt=salt)
-        assert cached == 0
-    assert manager.match(TOKENS, adapter="a@1", salt="").num_tokens == 16
+        _, found = add(manager, TOKENS, adapter=adapter, salt=salt)
+        assert found == 0
+    assert cached(manager, TOKENS, adapter="a@1") == 16
 
 
 def test_freed_blocks_are_found_again_until_evicted_and_the_start_lasts_longest() -> None:
@@ -47,9 +53,9 @@ def test_freed_blocks_are_found_again_until_evicted_and_the_start_lasts_longest(
     table, _ = add(manager, TOKENS[:17])
     manager.free(table)
     assert manager.num_free == 5
-    assert manager.match(TOKENS[:17], adapter="", salt="").num_tokens == 16
+    assert cached(manager, TOKENS[:17]) == 16
     other, _ = add(manager, list(range(8)))  # takes the block without content, then the tail of the old sequence
-    assert manager.match(TOKENS[:17], adapter="", salt="").num_tokens == 12
+    assert cached(manager, TOKENS[:17]) == 12
     manager.free(other)
     manager.check_integrity()
 
@@ -58,7 +64,7 @@ def test_a_match_in_the_free_list_does_not_count_as_room() -> None:
     manager = BlockManager(4, 4)
     table, _ = add(manager, TOKENS[:12])
     manager.free(table)
-    match = manager.match(TOKENS[:12], adapter="", salt="")
+    match = manager.match(TOKENS[:12], manager.chain())
     assert match.num_tokens == 8
     assert match.num_evictable == 2
     assert manager.can_adopt(match, 16)
@@ -69,7 +75,7 @@ def test_forget_makes_content_unfindable() -> None:
     manager = BlockManager(8, 4)
     table, _ = add(manager, TOKENS[:12])
     manager.free(table, forget=True)
-    assert manager.match(TOKENS[:12], adapter="", salt="").num_tokens == 0
+    assert cached(manager, TOKENS[:12]) == 0
     manager.check_integrity()
 
 
@@ -77,12 +83,12 @@ def test_reset_and_disabled_caching() -> None:
     manager = BlockManager(8, 4)
     held, _ = add(manager, TOKENS[:12])
     manager.reset_prefixes()
-    assert manager.match(TOKENS[:12], adapter="", salt="").num_tokens == 0
+    assert cached(manager, TOKENS[:12]) == 0
     manager.free(held)
     manager.check_integrity()
     off = BlockManager(8, 4, prefix_caching=False)
     add(off, TOKENS[:12])
-    assert off.match(TOKENS[:12], adapter="", salt="").num_tokens == 0
+    assert cached(off, TOKENS[:12]) == 0
 
 
 def test_usage_counts_held_blocks_only() -> None:

@@ -44,7 +44,7 @@ def check_empty(service: EngineService) -> None:
     scheduler.check_integrity()
     assert len(scheduler) == 0
     assert scheduler.blocks.num_free == service.num_blocks
-    assert service.engine._texts == {}
+    assert len(service.engine.delivery) == 0
     assert service._streams == {}
 
 

@@ -101,9 +101,9 @@ def test_a_failed_row_ends_alone() -> None:
     plan = scheduler.schedule()
     result = StepResult(step=1, slots=[plan.rows[1].slot], tokens=[7], failed={plan.rows[0].slot: "broke"})
     committed = scheduler.commit(plan, result)
-    assert [(item.request.id, item.token, item.error) for item in committed] == [
-        ("bad", None, "broke"),
-        ("good", 7, None),
+    assert [(item.request.id, item.tokens, item.error) for item in committed] == [
+        ("bad", [], "broke"),
+        ("good", [7], None),
     ]
     assert bad.finish_reason == "error"
     assert good.state is State.RUNNING

@@ -40,7 +40,7 @@ async def create_chat_completion(request: AnyRequest) -> Response[ChatCompletion
     asked = await _intake.read(request, api)
     served = find_model(service, asked.model)
     limits = api.settings.limits
-    check_common(asked, limits)
+    check_common(asked, limits, policy=api.settings.scheduler.policy)
     record = take_id(request, asked.request_id)
     chat = chat_prompt(asked, service.tokenizer.chat_template, max_messages=limits.max_messages)
     prompt = await encode_chat(service.tokenizer, chat, service.max_model_len)

@@ -34,7 +34,7 @@ async def create_completion(request: AnyRequest) -> Response[Completion]:
     asked = await _intake.read(request, api)
     served = find_model(service, asked.model)
     limits = api.settings.limits
-    check_common(asked, limits)
+    check_common(asked, limits, policy=api.settings.scheduler.policy)
     if (count := count_prompts(asked.prompt)) > limits.max_prompts:
         raise InvalidRequest(f"prompt must hold at most {limits.max_prompts} prompts, got {count}.", param="prompt")
     record = take_id(request, asked.request_id)

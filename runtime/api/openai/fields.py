@@ -65,7 +65,6 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "logits_processors": (None, []),
     "media_io_kwargs": (None, {}),
     "mm_processor_kwargs": (None, {}),
-    "priority": (None, 0),  # there is one scheduling policy, first come, first served
     "prompt_embeds": _NEVER,
     "prompt_logprobs": _NEVER,
     "repetition_detection": _NEVER,
@@ -77,8 +76,6 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "thinking_token_budget": _NEVER,
     "use_beam_search": (None, False),
     "vllm_xargs": (None, {}),
-    # Ours, to come
-    "deadline_ms": _NEVER,
 }
 """Field name → the values that ask for nothing. A number stands for its integer and float form."""
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from runtime.api.disconnect import cancel
 from runtime.api.openai.responses import PromptTokensDetails, Usage
 from runtime.api.record import RequestRecord
-from runtime.errors import EngineFailure, EngineUnavailable
+from runtime.errors import DeadlineExceeded, EngineUnavailable
 from runtime.messages import Output, Submission
 
 if TYPE_CHECKING:
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 
 class Generation:
-    """`choices` sequences for each prompt, in the order prompt by prompt. `close` must be called."""
+    """`choices` sequences for each prompt, in the order prompt by prompt, of which the `best` are kept.
+    `close` must be called."""
 
     def __init__(
         self,
@@ -25,6 +26,7 @@ class Generation:
         submissions: Iterable[Submission],
         *,
         choices: int,
+        best: int,
         record: RequestRecord,
     ) -> None:
         """Submits all or none. Raises what `EngineService.submit` raises."""
@@ -32,6 +34,7 @@ class Generation:
         self._metrics = service.metrics
         self._record = record
         self._choices = choices
+        self._best = best
         self._closed = False
         self._streams: list[OutputStream] = []
         try:
@@ -49,7 +52,7 @@ class Generation:
         self._closed = True
         self._cancel()
         longest = max((output.generated_tokens for output in self._latest if output), default=0)
-        self._metrics.on_request(choices=self._choices, longest=longest)
+        self._metrics.on_request(choices=self._best, longest=longest)
         usage = self.usage
         self._record.log.update(
             prompt_tokens=usage.prompt_tokens,
@@ -81,8 +84,12 @@ class Generation:
             await cancel(*waiting)
 
     async def collect(self) -> list[Output]:
-        """Every sequence's whole output, in one piece."""
-        return list(await asyncio.gather(*map(self._collect, range(len(self._streams)))))
+        """Each prompt's best outputs, whole: those of the highest log-probability, likeliest first."""
+        outputs = await asyncio.gather(*map(self._collect, range(len(self._streams))))
+        if self._best == self._choices:
+            return list(outputs)
+        groups = (outputs[start : start + self._choices] for start in range(0, len(outputs), self._choices))
+        return [output for group in groups for output in sorted(group, key=_unlikeliness)[: self._best]]
 
     async def _collect(self, index: int) -> Output:
         parts = [self._note(index, output) async for output in self._streams[index]]
@@ -93,11 +100,12 @@ class Generation:
             token_ids=[id for part in parts for id in part.token_ids],
             finish_reason=last.finish_reason,
             stop_reason=last.stop_reason,
+            cumulative_logprob=last.cumulative_logprob,
         )
 
     def _note(self, index: int, output: Output) -> Output:
         if output.finish_reason == "timeout":
-            raise EngineFailure("The request ran out of time.", code="timeout")
+            raise DeadlineExceeded("The request was not done within its deadline_ms.", param="deadline_ms")
         if output.finish_reason in ("abort", "error"):
             raise EngineUnavailable(output.error or "The request was aborted before it was complete.")
         self._latest[index] = output
@@ -116,3 +124,7 @@ class Generation:
             total_tokens=prompt + completion,
             prompt_tokens_details=PromptTokensDetails(sum(output.cached_tokens for output in firsts)),
         )
+
+
+def _unlikeliness(output: Output) -> float:
+    return -output.cumulative_logprob

@@ -14,19 +14,38 @@ DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's default of `max_tokens` in completions; a chat's is the rest of the context."""
 
 
+MAX_PRIORITY = 2**31
+"""Priorities lie between minus this and this."""
+
+MAX_DEADLINE_MS = 7 * 24 * 3600 * 1000
+"""A week."""
+
+
 def choices_of(request: GenerationRequest) -> int:
     return 1 if request.n is None else request.n
 
 
-def check_common(request: GenerationRequest, limits: LimitSettings) -> None:
+def sequences_of(request: GenerationRequest) -> int:
+    """How many are generated for each prompt, of which the best `n` are the answer."""
+    return choices_of(request) if request.best_of is None else request.best_of
+
+
+def check_common(request: GenerationRequest, limits: LimitSettings, *, policy: str) -> None:
     """Raise for what is wrong whatever the prompt. Cheap, so it comes before tokenising."""
     choices = choices_of(request)
     if not 1 <= choices <= limits.max_n:
         raise InvalidRequest(f"n must be between 1 and {limits.max_n}, got {choices}.", param="n")
     if request.best_of is not None and request.best_of < choices:
         raise InvalidRequest(f"best_of must be at least n ({choices}), got {request.best_of}.", param="best_of")
-    if request.best_of is not None and request.best_of > choices:
-        raise Unsupported(f"`best_of` above n is not supported yet, got {request.best_of}.", param="best_of")
+    if request.best_of is not None and request.best_of > limits.max_n:
+        raise InvalidRequest(f"best_of must be at most {limits.max_n}, got {request.best_of}.", param="best_of")
+    if request.stream and sequences_of(request) > choices:
+        raise InvalidRequest(
+            f"best_of above n ({choices}) cannot be streamed, got {request.best_of}: which are best is only known "
+            "at the end.",
+            param="best_of",
+        )
+    _check_urgency(request, policy)
     if len((request.cache_salt or "").encode()) > MAX_SALT:
         raise InvalidRequest(f"cache_salt must have at most {MAX_SALT} bytes.", param="cache_salt")
     options = request.stream_options
@@ -35,6 +54,24 @@ def check_common(request: GenerationRequest, limits: LimitSettings) -> None:
     if options is not None and options.include_obfuscation:
         field = "stream_options.include_obfuscation"
         raise Unsupported(f"`{field}` is not supported yet, got true.", param=field)
+
+
+def _check_urgency(request: GenerationRequest, policy: str) -> None:
+    priority, deadline = request.priority or 0, request.deadline_ms
+    if not -MAX_PRIORITY <= priority <= MAX_PRIORITY:
+        raise InvalidRequest(
+            f"priority must be between {-MAX_PRIORITY} and {MAX_PRIORITY}, got {priority}.", param="priority"
+        )
+    if priority and policy != "priority":
+        raise Unsupported(
+            f"`priority` is acted on where the server's scheduler.policy is priority; here it is {policy}, "
+            f"got {priority}.",
+            param="priority",
+        )
+    if deadline is not None and not 1 <= deadline <= MAX_DEADLINE_MS:
+        raise InvalidRequest(
+            f"deadline_ms must be between 1 and {MAX_DEADLINE_MS}, got {deadline}.", param="deadline_ms"
+        )
 
 
 def sampling_params(

@@ -67,6 +67,8 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     truncate_prompt_tokens: int | None = None
     return_token_ids: bool | None = None
     cache_salt: str | None = None
+    priority: int | None = None
+    deadline_ms: int | None = None
     request_id: str | None = None
     # Labels for the client's own book-keeping: accepted, and kept nowhere.
     user: str | None = None

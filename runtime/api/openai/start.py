@@ -1,6 +1,7 @@
 """From a checked request and its token ids to running sequences."""
 
 import hashlib
+import time
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 from litestar import Request
 
 from runtime.api.openai.generation import Generation
-from runtime.api.openai.params import choices_of, fit_context, sampling_params, seed_of
+from runtime.api.openai.params import choices_of, fit_context, sampling_params, seed_of, sequences_of
 from runtime.api.openai.schema import GenerationRequest
 from runtime.api.openai.served import Served
 from runtime.api.record import RequestRecord, make_id, record_of
@@ -36,7 +37,7 @@ def start(
     prompt_field: str,
     default_max: int | None,
 ) -> Generation:
-    """Submit `n` sequences for each prompt. `served` is ready, and nothing was awaited since.
+    """Submit `n` sequences for each prompt, or `best_of`. `served` is ready, and nothing was awaited since.
     Raises a `RequestError` that names the field at fault."""
     service = served.service
     params, max_field = sampling_params(request, vocab_size=service.tokenizer.vocab_size, limits=limits)
@@ -49,8 +50,8 @@ def start(
         default=default_max,
     )
     try:
-        submissions = list(_submissions(request, prompts, record.request_id, served.key, fit))
-        return Generation(service, submissions, choices=choices_of(request), record=record)
+        submissions = list(_submissions(request, prompts, record, served.key, fit))
+        return Generation(service, submissions, choices=sequences_of(request), best=choices_of(request), record=record)
     except (
         ContextLengthExceeded,
         Conflict,
@@ -64,21 +65,30 @@ def start(
 def _submissions(
     request: GenerationRequest,
     prompts: list[list[int]],
-    request_id: str,
+    record: RequestRecord,
     adapter: str,
     fit: Callable[[int], SamplingParams],
 ) -> Iterator[Submission]:
-    """`n` for each prompt, prompt by prompt."""
-    choices = choices_of(request)
+    """All of one prompt, then all of the next. The first of a prompt computes it for the others."""
+    count = sequences_of(request)
+    arrival = time.monotonic()
+    deadline = None if request.deadline_ms is None else arrival + request.deadline_ms / 1000
     for index, prompt in enumerate(prompts):
         fitted = fit(len(prompt))
-        for choice in range(choices):
+        first = _sequence_id(record.request_id, index * count)
+        for choice in range(count):
             yield Submission(
-                request_id=_sequence_id(request_id, index * choices + choice),
+                request_id=_sequence_id(record.request_id, index * count + choice),
                 prompt_ids=prompt,
                 params=seed_of(fitted, choice),
                 adapter=adapter,
                 cache_salt=request.cache_salt or "",
+                priority=request.priority or 0,
+                deadline=deadline,
+                tenant=record.tenant,
+                fork_of=first if choice else "",
+                scored=count > choices_of(request),
+                arrival=arrival,
             )
 
 

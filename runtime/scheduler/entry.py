@@ -1,0 +1,32 @@
+"""What a waiting request can begin with: blocks of the same prompt beside it, or of the same start before it."""
+
+from dataclasses import dataclass
+
+from runtime.blocks import BlockManager, BlockTable
+from runtime.scheduler.request import Request
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A table for a request that comes in, and how much of it is computed already."""
+
+    table: BlockTable
+    num_computed: int
+    copies: list[tuple[int, int]]
+    """(from, to) blocks to copy before the first row."""
+
+
+def take_entry(blocks: BlockManager, request: Request, num_tokens: int) -> Entry | None:
+    """Blocks for `num_tokens` of the request, shared as far as possible; None when there is no room."""
+    source = request.source
+    if source is not None and source.table is not None and source.num_computed >= request.prompt_len:
+        # Its last prompt token is computed again: the logits of it are this one's own to sample from.
+        shared = request.prompt_len - 1
+        if blocks.can_fork(source.table, shared, num_tokens):
+            fork = blocks.fork(source.table, shared, num_tokens)
+            return Entry(fork.table, shared, fork.copies)
+    assert request.chain is not None
+    match = blocks.match(request.tokens, request.chain)
+    if not blocks.can_adopt(match, num_tokens):
+        return None
+    return Entry(blocks.adopt(match, num_tokens), match.num_tokens, [])

@@ -1,0 +1,66 @@
+"""A step's plan while it is being made: rows can still be withdrawn when their request is preempted."""
+
+from runtime.messages import Admission, Row, StepPlan
+from runtime.scheduler.request import Request
+
+
+class Planning:
+    """Rows within a budget of tokens, and what workers must know before they compute them."""
+
+    def __init__(self, step: int, budget: int) -> None:
+        self.step = step
+        self.budget = budget
+        """Tokens that may still be added."""
+        self._rows: dict[int, Row] = {}
+        self._admitted: dict[int, Admission] = {}
+        self._copies: dict[int, list[tuple[int, int]]] = {}
+
+    def admit(self, request: Request, copies: list[tuple[int, int]]) -> None:
+        """Tell the workers all about a request that has just got its slot and its table."""
+        assert request.slot is not None
+        assert request.table is not None
+        request.num_sent_blocks = len(request.table.blocks)
+        self._admitted[request.slot] = Admission(
+            slot=request.slot,
+            token_ids=list(request.tokens),
+            prompt_len=request.prompt_len,
+            block_ids=list(request.table.blocks),
+            params=request.params,
+            seed=request.seed,
+            suppressed_ids=request.suppressed_ids,
+            adapter=request.submission.adapter,
+            scored=request.submission.scored,
+        )
+        if copies:
+            self._copies[request.slot] = copies
+
+    def add(self, request: Request, count: int, draft: list[int]) -> None:
+        """Compute `count` of the tokens that the request wants, and then those of `draft`."""
+        slot, table, start = request.slot, request.table, request.num_computed
+        assert slot is not None
+        assert table is not None
+        known = len(table.blocks)
+        new_blocks = table.blocks[request.num_sent_blocks :] if request.num_sent_blocks < known else []
+        request.num_sent_blocks = known
+        total = count + len(draft)
+        sample = start + count == len(request.tokens)
+        self._rows[slot] = Row(slot=slot, start=start, count=total, sample=sample, new_blocks=new_blocks, draft=draft)
+        self.budget -= total
+
+    def withdraw(self, request: Request) -> None:
+        """The request is about to lose its slot. What was planned for it is not to happen."""
+        slot = request.slot
+        assert slot is not None
+        row = self._rows.pop(slot, None)
+        if row is not None:
+            self.budget += row.count
+        self._admitted.pop(slot, None)
+        self._copies.pop(slot, None)
+
+    def done(self) -> StepPlan:
+        return StepPlan(
+            step=self.step,
+            admitted=list(self._admitted.values()),
+            rows=list(self._rows.values()),
+            copies=[copy for copies in self._copies.values() for copy in copies],
+        )
