@@ -1,106 +1,105 @@
 """A hypothesis state machine over the real scheduler and block pool, with a toy model as the worker.
 
-The toy's next token is a function of all tokens before it, and it keeps KV per block as the tokens
-themselves; so wrong blocks, stale prefixes or lost tokens show as a wrong output.
+Every policy, with and without drafts; requests come, fork, are aborted, run out of time, and are preempted;
+adapters get new versions; prefixes are forgotten; allocations fail. Whatever happens: nothing is lost, every
+request ends, and what it got is what it would have got alone.
 """
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from runtime import failpoints
 from runtime.blocks import BlockManager
-from runtime.messages import SamplingParams, StepPlan, StepResult, Submission
-from runtime.scheduler import Request, Scheduler, State
-from runtime.scheduler.policies import make_policy
+from runtime.scheduler import Request, Scheduler, Speculation, State
+from runtime.scheduler.policies import POLICIES, make_policy
+from tests.scheduler.toy import ToyWorker, make_request, solo, step
 
-BLOCK, BLOCKS, SLOTS = 2, 7, 3
+BLOCK, BLOCKS, SLOTS, BUDGET = 2, 7, 3, 6
 VOCAB = 3  # few tokens, so that prefixes meet often
-
-
-def next_token(tokens: list[int]) -> int:
-    value = 7
-    for token in tokens:
-        value = (value * 31 + token + 1) % 1009
-    return value % VOCAB
-
-
-def solo(prompt: list[int], adapter: str, length: int) -> list[int]:
-    tokens = list(prompt)
-    while len(tokens) < length:
-        tokens.append((next_token(tokens) + len(adapter)) % VOCAB)
-    return tokens
-
-
-class ToyWorker:
-    """Executes plans like the real worker; its KV of a token is (adapter, token)."""
-
-    def __init__(self) -> None:
-        self.kv: dict[tuple[int, int], tuple[str, int]] = {}
-        self.tokens: dict[int, list[int]] = {}
-        self.blocks: dict[int, list[int]] = {}
-        self.adapter: dict[int, str] = {}
-
-    def execute(self, plan: StepPlan) -> StepResult:
-        for new in plan.admitted:
-            self.tokens[new.slot] = list(new.token_ids)
-            self.blocks[new.slot] = list(new.block_ids)
-            self.adapter[new.slot] = new.adapter
-        slots, sampled = [], []
-        for row in plan.rows:
-            blocks = self.blocks[row.slot]
-            blocks += row.new_blocks
-            adapter = self.adapter[row.slot]
-            for position in range(row.start, row.start + row.count):
-                self.kv[blocks[position // BLOCK], position % BLOCK] = (adapter, self.tokens[row.slot][position])
-            seen = [self.kv[blocks[p // BLOCK], p % BLOCK] for p in range(row.start + row.count)]
-            assert {owner for owner, _ in seen} == {adapter}, "attended to another adapter's KV"
-            if row.sample:
-                token = (next_token([token for _, token in seen]) + len(adapter)) % VOCAB
-                self.tokens[row.slot].append(token)
-                slots.append(row.slot)
-                sampled.append(token)
-        return StepResult(step=plan.step, slots=slots, tokens=sampled)
+LIMIT = BLOCK * BLOCKS
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    def __init__(self) -> None:
-        super().__init__()
+    @initialize(policy=st.sampled_from(sorted(POLICIES)), drafts=st.sampled_from([None, 2]), caching=st.booleans())
+    def start(self, policy: str, drafts: int | None, caching: bool) -> None:
+        self.now = 0.0
         self.scheduler = Scheduler(
-            BlockManager(BLOCKS, BLOCK),
-            make_policy("fcfs"),
-            max_batched_tokens=4,
+            BlockManager(BLOCKS, BLOCK, prefix_caching=caching),
+            make_policy(policy),
+            max_batched_tokens=BUDGET,
             max_prefill_chunk=3,
             max_running=SLOTS,
             max_waiting=100,
+            max_preemptions=2,
+            speculation=None if drafts is None else Speculation(drafts, max_running=2, min_acceptance=0.1),
+            clock=lambda: self.now,
         )
-        self.worker = ToyWorker()
-        self.count = 0
+        self.worker = ToyWorker(BLOCK, vocab=VOCAB)
+        self.version = 1
         self.requests: list[Request] = []
 
-    @rule(
-        prompt=st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=BLOCK * BLOCKS - 1),
-        more=st.integers(1, 8),
-        adapter=st.sampled_from(["", "a"]),
-        salt=st.sampled_from(["", "s"]),
-    )
-    def submit(self, prompt: list[int], more: int, adapter: str, salt: str) -> None:
-        self.count += 1
-        submission = Submission(
-            request_id=str(self.count), prompt_ids=prompt, params=SamplingParams(), adapter=adapter, cache_salt=salt
-        )
-        request = Request(submission, seed=0, max_len=min(len(prompt) + more, BLOCK * BLOCKS))
+    def _submit(self, prompt: list[int], more: int, **fields: object) -> None:
+        request = make_request(str(len(self.requests)), prompt, more, limit=LIMIT, **fields)
         self.scheduler.submit(request)
         self.requests.append(request)
+
+    @rule(
+        prompt=st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=LIMIT - 1),
+        more=st.integers(1, 8),
+        adapted=st.booleans(),
+        salt=st.sampled_from(["", "s"]),
+        priority=st.integers(0, 2),
+        patience=st.none() | st.integers(1, 60),
+        tenant=st.sampled_from("ab"),
+    )
+    def submit(
+        self,
+        prompt: list[int],
+        more: int,
+        adapted: bool,
+        salt: str,
+        priority: int,
+        patience: int | None,
+        tenant: str,
+    ) -> None:
+        self._submit(
+            prompt,
+            more,
+            adapter="a" * self.version if adapted else "",
+            cache_salt=salt,
+            priority=priority,
+            tenant=tenant,
+            deadline=None if patience is None else self.now + patience,
+        )
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data(), more=st.integers(1, 8))
+    def fork(self, data: st.DataObject, more: int) -> None:
+        """Of any request there ever was: a finished leader is no leader."""
+        leader = data.draw(st.sampled_from(self.requests)).submission
+        self._submit(
+            leader.prompt_ids, more, adapter=leader.adapter, cache_salt=leader.cache_salt, fork_of=leader.request_id
+        )
 
     @precondition(lambda self: len(self.scheduler))
     @rule()
     def step(self) -> None:
-        plan = self.scheduler.schedule()
-        assert plan.rows, "there are requests, but none makes progress"
-        assert plan.num_tokens <= 4
-        for item in self.scheduler.commit(plan, self.worker.execute(plan)):
-            if len(item.request.tokens) >= item.request.max_len:
-                self.scheduler.finish(item.request, "length")
+        before = len(self.scheduler)
+        plan = step(self.scheduler, self.worker)
+        self.now += 1.0
+        assert plan.rows or len(self.scheduler) < before, "there are requests, but none makes progress"
+        assert plan.num_tokens <= BUDGET
+
+    @precondition(lambda self: len(self.scheduler))
+    @rule(at=st.integers(1, 4))
+    def step_with_a_failing_allocation(self, at: int) -> None:
+        failpoints.configure(f"blocks.take=raise:{at}")
+        try:
+            step(self.scheduler, self.worker)
+        finally:
+            failpoints.configure("")
 
     @precondition(lambda self: len(self.scheduler))
     @rule(data=st.data())
@@ -108,14 +107,23 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler.finish(data.draw(st.sampled_from(list(self.scheduler))), "abort")
 
     @rule()
+    def publish_adapter(self) -> None:
+        """New requests get the new version, those that run keep theirs."""
+        self.version += 1
+
+    @rule()
     def reset_prefixes(self) -> None:
         self.scheduler.blocks.reset_prefixes()
 
     @invariant()
     def nothing_is_lost(self) -> None:
-        self.scheduler.check_integrity()
+        if hasattr(self, "scheduler"):
+            self.scheduler.check_integrity()
+            assert all(request.timing.preemptions <= 2 for request in self.requests)
 
     def teardown(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
         for _ in range(1000):
             if not len(self.scheduler):
                 break
@@ -124,10 +132,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler.check_integrity()
         for request in self.requests:
             assert request.state is State.FINISHED
-            expected = solo(request.submission.prompt_ids, request.submission.adapter, request.max_len)
-            assert request.tokens == expected[: len(request.tokens)]
-            assert request.finish_reason == "abort" or len(request.tokens) == request.max_len
+            expected = solo(request.submission.prompt_ids, len(request.tokens), adapter=request.submission.adapter)
+            assert request.tokens == expected
+            assert request.finish_reason != "length" or len(request.tokens) == request.max_len
 
 
-SchedulerMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
-TestScheduler = SchedulerMachine.TestCase
+SchedulerMachine.TestCase.settings = settings(max_examples=250, stateful_step_count=40, deadline=None)
+TestScheduler = pytest.mark.filterwarnings("error")(SchedulerMachine.TestCase)

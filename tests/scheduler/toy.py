@@ -1,0 +1,123 @@
+"""A model small enough to check every block: its KV of a token is (adapter, position, token).
+
+Its next token is a function of all tokens before it, read out of the blocks; so wrong blocks, stale
+prefixes, lost tokens, missing copies and drafts that were kept wrongly show as a wrong output.
+"""
+
+from collections.abc import Iterable
+
+from runtime.messages import SamplingParams, StepPlan, StepResult, Submission
+from runtime.scheduler import Request, Scheduler
+
+
+def next_token(tokens: list[int], vocab: int = 3) -> int:
+    value = 7
+    for token in tokens:
+        value = (value * 31 + token + 1) % 1009
+    return value % vocab
+
+
+def solo(prompt: list[int], length: int, *, adapter: str = "", vocab: int = 3) -> list[int]:
+    """The tokens of a sequence that runs alone: what every other way of running must give too."""
+    tokens = list(prompt)
+    while len(tokens) < length:
+        tokens.append((next_token(tokens, vocab) + len(adapter)) % vocab)
+    return tokens
+
+
+class ToyWorker:
+    """Executes plans like the real worker. Few tokens in `vocab`, so that prefixes meet and drafts prove right."""
+
+    def __init__(self, block_size: int, *, vocab: int = 3, window: int | None = None) -> None:
+        self.block_size = block_size
+        self.vocab = vocab
+        self.window = window
+        self.kv: dict[tuple[int, int], tuple[str, int, int]] = {}
+        self.tokens: dict[int, list[int]] = {}
+        self.blocks: dict[int, list[int]] = {}
+        self.adapter: dict[int, str] = {}
+        self.num_computed = 0
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        for source, target in plan.copies:
+            for offset in range(self.block_size):
+                if (source, offset) in self.kv:
+                    self.kv[target, offset] = self.kv[source, offset]
+        for new in plan.admitted:
+            self.tokens[new.slot] = list(new.token_ids)
+            self.blocks[new.slot] = list(new.block_ids)
+            self.adapter[new.slot] = new.adapter
+        slots: list[int] = []
+        tokens: list[int] = []
+        for row in plan.rows:
+            self.blocks[row.slot] += row.new_blocks
+            known = self.tokens[row.slot]
+            if row.draft:
+                known[row.start + row.count - len(row.draft) :] = row.draft
+            for position in range(row.start, row.start + row.count):
+                self.kv[self._place(row.slot, position)] = (self.adapter[row.slot], position, known[position])
+            self.num_computed += row.count
+            if row.sample:
+                kept = self._sample(row.slot, row.start + row.count - len(row.draft), row.draft)
+                slots += [row.slot] * len(kept)
+                tokens += kept
+        return StepResult(step=plan.step, slots=slots, tokens=tokens)
+
+    def _sample(self, slot: int, length: int, draft: list[int]) -> list[int]:
+        kept: list[int] = []
+        for guess in [*draft, None]:
+            seen = self._read(slot, length + len(kept))
+            token = (next_token(seen, self.vocab) + len(self.adapter[slot])) % self.vocab
+            kept.append(token)
+            if token != guess:
+                break
+        self.tokens[slot][length:] = kept
+        return kept
+
+    def _read(self, slot: int, length: int) -> list[int]:
+        """The tokens as the KV has them. Those outside the window are not looked at, but known."""
+        first = 0 if self.window is None else max(0, length - self.window)
+        seen = self.tokens[slot][:first]
+        for position in range(first, length):
+            adapter, place, token = self.kv[self._place(slot, position)]
+            assert adapter == self.adapter[slot], "attended to another adapter's KV"
+            assert place == position, "attended to another position's KV"
+            seen.append(token)
+        return seen
+
+    def _place(self, slot: int, position: int) -> tuple[int, int]:
+        return self.blocks[slot][position // self.block_size], position % self.block_size
+
+
+def make_request(
+    name: str,
+    prompt: Iterable[int],
+    more: int,
+    *,
+    limit: int = 10**9,
+    **fields: object,
+) -> Request:
+    """A request for `more` tokens, at most `limit` with its prompt; `fields` are the submission's."""
+    ids = list(prompt)
+    submission = Submission(request_id=name, prompt_ids=ids, params=SamplingParams(), **fields)  # type: ignore[arg-type]
+    return Request(submission, seed=0, max_len=min(len(ids) + more, limit))
+
+
+def step(scheduler: Scheduler, worker: ToyWorker) -> StepPlan:
+    """One step, as the engine does it: what has reached its length is finished."""
+    plan = scheduler.schedule()
+    for item in scheduler.commit(plan, worker.execute(plan)):
+        request = item.request
+        if item.tokens and len(request.tokens) >= request.max_len:
+            scheduler.finish(request, "length")
+    return plan
+
+
+def run(scheduler: Scheduler, worker: ToyWorker, *, most: int = 10_000) -> int:
+    """Steps until nothing is left; returns their number."""
+    for count in range(most):
+        if not len(scheduler):
+            scheduler.check_integrity()
+            return count
+        step(scheduler, worker)
+    raise AssertionError(f"not done after {most} steps")
