@@ -4,8 +4,8 @@ Models", OSDI 2024 (arXiv:2401.00588).
 Each tenant has a counter of the service it got: prompt tokens, and output tokens at twice the price, divided by the
 tenant's weight. The next request comes from the tenant with the lowest counter. One that comes back from
 idleness is lifted to the lowest counter of those that wait, so that nobody saves up service by being away.
-Between two tenants that always have requests waiting, the difference in service stays bounded (the paper's
-theorem 4.4), however unequal their load.
+Between two tenants that always have requests waiting, the difference in service stays within a bound that does
+not depend on time, however unequal their load.
 """
 
 from collections.abc import Iterator, Mapping
