@@ -1,0 +1,46 @@
+"""Distributions as a picture: a file where matplotlib is installed, bars in the terminal where it is not."""
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.simulation.outcome import Outcome
+
+SHARES = (0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
+WIDTH = 50
+"""Characters of the longest bar."""
+
+
+def draw(outcomes: Mapping[str, Outcome], target: Path, console: Console) -> None:
+    """Cumulative distributions of TTFT and TPOT in `target` (PNG, SVG, …), or quantiles as bars."""
+    if importlib.util.find_spec("matplotlib") is None:
+        console.print("matplotlib is not installed: bars instead of a file", style="yellow")
+        console.print(_bars(outcomes))
+        return
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    for axes, name in zip(figure.subplots(1, 2), ("ttft", "tpot"), strict=True):
+        for label, outcome in outcomes.items():
+            values = sorted(getattr(served, name) for served in outcome.served)
+            axes.plot(values, [(index + 1) / len(values) for index in range(len(values))], label=label)
+        axes.set_xscale("log")
+        axes.set_xlabel(f"{name.upper()}, seconds")
+        axes.set_ylabel("share of the requests")
+        axes.legend()
+    figure.savefig(target)
+    console.print(f"wrote {target}")
+
+
+def _bars(outcomes: Mapping[str, Outcome]) -> Table:
+    table = Table("run", "quantile", "TTFT s", "")
+    longest = max(outcome.ttft(SHARES[-1]) for outcome in outcomes.values()) or 1.0
+    for label, outcome in outcomes.items():
+        for share in SHARES:
+            value = outcome.ttft(share)
+            table.add_row(label, f"{share:.0%}", f"{value:.3f}", "█" * round(WIDTH * value / longest))
+            label = ""
+    return table

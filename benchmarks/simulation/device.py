@@ -1,0 +1,57 @@
+"""How long a step takes: the roofline of a device under a decoder-only model (Williams et al., 2009).
+
+A step reads all weights and the KV of every row's context, and does two operations a parameter and token;
+whichever of the two takes longer is its time. Enough to compare schedules, not to predict a machine.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a step is limited by."""
+
+    flops: float
+    """Operations a second that matrix products reach."""
+    bandwidth: float
+    """Bytes a second that are read from memory."""
+    overhead: float
+    """Seconds of every step that no work explains: launches, sampling, scheduling."""
+    kv_memory: float
+    """Bytes for KV blocks beside the weights."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A decoder as far as costs go."""
+
+    parameters: float
+    bytes_per_parameter: float
+    kv_bytes_per_token: float
+
+    def step_seconds(self, device: Device, num_tokens: int, context: int) -> float:
+        """A step of `num_tokens`, whose rows attend to `context` tokens in all."""
+        compute = 2 * self.parameters * num_tokens / device.flops
+        read = self.parameters * self.bytes_per_parameter + self.kv_bytes_per_token * context
+        return device.overhead + max(compute, read / device.bandwidth)
+
+
+LLAMA_8B = Model(8.03e9, 2, 2 * 32 * 8 * 128 * 2)
+"""Llama 3 8B in bfloat16: 32 layers, 8 KV heads of 128 (its config.json)."""
+
+SMOLLM2 = Model(134.5e6, 4, 2 * 30 * 3 * 64 * 4)
+"""SmolLM2-135M in float32: 30 layers, 3 KV heads of 64 (its config.json)."""
+
+ARITHMETIC, MEMORY = 0.5, 0.8
+"""Shares of a data sheet's peaks that good kernels reach in practice: an assumption, the same for both GPUs."""
+
+DEVICES: dict[str, tuple[Device, Model]] = {
+    # NVIDIA H100 Tensor Core GPU data sheet, SXM: 989 teraFLOPS bfloat16 (dense), 3.35 TB/s, 80 GB.
+    "h100": (Device(989e12 * ARITHMETIC, 3.35e12 * MEMORY, 1e-3, 56e9), LLAMA_8B),
+    # NVIDIA A10 Tensor Core GPU data sheet: 125 teraFLOPS bfloat16 (dense), 600 GB/s, 24 GB.
+    "a10": (Device(125e12 * ARITHMETIC, 600e9 * MEMORY, 1e-3, 5e9), LLAMA_8B),
+    # Measured on two cores with AVX-512 by `eft bench offline` on SmolLM2: prompts for the first, one sequence
+    # at a time for the second.
+    "cpu": (Device(1.5e11, 12e9, 1e-3, 1e9), SMOLLM2),
+}
+"""Name → a device and the model that it is simulated with."""
