@@ -13,8 +13,8 @@ from runtime.hooks import Hooks
 from runtime.metrics import Metrics
 from runtime.scheduler import Scheduler, Speculation
 from runtime.scheduler.policies import make_policy
-from runtime.workers.adapter_slots import AdapterSlots
 from runtime.tenants import tenant_weights
+from runtime.workers.adapter_slots import AdapterSlots
 from runtime.workers.decoder import Decoder, DecoderSpec
 from runtime.workers.executor import InProcessExecutor
 from runtime.workers.kv_cache import KVCache, block_bytes
