@@ -148,6 +148,10 @@ class EngineService:
         if self._forget(request_id):
             self._send(lambda: self.engine.abort(request_id))
 
+    async def reset_prefixes(self) -> int:
+        """Forget all cached prefixes. Returns how many blocks could have been found. Raises `EngineUnavailable`."""
+        return await self.call(self.engine.scheduler.blocks.reset_prefixes)
+
     # -- adapters ------------------------------------------------------------------------------
 
     async def load_adapter(self, key: str, directory: str) -> None:

@@ -31,11 +31,6 @@ class BlockManager:
         return self._pool.num_free
 
     @property
-    def num_cached(self) -> int:
-        """Blocks that the prefix index knows, held or free."""
-        return len(self._index)
-
-    @property
     def usage(self) -> float:
         """Share of the blocks that some sequence holds, from 0 to 1."""
         return self._pool.num_held / self._pool.num_blocks
@@ -153,9 +148,11 @@ class BlockManager:
                 self._index.discard(block)
             self._pool.release(block, reusable=block in self._index)
 
-    def reset_prefixes(self) -> None:
-        """Forget all cached prefixes; running sequences keep their blocks."""
+    def reset_prefixes(self) -> int:
+        """Forget all cached prefixes; running sequences keep their blocks. Returns how many blocks were known."""
+        count = len(self._index)
         self._index.clear()
+        return count
 
     def check_integrity(self) -> None:
         """Raise `AssertionError` when a block is lost, held twice without two tables, or wrongly indexed."""

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from runtime.errors import Conflict, RequestError
+from runtime.errors import Conflict, EngineUnavailable, RequestError
 from runtime.messages import Output, Submission
 from runtime.metrics import Metrics
 from runtime.stream import OutputStream
@@ -66,6 +66,9 @@ class FakeService:
         stream = self.running[submission.request_id] = OutputStream(submission.request_id, self._abort)
         asyncio.get_running_loop().call_soon(self._step, submission, 1)
         return stream
+
+    async def reset_prefixes(self) -> int:
+        raise EngineUnavailable("There is no engine behind this.")
 
     def _abort(self, request_id: str) -> None:
         self.aborted.append(request_id)

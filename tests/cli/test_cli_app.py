@@ -101,7 +101,10 @@ def test_a_reader_that_has_enough_is_no_error(tmp_path: Path) -> None:
     [
         (["serv"], 'Unknown command "serv". Did you mean "serve"?'),
         (["serve", "--max-runing", "3"], "Unknown option: --max-runing. Did you mean --max-running?"),
-        (["serve", "--policy", "lifo"], 'Invalid value "lifo" for --policy. Choose from: "fcfs".'),
+        (
+            ["serve", "--policy", "lifo"],
+            'Invalid value "lifo" for --policy. Choose from: "fcfs", "priority", "deadline", "fair".',
+        ),
         (["serve", "--port"], "--port requires an argument"),
         (["batch", "in.jsonl"], "requires an argument"),
     ],

@@ -18,11 +18,4 @@ class CacheReset(Struct):
 async def reset_cache(request: AnyRequest) -> CacheReset:
     """Forget all cached prefixes. Running requests are not disturbed; new ones compute their prompts anew."""
     service = api_of(request).handle.require()
-    blocks = service.engine.scheduler.blocks
-
-    def reset() -> int:
-        count = blocks.num_cached
-        blocks.reset_prefixes()
-        return count
-
-    return CacheReset(blocks=await service.call(reset))
+    return CacheReset(blocks=await service.reset_prefixes())
