@@ -3,10 +3,11 @@
 `load("auto")` gives the fastest backend that works here; `available()` says which do, and why not.
 """
 
-from kernels.interface import DecodeGroup, LoraFactors, LoraSegment, Ops, PagedRows, PrefillRow
+from kernels.cpu import CpuOps
+from kernels.interface import LoraFactors, LoraSegment, Ops, PagedRows
 from kernels.reference import ReferenceOps
 
-BACKENDS: dict[str, type[Ops]] = {"reference": ReferenceOps}
+BACKENDS: dict[str, type[Ops]] = {"reference": ReferenceOps, "cpu": CpuOps}
 """From slowest to fastest."""
 
 
@@ -30,14 +31,4 @@ def load(name: str = "auto") -> Ops:
     return BACKENDS[name]()
 
 
-__all__ = [
-    "BACKENDS",
-    "DecodeGroup",
-    "LoraFactors",
-    "LoraSegment",
-    "Ops",
-    "PagedRows",
-    "PrefillRow",
-    "available",
-    "load",
-]
+__all__ = ["BACKENDS", "LoraFactors", "LoraSegment", "Ops", "PagedRows", "available", "load"]

@@ -8,45 +8,42 @@ Ops without "in place" in their docstring are differentiable in the reference ba
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 
+import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class DecodeGroup:
-    """Rows of one token each, with contexts of similar length, next to each other in the batch."""
-
-    start: int
-    """Index of the first of them in the flat batch."""
-    blocks: Tensor
-    """[rows, max_blocks] int64 block ids, padded with block 0."""
-    mask: Tensor
-    """[rows, 1, 1, max_blocks * B] bool, True where there is a token to attend to."""
+from kernels.groups import PagedGroups, group_rows
 
 
-@dataclass(frozen=True)
-class PrefillRow:
-    """One sequence's run of several tokens."""
-
-    start: int
-    """Index of its first token in the flat batch."""
-    count: int
-    context: int
-    """Tokens before these that are in the cache already."""
-    blocks: Tensor
-    """[ceil((context + count) / B)] int64 block ids; used when there is a context."""
-    mask: Tensor | None
-    """[count, context + count] bool causal mask; None without a context (plain causal)."""
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PagedRows:
-    """How a flat batch lies over the paged cache: built once a step, used in every layer."""
+    """How a flat batch lies over the paged cache: built once a step, used in every layer.
+
+    Rows of one token come first, in order of their context, so that those that are alike lie together.
+    """
 
     slots: Tensor
     """[T] int64: block_id * B + offset of every token's place in the cache."""
-    decode: list[DecodeGroup]
-    prefill: list[PrefillRow]
+    counts: list[int]
+    """Tokens of each row, next to each other in the batch; their sum is T."""
+    contexts: list[int]
+    """Tokens of each row before these, in the cache already."""
+    tables: Tensor
+    """[R, width] int64 block ids; past a row's own blocks any valid ids."""
+    block_size: int
+
+    @cached_property
+    def extents(self) -> Tensor:
+        """[R, 3] int64: each row's first token in the batch, its count, its context."""
+        starts = list(accumulate(self.counts, initial=0))[:-1]
+        return torch.tensor([*zip(starts, self.counts, self.contexts, strict=True)], dtype=torch.int64).view(-1, 3)
+
+    @cached_property
+    def groups(self) -> "PagedGroups":
+        """The same rows as padded groups with masks, for backends without kernels of their own."""
+        return group_rows(self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +96,18 @@ class Ops(ABC):
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """[T, 2 * inner], gate then up → silu(gate) * up, [T, inner] (SwiGLU, arXiv:2002.05202)."""
 
+    def norm_linear(self, x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`linear` of `rms_norm`: x [T, in], norm [in], weight [out, in] → [T, out]."""
+        return self.linear(self.rms_norm(x, norm, eps), weight, bias)
+
+    def norm_swiglu(self, x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`silu_mul` of `norm_linear`: weight [2 * inner, in] → [T, inner]."""
+        return self.silu_mul(self.norm_linear(x, norm, eps, weight, bias))
+
+    def linear_add(self, residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """residual [T, out] + `linear`."""
+        return residual + self.linear(x, weight, bias)
+
     @abstractmethod
     def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Rotate x [T, heads, D] by position, first half paired with second; cos, sin [T, D/2].
@@ -117,7 +126,7 @@ class Ops(ABC):
         slots: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Rotate q [T, H, D] and k [T, G, D]; write k and v in place into the caches [N, B, G, D] at
-        `slots` [T]. Returns the rotated q and k."""
+        `slots` [T]. Returns the rotated q and k, which may lie where they lay before."""
 
     @abstractmethod
     def paged_attention(
@@ -130,6 +139,10 @@ class Ops(ABC):
     def packed_attention(self, q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float) -> Tensor:
         """Causal attention without a cache, for sequences of `lengths` packed one after the other.
         q [T, H, D], k and v [T, G, D], sum(lengths) = T → [T, H, D]."""
+
+    @abstractmethod
+    def argmax(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """logits [R, vocab] float32 → each row's largest [R], NaN if there is one, and its index [R] int64."""
 
     @abstractmethod
     def sample(

@@ -79,7 +79,7 @@ class ReferenceOps(Ops):
         self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, rows: PagedRows, scale: float
     ) -> Tensor:
         out = torch.empty_like(q)
-        for group in rows.decode:
+        for group in rows.groups.decode:
             # The query heads that share a key/value head are laid out as if they were positions, so
             # that one batched call serves all rows and no key is repeated.
             count, heads, dim = group.blocks.shape[0], k_cache.shape[2], q.shape[-1]
@@ -89,7 +89,7 @@ class ReferenceOps(Ops):
             query = q[part].view(count, heads, -1, dim)
             found = F.scaled_dot_product_attention(query, keys, values, attn_mask=group.mask, scale=scale)
             out[part] = found.reshape(count, -1, dim)
-        for row in rows.prefill:
+        for row in rows.groups.prefill:
             part = slice(row.start, row.start + row.count)
             if row.mask is None:
                 out[part] = self.packed_attention(q[part], k[part], v[part], [row.count], scale)
@@ -120,6 +120,10 @@ class ReferenceOps(Ops):
             parts.append(found.squeeze(0).transpose(0, 1))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def argmax(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        best, index = logits.max(dim=-1)
+        return best, index
+
     def sample(
         self,
         logits: Tensor,
@@ -136,4 +140,4 @@ def _gather(cache: Tensor, blocks: Tensor) -> Tensor:
     """cache [N, B, G, D], blocks [R, n] → [R, G, n * B, D], a view of one gathered copy."""
     _, size, heads, dim = cache.shape
     rows, count = blocks.shape
-    return cache.index_select(0, blocks.flatten()).view(rows, count * size, heads, dim).transpose(1, 2)
+    return cache.index_select(0, blocks.reshape(-1)).view(rows, count * size, heads, dim).transpose(1, 2)

@@ -58,7 +58,7 @@ class ModelSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         ),
     ] = None
     kernels: Annotated[
-        Literal["auto", "reference"], doc("Backend of the ops; auto takes the fastest one that works here.")
+        Literal["auto", "reference", "cpu"], doc("Backend of the ops; auto takes the fastest one that works here.")
     ] = "auto"
     threads: Annotated[
         Count | None, doc("CPU threads for the ops; default: all cores this process may use.", example=4)

@@ -7,14 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels import DecodeGroup, PagedRows, PrefillRow
+from kernels import PagedRows
 from runtime.messages import Row
 from runtime.workers.adapter_slots import AdapterTokens
 
 NO_ADAPTERS: Mapping[int, str] = {}
-
-WASTE = 1.5
-"""Rows decode together while the longest context of a group is at most this many times the shortest."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +52,7 @@ def build_batch(
     positions = np.arange(ends[-1]) - np.repeat(ends - counts - starts, counts)
     owners = np.repeat(np.array([row.slot for row in rows]), counts)
     places = tables[owners, positions // block_size] * block_size + positions % block_size
-    singles = int((counts == 1).sum())
+    width = -(-int((starts + counts).max()) // block_size)
     sampled = [(row, back) for row in rows if row.sample for back in range(len(row.draft), -1, -1)]
     last = {row.slot: int(end) - 1 for row, end in zip(rows, ends, strict=True)}
     return Batch(
@@ -63,11 +60,10 @@ def build_batch(
         positions=torch.from_numpy(positions).to(device),
         paged=PagedRows(
             slots=torch.from_numpy(places).to(device),
-            decode=_decode_groups(rows[:singles], tables, block_size, device),
-            prefill=[
-                _prefill_row(row, int(end) - row.count, tables, block_size, device)
-                for row, end in zip(rows[singles:], ends[singles:], strict=True)
-            ],
+            counts=counts.tolist(),
+            contexts=starts.tolist(),
+            tables=torch.from_numpy(tables[[row.slot for row in rows], :width]).to(device),
+            block_size=block_size,
         ),
         slots=[row.slot for row, _ in sampled],
         lengths=[row.start + row.count - back for row, back in sampled],
@@ -85,37 +81,3 @@ def _adapter_tokens(keys: list[str], counts: np.ndarray, device: torch.device) -
         AdapterTokens(key, torch.from_numpy(np.flatnonzero(owners == key)).to(device))
         for key in dict.fromkeys(filter(None, keys))
     ]
-
-
-def _decode_groups(rows: list[Row], tables: np.ndarray, block_size: int, device: torch.device) -> list[DecodeGroup]:
-    """`rows` are in order of context length."""
-    groups = []
-    first = 0
-    while first < len(rows):
-        limit = max((rows[first].start + 1) * WASTE, 4 * block_size)
-        last = first
-        while last < len(rows) and rows[last].start + 1 <= limit:
-            last += 1
-        lengths = np.array([row.start + 1 for row in rows[first:last]])
-        width = -(-int(lengths[-1]) // block_size)
-        # Past a row's own blocks the table may hold stale ids; they are valid ones, and masked.
-        blocks = tables[[row.slot for row in rows[first:last]], :width]
-        mask = np.arange(width * block_size) < lengths[:, None]
-        groups.append(
-            DecodeGroup(
-                start=first,
-                blocks=torch.from_numpy(blocks).to(device),
-                mask=torch.from_numpy(mask[:, None, None, :]).to(device),
-            )
-        )
-        first = last
-    return groups
-
-
-def _prefill_row(row: Row, start: int, tables: np.ndarray, block_size: int, device: torch.device) -> PrefillRow:
-    total = row.start + row.count
-    blocks = torch.from_numpy(tables[row.slot, : -(-total // block_size)]).to(device)
-    mask = None
-    if row.start:
-        mask = torch.ones(row.count, total, dtype=torch.bool, device=device).tril(row.start)
-    return PrefillRow(start=start, count=row.count, context=row.start, blocks=blocks, mask=mask)

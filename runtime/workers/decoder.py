@@ -74,20 +74,29 @@ class DecoderLayer:
 
     def project(self, ops: Ops, hidden: Tensor, adaptation: Adaptation | None) -> tuple[Tensor, Tensor, Tensor]:
         """hidden [T, hidden] → q [T, H, D], k and v [T, G, D], before rope. Token by token: T may be any part."""
-        fused = self._linear("qkv", ops, self.attention_norm(ops, hidden), adaptation)
+        if adaptation is None:
+            norm = self.attention_norm
+            fused = ops.norm_linear(hidden, norm.weight.data, norm.eps, *self.qkv.tensors)
+        else:
+            fused = self._adapted("qkv", ops, self.attention_norm(ops, hidden), adaptation)
         q, k, v = (x.view(len(x), -1, self._spec.head_dim) for x in torch.split(fused, self._split, dim=-1))
         return q, k, v
 
     def finish(self, ops: Ops, hidden: Tensor, mixed: Tensor, adaptation: Adaptation | None) -> Tensor:
         """What attention found [T, H, D], and the layer's input [T, hidden] → its output. Token by token too."""
-        hidden = hidden + self._linear("out", ops, mixed.flatten(1), adaptation)
-        gate_up = self._linear("gate_up", ops, self.mlp_norm(ops, hidden), adaptation)
-        return hidden + self._linear("down", ops, ops.silu_mul(gate_up), adaptation)
+        mixed = mixed.flatten(1)
+        if adaptation is None:
+            norm = self.mlp_norm
+            hidden = ops.linear_add(hidden, mixed, *self.out.tensors)
+            inner = ops.norm_swiglu(hidden, norm.weight.data, norm.eps, *self.gate_up.tensors)
+            return ops.linear_add(hidden, inner, *self.down.tensors)
+        hidden = hidden + self._adapted("out", ops, mixed, adaptation)
+        gate_up = self._adapted("gate_up", ops, self.mlp_norm(ops, hidden), adaptation)
+        return hidden + self._adapted("down", ops, ops.silu_mul(gate_up), adaptation)
 
-    def _linear(self, name: str, ops: Ops, x: Tensor, adaptation: Adaptation | None) -> Tensor:
+    def _adapted(self, name: str, ops: Ops, x: Tensor, adaptation: Adaptation) -> Tensor:
         linear: Linear = getattr(self, name)
-        y = linear(ops, x)
-        return y if adaptation is None else adaptation(self.index, name, x, y)
+        return adaptation(self.index, name, x, linear(ops, x))
 
 
 class Decoder:
@@ -124,7 +133,7 @@ class Decoder:
         """hidden [rows, hidden], only those rows that are wanted → [rows, vocab] float32. `ops` instead of its own."""
         ops = ops or self.ops
         head = self._head or self.embedding
-        return ops.linear(self.norm(ops, hidden), head.weight.data).float()
+        return ops.norm_linear(hidden, self.norm.weight.data, self.norm.eps, head.weight.data).float()
 
     def parameters(self) -> dict[str, Parameter]:
         """Every weight by its place in the decoder, such as `layers.0.qkv.weight`."""

@@ -58,8 +58,13 @@ class Linear:
         self.weight = Parameter(parts, (in_features,), dtype, device)
         self.bias = Parameter(parts, (), dtype, device) if bias else None
 
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias, as the ops take them."""
+        return self.weight.data, None if self.bias is None else self.bias.data
+
     def __call__(self, ops: Ops, x: Tensor) -> Tensor:
-        return ops.linear(x, self.weight.data, None if self.bias is None else self.bias.data)
+        return ops.linear(x, *self.tensors)
 
 
 class RMSNorm:

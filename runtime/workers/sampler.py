@@ -26,7 +26,7 @@ class Sampler:
         for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
             if row.suppressed_ids and length - row.prompt_len < row.params.min_tokens:
                 logits[index, row.suppressed_ids] = float("-inf")
-        best, tokens = logits.max(dim=-1)
+        best, tokens = self._ops.argmax(logits)
         broken = torch.nonzero(~best.isfinite()).flatten().tolist()
         sampled = [i for i, row in enumerate(rows) if not row.params.greedy and i not in broken]
         if sampled:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from kernels import available
 from runtime import LLM, SamplingParams
 from runtime.workers.loading import open_checkpoint
 
@@ -23,6 +24,13 @@ QUESTIONS = [
 ]
 STEPS = 64
 GREEDY = SamplingParams(max_tokens=STEPS, temperature=0.0, ignore_eos=True)
+
+
+@pytest.fixture(scope="module", params=["reference", "cpu"])
+def backend(request: pytest.FixtureRequest) -> str:
+    if (reason := available()[request.param]) is not None:
+        pytest.skip(reason)
+    return str(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +71,8 @@ def expected(demo_model: Path, prompts: list[list[int]]) -> list[list[int]]:
     params=[{}, {"max_prefill_chunk": 7}, {"num_blocks": 17, "max_prefill_chunk": 7}],
     ids=["plain", "chunks of 7", "chunks of 7 and preempting"],
 )
-def llm(request: pytest.FixtureRequest, demo_model: Path) -> LLM:
-    return LLM(str(demo_model), **request.param)
+def llm(request: pytest.FixtureRequest, demo_model: Path, backend: str) -> LLM:
+    return LLM(str(demo_model), kernels=backend, **request.param)
 
 
 def test_all_at_once(llm: LLM, prompts: list[list[int]], expected: list[list[int]]) -> None:
@@ -75,6 +83,6 @@ def test_all_at_once(llm: LLM, prompts: list[list[int]], expected: list[list[int
     llm.engine.scheduler.check_integrity()
 
 
-def test_one_by_one(demo_model: Path, prompts: list[list[int]], expected: list[list[int]]) -> None:
-    llm = LLM(str(demo_model), max_prefill_chunk=7)
+def test_one_by_one(demo_model: Path, backend: str, prompts: list[list[int]], expected: list[list[int]]) -> None:
+    llm = LLM(str(demo_model), kernels=backend, max_prefill_chunk=7)
     assert [llm.generate([ids], GREEDY)[0].token_ids for ids in prompts] == expected

@@ -1,0 +1,8 @@
+"""The ops in C++ for CPUs: one source, compiled for each instruction set, on torch's own thread pool.
+
+`python -m kernels.build` compiles it; what is not compiled yet when it is needed is compiled then.
+"""
+
+from kernels.cpu.ops import CpuOps
+
+__all__ = ["CpuOps"]

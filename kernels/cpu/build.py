@@ -1,0 +1,116 @@
+"""Compiles the C++ kernels, when they are installed (`kernels.build`) or when they are first needed.
+
+A library's name holds a digest of the sources, the flags and the compiler, so a stale one is never loaded.
+It is written beside a temporary name and renamed: several processes may build at once. It goes into this
+package where that can be written, else into the user's cache.
+"""
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from kernels.cpu.variants import Variant
+
+HERE = Path(__file__).resolve().parent
+FLAGS = (
+    "-std=c++17", "-O3", "-shared", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
+    "-ffp-contract=fast", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-unknown-pragmas",
+)  # fmt: skip
+TIMEOUT = 300.0
+"""Seconds for one variant; it usually takes five."""
+
+
+class BuildError(RuntimeError):
+    """The kernels are not compiled, and cannot be: why."""
+
+
+def library(variant: Variant) -> Path:
+    """The compiled variant, compiled now if it is not there. Raises `BuildError`."""
+    compiler = find_compiler()
+    if compiler is None:
+        # Without a compiler, whatever was built of these very sources will do.
+        for folder in _folders():
+            for found in sorted(folder.glob(f"{_stem(variant)}-*.so")):
+                return found
+        raise BuildError("not compiled, and there is no C++ compiler (g++ or clang++, or name one in CXX)")
+    name = f"{_stem(variant)}-{_digest(_version(compiler))}.so"
+    for folder in _folders():
+        if (folder / name).is_file():
+            return folder / name
+    return _compile(compiler, variant, _writable_folder() / name)
+
+
+def find_compiler() -> str | None:
+    """Path of the C++ compiler: the one in CXX, else g++ or clang++."""
+    named = os.environ.get("CXX")
+    candidates = [named] if named else ["g++", "c++", "clang++"]
+    return next((path for name in candidates if (path := shutil.which(name))), None)
+
+
+def sources() -> list[Path]:
+    return sorted(HERE.glob("*.cpp"))
+
+
+def _stem(variant: Variant) -> str:
+    texts = [path.read_bytes() for path in [*sources(), *sorted(HERE.glob("*.h"))]]
+    return f"{variant.name}-{platform.machine()}-{_digest(*texts, ' '.join((*FLAGS, *variant.flags)).encode())}"
+
+
+def _digest(*parts: bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()[:16]
+
+
+def _version(compiler: str) -> bytes:
+    try:
+        return subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=30).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        raise BuildError(f"the C++ compiler {compiler} does not work: {error}") from None
+
+
+def _folders() -> Iterator[Path]:
+    yield HERE / "built"
+    yield _cache() / "kernels"
+
+
+def _cache() -> Path:
+    """Where Eft keeps what it can make again: $EFT_CACHE_DIR, else `eft` under $XDG_CACHE_HOME or ~/.cache."""
+    if own := os.environ.get("EFT_CACHE_DIR"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "eft"
+
+
+def _writable_folder() -> Path:
+    for folder in _folders():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            continue
+        if os.access(folder, os.W_OK):
+            return folder
+    raise BuildError(f"no place to keep the compiled kernels: {', '.join(map(str, _folders()))} cannot be written")
+
+
+def _compile(compiler: str, variant: Variant, target: Path) -> Path:
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as folder:
+        out = Path(folder) / target.name
+        command = [compiler, *FLAGS, *variant.flags, *map(str, sources()), "-o", str(out)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT)
+        except (OSError, subprocess.SubprocessError) as error:
+            raise BuildError(f"compiling {variant.name} failed: {error}") from None
+        if done.returncode != 0:
+            first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:200])
+            raise BuildError(f"compiling {variant.name} with {compiler} failed: {first}")
+        out.replace(target)
+    for old in target.parent.glob(f"{variant.name}-*.so"):
+        if old != target and old.stat().st_mtime < target.stat().st_mtime - 86400:
+            old.unlink(missing_ok=True)
+    return target

@@ -1,0 +1,196 @@
+"""The CPU backend: C++ where inputs are float32 on the CPU and no gradient is wanted, else the reference."""
+
+import sys
+
+import torch
+from torch import Tensor
+
+from kernels.cpu.build import BuildError
+from kernels.cpu.library import load
+from kernels.cpu.variants import Variant, chosen_variant
+from kernels.interface import PagedRows
+from kernels.reference import ReferenceOps
+
+FEW = 12
+"""For fewer rows MKL's product of a matrix and a vector reads the weight faster than ours."""
+
+
+class CpuOps(ReferenceOps):
+    """Training goes through the reference: these ops have no gradients."""
+
+    name = "cpu"
+
+    def __init__(self, variant: Variant | None = None) -> None:
+        """Without a `variant` the fastest one. Raises `BuildError`, `OSError` or `ValueError` when it cannot be had."""
+        self.variant = variant or chosen_variant()
+        self._lib = load(self.variant)
+
+    @classmethod
+    def unavailable(cls) -> str | None:
+        if not sys.platform.startswith("linux"):
+            return "works on Linux only"
+        try:
+            load(chosen_variant())
+        except (BuildError, OSError, ValueError) as error:
+            return str(error)
+        return None
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if len(x) < FEW or not _ours(x, weight):
+            return super().linear(x, weight, bias)
+        return self._linear(x, weight, bias)
+
+    def norm_linear(self, x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if len(x) < FEW or not _ours(x, weight):
+            return super().norm_linear(x, norm, eps, weight, bias)
+        return self._linear(x, weight, bias, norm=norm, eps=eps)
+
+    def norm_swiglu(self, x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if len(x) < FEW or not _ours(x, weight):
+            return super().norm_swiglu(x, norm, eps, weight, bias)
+        return self._linear(x, weight, bias, norm=norm, eps=eps, swiglu=True)
+
+    def linear_add(self, residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if len(x) < FEW or not _ours(x, weight):
+            return super().linear_add(residual, x, weight, bias)
+        return self._linear(x, weight, bias, residual=residual.contiguous())
+
+    def _linear(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        norm: Tensor | None = None,
+        eps: float = 0.0,
+        residual: Tensor | None = None,
+        swiglu: bool = False,
+    ) -> Tensor:
+        x = _rows(x)
+        rows, size = x.shape
+        out = weight.shape[0] // 2 if swiglu else weight.shape[0]
+        y = torch.empty(rows, out)
+        self._lib.eft_linear(
+            x.data_ptr(),
+            x.stride(0),
+            rows,
+            size,
+            out,
+            weight.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            None if norm is None else norm.data_ptr(),
+            eps,
+            None if residual is None else residual.data_ptr(),
+            y.data_ptr(),
+            swiglu,
+            torch.get_num_threads(),
+        )
+        return y
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        if not _ours(x, weight):
+            return super().rms_norm(x, weight, eps)
+        x = _rows(x)
+        y = torch.empty(x.shape)
+        self._lib.eft_rms_norm(
+            x.data_ptr(), x.stride(0), *x.shape, weight.data_ptr(), eps, y.data_ptr(), torch.get_num_threads()
+        )
+        return y
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        if not _ours(gate_up):
+            return super().silu_mul(gate_up)
+        gate_up = gate_up.contiguous()
+        rows, inner = len(gate_up), gate_up.shape[1] // 2
+        y = torch.empty(rows, inner)
+        self._lib.eft_silu_mul(gate_up.data_ptr(), rows, inner, y.data_ptr(), torch.get_num_threads())
+        return y
+
+    def rope_and_cache(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        slots: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        if not _ours(q, k, v, k_cache, cos):
+            return super().rope_and_cache(q, k, v, cos, sin, k_cache, v_cache, slots)
+        q, k, v = _heads(q), _heads(k), _heads(v)
+        self._lib.eft_rope_and_cache(
+            q.data_ptr(),
+            q.stride(0),
+            k.data_ptr(),
+            k.stride(0),
+            v.data_ptr(),
+            v.stride(0),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            k_cache.data_ptr(),
+            v_cache.data_ptr(),
+            slots.data_ptr(),
+            len(q),
+            q.shape[1],
+            k.shape[1],
+            q.shape[2],
+            torch.get_num_threads(),
+        )
+        return q, k
+
+    def paged_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, rows: PagedRows, scale: float
+    ) -> Tensor:
+        if not _ours(q, k_cache):
+            return super().paged_attention(q, k, v, k_cache, v_cache, rows, scale)
+        q = _heads(q)
+        out = torch.empty(q.shape)
+        self._lib.eft_paged_attention(
+            q.data_ptr(),
+            q.stride(0),
+            k_cache.data_ptr(),
+            v_cache.data_ptr(),
+            rows.tables.data_ptr(),
+            rows.tables.shape[1],
+            rows.extents.data_ptr(),
+            len(rows.counts),
+            q.shape[1],
+            k_cache.shape[2],
+            q.shape[2],
+            rows.block_size,
+            scale,
+            out.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return out
+
+    def argmax(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        if not _ours(logits):
+            return super().argmax(logits)
+        logits = logits.contiguous()
+        index, best = torch.empty(len(logits), dtype=torch.int64), torch.empty(len(logits))
+        self._lib.eft_argmax(
+            logits.data_ptr(), *logits.shape, index.data_ptr(), best.data_ptr(), torch.get_num_threads()
+        )
+        return best, index
+
+
+def _ours(*tensors: Tensor) -> bool:
+    """Whether the C++ ops can take these: float32 on the CPU, and nobody wants a gradient."""
+    wants_grad = torch.is_grad_enabled()
+    for x in tensors:
+        if x.dtype is not torch.float32 or x.device.type != "cpu" or (wants_grad and x.requires_grad):
+            return False
+    return True
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x [T, size] with each row in one piece."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _heads(x: Tensor) -> Tensor:
+    """x [T, heads, D] with each token in one piece."""
+    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()

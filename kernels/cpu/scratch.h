@@ -1,0 +1,25 @@
+// Memory that an op needs while it runs; kept by the calling thread for the next op.
+#pragma once
+
+#include <cstdlib>
+#include <new>
+
+class Scratch {
+   public:
+    ~Scratch() { std::free(memory_); }
+
+    // At least `count` floats, aligned to a cache line; what was there before is lost.
+    float* floats(size_t count) {
+        if (count > size_) {
+            std::free(memory_);
+            memory_ = std::aligned_alloc(64, (count * sizeof(float) + 63) / 64 * 64);
+            size_ = memory_ ? count : 0;
+            if (memory_ == nullptr) throw std::bad_alloc();
+        }
+        return static_cast<float*>(memory_);
+    }
+
+   private:
+    void* memory_ = nullptr;
+    size_t size_ = 0;
+};

@@ -1,0 +1,122 @@
+// Vectors of floats as wide as the instruction set that this file is compiled for. GCC's and Clang's vector
+// extension spells them, so one source serves AVX-512, AVX2, SSE2 and NEON.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__)
+constexpr int W = 16;
+#elif defined(__AVX__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+// W: floats in a vector.
+
+using vf = float __attribute__((vector_size(W * 4)));
+using vi = int32_t __attribute__((vector_size(W * 4)));
+
+#define INLINE inline __attribute__((always_inline))
+
+#define INLINE_LAMBDA __attribute__((always_inline))
+
+constexpr int LINE = 16;
+// Floats in a cache line.
+
+INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+
+INLINE vf load(const float* p) {
+    vf v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+
+INLINE void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
+
+INLINE vf splat(float x) { return x - vf{}; }
+
+INLINE vi splat(int32_t x) { return x - vi{}; }
+
+INLINE vf bits(vi v) { return reinterpret_cast<vf>(v); }
+
+INLINE vi bits(vf v) { return reinterpret_cast<vi>(v); }
+
+INLINE vf max(vf a, vf b) { return a > b ? a : b; }
+
+INLINE float sum(vf v) {
+    float parts[W];
+    store(parts, v);
+    for (int step = W / 2; step > 0; step /= 2)
+        for (int i = 0; i < step; i++) parts[i] += parts[i + step];
+    return parts[0];
+}
+
+// e to the power of x, within 2 ulp; 0 below -87, NaN of NaN. The polynomial is Cephes' expf.
+INLINE vf exp(vf x) {
+    const vf low = splat(-87.33654f), high = splat(88.37626f);
+    vf inside = x < low ? low : x;  // in this order a NaN stays one
+    inside = inside > high ? high : inside;
+    const vf magic = splat(12582912.0f);  // adding 1.5 * 2^23 rounds to an integer in the low bits
+    const vf shifted = inside * splat(1.44269504f) + magic;
+    const vf n = shifted - magic;
+    vf r = inside - n * splat(0.693359375f);
+    r = r - n * splat(-2.12194440e-4f);
+    vf p = splat(1.9875691500e-4f);
+    p = p * r + splat(1.3981999507e-3f);
+    p = p * r + splat(8.3334519073e-3f);
+    p = p * r + splat(4.1665795894e-2f);
+    p = p * r + splat(1.6666665459e-1f);
+    p = p * r + splat(5.0000001201e-1f);
+    p = p * r * r + r + splat(1.0f);
+    const vi power = (bits(shifted) - bits(magic) + 127) << 23;
+    const vf result = p * bits(power);
+    return x < low ? vf{} : result;
+}
+
+INLINE vf silu(vf x) { return x / (splat(1.0f) + exp(-x)); }
+
+// First halves of a and b, or second halves, element by element in turn.
+template <bool high>
+INLINE vf interleave(vf a, vf b) {
+    constexpr int o = high ? W / 2 : 0;
+#if defined(__clang__)
+#if defined(__AVX512F__)
+    return __builtin_shufflevector(a, b, o, W + o, o + 1, W + o + 1, o + 2, W + o + 2, o + 3, W + o + 3, o + 4,
+                                   W + o + 4, o + 5, W + o + 5, o + 6, W + o + 6, o + 7, W + o + 7);
+#elif defined(__AVX__)
+    return __builtin_shufflevector(a, b, o, W + o, o + 1, W + o + 1, o + 2, W + o + 2, o + 3, W + o + 3);
+#else
+    return __builtin_shufflevector(a, b, o, W + o, o + 1, W + o + 1);
+#endif
+#else
+    vi order;
+    for (int i = 0; i < W; i++) order[i] = i / 2 + o + (i % 2 ? W : 0);
+    return __builtin_shuffle(a, b, order);
+#endif
+}
+
+// rows[i][j] becomes rows[j][i]. Source: the perfect shuffle, log2(W) times.
+INLINE void transpose(vf (&rows)[W]) {
+    for (int stage = 1; stage < W; stage *= 2) {
+        vf next[W];
+#pragma GCC unroll 16
+        for (int i = 0; i < W / 2; i++) {
+            next[2 * i] = interleave<false>(rows[i], rows[i + W / 2]);
+            next[2 * i + 1] = interleave<true>(rows[i], rows[i + W / 2]);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < W; i++) rows[i] = next[i];
+    }
+}
+
+// The sum of each row: lane i of the result is the sum over rows[i]. Changes rows.
+INLINE vf sums(vf (&rows)[W]) {
+#pragma GCC unroll 4
+    for (int n = W; n > 1; n /= 2) {
+#pragma GCC unroll 8
+        for (int i = 0; i < n / 2; i++)
+            rows[i] = interleave<false>(rows[i], rows[i + n / 2]) + interleave<true>(rows[i], rows[i + n / 2]);
+    }
+    return rows[0];
+}
