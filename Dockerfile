@@ -15,9 +15,6 @@ FROM ${PYTHON_IMAGE} AS build
 ARG TORCH_INDEX=
 ENV PIP_NO_CACHE_DIR=1 VENV=/opt/eft
 WORKDIR /src
-# Compiles the kernels; the server's image has no compiler. Any version of it does.
-# hadolint ignore=DL3008
-RUN apt-get update -q && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 COPY .ci/lib.sh .ci/python .ci/
 COPY pyproject.toml ./
 RUN .ci/python deps

@@ -67,8 +67,18 @@ def test_everything_there(machine: Machine) -> None:
     (machine.root / "has-venv").touch()
     code, said, calls = machine.user(1000).has("python3", PYTHON, old=0).has("curl").install()
     assert code == 0, said
-    assert len(calls) == 1
+    assert len(calls) == 2
     assert calls[0].endswith("install --editable .")
+    assert calls[1] == "python -m kernels.build"
+    assert (machine.root / "venv" / ".installed-run").exists()
+
+
+def test_kernels_that_do_not_compile_are_no_error(machine: Machine) -> None:
+    (machine.root / "has-venv").touch()
+    script = PYTHON.replace('case "$*" in', 'case "$*" in\n*kernels.build*) exit 1 ;;', 1)
+    code, said, _ = machine.user(1000).has("python3", script, old=0).has("curl").install()
+    assert code == 0, said
+    assert "the C++ kernels could not be compiled" in said
     assert (machine.root / "venv" / ".installed-run").exists()
 
 
@@ -77,7 +87,7 @@ def test_root_gets_the_missing_packages(machine: Machine) -> None:
     assert code == 0, said
     assert calls[:2] == ["apt-get update -q", "apt-get install -y --no-install-recommends python3.11-venv"]
     assert "apt-get install -y --no-install-recommends curl" in calls
-    assert calls[-1].endswith("install --editable .")
+    assert calls[-2].endswith("install --editable .")
 
 
 def test_others_are_told_what_to_install(machine: Machine) -> None:
