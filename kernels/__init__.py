@@ -5,6 +5,7 @@
 
 from kernels.cpu import CpuOps
 from kernels.interface import LoraFactors, LoraSegment, Ops, PagedRows
+from kernels.quantised import Int8Weight, Weight, quantise_int8
 from kernels.reference import ReferenceOps
 
 BACKENDS: dict[str, type[Ops]] = {"reference": ReferenceOps, "cpu": CpuOps}
@@ -31,4 +32,15 @@ def load(name: str = "auto") -> Ops:
     return BACKENDS[name]()
 
 
-__all__ = ["BACKENDS", "LoraFactors", "LoraSegment", "Ops", "PagedRows", "available", "load"]
+__all__ = [
+    "BACKENDS",
+    "Int8Weight",
+    "LoraFactors",
+    "LoraSegment",
+    "Ops",
+    "PagedRows",
+    "Weight",
+    "available",
+    "load",
+    "quantise_int8",
+]

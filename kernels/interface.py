@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kernels.groups import PagedGroups, group_rows
+from kernels.quantised import Weight
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,8 +81,9 @@ class Ops(ABC):
         """Why this backend cannot run here, or None when it can."""
 
     @abstractmethod
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x [T, in] times weight [out, in] transposed, plus bias [out] → [T, out]."""
+    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+        """x [T, in] times weight [out, in] transposed, plus bias [out] → [T, out]. With an int8 weight x is
+        quantised too, token by token; its gradient is that of the dequantised weight."""
 
     @abstractmethod
     def lora_apply(self, x: Tensor, y: Tensor, segments: Sequence[LoraSegment]) -> Tensor:
@@ -96,15 +98,15 @@ class Ops(ABC):
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """[T, 2 * inner], gate then up → silu(gate) * up, [T, inner] (SwiGLU, arXiv:2002.05202)."""
 
-    def norm_linear(self, x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def norm_linear(self, x: Tensor, norm: Tensor, eps: float, weight: Weight, bias: Tensor | None = None) -> Tensor:
         """`linear` of `rms_norm`: x [T, in], norm [in], weight [out, in] → [T, out]."""
         return self.linear(self.rms_norm(x, norm, eps), weight, bias)
 
-    def norm_swiglu(self, x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def norm_swiglu(self, x: Tensor, norm: Tensor, eps: float, weight: Weight, bias: Tensor | None = None) -> Tensor:
         """`silu_mul` of `norm_linear`: weight [2 * inner, in] → [T, inner]."""
         return self.silu_mul(self.norm_linear(x, norm, eps, weight, bias))
 
-    def linear_add(self, residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def linear_add(self, residual: Tensor, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         """residual [T, out] + `linear`."""
         return residual + self.linear(x, weight, bias)
 

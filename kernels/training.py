@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.quantised import Int8Weight, Weight, linear_int8
 from kernels.reference import ReferenceOps
 
 
@@ -18,7 +19,9 @@ class TrainingOps(ReferenceOps):
 
     name = "training"
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+        if isinstance(weight, Int8Weight):
+            return linear_int8(x, weight, bias)
         return F.linear(x, weight, bias)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -125,7 +125,7 @@ def load_decoder(checkpoint: Checkpoint, settings: ModelSettings) -> Decoder:
                 f"max_model_len is {context}, but {checkpoint.name} was made for at most {spec.max_position} tokens."
             )
         decoder = Decoder(spec, kernels.load(settings.kernels), max_len=context, dtype=dtype, device=device)
-        decoder.load(model.weights(checkpoint.tensors(), spec))
+        decoder.load(model.weights(checkpoint.tensors(), spec), quantise=settings.quantization == "int8")
     except (WeightError, ValueError) as error:
         raise ModelLoadError(f"{checkpoint.name}: {error}") from error
     except KeyError as error:

@@ -9,6 +9,7 @@ from kernels.cpu.build import BuildError
 from kernels.cpu.library import load
 from kernels.cpu.variants import Variant, chosen_variant
 from kernels.interface import PagedRows
+from kernels.quantised import Int8Weight, Weight
 from kernels.reference import ReferenceOps
 
 FEW = 12
@@ -35,30 +36,30 @@ class CpuOps(ReferenceOps):
             return str(error)
         return None
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if len(x) < FEW or not _ours(x, weight):
+    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+        if not _fits(x, weight):
             return super().linear(x, weight, bias)
         return self._linear(x, weight, bias)
 
-    def norm_linear(self, x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if len(x) < FEW or not _ours(x, weight):
+    def norm_linear(self, x: Tensor, norm: Tensor, eps: float, weight: Weight, bias: Tensor | None = None) -> Tensor:
+        if not _fits(x, weight):
             return super().norm_linear(x, norm, eps, weight, bias)
         return self._linear(x, weight, bias, norm=norm, eps=eps)
 
-    def norm_swiglu(self, x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if len(x) < FEW or not _ours(x, weight):
+    def norm_swiglu(self, x: Tensor, norm: Tensor, eps: float, weight: Weight, bias: Tensor | None = None) -> Tensor:
+        if not _fits(x, weight):
             return super().norm_swiglu(x, norm, eps, weight, bias)
         return self._linear(x, weight, bias, norm=norm, eps=eps, swiglu=True)
 
-    def linear_add(self, residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if len(x) < FEW or not _ours(x, weight):
+    def linear_add(self, residual: Tensor, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+        if not _fits(x, weight):
             return super().linear_add(residual, x, weight, bias)
         return self._linear(x, weight, bias, residual=residual.contiguous())
 
     def _linear(
         self,
         x: Tensor,
-        weight: Tensor,
+        weight: Weight,
         bias: Tensor | None,
         *,
         norm: Tensor | None = None,
@@ -70,21 +71,20 @@ class CpuOps(ReferenceOps):
         rows, size = x.shape
         out = weight.shape[0] // 2 if swiglu else weight.shape[0]
         y = torch.empty(rows, out)
-        self._lib.eft_linear(
-            x.data_ptr(),
-            x.stride(0),
-            rows,
-            size,
-            out,
-            weight.data_ptr(),
-            None if bias is None else bias.data_ptr(),
-            None if norm is None else norm.data_ptr(),
+        arguments = (
+            _address(bias),
+            _address(norm),
             eps,
-            None if residual is None else residual.data_ptr(),
+            _address(residual),
             y.data_ptr(),
             swiglu,
             torch.get_num_threads(),
         )
+        if isinstance(weight, Int8Weight):
+            tensors = (weight.values.data_ptr(), weight.scales.data_ptr(), weight.sums.data_ptr())
+            self._lib.eft_linear_int8(x.data_ptr(), x.stride(0), rows, size, out, *tensors, *arguments)
+        else:
+            self._lib.eft_linear(x.data_ptr(), x.stride(0), rows, size, out, weight.data_ptr(), *arguments)
         return y
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -175,6 +175,17 @@ class CpuOps(ReferenceOps):
             logits.data_ptr(), *logits.shape, index.data_ptr(), best.data_ptr(), torch.get_num_threads()
         )
         return best, index
+
+
+def _fits(x: Tensor, weight: Weight) -> bool:
+    """Whether the C++ linear is possible, and the fastest."""
+    if isinstance(weight, Int8Weight):
+        return _ours(x)
+    return len(x) >= FEW and _ours(x, weight)
+
+
+def _address(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
 
 
 def _ours(*tensors: Tensor) -> bool:

@@ -8,16 +8,18 @@ class Scratch {
    public:
     ~Scratch() { std::free(memory_); }
 
-    // At least `count` floats, aligned to a cache line; what was there before is lost.
-    float* floats(size_t count) {
+    // At least `count` bytes, aligned to a cache line; what was there before is lost.
+    char* bytes(size_t count) {
         if (count > size_) {
             std::free(memory_);
-            memory_ = std::aligned_alloc(64, (count * sizeof(float) + 63) / 64 * 64);
+            memory_ = std::aligned_alloc(64, (count + 63) / 64 * 64);
             size_ = memory_ ? count : 0;
             if (memory_ == nullptr) throw std::bad_alloc();
         }
-        return static_cast<float*>(memory_);
+        return static_cast<char*>(memory_);
     }
+
+    float* floats(size_t count) { return reinterpret_cast<float*>(bytes(count * sizeof(float))); }
 
    private:
     void* memory_ = nullptr;

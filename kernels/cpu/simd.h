@@ -36,7 +36,7 @@ INLINE void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
 
 INLINE vf splat(float x) { return x - vf{}; }
 
-INLINE vi splat(int32_t x) { return x - vi{}; }
+INLINE vi splat(int32_t x) { return x + vi{}; }
 
 INLINE vf bits(vi v) { return reinterpret_cast<vf>(v); }
 

@@ -25,7 +25,7 @@ class Variant:
 
 PLAIN = Variant("plain", (), frozenset())
 """Whatever every processor of the architecture has: SSE2 on x86-64, NEON on aarch64."""
-X86 = (
+_X86 = (
     Variant("avx2", ("-mavx2", "-mfma", "-mf16c"), frozenset({"avx2", "fma", "f16c"})),
     Variant(
         "avx512",
@@ -33,6 +33,9 @@ X86 = (
         frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma", "f16c"}),
     ),
 )
+
+
+X86 = (*_X86, Variant("avx512vnni", (*_X86[1].flags, "-mavx512vnni"), _X86[1].needs | {"avx512_vnni"}))
 
 
 def all_variants() -> list[Variant]:

@@ -133,7 +133,7 @@ class Decoder:
         """hidden [rows, hidden], only those rows that are wanted → [rows, vocab] float32. `ops` instead of its own."""
         ops = ops or self.ops
         head = self._head or self.embedding
-        return ops.norm_linear(hidden, self.norm.weight.data, self.norm.eps, head.weight.data).float()
+        return ops.norm_linear(hidden, self.norm.weight.data, self.norm.eps, head.weight.value).float()
 
     def parameters(self) -> dict[str, Parameter]:
         """Every weight by its place in the decoder, such as `layers.0.qkv.weight`."""
@@ -154,12 +154,16 @@ class Decoder:
             named[f"{prefix}mlp_norm.weight"] = layer.mlp_norm.weight
         return named
 
-    def load(self, tensors: Iterable[tuple[str, str, Tensor]]) -> None:
-        """Fill the weights from (parameter, part, tensor). Raises `WeightError` naming what does not fit or lacks."""
+    def load(self, tensors: Iterable[tuple[str, str, Tensor]], *, quantise: bool = False) -> None:
+        """Fill the weights from (parameter, part, tensor), with `quantise` matrices to int8 as soon as they are
+        complete. Raises `WeightError` naming what does not fit or lacks."""
         parameters = self.parameters()
         for name, part, tensor in tensors:
             try:
-                parameters[name].fill(part, tensor)
+                parameter = parameters[name]
+                parameter.fill(part, tensor)
+                if quantise and parameter.data.ndim == 2 and not parameter.missing:
+                    parameter.quantise()
             except KeyError:
                 raise WeightError(f"the checkpoint has {name!r}, which this architecture does not") from None
             except WeightError as error:

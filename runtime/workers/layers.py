@@ -7,7 +7,7 @@ to be split over ranks, or to have an adapter added, belongs here, not in the de
 import torch
 from torch import Tensor
 
-from kernels import Ops
+from kernels import Int8Weight, Ops, Weight, quantise_int8
 
 
 class WeightError(ValueError):
@@ -20,12 +20,23 @@ class Parameter:
     def __init__(self, parts: dict[str, int], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
         """`parts` maps a name to its rows; `shape` is that of one row (empty for a vector)."""
         self.data = torch.empty((sum(parts.values()), *shape), dtype=dtype, device=device)
+        self.quantised: Int8Weight | None = None
         self._slices: dict[str, slice] = {}
         self._missing = set(parts)
         start = 0
         for name, rows in parts.items():
             self._slices[name] = slice(start, start + rows)
             start += rows
+
+    def quantise(self) -> None:
+        """Hold the weight in int8 from now on, and no longer in floating point."""
+        self.quantised = quantise_int8(self.data)
+        self.data = self.data.new_empty(0)
+
+    @property
+    def value(self) -> Weight:
+        """The weight as the ops take it."""
+        return self.data if self.quantised is None else self.quantised
 
     def fill(self, part: str, value: Tensor) -> None:
         target = self.data[self._slices[part]]
@@ -59,9 +70,9 @@ class Linear:
         self.bias = Parameter(parts, (), dtype, device) if bias else None
 
     @property
-    def tensors(self) -> tuple[Tensor, Tensor | None]:
+    def tensors(self) -> tuple[Weight, Tensor | None]:
         """Weight and bias, as the ops take them."""
-        return self.weight.data, None if self.bias is None else self.bias.data
+        return self.weight.value, None if self.bias is None else self.bias.data
 
     def __call__(self, ops: Ops, x: Tensor) -> Tensor:
         return ops.linear(x, *self.tensors)
@@ -85,4 +96,6 @@ class Embedding:
         self.weight = Parameter({"": vocab}, (hidden,), dtype, device)
 
     def __call__(self, token_ids: Tensor) -> Tensor:
+        if self.weight.quantised is not None:
+            return self.weight.quantised.rows(token_ids)
         return torch.nn.functional.embedding(token_ids, self.weight.data)

@@ -65,7 +65,7 @@ def fingerprint(decoder: Decoder) -> str:
     """A digest of the architecture and of a sample of every weight, rounded to bfloat16."""
     digest = blake2b(repr(decoder.spec).encode(), digest_size=16, person=b"eft-base")
     for name, parameter in sorted(decoder.parameters().items()):
-        flat = parameter.data.flatten()
+        flat = (parameter.data if parameter.quantised is None else parameter.quantised.values).flatten()
         sample = flat[:: max(1, len(flat) // _SAMPLES)][:_SAMPLES].to(torch.bfloat16).cpu()
         digest.update(name.encode() + sample.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()

@@ -1,0 +1,93 @@
+"""Weights in int8, and the exact arithmetic on them that every backend follows.
+
+Weights have a scale an output, activations one a token, found when they come: value = integer * scale. Sums are of
+integers, so they are exact and a row's result does not depend on its batch.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LARGEST = 127
+_EXACT = 1024
+"""Products of two such integers that float32 sums without rounding: 1024 * 127² < 2^24."""
+
+
+@dataclass(frozen=True, eq=False)
+class Int8Weight:
+    """A weight [out, in] that takes the place of the float one."""
+
+    values: Tensor
+    """[out, in] int8, from -127 to 127."""
+    scales: Tensor
+    """[out] float32."""
+    sums: Tensor
+    """[out] int32: the sum of each output's values."""
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.values.shape
+
+    @property
+    def num_bytes(self) -> int:
+        return self.values.nbytes + self.scales.nbytes + self.sums.nbytes
+
+    def dequantise(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[out, in] in floating point."""
+        return (self.values.float() * self.scales.unsqueeze(1)).to(dtype)
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Outputs `index` [T] in float32, [T, in]: an embedding's look-up."""
+        return self.values[index].float() * self.scales[index].unsqueeze(1)
+
+
+Weight = Tensor | Int8Weight
+"""What a linear multiplies with."""
+
+
+def quantise_int8(weight: Tensor) -> Int8Weight:
+    """weight [out, in] in floating point, each output scaled by its largest value."""
+    values, scales = _quantise_rows(weight.float())
+    values = values.to(torch.int8)
+    return Int8Weight(values, scales, values.sum(-1, dtype=torch.int32))
+
+
+def linear_int8(x: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor:
+    """`Ops.linear`: exact in integers; with gradients to x where they are wanted, as if by the dequantised weight."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        y: Tensor = _Dequantised.apply(x, weight)  # type: ignore[no-untyped-call]
+        return y if bias is None else y + bias
+    values, scales = _quantise_rows(x.float())
+    total = torch.zeros(len(x), weight.shape[0], dtype=torch.int32, device=x.device)
+    for first in range(0, x.shape[1], _EXACT):
+        part = slice(first, first + _EXACT)
+        total += F.linear(values[:, part], weight.values[:, part].float()).to(torch.int32)
+    y = total.float() * (scales.unsqueeze(1) * weight.scales)
+    y = y if bias is None else y + bias
+    return y.to(x.dtype)
+
+
+def _quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [R, n] float32 → whole numbers [R, n] as float32, scales [R]. A row that is not finite gets such a scale."""
+    most = x.abs().amax(-1)
+    usable = (most > 0) & most.isfinite()
+    factor = torch.where(usable, LARGEST / most, 0.0)
+    values = torch.where(usable.unsqueeze(1), (x * factor.unsqueeze(1)).round(), 0.0)
+    return values, most / LARGEST
+
+
+class _Dequantised(torch.autograd.Function):
+    """x W^T with the weight turned to floating point for the moment; no gradient to the weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Int8Weight) -> Tensor:
+        ctx.weight = weight
+        return F.linear(x, weight.dequantise(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (grad,) = grads
+        return grad @ ctx.weight.dequantise(grad.dtype), None

@@ -1,0 +1,93 @@
+"""int8 linears: the definition in numpy's 64-bit integers, the C++ ops equal to the reference, exact in any batch."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import kernels
+from kernels.cpu import CpuOps
+from kernels.cpu.variants import usable_variants
+from kernels.quantised import quantise_int8
+
+REFERENCE = kernels.load("reference")
+BACKENDS = [REFERENCE, *([] if CpuOps.unavailable() else map(CpuOps, usable_variants()))]
+
+backends = pytest.mark.parametrize("ops", BACKENDS, ids=lambda ops: getattr(ops, "variant", ops).name)
+sizes = st.sampled_from([1, 2, 3, 5, 16, 17, 32, 33, 47, 63, 64, 65, 130, 1500])
+
+
+def random(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@backends
+@settings(max_examples=15, deadline=None)
+@given(rows=st.integers(0, 70), inner=sizes, out=sizes, seed=st.integers(0, 99))
+def test_the_sums_are_those_of_integers(ops: kernels.Ops, rows: int, inner: int, out: int, seed: int) -> None:
+    x, weight = random(rows, inner, seed=seed), quantise_int8(random(out, inner, seed=seed + 1))
+    most = np.abs(x.numpy()).max(axis=1)
+    integers = np.rint(x.numpy() * (np.float32(127) / most)[:, None]).astype(np.int64)
+    total = integers @ weight.values.numpy().astype(np.int64).T
+    expected = total * (most.astype(np.float64) / 127)[:, None] * weight.scales.double().numpy()
+    assert torch.allclose(ops.linear(x, weight).double(), torch.from_numpy(expected), rtol=1e-5, atol=1e-6)
+
+
+@backends
+@settings(max_examples=15, deadline=None)
+@given(rows=st.integers(1, 40), inner=sizes, out=sizes, bias=st.booleans(), seed=st.integers(0, 99))
+def test_what_is_fused_with_them(ops: kernels.Ops, rows: int, inner: int, out: int, bias: bool, seed: int) -> None:
+    x, residual, norm = random(rows, inner, seed=seed), random(rows, out, seed=seed + 1), random(inner, seed=seed + 2)
+    weight, half = (quantise_int8(random(n, inner, seed=seed + 3)) for n in (2 * out, out))
+    b = random(2 * out, seed=seed + 4) if bias else None
+    short = None if b is None else b[:out]
+    exact = REFERENCE.linear_add(residual, x, half, short)
+    assert torch.allclose(ops.linear_add(residual, x, half, short), exact, rtol=1e-5, atol=1e-5)
+    # A norm's last bit can move an activation to the next integer.
+    for found, expected in [
+        (ops.norm_linear(x, norm, 1e-5, weight, b), REFERENCE.norm_linear(x, norm, 1e-5, weight, b)),
+        (ops.norm_swiglu(x, norm, 1e-5, weight, b), REFERENCE.norm_swiglu(x, norm, 1e-5, weight, b)),
+    ]:
+        assert torch.allclose(found, expected, rtol=3e-2, atol=0.3)
+
+
+@backends
+def test_a_row_is_the_same_bit_by_bit_in_every_batch_and_on_any_number_of_threads(ops: kernels.Ops) -> None:
+    x, weight = random(300, 577, seed=1), quantise_int8(random(77, 577, seed=2))
+    whole = ops.linear(x, weight)
+    threads = torch.get_num_threads()
+    try:
+        for number in (1, 2, 5):
+            torch.set_num_threads(number)
+            for first, last in [(0, 1), (3, 20), (5, 45), (17, 290), (299, 300)]:
+                assert torch.equal(ops.linear(x[first:last], weight), whole[first:last])
+    finally:
+        torch.set_num_threads(threads)
+
+
+@backends
+def test_rows_that_are_zero_or_not_finite_stay_what_they_are(ops: kernels.Ops) -> None:
+    x = random(4, 40, seed=1)
+    x[0] = 0.0
+    x[1, 7] = float("nan")
+    x[2, 7] = float("inf")
+    found = ops.linear(x, quantise_int8(random(50, 40, seed=2)))
+    assert torch.equal(found[0], torch.zeros(50))
+    assert not found[1:3].isfinite().any()
+    assert found[3].isfinite().all()
+
+
+@backends
+def test_gradients_are_those_of_the_dequantised_weight(ops: kernels.Ops) -> None:
+    x, weight = random(20, 40, seed=1).requires_grad_(), quantise_int8(random(50, 40, seed=2))
+    (ours,) = torch.autograd.grad(ops.linear(x, weight).square().sum(), x)
+    (theirs,) = torch.autograd.grad((x @ weight.dequantise().t()).square().sum(), x)
+    assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-3)
+
+
+def test_a_weight_is_off_by_at_most_half_a_step() -> None:
+    weight = random(30, 50, seed=1)
+    quantised = quantise_int8(weight)
+    assert ((quantised.dequantise() - weight).abs() <= quantised.scales.unsqueeze(1) * 0.5001).all()
+    assert torch.equal(quantised.rows(torch.tensor([3, 3])), quantised.dequantise()[[3, 3]])

@@ -1,0 +1,44 @@
+"""The demo model in int8: close to float32 on text that Python ships with, and the same answers in any batch."""
+
+import pydoc_data.topics
+from pathlib import Path
+
+import pytest
+import torch
+
+import kernels
+from runtime import LLM, SamplingParams
+from runtime.assembly import load_decoder
+from runtime.workers.attention import PackedAttention
+from runtime.workers.loading import open_checkpoint
+from settings.schema import ModelSettings
+
+pytestmark = pytest.mark.real_model
+TOPICS = ("lambda", "while", "del", "integers")
+
+
+def perplexity(model: Path, quantization: str) -> float:
+    checkpoint = open_checkpoint(str(model))
+    decoder = load_decoder(checkpoint, ModelSettings(model=str(model), quantization=quantization))
+    losses = []
+    with torch.inference_mode():
+        for topic in TOPICS:
+            ids = torch.tensor(checkpoint.tokenizer.encode(pydoc_data.topics.topics[topic])[:256])
+            attention = PackedAttention(decoder.ops, [len(ids)], decoder.spec.scale)
+            hidden = decoder.forward(ids, torch.arange(len(ids)), attention)
+            logits = decoder.logits(hidden[:-1])
+            losses.append(torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none"))
+    return float(torch.cat(losses).mean().exp())
+
+
+def test_perplexity_is_within_two_percent_of_float32(demo_model: Path) -> None:
+    exact, int8 = perplexity(demo_model, "none"), perplexity(demo_model, "int8")
+    assert abs(int8 / exact - 1) < 0.02
+
+
+@pytest.mark.skipif(kernels.available()["cpu"] is not None, reason="the reference attends in another order")
+def test_answers_make_sense(demo_model: Path) -> None:
+    llm = LLM(str(demo_model), quantization="int8")
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    (answer,) = llm.chat(question, SamplingParams(max_tokens=16, temperature=0.0))
+    assert "Paris" in answer.text
