@@ -89,7 +89,9 @@ def _report(job: dict[str, Any], url: str | None, model: str | None) -> Iterator
     match job["status"]:
         case "succeeded" if job["adapter"]:
             yield f"Published as {job['adapter']}. Try it:"
-            yield f"  eft chat {model}" if model else f"  eft chat {job['name']} --url {url or DEFAULT_URL}"
+            if model:
+                yield f"  eft serve {model}"
+            yield f"  eft chat {job['name']} --url {url or DEFAULT_URL}"
         case "succeeded":
             yield f"{job['name']} is trained, and was not published; see: eft jobs events {job['id']}"
         case "failed":

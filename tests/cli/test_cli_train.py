@@ -160,7 +160,9 @@ def test_in_this_process(eft: Eft, tiny_model: Path, recipe: Path, tmp_path: Pat
     monkeypatch.setattr(client, "open_state", open_state)
     done = eft("train", recipe, "--model", tiny_model)
     assert done.code == 0
-    assert done.out == f"Published as shop@1. Try it:\n  eft chat {tiny_model}\n"
+    assert done.out == (
+        f"Published as shop@1. Try it:\n  eft serve {tiny_model}\n  eft chat shop --url http://127.0.0.1:8000\n"
+    )
 
 
 # -- the recipe's files ----------------------------------------------------------------------
