@@ -1,7 +1,8 @@
 """Weights in int8, and the exact arithmetic on them that every backend follows.
 
-Weights have a scale an output, activations one a token, found when they come: value = integer * scale. Sums are of
-integers, so they are exact and a row's result does not depend on its batch.
+Weights have a scale an output, activations two bytes and one scale a token, found when they come: value = integer *
+scale. One byte would not do: a token's outliers leave too little of it for the rest. Sums are of integers, so they
+are exact and a row's result does not depend on its batch.
 """
 
 from dataclasses import dataclass
@@ -12,8 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LARGEST = 127
+"""Of a weight's integers."""
+LARGEST_ACTIVATION = 127 * 256
 _EXACT = 1024
-"""Products of two such integers that float32 sums without rounding: 1024 * 127² < 2^24."""
+"""Products of a byte with a weight that float32 sums without rounding: 1024 * 128 * 127 < 2^24."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +53,7 @@ Weight = Tensor | Int8Weight
 
 def quantise_int8(weight: Tensor) -> Int8Weight:
     """weight [out, in] in floating point, each output scaled by its largest value."""
-    values, scales = _quantise_rows(weight.float())
+    values, scales = _quantise_rows(weight.float(), LARGEST)
     values = values.to(torch.int8)
     return Int8Weight(values, scales, values.sum(-1, dtype=torch.int32))
 
@@ -60,23 +63,31 @@ def linear_int8(x: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor:
     if torch.is_grad_enabled() and x.requires_grad:
         y: Tensor = _Dequantised.apply(x, weight)  # type: ignore[no-untyped-call]
         return y if bias is None else y + bias
-    values, scales = _quantise_rows(x.float())
-    total = torch.zeros(len(x), weight.shape[0], dtype=torch.int32, device=x.device)
-    for first in range(0, x.shape[1], _EXACT):
-        part = slice(first, first + _EXACT)
-        total += F.linear(values[:, part], weight.values[:, part].float()).to(torch.int32)
-    y = total.float() * (scales.unsqueeze(1) * weight.scales)
+    values, scales = _quantise_rows(x.float(), LARGEST_ACTIVATION)
+    high = torch.floor((values + 128) / 256)
+    total = _sums(high, weight).float() * 256 + _sums(values - 256 * high, weight).float()
+    y = total * (scales.unsqueeze(1) * weight.scales)
     y = y if bias is None else y + bias
     return y.to(x.dtype)
 
 
-def _quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+def _sums(values: Tensor, weight: Int8Weight) -> Tensor:
+    """values [R, in], whole numbers of a byte in float32 → their products with each output, summed: [R, out] int32."""
+    total = torch.zeros(len(values), weight.shape[0], dtype=torch.int32, device=values.device)
+    for first in range(0, values.shape[1], _EXACT):
+        part = slice(first, first + _EXACT)
+        total += F.linear(values[:, part], weight.values[:, part].float()).to(torch.int32)
+    return total
+
+
+def _quantise_rows(x: Tensor, largest: int) -> tuple[Tensor, Tensor]:
     """x [R, n] float32 → whole numbers [R, n] as float32, scales [R]. A row that is not finite gets such a scale."""
     most = x.abs().amax(-1)
     usable = (most > 0) & most.isfinite()
-    factor = torch.where(usable, LARGEST / most, 0.0)
+    # Two tensors: torch makes number / tensor of a reciprocal, which rounds twice.
+    factor = torch.where(usable, torch.full_like(most, largest) / most, 0.0)
     values = torch.where(usable.unsqueeze(1), (x * factor.unsqueeze(1)).round(), 0.0)
-    return values, most / LARGEST
+    return values, most / largest
 
 
 class _Dequantised(torch.autograd.Function):

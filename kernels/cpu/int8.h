@@ -21,7 +21,7 @@ INLINE vi dot4(vi acc, vi x, vi w) {
 #if defined(__AVX512VNNI__)
     return (vi)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)x, (__m512i)w);
 #elif defined(__AVX2__) && !defined(__AVX512F__)
-    // No saturation: both are at most 127 in size, so a pair of products is at most 32,258.
+    // No saturation: with 128 and 127 at most, a pair of products is at most 32,512.
     const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8((__m256i)x), _mm256_sign_epi8((__m256i)w, (__m256i)x));
     return acc + (vi)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 #else

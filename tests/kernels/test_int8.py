@@ -28,10 +28,10 @@ def random(*shape: int, seed: int) -> torch.Tensor:
 def test_the_sums_are_those_of_integers(ops: kernels.Ops, rows: int, inner: int, out: int, seed: int) -> None:
     x, weight = random(rows, inner, seed=seed), quantise_int8(random(out, inner, seed=seed + 1))
     most = np.abs(x.numpy()).max(axis=1)
-    integers = np.rint(x.numpy() * (np.float32(127) / most)[:, None]).astype(np.int64)
+    integers = np.rint(x.numpy() * (np.float32(127 * 256) / most)[:, None]).astype(np.int64)
     total = integers @ weight.values.numpy().astype(np.int64).T
-    expected = total * (most.astype(np.float64) / 127)[:, None] * weight.scales.double().numpy()
-    assert torch.allclose(ops.linear(x, weight).double(), torch.from_numpy(expected), rtol=1e-5, atol=1e-6)
+    expected = total * (most.astype(np.float64) / (127 * 256))[:, None] * weight.scales.double().numpy()
+    assert torch.allclose(ops.linear(x, weight).double(), torch.from_numpy(expected), rtol=1e-5, atol=1e-4)
 
 
 @backends
@@ -43,13 +43,13 @@ def test_what_is_fused_with_them(ops: kernels.Ops, rows: int, inner: int, out: i
     b = random(2 * out, seed=seed + 4) if bias else None
     short = None if b is None else b[:out]
     exact = REFERENCE.linear_add(residual, x, half, short)
-    assert torch.allclose(ops.linear_add(residual, x, half, short), exact, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(ops.linear_add(residual, x, half, short), exact, rtol=1e-5, atol=1e-4)
     # A norm's last bit can move an activation to the next integer.
     for found, expected in [
         (ops.norm_linear(x, norm, 1e-5, weight, b), REFERENCE.norm_linear(x, norm, 1e-5, weight, b)),
         (ops.norm_swiglu(x, norm, 1e-5, weight, b), REFERENCE.norm_swiglu(x, norm, 1e-5, weight, b)),
     ]:
-        assert torch.allclose(found, expected, rtol=3e-2, atol=0.3)
+        assert torch.allclose(found, expected, rtol=1e-3, atol=2e-2)
 
 
 @backends
