@@ -35,7 +35,7 @@ from runtime.trainer.lora import TrainableLora
 from runtime.trainer.microbatch import pack
 from runtime.trainer.run import TrainingRun
 from runtime.trainer.share import Share
-from runtime.trainer.spec import OptimizerSpec, RunSpec, ScheduleSpec
+from runtime.trainer.spec import OptimizerSpec, RunSpec, ScheduleSpec, WatchdogSpec
 from runtime.trainer.step import MicroStep
 from runtime.workers.decoder import Decoder
 from runtime.workers.loading import open_checkpoint
@@ -211,6 +211,7 @@ class Job:
             optimizer=OptimizerSpec(learning_rate=1e-5),
             schedule=ScheduleSpec(name="constant", total_steps=1_000_000),
             checkpointing=checkpointing,
+            watchdog=WatchdogSpec(threshold=100.0),  # random tokens are worse than guessing
         )
         self.done: list[tuple[float, int]] = []
         self.run = TrainingRun(decoder, spec, lambda _: epoch, [], self.note, write_nothing)
@@ -232,6 +233,8 @@ def stand_alone(decoder: Decoder, *, checkpointing: bool) -> float:
     job = Job(decoder, checkpointing=checkpointing)
     while len(job.done) < 4:
         job.run.work(1.0)
+        if job.run.pacer.done:
+            raise RuntimeError("the run has ended")
     job.run.pacer.close()
     return job.rate()
 
