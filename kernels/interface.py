@@ -42,6 +42,11 @@ class PagedRows:
         return torch.tensor([*zip(starts, self.counts, self.contexts, strict=True)], dtype=torch.int64).view(-1, 3)
 
     @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest row, with its context."""
+        return max((a + b for a, b in zip(self.counts, self.contexts, strict=True)), default=0)
+
+    @cached_property
     def groups(self) -> "PagedGroups":
         """The same rows as padded groups with masks, for backends without kernels of their own."""
         return group_rows(self)
@@ -95,6 +100,15 @@ class Ops(ABC):
         """x [T, hidden] over its root mean square, in float32, times weight [hidden] (arXiv:1910.07467)."""
 
     @abstractmethod
+    def rms_norm_plus_one(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """As `rms_norm`, but times 1 + weight, all in float32 (Gemma, arXiv:2403.08295)."""
+
+    @abstractmethod
+    def layer_norm(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+        """x [T, hidden] less its mean, over its standard deviation, times weight, plus bias, each [hidden]
+        (arXiv:1607.06450)."""
+
+    @abstractmethod
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """[T, 2 * inner], gate then up → silu(gate) * up, [T, inner] (SwiGLU, arXiv:2002.05202)."""
 
@@ -111,9 +125,27 @@ class Ops(ABC):
         return residual + self.linear(x, weight, bias)
 
     @abstractmethod
+    def gelu_mul(self, gate_up: Tensor, *, tanh: bool) -> Tensor:
+        """[T, 2 * inner], gate then up → gelu(gate) * up, [T, inner] (GeGLU, arXiv:2002.05202); `tanh`: gelu by
+        its approximation."""
+
+    @abstractmethod
+    def gelu(self, x: Tensor, *, tanh: bool) -> Tensor:
+        """gelu(x), any shape (arXiv:1606.08415); `tanh`: by its approximation."""
+
+    @abstractmethod
+    def moe(self, x: Tensor, chosen: Tensor, shares: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        """A mixture of E gated MLPs, of which every token goes through K (arXiv:2401.04088).
+
+        x [T, hidden]; chosen [T, K] int64 experts and their shares [T, K]; gate_up [E, 2 * inner, hidden], gate
+        then up; down [E, hidden, inner] → the sum of share * down(silu(gate) * up), [T, hidden]. The order in
+        which a token's experts are added depends on the token alone.
+        """
+
+    @abstractmethod
     def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Rotate x [T, heads, D] by position, first half paired with second; cos, sin [T, D/2].
-        Source: arXiv:2104.09864, in Hugging Face's layout."""
+        """Rotate the first R ≤ D dimensions of x [T, heads, D] by position, their first half paired with their
+        second; cos, sin [T, R / 2], R may be 0. Source: arXiv:2104.09864, in Hugging Face's layout."""
 
     @abstractmethod
     def rope_and_cache(
@@ -127,20 +159,43 @@ class Ops(ABC):
         v_cache: Tensor,
         slots: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Rotate q [T, H, D] and k [T, G, D]; write k and v in place into the caches [N, B, G, D] at
+        """Rotate q [T, H, D] and k [T, G, D] as `rope` does; write k and v in place into the caches [N, B, G, D] at
         `slots` [T]. Returns the rotated q and k, which may lie where they lay before."""
 
     @abstractmethod
     def paged_attention(
-        self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, rows: PagedRows, scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        rows: PagedRows,
+        scale: float,
+        *,
+        window: int | None = None,
+        softcap: float = 0.0,
     ) -> Tensor:
         """Causal grouped-query attention of q [T, H, D] over each row's cached tokens, the new ones
-        (k, v [T, G, D], already in the cache too) included → [T, H, D] (arXiv:2309.06180)."""
+        (k, v [T, G, D], already in the cache too) included → [T, H, D] (arXiv:2309.06180).
+
+        With a window a token sees that many tokens, itself included. A softcap c above 0 turns every scaled score
+        s into c * tanh(s / c)."""
 
     @abstractmethod
-    def packed_attention(self, q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float) -> Tensor:
+    def packed_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lengths: list[int],
+        scale: float,
+        *,
+        window: int | None = None,
+        softcap: float = 0.0,
+    ) -> Tensor:
         """Causal attention without a cache, for sequences of `lengths` packed one after the other.
-        q [T, H, D], k and v [T, G, D], sum(lengths) = T → [T, H, D]."""
+        q [T, H, D], k and v [T, G, D], sum(lengths) = T → [T, H, D]; the options are `paged_attention`'s."""
 
     @abstractmethod
     def argmax(self, logits: Tensor) -> tuple[Tensor, Tensor]:

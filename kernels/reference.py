@@ -52,14 +52,40 @@ class ReferenceOps(Ops):
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         return weight * wide.to(x.dtype)
 
+    def rms_norm_plus_one(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        return (wide * (1.0 + weight.float())).to(x.dtype)
+
+    def layer_norm(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up
 
+    def gelu_mul(self, gate_up: Tensor, *, tanh: bool) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self.gelu(gate, tanh=tanh) * up
+
+    def gelu(self, x: Tensor, *, tanh: bool) -> Tensor:
+        return F.gelu(x, approximate="tanh" if tanh else "none")
+
+    def moe(self, x: Tensor, chosen: Tensor, shares: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for expert in torch.unique(chosen).tolist():  # in ascending order: every token adds its experts in one order
+            token, place = torch.where(chosen == expert)
+            found = F.linear(self.silu_mul(F.linear(x[token], gate_up[expert])), down[expert])
+            out = out.index_add(0, token, found * shares[token, place].unsqueeze(1))
+        return out
+
     def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        half = cos.shape[-1]
+        if half == 0:
+            return x
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-        first, second = x.chunk(2, dim=-1)
-        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+        first, second, rest = x.tensor_split((half, 2 * half), dim=-1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
 
     def rope_and_cache(
         self,
@@ -79,7 +105,17 @@ class ReferenceOps(Ops):
         return q, k
 
     def paged_attention(
-        self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, rows: PagedRows, scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        rows: PagedRows,
+        scale: float,
+        *,
+        window: int | None = None,
+        softcap: float = 0.0,
     ) -> Tensor:
         out = torch.empty_like(q)
         for group in rows.groups.decode:
@@ -90,37 +126,46 @@ class ReferenceOps(Ops):
             keys = _gather(k_cache, group.blocks)
             values = _gather(v_cache, group.blocks)
             query = q[part].view(count, heads, -1, dim)
-            found = F.scaled_dot_product_attention(query, keys, values, attn_mask=group.mask, scale=scale)
+            found = _attend(query, keys, values, _windowed(group.mask, window), scale, softcap)
             out[part] = found.reshape(count, -1, dim)
         for row in rows.groups.prefill:
             part = slice(row.start, row.start + row.count)
             if row.mask is None:
-                out[part] = self.packed_attention(q[part], k[part], v[part], [row.count], scale)
+                out[part] = self.packed_attention(
+                    q[part], k[part], v[part], [row.count], scale, window=window, softcap=softcap
+                )
                 continue
             total = row.context + row.count
-            found = F.scaled_dot_product_attention(
+            found = _attend(
                 q[part].transpose(0, 1).unsqueeze(0),
                 _gather(k_cache, row.blocks.unsqueeze(0))[:, :, :total],
                 _gather(v_cache, row.blocks.unsqueeze(0))[:, :, :total],
-                attn_mask=row.mask,
-                scale=scale,
-                enable_gqa=True,
+                _windowed(row.mask, window),
+                scale,
+                softcap,
             )
             out[part] = found.squeeze(0).transpose(0, 1)
         return out
 
-    def packed_attention(self, q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float) -> Tensor:
+    def packed_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lengths: list[int],
+        scale: float,
+        *,
+        window: int | None = None,
+        softcap: float = 0.0,
+    ) -> Tensor:
         parts = []
         for q1, k1, v1 in zip(*(torch.split(x, lengths) for x in (q, k, v)), strict=True):
-            found = F.scaled_dot_product_attention(
-                q1.transpose(0, 1).unsqueeze(0),
-                k1.transpose(0, 1).unsqueeze(0),
-                v1.transpose(0, 1).unsqueeze(0),
-                is_causal=True,
-                scale=scale,
-                enable_gqa=True,
-            )
-            parts.append(found.squeeze(0).transpose(0, 1))
+            mask = None
+            if softcap or (window is not None and window < len(q1)):
+                causal = torch.ones(len(q1), len(q1), dtype=torch.bool, device=q.device).tril()
+                mask = _windowed(causal, window)
+            q1, k1, v1 = (x.transpose(0, 1).unsqueeze(0) for x in (q1, k1, v1))
+            parts.append(_attend(q1, k1, v1, mask, scale, softcap).squeeze(0).transpose(0, 1))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def argmax(self, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,6 +182,25 @@ class ReferenceOps(Ops):
         min_p: Tensor,
     ) -> Tensor:
         return sample(logits, uniform, temperature, top_k, top_p, min_p)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float) -> Tensor:
+    """q [R, H, n, D], k and v [R, G, m, D], H a multiple of G; no mask means causal with n = m → [R, H, n, D]."""
+    if not softcap:
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+    assert mask is not None
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    scores = softcap * torch.tanh(q @ k.transpose(-1, -2) * scale / softcap)
+    return scores.float().masked_fill(~mask, float("-inf")).softmax(-1).to(q.dtype) @ v
+
+
+def _windowed(mask: Tensor, window: int | None) -> Tensor:
+    """A causal mask [..., keys] without what lies a window or more before a token: what that far on is causal too."""
+    if window is None or window >= mask.shape[-1]:
+        return mask
+    return mask & ~F.pad(mask[..., window:], (0, window))
 
 
 def _gather(cache: Tensor, blocks: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from runtime.scheduler import Scheduler, Speculation
 from runtime.scheduler.policies import make_policy
 from runtime.tenants import tenant_weights
 from runtime.workers.adapter_slots import AdapterSlots
-from runtime.workers.decoder import Decoder, DecoderSpec
+from runtime.workers.decoder import Decoder
 from runtime.workers.executor import InProcessExecutor
 from runtime.workers.kv_cache import KVCache, block_bytes
 from runtime.workers.layers import WeightError
@@ -24,6 +24,7 @@ from runtime.workers.loading.errors import ModelLoadError
 from runtime.workers.lora_base import LoraBase
 from runtime.workers.memory import keep_freed_memory
 from runtime.workers.models import find_model
+from runtime.workers.spec import DecoderSpec
 from runtime.workers.worker import Worker
 from settings.schema import CacheSettings, ModelSettings, SchedulerSettings, Settings
 
@@ -69,7 +70,7 @@ def assemble(settings: Settings) -> Assembled:
         device=decoder.device,
     )
     scheduler = make_scheduler(settings.scheduler, settings.cache, num_blocks)
-    lora_base = LoraBase.of(decoder, find_model(checkpoint.config).LORA_TARGETS, name)
+    lora_base = LoraBase.of(decoder, find_model(checkpoint.config), name)
     slots = AdapterSlots(
         lora_base,
         decoder.ops,
@@ -120,9 +121,9 @@ def load_decoder(checkpoint: Checkpoint, settings: ModelSettings) -> Decoder:
         model = find_model(checkpoint.config)
         spec = _checked(model.spec(checkpoint.config))
         context = settings.max_model_len or spec.max_position
-        if context > spec.max_position:
+        if context > spec.max_context:
             raise ModelLoadError(
-                f"max_model_len is {context}, but {checkpoint.name} was made for at most {spec.max_position} tokens."
+                f"max_model_len is {context}, but {checkpoint.name} was made for at most {spec.max_context} tokens."
             )
         decoder = Decoder(spec, kernels.load(settings.kernels), max_len=context, dtype=dtype, device=device)
         decoder.load(model.weights(checkpoint.tensors(), spec), quantise=settings.quantization == "int8")

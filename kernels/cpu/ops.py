@@ -117,7 +117,7 @@ class CpuOps(ReferenceOps):
         v_cache: Tensor,
         slots: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        if not _ours(q, k, v, k_cache, cos):
+        if not _ours(q, k, v, k_cache, cos) or 2 * cos.shape[1] != q.shape[2]:
             return super().rope_and_cache(q, k, v, cos, sin, k_cache, v_cache, slots)
         q, k, v = _heads(q), _heads(k), _heads(v)
         self._lib.eft_rope_and_cache(
@@ -141,10 +141,23 @@ class CpuOps(ReferenceOps):
         return q, k
 
     def paged_attention(
-        self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, rows: PagedRows, scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        rows: PagedRows,
+        scale: float,
+        *,
+        window: int | None = None,
+        softcap: float = 0.0,
     ) -> Tensor:
-        if not _ours(q, k_cache):
-            return super().paged_attention(q, k, v, k_cache, v_cache, rows, scale)
+        # A window that holds every row is none, so long contexts alone take the slower way.
+        if not _ours(q, k_cache) or softcap or (window is not None and window < rows.longest):
+            return super().paged_attention(
+                q, k, v, k_cache, v_cache, rows, scale, window=window, softcap=softcap
+            )
         q = _heads(q)
         out = torch.empty(q.shape)
         self._lib.eft_paged_attention(

@@ -43,7 +43,7 @@ class TrainableLora:
         generator = torch.Generator().manual_seed(seed)
         self.linears: dict[tuple[int, str], AdaptedLinear] = {}
         for (layer, name), parts in targets.items():
-            linear: Linear = getattr(decoder.layers[layer], name)
+            linear = decoder.layers[layer].linears[name]
             self.linears[layer, name] = _fresh(linear, parts, shape.rank, generator, decoder.device)
 
     def parameters(self) -> Iterator[tuple[str, Tensor]]:

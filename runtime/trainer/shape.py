@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from msgspec import Struct
 
 if TYPE_CHECKING:
-    from runtime.workers.decoder import DecoderSpec
+    from runtime.workers.models.family import Family
+    from runtime.workers.spec import DecoderSpec
 
 
 class ModelShape(Struct, frozen=True, kw_only=True):
@@ -26,23 +26,27 @@ class ModelShape(Struct, frozen=True, kw_only=True):
     """What the full name of a linear begins with, as PEFT writes it."""
 
 
-def shape_of(spec: DecoderSpec, targets: Mapping[str, tuple[str, str]], *, bytes_per_value: int) -> ModelShape:
-    """The shape of a decoder; `targets` is its architecture's `LORA_TARGETS`."""
-    heads, groups = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+def shape_of(spec: DecoderSpec, family: type[Family], *, bytes_per_value: int) -> ModelShape:
+    """The shape of a decoder of that architecture."""
+    heads, groups, inner = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim, spec.intermediate_size
+    hidden = spec.hidden_size
     sizes = {
-        ("qkv", "q"): (spec.hidden_size, heads),
-        ("qkv", "k"): (spec.hidden_size, groups),
-        ("qkv", "v"): (spec.hidden_size, groups),
-        ("out", ""): (heads, spec.hidden_size),
-        ("gate_up", "gate"): (spec.hidden_size, spec.intermediate_size),
-        ("gate_up", "up"): (spec.hidden_size, spec.intermediate_size),
-        ("down", ""): (spec.intermediate_size, spec.hidden_size),
+        ("qkv", "q"): (hidden, heads),
+        ("qkv", "k"): (hidden, groups),
+        ("qkv", "v"): (hidden, groups),
+        ("qkv", ""): (hidden, heads + 2 * groups),
+        ("out", ""): (heads, hidden),
+        ("gate_up", "gate"): (hidden, inner),
+        ("gate_up", "up"): (hidden, inner),
+        ("gate_up", ""): (hidden, 2 * inner),
+        ("down", ""): (inner, hidden),
     }
     return ModelShape(
         num_layers=spec.num_layers,
-        hidden_size=spec.hidden_size,
-        intermediate_size=spec.intermediate_size,
+        hidden_size=hidden,
+        intermediate_size=inner,
         vocab_size=spec.vocab_size,
-        linears={name: sizes[place] for name, place in targets.items()},
+        linears={name: sizes[place] for name, place in family.LORA_TARGETS.items()},
         bytes_per_value=bytes_per_value,
+        prefix=family.layers(),
     )

@@ -85,7 +85,7 @@ class MicroStep:
     def forward_backward(self, weight: float) -> Slices:
         """Add the gradient of `weight` times the summed loss to the parameters' `grad`. Then `score` is set."""
         passes: list[Pass] = []
-        hidden = self._decoder.embedding(self._batch.token_ids)
+        hidden = self._decoder.embed(self._batch.token_ids, self._batch.positions)
         for layer in self._decoder.layers:
             passes.append(Pass(hidden))
             hidden = yield from self._forward(layer, passes[-1], keep=not self._checkpointing)
@@ -97,7 +97,7 @@ class MicroStep:
 
     def evaluate(self) -> Slices:
         """Only the `score`."""
-        hidden = self._decoder.embedding(self._batch.token_ids)
+        hidden = self._decoder.embed(self._batch.token_ids, self._batch.positions)
         for layer in self._decoder.layers:
             hidden = yield from self._forward(layer, Pass(hidden), keep=False)
         yield from self._loss(hidden, None, 0.0)
@@ -201,9 +201,9 @@ class MicroStep:
     def _attend_heads(self, layer: DecoderLayer, sequence: slice, inputs: tuple[Tensor, ...], *, keep: bool) -> Piece:
         """inputs: q, k and v of one sequence and some of the heads."""
         q, k, v = (tensor.detach().requires_grad_(keep) for tensor in inputs)
-        attention = PackedAttention(self._ops, [sequence.stop - sequence.start], self._decoder.spec.scale)
+        attention = PackedAttention(self._ops, [sequence.stop - sequence.start], self._decoder.spec)
         with torch.set_grad_enabled(keep):
-            made = attention(layer.index, q, k, v, self._cos[sequence], self._sin[sequence])
+            made = attention(layer.index, q, k, v, self._cos[:, sequence], self._sin[:, sequence])
         return Piece(sequence, (q, k, v), (made,))
 
     def _attend_backward(

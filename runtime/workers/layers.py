@@ -1,4 +1,4 @@
-"""The decoder's layers: plain tensors plus how a checkpoint's tensors fill them.
+"""What the decoder's layers are made of: plain tensors plus how a checkpoint's tensors fill them.
 
 A fused layer (query, key and value; gate and up) is filled part by part. What a layer needs to know
 to be split over ranks, or to have an adapter added, belongs here, not in the decoder.
@@ -74,19 +74,12 @@ class Linear:
         """Weight and bias, as the ops take them."""
         return self.weight.value, None if self.bias is None else self.bias.data
 
+    @property
+    def parameters(self) -> dict[str, Parameter]:
+        return {"weight": self.weight} if self.bias is None else {"weight": self.weight, "bias": self.bias}
+
     def __call__(self, ops: Ops, x: Tensor) -> Tensor:
         return ops.linear(x, *self.tensors)
-
-
-class RMSNorm:
-    """x [T, hidden] → the same, over its root mean square, times a weight."""
-
-    def __init__(self, hidden: int, eps: float, *, dtype: torch.dtype, device: torch.device) -> None:
-        self.eps = eps
-        self.weight = Parameter({"": hidden}, (), dtype, device)
-
-    def __call__(self, ops: Ops, x: Tensor) -> Tensor:
-        return ops.rms_norm(x, self.weight.data, self.eps)
 
 
 class Embedding:

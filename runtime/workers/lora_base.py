@@ -1,16 +1,13 @@
 """What an adapter must fit: the base model's linears as a checkpoint names them, and which weights those are."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 
 import torch
 
 from runtime.workers.decoder import Decoder
-from runtime.workers.layers import Linear
+from runtime.workers.models.family import Family
 
-LAYERS = "model.layers"
-"""Where a checkpoint of any of our architectures has its layers."""
 _SAMPLES = 256
 """Values of each weight that go into the fingerprint: to read them all would take as long as loading them."""
 
@@ -35,25 +32,27 @@ class LoraBase:
     name: str
     fingerprint: str
     """Equal for the same weights in whatever type they are held; other weights, another fingerprint."""
+    layers: str
+    """What the full names of its linears begin with, as PEFT writes them: `model.layers`."""
     num_layers: int
     targets: dict[str, Target]
     """By the name within a layer, such as `self_attn.q_proj`."""
 
     @classmethod
-    def of(cls, decoder: Decoder, lora_targets: Mapping[str, tuple[str, str]], name: str) -> "LoraBase":
-        """The base that `decoder` is; `lora_targets` as in `Model.LORA_TARGETS`."""
+    def of(cls, decoder: Decoder, family: type[Family], name: str) -> "LoraBase":
+        """The base that `decoder` is, of that architecture."""
         targets = {}
-        for module, (linear_name, part) in lora_targets.items():
-            linear: Linear = getattr(decoder.layers[0], linear_name)
+        for module, (linear_name, part) in family.LORA_TARGETS.items():
+            linear = decoder.layers[0].linears[linear_name]
             parts = list(linear.parts)
             start = sum(linear.parts[before] for before in parts[: parts.index(part)])
             targets[module] = Target(linear_name, part, start, linear.in_features, linear.parts[part])
-        return cls(name, fingerprint(decoder), decoder.spec.num_layers, targets)
+        return cls(name, fingerprint(decoder), family.layers(), decoder.spec.num_layers, targets)
 
     def module(self, layer: int, linear: str, part: str) -> str:
         """The full name in the checkpoint of a part of a layer's linear."""
         names = {(target.linear, target.part): name for name, target in self.targets.items()}
-        return f"{LAYERS}.{layer}.{names[linear, part]}"
+        return f"{self.layers}.{layer}.{names[linear, part]}"
 
     @property
     def widest(self) -> int:

@@ -65,7 +65,7 @@ class Worker:
         cache = self._cache
         with torch.inference_mode():
             batch = build_batch(rows, self._tokens, self._tables, cache.block_size, self._decoder.device, self._adapted)
-            attention = PagedAttention(self._decoder.ops, cache, batch.paged, self._decoder.spec.scale)
+            attention = PagedAttention(self._decoder.ops, cache, batch.paged, self._decoder.spec)
             adaptation = self.adapters.adaptation(batch.adapters) if self.adapters else None
             hidden = self._decoder.forward(batch.token_ids, batch.positions, attention, adaptation)
             if not batch.slots:

@@ -57,7 +57,7 @@ def load(path: Path, dtype: torch.dtype = torch.float32) -> tuple[Decoder, Any]:
 def logits_of(decoder: Decoder, sequences: list[Tensor]) -> Tensor:
     """Packed, without a cache, as training runs it: [T, vocab]."""
     positions = torch.cat([torch.arange(len(ids)) for ids in sequences])
-    attention = PackedAttention(decoder.ops, [len(ids) for ids in sequences], decoder.spec.scale)
+    attention = PackedAttention(decoder.ops, [len(ids) for ids in sequences], decoder.spec)
     return decoder.logits(decoder.forward(torch.cat(sequences), positions, attention))
 
 

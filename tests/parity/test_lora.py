@@ -41,14 +41,14 @@ def decoder(tiny_model: Path) -> Decoder:
 
 @pytest.fixture(scope="module")
 def base(decoder: Decoder) -> LoraBase:
-    return LoraBase.of(decoder, Llama.LORA_TARGETS, "tiny")
+    return LoraBase.of(decoder, Llama, "tiny")
 
 
 def our_logits(decoder: Decoder, base: LoraBase, adapter: Path, ids: torch.Tensor) -> torch.Tensor:
     slots = AdapterSlots(base, decoder.ops, max_rank=64, dtype=decoder.dtype, device=decoder.device)
     slots.prepare("a", str(adapter))
     slots.load("a")
-    attention = PackedAttention(decoder.ops, [len(ids)], decoder.spec.scale)
+    attention = PackedAttention(decoder.ops, [len(ids)], decoder.spec)
     with torch.inference_mode():
         hidden = decoder.forward(ids, torch.arange(len(ids)), attention, slots.adaptation([AdapterTokens("a", None)]))
         return decoder.logits(hidden)
@@ -60,7 +60,7 @@ def test_logits_equal_pefts(name: str, decoder: Decoder, base: LoraBase, tiny_mo
     expected = peft_logits(tiny_model, path, IDS.tolist())
     assert (our_logits(decoder, base, path, IDS) - expected).abs().max() < 1e-4
     with torch.no_grad():
-        attention = PackedAttention(decoder.ops, [len(IDS)], decoder.spec.scale)
+        attention = PackedAttention(decoder.ops, [len(IDS)], decoder.spec)
         plain = decoder.logits(decoder.forward(IDS, torch.arange(len(IDS)), attention))
     assert (plain - expected).abs().max() > 0.05  # the comparison is not one of adapters that do nothing
 
@@ -87,13 +87,13 @@ def test_bfloat16_is_as_near_as_pefts(tiny_model: Path, tmp_path: Path) -> None:
     with torch.no_grad():
         theirs = (oracle.eval()(IDS.unsqueeze(0)).logits[0].float() - truth).abs().mean()
     rough = load(tiny_model, torch.bfloat16)[0]
-    ours = (our_logits(rough, LoraBase.of(rough, Llama.LORA_TARGETS, "tiny"), path, IDS) - truth).abs().mean()
+    ours = (our_logits(rough, LoraBase.of(rough, Llama, "tiny"), path, IDS) - truth).abs().mean()
     assert 0 < ours <= 1.5 * theirs
 
 
 def test_the_fingerprint_is_of_the_weights_and_not_of_their_type(base: LoraBase, tiny_model: Path) -> None:
     rough = load(tiny_model, torch.bfloat16)[0]
-    assert LoraBase.of(rough, Llama.LORA_TARGETS, "other name").fingerprint == base.fingerprint
+    assert LoraBase.of(rough, Llama, "other name").fingerprint == base.fingerprint
     rough.parameters()["layers.1.down.weight"].data.mul_(1.1)
-    assert LoraBase.of(rough, Llama.LORA_TARGETS, "tiny").fingerprint != base.fingerprint
+    assert LoraBase.of(rough, Llama, "tiny").fingerprint != base.fingerprint
     assert {name.rpartition(".")[2] for name in base.targets} == set(ALL)

@@ -45,7 +45,7 @@ class FakeHost:
 
 @pytest.fixture(scope="session")
 def tiny_base(tiny_model: Path) -> LoraBase:
-    return LoraBase.of(load(tiny_model)[0], Llama.LORA_TARGETS, "base-model")
+    return LoraBase.of(load(tiny_model)[0], Llama, "base-model")
 
 
 @pytest.fixture(scope="session")

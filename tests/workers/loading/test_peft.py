@@ -25,7 +25,7 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj"
 
 @pytest.fixture(scope="module")
 def base(tiny_model: Path) -> LoraBase:
-    return LoraBase.of(load(tiny_model)[0], Llama.LORA_TARGETS, "tiny")
+    return LoraBase.of(load(tiny_model)[0], Llama, "tiny")
 
 
 @pytest.fixture(scope="module")

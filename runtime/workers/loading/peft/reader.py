@@ -14,9 +14,8 @@ from runtime.workers.loading.peft.errors import AdapterInvalid
 from runtime.workers.loading.peft.files import read_config, read_weights
 from runtime.workers.loading.peft.names import CONFIG, WEIGHTS
 from runtime.workers.lora import Adapter, LoraLayers, LoraPart
-from runtime.workers.lora_base import LAYERS, LoraBase, Target
+from runtime.workers.lora_base import LoraBase, Target
 
-_NAME = re.compile(rf"(?:base_model\.model\.)?{re.escape(LAYERS)}\.(\d{{1,6}})\.(.+)\.lora_(A|B)\.weight")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _HEADER = 4 << 20
 """Bytes that names and shapes may take in the file, generously."""
@@ -39,7 +38,7 @@ def read_adapter(directory: Path, base: LoraBase, *, max_rank: int) -> Adapter:
     layers: LoraLayers = defaultdict(list)
     for (layer, name), pair in sorted(pairs.items(), key=lambda item: (item[0][0], base.targets[item[0][1]].start)):
         target = base.targets[name]
-        part = _part(f"{LAYERS}.{layer}.{name}", target, pair, config)
+        part = _part(f"{base.layers}.{layer}.{name}", target, pair, config)
         layers[layer, target.linear].append(part)
     return Adapter(config.shape, dict(layers))
 
@@ -58,8 +57,9 @@ def _check_rank(rank: int, limit: int) -> None:
 def _pairs(tensors: dict[str, Tensor], base: LoraBase) -> dict[Module, dict[str, Tensor]]:
     """Both factors of every module in the file."""
     pairs: dict[Module, dict[str, Tensor]] = defaultdict(dict)
+    pattern = re.compile(rf"(?:base_model\.model\.)?{re.escape(base.layers)}\.(\d{{1,6}})\.(.+)\.lora_(A|B)\.weight")
     for name, tensor in tensors.items():
-        match = _NAME.fullmatch(name)
+        match = pattern.fullmatch(name)
         if match is None or match[2] not in base.targets:
             raise AdapterInvalid(
                 f"{WEIGHTS} has {name[:200]!r}, which is for no linear of this model. There are, in each layer: "
@@ -78,7 +78,7 @@ def _pairs(tensors: dict[str, Tensor], base: LoraBase) -> dict[Module, dict[str,
     for (layer, name), factors in pairs.items():
         if len(factors) != 2:
             lacking = "B" if "A" in factors else "A"
-            raise AdapterInvalid(f"{WEIGHTS} lacks lora_{lacking} of {LAYERS}.{layer}.{name}.")
+            raise AdapterInvalid(f"{WEIGHTS} lacks lora_{lacking} of {base.layers}.{layer}.{name}.")
     return pairs
 
 
@@ -86,7 +86,7 @@ def _check_targets(config: AdapterConfig, pairs: dict[Module, dict[str, Tensor]]
     """A list of targets must name real modules. A regular expression is not run: the file says what there is."""
     if not isinstance(config.target_modules, list):
         return
-    modules = [f"{LAYERS}.{layer}.{name}" for layer in range(base.num_layers) for name in base.targets]
+    modules = [f"{base.layers}.{layer}.{name}" for layer in range(base.num_layers) for name in base.targets]
     for target in config.target_modules:
         if not any(module == target or module.endswith(f".{target}") for module in modules):
             raise AdapterInvalid(
@@ -94,7 +94,7 @@ def _check_targets(config: AdapterConfig, pairs: dict[Module, dict[str, Tensor]]
                 f"adapted. There are: {', '.join(name.rpartition('.')[2] for name in base.targets)}."
             )
     for layer, name in pairs:
-        module = f"{LAYERS}.{layer}.{name}"
+        module = f"{base.layers}.{layer}.{name}"
         if not any(module == target or module.endswith(f".{target}") for target in config.target_modules):
             raise AdapterInvalid(f"{WEIGHTS} has weights for {module}, which target_modules of {CONFIG} leaves out.")
 

@@ -1,0 +1,33 @@
+"""StableLM: layer norms, rope on a part of every head, in some sizes a norm for every head."""
+
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from runtime.workers.models.llama import Llama
+from runtime.workers.rope import RopeSpec
+from runtime.workers.spec import DecoderSpec
+
+
+class StableLm(Llama):
+    """arXiv:2402.17834."""
+
+    LAYER: ClassVar = {
+        **Llama.LAYER,
+        "self_attn.q_layernorm.norms.*": ("q_norm", "*"),
+        "self_attn.k_layernorm.norms.*": ("k_norm", "*"),
+    }
+    OUTSIDE: ClassVar = {**Llama.OUTSIDE, "model.norm.bias": "norm.bias"}
+
+    @classmethod
+    def spec(cls, config: dict[str, Any]) -> DecoderSpec:
+        parallel = bool(config.get("use_parallel_residual", False))
+        return replace(
+            super().spec(config),
+            norm_eps=config.get("layer_norm_eps", 1e-5),
+            ropes=(RopeSpec.from_config(config, partial=0.25),),
+            qkv_bias=bool(config.get("use_qkv_bias", False)),
+            qk_norm="per_head" if config.get("qk_layernorm") else "none",
+            norm="layer",
+            parallel=parallel,
+            shared_norm=parallel,
+        )

@@ -1,0 +1,111 @@
+"""What distinguishes one architecture's decoder from another's, as data. An architecture's file fills it in."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from runtime.workers.rope import RopeSpec
+
+LINEARS = ("qkv", "out", "gate_up", "down")
+"""A layer's linears that adapters may change; each may be fused of parts (`Linear.parts`)."""
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """How one layer differs from the others of its model."""
+
+    window: int | None = None
+    """How many tokens a token attends to, itself included; None: all that come before it."""
+    rope: int | None = 0
+    """Which of `DecoderSpec.ropes` turns its queries and keys; None: none does."""
+    moe: bool = False
+    """Its MLP is a mixture of experts, `DecoderSpec.experts`, and not a dense one."""
+
+
+@dataclass(frozen=True)
+class ExpertsSpec:
+    """A mixture of experts: a router picks some small gated MLPs for every token."""
+
+    count: int
+    per_token: int
+    intermediate_size: int
+    """Of one expert."""
+    normalise: bool
+    """The shares of the chosen experts add up to 1."""
+    shared_size: int = 0
+    """Intermediate size of an expert that sees every token, behind a gate of its own; 0: there is none."""
+
+
+@dataclass(frozen=True)
+class DecoderSpec:
+    """A whole decoder. The defaults are Llama's."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position: int
+    """Longest sequence that the checkpoint was made for, in tokens."""
+    norm_eps: float
+    tied: bool
+    """The logits use the embedding's weight."""
+    layers: tuple[LayerSpec, ...]
+    ropes: tuple[RopeSpec, ...]
+    """The tables of angles that layers choose from; all turn the same number of dimensions."""
+
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qkv: Literal["parts", "fused", "grouped"] = "parts"
+    """How the checkpoint stores the query, key and value projections: as three tensors; as one, all rows of q,
+    then of k, then of v; or as one, by key/value head: the rows of its query heads, then its k, then its v."""
+    qk_norm: Literal["none", "head", "projection", "per_head"] = "none"
+    """A norm of queries and keys before rope: over each head with one weight for all heads; over the whole
+    projection; or over each head with a weight for every head."""
+    attention_scale: float | None = None
+    """What attention scores are multiplied by; None: head_dim to the power of -1/2."""
+    softcap: float = 0.0
+    """Attention scores are squashed to between this and its negative by tanh; 0: they are not."""
+
+    gated: bool = True
+    """The MLP's inner part is act(gate) * up, and not act(up)."""
+    gate_up_fused: bool = False
+    """The checkpoint stores gate and up as one tensor, gate first."""
+    activation: str = "silu"
+    """As a Hugging Face config names it; see `mlp.ACTIVATIONS`."""
+    experts: ExpertsSpec | None = None
+    """The mixture in the layers that are `LayerSpec.moe`."""
+
+    norm: Literal["rms", "rms_plus_one", "layer"] = "rms"
+    pre_norm: bool = True
+    """Attention and MLP see the normed residual stream."""
+    post_norm: bool = False
+    """What attention and MLP give is normed before it is added to the residual stream."""
+    parallel: bool = False
+    """Attention and MLP both see the layer's input, and not one the other's output."""
+    shared_norm: bool = False
+    """The MLP sees what attention sees: one norm for both. Only in parallel layers."""
+
+    learned_positions: bool = False
+    """A learned embedding of its position is added to every token's."""
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    """What attention and MLP give is multiplied by this before it is added."""
+    logit_scale: float = 1.0
+    logit_softcap: float = 0.0
+    """Logits are squashed to between this and its negative by tanh; 0: they are not."""
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def scale(self) -> float:
+        """What attention scores are multiplied by."""
+        return float(self.head_dim**-0.5) if self.attention_scale is None else self.attention_scale
+
+    @property
+    def max_context(self) -> int:
+        """Longest context that can be asked for: some rope scalings reach past `max_position`."""
+        return max([self.max_position, *(rope.reach for rope in self.ropes)])

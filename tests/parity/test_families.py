@@ -1,0 +1,129 @@
+"""Every family against transformers: same files, same logits, however they are computed, and the same gradients."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import kernels
+from runtime.messages import Row
+from runtime.workers.attention import PackedAttention, PagedAttention
+from runtime.workers.batch import build_batch
+from runtime.workers.decoder import Decoder
+from runtime.workers.kv_cache import KVCache
+from runtime.workers.loading.safetensors_files import find_weights
+from runtime.workers.models import find_model
+from runtime.workers.models.family import Family
+from tests.parity.families import CASES, SHAPE, make_model
+
+BLOCK = 4
+SEQUENCES = [
+    torch.randint(0, SHAPE["vocab_size"], (length,), generator=torch.Generator().manual_seed(1))
+    for length in (1, 7, 60)
+]
+
+
+def load(path: Path, *, max_len: int = 128) -> tuple[Decoder, type[Family]]:
+    config = json.loads((path / "config.json").read_text())
+    model = find_model(config)
+    spec = model.spec(config)
+    decoder = Decoder(spec, kernels.load("reference"), max_len=max_len, dtype=torch.float32, device=torch.device("cpu"))
+    decoder.load(model.weights(find_weights(path).tensors(), spec))
+    return decoder, model
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Decoder, Any]]:
+    path = tmp_path_factory.mktemp("model")
+    oracle = make_model(path, *CASES[request.param])
+    yield load(path)[0], oracle
+
+
+def packed(decoder: Decoder, sequences: list[Tensor]) -> Tensor:
+    """Whole sequences without a cache, as training runs them: logits [T, vocab]."""
+    positions = torch.cat([torch.arange(len(ids)) for ids in sequences])
+    attention = PackedAttention(decoder.ops, [len(ids) for ids in sequences], decoder.spec)
+    return decoder.logits(decoder.forward(torch.cat(sequences), positions, attention))
+
+
+class Server:
+    """Computes sequences over the paged cache in whatever pieces it is told, as a worker would."""
+
+    def __init__(self, decoder: Decoder, sequences: list[Tensor]) -> None:
+        spec = decoder.spec
+        self.decoder = decoder
+        self.tokens = {slot: ids.tolist() for slot, ids in enumerate(sequences)}
+        per = -(-max(map(len, sequences)) // BLOCK)
+        shuffled = torch.randperm(per * len(sequences), generator=torch.Generator().manual_seed(2))
+        self.tables = shuffled.view(len(sequences), per).numpy().astype(np.int64)
+        self.cache = KVCache(
+            num_layers=spec.num_layers,
+            num_blocks=self.tables.size,
+            block_size=BLOCK,
+            num_kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+        )
+
+    def step(self, pieces: list[tuple[int, int, int]]) -> dict[int, Tensor]:
+        """(slot, start, count) → the logits of each slot's last token."""
+        rows = [Row(slot=s, start=a, count=n, sample=True, new_blocks=[]) for s, a, n in pieces]
+        batch = build_batch(rows, self.tokens, self.tables, BLOCK, torch.device("cpu"))
+        attention = PagedAttention(self.decoder.ops, self.cache, batch.paged, self.decoder.spec)
+        with torch.inference_mode():
+            hidden = self.decoder.forward(batch.token_ids, batch.positions, attention)
+            logits = self.decoder.logits(hidden[batch.sample_at])
+        return dict(zip(batch.slots, logits, strict=True))
+
+
+def test_logits_equal_transformers(case: tuple[Decoder, Any]) -> None:
+    decoder, oracle = case
+    with torch.no_grad():
+        ours = packed(decoder, SEQUENCES).split([len(ids) for ids in SEQUENCES])
+        for ids, logits in zip(SEQUENCES, ours, strict=True):
+            expected = oracle(ids.unsqueeze(0)).logits[0]
+            assert (logits - expected).abs().max() < 1e-3
+            assert expected.std() > 0.05  # there is something to compare
+
+
+def test_chunks_and_decoding_over_the_cache_equal_no_cache(case: tuple[Decoder, Any]) -> None:
+    decoder, _ = case
+    with torch.no_grad():
+        ends = torch.tensor([len(ids) for ids in SEQUENCES]).cumsum(0)
+        whole = packed(decoder, SEQUENCES)
+    lengths = [len(ids) for ids in SEQUENCES]
+    at_once = Server(decoder, SEQUENCES).step([(slot, 0, n) for slot, n in enumerate(lengths)])
+    pieces = Server(decoder, SEQUENCES)
+    pieces.step([(1, 0, 3), (2, 0, 23)])
+    pieces.step([(2, 23, 17), (1, 3, 1)])
+    for length in range(40, 60):  # both decode, one token a step, until the shorter one is done
+        last = pieces.step([(2, length, 1), *([(1, length - 36, 1)] if length < 43 else [])])
+        if length == 42:
+            assert torch.allclose(last[1], whole[ends[1] - 1], atol=1e-4)
+    assert torch.allclose(last[2], whole[ends[2] - 1], atol=1e-4)
+    for slot, logits in at_once.items():
+        assert torch.allclose(logits, whole[ends[slot] - 1], atol=1e-4)
+
+
+def test_input_gradients_equal_transformers(case: tuple[Decoder, Any]) -> None:
+    """What training needs of a layer: the gradient with respect to what the first one sees."""
+    decoder, oracle = case
+    ids = SEQUENCES[2][:30]
+    weight = decoder.embedding.weight.data.clone().requires_grad_(True)
+    kept, decoder.embedding.weight.data = decoder.embedding.weight.data, weight
+    try:
+        torch.nn.functional.cross_entropy(packed(decoder, [ids])[:-1], ids[1:]).backward()
+    finally:
+        decoder.embedding.weight.data = kept
+    oracle.zero_grad()
+    oracle(ids.unsqueeze(0), labels=ids.unsqueeze(0)).loss.backward()
+    expected = oracle.get_input_embeddings().weight.grad
+    assert weight.grad is not None
+    assert torch.allclose(weight.grad, expected, atol=1e-5)
+    assert expected.abs().max() > 1e-4
