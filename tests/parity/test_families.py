@@ -1,7 +1,6 @@
 """Every family against transformers: same files, same logits, however they are computed, and the same gradients."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +37,10 @@ def load(path: Path, *, max_len: int = 128) -> tuple[Decoder, type[Family]]:
 
 
 @pytest.fixture(scope="module", params=CASES)
-def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Decoder, Any]]:
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Decoder, Any]:
     path = tmp_path_factory.mktemp("model")
     oracle = make_model(path, *CASES[request.param])
-    yield load(path)[0], oracle
+    return load(path)[0], oracle
 
 
 def packed(decoder: Decoder, sequences: list[Tensor]) -> Tensor:
