@@ -1,0 +1,33 @@
+"""An architecture in a package of its own: Llama with parallel layers, other tensor names, and half-turned heads."""
+
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from runtime.workers.models.family import Family, lora_targets
+from runtime.workers.models.llama import Llama
+from runtime.workers.rope import RopeSpec
+from runtime.workers.spec import DecoderSpec
+
+
+class Newt(Family):
+    LAYERS: ClassVar = "pond."
+    LAYER: ClassVar = {
+        "swim": ("qkv", ""),
+        "rest": ("out", ""),
+        "gate": ("gate_up", "gate"),
+        "up": ("gate_up", "up"),
+        "down": ("down", ""),
+        "norm": ("attention_norm", ""),
+    }
+    OUTSIDE: ClassVar = {"spawn.weight": "embedding.weight", "shore.weight": "norm.weight"}
+    LORA_TARGETS: ClassVar = lora_targets(LAYER)
+
+    @classmethod
+    def spec(cls, config: dict[str, Any]) -> DecoderSpec:
+        return replace(
+            Llama.spec(config | {"tie_word_embeddings": True}),
+            ropes=(RopeSpec.from_config(config, partial=0.5),),
+            qkv="grouped",
+            parallel=True,
+            shared_norm=True,
+        )
