@@ -27,6 +27,7 @@ app = App(
 _bench = App(name="bench", help="Measure a server, or the engine alone.")
 _adapters = App(name="adapters", help="See and change the adapters of a running server.")
 _jobs = App(name="jobs", help="See, hold and end the training jobs of a server.")
+_models = App(name="models", help="What models can be served.")
 _config = App(name="config", help="Show the settings, and write files to start from.")
 _recipe = App(name="recipe", help="Check fine-tuning recipes, and write one to start from.")
 
@@ -72,6 +73,7 @@ _LAZY = [
     (_adapters, "promote", "adapters:promote", "Point an adapter's name to another of its versions."),
     (_adapters, "rollback", "adapters:rollback", "Point an adapter's name to the version before."),
     (_adapters, "delete", "adapters:delete", "Delete an adapter, or one of its versions."),
+    (_models, "list", "models:list_models", "Print the architectures that can be served, ours and those of plugins."),
     (_bench, "serve", "bench_serve", "Measure any OpenAI-style server under load: latencies and throughput."),
     (_bench, "offline", "bench_offline", "Measure the engine, without a server."),
     (_config, "show", "config:show", "Print each setting, its value and where it came from."),
@@ -91,6 +93,7 @@ app.command(_bench)
 app.command(_config)
 app.command(_recipe)
 app.command(_jobs)
+app.command(_models)
 
 
 def run(argv: Sequence[str] | None = None) -> int:

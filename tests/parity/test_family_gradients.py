@@ -1,0 +1,94 @@
+"""Training adapters on other families against PEFT: the same losses and gradients of every adapted linear."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels.training import TrainingOps
+from runtime.trainer.examples import Example
+from runtime.trainer.lora import TrainableLora
+from runtime.trainer.microbatch import pack
+from runtime.trainer.step import MicroStep
+from runtime.workers.lora import LoraShape
+from runtime.workers.models import find_model
+from tests.parity.families import CASES, SHAPE, make_model
+from tests.parity.test_families import load
+from tests.parity.test_lora_gradients import drive
+
+RANK, ALPHA = 4, 12
+NAMES = [
+    "mistral with a window",
+    "qwen2 moe, options",
+    "qwen3 with biases and windows",
+    "phi4 mini",
+    "gemma2",
+    "gemma3",
+    "gpt2",
+    "gpt-neox",
+    "olmo2",
+    "granite",
+    "stablelm, options",
+    "falcon 40b",
+    "falcon in sequence",
+    "smollm3",
+]
+
+
+def data() -> list[Example]:
+    generator = torch.Generator().manual_seed(5)
+    lengths = (25, 9)
+    ids = [torch.randint(0, SHAPE["vocab_size"], (length,), generator=generator).tolist() for length in lengths]
+    return [Example(one, [place >= 3 for place in range(len(one))]) for one in ids]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_equal_peft(name: str, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    base = make_model(tmp_path, *CASES[name])
+    decoder, family = load(tmp_path)
+    assert family is find_model(json.loads((tmp_path / "config.json").read_text()))
+    targets: dict[tuple[int, str], list[str]] = {}
+    for layer in range(decoder.spec.num_layers):
+        for linear, part in family.LORA_TARGETS.values():
+            targets.setdefault((layer, linear), []).append(part)
+    lora = TrainableLora(decoder, targets, LoraShape(rank=RANK, alpha=ALPHA), seed=3)
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for key, parameter in lora.parameters():
+            if ".b." in key:
+                parameter.normal_(std=0.2, generator=generator)
+    path, layers = family.layers(), range(decoder.spec.num_layers)
+    modules = [f"{path}.{layer}.{one}" for layer in layers for one in family.LORA_TARGETS]
+    oracle = get_peft_model(base, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=modules, task_type="CAUSAL_LM"))
+    places = {place: module for module, place in family.LORA_TARGETS.items()}
+    named = {
+        (layer, linear, part.part): oracle.get_submodule(f"base_model.model.{path}.{layer}.{places[linear, part.part]}")
+        for (layer, linear), parts in lora.layers_of(lora.capture()).items()
+        for part in parts
+    }
+    with torch.no_grad():
+        for (layer, linear), parts in lora.layers_of(lora.capture()).items():
+            for part in parts:
+                module = named[layer, linear, part.part]
+                module.lora_A["default"].weight.copy_(part.a)
+                module.lora_B["default"].weight.copy_(part.b)
+    oracle.eval()
+    loss = torch.zeros(())
+    for example in data():
+        logits = oracle(input_ids=torch.tensor([example.token_ids])).logits[0, :-1]
+        wanted = torch.where(torch.tensor(example.trained[1:]), torch.tensor(example.token_ids[1:]), -100)
+        loss = loss + torch.nn.functional.cross_entropy(logits, wanted, reduction="sum", ignore_index=-100)
+    trained = sum(example.num_trained for example in data())
+    (loss / trained).backward()
+    micro = MicroStep(decoder, TrainingOps(), lora, pack(data(), decoder.device), checkpointing=True)
+    drive(micro.forward_backward(1 / trained), "odd")
+    assert micro.score.mean == pytest.approx(loss.item() / trained, abs=1e-4)
+    for (layer, linear), adapted in lora.linears.items():
+        assert adapted.a.grad is not None
+        for part_name, grad_a, b in zip(adapted.parts, adapted.a.grad.split(RANK), adapted.b, strict=True):
+            module = named[layer, linear, part_name]
+            torch.testing.assert_close(grad_a, module.lora_A["default"].weight.grad, atol=1e-4, rtol=1e-3)
+            torch.testing.assert_close(b.grad, module.lora_B["default"].weight.grad, atol=1e-4, rtol=1e-3)
