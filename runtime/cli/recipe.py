@@ -117,7 +117,12 @@ def _plan(recipe: "Recipe", file: Path, loaded: Loaded) -> "PlanSummary":
         DataFiles(roots=[file.resolve().parent, Path.cwd(), *map(Path, settings.trainer.data_roots)]),
         model_names=tuple(name for name in names if name),
         max_len=settings.model.max_model_len or spec.max_position,
-        shape=shape_of(spec, architecture, bytes_per_value=2 if settings.model.dtype == "bfloat16" else 4),
+        shape=shape_of(
+            spec,
+            architecture.LORA_TARGETS,
+            bytes_per_value=2 if settings.model.dtype == "bfloat16" else 4,
+            prefix=architecture.layers(),
+        ),
     )
     return summarize(plan)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from msgspec import Struct
 
 if TYPE_CHECKING:
-    from runtime.workers.models.family import Family
     from runtime.workers.spec import DecoderSpec
 
 
@@ -26,8 +26,10 @@ class ModelShape(Struct, frozen=True, kw_only=True):
     """What the full name of a linear begins with, as PEFT writes it."""
 
 
-def shape_of(spec: DecoderSpec, family: type[Family], *, bytes_per_value: int) -> ModelShape:
-    """The shape of a decoder of that architecture."""
+def shape_of(
+    spec: DecoderSpec, targets: Mapping[str, tuple[str, str]], *, bytes_per_value: int, prefix: str = "model.layers"
+) -> ModelShape:
+    """The shape of a decoder; `targets` is its architecture's `LORA_TARGETS`, `prefix` its `layers()`."""
     heads, groups, inner = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim, spec.intermediate_size
     hidden = spec.hidden_size
     sizes = {
@@ -46,7 +48,7 @@ def shape_of(spec: DecoderSpec, family: type[Family], *, bytes_per_value: int) -
         hidden_size=hidden,
         intermediate_size=inner,
         vocab_size=spec.vocab_size,
-        linears={name: sizes[place] for name, place in family.LORA_TARGETS.items()},
+        linears={name: sizes[place] for name, place in targets.items()},
         bytes_per_value=bytes_per_value,
-        prefix=family.layers(),
+        prefix=prefix,
     )

@@ -33,7 +33,7 @@ def make_plan(tiny_model: Path, decoder: Any, **keys: Any) -> Plan:
         DataFiles(roots=[EXAMPLES]),
         model_names=("tiny",),
         max_len=512,
-        shape=shape_of(decoder.spec, Llama, bytes_per_value=4),
+        shape=shape_of(decoder.spec, Llama.LORA_TARGETS, bytes_per_value=4),
     )
 
 

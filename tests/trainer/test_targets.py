@@ -21,7 +21,7 @@ def model(tiny_model: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def shape(model: Any) -> ModelShape:
-    return shape_of(Llama.spec(model.config.to_dict()), Llama, bytes_per_value=4)
+    return shape_of(Llama.spec(model.config.to_dict()), Llama.LORA_TARGETS, bytes_per_value=4)
 
 
 def resolve(shape: ModelShape, **keys: Any) -> list[Target]:
