@@ -69,7 +69,7 @@ def assemble(settings: Settings) -> Assembled:
         dtype=decoder.dtype,
         device=decoder.device,
     )
-    scheduler = make_scheduler(settings.scheduler, settings.cache, num_blocks)
+    scheduler = make_scheduler(settings.scheduler, settings.cache, num_blocks, spec.window)
     lora_base = LoraBase.of(decoder, find_model(checkpoint.config), name)
     slots = AdapterSlots(
         lora_base,
@@ -93,8 +93,10 @@ def assemble(settings: Settings) -> Assembled:
     return Assembled(engine, name, block_size, num_blocks, decoder, lora_base)
 
 
-def make_scheduler(settings: SchedulerSettings, cache: CacheSettings, num_blocks: int) -> Scheduler:
-    """The scheduler and its block pool."""
+def make_scheduler(
+    settings: SchedulerSettings, cache: CacheSettings, num_blocks: int, window: int | None = None
+) -> Scheduler:
+    """The scheduler and its block pool. `window`: how many tokens back the model looks at most."""
     speculation = None
     if settings.speculative_tokens is not None:
         speculation = Speculation(
@@ -110,6 +112,7 @@ def make_scheduler(settings: SchedulerSettings, cache: CacheSettings, num_blocks
         max_waiting_tokens=settings.max_waiting_tokens,
         max_preemptions=settings.max_preemptions,
         speculation=speculation,
+        sliding_window=window,
     )
 
 

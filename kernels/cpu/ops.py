@@ -155,9 +155,7 @@ class CpuOps(ReferenceOps):
     ) -> Tensor:
         # A window that holds every row is none, so long contexts alone take the slower way.
         if not _ours(q, k_cache) or softcap or (window is not None and window < rows.longest):
-            return super().paged_attention(
-                q, k, v, k_cache, v_cache, rows, scale, window=window, softcap=softcap
-            )
+            return super().paged_attention(q, k, v, k_cache, v_cache, rows, scale, window=window, softcap=softcap)
         q = _heads(q)
         out = torch.empty(q.shape)
         self._lib.eft_paged_attention(

@@ -101,6 +101,12 @@ class DecoderSpec:
         return len(self.layers)
 
     @property
+    def window(self) -> int | None:
+        """How many tokens any layer looks back at, the token itself included; None: one of them sees all."""
+        windows = [layer.window for layer in self.layers]
+        return None if None in windows else max(window for window in windows if window is not None)
+
+    @property
     def scale(self) -> float:
         """What attention scores are multiplied by."""
         return float(self.head_dim**-0.5) if self.attention_scale is None else self.attention_scale

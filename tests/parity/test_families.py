@@ -1,5 +1,6 @@
 """Every family against transformers: same files, same logits, however they are computed, and the same gradients."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 
 import kernels
-from runtime.messages import Row
+from runtime import LLM, SamplingParams
+from runtime.messages import Row, Submission
 from runtime.workers.attention import PackedAttention, PagedAttention
 from runtime.workers.batch import build_batch
 from runtime.workers.decoder import Decoder
@@ -19,6 +21,7 @@ from runtime.workers.loading.safetensors_files import find_weights
 from runtime.workers.models import find_model
 from runtime.workers.models.family import Family
 from tests.parity.families import CASES, SHAPE, make_model
+from tests.tiny import VOCAB_SIZE, make_tiny_tokenizer
 
 BLOCK = 4
 SEQUENCES = [
@@ -81,6 +84,25 @@ class Server:
         return dict(zip(batch.slots, logits, strict=True))
 
 
+def test_a_window_gives_blocks_back_and_serves_on(tmp_path: Path) -> None:
+    """The engine against transformers' generate, over many times the window; few blocks are held at the end."""
+    oracle = make_model(tmp_path, "mistral", {"sliding_window": 9, "vocab_size": VOCAB_SIZE, "eos_token_id": None})
+    make_tiny_tokenizer(tmp_path)
+    ids = SEQUENCES[2].tolist()
+    expected = oracle.generate(torch.tensor([ids]), max_new_tokens=40, do_sample=False)[0, len(ids) :].tolist()
+    llm = LLM(str(tmp_path), num_blocks=8, block_size=16, max_prefill_chunk=13)
+    held = []
+    params = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)
+    llm.engine.submit(Submission(request_id="one", prompt_ids=ids, params=params))
+    tokens: list[int] = []
+    while llm.engine.busy:
+        tokens += [token for output in llm.engine.step() for token in output.token_ids]
+        held.append(8 - llm.engine.scheduler.blocks.num_free)
+    assert tokens == expected
+    assert max(held[10:]) <= 2
+    llm.engine.scheduler.check_integrity()
+
+
 def test_logits_equal_transformers(case: tuple[Decoder, Any]) -> None:
     decoder, oracle = case
     with torch.no_grad():
@@ -91,9 +113,11 @@ def test_logits_equal_transformers(case: tuple[Decoder, Any]) -> None:
             assert expected.std() > 0.05  # there is something to compare
 
 
-def test_chunks_and_decoding_over_the_cache_equal_no_cache(case: tuple[Decoder, Any]) -> None:
-    decoder, _ = case
-    with torch.no_grad():
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_chunks_and_decoding_over_the_cache_equal_no_cache(case: tuple[Decoder, Any], backend: str) -> None:
+    decoder = copy.copy(case[0])
+    decoder.ops = kernels.load(backend)
+    with torch.inference_mode():
         ends = torch.tensor([len(ids) for ids in SEQUENCES]).cumsum(0)
         whole = packed(decoder, SEQUENCES)
     lengths = [len(ids) for ids in SEQUENCES]
