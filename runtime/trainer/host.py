@@ -9,8 +9,10 @@ from runtime.trainer.run import TrainingRun
 from runtime.trainer.share import Share
 from runtime.workers.memory import give_back_memory
 
-IDLE_SLICE = 0.05
-"""Seconds of training between two looks at the inbox when nobody asks for anything: what a first token may wait."""
+IDLE = 0.05
+"""Seconds of training between two looks at the inbox, when nobody asks for anything."""
+LONGEST = 0.2
+"""Seconds that one slice may take then: what a first token may have to wait."""
 
 log = get_logger(__name__)
 
@@ -42,7 +44,7 @@ class TrainingHost:
             self._run = self._on_event = None
 
     def idle(self) -> None:
-        self._work(IDLE_SLICE)
+        self._work(IDLE, longest=LONGEST)
 
     def between_steps(self, step_seconds: float, *, first_tokens_due: bool) -> None:
         if not self.ready:
@@ -50,12 +52,12 @@ class TrainingHost:
         budget = self._share.budget(step_seconds, first_tokens_due=first_tokens_due)
         self._share.settle(budget, self._work(budget) if budget > 0 else 0.0)
 
-    def _work(self, seconds: float) -> float:
+    def _work(self, seconds: float, *, longest: float | None = None) -> float:
         run, on_event = self._run, self._on_event
         if run is None or on_event is None:
             return 0.0
         try:
-            spent = run.work(seconds)
+            spent = run.work(seconds, longest=longest)
         except Exception:
             log.exception("training_failed")
             run.pacer.close()

@@ -90,12 +90,12 @@ class TrainingRun:
         """Is there anything to do now?"""
         return not self.pacer.done and (self._cancel_asked or not (self._paused and self._pause_asked))
 
-    def work(self, seconds: float) -> float:
-        """Train for about so long; returns how long it was. On the engine thread."""
+    def work(self, seconds: float, *, longest: float | None = None) -> float:
+        """Train for about so long; returns how long it was. On the engine thread. `longest`: see `Pacer.run`."""
         if self._cancel_asked and not self.pacer.done:
             self.pacer.close()
             self._on_event(CancelledEvent(step=self._progress.step))
-        return self.pacer.run(seconds, may_go_on=self._may_go_on)
+        return self.pacer.run(seconds, self._may_go_on, longest=longest)
 
     def _may_go_on(self) -> bool:
         return self.ready and not self._cancel_asked

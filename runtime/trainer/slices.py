@@ -21,6 +21,8 @@ class Slice:
     """How much there is of it, in the kind's own unit (tokens, heads, layers). At least 1."""
     least: int = 1
     """Do not cut it smaller than this: below, the overhead is the most of it."""
+    then: str | None = None
+    """Kind of the work that will later be done on exactly this piece: it should fit too."""
 
 
 DOUBT = 0.9
@@ -44,18 +46,21 @@ class Pacer:
         self.busy_seconds = 0.0
         """Spent inside slices so far."""
 
-    def run(self, budget: float, may_go_on: Callable[[], bool] = lambda: True) -> float:
+    def run(
+        self, budget: float, may_go_on: Callable[[], bool] = lambda: True, *, longest: float | None = None
+    ) -> float:
         """Do slices for about `budget` seconds; returns the seconds spent.
 
         A slice that would not fit is cut, but never below its `least`: then it is left for another time. One of
-        which nothing is known yet is tried with the least there can be. `may_go_on` is asked before each.
+        which nothing is known yet is tried with the least there can be. `may_go_on` is asked before each. With
+        `longest` the last slice may exceed the budget: none is cut that takes no longer than that.
         """
         spent = 0.0
-        while not self.done and may_go_on():
+        while not self.done and may_go_on() and (longest is None or spent < budget):
             wanted = self._peek()
             if wanted is None:
                 break
-            granted = self._grant(wanted, budget - spent)
+            granted = self._grant(wanted, longest or budget - spent)
             if granted == 0:
                 if spent == 0:
                     self._doubt(wanted)
@@ -83,6 +88,8 @@ class Pacer:
         least = min(wanted.least, wanted.amount)
         if rate is None:
             return least if seconds > 0 else 0
+        if wanted.then is not None:
+            rate = max(rate, self._rates.get(wanted.then, rate))
         fits = wanted.amount if seconds == float("inf") else int(seconds / rate)
         if fits < least:
             return 0

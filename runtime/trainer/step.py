@@ -112,7 +112,9 @@ class MicroStep:
         out = torch.empty_like(passed.hidden)
         start = 0
         while start < self._batch.num_tokens:
-            rows = yield from _some_tokens(_named("finish", keep), start, self._batch.num_tokens)
+            rows = yield from _some_tokens(
+                _named("finish", keep), start, self._batch.num_tokens, "finish_backward" if keep else None
+            )
             piece = self._finish(layer, passed.hidden, mixed, rows, keep=keep)
             out[rows] = piece.outputs[0].detach()
             if keep:
@@ -174,7 +176,9 @@ class MicroStep:
         pieces = []
         start = 0
         while start < len(hidden):
-            rows = yield from _some_tokens(_named("project", keep), start, len(hidden))
+            rows = yield from _some_tokens(
+                _named("project", keep), start, len(hidden), "project_backward" if keep else None
+            )
             pieces.append(self._project_rows(layer, hidden, rows, keep=keep))
             start = rows.stop
         return pieces
@@ -191,7 +195,9 @@ class MicroStep:
         for sequence in self._batch.sequences:
             head = 0
             while head < self._kv_heads:
-                done = yield Slice(f"{_named('attend', keep)}/{_size(sequence)}", self._kv_heads - head)
+                size = _size(sequence)
+                then = f"attend_backward/{size}" if keep else None
+                done = yield Slice(f"{_named('attend', keep)}/{size}", self._kv_heads - head, then=then)
                 heads, queries = self._heads(head, done)
                 inputs = (q[sequence, queries], k[sequence, heads], v[sequence, heads])
                 pieces.append(self._attend_heads(layer, sequence, inputs, keep=keep))
@@ -281,10 +287,10 @@ class MicroStep:
         return mixed
 
 
-def _some_tokens(kind: str, start: int, end: int) -> Sliced[slice]:
+def _some_tokens(kind: str, start: int, end: int, then: str | None = None) -> Sliced[slice]:
     """The next rows to do, from `start` and at most to `end`."""
     left = end - start
-    done = yield Slice(kind, left, min(LEAST_TOKENS, left))
+    done = yield Slice(kind, left, min(LEAST_TOKENS, left), then)
     return slice(start, start + done)
 
 

@@ -84,6 +84,31 @@ def test_it_learns_that_a_kind_has_become_dearer_at_once() -> None:
     assert all(0.05 < seconds < 0.2 for seconds in spent[2:])
 
 
+def test_a_piece_is_no_larger_than_what_will_be_done_on_it_later_allows() -> None:
+    def slices() -> Slices:
+        yield Slice("backward", 10, 10)
+        work.now += 0.02
+        granted.append((yield Slice("forward", 10, 10)))
+        work.now += 0.01
+        granted.append((yield Slice("forward", 500, 10, then="backward")))
+
+    work, granted = Work([]), list[int]()
+    pacer = Pacer(slices(), lambda: work.now)
+    pacer.run(0.001)
+    pacer.run(0.001)
+    pacer.run(0.1)
+    assert granted == [10, 50]
+
+
+def test_with_a_longest_slice_pieces_are_not_cut_to_the_budget() -> None:
+    work = Work([("a", 10, 10, 0.001), ("a", 100, 10, 0.001), ("a", 500, 10, 0.001)])
+    pacer = work.pacer()
+    pacer.run(0.01, longest=0.2)
+    pacer.run(0.05, longest=0.2)
+    pacer.run(0.05, longest=0.2)
+    assert work.done == [("a", 10), ("a", 100), ("a", 200)]
+
+
 def test_may_go_on_stops_between_slices() -> None:
     work = Work([("a", 1, 1, 0.001)] * 10)
     pacer = work.pacer()
@@ -141,8 +166,8 @@ def test_what_is_not_used_is_saved_but_not_without_end() -> None:
         budget = share.budget(0.040, first_tokens_due=False)
         budgets.append(budget)
         share.settle(budget, 0.0)
-    assert budgets[:3] == pytest.approx([0.010, 0.020, 0.030])
-    assert budgets[-1] == pytest.approx(0.030)
+    assert budgets[:2] == pytest.approx([0.010, 0.020])
+    assert budgets[-1] == pytest.approx(0.020)
 
 
 def test_what_was_taken_too_much_is_owed() -> None:
