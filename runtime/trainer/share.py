@@ -7,7 +7,7 @@ small, is saved up for the next gap; time that was taken too much is owed. Knows
 
 TPOT_RATIO = 1.4
 """Without a target, an output token may take so many times what a step takes."""
-LONGEST_SAVING = 1.0
+LONGEST_SAVING = 0.25
 """Savings are at most so many gaps' worth: they must not add up to a pause that somebody sees."""
 SMOOTHING = 0.1
 

@@ -23,6 +23,11 @@ from runtime.workers.decoder import Decoder, DecoderLayer
 
 LEAST_TOKENS = 32
 """Fewer tokens at once, and reading the weights costs more than computing with them."""
+WHOLE = 320
+"""A kept piece of at most so many tokens is used as it is: it was made to fit. Only a larger one, made when nobody
+waited, is cut, and so computed again."""
+MOST_ATTENDED = 4096
+"""The same for attention, in heads times tokens."""
 LEAST_ROWS = 16
 MOST_ROWS = 128
 """The same for the logits, and how many of them to hold at once."""
@@ -113,7 +118,7 @@ class MicroStep:
         start = 0
         while start < self._batch.num_tokens:
             rows = yield from _some_tokens(
-                _named("finish", keep), start, self._batch.num_tokens, "finish_backward" if keep else None
+                _named("finish", keep), start, self._batch.num_tokens, _later("finish", keep)
             )
             piece = self._finish(layer, passed.hidden, mixed, rows, keep=keep)
             out[rows] = piece.outputs[0].detach()
@@ -166,7 +171,11 @@ class MicroStep:
         while start < self._batch.num_tokens:
             piece = pieces.pop(start, None)
             end = min(pieces, default=self._batch.num_tokens) if piece is None else piece.rows.stop
-            rows = yield from _some_tokens(kind if piece else f"{kind}_again", start, end)
+            if piece is not None and end - start <= WHOLE:
+                yield Slice(kind, end - start, end - start)
+                rows = piece.rows
+            else:
+                rows = yield from _some_tokens(f"{kind}_again", start, end)
             use(piece if piece is not None and piece.rows == rows else make(rows))
             start = rows.stop
 
@@ -176,9 +185,7 @@ class MicroStep:
         pieces = []
         start = 0
         while start < len(hidden):
-            rows = yield from _some_tokens(
-                _named("project", keep), start, len(hidden), "project_backward" if keep else None
-            )
+            rows = yield from _some_tokens(_named("project", keep), start, len(hidden), _later("project", keep))
             pieces.append(self._project_rows(layer, hidden, rows, keep=keep))
             start = rows.stop
         return pieces
@@ -224,7 +231,11 @@ class MicroStep:
             count = piece.inputs[1].shape[1]
             first = 0
             while first < count:
-                done = yield Slice(f"attend_backward/{_size(piece.rows)}", count - first)
+                kind, left = f"attend_backward/{_size(piece.rows)}", count - first
+                if count * (piece.rows.stop - piece.rows.start) <= MOST_ATTENDED:
+                    done = yield Slice(kind, left, left)
+                else:
+                    done = yield Slice(f"{kind}/again", left)
                 part = piece
                 if done < count:
                     inner, inner_queries = self._heads(first, done)
@@ -301,6 +312,10 @@ def _joined(tensors: list[Tensor]) -> Tensor:
 def _named(kind: str, keep: bool) -> str:
     """Computing with a graph costs more than without."""
     return f"{kind}_kept" if keep else kind
+
+
+def _later(kind: str, keep: bool) -> str | None:
+    return f"{kind}_backward" if keep else None
 
 
 def _size(sequence: slice) -> int:

@@ -166,8 +166,8 @@ def test_what_is_not_used_is_saved_but_not_without_end() -> None:
         budget = share.budget(0.040, first_tokens_due=False)
         budgets.append(budget)
         share.settle(budget, 0.0)
-    assert budgets[:2] == pytest.approx([0.010, 0.020])
-    assert budgets[-1] == pytest.approx(0.020)
+    assert budgets[0] == pytest.approx(0.010)
+    assert budgets[1:] == pytest.approx([0.0125] * 5)
 
 
 def test_what_was_taken_too_much_is_owed() -> None:
@@ -180,19 +180,19 @@ def test_what_was_taken_too_much_is_owed() -> None:
 @settings(max_examples=100, deadline=None)
 @given(
     steps=st.lists(st.floats(0.001, 0.2), min_size=30, max_size=80),
-    least=st.floats(0.0001, 0.05),
+    least=st.floats(0.0001, 0.005),
     minimum=st.floats(0.05, 0.5),
 )
 def test_over_time_training_gets_its_share_and_no_gap_is_long(steps: list[float], least: float, minimum: float) -> None:
-    """Whatever the smallest slice costs, as long as it can be saved up for at all."""
+    """Whatever the smallest slice costs, as long as it is small beside a gap."""
     share = Share(tpot_target=1e-6, min_share=minimum)
     floor = minimum / (1 - minimum)
     trained = 0.0
     for step in steps:
         budget = share.budget(step, first_tokens_due=False)
         spent = math.floor(budget / least) * least if budget >= least else 0.0
-        assert spent <= 3 * floor * max(steps) + 1e-9
+        assert spent <= 1.25 * floor * max(steps) + 1e-9
         share.settle(budget, spent)
         trained += spent
-    if least <= floor * min(steps):
+    if least <= 0.25 * floor * min(steps):  # what one gap leaves over is then never more than may be saved
         assert trained >= floor * sum(steps) - 3 * floor * max(steps)
