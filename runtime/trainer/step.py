@@ -29,7 +29,7 @@ waited, is cut, and so computed again."""
 MOST_ATTENDED = 4096
 """The same for attention, in heads times tokens."""
 LEAST_ROWS = 16
-MOST_ROWS = 128
+MOST_ROWS = 64
 """The same for the logits, and how many of them to hold at once."""
 
 
