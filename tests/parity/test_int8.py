@@ -24,7 +24,7 @@ def perplexity(model: Path, quantization: str) -> float:
     with torch.inference_mode():
         for topic in TOPICS:
             ids = torch.tensor(checkpoint.tokenizer.encode(pydoc_data.topics.topics[topic])[:256])
-            attention = PackedAttention(decoder.ops, [len(ids)], decoder.spec.scale)
+            attention = PackedAttention(decoder.ops, [len(ids)], decoder.spec)
             hidden = decoder.forward(ids, torch.arange(len(ids)), attention)
             logits = decoder.logits(hidden[:-1])
             losses.append(torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none"))
