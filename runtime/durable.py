@@ -25,7 +25,16 @@ def write_file(path: Path, data: bytes) -> None:
 
 def sync_directory(path: Path) -> None:
     """Have a folder's entries on the disk."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    _sync(path, os.O_DIRECTORY)
+
+
+def sync_file(path: Path) -> None:
+    """Have on the disk what somebody else wrote to a file."""
+    _sync(path, 0)
+
+
+def _sync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, os.O_RDONLY | flags)
     try:
         os.fsync(descriptor)
     finally:

@@ -129,8 +129,7 @@ class EngineRun:
     def _make(self, resume_from: Path | None) -> TrainingRun:
         plan, service = self._plan, self._service
         restored: Restored | None = None if resume_from is None else read_snapshot(resume_from)
-        places = {name: (target.linear, target.part) for name, target in service.lora_base.targets.items()}
-        spec = run_spec(plan, places)
+        spec = run_spec(plan, service.lora_base.places)
 
         def write(directory: Path, layers: LoraLayers) -> None:
             write_adapter(directory, layers, spec.shape, service.lora_base, dropout=spec.dropout)

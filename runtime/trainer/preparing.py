@@ -59,8 +59,7 @@ class RecipePreparer:
         self._roots = [Path(root).expanduser() for root in settings.trainer.data_roots] + [directory / "data"]
         self._tokens_per_second = tokens_per_second
         decoder, base = service.decoder, service.lora_base
-        places = {name: (target.linear, target.part) for name, target in base.targets.items()}
-        self._shape = shape_of(decoder.spec, places, bytes_per_value=decoder.dtype.itemsize, prefix=base.layers)
+        self._shape = shape_of(decoder.spec, base.places, bytes_per_value=decoder.dtype.itemsize, prefix=base.layers)
 
     def prepare(self, recipe_yaml: bytes, uploads: dict[str, Path]) -> PlannedJob:
         """See `jobs.ports.Preparer`."""

@@ -5,7 +5,6 @@ parameters so far, and `adapter_files/` in PEFT's format: what would be publishe
 and every order is made from the seed and the step.
 """
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from runtime.durable import sync_directory, sync_file
 from runtime.failpoints import failpoint
 
 STATE = "state.json"
@@ -56,13 +56,13 @@ class Snapshot:
         ):  # one file each: what is written is in memory twice meanwhile
             path = directory / _tensors(group)
             save_file(dict(tensors), path)
-            sync(path)
+            sync_file(path)
         failpoint("snapshot.tensors_written")
         (directory / STATE).write_bytes(msgspec.json.encode(self.progress))
-        sync(directory / STATE)
+        sync_file(directory / STATE)
         failpoint("snapshot.state_written")
         self.write_adapter(directory / ADAPTER, self.result)
-        sync(directory)
+        sync_directory(directory)
 
     @property
     def result(self) -> Mapping[str, Tensor]:
@@ -92,12 +92,3 @@ def read_snapshot(directory: Path) -> Restored:
 
 def _tensors(group: str) -> str:
     return f"{group}.safetensors"
-
-
-def sync(path: Path) -> None:
-    """Have the system write a file or a directory's entries to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

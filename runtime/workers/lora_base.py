@@ -55,6 +55,11 @@ class LoraBase:
         return f"{self.layers}.{layer}.{names[linear, part]}"
 
     @property
+    def places(self) -> dict[str, tuple[str, str]]:
+        """By the name within a layer → the decoder's (linear, part)."""
+        return {name: (target.linear, target.part) for name, target in self.targets.items()}
+
+    @property
     def widest(self) -> int:
         """in + out of all linears of all layers: the size of a rank-1 adapter of everything."""
         return self.num_layers * sum(t.in_features + t.out_features for t in self.targets.values())

@@ -13,8 +13,8 @@ from litestar import Request
 from multipart import MultipartError, ParserLimitReached, PushMultipartParser, parse_options_header
 
 from runtime.api.receive import check_encoding, receive_all, receive_chunks
+from runtime.durable import sync_directory
 from runtime.errors import InvalidRequest, PayloadTooLarge, StorageUnavailable, UnsupportedMediaType
-from runtime.trainer.jobs.directories import sync_directory
 from runtime.trainer.jobs.records import JobFile, Submission
 from settings.schema import Settings
 

@@ -4,6 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
+from runtime.durable import sync_directory
 from runtime.failpoints import failpoint
 from runtime.trainer.jobs.ports import Snapshot
 
@@ -82,15 +83,6 @@ def write_snapshot(snapshot: Snapshot, directory: Path) -> None:
     except Exception:
         shutil.rmtree(partial, ignore_errors=True)  # room, on a disk that is full
         raise
-
-
-def sync_directory(directory: Path) -> None:
-    """Make the names in a directory last."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _delete(path: Path) -> None:
