@@ -92,7 +92,7 @@ class EngineService:
             self.abort(stream.request_id)
             stream.fail(EngineUnavailable("The server is shutting down."))
         self._stopping = True
-        self._send(lambda: None)
+        self.on_engine_thread(lambda: None)
         if self._thread.ident is not None:
             # A step that hangs must not keep the process: the thread is a daemon.
             await asyncio.to_thread(self._thread.join, self.settings.server.drain_timeout)
@@ -140,13 +140,13 @@ class EngineService:
         if submission.adapter:
             self._adapter_of[request_id] = submission.adapter
             self._adapter_streams[submission.adapter] += 1
-        self._send(lambda: self._submit(submission, stream))
+        self.on_engine_thread(lambda: self._submit(submission, stream))
         return stream
 
     def abort(self, request_id: str) -> None:
         """Take a request out of the engine before its next step. Unknown and finished ids are fine."""
         if self._forget(request_id):
-            self._send(lambda: self.engine.abort(request_id))
+            self.on_engine_thread(lambda: self.engine.abort(request_id))
 
     async def reset_prefixes(self) -> int:
         """Forget all cached prefixes. Returns how many blocks could have been found. Raises `EngineUnavailable`."""
@@ -189,16 +189,17 @@ class EngineService:
             try:
                 result = work()
             except Exception as error:
-                self._call(settle, None, error)
+                self.on_event_loop(settle, None, error)
             else:
-                self._call(settle, result, None)
+                self.on_event_loop(settle, result, None)
 
-        self._send(run)
+        self.on_engine_thread(run)
         return await future
 
-    def _send(self, message: Callable[[], None]) -> None:
+    def on_engine_thread(self, work: Callable[[], None]) -> None:
+        """Do `work` on the engine thread before its next step. From any thread; wakes it."""
         with self._wake:
-            self._inbox.append(message)
+            self._inbox.append(work)
             self._wake.notify()
 
     def _dispatch(self, outputs: list[Output]) -> None:
@@ -237,13 +238,13 @@ class EngineService:
                     self.background.idle()
         except Exception:
             log.exception("engine_died")
-            self._call(self._bury)
+            self.on_event_loop(self._bury)
 
     def _step(self) -> None:
         self._step_started = began = time.monotonic()
         outputs = self.engine.step()
         self._step_started = None
-        self._call(self._dispatch, outputs)
+        self.on_event_loop(self._dispatch, outputs)
         if self.background is not None and self.engine.busy:
             waiting = self.engine.first_tokens_due
             self.background.between_steps(time.monotonic() - began, first_tokens_due=waiting)
@@ -263,24 +264,17 @@ class EngineService:
     def _has_work(self) -> bool:
         return self.engine.busy or (self.background is not None and self.background.ready)
 
-    def on_engine_thread(self, work: Callable[[], None]) -> None:
-        """Do `work` on the engine thread before its next step. From any thread; wakes it."""
-        self._send(work)
-
-    def on_event_loop(self, work: Callable[..., None], *args: object) -> None:
-        """Do `work` on the event loop, in the order of the calls. From the engine thread."""
-        self._call(work, *args)
-
     def _submit(self, submission: Submission, stream: OutputStream) -> None:
         try:
             self.engine.submit(submission)
         except RequestError as error:
-            self._call(self._fail, stream, error)
+            self.on_event_loop(self._fail, stream, error)
 
-    def _call(self, function: Callable[..., None], *args: object) -> None:
+    def on_event_loop(self, work: Callable[..., None], *args: object) -> None:
+        """Do `work` on the event loop, in the order of the calls. From the engine thread."""
         assert self._loop is not None
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to hear it
-            self._loop.call_soon_threadsafe(function, *args)
+            self._loop.call_soon_threadsafe(work, *args)
 
     def _bury(self) -> None:
         for stream in list(self._streams.values()):
