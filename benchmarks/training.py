@@ -25,6 +25,7 @@ from rich.table import Table
 from benchmarks import machine
 from benchmarks.peers import load_transformers
 from kernels.training import TrainingOps
+from runtime.apart import run_apart
 from runtime.assembly import load_decoder
 from runtime.messages import SamplingParams, Submission
 from runtime.service import EngineService
@@ -154,7 +155,7 @@ async def beside(repeats: int, tokens: int, *, checkpointing: bool) -> Table:
     """The same engine and the same job, each alone and both together, in turns."""
     settings = load_settings(env={}, flags={"model": "demo", "dtype": "float32", "prefix_caching": False}).settings
     service = EngineService.load(settings)
-    decoder: Decoder = service.engine._executor._worker._decoder  # type: ignore[attr-defined]
+    decoder = service.decoder
     share = Share(tpot_target=settings.scheduler.tpot_target, min_share=settings.trainer.min_share)
     host = service.background = TrainingHost(share)
     service.start()
@@ -162,7 +163,7 @@ async def beside(repeats: int, tokens: int, *, checkpointing: bool) -> Table:
     found = Beside()
     for _ in range(repeats):
         found.quiet.append(await stream(service, tokens))
-        found.alone.append(stand_alone(decoder, checkpointing=checkpointing))
+        found.alone.append(run_apart(stand_alone, decoder, checkpointing))
         job = Job(decoder, checkpointing=checkpointing)
         service.on_engine_thread(lambda job=job: host.attach(job.run, job.note))  # type: ignore[misc]
         await asyncio.sleep(8.0)
@@ -228,7 +229,7 @@ class Job:
         return sum(tokens for _, tokens in done[1:]) / (done[-1][0] - done[0][0])
 
 
-def stand_alone(decoder: Decoder, *, checkpointing: bool) -> float:
+def stand_alone(decoder: Decoder, checkpointing: bool) -> float:
     """The same loop with the machine to itself: 3 steps after the first."""
     job = Job(decoder, checkpointing=checkpointing)
     while len(job.done) < 4:

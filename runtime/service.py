@@ -13,6 +13,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from runtime.apart import call_apart, run_apart
 from runtime.assembly import Assembled, assemble
 from runtime.background import Background
 from runtime.errors import Conflict, EngineUnavailable, RequestError, TooManyRequests
@@ -68,7 +69,7 @@ class EngineService:
     @classmethod
     def load(cls, settings: Settings) -> "EngineService":
         """Read the weights and build everything; blocks for seconds. Raises `ModelLoadError`."""
-        return cls(settings, assemble(settings))
+        return cls(settings, run_apart(assemble, settings))
 
     # -- life ----------------------------------------------------------------------------------
 
@@ -157,7 +158,7 @@ class EngineService:
     async def load_adapter(self, key: str, directory: str) -> None:
         """Read an adapter version's files beside the engine, then let requests name it.
         Raises `AdapterInvalid`, `EngineUnavailable`."""
-        await asyncio.to_thread(self.engine.prepare_adapter, key, directory)
+        await call_apart(self.engine.prepare_adapter, key, directory)
         await self.call(lambda: self.engine.load_adapter(key))
 
     async def unload_adapter(self, key: str) -> None:

@@ -30,6 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "runtime.trainer": {
         "runtime.workers",
         "runtime.engine",
+        "runtime.apart",
         "runtime.background",
         "runtime.durable",
         "runtime.logs",

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
+from runtime.apart import call_apart
 from runtime.api.app import create_app
 from runtime.api.handle import ServiceHandle
 from runtime.api.protocol import MAX_HEADERS, Protocol
@@ -82,7 +83,7 @@ async def _run(
     stop: asyncio.Event,
     server: "_Server",
 ) -> int:
-    loading, stopping = _load_in_thread(settings), asyncio.ensure_future(stop.wait())
+    loading, stopping = asyncio.ensure_future(call_apart(_load_engine, settings)), asyncio.ensure_future(stop.wait())
     await asyncio.wait((loading, stopping), return_when=asyncio.FIRST_COMPLETED)
     if not loading.done():
         stopping.cancel()
@@ -181,27 +182,10 @@ async def _stop(service: "EngineService", jobs: "JobManager | None", timeout: fl
     await service.stop(max(0.0, timeout - (time.monotonic() - began)))
 
 
-def _load_in_thread(settings: Settings) -> "asyncio.Future[EngineService]":
-    """Load the engine in a daemon thread: a pool's thread would keep the process alive until it is done."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[EngineService] = loop.create_future()
+def _load_engine(settings: Settings) -> "EngineService":
+    from runtime.service import EngineService  # here, because it imports torch
 
-    def settle(method: Callable[[Any], None], value: Any) -> None:
-        if not future.done():
-            method(value)
-
-    def load() -> None:
-        try:
-            from runtime.service import EngineService  # here, because it imports torch
-
-            outcome: tuple[Callable[[Any], None], Any] = future.set_result, EngineService.load(settings)
-        except Exception as error:
-            outcome = future.set_exception, error
-        with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
-            loop.call_soon_threadsafe(settle, *outcome)
-
-    threading.Thread(target=load, name="load", daemon=True).start()
-    return future
+    return EngineService.load(settings)
 
 
 def _report_load_error(error: BaseException) -> None:

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from runtime.apart import call_apart
 from runtime.logs import get_logger
 from runtime.trainer.events import CancelledEvent, FailedEvent, RunEvent, StepEvent
 from runtime.trainer.host import TrainingHost
@@ -109,7 +110,7 @@ class EngineRun:
 
     async def _build(self, resume_from: Path | None) -> None:
         try:
-            run = await asyncio.to_thread(self._make, resume_from)
+            run = await call_apart(self._make, resume_from)
         except ValueError as error:
             self._report(FailedEvent(step=0, code="bad_checkpoint", message=f"The job cannot go on: {error}."))
             return

@@ -10,6 +10,7 @@ from pathlib import Path
 from sqlite3 import Connection
 from typing import Any
 
+from runtime.apart import call_apart
 from runtime.errors import AdaptersBusy, StorageUnavailable
 from runtime.failpoints import failpoint
 from runtime.trainer.adapters import store
@@ -43,7 +44,7 @@ class Publisher:
         directory = self.directory(name, number)
         version = None
         try:
-            rank, sha256 = await asyncio.to_thread(self._stage, source, directory)
+            rank, sha256 = await call_apart(self._stage, source, directory)
             version = Version(
                 name=name,
                 number=number,
@@ -75,7 +76,7 @@ class Publisher:
             return all((self.directory(version.name, version.number) / n).read_bytes() == d for n, d in files.items())
 
         try:
-            return await asyncio.to_thread(compare)
+            return await call_apart(compare)
         except OSError:
             return False
 

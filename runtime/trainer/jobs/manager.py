@@ -39,7 +39,7 @@ class JobManager:
         self.store = JobStore(database, self._changed)
         self._ports = ports
         self._max_waiting = max_waiting
-        self._disk = Worker("checkpoints")
+        self._disk = Worker()
         self._checkpoints = Checkpoints(self.store, directories, self._disk)
         self._validation = Validation(self.store, directories, ports.preparer, self._wake_up)
         self._journal = Journal(self.store, directories, self._disk)
@@ -89,7 +89,6 @@ class JobManager:
         await _end(self._journaling)
         with contextlib.suppress(StorageUnavailable):
             await self._journal.flush()
-        self._disk.close()
         self._stopped = True
 
     # -- what can be asked for -----------------------------------------------------------------

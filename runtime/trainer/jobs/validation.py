@@ -27,7 +27,7 @@ class Validation:
         self._directories = directories
         self._preparer = preparer
         self._on_queued = on_queued
-        self._thread = Worker("validation")
+        self._reading = Worker()
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._forgetting: set[asyncio.Task[None]] = set()
         self._waiters: Counter[str] = Counter()
@@ -54,7 +54,7 @@ class Validation:
         """What the preparer makes of a recipe and the uploads of this job. Raises `RequestError`."""
         folder = self._directories.uploads(job_id)
         uploads: dict[str, Path] = {file.name: folder / file.stored_as for file in files}
-        return await self._thread.call(self._preparer.prepare, recipe, uploads)
+        return await self._reading.call(self._preparer.prepare, recipe, uploads)
 
     async def close(self) -> None:
         """Give up what is being read: it is read again when the next process starts."""
@@ -62,7 +62,6 @@ class Validation:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        self._thread.close()
 
     async def _validate(self, job_id: str) -> None:
         try:

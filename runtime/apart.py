@@ -1,0 +1,61 @@
+"""Heavy work apart from the engine's thread, each piece on a thread that ends with it.
+
+The engine computes with a team of OpenMP threads as large as the machine. A second thread that uses torch gets a team
+of its own, and as long as both exist there are more threads than cores: libgomp then puts waiting threads to sleep
+instead of letting them spin, at every one of the hundreds of barriers of a step. A token of SmolLM2 takes 1.5 times
+as long. So no pool's thread ever computes: a team is gone when its thread has ended. Such threads are daemons too,
+which a pool's are not: a load or a large data set does not keep the process alive.
+"""
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def run_apart(function: Callable[..., T], *args: Any) -> T:
+    """The result of `function(*args)`, or what it raises. Waits for it; a signal interrupts the wait alone."""
+    found: list[Callable[[], T]] = []
+
+    def work() -> None:
+        found.append(_outcome(function, *args))
+
+    thread = threading.Thread(target=work, name="apart", daemon=True)
+    thread.start()
+    thread.join()
+    return found[0]()
+
+
+async def call_apart(function: Callable[..., T], *args: Any) -> T:
+    """The same from a coroutine. When the caller is cancelled, the function still runs to its end."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[Callable[[], T]] = loop.create_future()
+
+    def settle(outcome: Callable[[], T]) -> None:
+        if not future.done():
+            future.set_result(outcome)
+
+    def work() -> None:
+        outcome = _outcome(function, *args)
+        with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+            loop.call_soon_threadsafe(settle, outcome)
+
+    threading.Thread(target=work, name="apart", daemon=True).start()
+    return (await future)()
+
+
+def _outcome(function: Callable[..., T], *args: Any) -> Callable[[], T]:
+    """Calls the function; what is returned gives its result, or raises its error."""
+    try:
+        result = function(*args)
+    except Exception as error:
+        raised = error
+
+        def fail() -> T:
+            raise raised
+
+        return fail
+    return lambda: result
