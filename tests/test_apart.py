@@ -42,8 +42,7 @@ def test_a_worker_does_one_thing_after_the_other_even_when_nobody_waits_any_more
             seen.append("slow")
 
         left = asyncio.ensure_future(worker.call(slow))
-        while not begun.is_set():
-            await asyncio.sleep(0.001)
+        await asyncio.to_thread(begun.wait, 5.0)
         left.cancel()
         with pytest.raises(asyncio.CancelledError):
             await left

@@ -1,7 +1,9 @@
-"""Cross-entropy over a large vocabulary, a few rows at a time, with its gradient at once.
+"""Cross-entropy over a large vocabulary, a few rows at a time, and its gradient.
 
 The logits of all tokens would take more memory than the model: they are made for some rows, turned into the
-gradient with respect to the hidden states, and forgotten. Only rows that are trained on are computed at all.
+gradient with respect to the hidden states, and forgotten. Only rows that are trained on are computed at all. Reading
+the vocabulary's weights takes as long as computing with a few rows, so slices are cut along the vocabulary, not along
+the rows.
 """
 
 from dataclasses import dataclass
@@ -37,36 +39,71 @@ class Score:
         return self.correct / max(1, self.tokens)
 
 
-def score(decoder: Decoder, hidden: Tensor, targets: Tensor) -> Score:
-    """How well hidden [R, hidden], before the final norm, predict targets [R]."""
-    with torch.no_grad():
-        return _cross_entropy(decoder.logits(hidden), targets)[0]
+class Vocabulary:
+    """The logits of R rows and what their gradient does to the hidden states, some of the vocabulary at a time:
+    `logits` for all of it, `cross_entropy` for all rows, then `backward` for all of it, and `hidden_grad`."""
+
+    def __init__(self, decoder: Decoder, ops: Ops, hidden: Tensor, targets: Tensor, *, with_grad: bool) -> None:
+        """hidden [R, hidden] before the final norm, targets [R] token ids."""
+        self._decoder = decoder
+        self._targets = targets
+        self._leaf = hidden.detach().requires_grad_(with_grad)
+        with torch.set_grad_enabled(with_grad):
+            self._above = decoder.norm(ops, self._leaf)
+        self._normed = self._above.detach()
+        self._logits = torch.empty(len(hidden), decoder.spec.vocab_size, device=hidden.device)
+        """[R, vocab] float32: first the logits, then the gradient with respect to them."""
+        self._grad = torch.zeros_like(self._normed)
+
+    def logits(self, tokens: slice) -> None:
+        """Compute those of some of the vocabulary."""
+        head, out = self._decoder.head_rows(tokens).t(), self._logits[:, tokens]
+        if head.dtype is out.dtype:
+            torch.mm(self._normed, head, out=out)
+        else:
+            out.copy_(self._normed @ head)
+
+    def cross_entropy(self, rows: slice, weight: float | None) -> Score:
+        """Score some rows; with a `weight`, their logits become the gradient of `weight` times the summed loss."""
+        spec, logits = self._decoder.spec, self._logits[rows]
+        if spec.logit_scale != 1.0:
+            logits *= spec.logit_scale
+        slope = None
+        if spec.logit_softcap:
+            torch.tanh(logits.div_(spec.logit_softcap), out=logits)
+            slope = 1 - logits.square() if weight is not None else None
+            logits *= spec.logit_softcap
+        found = _cross_entropy(logits, self._targets[rows], weight)
+        if weight is not None and slope is not None:
+            logits *= slope
+        if weight is not None and spec.logit_scale != 1.0:
+            logits *= spec.logit_scale
+        return found
+
+    def backward(self, tokens: slice) -> None:
+        """Add what some of the vocabulary gives to the gradient below."""
+        head = self._decoder.head_rows(tokens)
+        self._grad.addmm_(self._logits[:, tokens].to(head.dtype), head)
+
+    def hidden_grad(self) -> Tensor:
+        """[R, hidden]."""
+        self._above.backward(self._grad)  # type: ignore[no-untyped-call]
+        assert self._leaf.grad is not None
+        return self._leaf.grad
 
 
-def score_with_grad(decoder: Decoder, ops: Ops, hidden: Tensor, targets: Tensor, weight: float) -> tuple[Score, Tensor]:
-    """The same, and the gradient of `weight` times the summed loss with respect to `hidden` [R, hidden]."""
-    leaf = hidden.detach().requires_grad_()
-    with torch.enable_grad():
-        logits = decoder.logits(leaf, ops)
-    found, grad = _cross_entropy(logits.detach(), targets, weight)
-    logits.backward(grad)  # type: ignore[no-untyped-call]
-    assert leaf.grad is not None
-    return found, leaf.grad
-
-
-def _cross_entropy(logits: Tensor, targets: Tensor, weight: float | None = None) -> tuple[Score, Tensor]:
-    """logits [R, vocab] float32, overwritten: by the gradient where a `weight` is given, else by the probabilities."""
+def _cross_entropy(logits: Tensor, targets: Tensor, weight: float | None) -> Score:
+    """logits [R, vocab] float32, overwritten: by the gradient where a `weight` is given, else by the likelihoods."""
     best = logits.amax(-1, keepdim=True)
     index = targets.unsqueeze(1)
     at_target = logits.gather(1, index) - best
-    grad = logits.sub_(best).exp_()
-    total = grad.sum(-1, keepdim=True)
-    found = Score(
+    logits.sub_(best).exp_()
+    total = logits.sum(-1, keepdim=True)
+    if weight is not None:
+        logits.mul_(weight / total)
+        logits.scatter_add_(1, index, logits.new_full(index.shape, -weight))
+    return Score(
         loss=float((total.log() - at_target).double().sum()),
         correct=int((at_target == 0).sum()),
         tokens=len(targets),
     )
-    if weight is not None:
-        grad.mul_(weight / total)
-        grad.scatter_add_(1, index, grad.new_full(index.shape, -weight))
-    return found, grad

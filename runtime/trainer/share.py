@@ -5,7 +5,7 @@ training's; a share of the time is, even where they leave nothing. Time that was
 small, is saved up for the next gap; time that was taken too much is owed. Knows no training, only seconds.
 """
 
-TPOT_RATIO = 1.4
+TPOT_RATIO = 1.35
 """Without a target, an output token may take so many times what a step takes."""
 LONGEST_SAVING = 0.25
 """Savings are at most so many gaps' worth: they must not add up to a pause that somebody sees."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kernels import Ops
 from runtime.trainer.lora import TrainableLora, TrainingAdaptation
-from runtime.trainer.loss import Score, score, score_with_grad
+from runtime.trainer.loss import Score, Vocabulary
 from runtime.trainer.microbatch import MicroBatch
 from runtime.trainer.slices import Slice, Sliced, Slices
 from runtime.workers.attention import PackedAttention
@@ -28,9 +28,11 @@ WHOLE = 320
 waited, is cut, and so computed again."""
 MOST_ATTENDED = 4096
 """The same for attention, in heads times tokens."""
-LEAST_ROWS = 16
-MOST_ROWS = 64
-"""The same for the logits, and how many of them to hold at once."""
+MOST_ROWS = 128
+"""So many rows of logits are held at once."""
+LEAST_VOCABULARY = 2048
+LEAST_ROWS = 8
+"""And they are made and used at least so many columns, or rows, at once."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -260,19 +262,22 @@ class MicroStep:
 
     def _loss(self, hidden: Tensor, grad: Tensor | None, weight: float) -> Slices:
         """Score the rows that are trained on; write the gradient of the hidden states into `grad`."""
-        start = 0
-        while start < self._batch.num_trained:
-            left = self._batch.num_trained - start
-            kind = "score" if grad is None else "loss"
-            done = yield Slice(kind, min(left, MOST_ROWS), min(LEAST_ROWS, left))
-            part = slice(start, start + done)
+        for start in range(0, self._batch.num_trained, MOST_ROWS):
+            part = slice(start, min(start + MOST_ROWS, self._batch.num_trained))
             rows, targets = self._batch.rows[part], self._batch.targets[part]
-            if grad is None:
-                self.score.add(score(self._decoder, hidden[rows], targets))
-            else:
-                found, grad[rows] = score_with_grad(self._decoder, self._ops, hidden[rows], targets, weight)
-                self.score.add(found)
-            start += done
+            head = Vocabulary(self._decoder, self._ops, hidden[rows], targets, with_grad=grad is not None)
+            size = _size(part)
+            yield from _all(f"logits/{size}", self._decoder.spec.vocab_size, LEAST_VOCABULARY, head.logits)
+
+            def score(rows: slice, head: Vocabulary = head) -> None:
+                self.score.add(head.cross_entropy(rows, None if grad is None else weight))
+
+            yield from _all("cross_entropy", len(rows), LEAST_ROWS, score)
+            if grad is not None:
+                yield from _all(
+                    f"logits_backward/{size}", self._decoder.spec.vocab_size, LEAST_VOCABULARY, head.backward
+                )
+                grad[rows] = head.hidden_grad()
 
     # -- cutting and joining -------------------------------------------------------------------
 
@@ -296,6 +301,15 @@ class MicroStep:
             mixed[piece.rows, head : head + made.shape[1]] = made
             head = (head + made.shape[1]) % spec.num_heads
         return mixed
+
+
+def _all(kind: str, amount: int, least: int, work: Callable[[slice], None]) -> Slices:
+    """`work` on all of it, part by part."""
+    start = 0
+    while start < amount:
+        done = yield Slice(kind, amount - start, min(least, amount - start))
+        work(slice(start, start + done))
+        start += done
 
 
 def _some_tokens(kind: str, start: int, end: int, then: str | None = None) -> Sliced[slice]:

@@ -79,6 +79,13 @@ class Decoder:
         cap = self.spec.logit_softcap
         return cap * torch.tanh(logits / cap) if cap else logits
 
+    def head_rows(self, tokens: slice) -> Tensor:
+        """The weights that give the logits of some of the vocabulary, in floating point: [tokens, hidden]."""
+        weight = (self._head or self.embedding).weight
+        if weight.quantised is None:
+            return weight.data[tokens]
+        return weight.quantised.rows(torch.arange(tokens.start, tokens.stop, device=self.device)).to(self.dtype)
+
     def parameters(self) -> dict[str, Parameter]:
         """Every weight by its place in the decoder, such as `layers.0.qkv.weight`."""
         named = {"embedding.weight": self.embedding.weight}
