@@ -13,5 +13,6 @@ class Background(Protocol):
     def idle(self) -> None:
         """Nothing else is to be done: work, but come back soon."""
 
-    def between_steps(self, step_seconds: float, *, first_tokens_due: bool) -> None:
-        """A step took so long, and the next one waits. `first_tokens_due`: some request has no token yet."""
+    def between_steps(self, step_seconds: float, *, decoding: bool, first_tokens_due: bool) -> None:
+        """A step took so long, and the next one waits. `decoding`: it did nothing else; `first_tokens_due`: some
+        request has no token yet."""

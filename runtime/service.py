@@ -242,13 +242,15 @@ class EngineService:
             self.on_event_loop(self._bury)
 
     def _step(self) -> None:
+        prefilling = self.engine.first_tokens_due
         self._step_started = began = time.monotonic()
         outputs = self.engine.step()
         self._step_started = None
         self.on_event_loop(self._dispatch, outputs)
         if self.background is not None and self.engine.busy:
-            waiting = self.engine.first_tokens_due
-            self.background.between_steps(time.monotonic() - began, first_tokens_due=waiting)
+            self.background.between_steps(
+                time.monotonic() - began, decoding=not prefilling, first_tokens_due=self.engine.first_tokens_due
+            )
 
     def _take_messages(self) -> None:
         """Do what the inbox says; wait for a message when there is nothing else to do."""

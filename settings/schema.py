@@ -123,7 +123,7 @@ class SchedulerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields
     tpot_target: Annotated[
         Seconds | None,
         doc(
-            "Time per output token that training must leave; default: 1.4 times what it is without training.",
+            "Time per output token that training must leave; default: 1.35 times what it is without training.",
             example="50ms",
         ),
     ] = None

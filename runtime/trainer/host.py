@@ -46,10 +46,10 @@ class TrainingHost:
     def idle(self) -> None:
         self._work(IDLE, longest=LONGEST)
 
-    def between_steps(self, step_seconds: float, *, first_tokens_due: bool) -> None:
+    def between_steps(self, step_seconds: float, *, decoding: bool, first_tokens_due: bool) -> None:
         if not self.ready:
             return
-        budget = self._share.budget(step_seconds, first_tokens_due=first_tokens_due)
+        budget = self._share.budget(step_seconds, decoding=decoding, first_tokens_due=first_tokens_due)
         self._share.settle(budget, self._work(budget) if budget > 0 else 0.0)
 
     def _work(self, seconds: float, *, longest: float | None = None) -> float:

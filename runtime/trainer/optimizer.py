@@ -1,9 +1,13 @@
-"""From gradients to new parameters: one torch optimiser a layer, so that a step is made of slices too."""
+"""From gradients to new parameters: one optimiser a layer, so that a step is made of slices too.
+
+Gradients and state are made at once and stay where they are: what lives long, made between the large temporaries of
+the first step, would leave holes that nothing fits into.
+"""
 
 import importlib.util
 from collections.abc import Iterable, Mapping
 from itertools import groupby
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +25,7 @@ class Optimizer:
         self._named = list(parameters)
         layers = groupby(self._named, key=lambda item: item[0].partition(".")[0])
         self._optimizers = [_make(spec, [parameter for _, parameter in group]) for _, group in layers]
+        self.zero_grad()
 
     def step(self, factor: float) -> Sliced[float]:
         """Clip, change the parameters at `factor` times the learning rate, and clear the gradients.
@@ -37,7 +42,10 @@ class Optimizer:
 
     def zero_grad(self) -> None:
         for _, parameter in self._named:
-            parameter.grad = None
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            else:
+                parameter.grad.zero_()
 
     def _norm(self) -> float:
         grads = [parameter.grad for _, parameter in self._named if parameter.grad is not None]
@@ -56,9 +64,7 @@ class Optimizer:
         while done < len(self._optimizers):
             count = yield Slice("optimizer", len(self._optimizers) - done)
             for optimizer in self._optimizers[done : done + count]:
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                optimizer.step()
+                optimizer.step(rate)
             done += count
 
     def capture(self) -> dict[str, Tensor]:
@@ -73,16 +79,16 @@ class Optimizer:
         """Take an earlier `capture`."""
         by_id = {id(parameter): name for name, parameter in self._named}
         for optimizer in self._optimizers:
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    prefix = by_id[id(parameter)] + "."
-                    state = {k.removeprefix(prefix): v.clone() for k, v in tensors.items() if k.startswith(prefix)}
-                    if state:
-                        optimizer.state[parameter] = state
+            for parameter in optimizer.parameters:
+                prefix = by_id[id(parameter)] + "."
+                state = {k.removeprefix(prefix): v.clone() for k, v in tensors.items() if k.startswith(prefix)}
+                if state:
+                    optimizer.state[parameter] = state
 
     def release(self) -> None:
         """Let gradients and state go: there will be no more steps."""
-        self.zero_grad()
+        for _, parameter in self._named:
+            parameter.grad = None
         self._optimizers.clear()
 
     def _state(self, parameter: Tensor) -> dict[str, Any]:
@@ -98,18 +104,94 @@ def eight_bit_available(device: torch.device) -> bool:
     return device.type == "cuda" and importlib.util.find_spec("bitsandbytes") is not None
 
 
-def _make(spec: OptimizerSpec, parameters: list[Tensor]) -> torch.optim.Optimizer:
-    if spec.name == "sgd":
-        return torch.optim.SGD(parameters, lr=spec.learning_rate, weight_decay=spec.weight_decay)
-    options: dict[str, Any] = {
-        "lr": spec.learning_rate,
-        "betas": spec.betas,
-        "eps": spec.epsilon,
-        "weight_decay": spec.weight_decay,
-    }
-    if spec.name == "adamw_8bit" and eight_bit_available(parameters[0].device):
+class _LayerOptimizer(Protocol):
+    """Of the parameters of one layer."""
+
+    parameters: list[Tensor]
+    state: dict[Tensor, dict[str, Any]]
+    """What it knows of each parameter, by torch's own names."""
+
+    def step(self, rate: float) -> None:
+        """Change the parameters by their gradients."""
+
+
+class _Sgd:
+    def __init__(self, parameters: list[Tensor], spec: OptimizerSpec) -> None:
+        self.parameters = parameters
+        self.state: dict[Tensor, dict[str, Any]] = {}
+        self._weight_decay = spec.weight_decay
+
+    @torch.no_grad()
+    def step(self, rate: float) -> None:
+        for parameter in self.parameters:
+            assert parameter.grad is not None
+            parameter.sub_(parameter.grad.add(parameter, alpha=self._weight_decay), alpha=rate)
+
+
+class _AdamW:
+    """torch's fused kernel (arXiv:1711.05101), without the class around it: that imports torch's compiler, which
+    takes 74 MB and a second."""
+
+    def __init__(self, parameters: list[Tensor], spec: OptimizerSpec) -> None:
+        self.parameters = parameters
+        self.state: dict[Tensor, dict[str, Any]] = {
+            parameter: {
+                "step": torch.zeros((), device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+            for parameter in parameters
+        }
+        self._spec = spec
+
+    @torch.no_grad()
+    def step(self, rate: float) -> None:
+        states = [self.state[parameter] for parameter in self.parameters]
+        steps = [state["step"] for state in states]
+        torch._foreach_add_(steps, 1)
+        beta1, beta2 = self._spec.betas
+        torch._fused_adamw_(
+            self.parameters,
+            [parameter.grad for parameter in self.parameters if parameter.grad is not None],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            steps,
+            lr=rate,
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=self._spec.weight_decay,
+            eps=self._spec.epsilon,
+            amsgrad=False,
+            maximize=False,
+        )
+
+
+class _EightBit:
+    """AdamW of bitsandbytes, whose state is in 8 bits."""
+
+    def __init__(self, parameters: list[Tensor], spec: OptimizerSpec) -> None:
         import bitsandbytes
 
-        eight_bit: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(parameters, **options)
-        return eight_bit
-    return torch.optim.AdamW(parameters, fused=True, **options)
+        self.parameters = parameters
+        self._optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(
+            parameters,
+            lr=spec.learning_rate,
+            betas=spec.betas,
+            eps=spec.epsilon,
+            weight_decay=spec.weight_decay,
+        )
+        self.state: dict[Tensor, dict[str, Any]] = self._optimizer.state
+
+    def step(self, rate: float) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._optimizer.step()
+
+
+def _make(spec: OptimizerSpec, parameters: list[Tensor]) -> _LayerOptimizer:
+    if spec.name == "sgd":
+        return _Sgd(parameters, spec)
+    if spec.name == "adamw_8bit" and eight_bit_available(parameters[0].device):
+        return _EightBit(parameters, spec)
+    return _AdamW(parameters, spec)

@@ -10,6 +10,7 @@ TPOT_RATIO = 1.35
 LONGEST_SAVING = 0.25
 """Savings are at most so many gaps' worth: they must not add up to a pause that somebody sees."""
 SMOOTHING = 0.1
+LARGEST_RISE = 1.25
 
 
 class Share:
@@ -22,15 +23,17 @@ class Share:
         """Seconds of a step that only decodes: smoothed."""
         self._saved = 0.0
 
-    def budget(self, step_seconds: float, *, first_tokens_due: bool) -> float:
-        """Seconds for the gap after a step, savings and debts included; may be negative."""
+    def budget(self, step_seconds: float, *, decoding: bool, first_tokens_due: bool) -> float:
+        """Seconds for the gap after a step, savings and debts included; may be negative. `decoding`: the step did
+        nothing else, so it is one between two tokens."""
         least = self._floor * step_seconds
-        if first_tokens_due:  # whoever has nothing yet is not kept waiting for more than training's share
-            gap = least
-        else:
+        if decoding:
             known = self._typical or step_seconds
-            self._typical = known + SMOOTHING * (step_seconds - known)
-            target = self._tpot_target or TPOT_RATIO * self._typical
+            # One step that took ten times as long, because something else ran, is not typical.
+            self._typical = known + SMOOTHING * (min(step_seconds, LARGEST_RISE * known) - known)
+        gap = least
+        if not first_tokens_due:  # whoever has nothing yet is not kept waiting for more than training's share
+            target = self._tpot_target or TPOT_RATIO * (self._typical or 0.0)
             gap = max(target - step_seconds, least)
         self._saved = min(self._saved, LONGEST_SAVING * gap)
         return gap + self._saved

@@ -23,9 +23,12 @@ class Slice:
     """Do not cut it smaller than this: below, the overhead is the most of it."""
     then: str | None = None
     """Kind of the work that will later be done on exactly this piece: it should fit too."""
+    again: str | None = None
+    """This piece is there already, as a whole: whoever cuts it has it computed again, which is work of this kind."""
 
 
 DOUBT = 0.9
+SMOOTHING = 0.1
 
 T = TypeVar("T")
 Sliced: TypeAlias = Generator[Slice, int, T]
@@ -43,6 +46,8 @@ class Pacer:
         self._next: Slice | None = None
         self._started = False
         self.done = False
+        self._usual = 0.0
+        """Seconds of a budget: smoothed."""
         self.busy_seconds = 0.0
         """Spent inside slices so far."""
 
@@ -55,23 +60,20 @@ class Pacer:
         which nothing is known yet is tried with the least there can be. `may_go_on` is asked before each. With
         `longest` the last slice may exceed the budget: none is cut that takes no longer than that.
         """
+        if longest is None:
+            self._usual += SMOOTHING * (budget - self._usual) if self._usual else budget
         spent = 0.0
         while not self.done and may_go_on() and (longest is None or spent < budget):
             wanted = self._peek()
             if wanted is None:
                 break
-            granted = self._grant(wanted, longest or budget - spent)
+            kind, granted = self._grant(wanted, longest or budget - spent)
             if granted == 0:
                 if spent == 0:
-                    self._doubt(wanted)
+                    self._doubt(kind)
                 break
-            spent += self._do(wanted, granted)
+            spent += self._do(kind, granted)
         return spent
-
-    def cost_of_least(self) -> float:
-        """Seconds that the next slice takes at least; 0 when that is not known."""
-        wanted = self._peek()
-        return 0.0 if wanted is None else self._rates.get(wanted.kind, 0.0) * min(wanted.least, wanted.amount)
 
     def close(self) -> None:
         self._slices.close()
@@ -83,33 +85,42 @@ class Pacer:
             self._advance(None)
         return self._next
 
-    def _grant(self, wanted: Slice, seconds: float) -> int:
-        rate = self._rates.get(wanted.kind)
+    def _grant(self, wanted: Slice, seconds: float) -> tuple[str, int]:
+        """How much of the slice to do now, and which kind of work that is."""
         least = min(wanted.least, wanted.amount)
+        kind = wanted.kind
+        if wanted.again is not None:
+            cost = self._rates.get(kind, 0.0) * wanted.amount
+            if cost <= seconds:
+                return kind, wanted.amount
+            if cost <= self._usual:
+                return kind, 0  # better later than twice
+            kind = wanted.again
+        rate = self._rates.get(kind)
         if rate is None:
-            return least if seconds > 0 else 0
+            return kind, least if seconds > 0 else 0
         if wanted.then is not None:
             rate = max(rate, self._rates.get(wanted.then, rate))
         fits = wanted.amount if seconds == float("inf") else int(seconds / rate)
         if fits < least:
-            return 0
+            return kind, 0
         # A rest too small to be worth a slice of its own is done along with this one.
-        return wanted.amount if wanted.amount - fits < least else fits
+        return kind, wanted.amount if wanted.amount - fits < least else fits
 
-    def _doubt(self, wanted: Slice) -> None:
+    def _doubt(self, kind: str) -> None:
         """What was learned may be wrong (something else ran): without doubt it would never be tried again."""
-        if wanted.kind in self._rates:
-            self._rates[wanted.kind] *= DOUBT
+        if kind in self._rates:
+            self._rates[kind] *= DOUBT
 
-    def _do(self, wanted: Slice, granted: int) -> float:
+    def _do(self, kind: str, granted: int) -> float:
         begin = self._clock()
         self._advance(granted)
         seconds = self._clock() - begin
         self.busy_seconds += seconds
         rate = max(seconds, 1e-7) / granted
-        known = self._rates.get(wanted.kind, rate)
+        known = self._rates.get(kind, rate)
         # Dearer news counts at once, cheaper news slowly: too much time taken shows, too little does not.
-        self._rates[wanted.kind] = max(0.5 * (known + rate), 0.9 * known)
+        self._rates[kind] = max(0.5 * (known + rate), 0.9 * known)
         return seconds
 
     def _advance(self, granted: int | None) -> None:

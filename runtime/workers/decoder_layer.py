@@ -1,4 +1,5 @@
-"""One layer of the decoder. Its two halves, `project` and `finish`, work token by token: training slices them."""
+"""One layer of the decoder. Its two halves, `project` and `finish`, work token by token: training slices them, the
+second one in three parts."""
 
 import torch
 from torch import Tensor
@@ -58,19 +59,30 @@ class DecoderLayer:
 
     def finish(self, ops: Ops, hidden: Tensor, mixed: Tensor, adaptation: Adaptation | None) -> Tensor:
         """What attention found [T, H, D], and the layer's input [T, hidden] → its output. Token by token too."""
-        mixed = mixed.flatten(1)
         if adaptation is None and self._swiglu is not None:
             out, gate_up, down = (self.linears[name].tensors for name in ("out", "gate_up", "down"))
-            hidden = ops.linear_add(hidden, mixed, *out)
+            hidden = ops.linear_add(hidden, mixed.flatten(1), *out)
             inner = ops.norm_swiglu(hidden, self._swiglu.weight.data, self._swiglu.eps, *gate_up)
             return ops.linear_add(hidden, inner, *down)
-        attended = self._linear("out", ops, mixed, adaptation)
-        attended = self._scaled(self._norms["attention_post_norm"](ops, attended))
-        seen = hidden if self._spec.parallel else hidden + attended
+        residual = self.mix(ops, hidden, mixed, adaptation)
+        inner = self.expand(ops, hidden if self._spec.parallel else residual, adaptation)
+        return self.contract(ops, residual, inner, adaptation)
+
+    def mix(self, ops: Ops, hidden: Tensor, mixed: Tensor, adaptation: Adaptation | None) -> Tensor:
+        """First part of `finish`: with what attention found, [T, hidden]."""
+        attended = self._linear("out", ops, mixed.flatten(1), adaptation)
+        return hidden + self._scaled(self._norms["attention_post_norm"](ops, attended))
+
+    def expand(self, ops: Ops, seen: Tensor, adaptation: Adaptation | None) -> Tensor:
+        """Second part: the MLP up to its inner activations. `seen` [T, hidden] is what `mix` gave, or in a parallel
+        layer what it was given."""
         norm = self._norms["attention_norm" if self._spec.shared_norm else "mlp_norm"]
-        inner = self.mlp(ops, norm(ops, seen), lambda name, x: self._linear(name, ops, x, adaptation))
-        inner = self._scaled(self._norms["mlp_post_norm"](ops, inner))
-        return hidden + attended + inner if self._spec.parallel else seen + inner
+        return self.mlp.expand(ops, norm(ops, seen), lambda name, x: self._linear(name, ops, x, adaptation))
+
+    def contract(self, ops: Ops, residual: Tensor, inner: Tensor, adaptation: Adaptation | None) -> Tensor:
+        """Last part: the MLP's output added to what `mix` gave, [T, hidden]."""
+        out = self.mlp.contract(ops, inner, lambda name, x: self._linear(name, ops, x, adaptation))
+        return residual + self._scaled(self._norms["mlp_post_norm"](ops, out))
 
     @property
     def parameters(self) -> dict[str, Parameter]:

@@ -1,7 +1,7 @@
 """The MLPs of the decoder: dense, or a mixture of experts.
 
 An MLP has `linears`, which adapters may change, so it runs them through what it is handed, and `parameters`, all
-its weights by name. It maps x [T, hidden] to the same shape, token by token.
+its weights by name. It maps x [T, hidden] to the same shape, token by token, in two parts.
 """
 
 from collections.abc import Callable
@@ -34,7 +34,11 @@ class MLP(Protocol):
     @property
     def parameters(self) -> dict[str, Parameter]: ...
 
-    def __call__(self, ops: Ops, x: Tensor, run: Run) -> Tensor: ...
+    def expand(self, ops: Ops, x: Tensor, run: Run) -> Tensor:
+        """The first part: x [T, hidden] → what `contract` wants, [T, any]."""
+
+    def contract(self, ops: Ops, inner: Tensor, run: Run) -> Tensor:
+        """The rest: → [T, hidden]."""
 
 
 class DenseMLP:
@@ -64,12 +68,15 @@ class DenseMLP:
             for key, parameter in linear.parameters.items()
         }
 
-    def __call__(self, ops: Ops, x: Tensor, run: Run) -> Tensor:
+    def expand(self, ops: Ops, x: Tensor, run: Run) -> Tensor:
         inner = run("gate_up", x)
         if self.is_swiglu:
-            return run("down", ops.silu_mul(inner))
+            return ops.silu_mul(inner)
         tanh = self._activation == "gelu_tanh"
-        return run("down", ops.gelu_mul(inner, tanh=tanh) if self._gated else ops.gelu(inner, tanh=tanh))
+        return ops.gelu_mul(inner, tanh=tanh) if self._gated else ops.gelu(inner, tanh=tanh)
+
+    def contract(self, ops: Ops, inner: Tensor, run: Run) -> Tensor:
+        return run("down", inner)
 
 
 class Experts:
@@ -99,7 +106,12 @@ class Experts:
             self.parameters["shared_down.weight"] = self._shared_down
             self.parameters["shared_gate.weight"] = self._shared_gate
 
-    def __call__(self, ops: Ops, x: Tensor, run: Run) -> Tensor:
+    def expand(self, ops: Ops, x: Tensor, run: Run) -> Tensor:
+        """Nothing: which expert expands a token is known only when all is done."""
+        return x
+
+    def contract(self, ops: Ops, inner: Tensor, run: Run) -> Tensor:
+        x = inner
         scores = ops.linear(x, self.router.data).float().softmax(-1)
         shares, chosen = scores.topk(self._spec.per_token, dim=-1)
         if self._spec.normalise:

@@ -99,6 +99,28 @@ def test_an_adapter_learns_a_format_while_others_chat(tmp_path: Path) -> None:
         assert server.ask("extract@1", held_out[0][0]) == held_out[0][1]
 
 
+@pytest.mark.real_model
+@pytest.mark.timeout(600)
+def test_a_job_takes_less_memory_than_half_of_the_base(tmp_path: Path) -> None:
+    """512 tokens at once, gradient checkpointing, rank 16 on all linears; SmolLM2 in float32 is 538 MB."""
+    base_bytes = 134_515_008 * 4
+    recipe = RECIPE.replace("lora_r: 8", "lora_r: 16").replace("num_epochs: 3", "max_steps: 4")
+    recipe += "gradient_checkpointing: true\nsample_packing: true\ntrain_on_inputs: true\n"
+    recipe = recipe.replace("micro_batch_size: 8", "micro_batch_size: 1").replace(
+        "sequence_len: 128", "sequence_len: 512"
+    )
+    with ServerProcess("demo", tmp_path / "state", max_batched_tokens=512) as server:
+        server.ask("SmolLM2-135M-Instruct", "word " * 500, count=2)
+        before = server.resident_bytes
+        job_id = server.train(recipe, {"train.jsonl": chat_lines(rows()[0])})
+        most = before
+        while server.job(job_id)["status"] not in ("succeeded", "failed"):
+            most = max(most, server.resident_bytes)
+            time.sleep(0.05)
+        assert server.job(job_id)["status"] == "succeeded"
+        assert 0 < most - before < base_bytes / 2, f"{(most - before) / 1e6:.0f} MB more"
+
+
 TINY_RECIPE = """
 name: tiny
 adapter: lora

@@ -1,0 +1,294 @@
+"""A decoder layer as training runs it: stages, each cut into pieces.
+
+A piece is a small autograd graph of its own between detached tensors, so that the backward pass is made of slices
+too. Most stages work token by token, attention sequence by sequence and head by head. What goes from stage to stage
+has a name, and so has its gradient. Where a stage is cut changes nothing but rounding.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from kernels import Ops
+from runtime.trainer.lora import TrainableLora, TrainingAdaptation
+from runtime.trainer.microbatch import MicroBatch
+from runtime.trainer.slices import Slice, Sliced, Slices
+from runtime.workers.attention import PackedAttention
+from runtime.workers.decoder import Decoder, DecoderLayer
+
+LEAST_TOKENS = 64
+"""Fewer tokens at once, and reading the weights costs more than computing with them."""
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """What all layers of a micro-step share."""
+
+    decoder: Decoder
+    ops: Ops
+    """Differentiable ones."""
+    lora: TrainableLora
+    batch: MicroBatch
+    dropout: float
+    seed: int
+    """Decides the dropout masks."""
+    angles: tuple[Tensor, Tensor]
+    lowest: int
+    """Below this layer nothing is trained, so no gradient is wanted."""
+
+    def adaptation(self, rows: slice) -> TrainingAdaptation:
+        tokens = self.batch.num_tokens
+        return TrainingAdaptation(self.lora, dropout=self.dropout, seed=self.seed, rows=rows, num_tokens=tokens)
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """A part of a stage that was computed: from detached inputs to outputs."""
+
+    rows: slice
+    """Of the micro-batch's tokens."""
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+
+    def backward(self, grads: Sequence[Tensor]) -> list[Tensor | None]:
+        """Adds to the parameters' gradients; returns the inputs', None for those that want none."""
+        wanting = [(out, grad) for out, grad in zip(self.outputs, grads, strict=True) if out.requires_grad]
+        if wanting:
+            torch.autograd.backward([out for out, _ in wanting], [grad for _, grad in wanting])
+        return [tensor.grad for tensor in self.inputs]
+
+
+@dataclass(eq=False)
+class LayerState:
+    """What is known of one layer in one micro-step."""
+
+    layer: DecoderLayer
+    values: dict[str, Tensor]
+    """What goes from stage to stage, for all tokens: `hidden` at first."""
+    pieces: dict[str, list[Piece]] = field(default_factory=dict)
+    """Of the stages that were computed to be used backwards, by their names."""
+    grads: dict[str, Tensor] = field(default_factory=dict)
+    """With respect to `values`."""
+
+    def wants(self, name: str, context: Context) -> bool:
+        """Is the gradient of this value wanted?"""
+        return name != "hidden" or self.layer.index > context.lowest
+
+
+class Stage(Protocol):
+    """One part of a layer."""
+
+    name: str
+
+    def forward(self, context: Context, state: LayerState, *, keep: bool) -> Slices:
+        """Compute its values; with `keep`, its pieces stay for `backward`."""
+
+    def backward(self, context: Context, state: LayerState) -> Slices:
+        """From the gradients of its outputs to those of its inputs."""
+
+
+class TokenStage:
+    """A stage in which tokens do not see each other."""
+
+    def __init__(
+        self, name: str, inputs: Sequence[str], outputs: Sequence[str], run: Callable[..., Tensor | tuple[Tensor, ...]]
+    ) -> None:
+        """`run` takes the layer, ops, the inputs and the adaptation."""
+        self.name = name
+        self._inputs = inputs
+        self._outputs = outputs
+        self._run = run
+
+    def forward(self, context: Context, state: LayerState, *, keep: bool) -> Slices:
+        pieces: list[Piece] = []
+        start, end = 0, context.batch.num_tokens
+        kind, then = (f"{self.name}_kept", f"{self.name}_backward") if keep else (self.name, None)
+        while start < end:
+            done = yield Slice(kind, end - start, min(LEAST_TOKENS, end - start), then=then)
+            pieces.append(self._piece(context, state, slice(start, start + done), keep=keep))
+            start += done
+        for index, name in enumerate(self._outputs):
+            state.values[name] = _joined([piece.outputs[index].detach() for piece in pieces])
+        if keep:
+            state.pieces[self.name] = pieces
+
+    def backward(self, context: Context, state: LayerState) -> Slices:
+        kept = {piece.rows.start: piece for piece in state.pieces.pop(self.name, [])}
+        begun = state.grads.keys() & set(self._inputs)
+        start, end = 0, context.batch.num_tokens
+        while start < end:
+            piece = kept.pop(start, None)
+            again = f"{self.name}_again"
+            if piece is None:
+                left = min(kept, default=end) - start
+                done = yield Slice(again, left, min(LEAST_TOKENS, left))
+            else:
+                left = piece.rows.stop - start
+                done = yield Slice(f"{self.name}_backward", left, min(LEAST_TOKENS, left), again=again)
+            rows = slice(start, start + done)
+            if piece is None or piece.rows != rows:
+                piece = self._piece(context, state, rows, keep=True)
+            found = piece.backward([state.grads[name][rows] for name in self._outputs])
+            for name, grad in zip(self._inputs, found, strict=True):
+                if grad is not None:
+                    _add(state.grads, name, rows, grad, end, begun=name in begun)
+            start += done
+        for name in self._outputs:
+            del state.grads[name]
+
+    def _piece(self, context: Context, state: LayerState, rows: slice, *, keep: bool) -> Piece:
+        inputs = tuple(
+            state.values[name][rows].detach().requires_grad_(keep and state.wants(name, context))
+            for name in self._inputs
+        )
+        with torch.set_grad_enabled(keep):
+            made = self._run(state.layer, context.ops, *inputs, context.adaptation(rows))
+        return Piece(rows, inputs, made if isinstance(made, tuple) else (made,))
+
+
+class AttendStage:
+    """Attention: from `q`, `k` and `v` to `mixed`. Cut by sequences, and those by their key/value heads."""
+
+    name = "attend"
+
+    def forward(self, context: Context, state: LayerState, *, keep: bool) -> Slices:
+        heads = context.decoder.spec.num_kv_heads
+        pieces: list[Piece] = []
+        for sequence in context.batch.sequences:
+            size = _size(sequence)
+            kind, then = (f"attend_kept/{size}", f"attend_backward/{size}") if keep else (f"attend/{size}", None)
+            head = 0
+            while head < heads:
+                done = yield Slice(kind, heads - head, then=then)
+                pieces.append(self._piece(context, state, sequence, range(head, head + done), keep=keep))
+                head += done
+        state.values["mixed"] = self._join(context, pieces)
+        if keep:
+            state.pieces[self.name] = pieces
+
+    def backward(self, context: Context, state: LayerState) -> Slices:
+        spec, grad = context.decoder.spec, state.grads.pop("mixed")
+        counts = {"q": spec.num_heads, "k": spec.num_kv_heads, "v": spec.num_kv_heads}
+        state.grads |= {name: grad.new_empty(len(grad), count, spec.head_dim) for name, count in counts.items()}
+        head = 0
+        for piece in state.pieces.pop(self.name):
+            end = head + piece.inputs[1].shape[1]
+            first, kind = head, f"attend_backward/{_size(piece.rows)}"
+            while head < end:
+                whole = head == first
+                again = f"{kind}/again"
+                done = yield Slice(kind if whole else again, end - head, again=again if whole else None)
+                heads = range(head, head + done)
+                if not whole or head + done < end:
+                    self._use(context, state, self._piece(context, state, piece.rows, heads, keep=True), heads, grad)
+                else:
+                    self._use(context, state, piece, heads, grad)
+                head += done
+            head %= spec.num_kv_heads
+
+    def _use(self, context: Context, state: LayerState, piece: Piece, heads: range, grad: Tensor) -> None:
+        queries, groups = _heads(context, heads)
+        found = piece.backward([grad[piece.rows, queries]])
+        for name, place, value in zip("qkv", (queries, groups, groups), found, strict=True):
+            assert value is not None
+            state.grads[name][piece.rows, place] = value
+
+    def _piece(self, context: Context, state: LayerState, sequence: slice, heads: range, *, keep: bool) -> Piece:
+        queries, groups = _heads(context, heads)
+        places = {"q": queries, "k": groups, "v": groups}
+        q, k, v = (state.values[n][sequence, at].detach().requires_grad_(keep) for n, at in places.items())
+        attention = PackedAttention(context.ops, [sequence.stop - sequence.start], context.decoder.spec)
+        cos, sin = (table[:, sequence] for table in context.angles)
+        with torch.set_grad_enabled(keep):
+            return Piece(sequence, (q, k, v), (attention(state.layer.index, q, k, v, cos, sin),))
+
+    def _join(self, context: Context, pieces: list[Piece]) -> Tensor:
+        """The pieces' outputs, each [sequence, some heads, D], as one [T, H, D]."""
+        made = [piece.outputs[0].detach() for piece in pieces]
+        spec = context.decoder.spec
+        if len(made) == 1:
+            return made[0]
+        mixed = made[0].new_empty(context.batch.num_tokens, spec.num_heads, spec.head_dim)
+        head = 0
+        for piece, part in zip(pieces, made, strict=True):
+            mixed[piece.rows, head : head + part.shape[1]] = part
+            head = (head + part.shape[1]) % spec.num_heads
+        return mixed
+
+
+PROJECT = TokenStage("project", ("hidden",), ("q", "k", "v"), DecoderLayer.project)
+MIX = TokenStage("mix", ("hidden", "mixed"), ("residual",), DecoderLayer.mix)
+EXPAND = TokenStage("expand", ("residual",), ("inner",), DecoderLayer.expand)
+EXPAND_BESIDE = TokenStage("expand", ("hidden",), ("inner",), DecoderLayer.expand)
+"""Of layers whose MLP stands beside attention."""
+CONTRACT = TokenStage("contract", ("residual", "inner"), ("out",), DecoderLayer.contract)
+
+SERIAL: tuple[Stage, ...] = (PROJECT, AttendStage(), MIX, EXPAND, CONTRACT)
+PARALLEL: tuple[Stage, ...] = (PROJECT, AttendStage(), MIX, EXPAND_BESIDE, CONTRACT)
+
+
+class LayerStep:
+    """One layer, forwards and backwards. With gradient checkpointing (arXiv:1604.06174) it keeps only its input, and
+    is computed again when its gradient is due; without, the pieces are kept, and only one that is too much for its
+    slice is computed again in smaller ones."""
+
+    def __init__(self, context: Context, layer: DecoderLayer, hidden: Tensor) -> None:
+        """hidden [T, hidden], the layer's input."""
+        self._context = context
+        self._state = LayerState(layer, {"hidden": hidden})
+        self._stages = PARALLEL if context.decoder.spec.parallel else SERIAL
+
+    def forward(self, *, keep: bool) -> Sliced[Tensor]:
+        """The layer's output, [T, hidden]."""
+        yield from self._forward(self._stages, keep=keep)
+        out = self._state.values.pop("out")
+        if not keep:
+            self._state.values = {"hidden": self._state.values["hidden"]}
+        return out
+
+    def backward(self, grad: Tensor) -> Sliced[Tensor]:
+        """From the gradient of the layer's output to that of its input, both [T, hidden]. Once."""
+        state = self._state
+        if not state.pieces:
+            yield from self._forward(self._stages[:-1], keep=True)
+        state.grads["out"] = grad
+        for stage in reversed(self._stages):
+            yield from stage.backward(self._context, state)
+        state.values.clear()
+        return state.grads.get("hidden", grad)
+
+    def _forward(self, stages: Iterable[Stage], *, keep: bool) -> Slices:
+        for stage in stages:
+            yield from stage.forward(self._context, self._state, keep=keep)
+
+
+def _add(grads: dict[str, Tensor], name: str, rows: slice, grad: Tensor, total: int, *, begun: bool) -> None:
+    """Add what one of a stage's pieces gives; `begun` says that later stages have given something already."""
+    if begun:
+        grads[name][rows] += grad
+    elif len(grad) == total:
+        grads[name] = grad
+    else:
+        if name not in grads:
+            grads[name] = grad.new_empty(total, *grad.shape[1:])
+        grads[name][rows] = grad
+
+
+def _heads(context: Context, heads: range) -> tuple[slice, slice]:
+    """Some of the key/value heads: the query heads that share them, and they themselves."""
+    spec = context.decoder.spec
+    group = spec.num_heads // spec.num_kv_heads
+    return slice(heads.start * group, heads.stop * group), slice(heads.start, heads.stop)
+
+
+def _joined(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+
+def _size(sequence: slice) -> int:
+    """Attention over sequences of one power of two costs alike."""
+    length: int = sequence.stop - sequence.start
+    return length.bit_length()
