@@ -10,6 +10,8 @@ from rich.table import Table
 from benchmarks.simulation.outcome import Outcome
 
 SHARES = (0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
+POINTS = 2000
+"""Of a curve: more cannot be seen."""
 WIDTH = 50
 """Characters of the longest bar."""
 
@@ -25,7 +27,8 @@ def draw(outcomes: Mapping[str, Outcome], target: Path, console: Console) -> Non
     figure = Figure(figsize=(10, 4), layout="constrained")
     for axes, name in zip(figure.subplots(1, 2), ("ttft", "tpot"), strict=True):
         for label, outcome in outcomes.items():
-            values = sorted(getattr(served, name) for served in outcome.served)
+            values = sorted(getattr(outcome.served, name))
+            values = values[:: max(1, len(values) // POINTS)]
             axes.plot(values, [(index + 1) / len(values) for index in range(len(values))], label=label)
         axes.set_xscale("log")
         axes.set_xlabel(f"{name.upper()}, seconds")

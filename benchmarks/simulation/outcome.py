@@ -1,27 +1,34 @@
 """What a replay measured."""
 
 import statistics
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 
-@dataclass(slots=True)
+@dataclass
 class Served:
-    """One request's times, in seconds."""
+    """The times of the requests that came to their end, in seconds: a column each, for there may be a million."""
 
-    tenant: int
-    priority: int
-    ttft: float
-    tpot: float
+    priority: "array[int]" = field(default_factory=lambda: array("b"))
+    ttft: "array[float]" = field(default_factory=lambda: array("d"))
+    tpot: "array[float]" = field(default_factory=lambda: array("d"))
     """Per output token after the first."""
-    e2e: float
+
+    def __len__(self) -> int:
+        return len(self.ttft)
+
+    def add(self, *, priority: int, ttft: float, tpot: float) -> None:
+        self.priority.append(priority)
+        self.ttft.append(ttft)
+        self.tpot.append(tpot)
 
 
 @dataclass
 class Outcome:
     """All requests of a trace, and what the pool looked like meanwhile."""
 
-    served: list[Served] = field(default_factory=list)
-    """Those that came to their end."""
+    served: Served = field(default_factory=Served)
     missed: int = 0
     """Requests that ended without one, at their deadline or given up on."""
     seconds: float = 0.0
@@ -44,13 +51,17 @@ class Outcome:
 
     def ttft(self, share: float | None = None, *, priority: int | None = None) -> float:
         """The mean time to the first token, or the quantile at `share`; of one priority's requests or all."""
-        return _summary([s.ttft for s in self.served if priority in (None, s.priority)], share)
+        served = self.served
+        if priority is None:
+            return _summary(served.ttft, share)
+        of_it = zip(served.priority, served.ttft, strict=True)
+        return _summary([ttft for its, ttft in of_it if its == priority], share)
 
     def tpot(self, share: float | None = None) -> float:
-        return _summary([s.tpot for s in self.served], share)
+        return _summary(self.served.tpot, share)
 
 
-def _summary(values: list[float], share: float | None) -> float:
+def _summary(values: Sequence[float], share: float | None) -> float:
     if not values:
         return 0.0
     if share is None:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 
 from benchmarks.simulation.device import Device, Model
-from benchmarks.simulation.outcome import Outcome, Served
+from benchmarks.simulation.outcome import Outcome
 from benchmarks.simulation.trace import LONGEST, Arrival, Traffic
 from runtime.blocks import BlockManager
 from runtime.messages import SamplingParams, StepPlan, StepResult, Submission
@@ -49,13 +49,15 @@ class Replay:
         )
         self._arrivals: dict[str, Arrival] = {}
         self._count = 0
-        self._waste: list[float] = []
+        self._waste = 0.0
+        self._looks = 0
+        self._contested = len(traffic.tenants) > 1
         self._service = [0.0] * len(traffic.tenants)
         self._gap_start: list[float] | None = None
         self._outcome = Outcome()
 
     def run(self) -> Outcome:
-        coming = _Coming(self._traffic.arrivals())
+        coming = Coming(self._traffic.arrivals())
         scheduler, outcome = self._scheduler, self._outcome
         while len(scheduler) or coming:
             if not len(scheduler):
@@ -72,7 +74,7 @@ class Replay:
         outcome.seconds = self._now
         outcome.preemptions = scheduler.counts.preemptions
         outcome.cached_share = scheduler.counts.prefix_hits / max(1, scheduler.counts.prefix_queries)
-        outcome.kv_waste = sum(self._waste) / max(1, len(self._waste))
+        outcome.kv_waste = self._waste / max(1, self._looks)
         return outcome
 
     def _submit(self, arrival: Arrival) -> None:
@@ -104,43 +106,48 @@ class Replay:
             del self._arrivals[request.id]
             self._outcome.missed += 1
             return
-        tenant = self._arrivals[request.id].tenant
+        if self._contested:
+            tenant = self._arrivals[request.id].tenant
+            if timing.first_token is None:
+                self._service[tenant] += request.prompt_len
+            self._service[tenant] += 2 * len(item.tokens)
         if timing.first_token is None:
             timing.first_token = self._now
-            self._service[tenant] += request.prompt_len
-        self._service[tenant] += 2 * len(item.tokens)
         if len(request.tokens) < request.max_len:
             return
         self._scheduler.finish(request, "length")
         arrival = self._arrivals.pop(request.id)
         self._outcome.output_tokens += request.num_generated
-        self._outcome.served.append(
-            Served(
-                tenant=arrival.tenant,
-                priority=arrival.priority,
-                ttft=timing.first_token - arrival.at,
-                tpot=(self._now - timing.first_token) / max(1, request.num_generated - 1),
-                e2e=self._now - arrival.at,
-            )
+        self._outcome.served.add(
+            priority=arrival.priority,
+            ttft=timing.first_token - arrival.at,
+            tpot=(self._now - timing.first_token) / max(1, request.num_generated - 1),
         )
 
     def _look(self) -> None:
         held = (self._blocks.num_blocks - self._blocks.num_free) * BLOCK
         used = sum(len(request.tokens) for request in self._scheduler.running)
         if held and used <= held:  # with shared blocks more tokens are held than there is memory
-            self._waste.append(1 - used / held)
-        waiting = (
-            {request.submission.tenant for request in self._scheduler.waiting} if len(self._service) > 1 else set()
-        )
-        if {"0", "1"} <= waiting:
+            self._waste += 1 - used / held
+            self._looks += 1
+        if self._contested and self._both_wait():
             start = self._gap_start = self._gap_start or list(self._service)
             gap = (self._service[0] - start[0]) - (self._service[1] - start[1])
             self._outcome.service_gap = max(self._outcome.service_gap, abs(gap))
         else:
             self._gap_start = None
 
+    def _both_wait(self) -> bool:
+        """Has each of the two busiest tenants a request waiting?"""
+        missing = {"0", "1"}
+        for request in self._scheduler.waiting:
+            missing.discard(request.submission.tenant)
+            if not missing:
+                return True
+        return False
 
-class _Coming:
+
+class Coming:
     """Arrivals that have not happened yet, one at a time: a million of them take no memory."""
 
     def __init__(self, arrivals: Iterable[Arrival]) -> None:

@@ -1,9 +1,9 @@
 """What servers did before: a batch is filled, runs until its last sequence ends, and memory is reserved in full."""
 
 from benchmarks.simulation.device import Device, Model
-from benchmarks.simulation.outcome import Outcome, Served
-from benchmarks.simulation.replay import CONTEXT
-from benchmarks.simulation.trace import Traffic
+from benchmarks.simulation.outcome import Outcome
+from benchmarks.simulation.replay import CONTEXT, Coming
+from benchmarks.simulation.trace import Arrival, Traffic
 
 
 def replay_static(
@@ -13,30 +13,34 @@ def replay_static(
     room = (kv_tokens or int(device.kv_memory / model.kv_bytes_per_token)) // CONTEXT
     size = max(1, min(max_running, room))
     outcome = Outcome()
-    coming = list(traffic.arrivals())
-    now, index, used, steps = 0.0, 0, 0.0, 0
-    while index < len(coming):
-        now = max(now, coming[index].at)
-        batch = [arrival for arrival in coming[index : index + size] if arrival.at <= now]
-        index += len(batch)
+    coming = Coming(traffic.arrivals())
+    waiting: list[Arrival] = []
+    now, used = 0.0, 0.0
+    while coming or waiting:
+        if not waiting:
+            now = max(now, coming.next_at)
+        waiting += coming.until(now)
+        batch, waiting = waiting[:size], waiting[size:]
         prompts = sum(arrival.prompt for arrival in batch)
         now += model.step_seconds(device, prompts, prompts)
         first = now
-        for generated in range(1, max(arrival.output for arrival in batch) + 1):
-            running = [arrival for arrival in batch if arrival.output >= generated]
-            context = sum(arrival.prompt + generated for arrival in running)
+        running = sorted(batch, key=lambda arrival: arrival.output)
+        done, context = 0, prompts
+        for generated in range(1, running[-1].output + 1):
+            context += len(running) - done
             used += context / (len(batch) * CONTEXT)
-            steps += 1
-            for arrival in running:
-                if arrival.output == generated:
-                    tpot = (now - first) / max(1, generated - 1)
-                    outcome.served.append(
-                        Served(arrival.tenant, arrival.priority, first - arrival.at, tpot, now - arrival.at)
-                    )
-            if any(arrival.output > generated for arrival in batch):
+            outcome.steps += 1
+            ended = done
+            while ended < len(running) and running[ended].output == generated:
+                arrival = running[ended]
+                tpot = (now - first) / max(1, generated - 1)
+                outcome.served.add(priority=arrival.priority, ttft=first - arrival.at, tpot=tpot)
+                outcome.output_tokens += generated
+                ended += 1
+            if ended < len(running):
                 now += model.step_seconds(device, len(batch), context)
+            context -= sum(arrival.prompt + generated for arrival in running[done:ended])
+            done = ended
     outcome.seconds = now
-    outcome.steps = steps
-    outcome.output_tokens = sum(arrival.output for arrival in coming)
-    outcome.kv_waste = 1 - used / max(1, steps)
+    outcome.kv_waste = 1 - used / max(1, outcome.steps)
     return outcome
