@@ -88,7 +88,13 @@ def assemble(settings: Settings) -> Assembled:
         max_adapters=settings.adapters.max_loaded,
     )
     engine = Engine(
-        scheduler, InProcessExecutor(worker), checkpoint.tokenizer, metrics, max_len=max_len, hooks=Hooks.installed()
+        scheduler,
+        InProcessExecutor(worker),
+        checkpoint.tokenizer,
+        metrics,
+        max_len=max_len,
+        asynchronous=_asynchronous(settings.scheduler.asynchronous, decoder.device),
+        hooks=Hooks.installed(),
     )
     return Assembled(engine, name, block_size, num_blocks, decoder, lora_base)
 
@@ -143,6 +149,11 @@ def _checked(spec: DecoderSpec) -> DecoderSpec:
         return convert(spec, DecoderSpec, from_attributes=True)
     except ValidationError as error:
         raise ValueError(f"config.json: {error}") from None
+
+
+def _asynchronous(mode: str, device: torch.device) -> bool:
+    """On a CPU planning and computing share the cores, and there is nothing to be gained."""
+    return mode == "on" or (mode == "auto" and device.type == "cuda")
 
 
 def _device(name: str) -> torch.device:

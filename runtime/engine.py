@@ -1,4 +1,4 @@
-"""The step loop: schedule, execute, deliver.
+"""The step loop: schedule, execute, deliver. Asynchronously the next step is scheduled while one is executed.
 
 `Engine` is synchronous and belongs to one thread. `runtime.service` runs it beside an event loop, and
 `runtime.llm` drives it from a script; neither knows what happens inside a step. Knows no HTTP.
@@ -7,7 +7,7 @@
 import copy
 import random
 import time
-from collections import Counter
+from collections import Counter, deque
 
 from runtime.delivery import Delivery
 from runtime.errors import AdapterUnavailable, ContextLengthExceeded, InvalidRequest
@@ -17,6 +17,7 @@ from runtime.metrics import Metrics
 from runtime.scheduler import Request, Scheduler
 from runtime.tokenizer import Tokenizer
 from runtime.workers.executor import AllRowsFailed, Executor
+from runtime.workers.pipeline import Pipeline
 
 MAX_FAILED_STEPS = 3
 """So many steps in a row without one row computed, and the engine gives up."""
@@ -33,12 +34,18 @@ class Engine:
         metrics: Metrics,
         *,
         max_len: int,
+        asynchronous: bool = False,
         hooks: Hooks | None = None,
     ) -> None:
-        """`max_len` is the longest sequence, prompt and output, that context and block pool can hold."""
+        """`max_len` is the longest sequence, prompt and output, that context and block pool can hold.
+        `asynchronous`: plan a step while the one before it runs on a thread of its own."""
         self.scheduler = scheduler
         self.max_len = max_len
         self._executor = executor
+        self._pipeline = Pipeline(executor)
+        self._asynchronous = asynchronous
+        self._flights: deque[StepPlan] = deque()
+        """Plans that are made and not delivered, in their order."""
         self.tokenizer = tokenizer
         self.metrics = metrics
         self._hooks = hooks or Hooks()
@@ -54,17 +61,38 @@ class Engine:
 
     # -- the loop ------------------------------------------------------------------------------
 
-    def step(self) -> list[Output]:
-        """One step: what it added to each request. Empty when there is nothing to do."""
-        plan = self.scheduler.schedule()
-        result = self._execute(plan)
-        outputs = [self.delivery.deliver(item) for item in self.scheduler.commit(plan, result)]
-        self.observe(plan.num_tokens)
+    def step(self, *, ahead: bool = True) -> list[Output]:
+        """One step: what it added to each request. Empty when there is nothing to do.
+
+        Asynchronously the step that is planned here stays in flight, and what is delivered is the one before.
+        Not `ahead`: nothing is in flight afterwards, so that the caller can have the worker to himself.
+        """
+        ahead = ahead and self._asynchronous and not self.scheduler.guesses
+        outputs = [] if ahead else self.settle()
+        plan = self.scheduler.schedule(ahead=ahead)
+        self._flights.append(plan)
+        if not plan.empty:
+            self._pipeline.submit(plan, beside=ahead)
+        return outputs + self._deliver(leave=1 if ahead and not plan.empty else 0)
+
+    def settle(self) -> list[Output]:
+        """Wait for what is in flight, and deliver it."""
+        return self._deliver(leave=0)
+
+    def _deliver(self, *, leave: int) -> list[Output]:
+        """What the steps in flight added, the oldest first, but for the last `leave` of them."""
+        outputs = []
+        while len(self._flights) > leave:
+            plan = self._flights.popleft()
+            outputs += [self.delivery.deliver(item) for item in self.scheduler.commit(plan, self._result(plan))]
+            self.observe(plan.num_tokens)
+            if self._failed_steps >= MAX_FAILED_STEPS:
+                raise AllRowsFailed(f"{self._failed_steps} steps in a row failed")
         return outputs
 
     @property
     def busy(self) -> bool:
-        return len(self.scheduler) > 0
+        return len(self.scheduler) > 0 or len(self._flights) > 0
 
     @property
     def first_tokens_due(self) -> bool:
@@ -135,7 +163,7 @@ class Engine:
 
     def load_adapter(self, key: str) -> None:
         """Let requests name a version that was prepared."""
-        self._executor.load_adapter(key)
+        self._pipeline.in_order(lambda: self._executor.load_adapter(key))
         self._leaving.discard(key)
         self._adapters.add(key)
         self.metrics.on_adapter_loaded(key)
@@ -158,24 +186,23 @@ class Engine:
     def _let_go(self, key: str) -> None:
         if key in self._leaving and not self._adapter_uses[key]:
             self._leaving.discard(key)
-            self._executor.unload_adapter(key)
+            self._pipeline.in_order(lambda: self._executor.unload_adapter(key))
             self.metrics.on_adapter_unloaded(key)
 
     # -- parts of a step -----------------------------------------------------------------------
 
-    def _execute(self, plan: StepPlan) -> StepResult:
-        """The executor's result; rows that failed are in it. Raises once it is clear that nothing works."""
-        if not plan.rows:
+    def _result(self, plan: StepPlan) -> StepResult:
+        """What came of the oldest plan in flight; rows that failed are in it."""
+        if plan.empty:
             return StepResult(step=plan.step, slots=[], tokens=[])
         try:
-            result = self._executor.execute(plan)
+            result = self._pipeline.collect()
         except AllRowsFailed:
             self._failed_steps += 1
-            if self._failed_steps >= MAX_FAILED_STEPS:
-                raise
             failed = {row.slot: "An internal error ended this request." for row in plan.rows}
             return StepResult(step=plan.step, slots=[], tokens=[], failed=failed)
-        self._failed_steps = 0
+        if len(result.failed) < len(plan.rows):
+            self._failed_steps = 0
         return result
 
     def observe(self, num_tokens: int = 0) -> None:

@@ -203,6 +203,11 @@ class StepPlan(Struct, frozen=True, kw_only=True):
     def num_tokens(self) -> int:
         return sum(row.count for row in self.rows)
 
+    @property
+    def empty(self) -> bool:
+        """There is nothing to do."""
+        return not self.rows
+
 
 class StepResult(Struct, frozen=True, kw_only=True):
     """What a step sampled."""
@@ -213,6 +218,7 @@ class StepResult(Struct, frozen=True, kw_only=True):
     tokens: list[int]
     """One token id for each of `slots`."""
     failed: dict[int, str] = {}
-    """Slots whose row could not be computed, with the reason; the others went on."""
+    """Slots whose row could not be computed, with the reason; the others went on. Rows of such a slot in later
+    plans are not computed, until another sequence enters it."""
     logprobs: dict[int, float] = {}
     """Slots of scored sequences → log-probability of their new tokens, added up."""

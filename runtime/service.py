@@ -237,18 +237,20 @@ class EngineService:
                     self._step()
                 elif self.background is not None:
                     self.background.idle()
+            self.engine.settle()
         except Exception:
             log.exception("engine_died")
             self.on_event_loop(self._bury)
 
     def _step(self) -> None:
-        prefilling = self.engine.first_tokens_due
+        background = self.background if self.background is not None and self.background.ready else None
+        prefilling = background is not None and self.engine.first_tokens_due
         self._step_started = began = time.monotonic()
-        outputs = self.engine.step()
+        outputs = self.engine.step(ahead=background is None)
         self._step_started = None
         self.on_event_loop(self._dispatch, outputs)
-        if self.background is not None and self.engine.busy:
-            self.background.between_steps(
+        if background is not None and self.engine.busy:
+            background.between_steps(
                 time.monotonic() - began, decoding=not prefilling, first_tokens_due=self.engine.first_tokens_due
             )
 

@@ -109,6 +109,10 @@ class SchedulerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields
     max_preemptions: Annotated[
         Count, doc("After so many preemptions a request comes in only with room for all of its output, and stays.")
     ] = 4
+    asynchronous: Annotated[
+        Literal["auto", "on", "off"],
+        doc("Plan a step while the one before it is computed; auto does so on a GPU."),
+    ] = "auto"
     speculative_tokens: Annotated[
         Count | None,
         doc("Most tokens to guess ahead from what a sequence repeats; default: none.", example=4),

@@ -142,11 +142,15 @@ class BlockManager:
         With `forget` the content is not to be found again (it may be garbage after a failed step).
         """
         del self._tables[id(table)]
-        while len(table.blocks) > table.num_dropped:
-            block = table.blocks.pop()
-            if forget:
-                self._index.discard(block)
+        if forget:
+            self.forget(table)
+        for block in reversed(table.held):
             self._pool.release(block, reusable=block in self._index)
+
+    def forget(self, table: BlockTable) -> None:
+        """Let nobody find what the blocks of a table hold, or held when it was freed."""
+        for block in table.held:
+            self._index.discard(block)
 
     def reset_prefixes(self) -> int:
         """Forget all cached prefixes; running sequences keep their blocks. Returns how many blocks were known."""

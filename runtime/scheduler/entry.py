@@ -19,7 +19,7 @@ class Entry:
 def take_entry(blocks: BlockManager, request: Request, num_tokens: int) -> Entry | None:
     """Blocks for `num_tokens` of the request, shared as far as possible; None when there is no room."""
     source = request.source
-    if source is not None and source.table is not None and source.num_computed >= request.prompt_len:
+    if source is not None and source.table is not None and source.num_written >= request.prompt_len:
         # Its last prompt token is computed again: the logits of it are this one's own to sample from.
         shared = request.prompt_len - 1
         if blocks.can_fork(source.table, shared, num_tokens):

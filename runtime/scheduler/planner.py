@@ -4,7 +4,7 @@ import contextlib
 from typing import Protocol
 
 from runtime.blocks import BlockManager
-from runtime.messages import FinishReason, StepPlan
+from runtime.messages import FinishReason
 from runtime.scheduler.counts import Counts
 from runtime.scheduler.drafts import Drafter, Speculation
 from runtime.scheduler.entry import take_entry
@@ -56,33 +56,36 @@ class Planner:
         self._counts = counts
         self._end = end
 
-    def plan(self, step: int, now: float) -> StepPlan:
-        """Those who run go on, then those who wait come in, until the budget, the slots or the blocks are used up."""
+    def plan(self, step: int, now: float, *, guess: bool) -> Planning:
+        """Those who run go on, then those who wait come in, until the budget, the slots or the blocks are used up.
+        Without `guess` nobody drafts."""
         planning = Planning(step, self._budget)
         if self._policy.preemptive:
             self._take_places(planning, now)
-        self._go_on(planning)
+        self._go_on(planning, self._speculation if guess else None)
         while planning.budget > 0 and (head := self._head(now)) is not None and self._let_in(head, planning, now):
             self._add(head, planning)
-        return planning.done()
+        return planning
 
     # -- who goes on ---------------------------------------------------------------------------
 
-    def _go_on(self, planning: Planning) -> None:
+    def _go_on(self, planning: Planning, speculation: Speculation | None) -> None:
         """Rows for those that run. A next token goes before a prompt, and of prompts the better ranked one,
         then the shorter one: a long prompt in chunks fills what is left, instead of holding up all others."""
-        size, speculation = self._blocks.block_size, self._speculation
+        size = self._blocks.block_size
         behind: list[Request] = []
         for request in list(self._running.requests):
             if request.state is not State.RUNNING:  # preempted for one before it
                 continue
-            if request.num_computed < len(request.tokens) - 1:
-                behind.append(request)
+            wanted = request.num_wanted
+            if wanted != 1:
+                if wanted:
+                    behind.append(request)
                 continue
             if planning.budget == 0:
                 return
             assert request.table is not None
-            if len(request.tokens) <= len(request.table.blocks) * size or self._make_room(request, planning):
+            if request.length <= len(request.table.blocks) * size or self._make_room(request, planning):
                 planning.add(request, 1, self._draft(request, planning, speculation) if speculation else [])
         behind.sort(key=lambda request: (self._policy.rank(request), request.num_wanted))
         for request in behind:
@@ -96,13 +99,13 @@ class Planner:
     def _make_room(self, request: Request, planning: Planning) -> bool:
         """Blocks for all tokens of a running request, preempting others; False when it had to go itself."""
         assert request.table is not None
-        while not self._blocks.can_grow(request.table, len(request.tokens)):
+        while not self._blocks.can_grow(request.table, request.length):
             victim = self._preemption.victim(self._running.requests)
             self._preempt(victim, planning)
             if victim is request:
                 return False
         try:
-            self._blocks.grow(request.table, len(request.tokens))
+            self._blocks.grow(request.table, request.length)
         except Exception:
             planning.withdraw(request)
             self._end(request, "error", INTERNAL_ERROR)
@@ -111,7 +114,8 @@ class Planner:
 
     def _draft(self, request: Request, planning: Planning, rules: Speculation) -> list[int]:
         """Guesses at what follows, as many as the budget leaves to spare and blocks are free for."""
-        if len(self._running) > rules.max_running or request.submission.scored or request.table is None:
+        unfit = request.submission.scored or request.num_pending
+        if unfit or len(self._running) > rules.max_running or request.table is None:
             return []
         if request.drafter is None:
             request.drafter = Drafter(rules)
@@ -173,7 +177,7 @@ class Planner:
         planning.withdraw(request)
         self._running.leave(request)
         request.move(State.PREEMPTED)
-        request.num_computed = 0
+        request.forget_progress()
         request.timing.preemptions += 1
         self._counts.preemptions += 1
         self._queue.push(request)

@@ -1,7 +1,22 @@
 """A step's plan while it is being made: rows can still be withdrawn when their request is preempted."""
 
+from typing import NamedTuple
+
+from runtime.blocks import BlockTable
 from runtime.messages import Admission, Row, StepPlan
 from runtime.scheduler.request import Request
+
+
+class Stay(NamedTuple):
+    """Whom a row is for: a request, as long as it holds this table."""
+
+    request: Request
+    table: BlockTable
+
+    @property
+    def over(self) -> bool:
+        """It has ended or lost its place since: what is computed for it is dropped."""
+        return self.request.table is not self.table
 
 
 class Planning:
@@ -12,6 +27,7 @@ class Planning:
         self.budget = budget
         """Tokens that may still be added."""
         self._rows: dict[int, Row] = {}
+        self._stays: dict[int, Stay] = {}
         self._admitted: dict[int, Admission] = {}
         self._copies: dict[int, list[tuple[int, int]]] = {}
 
@@ -35,7 +51,8 @@ class Planning:
             self._copies[request.slot] = copies
 
     def add(self, request: Request, count: int, draft: list[int]) -> None:
-        """Compute `count` of the tokens that the request wants, and then those of `draft`."""
+        """Compute `count` of the tokens that the request wants, and then those of `draft`. It is booked as if it
+        were done; what came of it is settled when the step is committed."""
         slot, table, start = request.slot, request.table, request.num_computed
         assert slot is not None
         assert table is not None
@@ -43,8 +60,11 @@ class Planning:
         new_blocks = table.blocks[request.num_sent_blocks :] if request.num_sent_blocks < known else []
         request.num_sent_blocks = known
         total = count + len(draft)
-        sample = start + count == len(request.tokens)
+        sample = start + count == request.length
         self._rows[slot] = Row(slot=slot, start=start, count=total, sample=sample, new_blocks=new_blocks, draft=draft)
+        self._stays[slot] = Stay(request, table)
+        request.num_computed = start + total
+        request.num_pending += sample
         self.budget -= total
 
     def withdraw(self, request: Request) -> None:
@@ -52,10 +72,16 @@ class Planning:
         slot = request.slot
         assert slot is not None
         row = self._rows.pop(slot, None)
+        self._stays.pop(slot, None)
         if row is not None:
             self.budget += row.count
         self._admitted.pop(slot, None)
         self._copies.pop(slot, None)
+
+    @property
+    def stays(self) -> dict[int, Stay]:
+        """By the slots of the rows."""
+        return self._stays
 
     def done(self) -> StepPlan:
         return StepPlan(

@@ -39,7 +39,7 @@ class Queue:
     def add(self, request: Request, leader: Request | None) -> None:
         """A new request; `leader` is the one of which it is a fork."""
         if leader is not None and same_prompt(leader, request):
-            if leader.num_computed < leader.prompt_len:
+            if leader.num_written < leader.prompt_len:
                 self._followers.add(request, leader)
                 return
             request.source = leader

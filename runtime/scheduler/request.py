@@ -36,8 +36,9 @@ ENDS: dict[State, frozenset[FinishReason]] = {
 class Request:
     """What the scheduler knows of a sequence. Written by the scheduler alone.
 
-    One quantity drives everything: `num_computed` chases `len(tokens)`. Prefill, a chunk of it,
-    decode and the recomputation after a preemption differ only in how far apart the two are.
+    One quantity drives everything: `num_computed` chases `length`. Prefill, a chunk of it, decode and the
+    recomputation after a preemption differ only in how far apart the two are. Both run ahead of what is known
+    while a step is in flight: `num_written` and `tokens` follow when its result is there.
     """
 
     __slots__ = (
@@ -48,7 +49,9 @@ class Request:
         "id",
         "max_len",
         "num_computed",
+        "num_pending",
         "num_sent_blocks",
+        "num_written",
         "order",
         "seed",
         "slot",
@@ -71,6 +74,11 @@ class Request:
         self.max_len = max_len
         self.tokens = list(submission.prompt_ids)
         self.num_computed = 0
+        """Tokens whose KV is computed, or is being computed by a step in flight."""
+        self.num_written = 0
+        """Those of them whose step is done: their KV can be shared."""
+        self.num_pending = 0
+        """Tokens that a step in flight samples."""
         params = submission.params
         self.stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else frozenset(eos_ids))
         self.order = 0
@@ -109,9 +117,16 @@ class Request:
         return len(self.tokens) - self.prompt_len
 
     @property
+    def length(self) -> int:
+        """Tokens that are known, or will be when the steps in flight are done."""
+        return len(self.tokens) + self.num_pending
+
+    @property
     def num_wanted(self) -> int:
-        """Tokens that are known but whose KV is not computed yet."""
-        return len(self.tokens) - self.num_computed
+        """Tokens whose KV is still to be computed; none of one that gets its last token from a step in flight."""
+        if self.num_pending and self.length >= self.max_len:
+            return 0
+        return self.length - self.num_computed
 
     @property
     def suppressed_ids(self) -> list[int]:
@@ -126,6 +141,10 @@ class Request:
         """Take back the last `num_tokens`: they were sampled together with the one that ends the output."""
         if num_tokens:
             del self.tokens[-num_tokens:]
+
+    def forget_progress(self) -> None:
+        """Its blocks are gone. What steps in flight still compute for it is dropped, and will be computed again."""
+        self.num_computed = self.num_written = self.num_pending = 0
 
     def move(self, state: State) -> None:
         """Change state. A transition that the table does not have is a bug in the scheduler."""

@@ -33,7 +33,8 @@ class Running:
 
     def enter(self, request: Request, entry: Entry) -> None:
         request.move(State.RUNNING)
-        request.table, request.num_computed = entry.table, entry.num_computed
+        request.table = entry.table
+        request.num_computed = request.num_written = entry.num_computed
         request.slot = slot = self._free.pop()
         self._held[slot] = request
 

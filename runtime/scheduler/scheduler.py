@@ -2,11 +2,16 @@
 
 There is no prefill phase and no decode phase. Every request has tokens that are known and tokens
 that are computed, and each step lets some requests catch up by some tokens, within a budget.
-A step is `schedule` (a plan), then `commit` (what came of it). Knows neither tensors nor text.
+A step is `schedule` (a plan), then `commit` (what came of it). The next one may be planned in between: a plan
+books its rows as if they were done, and what its result says of a request that has ended meanwhile, or has
+lost its blocks, is dropped. That is safe because steps are executed in the order of their plans: whoever gets a
+block writes to it after all who had it before. Knows neither tensors nor text.
 """
 
 import itertools
+import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, ValuesView
 from dataclasses import dataclass
 
@@ -19,6 +24,7 @@ from runtime.scheduler.deadlines import Deadlines
 from runtime.scheduler.drafts import Speculation
 from runtime.scheduler.pace import Pace
 from runtime.scheduler.planner import Planner
+from runtime.scheduler.planning import Stay
 from runtime.scheduler.policies import Policy
 from runtime.scheduler.preemption import Preemption
 from runtime.scheduler.queue import Queue
@@ -33,6 +39,16 @@ class Committed:
     request: Request
     tokens: list[int]
     error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """A plan that was made and is not committed."""
+
+    planned: float
+    """When."""
+    stays: dict[int, Stay]
+    """Whom each slot's row is for."""
 
 
 class Scheduler:
@@ -58,6 +74,7 @@ class Scheduler:
         self.policy = policy
         self.counts = Counts()
         self._window = sliding_window
+        self._speculation = speculation
         self._clock = clock
         self._pace = Pace()
         self.waiting = Queue(policy, Admission(max_waiting, max_waiting_tokens), self._pace)
@@ -81,7 +98,8 @@ class Scheduler:
         self._ended: list[Committed] = []
         """Requests that the scheduler itself has ended since the last commit."""
         self._step = 0
-        self._step_start = 0.0
+        self._flights: deque[Flight] = deque()
+        self._last_commit = -math.inf
 
     # -- requests ------------------------------------------------------------------------------
 
@@ -137,32 +155,47 @@ class Scheduler:
 
     # -- a step --------------------------------------------------------------------------------
 
-    def schedule(self) -> StepPlan:
-        """Plan the next step. Without rows there is nothing to compute, but `commit` may have ends to tell."""
-        self._step_start = now = self._clock()
+    @property
+    def guesses(self) -> bool:
+        """Would the next plan look for drafts? It needs every token for that, so nothing should be in flight."""
+        rules = self._speculation
+        return rules is not None and len(self._running) <= rules.max_running
+
+    def schedule(self, *, ahead: bool = False) -> StepPlan:
+        """Plan the next step. Without rows there is nothing to compute, but `commit` may have ends to tell.
+
+        `ahead`: another plan may be made before this one is committed. So it has no drafts, of which nobody
+        knows how many tokens they give. Plans are committed in their order.
+        """
+        now = self._clock()
         for late in self._deadlines.passed(now):
             self._end(late, "timeout")
         self._step += 1
-        return self._planner.plan(self._step, now)
+        planning = self._planner.plan(self._step, now, guess=not ahead)
+        self._flights.append(Flight(now, planning.stays))
+        return planning.done()
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[Committed]:
         """Book what a step computed and sampled. Tells of new tokens, and of requests that the scheduler has
         ended: the late and the failed. All other ends are the engine's."""
-        now = self._clock()
-        self._pace.on_step(plan.num_tokens, len(plan.rows), now - self._step_start)
+        flight, now = self._flights.popleft(), self._clock()
+        self._pace.on_step(plan.num_tokens, len(plan.rows), now - max(flight.planned, self._last_commit))
+        self._last_commit = now
         for slot, error in result.failed.items():
-            self._end(self._running[slot], "error", error)
+            self._fail(flight.stays[slot], error)
         committed, self._ended = self._ended, []
         sampled: dict[int, list[int]] = {}
         for slot, token in zip(result.slots, result.tokens, strict=True):
             sampled.setdefault(slot, []).append(token)
         for row in plan.rows:
-            if row.slot not in result.failed:
-                request, tokens = self._running[row.slot], sampled.get(row.slot, [])
-                self._book(request, row, tokens, now)
-                if tokens:
-                    request.cumulative_logprob += result.logprobs.get(row.slot, 0.0)
-                    committed.append(Committed(request, tokens))
+            stay = flight.stays[row.slot]
+            if stay.over:
+                continue
+            request, tokens = stay.request, sampled.get(row.slot, [])
+            self._book(request, row, tokens, now)
+            if tokens:
+                request.cumulative_logprob += result.logprobs.get(row.slot, 0.0)
+                committed.append(Committed(request, tokens))
         return committed
 
     def _book(self, request: Request, row: Row, tokens: list[int], now: float) -> None:
@@ -171,18 +204,27 @@ class Scheduler:
         assert request.chain is not None
         if request.timing.scheduled is None:
             request.timing.scheduled = now
-        request.num_computed = row.start + row.count
+        request.num_written = row.start + row.count
+        request.num_pending -= row.sample
         if row.draft:
             # What was computed for wrong guesses is overwritten by the next row, and never findable.
-            request.num_computed -= len(row.draft) + 1 - len(tokens)
+            request.num_written -= len(row.draft) + 1 - len(tokens)
+            request.num_computed = request.num_written
             self._learn(request, row, len(tokens) - 1)
         request.tokens += tokens
         self.policy.served(request, 0, len(tokens))
-        self.blocks.index(request.table, request.tokens, request.num_computed, request.chain)
+        if request.num_written >= (request.table.num_indexed + 1) * self.blocks.block_size:
+            self.blocks.index(request.table, request.tokens, request.num_written, request.chain)
         if self._window is not None:
-            self.blocks.drop_behind(request.table, request.num_computed - self._window + 1)
-        if request.num_computed >= request.prompt_len:
+            self.blocks.drop_behind(request.table, request.num_written - self._window + 1)
+        if self.waiting.num_deferred and request.num_written >= request.prompt_len:
             self.waiting.release(request)
+
+    def _fail(self, stay: Stay, error: str) -> None:
+        """A row could not be computed. What lies in its blocks may be garbage, whoever has them now."""
+        self.blocks.forget(stay.table)
+        if not stay.request.finished:
+            self._end(stay.request, "error", error)
 
     def _learn(self, request: Request, row: Row, num_accepted: int) -> None:
         assert request.drafter is not None

@@ -2,7 +2,9 @@
 
 from typing import Protocol
 
-from runtime.messages import StepPlan, StepResult
+from msgspec.structs import replace
+
+from runtime.messages import Row, StepPlan, StepResult
 from runtime.workers.adapter_slots import AdapterSlots
 from runtime.workers.worker import Worker
 
@@ -32,14 +34,23 @@ class InProcessExecutor:
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
+        self._lost: set[int] = set()
+        """Slots whose sequence misses a token, as its row failed. A plan made before that was known may go on."""
 
     def execute(self, plan: StepPlan) -> StepResult:
         """One batch; when it raises, row by row, so that one bad row fails alone. See `Executor`."""
         self._worker.admit(plan)
+        self._lost.difference_update(admission.slot for admission in plan.admitted)
+        rows = [row for row in plan.rows if row.slot not in self._lost]
+        lost = {row.slot: "An internal error ended this request." for row in plan.rows if row.slot in self._lost}
+        if not rows:
+            return StepResult(step=plan.step, slots=[], tokens=[], failed=lost)
         try:
-            return self._worker.compute(plan.step, plan.rows)
+            result = self._worker.compute(plan.step, rows)
         except Exception as error:
-            return self._isolate(plan, error)
+            result = self._isolate(plan.step, rows, error)
+        self._lost |= result.failed.keys()
+        return replace(result, failed=result.failed | lost) if lost else result
 
     def prepare_adapter(self, key: str, directory: str) -> None:
         self._slots.prepare(key, directory)
@@ -56,14 +67,14 @@ class InProcessExecutor:
             raise RuntimeError("this worker was made without adapter slots")
         return self._worker.adapters
 
-    def _isolate(self, plan: StepPlan, cause: Exception) -> StepResult:
+    def _isolate(self, step: int, rows: list[Row], cause: Exception) -> StepResult:
         slots: list[int] = []
         tokens: list[int] = []
         failed: dict[int, str] = {}
         logprobs: dict[int, float] = {}
-        for row in plan.rows:
+        for row in rows:
             try:
-                result = self._worker.compute(plan.step, [row])
+                result = self._worker.compute(step, [row])
             except Exception:
                 failed[row.slot] = "An internal error ended this request; the others go on."
                 continue
@@ -71,6 +82,7 @@ class InProcessExecutor:
             tokens += result.tokens
             failed |= result.failed
             logprobs |= result.logprobs
-        if len(failed) == len(plan.rows):
-            raise AllRowsFailed(f"every row of step {plan.step} failed") from cause
-        return StepResult(step=plan.step, slots=slots, tokens=tokens, failed=failed, logprobs=logprobs)
+        if len(failed) == len(rows):
+            self._lost |= failed.keys()
+            raise AllRowsFailed(f"every row of step {step} failed") from cause
+        return StepResult(step=step, slots=slots, tokens=tokens, failed=failed, logprobs=logprobs)

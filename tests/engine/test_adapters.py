@@ -25,9 +25,9 @@ def adapters(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     }
 
 
-@pytest.fixture(scope="module")
-def llm(tiny_model: Path, adapters: dict[str, Path]) -> LLM:
-    return loaded(LLM(str(tiny_model), max_batched_tokens=40, max_running=16), adapters)
+@pytest.fixture(scope="module", params=["off", "on"])
+def llm(tiny_model: Path, adapters: dict[str, Path], request: pytest.FixtureRequest) -> LLM:
+    return loaded(LLM(str(tiny_model), max_batched_tokens=40, max_running=16, asynchronous=request.param), adapters)
 
 
 def loaded(llm: LLM, adapters: dict[str, Path]) -> LLM:

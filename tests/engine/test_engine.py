@@ -1,5 +1,6 @@
 """The engine over a tiny real model: what ends a request, what a seed promises, what a fault costs."""
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,15 +9,15 @@ import pytest
 from runtime import LLM, SamplingParams, failpoints
 from runtime.errors import ContextLengthExceeded, InvalidRequest
 from runtime.llm import Completion
-from runtime.messages import Submission
+from runtime.messages import Output, Submission
 from runtime.workers.executor import AllRowsFailed
 
 PROMPT = [5, 77, 131, 9, 42, 200, 17]
 
 
-@pytest.fixture(scope="module")
-def llm(tiny_model: Path) -> LLM:
-    return LLM(str(tiny_model), max_batched_tokens=32, max_running=8)
+@pytest.fixture(scope="module", params=["off", "on"])
+def llm(tiny_model: Path, request: pytest.FixtureRequest) -> LLM:
+    return LLM(str(tiny_model), max_batched_tokens=32, max_running=8, asynchronous=request.param)
 
 
 @pytest.fixture(autouse=True)
@@ -120,10 +121,11 @@ def test_one_bad_row_fails_alone(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> N
     for name in expected:
         llm.engine.submit(Submission(request_id=name, prompt_ids=[int(name)] * 5, params=params))
     outputs: dict[str, list[int]] = {name: [] for name in expected}
+    rows = itertools.count(1)
 
     def fail_for_20(name: str, detail: object = "") -> None:
         request = llm.engine.scheduler.get("20")
-        if request is not None and detail == request.slot and len(outputs["20"]) == 2:
+        if request is not None and detail == request.slot and next(rows) > 2:
             raise failpoints.FailpointError(name)
 
     monkeypatch.setattr("runtime.workers.worker.failpoint", fail_for_20)
@@ -141,12 +143,17 @@ def test_when_every_step_raises_the_engine_gives_up(llm: LLM) -> None:
     failpoints.configure("worker.row=raise")
     for i in range(20):
         llm.engine.submit(Submission(request_id=f"r{i}", prompt_ids=[i + 1], params=SamplingParams()))
-    for _ in range(2):
-        outputs = llm.engine.step()
-        assert len(outputs) == 8
-        assert {output.finish_reason for output in outputs} == {"error"}
+    outputs: list[Output] = []
+
+    def go_on() -> None:
+        for _ in range(10):
+            outputs.extend(llm.engine.step())
+
     with pytest.raises(AllRowsFailed):
-        llm.engine.step()
+        go_on()
+    assert len(outputs) == 16
+    assert {output.finish_reason for output in outputs} == {"error"}
     for i in range(20):
         llm.engine.abort(f"r{i}")
     llm.engine._failed_steps = 0
+    llm.engine.settle()

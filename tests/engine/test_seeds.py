@@ -54,6 +54,8 @@ def quiet(llm: LLM) -> None:
         ({"num_blocks": 12, "max_running": 6, "prefix_caching": False, "max_prefill_chunk": 5}, squeezed),
         ({"speculative_tokens": 4, "speculative_max_running": 64, "speculative_min_acceptance": 0.0}, guessed),
         ({"speculative_tokens": 3, "speculative_max_running": 64, "num_blocks": 12}, squeezed),
+        ({"asynchronous": "on", "max_prefill_chunk": 7}, quiet),
+        ({"asynchronous": "on", "num_blocks": 12, "max_running": 6}, squeezed),
     ],
 )
 def test_same_tokens_however_it_runs(

@@ -56,7 +56,8 @@ async def gather(stream: OutputStream) -> list[Output]:
     return [output async for output in stream]
 
 
-def test_a_thousand_requests_with_random_aborts(tiny_model: Path) -> None:
+@pytest.mark.parametrize("asynchronous", ["off", "on"])
+def test_a_thousand_requests_with_random_aborts(tiny_model: Path, asynchronous: str) -> None:
     """Aborted while queued, in the middle of a prompt, and while decoding; the rest is complete."""
     rng = random.Random(0)
     finished: list[int] = []
@@ -81,7 +82,8 @@ def test_a_thousand_requests_with_random_aborts(tiny_model: Path) -> None:
     async def body(service: EngineService) -> None:
         await asyncio.gather(*(client(service, index) for index in range(1000)))
 
-    service = run(tiny_model, body, num_blocks=32, max_running=16, max_batched_tokens=64, max_waiting=1000)
+    pool = {"num_blocks": 32, "max_running": 16, "max_batched_tokens": 64, "max_waiting": 1000}
+    service = run(tiny_model, body, asynchronous=asynchronous, **pool)
     assert 250 < len(finished) < 750
     assert service.engine.scheduler.num_preemptions > 0
     check_empty(service)

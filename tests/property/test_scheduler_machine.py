@@ -1,8 +1,8 @@
 """A hypothesis state machine over the real scheduler and block pool, with a toy model as the worker.
 
-Every policy, with and without drafts; requests come, fork, are aborted, run out of time, and are preempted;
-adapters get new versions; prefixes are forgotten; allocations fail. Whatever happens: nothing is lost, every
-request ends, and what it got is what it would have got alone.
+Every policy, with and without drafts, planning ahead or not; requests come, fork, are aborted, run out of time,
+stop early and are preempted; adapters get new versions; prefixes are forgotten; allocations and rows fail.
+Whatever happens: nothing is lost, every request ends, and what it got is what it would have got alone.
 """
 
 import pytest
@@ -12,9 +12,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from runtime import failpoints
 from runtime.blocks import BlockManager
+from runtime.messages import StepPlan
 from runtime.scheduler import Request, Scheduler, Speculation, State
 from runtime.scheduler.policies import POLICIES, make_policy
-from tests.scheduler.toy import ToyWorker, make_request, solo, step
+from tests.scheduler.toy import Ahead, ToyWorker, make_request, solo, step
 
 BLOCK, BLOCKS, SLOTS, BUDGET = 2, 7, 3, 6
 VOCAB = 3  # few tokens, so that prefixes meet often
@@ -22,8 +23,13 @@ LIMIT = BLOCK * BLOCKS
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    @initialize(policy=st.sampled_from(sorted(POLICIES)), drafts=st.sampled_from([None, 2]), caching=st.booleans())
-    def start(self, policy: str, drafts: int | None, caching: bool) -> None:
+    @initialize(
+        policy=st.sampled_from(sorted(POLICIES)),
+        drafts=st.sampled_from([None, 2]),
+        caching=st.booleans(),
+        ahead=st.booleans(),
+    )
+    def start(self, policy: str, drafts: int | None, caching: bool, ahead: bool) -> None:
         self.now = 0.0
         self.scheduler = Scheduler(
             BlockManager(BLOCKS, BLOCK, prefix_caching=caching),
@@ -37,6 +43,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             clock=lambda: self.now,
         )
         self.worker = ToyWorker(BLOCK, vocab=VOCAB)
+        self.ahead = Ahead(self.scheduler, self.worker) if ahead else None
         self.version = 1
         self.requests: list[Request] = []
 
@@ -83,13 +90,21 @@ class SchedulerMachine(RuleBasedStateMachine):
             leader.prompt_ids, more, adapter=leader.adapter, cache_salt=leader.cache_salt, fork_of=leader.request_id
         )
 
-    @precondition(lambda self: len(self.scheduler))
+    @property
+    def busy(self) -> bool:
+        return self.ahead.busy if self.ahead else len(self.scheduler) > 0
+
+    def _step(self) -> StepPlan:
+        return self.ahead.step() if self.ahead else step(self.scheduler, self.worker)
+
+    @precondition(lambda self: self.busy)
     @rule()
     def step(self) -> None:
-        before = len(self.scheduler)
-        plan = step(self.scheduler, self.worker)
+        before, in_flight = len(self.scheduler), self.ahead is not None and self.ahead.flight is not None
+        plan = self._step()
         self.now += 1.0
-        assert plan.rows or len(self.scheduler) < before, "there are requests, but none makes progress"
+        progress = plan.rows or in_flight or len(self.scheduler) < before
+        assert progress, "there are requests, but none makes progress"
         assert plan.num_tokens <= BUDGET
 
     @precondition(lambda self: len(self.scheduler))
@@ -97,9 +112,22 @@ class SchedulerMachine(RuleBasedStateMachine):
     def step_with_a_failing_allocation(self, at: int) -> None:
         failpoints.configure(f"blocks.take=raise:{at}")
         try:
-            step(self.scheduler, self.worker)
+            self._step()
         finally:
             failpoints.configure("")
+
+    @precondition(lambda self: len(self.scheduler))
+    @rule(data=st.data())
+    def step_in_which_a_row_fails(self, data: st.DataObject) -> None:
+        self.worker.failing = data.draw(st.integers(0, SLOTS - 1))
+        self._step()
+        self.worker.failing = None
+
+    @precondition(lambda self: self.scheduler.running)
+    @rule(data=st.data())
+    def stop(self, data: st.DataObject) -> None:
+        """A stop string is found, maybe with the next row in flight."""
+        self.scheduler.finish(data.draw(st.sampled_from(list(self.scheduler.running))), "stop")
 
     @precondition(lambda self: len(self.scheduler))
     @rule(data=st.data())
@@ -125,10 +153,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         if not hasattr(self, "scheduler"):
             return
         for _ in range(1000):
-            if not len(self.scheduler):
+            if not self.busy:
                 break
             self.step()
-        assert not len(self.scheduler), "a request never ends"
+        assert not self.busy, "a request never ends"
         self.scheduler.check_integrity()
         for request in self.requests:
             assert request.state is State.FINISHED

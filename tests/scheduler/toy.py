@@ -37,6 +37,9 @@ class ToyWorker:
         self.blocks: dict[int, list[int]] = {}
         self.adapter: dict[int, str] = {}
         self.num_computed = 0
+        self.failing: int | None = None
+        """Slot whose row fails, and leaves garbage."""
+        self.lost: set[int] = set()
 
     def execute(self, plan: StepPlan) -> StepResult:
         for source, target in plan.copies:
@@ -47,10 +50,16 @@ class ToyWorker:
             self.tokens[new.slot] = list(new.token_ids)
             self.blocks[new.slot] = list(new.block_ids)
             self.adapter[new.slot] = new.adapter
+            self.lost.discard(new.slot)
         slots: list[int] = []
         tokens: list[int] = []
+        failed: dict[int, str] = {}
         for row in plan.rows:
             self.blocks[row.slot] += row.new_blocks
+            if row.slot in self.lost or row.slot == self.failing:
+                self.lost.add(row.slot)
+                failed[row.slot] = "the row failed"
+                continue
             known = self.tokens[row.slot]
             if row.draft:
                 known[row.start + row.count - len(row.draft) :] = row.draft
@@ -61,7 +70,7 @@ class ToyWorker:
                 kept = self._sample(row.slot, row.start + row.count - len(row.draft), row.draft)
                 slots += [row.slot] * len(kept)
                 tokens += kept
-        return StepResult(step=plan.step, slots=slots, tokens=tokens)
+        return StepResult(step=plan.step, slots=slots, tokens=tokens, failed=failed)
 
     def _sample(self, slot: int, length: int, draft: list[int]) -> list[int]:
         kept: list[int] = []
@@ -106,11 +115,47 @@ def make_request(
 def step(scheduler: Scheduler, worker: ToyWorker) -> StepPlan:
     """One step, as the engine does it: what has reached its length is finished."""
     plan = scheduler.schedule()
-    for item in scheduler.commit(plan, worker.execute(plan)):
+    commit(scheduler, plan, worker.execute(plan))
+    return plan
+
+
+def commit(scheduler: Scheduler, plan: StepPlan, result: StepResult) -> None:
+    for item in scheduler.commit(plan, result):
         request = item.request
         if item.tokens and len(request.tokens) >= request.max_len:
             scheduler.finish(request, "length")
-    return plan
+
+
+class Ahead:
+    """Steps as an asynchronous engine does them: the next one is planned before the result of the last is known."""
+
+    def __init__(self, scheduler: Scheduler, worker: ToyWorker) -> None:
+        self.scheduler = scheduler
+        self.worker = worker
+        self.flight: tuple[StepPlan, StepResult] | None = None
+
+    @property
+    def busy(self) -> bool:
+        return len(self.scheduler) > 0 or self.flight is not None
+
+    def step(self) -> StepPlan:
+        ahead = not self.scheduler.guesses
+        if not ahead:
+            self.settle()
+        plan = self.scheduler.schedule(ahead=ahead)
+        result = self.worker.execute(plan)  # steps run in order, so it may as well be computed here
+        self.settle()
+        if plan.empty or not ahead:
+            commit(self.scheduler, plan, result)
+        else:
+            self.flight = plan, result
+        return plan
+
+    def settle(self) -> None:
+        if self.flight is not None:
+            plan, result = self.flight
+            self.flight = None
+            commit(self.scheduler, plan, result)
 
 
 def run(scheduler: Scheduler, worker: ToyWorker, *, most: int = 10_000) -> int:
