@@ -39,26 +39,20 @@ class Delivery:
         return len(self._texts)
 
     def begin(self, request: Request) -> None:
-        params = request.params
-        self._texts[request.id] = Detokenizer(
-            self._tokenizer,
-            request.submission.prompt_ids,
-            stop=params.stop,
-            include_stop=params.include_stop_str_in_output,
-            skip_special_tokens=params.skip_special_tokens,
-        )
+        self._texts[request.id] = self._detokenizer(request)
+
+    def text_of(self, request: Request, tokens: list[int]) -> str:
+        """What a whole output says. It is not this request's only one."""
+        text = self._detokenizer(request)
+        return "".join(map(text.add, tokens)) + text.flush()
 
     def deliver(self, item: Committed) -> Output:
         """New tokens as text; ends the request if one of them ends it."""
-        request, timing = item.request, item.request.timing
+        request = item.request
         if not item.tokens:
-            return self._output(request, error=self._forget(request) or item.error)
+            return self._output(request, error=self.forget(request) or item.error)
         tokens, text, ending = self._read(request, item.tokens)
-        first = timing.first_token is None
-        self._metrics.on_tokens(timing, len(tokens), now := time.monotonic())
-        timing.first_token = timing.first_token or now
-        timing.last_token = now
-        error = self._hooks.first_token(request.submission, timing) if first else None
+        error = self.note_tokens(request, len(tokens))
         if error is not None:
             self.finish(request, "error")
         elif ending is not None:
@@ -68,7 +62,36 @@ class Delivery:
     def finish(self, request: Request, reason: FinishReason, stop_reason: str | int | None = None) -> str | None:
         """End a request wherever it is. Returns what a hook has to complain of."""
         self._scheduler.finish(request, reason, stop_reason=stop_reason)
-        return self._forget(request)
+        return self.forget(request)
+
+    def note_tokens(self, request: Request, count: int) -> str | None:
+        """New tokens are there. Returns what a hook has to complain of."""
+        timing = request.timing
+        first = timing.first_token is None
+        self._metrics.on_tokens(timing, count, now := time.monotonic())
+        timing.first_token = timing.first_token or now
+        timing.last_token = now
+        return self._hooks.first_token(request.submission, timing) if first else None
+
+    def forget(self, request: Request) -> str | None:
+        """A request has ended. Returns what a hook has to complain of."""
+        self._texts.pop(request.id, None)
+        error = self._hooks.finish(request.submission, request.timing)
+        if error is not None:
+            request.fail()
+        self._metrics.on_finish(request.timing)
+        self._on_end(request)
+        return error
+
+    def _detokenizer(self, request: Request) -> Detokenizer:
+        params = request.params
+        return Detokenizer(
+            self._tokenizer,
+            request.submission.prompt_ids,
+            stop=params.stop,
+            include_stop=params.include_stop_str_in_output,
+            skip_special_tokens=params.skip_special_tokens,
+        )
 
     def _read(self, request: Request, tokens: list[int]) -> tuple[list[int], str, Ending | None]:
         """The tokens up to the one that ends the sequence, what they show, and that end. What was sampled
@@ -92,15 +115,6 @@ class Delivery:
                 request.cut(beyond)
                 return tokens[:count], shown, ending
         return tokens, shown, None
-
-    def _forget(self, request: Request) -> str | None:
-        self._texts.pop(request.id, None)
-        error = self._hooks.finish(request.submission, request.timing)
-        if error is not None:
-            request.fail()
-        self._metrics.on_finish(request.timing)
-        self._on_end(request)
-        return error
 
     def _output(
         self, request: Request, token_ids: list[int] | None = None, text: str = "", error: str | None = None

@@ -9,6 +9,7 @@ import random
 import time
 from collections import Counter, deque
 
+from runtime.beams import BeamSearches
 from runtime.delivery import Delivery
 from runtime.errors import AdapterUnavailable, ContextLengthExceeded, InvalidRequest
 from runtime.hooks import Hooks
@@ -50,6 +51,7 @@ class Engine:
         self.metrics = metrics
         self._hooks = hooks or Hooks()
         self.delivery = Delivery(scheduler, tokenizer, metrics, self._hooks, on_end=self._release_adapter)
+        self._beams = BeamSearches(scheduler, self.delivery)
         self._adapter_uses: Counter[str] = Counter()
         """Requests that are not finished, by the key of the version that they began with."""
         self._adapters: set[str] = set()
@@ -81,10 +83,12 @@ class Engine:
 
     def _deliver(self, *, leave: int) -> list[Output]:
         """What the steps in flight added, the oldest first, but for the last `leave` of them."""
-        outputs = []
+        outputs: list[Output] = []
         while len(self._flights) > leave:
             plan = self._flights.popleft()
-            outputs += [self.delivery.deliver(item) for item in self.scheduler.commit(plan, self._result(plan))]
+            for item in self.scheduler.commit(plan, self._result(plan)):
+                searches = item.request.submission.beams is not None
+                outputs += self._beams.deliver(item) if searches else [self.delivery.deliver(item)]
             self.observe(plan.num_tokens)
             if self._failed_steps >= MAX_FAILED_STEPS:
                 raise AllRowsFailed(f"{self._failed_steps} steps in a row failed")
@@ -147,11 +151,15 @@ class Engine:
         if submission.adapter:
             self._adapter_uses[submission.adapter] += 1
         self.delivery.begin(request)
+        if submission.beams is not None:
+            self._beams.begin(request, submission.beams)
 
     def abort(self, request_id: str, reason: FinishReason = "abort") -> None:
         """End a request wherever it is; its slot and blocks are free at once. Unknown ids are fine."""
         request = self.scheduler.get(request_id)
-        if request is not None:
+        if request_id in self._beams:
+            self._beams.end(request_id, reason)
+        elif request is not None:
             self.delivery.finish(request, reason)
 
     # -- adapters ------------------------------------------------------------------------------

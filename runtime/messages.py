@@ -77,6 +77,20 @@ def _out_of_range(field: str, limit: str, given: object) -> InvalidRequest:
     return InvalidRequest(f"{field} must be {limit}, got {given}.", param=field)
 
 
+class BeamSearch(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Look for the likeliest outputs instead of sampling them."""
+
+    width: int
+    """Sequences that are followed at once."""
+    best: int
+    """So many of them are the answer, at most `width`."""
+    length_penalty: float = 1.0
+    """Outputs rank by their log-probability divided by their length to this power: more favours long ones."""
+    early_stopping: bool | Literal["never"] = False
+    """True ends the search as soon as `width` outputs are complete; False when the live sequences are unlikely to
+    become better than those; "never" when they cannot."""
+
+
 class Submission(Struct, frozen=True, kw_only=True):
     """One sequence to generate, as the API hands it to the engine. Already tokenised and checked."""
 
@@ -93,6 +107,8 @@ class Submission(Struct, frozen=True, kw_only=True):
     """Id of a request with the same prompt, submitted before: its KV of the prompt is shared once it is computed."""
     scored: bool = False
     """Add up the log-probabilities of the generated tokens, which `best_of` ranks by."""
+    beams: BeamSearch | None = None
+    """Search instead of sampling; of `params`, the lengths and the stop ids count."""
     adapter: str = ""
     """Adapter *version* key; the empty string is the base model. Part of every KV block's key."""
     cache_salt: str = ""
@@ -118,6 +134,8 @@ class Output(Struct, frozen=True, kw_only=True):
     """Total so far, this output included."""
     cumulative_logprob: float = 0.0
     """Sum over the generated tokens so far; 0 unless the submission was `scored`."""
+    choices: list["Output"] = []
+    """Of a beam search, on the last output: its best sequences, whole, best first."""
     error: str | None = None
     """With finish_reason "error": what to tell the client. Never a traceback or a path."""
 
@@ -133,6 +151,7 @@ class Output(Struct, frozen=True, kw_only=True):
             cached_tokens=later.cached_tokens,
             generated_tokens=later.generated_tokens,
             cumulative_logprob=later.cumulative_logprob,
+            choices=later.choices,
             error=later.error,
         )
 
@@ -173,6 +192,8 @@ class Admission(Struct, frozen=True, kw_only=True):
     adapter: str = ""
     scored: bool = False
     """The worker reports the log-probabilities of what it samples."""
+    candidates: int = 0
+    """The worker samples nothing, and reports so many of the likeliest next tokens."""
 
 
 class Row(Struct, frozen=True, kw_only=True, array_like=True):
@@ -188,6 +209,8 @@ class Row(Struct, frozen=True, kw_only=True, array_like=True):
     draft: list[int] = []
     """Guesses at the next tokens, counted in `count`: the last `len(draft)` tokens that the row computes.
     A token is sampled before each of them and after the last, as far as they are what was sampled."""
+    told: list[int] = []
+    """The last tokens that the row computes, where the worker did not sample them."""
 
 
 class StepPlan(Struct, frozen=True, kw_only=True):
@@ -222,3 +245,5 @@ class StepResult(Struct, frozen=True, kw_only=True):
     plans are not computed, until another sequence enters it."""
     logprobs: dict[int, float] = {}
     """Slots of scored sequences → log-probability of their new tokens, added up."""
+    candidates: dict[int, list[tuple[int, float]]] = {}
+    """Slots of sequences with `candidates` → token ids and their log-probabilities, likeliest first."""

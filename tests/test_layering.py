@@ -40,7 +40,9 @@ ALLOWED: dict[str, set[str]] = {
     },
     "runtime.hooks": {"runtime.logs"},
     "runtime.delivery": {"runtime.scheduler", "runtime.hooks", "runtime.metrics", *TEXT},
+    "runtime.beams": {"runtime.scheduler", "runtime.delivery"},
     "runtime.engine": {
+        "runtime.beams",
         "runtime.scheduler",
         "runtime.blocks",
         "runtime.workers",

@@ -37,6 +37,12 @@ class KeyChain:
         self._root = root_key(adapter, salt)
         self._keys: list[PrefixKey] = []
 
+    def copy(self) -> "KeyChain":
+        """For another sequence that begins with all tokens of this one."""
+        other = object.__new__(KeyChain)
+        other._size, other._root, other._keys = self._size, self._root, list(self._keys)
+        return other
+
     def keys(self, tokens: Sequence[int], count: int) -> list[PrefixKey]:
         """The keys of the first `count` blocks of `tokens`, and maybe of more. Tokens only ever grow at the end."""
         keys, size = self._keys, self._size

@@ -1,5 +1,6 @@
 """Which requests have run out of time."""
 
+import itertools
 from collections.abc import Iterator
 from heapq import heapify, heappop, heappush
 
@@ -14,6 +15,7 @@ class Deadlines:
 
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, Request]] = []
+        self._entries = itertools.count()
 
     def add(self, request: Request, num_requests: int) -> None:
         """`num_requests` are not finished; when most entries are of finished ones, those go."""
@@ -23,7 +25,7 @@ class Deadlines:
         if len(self._heap) > 2 * num_requests + SPARE:
             self._heap = [entry for entry in self._heap if not entry[2].finished]
             heapify(self._heap)
-        heappush(self._heap, (deadline, request.order, request))
+        heappush(self._heap, (deadline, next(self._entries), request))
 
     def passed(self, now: float) -> Iterator[Request]:
         """Those whose deadline is over, each once. O(1) when there are none."""

@@ -1,4 +1,4 @@
-"""What a waiting request can begin with: blocks of the same prompt beside it, or of the same start before it."""
+"""What a waiting request can begin with: blocks of the same tokens beside it, or of the same start before it."""
 
 from dataclasses import dataclass
 
@@ -19,12 +19,11 @@ class Entry:
 def take_entry(blocks: BlockManager, request: Request, num_tokens: int) -> Entry | None:
     """Blocks for `num_tokens` of the request, shared as far as possible; None when there is no room."""
     source = request.source
-    if source is not None and source.table is not None and source.num_written >= request.prompt_len:
-        # Its last prompt token is computed again: the logits of it are this one's own to sample from.
-        shared = request.prompt_len - 1
-        if blocks.can_fork(source.table, shared, num_tokens):
-            fork = blocks.fork(source.table, shared, num_tokens)
-            return Entry(fork.table, shared, fork.copies)
+    shared = request.num_shared
+    table = source.table if source is not None and source.num_written >= shared else None
+    if table is not None and blocks.can_fork(table, shared, num_tokens):
+        fork = blocks.fork(table, shared, num_tokens)
+        return Entry(fork.table, shared, fork.copies)
     assert request.chain is not None
     match = blocks.match(request.tokens, request.chain)
     if not blocks.can_adopt(match, num_tokens):

@@ -56,15 +56,17 @@ class Planner:
         self._counts = counts
         self._end = end
 
-    def plan(self, step: int, now: float, *, guess: bool) -> Planning:
+    def plan(self, step: int, now: float, *, guess: bool, idle: bool) -> Planning:
         """Those who run go on, then those who wait come in, until the budget, the slots or the blocks are used up.
-        Without `guess` nobody drafts."""
+        Without `guess` nobody drafts. `idle`: nothing is in flight."""
         planning = Planning(step, self._budget)
         if self._policy.preemptive:
             self._take_places(planning, now)
         self._go_on(planning, self._speculation if guess else None)
         while planning.budget > 0 and (head := self._head(now)) is not None and self._let_in(head, planning, now):
             self._add(head, planning)
+        if idle and not planning.num_rows:
+            self._clear_the_way(planning, now)
         return planning
 
     # -- who goes on ---------------------------------------------------------------------------
@@ -114,7 +116,7 @@ class Planner:
 
     def _draft(self, request: Request, planning: Planning, rules: Speculation) -> list[int]:
         """Guesses at what follows, as many as the budget leaves to spare and blocks are free for."""
-        unfit = request.submission.scored or request.num_pending
+        unfit = request.submission.scored or request.submission.beams or request.num_pending
         if unfit or len(self._running) > rules.max_running or request.table is None:
             return []
         if request.drafter is None:
@@ -148,9 +150,11 @@ class Planner:
             return False
         self._queue.remove(request)
         self._pace.on_admission(len(request.tokens), now)
-        self._counts.prefix_queries += len(request.tokens)
-        self._counts.prefix_hits += entry.num_computed
-        if request.state is State.WAITING:
+        first = request.state is State.WAITING
+        if not (first and request.is_branch):
+            self._counts.prefix_queries += len(request.tokens)
+            self._counts.prefix_hits += entry.num_computed
+        if first and not request.is_branch:
             request.timing.cached_tokens = entry.num_computed
             self._policy.served(request, request.prompt_len, 0)
         self._running.enter(request, entry)
@@ -172,12 +176,23 @@ class Planner:
                     return
                 self._preempt(victims.pop(), planning)
 
-    def _preempt(self, request: Request, planning: Planning) -> None:
-        """Take slot and blocks away. What was computed stays findable, so resuming is mostly cached."""
+    def _clear_the_way(self, planning: Planning, now: float) -> None:
+        """Nobody can go on. Where that is because beams keep slots or blocks while they wait for a sibling that
+        does not get in, they give them up, one by one: what they have told is not lost."""
+        idle = sorted((r for r in self._running.requests if r.answered), key=self._preemption.standing)
+        while idle and (head := self._head(now)) is not None:
+            self._preempt(idle.pop(), planning, counts=False)
+            if self._let_in(head, planning, now):
+                self._add(head, planning)
+                return
+
+    def _preempt(self, request: Request, planning: Planning, *, counts: bool = True) -> None:
+        """Take slot and blocks away. What was computed stays findable, so resuming is mostly cached.
+        With `counts` it comes closer to the number after which nobody may do that to it."""
         planning.withdraw(request)
         self._running.leave(request)
         request.move(State.PREEMPTED)
         request.forget_progress()
-        request.timing.preemptions += 1
+        request.timing.preemptions += counts
         self._counts.preemptions += 1
         self._queue.push(request)

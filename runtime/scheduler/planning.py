@@ -36,6 +36,7 @@ class Planning:
         assert request.slot is not None
         assert request.table is not None
         request.num_sent_blocks = len(request.table.blocks)
+        request.num_told = len(request.tokens)
         self._admitted[request.slot] = Admission(
             slot=request.slot,
             token_ids=list(request.tokens),
@@ -46,6 +47,7 @@ class Planning:
             suppressed_ids=request.suppressed_ids,
             adapter=request.submission.adapter,
             scored=request.submission.scored,
+            candidates=request.candidates,
         )
         if copies:
             self._copies[request.slot] = copies
@@ -61,10 +63,17 @@ class Planning:
         request.num_sent_blocks = known
         total = count + len(draft)
         sample = start + count == request.length
-        self._rows[slot] = Row(slot=slot, start=start, count=total, sample=sample, new_blocks=new_blocks, draft=draft)
+        beam = request.submission.beams is not None
+        told = request.tokens[request.num_told :] if beam else []
+        self._rows[slot] = Row(
+            slot=slot, start=start, count=total, sample=sample, new_blocks=new_blocks, draft=draft, told=told
+        )
         self._stays[slot] = Stay(request, table)
         request.num_computed = start + total
-        request.num_pending += sample
+        if beam:
+            request.num_told = len(request.tokens)
+        else:
+            request.num_pending += sample
         self.budget -= total
 
     def withdraw(self, request: Request) -> None:
@@ -77,6 +86,10 @@ class Planning:
             self.budget += row.count
         self._admitted.pop(slot, None)
         self._copies.pop(slot, None)
+
+    @property
+    def num_rows(self) -> int:
+        return len(self._rows)
 
     @property
     def stays(self) -> dict[int, Stay]:

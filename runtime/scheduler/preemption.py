@@ -32,13 +32,14 @@ class Preemption:
     def victim(self, running: Iterable[Request]) -> Request:
         """Who gives way when one of `running` must grow: maybe that one itself. It is never protected, as
         those have all they need, so there is always somebody."""
-        return max((r for r in running if not self.protects(r)), key=self._standing)
+        return max((r for r in running if not self.protects(r)), key=self.standing)
 
     def outranked(self, waiting: Request, running: Iterable[Request]) -> list[Request]:
         """Whose places `waiting` may take, the worst one last."""
         policy = self._policy
         found = [r for r in running if policy.outranks(waiting, r) and not self.protects(r)]
-        return sorted(found, key=self._standing)
+        return sorted(found, key=self.standing)
 
-    def _standing(self, request: Request) -> tuple[float, int]:
+    def standing(self, request: Request) -> tuple[float, int]:
+        """Whoever has the highest goes first."""
         return self._policy.rank(request), request.order

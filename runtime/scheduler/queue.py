@@ -17,19 +17,22 @@ class Queue:
         self._admission = admission
         self._pace = pace
         self._followers = Followers()
+        self._aside: dict[str, Request] = {}
+        """Beams that have lost their blocks, and have nothing to compute until their search goes on."""
         self._num_tokens = 0
 
     def __len__(self) -> int:
-        return len(self._policy) + len(self._followers)
+        return len(self._policy) + self.num_deferred
 
     def __iter__(self) -> Iterator[Request]:
         yield from self._policy
         yield from self._followers
+        yield from self._aside.values()
 
     @property
     def num_deferred(self) -> int:
-        """Those that wait for another one's prompt, not for a slot or blocks."""
-        return len(self._followers)
+        """Those that wait for another one, not for a slot or blocks."""
+        return len(self._followers) + len(self._aside)
 
     def check_room(self, num_tokens: int, now: float, *, at_least: int = 0) -> None:
         """Raise `TooManyRequests` when a prompt of so many tokens is more than the queue takes.
@@ -46,14 +49,22 @@ class Queue:
         self.push(request)
 
     def push(self, request: Request) -> None:
+        if request.answered:
+            self._aside[request.id] = request
+            return
         self._policy.push(request)
         self._num_tokens += len(request.tokens)
 
     def remove(self, request: Request) -> None:
         """It comes in, or it ends here."""
-        if not self._followers.remove(request):
+        if self._aside.pop(request.id, None) is None and not self._followers.remove(request):
             self._policy.remove(request)
             self._num_tokens -= len(request.tokens)
+
+    def recall(self, request: Request) -> None:
+        """A beam goes on."""
+        if self._aside.pop(request.id, None) is not None:
+            self.push(request)
 
     def head(self) -> Request | None:
         """The one that should come in next."""

@@ -42,6 +42,7 @@ class Request:
     """
 
     __slots__ = (
+        "answered",
         "chain",
         "cumulative_logprob",
         "drafter",
@@ -51,6 +52,8 @@ class Request:
         "num_computed",
         "num_pending",
         "num_sent_blocks",
+        "num_shared",
+        "num_told",
         "num_written",
         "order",
         "seed",
@@ -82,15 +85,20 @@ class Request:
         params = submission.params
         self.stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else frozenset(eos_ids))
         self.order = 0
-        """Rank of its arrival, given by the scheduler: breaks every tie."""
+        """Rank of its arrival, given by the scheduler: breaks ties. The beams of a search have the same."""
         self.table: BlockTable | None = None
         self.chain: KeyChain | None = None
         """Keys of its blocks, kept while it waits: a prompt is hashed once, not once a step."""
         self.num_sent_blocks = 0
         """Blocks of the table that the worker has been told of."""
         self.slot: int | None = None
+        self.num_told = 0
+        """Tokens that the worker has been told of; it knows those that it samples anyway."""
         self.source: Request | None = None
-        """Whose prompt it can share when it first comes in."""
+        """Whose first `num_shared` tokens it has too, so that it can share their blocks when it first comes in."""
+        self.num_shared = self.prompt_len - 1  # the last prompt token's logits are its own to sample from
+        self.answered = False
+        """A beam that has told its candidates, and waits to be told how it goes on."""
         self.drafter: Drafter | None = None
         self.cumulative_logprob = 0.0
         self.state = State.WAITING
@@ -115,6 +123,17 @@ class Request:
     @property
     def num_generated(self) -> int:
         return len(self.tokens) - self.prompt_len
+
+    @property
+    def candidates(self) -> int:
+        """Of a beam, how many of the likeliest next tokens its search looks at; 0 of one that samples."""
+        beams = self.submission.beams
+        return 0 if beams is None else beams.width * max(2, 1 + len(self.stop_ids))
+
+    @property
+    def is_branch(self) -> bool:
+        """Did it split off from another one, behind the prompt?"""
+        return self.num_shared >= self.prompt_len
 
     @property
     def length(self) -> int:

@@ -35,6 +35,8 @@ class Running:
         request.move(State.RUNNING)
         request.table = entry.table
         request.num_computed = request.num_written = entry.num_computed
+        if request.is_branch:  # or its ancestors would live as long as it does
+            request.source = None
         request.slot = slot = self._free.pop()
         self._held[slot] = request
 

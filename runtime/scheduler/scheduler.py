@@ -15,6 +15,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, ValuesView
 from dataclasses import dataclass
 
+from msgspec.structs import replace
+
 from runtime.blocks import BlockManager
 from runtime.errors import Conflict
 from runtime.messages import FinishReason, Row, StepPlan, StepResult
@@ -39,6 +41,8 @@ class Committed:
     request: Request
     tokens: list[int]
     error: str | None = None
+    candidates: list[tuple[int, float]] | None = None
+    """A beam's likeliest next tokens, and their log-probabilities."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +157,31 @@ class Scheduler:
         if reason in ("stop", "length"):
             self._pace.on_output(request.num_generated)
 
+    # -- beams ---------------------------------------------------------------------------------
+
+    def extend(self, request: Request, token: int) -> None:
+        """A beam that has told its candidates goes on with `token`."""
+        request.tokens.append(token)
+        request.answered = False
+        self.waiting.recall(request)
+        self.policy.served(request, 0, 1)
+
+    def branch(self, source: Request, request_id: str, token: int) -> Request:
+        """A new beam: all of `source`, whose blocks it shares, and then `token`. It has the rank of its search, and
+        no limit on the queue applies."""
+        submission = replace(source.submission, request_id=request_id)
+        beam = Request(submission, seed=source.seed, max_len=source.max_len)
+        beam.stop_ids = source.stop_ids
+        beam.tokens = [*source.tokens, token]
+        beam.source, beam.num_shared = source, len(source.tokens)
+        beam.order = source.order
+        beam.chain = source.chain.copy() if source.chain else None
+        self.waiting.push(beam)
+        self._requests[request_id] = beam
+        self._deadlines.add(beam, len(self._requests))
+        self.policy.served(beam, 0, 1)
+        return beam
+
     # -- a step --------------------------------------------------------------------------------
 
     @property
@@ -171,7 +200,7 @@ class Scheduler:
         for late in self._deadlines.passed(now):
             self._end(late, "timeout")
         self._step += 1
-        planning = self._planner.plan(self._step, now, guess=not ahead)
+        planning = self._planner.plan(self._step, now, guess=not ahead, idle=not self._flights)
         self._flights.append(Flight(now, planning.stays))
         return planning.done()
 
@@ -193,7 +222,10 @@ class Scheduler:
                 continue
             request, tokens = stay.request, sampled.get(row.slot, [])
             self._book(request, row, tokens, now)
-            if tokens:
+            if row.slot in result.candidates:
+                request.answered = True
+                committed.append(Committed(request, [], candidates=result.candidates[row.slot]))
+            elif tokens:
                 request.cumulative_logprob += result.logprobs.get(row.slot, 0.0)
                 committed.append(Committed(request, tokens))
         return committed
@@ -205,7 +237,7 @@ class Scheduler:
         if request.timing.scheduled is None:
             request.timing.scheduled = now
         request.num_written = row.start + row.count
-        request.num_pending -= row.sample
+        request.num_pending -= len(tokens) > 0
         if row.draft:
             # What was computed for wrong guesses is overwritten by the next row, and never findable.
             request.num_written -= len(row.draft) + 1 - len(tokens)

@@ -72,6 +72,7 @@ class InProcessExecutor:
         tokens: list[int] = []
         failed: dict[int, str] = {}
         logprobs: dict[int, float] = {}
+        candidates: dict[int, list[tuple[int, float]]] = {}
         for row in rows:
             try:
                 result = self._worker.compute(step, [row])
@@ -82,7 +83,10 @@ class InProcessExecutor:
             tokens += result.tokens
             failed |= result.failed
             logprobs |= result.logprobs
+            candidates |= result.candidates
         if len(failed) == len(rows):
             self._lost |= failed.keys()
             raise AllRowsFailed(f"every row of step {step} failed") from cause
-        return StepResult(step=step, slots=slots, tokens=tokens, failed=failed, logprobs=logprobs)
+        return StepResult(
+            step=step, slots=slots, tokens=tokens, failed=failed, logprobs=logprobs, candidates=candidates
+        )

@@ -36,6 +36,20 @@ class Sampler:
             )
         return tokens.tolist(), broken
 
+    def candidates(self, logits: Tensor, slots: list[int], lengths: list[int]) -> dict[int, list[tuple[int, float]]]:
+        """Slot of each row that samples nothing → its likeliest tokens with their log-probabilities.
+        Arguments as in a call, before it."""
+        searching = [index for index, slot in enumerate(slots) if self._slots[slot].candidates]
+        found = {}
+        for index in searching:
+            row = self._slots[slots[index]]
+            scores = logits[index].log_softmax(-1)
+            if row.suppressed_ids and lengths[index] - row.prompt_len < row.params.min_tokens:
+                scores[row.suppressed_ids] = float("-inf")
+            best = scores.topk(min(row.candidates, len(scores)))
+            found[slots[index]] = list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+        return found
+
     def logprobs(self, logits: Tensor, slots: list[int], tokens: list[int]) -> dict[int, float]:
         """Index of each row whose sequence is scored → log-probability of its token, before temperature.
         Arguments as in a call, after it."""

@@ -60,8 +60,8 @@ class Worker:
         """Run the decoder over rows whose sequences are known, and sample where a token is due."""
         for row in rows:
             failpoint("worker.row", row.slot)
-            if row.draft:
-                self._tokens[row.slot][row.start + row.count - len(row.draft) :] = row.draft
+            if ends_with := row.draft or row.told:
+                self._tokens[row.slot][row.start + row.count - len(ends_with) :] = ends_with
         cache = self._cache
         with torch.inference_mode():
             batch = build_batch(rows, self._tokens, self._tables, cache.block_size, self._decoder.device, self._adapted)
@@ -71,9 +71,11 @@ class Worker:
             if not batch.slots:
                 return StepResult(step=step, slots=[], tokens=[])
             logits = self._decoder.logits(hidden[batch.sample_at])
+            candidates = self._sampler.candidates(logits, batch.slots, batch.lengths)
             tokens, broken = self._sampler(logits, batch.slots, batch.lengths)
             scores = self._sampler.logprobs(logits, batch.slots, tokens)
         kept = proved_right(batch.slots, tokens, {row.slot: row.draft for row in rows if row.draft})
+        kept = [index for index in kept if batch.slots[index] not in candidates]
         logprobs: dict[int, float] = {}
         for index in kept:
             slot = batch.slots[index]
@@ -91,6 +93,7 @@ class Worker:
             tokens=[tokens[index] for index in kept],
             failed=failed,
             logprobs=logprobs,
+            candidates=candidates,
         )
 
     def _append_blocks(self, slot: int, blocks: list[int]) -> None:

@@ -19,7 +19,6 @@ ASKS: dict[str, Any] = {
     "frequency_penalty": 0.5,
     "function_call": {"name": "f"},
     "include_reasoning": "yes",
-    "length_penalty": 2.0,
     "logit_bias": {"5": 1},
     "logprobs": True,
     "modalities": ["text", "audio"],
@@ -38,7 +37,6 @@ ASKS: dict[str, Any] = {
     "tool_choice": "required",
     "tools": [{"type": "function", "function": {"name": "f"}}],
     "top_logprobs": 5,
-    "use_beam_search": True,
     "verbosity": "high",
 }
 """A value that asks for something, where a bare 3 would not do."""

@@ -61,7 +61,6 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "guided_whitespace_pattern": _NEVER,
     "include_reasoning": (None, True, False),  # without reasoning there is none to include
     "kv_transfer_params": _NEVER,
-    "length_penalty": (None, 1),
     "logits_processors": (None, []),
     "media_io_kwargs": (None, {}),
     "mm_processor_kwargs": (None, {}),
@@ -74,7 +73,6 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "structural_tag": _NEVER,
     "structured_outputs": _NEVER,
     "thinking_token_budget": _NEVER,
-    "use_beam_search": (None, False),
     "vllm_xargs": (None, {}),
 }
 """Field name → the values that ask for nothing. A number stands for its integer and float form."""

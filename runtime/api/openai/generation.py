@@ -51,7 +51,8 @@ class Generation:
             return
         self._closed = True
         self._cancel()
-        longest = max((output.generated_tokens for output in self._latest if output), default=0)
+        each = [choice for output in self._latest if output for choice in output.choices or [output]]
+        longest = max((output.generated_tokens for output in each), default=0)
         self._metrics.on_request(choices=self._best, longest=longest)
         usage = self.usage
         self._record.log.update(
@@ -86,6 +87,8 @@ class Generation:
     async def collect(self) -> list[Output]:
         """Each prompt's best outputs, whole: those of the highest log-probability, likeliest first."""
         outputs = await asyncio.gather(*map(self._collect, range(len(self._streams))))
+        if found := [choice for output in outputs for choice in output.choices]:
+            return found  # by beam searches, which have ranked theirs
         if self._best == self._choices:
             return list(outputs)
         groups = (outputs[start : start + self._choices] for start in range(0, len(outputs), self._choices))
@@ -101,6 +104,7 @@ class Generation:
             finish_reason=last.finish_reason,
             stop_reason=last.stop_reason,
             cumulative_logprob=last.cumulative_logprob,
+            choices=last.choices,
         )
 
     def _note(self, index: int, output: Output) -> Output:

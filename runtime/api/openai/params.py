@@ -2,6 +2,7 @@
 
 from msgspec.structs import replace
 
+from runtime.api.openai.beams import check_beams
 from runtime.api.openai.schema import ChatRequest, GenerationRequest
 from runtime.errors import ContextLengthExceeded, InvalidRequest, Unsupported
 from runtime.messages import MAX_SEED, SamplingParams
@@ -26,7 +27,9 @@ def choices_of(request: GenerationRequest) -> int:
 
 
 def sequences_of(request: GenerationRequest) -> int:
-    """How many are generated for each prompt, of which the best `n` are the answer."""
+    """How many are submitted for each prompt, of which the best `n` are the answer. A beam search is one."""
+    if request.use_beam_search:
+        return 1
     return choices_of(request) if request.best_of is None else request.best_of
 
 
@@ -39,6 +42,7 @@ def check_common(request: GenerationRequest, limits: LimitSettings, *, policy: s
         raise InvalidRequest(f"best_of must be at least n ({choices}), got {request.best_of}.", param="best_of")
     if request.best_of is not None and request.best_of > limits.max_n:
         raise InvalidRequest(f"best_of must be at most {limits.max_n}, got {request.best_of}.", param="best_of")
+    check_beams(request)
     if request.stream and sequences_of(request) > choices:
         raise InvalidRequest(
             f"best_of above n ({choices}) cannot be streamed, got {request.best_of}: which are best is only known "

@@ -8,6 +8,7 @@ from typing import Any
 
 from litestar import Request
 
+from runtime.api.openai.beams import beams_of
 from runtime.api.openai.generation import Generation
 from runtime.api.openai.params import choices_of, fit_context, sampling_params, seed_of, sequences_of
 from runtime.api.openai.schema import GenerationRequest
@@ -71,6 +72,7 @@ def _submissions(
 ) -> Iterator[Submission]:
     """All of one prompt, then all of the next. The first of a prompt computes it for the others."""
     count = sequences_of(request)
+    beams = beams_of(request, choices_of(request))
     arrival = time.monotonic()
     deadline = None if request.deadline_ms is None else arrival + request.deadline_ms / 1000
     for index, prompt in enumerate(prompts):
@@ -88,6 +90,7 @@ def _submissions(
                 tenant=record.tenant,
                 fork_of=first if choice else "",
                 scored=count > choices_of(request),
+                beams=beams,
                 arrival=arrival,
             )
 

@@ -20,7 +20,7 @@ class Ranked:
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, int, Request]] = []
         self._pushes = itertools.count()
-        self._waiting: dict[int, Request] = {}
+        self._waiting: dict[str, Request] = {}
 
     def rank(self, request: Request) -> float:
         """Fixed for as long as the request waits."""
@@ -42,22 +42,22 @@ class Ranked:
         return iter(sorted(self._waiting.values(), key=lambda request: (self.rank(request), request.order)))
 
     def push(self, request: Request) -> None:
-        self._waiting[request.order] = request
+        self._waiting[request.id] = request
         heappush(self._heap, (self.rank(request), request.order, next(self._pushes), request))
 
     def peek(self) -> Request | None:
         heap = self._heap
         while heap:
             request = heap[0][-1]
-            if request.order in self._waiting:
+            if request.id in self._waiting:
                 return request
             heappop(heap)
         return None
 
     def remove(self, request: Request) -> None:
-        del self._waiting[request.order]
+        del self._waiting[request.id]
         if self._heap[0][-1] is request:
             heappop(self._heap)
         elif len(self._heap) > 2 * len(self._waiting) + SPARE:
-            self._heap = [entry for entry in self._heap if entry[1] in self._waiting]
+            self._heap = [entry for entry in self._heap if entry[-1].id in self._waiting]
             heapify(self._heap)
