@@ -7,7 +7,7 @@ import torch
 from msgspec import ValidationError, convert
 
 import kernels
-from runtime.blocks import BlockManager
+from runtime.blocks import BlockManager, SwapSpace
 from runtime.engine import Engine
 from runtime.hooks import Hooks
 from runtime.metrics import Metrics
@@ -60,16 +60,10 @@ def assemble(settings: Settings) -> Assembled:
     block_size = settings.cache.block_size
     max_len = min(context, num_blocks * block_size)
     spec = decoder.spec
-    cache = KVCache(
-        num_layers=spec.num_layers,
-        num_blocks=num_blocks,
-        block_size=block_size,
-        num_kv_heads=spec.num_kv_heads,
-        head_dim=spec.head_dim,
-        dtype=decoder.dtype,
-        device=decoder.device,
-    )
-    scheduler = make_scheduler(settings.scheduler, settings.cache, num_blocks, spec.window)
+    cache = make_cache(decoder, num_blocks, block_size, decoder.device)
+    num_host_blocks = _num_host_blocks(settings, decoder)
+    host = make_cache(decoder, num_host_blocks, block_size, torch.device("cpu")) if num_host_blocks else None
+    scheduler = make_scheduler(settings.scheduler, settings.cache, num_blocks, spec.window, num_host_blocks)
     lora_base = LoraBase.of(decoder, find_model(checkpoint.config), name)
     slots = AdapterSlots(
         lora_base,
@@ -78,7 +72,9 @@ def assemble(settings: Settings) -> Assembled:
         dtype=decoder.dtype,
         device=decoder.device,
     )
-    worker = Worker(decoder, cache, max_running=settings.scheduler.max_running, max_len=max_len, adapters=slots)
+    worker = Worker(
+        decoder, cache, max_running=settings.scheduler.max_running, max_len=max_len, host=host, adapters=slots
+    )
     metrics = Metrics(
         name,
         vllm_names=settings.observability.vllm_names,
@@ -99,10 +95,29 @@ def assemble(settings: Settings) -> Assembled:
     return Assembled(engine, name, block_size, num_blocks, decoder, lora_base)
 
 
+def make_cache(decoder: Decoder, num_blocks: int, block_size: int, device: torch.device) -> KVCache:
+    """A KV cache for the decoder, on its device or in the memory beside it."""
+    return KVCache(
+        num_layers=decoder.spec.num_layers,
+        num_blocks=num_blocks,
+        block_size=block_size,
+        num_kv_heads=decoder.spec.num_kv_heads,
+        head_dim=decoder.spec.head_dim,
+        dtype=decoder.dtype,
+        device=device,
+        pinned=device.type == "cpu" and decoder.device.type == "cuda",
+    )
+
+
 def make_scheduler(
-    settings: SchedulerSettings, cache: CacheSettings, num_blocks: int, window: int | None = None
+    settings: SchedulerSettings,
+    cache: CacheSettings,
+    num_blocks: int,
+    window: int | None = None,
+    num_host_blocks: int = 0,
 ) -> Scheduler:
-    """The scheduler and its block pool. `window`: how many tokens back the model looks at most."""
+    """The scheduler and its block pool. `window`: how many tokens back the model looks at most; `num_host_blocks`:
+    those in host memory that preempted sequences are kept in."""
     speculation = None
     if settings.speculative_tokens is not None:
         speculation = Speculation(
@@ -119,6 +134,7 @@ def make_scheduler(
         max_preemptions=settings.max_preemptions,
         speculation=speculation,
         sliding_window=window,
+        swap=SwapSpace(num_host_blocks) if num_host_blocks else None,
     )
 
 
@@ -174,17 +190,31 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
-def _num_blocks(settings: CacheSettings, decoder: Decoder, context: int) -> int:
-    if settings.num_blocks is not None:
-        return settings.num_blocks
+def _bytes_of_block(settings: CacheSettings, decoder: Decoder) -> int:
     spec = decoder.spec
-    size = block_bytes(
+    return block_bytes(
         num_layers=spec.num_layers,
         block_size=settings.block_size,
         num_kv_heads=spec.num_kv_heads,
         head_dim=spec.head_dim,
         dtype=decoder.dtype,
     )
+
+
+def _num_host_blocks(settings: Settings, decoder: Decoder) -> int:
+    """0 where what is preempted is computed again."""
+    if settings.scheduler.preemption_mode == "recompute":
+        return 0
+    size, memory = _bytes_of_block(settings.cache, decoder), settings.cache.swap_memory
+    if memory < size:
+        raise ModelLoadError(f"cache.swap_memory is {memory} bytes, but one block takes {size}.")
+    return memory // size
+
+
+def _num_blocks(settings: CacheSettings, decoder: Decoder, context: int) -> int:
+    if settings.num_blocks is not None:
+        return settings.num_blocks
+    size = _bytes_of_block(settings, decoder)
     if settings.kv_memory is not None:
         count = settings.kv_memory // size
         if count == 0:

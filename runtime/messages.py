@@ -213,14 +213,23 @@ class Row(Struct, frozen=True, kw_only=True, array_like=True):
     """The last tokens that the row computes, where the worker did not sample them."""
 
 
+class Move(Struct, frozen=True, array_like=True):
+    """Copy a whole block before anything of the step is computed."""
+
+    kind: Literal["copy", "out", "in"]
+    """Within the cache, from it to the pool in host memory, or back."""
+    source: int
+    target: int
+
+
 class StepPlan(Struct, frozen=True, kw_only=True):
     """What the next step computes. Workers keep tokens and tables per slot; the plan carries deltas."""
 
     step: int
     admitted: list[Admission]
     rows: list[Row]
-    copies: list[tuple[int, int]] = []
-    """(from, to) blocks to copy, in this order, before anything is computed."""
+    moves: list[Move] = []
+    """In the order in which they count."""
 
     @property
     def num_tokens(self) -> int:
@@ -229,7 +238,7 @@ class StepPlan(Struct, frozen=True, kw_only=True):
     @property
     def empty(self) -> bool:
         """There is nothing to do."""
-        return not self.rows
+        return not self.rows and not self.moves
 
 
 class StepResult(Struct, frozen=True, kw_only=True):

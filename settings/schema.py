@@ -82,6 +82,9 @@ class CacheSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     ] = None
     num_blocks: Annotated[Count | None, doc("KV blocks, instead of a memory size.", example=1024)] = None
     prefix_caching: Annotated[bool, doc("Reuse the KV of prompts that begin alike.")] = True
+    swap_memory: Annotated[
+        Bytes, doc("Host memory for the KV of preempted sequences, where scheduler.preemption_mode is swap.")
+    ] = 4 * 1024**3
 
 
 class SchedulerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -106,6 +109,10 @@ class SchedulerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields
     max_running: Annotated[Count, doc("Most sequences running at once.")] = 64
     max_waiting: Annotated[Count, doc("Most sequences waiting; one more is answered 429.")] = 1024
     max_waiting_tokens: Annotated[Count, doc("Most prompt tokens waiting; more are answered 429.")] = 1024**2
+    preemption_mode: Annotated[
+        Literal["recompute", "swap"],
+        doc("Compute the KV of a preempted sequence again, or keep it in host memory (for GPUs)."),
+    ] = "recompute"
     max_preemptions: Annotated[
         Count, doc("After so many preemptions a request comes in only with room for all of its output, and stays.")
     ] = 4

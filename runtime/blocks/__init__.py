@@ -6,6 +6,17 @@
 from runtime.blocks.manager import BlockManager
 from runtime.blocks.pool import BlockPool
 from runtime.blocks.prefix import KeyChain, PrefixIndex, PrefixKey
+from runtime.blocks.swap import SwapSpace
 from runtime.blocks.table import BlockTable, Fork, PrefixMatch
 
-__all__ = ["BlockManager", "BlockPool", "BlockTable", "Fork", "KeyChain", "PrefixIndex", "PrefixKey", "PrefixMatch"]
+__all__ = [
+    "BlockManager",
+    "BlockPool",
+    "BlockTable",
+    "Fork",
+    "KeyChain",
+    "PrefixIndex",
+    "PrefixKey",
+    "PrefixMatch",
+    "SwapSpace",
+]

@@ -4,10 +4,11 @@ import contextlib
 from typing import Protocol
 
 from runtime.blocks import BlockManager
-from runtime.messages import FinishReason
+from runtime.messages import FinishReason, Move
 from runtime.scheduler.counts import Counts
 from runtime.scheduler.drafts import Drafter, Speculation
 from runtime.scheduler.entry import take_entry
+from runtime.scheduler.keeping import Keeping
 from runtime.scheduler.pace import Pace
 from runtime.scheduler.planning import Planning
 from runtime.scheduler.policies import Policy
@@ -38,6 +39,7 @@ class Planner:
         budget: int,
         chunk: int,
         preemption: Preemption,
+        keeping: Keeping,
         speculation: Speculation | None,
         pace: Pace,
         counts: Counts,
@@ -51,6 +53,7 @@ class Planner:
         self._budget = budget
         self._chunk = chunk
         self._preemption = preemption
+        self._keeping = keeping
         self._speculation = speculation
         self._pace = pace
         self._counts = counts
@@ -157,8 +160,11 @@ class Planner:
         if first and not request.is_branch:
             request.timing.cached_tokens = entry.num_computed
             self._policy.served(request, request.prompt_len, 0)
+        planning.move(Move("copy", source, target) for source, target in entry.copies)
+        entry, moves = self._keeping.restore(request, entry)
+        planning.move(moves)
         self._running.enter(request, entry)
-        planning.admit(request, entry.copies)
+        planning.admit(request)
         return True
 
     # -- who gives way -------------------------------------------------------------------------
@@ -190,6 +196,7 @@ class Planner:
         """Take slot and blocks away. What was computed stays findable, so resuming is mostly cached.
         With `counts` it comes closer to the number after which nobody may do that to it."""
         planning.withdraw(request)
+        planning.move(self._keeping.keep(request))
         self._running.leave(request)
         request.move(State.PREEMPTED)
         request.forget_progress()

@@ -1,9 +1,10 @@
 """A step's plan while it is being made: rows can still be withdrawn when their request is preempted."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from runtime.blocks import BlockTable
-from runtime.messages import Admission, Row, StepPlan
+from runtime.messages import Admission, Move, Row, StepPlan
 from runtime.scheduler.request import Request
 
 
@@ -29,9 +30,14 @@ class Planning:
         self._rows: dict[int, Row] = {}
         self._stays: dict[int, Stay] = {}
         self._admitted: dict[int, Admission] = {}
-        self._copies: dict[int, list[tuple[int, int]]] = {}
+        self._moves: list[Move] = []
 
-    def admit(self, request: Request, copies: list[tuple[int, int]]) -> None:
+    def move(self, moves: Iterable[Move]) -> None:
+        """Copy blocks, after all copies that were planned before. Never taken back: a copy that has become useless
+        does no harm, as whoever gets its target writes to it later."""
+        self._moves += moves
+
+    def admit(self, request: Request) -> None:
         """Tell the workers all about a request that has just got its slot and its table."""
         assert request.slot is not None
         assert request.table is not None
@@ -49,8 +55,6 @@ class Planning:
             scored=request.submission.scored,
             candidates=request.candidates,
         )
-        if copies:
-            self._copies[request.slot] = copies
 
     def add(self, request: Request, count: int, draft: list[int]) -> None:
         """Compute `count` of the tokens that the request wants, and then those of `draft`. It is booked as if it
@@ -85,7 +89,6 @@ class Planning:
         if row is not None:
             self.budget += row.count
         self._admitted.pop(slot, None)
-        self._copies.pop(slot, None)
 
     @property
     def num_rows(self) -> int:
@@ -101,5 +104,5 @@ class Planning:
             step=self.step,
             admitted=list(self._admitted.values()),
             rows=list(self._rows.values()),
-            copies=[copy for copies in self._copies.values() for copy in copies],
+            moves=self._moves,
         )

@@ -48,8 +48,10 @@ class Request:
         "drafter",
         "finish_reason",
         "id",
+        "kept",
         "max_len",
         "num_computed",
+        "num_kept",
         "num_pending",
         "num_sent_blocks",
         "num_shared",
@@ -97,6 +99,9 @@ class Request:
         self.source: Request | None = None
         """Whose first `num_shared` tokens it has too, so that it can share their blocks when it first comes in."""
         self.num_shared = self.prompt_len - 1  # the last prompt token's logits are its own to sample from
+        self.kept: list[int] | None = None
+        """Blocks in host memory that hold the KV of its first `num_kept` tokens while it is preempted."""
+        self.num_kept = 0
         self.answered = False
         """A beam that has told its candidates, and waits to be told how it goes on."""
         self.drafter: Drafter | None = None

@@ -17,13 +17,14 @@ from dataclasses import dataclass
 
 from msgspec.structs import replace
 
-from runtime.blocks import BlockManager
+from runtime.blocks import BlockManager, SwapSpace
 from runtime.errors import Conflict
 from runtime.messages import FinishReason, Row, StepPlan, StepResult
 from runtime.scheduler.admission import Admission
 from runtime.scheduler.counts import Counts
 from runtime.scheduler.deadlines import Deadlines
 from runtime.scheduler.drafts import Speculation
+from runtime.scheduler.keeping import Keeping, Recompute, Swap
 from runtime.scheduler.pace import Pace
 from runtime.scheduler.planner import Planner
 from runtime.scheduler.planning import Stay
@@ -71,9 +72,11 @@ class Scheduler:
         max_preemptions: int = 4,
         speculation: Speculation | None = None,
         sliding_window: int | None = None,
+        swap: SwapSpace | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`sliding_window`: a token attends to so many at most, itself included; None for all before it."""
+        """`sliding_window`: a token attends to so many at most, itself included; None for all before it.
+        `swap`: where the KV of those that are preempted is kept; None: it is computed again."""
         self.blocks = blocks
         self.policy = policy
         self.counts = Counts()
@@ -83,6 +86,7 @@ class Scheduler:
         self._pace = Pace()
         self.waiting = Queue(policy, Admission(max_waiting, max_waiting_tokens), self._pace)
         self._running = Running(blocks, max_running)
+        self._keeping: Keeping = Recompute() if swap is None else Swap(swap, blocks.block_size)
         self._planner = Planner(
             blocks,
             policy,
@@ -91,6 +95,7 @@ class Scheduler:
             budget=max_batched_tokens,
             chunk=min(max_prefill_chunk or max_batched_tokens, max_batched_tokens),
             preemption=Preemption(policy, max_preemptions),
+            keeping=self._keeping,
             speculation=speculation,
             pace=self._pace,
             counts=self.counts,
@@ -153,6 +158,7 @@ class Scheduler:
         else:
             self.waiting.remove(request)
         del self._requests[request.id]
+        self._keeping.drop(request)
         self.waiting.release(request)
         if reason in ("stop", "length"):
             self._pace.on_output(request.num_generated)
@@ -272,6 +278,7 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Raise `AssertionError` when slots, queues and tables disagree."""
         self._running.check_integrity()
+        self._keeping.check_integrity()
         self.waiting.check_integrity()
         places = [*self._running.requests, *self.waiting]
         assert len(places) == len(set(places)), "a request is in two places"

@@ -21,11 +21,15 @@ class KVCache:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        pinned: bool = False,
     ) -> None:
+        """`pinned`: in host memory that a GPU reads and writes by itself."""
         self.num_blocks = num_blocks
         self.block_size = block_size
         shape = (num_blocks, block_size, num_kv_heads, head_dim)
-        self.layers = [(_zeros(shape, dtype, device), _zeros(shape, dtype, device)) for _ in range(num_layers)]
+        self.layers = [
+            (_zeros(shape, dtype, device, pinned), _zeros(shape, dtype, device, pinned)) for _ in range(num_layers)
+        ]
 
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
         """Copy the content of whole blocks, each from the first of a pair to the second. No block is in both places."""
@@ -35,6 +39,16 @@ class KVCache:
         for keys, values in self.layers:
             keys[target] = keys[source]
             values[target] = values[source]
+
+    def copy_to(self, other: "KVCache", pairs: list[tuple[int, int]]) -> None:
+        """Copy the content of whole blocks to another cache of the same shape, here from the first of a pair and
+        there to the second."""
+        source, target = torch.tensor(pairs, dtype=torch.int64).unbind(1)
+        source = source.to(self.layers[0][0].device)
+        target = target.to(other.layers[0][0].device)
+        for ours, theirs in zip(self.layers, other.layers, strict=True):
+            for here, there in zip(ours, theirs, strict=True):
+                there[target] = here[source].to(there.device)
 
     def clear_broken(self, blocks: list[int]) -> None:
         """Zero those of `blocks` that hold NaN or infinity: masked attention multiplies what it skips by
@@ -51,9 +65,9 @@ def block_bytes(*, num_layers: int, block_size: int, num_kv_heads: int, head_dim
     return 2 * num_layers * block_size * num_kv_heads * head_dim * dtype.itemsize
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, pinned: bool) -> Tensor:
+    if pinned or device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device, pin_memory=pinned)
     # Mapped, not allocated: the system hands out zero pages when they are first touched, so an idle cache
     # costs no memory; huge pages make that first touch cheap.
     memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)

@@ -10,6 +10,7 @@ from runtime.workers.attention import PagedAttention
 from runtime.workers.batch import build_batch
 from runtime.workers.decoder import Decoder
 from runtime.workers.kv_cache import KVCache
+from runtime.workers.moves import execute_moves
 from runtime.workers.sampler import Sampler
 from runtime.workers.verify import proved_right
 
@@ -24,10 +25,13 @@ class Worker:
         *,
         max_running: int,
         max_len: int,
+        host: KVCache | None = None,
         adapters: AdapterSlots | None = None,
     ) -> None:
+        """`host`: a pool in host memory for the KV of sequences that are preempted."""
         self._decoder = decoder
         self._cache = cache
+        self._host = host
         self._sampler = Sampler(decoder.ops)
         self.adapters = adapters
         """None: this worker serves the base alone."""
@@ -44,7 +48,7 @@ class Worker:
 
     def admit(self, plan: StepPlan) -> None:
         """Take in the plan's new sequences and blocks, without computing anything. Not to be done twice."""
-        self._cache.copy_blocks(plan.copies)
+        execute_moves(plan.moves, self._cache, self._host)
         for admission in plan.admitted:
             self._tokens[admission.slot] = list(admission.token_ids)
             self._num_blocks[admission.slot] = 0

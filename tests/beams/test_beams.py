@@ -117,6 +117,7 @@ def test_beams_share_what_they_have_in_common(tiny_model: Path) -> None:
         {"num_blocks": 30, "max_running": 2},
         {"num_blocks": 7, "max_running": 6, "max_prefill_chunk": 5, "prefix_caching": False},
         {"num_blocks": 7, "max_running": 6, "speculative_tokens": 3},
+        {"num_blocks": 5, "preemption_mode": "swap", "swap_memory": "4MiB", "prefix_caching": False},
     ],
 )
 def test_squeezed_among_others_it_finds_the_same(

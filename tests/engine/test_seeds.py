@@ -35,6 +35,13 @@ def squeezed(llm: LLM) -> None:
     assert llm.engine.scheduler.num_preemptions > 0
 
 
+def swapped(llm: LLM) -> None:
+    """And what was out came back: of the host's pool something was written."""
+    squeezed(llm)
+    host = llm.engine._executor._worker._host  # type: ignore[attr-defined]
+    assert any(keys.any() for keys, _ in host.layers)
+
+
 def guessed(llm: LLM) -> None:
     counts = llm.engine.scheduler.counts
     assert 0 < counts.accepted <= counts.drafted
@@ -54,6 +61,8 @@ def quiet(llm: LLM) -> None:
         ({"num_blocks": 12, "max_running": 6, "prefix_caching": False, "max_prefill_chunk": 5}, squeezed),
         ({"speculative_tokens": 4, "speculative_max_running": 64, "speculative_min_acceptance": 0.0}, guessed),
         ({"speculative_tokens": 3, "speculative_max_running": 64, "num_blocks": 12}, squeezed),
+        ({"preemption_mode": "swap", "num_blocks": 12, "max_running": 6}, swapped),
+        ({"preemption_mode": "swap", "num_blocks": 12, "prefix_caching": False, "asynchronous": "on"}, swapped),
         ({"asynchronous": "on", "max_prefill_chunk": 7}, quiet),
         ({"asynchronous": "on", "num_blocks": 12, "max_running": 6}, squeezed),
     ],

@@ -1,8 +1,9 @@
 """A hypothesis state machine over the real scheduler and block pool, with a toy model as the worker.
 
-Every policy, with and without drafts, planning ahead or not; requests come, fork, are aborted, run out of time,
-stop early and are preempted; adapters get new versions; prefixes are forgotten; allocations and rows fail.
-Whatever happens: nothing is lost, every request ends, and what it got is what it would have got alone.
+Every policy, with and without drafts, planning ahead or not, recomputing or swapping; requests come, fork, are
+aborted, run out of time, stop early and are preempted; adapters get new versions; prefixes are forgotten;
+allocations and rows fail. Whatever happens: nothing is lost, every request ends, and what it got is what it would
+have got alone.
 """
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from runtime import failpoints
-from runtime.blocks import BlockManager
+from runtime.blocks import BlockManager, SwapSpace
 from runtime.messages import StepPlan
 from runtime.scheduler import Request, Scheduler, Speculation, State
 from runtime.scheduler.policies import POLICIES, make_policy
@@ -28,8 +29,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         drafts=st.sampled_from([None, 2]),
         caching=st.booleans(),
         ahead=st.booleans(),
+        host=st.sampled_from([None, 3, 20]),
     )
-    def start(self, policy: str, drafts: int | None, caching: bool, ahead: bool) -> None:
+    def start(self, policy: str, drafts: int | None, caching: bool, ahead: bool, host: int | None) -> None:
         self.now = 0.0
         self.scheduler = Scheduler(
             BlockManager(BLOCKS, BLOCK, prefix_caching=caching),
@@ -40,6 +42,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_waiting=100,
             max_preemptions=2,
             speculation=None if drafts is None else Speculation(drafts, max_running=2, min_acceptance=0.1),
+            swap=None if host is None else SwapSpace(host),
             clock=lambda: self.now,
         )
         self.worker = ToyWorker(BLOCK, vocab=VOCAB)

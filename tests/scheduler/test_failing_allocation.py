@@ -5,13 +5,13 @@ import itertools
 import pytest
 
 from runtime import failpoints
-from runtime.blocks import BlockManager
+from runtime.blocks import BlockManager, SwapSpace
 from runtime.scheduler import Scheduler, Speculation
 from runtime.scheduler.policies import POLICIES, make_policy
 from tests.scheduler.toy import ToyWorker, make_request, run, solo
 
 
-def attempt(policy: str, at: int) -> bool:
+def attempt(policy: str, at: int, swap: SwapSpace | None) -> bool:
     """A busy scenario (forks, preemptions, drafts) whose `at`-th allocation fails; False when there were fewer."""
     scheduler = Scheduler(
         BlockManager(9, 2),
@@ -20,6 +20,7 @@ def attempt(policy: str, at: int) -> bool:
         max_running=4,
         max_waiting=100,
         speculation=Speculation(3, max_running=3, min_acceptance=0.0),
+        swap=swap,
     )
     worker = ToyWorker(2)
     requests = [make_request(str(n), [n % 3, 1, n % 2], 6, priority=-n, tenant=str(n % 2)) for n in range(5)]
@@ -33,6 +34,7 @@ def attempt(policy: str, at: int) -> bool:
     finally:
         failpoints.configure("")
     assert scheduler.blocks.num_free == 9
+    assert swap is None or swap.num_free == swap.num_blocks
     failed = [request for request in requests if request.finish_reason == "error"]
     assert len(failed) <= 1
     for request in requests:
@@ -41,7 +43,8 @@ def attempt(policy: str, at: int) -> bool:
     return reached
 
 
+@pytest.mark.parametrize("host", [0, 20])
 @pytest.mark.parametrize("policy", sorted(POLICIES))
-def test_no_leak_at_any_k(policy: str) -> None:
-    tried = next(at for at in itertools.count(1) if not attempt(policy, at))
+def test_no_leak_at_any_k(policy: str, host: int) -> None:
+    tried = next(at for at in itertools.count(1) if not attempt(policy, at, SwapSpace(host) if host else None))
     assert tried > 20

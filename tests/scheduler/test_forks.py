@@ -3,6 +3,7 @@
 import pytest
 
 from runtime.blocks import BlockManager
+from runtime.messages import Move
 from runtime.scheduler import Request, Scheduler
 from runtime.scheduler.policies import make_policy
 from tests.scheduler.toy import ToyWorker, make_request, run, solo, step
@@ -47,7 +48,7 @@ def test_full_blocks_are_shared_and_the_last_one_is_copied() -> None:
     tables = [request.table.blocks for request in requests if request.table]
     assert tables[0][:2] == tables[1][:2] == tables[2][:2]
     assert len({table[2] for table in tables}) == 3
-    assert plan.copies == [(tables[0][2], tables[1][2]), (tables[0][2], tables[2][2])]
+    assert plan.moves == [Move("copy", tables[0][2], tables[1][2]), Move("copy", tables[0][2], tables[2][2])]
     assert scheduler.blocks.num_free == 64 - 2 - 3
     scheduler.check_integrity()
     run(scheduler, worker)

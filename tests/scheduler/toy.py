@@ -33,6 +33,8 @@ class ToyWorker:
         self.vocab = vocab
         self.window = window
         self.kv: dict[tuple[int, int], tuple[str, int, int]] = {}
+        self.host: dict[tuple[int, int], tuple[str, int, int]] = {}
+        """Blocks of those that were preempted, where they are swapped."""
         self.tokens: dict[int, list[int]] = {}
         self.blocks: dict[int, list[int]] = {}
         self.adapter: dict[int, str] = {}
@@ -42,10 +44,12 @@ class ToyWorker:
         self.lost: set[int] = set()
 
     def execute(self, plan: StepPlan) -> StepResult:
-        for source, target in plan.copies:
+        for move in plan.moves:
+            source = self.host if move.kind == "in" else self.kv
+            target = self.host if move.kind == "out" else self.kv
             for offset in range(self.block_size):
-                if (source, offset) in self.kv:
-                    self.kv[target, offset] = self.kv[source, offset]
+                if (move.source, offset) in source:
+                    target[move.target, offset] = source[move.source, offset]
         for new in plan.admitted:
             self.tokens[new.slot] = list(new.token_ids)
             self.blocks[new.slot] = list(new.block_ids)
