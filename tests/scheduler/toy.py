@@ -17,6 +17,12 @@ def next_token(tokens: list[int], vocab: int = 3) -> int:
     return value % vocab
 
 
+def likeliest(tokens: list[int], vocab: int, count: int) -> list[tuple[int, float]]:
+    """What a beam tells: its likeliest next tokens, and made-up log-probabilities, all of them different."""
+    scores = [(token, -0.1 - (next_token([*tokens, token], 997) + token / 100) / 100) for token in range(vocab)]
+    return sorted(scores, key=lambda pair: -pair[1])[:count]
+
+
 def solo(prompt: list[int], length: int, *, adapter: str = "", vocab: int = 3) -> list[int]:
     """The tokens of a sequence that runs alone: what every other way of running must give too."""
     tokens = list(prompt)
@@ -38,6 +44,7 @@ class ToyWorker:
         self.tokens: dict[int, list[int]] = {}
         self.blocks: dict[int, list[int]] = {}
         self.adapter: dict[int, str] = {}
+        self.candidates: dict[int, int] = {}
         self.num_computed = 0
         self.failing: int | None = None
         """Slot whose row fails, and leaves garbage."""
@@ -54,10 +61,12 @@ class ToyWorker:
             self.tokens[new.slot] = list(new.token_ids)
             self.blocks[new.slot] = list(new.block_ids)
             self.adapter[new.slot] = new.adapter
+            self.candidates[new.slot] = new.candidates
             self.lost.discard(new.slot)
         slots: list[int] = []
         tokens: list[int] = []
         failed: dict[int, str] = {}
+        candidates: dict[int, list[tuple[int, float]]] = {}
         for row in plan.rows:
             self.blocks[row.slot] += row.new_blocks
             if row.slot in self.lost or row.slot == self.failing:
@@ -65,16 +74,19 @@ class ToyWorker:
                 failed[row.slot] = "the row failed"
                 continue
             known = self.tokens[row.slot]
-            if row.draft:
-                known[row.start + row.count - len(row.draft) :] = row.draft
+            if ends_with := row.draft or row.told:
+                known[row.start + row.count - len(ends_with) :] = ends_with
             for position in range(row.start, row.start + row.count):
                 self.kv[self._place(row.slot, position)] = (self.adapter[row.slot], position, known[position])
             self.num_computed += row.count
-            if row.sample:
+            if row.sample and self.candidates[row.slot]:
+                seen = self._read(row.slot, row.start + row.count)
+                candidates[row.slot] = likeliest(seen, self.vocab, self.candidates[row.slot])
+            elif row.sample:
                 kept = self._sample(row.slot, row.start + row.count - len(row.draft), row.draft)
                 slots += [row.slot] * len(kept)
                 tokens += kept
-        return StepResult(step=plan.step, slots=slots, tokens=tokens, failed=failed)
+        return StepResult(step=plan.step, slots=slots, tokens=tokens, failed=failed, candidates=candidates)
 
     def _sample(self, slot: int, length: int, draft: list[int]) -> list[int]:
         kept: list[int] = []
