@@ -17,15 +17,17 @@ WIDTH = 50
 
 
 def draw(outcomes: Mapping[str, Outcome], target: Path, console: Console) -> None:
-    """Cumulative distributions of TTFT and TPOT in `target` (PNG, SVG, …), or quantiles as bars."""
+    """Distributions of TTFT and TPOT, and throughput, KV waste and preemptions, in `target` (PNG, SVG, …); or
+    quantiles of TTFT as bars."""
     if importlib.util.find_spec("matplotlib") is None:
         console.print("matplotlib is not installed: bars instead of a file", style="yellow")
         console.print(_bars(outcomes))
         return
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    for axes, name in zip(figure.subplots(1, 2), ("ttft", "tpot"), strict=True):
+    figure = Figure(figsize=(12, 8), layout="constrained")
+    above, below = figure.subfigures(2, 1)
+    for axes, name in zip(above.subplots(1, 2), ("ttft", "tpot"), strict=True):
         for label, outcome in outcomes.items():
             values = sorted(getattr(outcome.served, name))
             values = values[:: max(1, len(values) // POINTS)]
@@ -34,6 +36,14 @@ def draw(outcomes: Mapping[str, Outcome], target: Path, console: Console) -> Non
         axes.set_xlabel(f"{name.upper()}, seconds")
         axes.set_ylabel("share of the requests")
         axes.legend()
+    totals = {
+        "output tokens a second": [outcome.throughput for outcome in outcomes.values()],
+        "KV waste, %": [100 * outcome.kv_waste for outcome in outcomes.values()],
+        "preemptions": [outcome.preemptions for outcome in outcomes.values()],
+    }
+    for axes, (title, heights) in zip(below.subplots(1, len(totals)), totals.items(), strict=True):
+        axes.bar(list(outcomes), heights)
+        axes.set_title(title)
     figure.savefig(target)
     console.print(f"wrote {target}")
 

@@ -5,11 +5,12 @@ import pytest
 from runtime.blocks import BlockManager
 from runtime.scheduler import Scheduler
 from runtime.scheduler.policies import make_policy
-from tests.scheduler.toy import ToyWorker, make_request, run, solo, step
+from tests.scheduler.toy import Ahead, ToyWorker, make_request, solo, step
 
 
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("window", [1, 2, 5, 8])
-def test_long_outputs_hold_no_more_than_the_window(window: int) -> None:
+def test_long_outputs_hold_no_more_than_the_window(window: int, ahead: bool) -> None:
     """The toy reads its tokens from the window's blocks only, so one that was given back too early would show."""
     scheduler = Scheduler(
         BlockManager(40, 4),
@@ -23,11 +24,14 @@ def test_long_outputs_hold_no_more_than_the_window(window: int) -> None:
     requests = [make_request(str(n), [n % 3, 1], 60) for n in range(4)]
     for request in requests:
         scheduler.submit(request)
+    driver = Ahead(scheduler, worker)
     for _ in range(30):
-        step(scheduler, worker)
-    most = -(-window // 4) + 1
+        driver.step() if ahead else step(scheduler, worker)
+    most = -(-window // 4) + 1 + ahead
     assert all(len(request.table.held) <= most for request in requests if request.table)
     assert scheduler.blocks.num_free >= 40 - 4 * most
-    run(scheduler, worker)
+    while driver.busy:
+        driver.step() if ahead else step(scheduler, worker)
+    scheduler.check_integrity()
     for request in requests:
         assert request.tokens == solo(request.submission.prompt_ids, request.max_len)
