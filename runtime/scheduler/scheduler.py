@@ -50,6 +50,7 @@ class Committed:
 class Flight:
     """A plan that was made and is not committed."""
 
+    step: int
     planned: float
     """When."""
     stays: dict[int, Stay]
@@ -200,20 +201,23 @@ class Scheduler:
         """Plan the next step. Without rows there is nothing to compute, but `commit` may have ends to tell.
 
         `ahead`: another plan may be made before this one is committed. So it has no drafts, of which nobody
-        knows how many tokens they give. Plans are committed in their order.
+        knows how many tokens they give. Plans are committed in their order; one that is left out, because the
+        caller was interrupted, never will be.
         """
         now = self._clock()
         for late in self._deadlines.passed(now):
             self._end(late, "timeout")
         self._step += 1
         planning = self._planner.plan(self._step, now, guess=not ahead, idle=not self._flights)
-        self._flights.append(Flight(now, planning.stays))
+        self._flights.append(Flight(self._step, now, planning.stays))
         return planning.done()
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[Committed]:
         """Book what a step computed and sampled. Tells of new tokens, and of requests that the scheduler has
         ended: the late and the failed. All other ends are the engine's."""
-        flight, now = self._flights.popleft(), self._clock()
+        while (flight := self._flights.popleft()).step != plan.step:
+            pass
+        now = self._clock()
         self._pace.on_step(plan.num_tokens, len(plan.rows), now - max(flight.planned, self._last_commit))
         self._last_commit = now
         for slot, error in result.failed.items():

@@ -4,6 +4,7 @@ Requests arrive and leave at random steps, stop at strings and ids, fork, and sh
 result that comes after its request has ended is dropped.
 """
 
+import itertools
 import random
 import threading
 from pathlib import Path
@@ -194,3 +195,25 @@ def test_a_row_that_fails_with_the_next_one_in_flight(tiny_model: Path) -> None:
     assert (len(whole(outputs["bad"])[0]), whole(outputs["bad"])[2]) == (2, "error")
     assert (0, 4) not in computed
     llm.engine.scheduler.check_integrity()
+
+
+@pytest.mark.parametrize("mode", ["off", "on"])
+def test_after_an_interrupt_it_goes_on(tiny_model: Path, mode: str) -> None:
+    """Ctrl-C in the middle of an offline run: the step is lost, and the engine is not."""
+    llm = LLM(str(tiny_model), asynchronous=mode)
+    params = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
+    expected = llm.generate([[5, 6, 7]], params)[0].token_ids
+    execute, steps = llm.engine._executor.execute, itertools.count()
+
+    def interrupted(plan: StepPlan) -> StepResult:
+        if next(steps) == 2:
+            raise KeyboardInterrupt
+        return execute(plan)
+
+    llm.engine._executor.execute = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate([[9, 8], [7, 6, 5]], params)
+    assert llm.generate([[5, 6, 7]], params)[0].token_ids == expected
+    llm.engine.scheduler.check_integrity()
+    blocks = llm.engine.scheduler.blocks
+    assert blocks.num_free == blocks.num_blocks
