@@ -2,7 +2,7 @@
 
 python -m benchmarks.simulate                                   every policy and static batching, on an H100
 python -m benchmarks.simulate --device a10 --rate 3 --bursty 4  a smaller card, requests in bursts
-python -m benchmarks.simulate --policy fcfs --requests 1M       a million requests
+python -m benchmarks.simulate --policy fcfs --requests 1M       a million requests: 20 minutes, 100 MB
 python -m benchmarks.simulate --prefixes 20 --plot ttft.svg     shared beginnings; a picture
 
 Devices and lengths of requests: benchmarks/simulation/device.py and trace.py, with their sources. Deterministic.

@@ -43,6 +43,7 @@ def draw(outcomes: Mapping[str, Outcome], target: Path, console: Console) -> Non
     }
     for axes, (title, heights) in zip(below.subplots(1, len(totals)), totals.items(), strict=True):
         axes.bar(list(outcomes), heights)
+        axes.set_ylim(0, max(heights) * 1.05 or 1.0)
         axes.set_title(title)
     figure.savefig(target)
     console.print(f"wrote {target}")

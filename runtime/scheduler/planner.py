@@ -90,7 +90,7 @@ class Planner:
             if planning.budget == 0:
                 return
             assert request.table is not None
-            if request.length <= len(request.table.blocks) * size or self._make_room(request, planning):
+            if request.num_computed < len(request.table.blocks) * size or self._make_room(request, planning):
                 planning.add(request, 1, self._draft(request, planning, speculation) if speculation else [])
         behind.sort(key=lambda request: (self._policy.rank(request), request.num_wanted))
         for request in behind:

@@ -62,22 +62,21 @@ class Planning:
         slot, table, start = request.slot, request.table, request.num_computed
         assert slot is not None
         assert table is not None
-        known = len(table.blocks)
-        new_blocks = table.blocks[request.num_sent_blocks :] if request.num_sent_blocks < known else []
-        request.num_sent_blocks = known
+        new_blocks: list[int] = []
+        if request.num_sent_blocks < (known := len(table.blocks)):
+            new_blocks, request.num_sent_blocks = table.blocks[request.num_sent_blocks :], known
         total = count + len(draft)
-        sample = start + count == request.length
-        beam = request.submission.beams is not None
-        told = request.tokens[request.num_told :] if beam else []
+        sample = start + count == len(request.tokens) + request.num_pending
+        told: list[int] = []
+        if request.submission.beams is not None:
+            told, request.num_told = request.tokens[request.num_told :], len(request.tokens)
+        else:
+            request.num_pending += sample
         self._rows[slot] = Row(
             slot=slot, start=start, count=total, sample=sample, new_blocks=new_blocks, draft=draft, told=told
         )
         self._stays[slot] = Stay(request, table)
         request.num_computed = start + total
-        if beam:
-            request.num_told = len(request.tokens)
-        else:
-            request.num_pending += sample
         self.budget -= total
 
     def withdraw(self, request: Request) -> None:

@@ -226,17 +226,19 @@ class Scheduler:
         sampled: dict[int, list[int]] = {}
         for slot, token in zip(result.slots, result.tokens, strict=True):
             sampled.setdefault(slot, []).append(token)
+        stays, candidates, logprobs = flight.stays, result.candidates, result.logprobs
         for row in plan.rows:
-            stay = flight.stays[row.slot]
-            if stay.over:
+            slot = row.slot
+            if (stay := stays[slot]).over:
                 continue
-            request, tokens = stay.request, sampled.get(row.slot, [])
+            request, tokens = stay.request, sampled.get(slot, [])
             self._book(request, row, tokens, now)
-            if row.slot in result.candidates:
+            if slot in candidates:
                 request.answered = True
-                committed.append(Committed(request, [], candidates=result.candidates[row.slot]))
+                committed.append(Committed(request, [], candidates=candidates[slot]))
             elif tokens:
-                request.cumulative_logprob += result.logprobs.get(row.slot, 0.0)
+                if logprobs:
+                    request.cumulative_logprob += logprobs.get(slot, 0.0)
                 committed.append(Committed(request, tokens))
         return committed
 
