@@ -9,20 +9,27 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]*")
 _VERSION = re.compile(r"(.+)[:@]([0-9]{1,9})")
 
 
-def check_name(name: str, *, base: str, param: str) -> None:
-    """Raise `InvalidRequest` naming `param`. ASCII only, so that no two names look alike."""
+def name_problem(name: str) -> str | None:
+    """What keeps `name` from being an adapter's name on any server, or None. ASCII only, so that no two look alike."""
     if not 1 <= len(name) <= MAX_NAME:
-        raise InvalidRequest(f"{param} must have 1 to {MAX_NAME} characters, got {len(name)}.", param=param)
+        return f"must have 1 to {MAX_NAME} characters, got {len(name)}"
     if not _NAME.fullmatch(name) or ".." in name:
-        raise InvalidRequest(
-            f"{param} must begin with a letter or digit and have only ASCII letters, digits, and `.`, `_`, `-`, `:`, "
-            f"no two dots in a row; got {name!r}.",
-            param=param,
+        return (
+            "must begin with a letter or digit and have only ASCII letters, digits, and `.`, `_`, `-`, `:`, "
+            f"no two dots in a row; got {name!r}"
         )
     if _VERSION.fullmatch(name):
-        raise InvalidRequest(f"{param} must not end like a version, `:` and a number; got {name!r}.", param=param)
-    if name.casefold() == base.casefold():
-        raise InvalidRequest(f"{param} must not be the base model's name, {base!r}.", param=param)
+        return f"must not end like a version, `:` and a number; got {name!r}"
+    return None
+
+
+def check_name(name: str, *, base: str, param: str) -> None:
+    """Raise `InvalidRequest` naming `param`. `base`: the name of the model that the adapters are for."""
+    problem = name_problem(name)
+    if problem is None and name.casefold() == base.casefold():
+        problem = f"must not be the base model's name, {base!r}"
+    if problem is not None:
+        raise InvalidRequest(f"{param} {problem}.", param=param)
 
 
 def split_version(text: str) -> tuple[str, int] | None:

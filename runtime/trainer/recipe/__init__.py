@@ -3,7 +3,7 @@
 from runtime.trainer.recipe.dataset import Dataset
 from runtime.trainer.recipe.document import Document
 from runtime.trainer.recipe.load import check_base_model, load_recipe, recipe_from
-from runtime.trainer.recipe.names import adapter_name, name_problem
+from runtime.trainer.recipe.names import adapter_name
 from runtime.trainer.recipe.problems import Problem, RecipeError
 from runtime.trainer.recipe.publish import Publish
 from runtime.trainer.recipe.schema import OptimizerFamily, Recipe
@@ -19,6 +19,5 @@ __all__ = [
     "adapter_name",
     "check_base_model",
     "load_recipe",
-    "name_problem",
     "recipe_from",
 ]

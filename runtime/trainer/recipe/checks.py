@@ -10,7 +10,7 @@ import msgspec
 import regex
 
 from runtime.errors import InvalidRequest
-from runtime.trainer.recipe.names import name_problem
+from runtime.trainer.adapters.names import name_problem
 from runtime.trainer.recipe.schema import Recipe
 
 Found = tuple[str, str]

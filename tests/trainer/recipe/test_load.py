@@ -206,7 +206,7 @@ def test_learning_rates_that_make_no_sense(value: Any) -> None:
         ({"lr_scheduler": "cosine_min_lr_ratio"}, "cosine_min_lr_ratio", "is missing"),
         ({"chat_template": "jinja"}, "chat_template_jinja", "is missing"),
         ({"name": "../x"}, "name", "letters, digits"),
-        ({"name": "x" * 300}, "name", "at most 128"),
+        ({"name": "x" * 300}, "name", "1 to 128"),
         ({"name": "ﬁn"}, "name", "letters, digits"),
         ({"batch_size": 7, "micro_batch_size": 2}, "batch_size", "whole numbers that agree"),
         ({"batch_size": 8, "micro_batch_size": 2, "gradient_accumulation_steps": 2}, "batch_size", "2 × 2 = 4"),
