@@ -10,6 +10,7 @@ import kernels
 from runtime.blocks import BlockManager, SwapSpace
 from runtime.engine import Engine
 from runtime.hooks import Hooks
+from runtime.logs import get_logger
 from runtime.metrics import Metrics
 from runtime.scheduler import Scheduler, Speculation
 from runtime.scheduler.policies import make_policy
@@ -23,13 +24,17 @@ from runtime.workers.loading import Checkpoint, open_checkpoint
 from runtime.workers.loading.errors import ModelLoadError
 from runtime.workers.lora_base import LoraBase
 from runtime.workers.memory import keep_freed_memory
-from runtime.workers.models import find_model
+from runtime.workers.model import Model
+from runtime.workers.models import find_model, is_native
 from runtime.workers.spec import DecoderSpec
 from runtime.workers.worker import Worker
 from settings.schema import CacheSettings, ModelSettings, SchedulerSettings, Settings
 
 DEFAULT_CONTEXTS = 4
 """Without a setting the cache holds so many full contexts, if a quarter of the free memory does."""
+
+
+_log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,7 @@ class Assembled:
     model_name: str
     block_size: int
     num_blocks: int
-    decoder: Decoder
+    decoder: Model
     lora_base: LoraBase
     """What adapters must fit."""
 
@@ -54,7 +59,7 @@ def assemble(settings: Settings) -> Assembled:
         settings.model.model, revision=settings.model.revision, chat_template=settings.model.chat_template
     )
     name = settings.model.served_model_name or checkpoint.name
-    decoder = load_decoder(checkpoint, settings.model)
+    decoder = load_model(checkpoint, settings.model)
     context = settings.model.max_model_len or decoder.spec.max_position
     num_blocks = _num_blocks(settings.cache, decoder, context)
     block_size = settings.cache.block_size
@@ -64,7 +69,7 @@ def assemble(settings: Settings) -> Assembled:
     num_host_blocks = _num_host_blocks(settings, decoder)
     host = make_cache(decoder, num_host_blocks, block_size, torch.device("cpu")) if num_host_blocks else None
     scheduler = make_scheduler(settings.scheduler, settings.cache, num_blocks, spec.window, num_host_blocks)
-    lora_base = LoraBase.of(decoder, find_model(checkpoint.config), name)
+    lora_base = base_of(decoder, checkpoint, name)
     slots = AdapterSlots(
         lora_base,
         decoder.ops,
@@ -95,14 +100,12 @@ def assemble(settings: Settings) -> Assembled:
     return Assembled(engine, name, block_size, num_blocks, decoder, lora_base)
 
 
-def make_cache(decoder: Decoder, num_blocks: int, block_size: int, device: torch.device) -> KVCache:
+def make_cache(decoder: Model, num_blocks: int, block_size: int, device: torch.device) -> KVCache:
     """A KV cache for the decoder, on its device or in the memory beside it."""
     return KVCache(
-        num_layers=decoder.spec.num_layers,
+        decoder.spec.kv_shapes,
         num_blocks=num_blocks,
         block_size=block_size,
-        num_kv_heads=decoder.spec.num_kv_heads,
-        head_dim=decoder.spec.head_dim,
         dtype=decoder.dtype,
         device=device,
         pinned=device.type == "cpu" and decoder.device.type == "cuda",
@@ -138,18 +141,57 @@ def make_scheduler(
     )
 
 
+def load_model(checkpoint: Checkpoint, settings: ModelSettings) -> Model:
+    """The checkpoint's weights in our decoder, or in transformers' modules where there is no family for them; on the
+    device and in the type that the settings ask for. Raises `ModelLoadError`."""
+    return load_decoder(checkpoint, settings) if is_native(checkpoint.config) else _load_fallback(checkpoint, settings)
+
+
+def base_of(model: Model, checkpoint: Checkpoint, name: str) -> LoraBase:
+    """What adapters for `model`, made from `checkpoint`, must fit."""
+    if isinstance(model, Decoder):
+        return LoraBase.of(model, find_model(checkpoint.config), name)
+    from runtime.workers.fallback import FallbackDecoder, lora_base
+
+    assert isinstance(model, FallbackDecoder)
+    return lora_base(model, name)
+
+
+def _load_fallback(checkpoint: Checkpoint, settings: ModelSettings) -> Model:
+    from runtime.workers.fallback import load_fallback  # imports transformers
+
+    device = _device(settings.device)
+    try:
+        model = load_fallback(
+            checkpoint.source,
+            checkpoint.config,
+            kernels.load(settings.kernels),
+            max_len=settings.max_model_len,
+            dtype=_dtype(settings.dtype, device),
+            device=device,
+            int8=settings.quantization == "int8",
+        )
+    except (WeightError, ValueError) as error:
+        raise ModelLoadError(f"{checkpoint.name}: {error}") from error
+    _check_context(settings, model.spec, checkpoint)
+    architecture = ", ".join(checkpoint.config.get("architectures", []))
+    _log.warning(
+        "no_native_model",
+        architecture=architecture,
+        served_through="transformers",
+        lora_targets=len(model.targets),
+    )
+    return model
+
+
 def load_decoder(checkpoint: Checkpoint, settings: ModelSettings) -> Decoder:
-    """The checkpoint's weights in a decoder, on the device and in the type that the settings ask for."""
+    """The checkpoint's weights in our decoder, on the device and in the type that the settings ask for."""
     device = _device(settings.device)
     dtype = _dtype(settings.dtype, device)
     try:
         model = find_model(checkpoint.config)
         spec = _checked(model.spec(checkpoint.config))
-        context = settings.max_model_len or spec.max_position
-        if context > spec.max_context:
-            raise ModelLoadError(
-                f"max_model_len is {context}, but {checkpoint.name} was made for at most {spec.max_context} tokens."
-            )
+        context = _check_context(settings, spec, checkpoint)
         decoder = Decoder(spec, kernels.load(settings.kernels), max_len=context, dtype=dtype, device=device)
         decoder.load(model.weights(checkpoint.tensors(), spec), quantise=settings.quantization == "int8")
     except (WeightError, ValueError) as error:
@@ -157,6 +199,16 @@ def load_decoder(checkpoint: Checkpoint, settings: ModelSettings) -> Decoder:
     except KeyError as error:
         raise ModelLoadError(f"{checkpoint.name}: config.json has no {error.args[0]!r}") from error
     return decoder
+
+
+def _check_context(settings: ModelSettings, spec: DecoderSpec, checkpoint: Checkpoint) -> int:
+    """The longest sequence to serve. Raises `ModelLoadError`."""
+    context = settings.max_model_len or spec.max_position
+    if context > spec.max_context:
+        raise ModelLoadError(
+            f"max_model_len is {context}, but {checkpoint.name} was made for at most {spec.max_context} tokens."
+        )
+    return context
 
 
 def _checked(spec: DecoderSpec) -> DecoderSpec:
@@ -190,18 +242,11 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
-def _bytes_of_block(settings: CacheSettings, decoder: Decoder) -> int:
-    spec = decoder.spec
-    return block_bytes(
-        num_layers=spec.num_layers,
-        block_size=settings.block_size,
-        num_kv_heads=spec.num_kv_heads,
-        head_dim=spec.head_dim,
-        dtype=decoder.dtype,
-    )
+def _bytes_of_block(settings: CacheSettings, decoder: Model) -> int:
+    return block_bytes(decoder.spec.kv_shapes, block_size=settings.block_size, dtype=decoder.dtype)
 
 
-def _num_host_blocks(settings: Settings, decoder: Decoder) -> int:
+def _num_host_blocks(settings: Settings, decoder: Model) -> int:
     """0 where what is preempted is computed again."""
     if settings.scheduler.preemption_mode == "recompute":
         return 0
@@ -211,7 +256,7 @@ def _num_host_blocks(settings: Settings, decoder: Decoder) -> int:
     return memory // size
 
 
-def _num_blocks(settings: CacheSettings, decoder: Decoder, context: int) -> int:
+def _num_blocks(settings: CacheSettings, decoder: Model, context: int) -> int:
     if settings.num_blocks is not None:
         return settings.num_blocks
     size = _bytes_of_block(settings, decoder)

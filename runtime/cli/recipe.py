@@ -15,7 +15,10 @@ from settings.load import Loaded
 
 if TYPE_CHECKING:
     from runtime.trainer.recipe import Recipe
+    from runtime.trainer.shape import ModelShape
     from runtime.trainer.summary import PlanSummary
+    from runtime.workers.loading import Checkpoint
+    from settings.schema import ModelSettings
 
 
 class RecipeRefused(UsageError):
@@ -99,32 +102,41 @@ def _plan(recipe: "Recipe", file: Path, loaded: Loaded) -> "PlanSummary":
     the working directory, and under the data roots of the settings."""
     from runtime.trainer.data.files import DataFiles
     from runtime.trainer.plan import prepare
-    from runtime.trainer.shape import shape_of
     from runtime.trainer.summary import summarize
     from runtime.workers.loading import open_checkpoint
-    from runtime.workers.models import find_model
 
     settings = loaded.settings
     checkpoint = open_checkpoint(
         settings.model.model, revision=settings.model.revision, chat_template=settings.model.chat_template
     )
-    architecture = find_model(checkpoint.config)
-    spec = architecture.spec(checkpoint.config)
+    longest, shape = _shape(checkpoint, settings.model)
     names = [settings.model.served_model_name, checkpoint.name, settings.model.model]
     plan = prepare(
         recipe,
         checkpoint.tokenizer,
         DataFiles(roots=[file.resolve().parent, Path.cwd(), *map(Path, settings.trainer.data_roots)]),
         model_names=tuple(name for name in names if name),
-        max_len=settings.model.max_model_len or spec.max_position,
-        shape=shape_of(
-            spec,
-            architecture.LORA_TARGETS,
-            bytes_per_value=2 if settings.model.dtype == "bfloat16" else 4,
-            prefix=architecture.layers(),
-        ),
+        max_len=settings.model.max_model_len or longest,
+        shape=shape,
     )
     return summarize(plan)
+
+
+def _shape(checkpoint: "Checkpoint", settings: "ModelSettings") -> tuple[int, "ModelShape"]:
+    """The model's longest sequence, and its shape. One that is served through transformers has to be loaded for it."""
+    from runtime.trainer.shape import shape_of, shape_of_base
+    from runtime.workers.models import find_model, is_native
+
+    size = 2 if settings.dtype == "bfloat16" else 4
+    if is_native(checkpoint.config):
+        architecture = find_model(checkpoint.config)
+        spec = architecture.spec(checkpoint.config)
+        shape = shape_of(spec, architecture.LORA_TARGETS, bytes_per_value=size, prefix=architecture.layers())
+        return spec.max_position, shape
+    from runtime.assembly import base_of, load_model
+
+    model = load_model(checkpoint, settings)
+    return model.max_len, shape_of_base(model.spec, base_of(model, checkpoint, checkpoint.name), bytes_per_value=size)
 
 
 def _as_error(error: RequestError) -> dict[str, Any]:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runtime.workers.decoder import Decoder
 from runtime.workers.layers import Linear
 from runtime.workers.lora import LoraLayers, LoraPart, LoraShape
+from runtime.workers.model import Model
 
 Targets = Mapping[tuple[int, str], Sequence[str]]
 """(layer index, linear name) → those of the linear's parts that are trained, in the linear's own order."""
@@ -36,7 +36,7 @@ class AdaptedLinear:
 class TrainableLora:
     """All parameters of one adapter."""
 
-    def __init__(self, decoder: Decoder, targets: Targets, shape: LoraShape, *, seed: int) -> None:
+    def __init__(self, decoder: Model, targets: Targets, shape: LoraShape, *, seed: int) -> None:
         """Fresh parameters on the decoder's device; the same seed gives the same ones."""
         self.shape = shape
         self.scale = shape.scale(shape.rank, shape.alpha)

@@ -73,7 +73,7 @@ class Vocabulary:
             torch.tanh(logits.div_(spec.logit_softcap), out=logits)
             slope = 1 - logits.square() if weight is not None else None
             logits *= spec.logit_softcap
-        found = _cross_entropy(logits, self._targets[rows], weight)
+        found = cross_entropy(logits, self._targets[rows], weight)
         if weight is not None and slope is not None:
             logits *= slope
         if weight is not None and spec.logit_scale != 1.0:
@@ -92,7 +92,7 @@ class Vocabulary:
         return self._leaf.grad
 
 
-def _cross_entropy(logits: Tensor, targets: Tensor, weight: float | None) -> Score:
+def cross_entropy(logits: Tensor, targets: Tensor, weight: float | None) -> Score:
     """logits [R, vocab] float32, overwritten: by the gradient where a `weight` is given, else by the likelihoods."""
     best = logits.amax(-1, keepdim=True)
     index = targets.unsqueeze(1)

@@ -11,7 +11,7 @@ from runtime.trainer.adapters.names import check_name
 from runtime.trainer.data.files import DataFiles
 from runtime.trainer.plan import Plan, prepare
 from runtime.trainer.recipe import adapter_name, load_recipe
-from runtime.trainer.shape import shape_of
+from runtime.trainer.shape import shape_of_base
 from runtime.trainer.summary import summarize
 from settings.schema import Settings
 
@@ -59,7 +59,7 @@ class RecipePreparer:
         self._roots = [Path(root).expanduser() for root in settings.trainer.data_roots] + [directory / "data"]
         self._tokens_per_second = tokens_per_second
         decoder, base = service.decoder, service.lora_base
-        self._shape = shape_of(decoder.spec, base.places, bytes_per_value=decoder.dtype.itemsize, prefix=base.layers)
+        self._shape = shape_of_base(decoder.spec, base, bytes_per_value=decoder.dtype.itemsize)
 
     def prepare(self, recipe_yaml: bytes, uploads: dict[str, Path]) -> PlannedJob:
         """See `jobs.ports.Preparer`."""

@@ -28,15 +28,15 @@ from runtime.trainer.examples import Example
 from runtime.trainer.lora import TrainableLora, mix
 from runtime.trainer.loss import Score
 from runtime.trainer.memory import halve, is_out_of_memory
+from runtime.trainer.micro_step import micro_step
 from runtime.trainer.microbatch import pack
 from runtime.trainer.optimizer import Optimizer
 from runtime.trainer.slices import Pacer, Slice, Sliced, Slices
 from runtime.trainer.snapshot import Progress, Restored, Snapshot
 from runtime.trainer.spec import RunSpec
-from runtime.trainer.step import MicroStep
 from runtime.trainer.watchdog import Lost, Watchdog
-from runtime.workers.decoder import Decoder
 from runtime.workers.lora import LoraLayers
+from runtime.workers.model import Model
 
 MicroBatches = Sequence[Sequence[Example]]
 
@@ -46,7 +46,7 @@ class TrainingRun:
 
     def __init__(
         self,
-        decoder: Decoder,
+        decoder: Model,
         spec: RunSpec,
         batches: Callable[[int], MicroBatches],
         test: MicroBatches,
@@ -201,7 +201,7 @@ class TrainingRun:
         trained = sum(example.num_trained for micro in group for example in micro)
         total = Score()
         for index, examples in enumerate(group):
-            micro = MicroStep(
+            micro = micro_step(
                 self._decoder,
                 self._ops,
                 self._lora,
@@ -236,7 +236,7 @@ class TrainingRun:
         """Score the held-out rows, and remember the best parameters; True when it has not improved for too long."""
         total = Score()
         for examples in self._test:
-            micro = MicroStep(self._decoder, self._ops, self._lora, pack(examples, self._decoder.device))
+            micro = micro_step(self._decoder, self._ops, self._lora, pack(examples, self._decoder.device))
             yield from micro.evaluate()
             total.add(micro.score)
         progress = self._progress

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from msgspec import Struct
 
 if TYPE_CHECKING:
+    from runtime.workers.lora_base import LoraBase
     from runtime.workers.spec import DecoderSpec
 
 
@@ -24,6 +25,19 @@ class ModelShape(Struct, frozen=True, kw_only=True):
     """Of activations: 4 in float32, 2 in bfloat16."""
     prefix: str = "model.layers"
     """What the full name of a linear begins with, as PEFT writes it."""
+
+
+def shape_of_base(spec: DecoderSpec, base: LoraBase, *, bytes_per_value: int) -> ModelShape:
+    """The shape of a model that is loaded."""
+    return ModelShape(
+        num_layers=spec.num_layers,
+        hidden_size=spec.hidden_size,
+        intermediate_size=spec.intermediate_size,
+        vocab_size=spec.vocab_size,
+        linears={name: (target.in_features, target.out_features) for name, target in base.targets.items()},
+        bytes_per_value=bytes_per_value,
+        prefix=base.layers,
+    )
 
 
 def shape_of(

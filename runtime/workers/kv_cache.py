@@ -3,6 +3,7 @@
 import contextlib
 import math
 import mmap
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,23 +14,20 @@ class KVCache:
 
     def __init__(
         self,
+        shapes: Sequence[tuple[int, int]],
         *,
-        num_layers: int,
         num_blocks: int,
         block_size: int,
-        num_kv_heads: int,
-        head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
         pinned: bool = False,
     ) -> None:
-        """`pinned`: in host memory that a GPU reads and writes by itself."""
+        """`shapes` has (kv_heads, head_dim) of every layer; `pinned`: in host memory that a GPU reads and writes by
+        itself."""
         self.num_blocks = num_blocks
         self.block_size = block_size
-        shape = (num_blocks, block_size, num_kv_heads, head_dim)
-        self.layers = [
-            (_zeros(shape, dtype, device, pinned), _zeros(shape, dtype, device, pinned)) for _ in range(num_layers)
-        ]
+        sizes = [(num_blocks, block_size, *shape) for shape in shapes]
+        self.layers = [(_zeros(size, dtype, device, pinned), _zeros(size, dtype, device, pinned)) for size in sizes]
 
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
         """Copy the content of whole blocks, each from the first of a pair to the second. No block is in both places."""
@@ -60,9 +58,9 @@ class KVCache:
                 tensor[index[~finite]] = 0
 
 
-def block_bytes(*, num_layers: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
-    """Bytes that one block takes over all layers."""
-    return 2 * num_layers * block_size * num_kv_heads * head_dim * dtype.itemsize
+def block_bytes(shapes: Sequence[tuple[int, int]], *, block_size: int, dtype: torch.dtype) -> int:
+    """Bytes that one block takes over all layers; `shapes` as in `KVCache`."""
+    return 2 * block_size * sum(heads * size for heads, size in shapes) * dtype.itemsize
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, pinned: bool) -> Tensor:

@@ -28,6 +28,14 @@ class Parameter:
             self._slices[name] = slice(start, start + rows)
             start += rows
 
+    @classmethod
+    def of(cls, data: Tensor) -> "Parameter":
+        """A weight that is there already."""
+        parameter = cls({"": len(data)}, tuple(data.shape[1:]), data.dtype, torch.device("meta"))
+        parameter.data = data
+        parameter._missing.clear()
+        return parameter
+
     def quantise(self) -> None:
         """Hold the weight in int8 from now on, and no longer in floating point."""
         self.quantised = quantise_int8(self.data)

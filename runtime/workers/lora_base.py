@@ -6,6 +6,7 @@ from hashlib import blake2b
 import torch
 
 from runtime.workers.decoder import Decoder
+from runtime.workers.model import Model
 from runtime.workers.models.family import Family
 
 _SAMPLES = 256
@@ -65,7 +66,7 @@ class LoraBase:
         return self.num_layers * sum(t.in_features + t.out_features for t in self.targets.values())
 
 
-def fingerprint(decoder: Decoder) -> str:
+def fingerprint(decoder: Model) -> str:
     """A digest of the architecture and of a sample of every weight, rounded to bfloat16."""
     digest = blake2b(repr(decoder.spec).encode(), digest_size=16, person=b"eft-base")
     for name, parameter in sorted(decoder.parameters().items()):

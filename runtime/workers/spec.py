@@ -107,6 +107,11 @@ class DecoderSpec:
         return None if None in windows else max(window for window in windows if window is not None)
 
     @property
+    def kv_shapes(self) -> tuple[tuple[int, int], ...]:
+        """Of every layer in the cache: key/value heads, and their size."""
+        return ((self.num_kv_heads, self.head_dim),) * self.num_layers
+
+    @property
     def scale(self) -> float:
         """What attention scores are multiplied by."""
         return float(self.head_dim**-0.5) if self.attention_scale is None else self.attention_scale

@@ -8,8 +8,8 @@ from runtime.messages import Row, StepPlan, StepResult
 from runtime.workers.adapter_slots import AdapterSlots
 from runtime.workers.attention import PagedAttention
 from runtime.workers.batch import build_batch
-from runtime.workers.decoder import Decoder
 from runtime.workers.kv_cache import KVCache
+from runtime.workers.model import Model
 from runtime.workers.moves import execute_moves
 from runtime.workers.sampler import Sampler
 from runtime.workers.verify import proved_right
@@ -20,7 +20,7 @@ class Worker:
 
     def __init__(
         self,
-        decoder: Decoder,
+        decoder: Model,
         cache: KVCache,
         *,
         max_running: int,

@@ -57,18 +57,15 @@ class Server:
     """Computes sequences over the paged cache in whatever pieces it is told, as a worker would."""
 
     def __init__(self, decoder: Decoder, sequences: list[Tensor]) -> None:
-        spec = decoder.spec
         self.decoder = decoder
         self.tokens = {slot: ids.tolist() for slot, ids in enumerate(sequences)}
         per = -(-max(map(len, sequences)) // BLOCK)
         shuffled = torch.randperm(per * len(sequences), generator=torch.Generator().manual_seed(2))
         self.tables = shuffled.view(len(sequences), per).numpy().astype(np.int64)
         self.cache = KVCache(
-            num_layers=spec.num_layers,
+            decoder.spec.kv_shapes,
             num_blocks=self.tables.size,
             block_size=BLOCK,
-            num_kv_heads=spec.num_kv_heads,
-            head_dim=spec.head_dim,
             dtype=torch.float32,
             device=torch.device("cpu"),
         )

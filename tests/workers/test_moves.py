@@ -13,9 +13,7 @@ CPU = torch.device("cpu")
 
 
 def cache(num_blocks: int, seed: int) -> KVCache:
-    made = KVCache(
-        num_layers=2, num_blocks=num_blocks, block_size=4, num_kv_heads=2, head_dim=8, dtype=torch.float32, device=CPU
-    )
+    made = KVCache([(2, 8)] * 2, num_blocks=num_blocks, block_size=4, dtype=torch.float32, device=CPU)
     generator = torch.Generator().manual_seed(seed)
     for layer in made.layers:
         for tensor in layer:

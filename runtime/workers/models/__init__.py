@@ -4,6 +4,6 @@ Packages bring more through the entry point group `eft.models`; see docs/adding-
 """
 
 from runtime.workers.models.family import Family
-from runtime.workers.models.registry import REGISTRY, find_model, plugins, supported
+from runtime.workers.models.registry import REGISTRY, find_model, is_native, plugins, supported
 
-__all__ = ["REGISTRY", "Family", "find_model", "plugins", "supported"]
+__all__ = ["REGISTRY", "Family", "find_model", "is_native", "plugins", "supported"]

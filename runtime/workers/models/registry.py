@@ -61,6 +61,12 @@ def supported() -> list[str]:
     return sorted({*REGISTRY, *plugins()})
 
 
+def is_native(config: dict[str, Any]) -> bool:
+    """Whether there is a class for one of the config's architectures."""
+    known = supported()
+    return any(name in known for name in config.get("architectures") or [])
+
+
 def find_model(config: dict[str, Any]) -> type[Family]:
     """The first of the config's architectures that there is; a plugin goes before one of ours of the same name.
 
