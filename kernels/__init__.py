@@ -4,8 +4,9 @@
 """
 
 from kernels.cpu import CpuOps
+from kernels.int4 import Int4Weight, quantise_int4
 from kernels.interface import LoraFactors, LoraSegment, Ops, PagedRows
-from kernels.quantised import Int8Weight, Weight, quantise_int8
+from kernels.quantised import Int8Weight, QuantisedWeight, Weight, quantise_int8
 from kernels.reference import ReferenceOps
 
 BACKENDS: dict[str, type[Ops]] = {"reference": ReferenceOps, "cpu": CpuOps}
@@ -34,13 +35,16 @@ def load(name: str = "auto") -> Ops:
 
 __all__ = [
     "BACKENDS",
+    "Int4Weight",
     "Int8Weight",
     "LoraFactors",
     "LoraSegment",
     "Ops",
     "PagedRows",
+    "QuantisedWeight",
     "Weight",
     "available",
     "load",
+    "quantise_int4",
     "quantise_int8",
 ]

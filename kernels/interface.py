@@ -87,8 +87,8 @@ class Ops(ABC):
 
     @abstractmethod
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
-        """x [T, in] times weight [out, in] transposed, plus bias [out] → [T, out]. With an int8 weight x is
-        quantised too, token by token; its gradient is that of the dequantised weight."""
+        """x [T, in] times weight [out, in] transposed, plus bias [out] → [T, out]. With a weight in integers
+        x is quantised too, token by token; its gradient is that of the dequantised weight."""
 
     @abstractmethod
     def lora_apply(self, x: Tensor, y: Tensor, segments: Sequence[LoraSegment]) -> Tensor:

@@ -1,10 +1,11 @@
-"""Weights in int8, and the exact arithmetic on them that every backend follows.
+"""Weights that are not floats: what all of them have, and int8 with a scale an output.
 
-Weights have a scale an output, activations two bytes and one scale a token, found when they come: value = integer *
-scale. One byte would not do: a token's outliers leave too little of it for the rest. Sums are of integers, so they
-are exact and a row's result does not depend on its batch.
+Activations become two bytes and one scale a token, found when they come: value = integer * scale. One byte would not
+do: a token's outliers leave too little of it for the rest. Sums are of integers, so they are exact and a row's result
+does not depend on its batch.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +20,35 @@ _EXACT = 1024
 """Products of a byte with a weight that float32 sums without rounding: 1024 * 128 * 127 < 2^24."""
 
 
-@dataclass(frozen=True, eq=False)
-class Int8Weight:
+class QuantisedWeight(ABC):
     """A weight [out, in] that takes the place of the float one."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> torch.Size:
+        """[out, in]."""
+
+    @property
+    @abstractmethod
+    def num_bytes(self) -> int:
+        """Memory that it takes."""
+
+    @abstractmethod
+    def dequantise(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[out, in] in floating point."""
+
+    @abstractmethod
+    def rows(self, index: Tensor) -> Tensor:
+        """Outputs `index` [T] in float32, [T, in]: an embedding's look-up."""
+
+    @abstractmethod
+    def multiply(self, x: Tensor) -> Tensor:
+        """x [T, in] float32 times the weight transposed → [T, out] float32, each row as if it were alone."""
+
+
+@dataclass(frozen=True, eq=False)
+class Int8Weight(QuantisedWeight):
+    """Integers with a scale an output."""
 
     values: Tensor
     """[out, in] int8, from -127 to 127."""
@@ -39,34 +66,35 @@ class Int8Weight:
         return self.values.nbytes + self.scales.nbytes + self.sums.nbytes
 
     def dequantise(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """[out, in] in floating point."""
         return (self.values.float() * self.scales.unsqueeze(1)).to(dtype)
 
     def rows(self, index: Tensor) -> Tensor:
-        """Outputs `index` [T] in float32, [T, in]: an embedding's look-up."""
         return self.values[index].float() * self.scales[index].unsqueeze(1)
 
+    def multiply(self, x: Tensor) -> Tensor:
+        values, scales = quantise_rows(x, LARGEST_ACTIVATION)
+        high, low = two_bytes(values)
+        total = _sums(high, self).float() * 256 + _sums(low, self).float()
+        return total * (scales.unsqueeze(1) * self.scales)
 
-Weight = Tensor | Int8Weight
+
+Weight = Tensor | QuantisedWeight
 """What a linear multiplies with."""
 
 
 def quantise_int8(weight: Tensor) -> Int8Weight:
     """weight [out, in] in floating point, each output scaled by its largest value."""
-    values, scales = _quantise_rows(weight.float(), LARGEST)
+    values, scales = quantise_rows(weight.float(), LARGEST)
     values = values.to(torch.int8)
     return Int8Weight(values, scales, values.sum(-1, dtype=torch.int32))
 
 
-def linear_int8(x: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor:
-    """`Ops.linear`: exact in integers; with gradients to x where they are wanted, as if by the dequantised weight."""
+def linear_quantised(x: Tensor, weight: QuantisedWeight, bias: Tensor | None) -> Tensor:
+    """`Ops.linear`; with gradients to x where they are wanted, as if by the dequantised weight."""
     if torch.is_grad_enabled() and x.requires_grad:
         y: Tensor = _Dequantised.apply(x, weight)  # type: ignore[no-untyped-call]
         return y if bias is None else y + bias
-    values, scales = _quantise_rows(x.float(), LARGEST_ACTIVATION)
-    high = torch.floor((values + 128) / 256)
-    total = _sums(high, weight).float() * 256 + _sums(values - 256 * high, weight).float()
-    y = total * (scales.unsqueeze(1) * weight.scales)
+    y = weight.multiply(x.float())
     y = y if bias is None else y + bias
     return y.to(x.dtype)
 
@@ -80,7 +108,7 @@ def _sums(values: Tensor, weight: Int8Weight) -> Tensor:
     return total
 
 
-def _quantise_rows(x: Tensor, largest: int) -> tuple[Tensor, Tensor]:
+def quantise_rows(x: Tensor, largest: int) -> tuple[Tensor, Tensor]:
     """x [R, n] float32 → whole numbers [R, n] as float32, scales [R]. A row that is not finite gets such a scale."""
     most = x.abs().amax(-1)
     usable = (most > 0) & most.isfinite()
@@ -90,11 +118,17 @@ def _quantise_rows(x: Tensor, largest: int) -> tuple[Tensor, Tensor]:
     return values, most / largest
 
 
+def two_bytes(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Whole numbers up to `LARGEST_ACTIVATION` in float32 → high and low byte: high * 256 + low, low from -128 on."""
+    high = torch.floor((values + 128) / 256)
+    return high, values - 256 * high
+
+
 class _Dequantised(torch.autograd.Function):
     """x W^T with the weight turned to floating point for the moment; no gradient to the weight."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Int8Weight) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: QuantisedWeight) -> Tensor:
         ctx.weight = weight
         return F.linear(x, weight.dequantise(x.dtype))
 

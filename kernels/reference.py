@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.interface import LoraSegment, Ops, PagedRows
-from kernels.quantised import Int8Weight, Weight, linear_int8
+from kernels.quantised import QuantisedWeight, Weight, linear_quantised
 from kernels.sampling import sample
 
 TRANSPOSED = range(12, 37)
@@ -25,8 +25,8 @@ class ReferenceOps(Ops):
         return None
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
-        if isinstance(weight, Int8Weight):
-            return linear_int8(x, weight, bias)
+        if isinstance(weight, QuantisedWeight):
+            return linear_quantised(x, weight, bias)
         if len(x) in TRANSPOSED and weight.numel() < LARGE and x.device.type == "cpu":
             y = torch.mm(weight, x.t()).t()
             return y if bias is None else y + bias

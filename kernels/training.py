@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.quantised import Int8Weight, Weight, linear_int8
+from kernels.quantised import QuantisedWeight, Weight, linear_quantised
 from kernels.reference import ReferenceOps
 
 
@@ -20,8 +20,8 @@ class TrainingOps(ReferenceOps):
     name = "training"
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
-        if isinstance(weight, Int8Weight):
-            return linear_int8(x, weight, bias)
+        if isinstance(weight, QuantisedWeight):
+            return linear_quantised(x, weight, bias)
         return F.linear(x, weight, bias)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

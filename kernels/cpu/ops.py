@@ -9,7 +9,7 @@ from kernels.cpu.build import BuildError
 from kernels.cpu.library import load
 from kernels.cpu.variants import Variant, chosen_variant
 from kernels.interface import PagedRows
-from kernels.quantised import Int8Weight, Weight
+from kernels.quantised import Int8Weight, QuantisedWeight, Weight
 from kernels.reference import ReferenceOps
 
 FEW = 12
@@ -190,8 +190,8 @@ class CpuOps(ReferenceOps):
 
 def _fits(x: Tensor, weight: Weight) -> bool:
     """Whether the C++ linear is possible, and the fastest."""
-    if isinstance(weight, Int8Weight):
-        return _ours(x)
+    if isinstance(weight, QuantisedWeight):
+        return isinstance(weight, Int8Weight) and _ours(x)
     return len(x) >= FEW and _ours(x, weight)
 
 
