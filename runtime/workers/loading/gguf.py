@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from runtime.workers.loading import gguf_llama
 from runtime.workers.loading.checkpoint import Checkpoint
 from runtime.workers.loading.errors import ModelLoadError
 from runtime.workers.loading.gguf_blocks import FORMATS, Floats, dequantise, type_name
 from runtime.workers.loading.gguf_container import GgufFile, TensorInfo
 from runtime.workers.loading.gguf_metadata import Metadata
+from runtime.workers.loading.gguf_models import GgufFamily, Source, find_family
+from runtime.workers.loading.gguf_models.rope import FACTORS
 from runtime.workers.loading.gguf_tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -30,33 +31,26 @@ def open_gguf(path: Path, *, name: str | None = None, chat_template: str | None 
     """
     file = GgufFile(path)
     metadata = Metadata(file.fields, path)
-    if metadata.architecture != gguf_llama.ARCHITECTURE:
-        raise ModelLoadError(
-            f"{path}: GGUF files of architecture {metadata.architecture!r} are not supported; supported is: "
-            f"{gguf_llama.ARCHITECTURE}."
-        )
     if (metadata.integer("split.count") or 1) > 1:
         raise ModelLoadError(f"{path} is a part of a split model: join the parts with llama-gguf-split --merge.")
-    if metadata.integer(".expert_count"):
-        raise metadata.error(".expert_count", "is not 0, and mixtures of experts are not supported")
+    family = find_family(metadata, set(file.tensors))
     for info in file.tensors.values():
-        _check(info, file)
-    factors = file.tensors.pop(gguf_llama.ROPE_FACTORS, None)
-    config = gguf_llama.hf_config(metadata, file.tensors, None if factors is None else _values(factors, file))
-    gguf_llama.check_shapes(file.tensors, config, str(path))
+        _check(info, file, family)
+    factors = {name: _values(file.tensors.pop(name), file) for name in FACTORS if name in file.tensors}
+    config = {"architectures": [family.architecture], **family.config(Source(metadata, file.tensors, factors))}
     return Checkpoint(
         name=name or path.stem,
         source=path,
         config=config,
         tokenizer=load_tokenizer(metadata, config["vocab_size"], chat_template=chat_template),
-        reader=lambda: _tensors(file, config),
+        reader=lambda: _tensors(file, family, config),
     )
 
 
-def _check(info: TensorInfo, file: GgufFile) -> None:
+def _check(info: TensorInfo, file: GgufFile, family: GgufFamily) -> None:
     """Everything that could go wrong while the tensor is read, found out before."""
-    if info.name != gguf_llama.ROPE_FACTORS and gguf_llama.hf_name(info.name) is None:
-        raise ModelLoadError(f"{file.path}: a {gguf_llama.ARCHITECTURE} model has no tensor {info.name!r}.")
+    if info.name not in FACTORS and not family.knows(info.name):
+        raise ModelLoadError(f"{file.path}: {family.architecture} has no tensor {info.name!r}.")
     if info.type not in FORMATS:
         supported = ", ".join(format.name for format in FORMATS.values())
         raise ModelLoadError(
@@ -84,16 +78,11 @@ def _values(info: TensorInfo, file: GgufFile) -> Floats:
     return dequantise(format, data).reshape(info.shape)
 
 
-def _tensors(file: GgufFile, config: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+def _tensors(file: GgufFile, family: GgufFamily, config: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
     import torch  # not needed for a tokenizer or a configuration alone
 
     for info in file.tensors.values():
-        name = gguf_llama.hf_name(info.name)
-        if name is None:
-            continue
-        tensor = torch.from_numpy(_values(info, file))
-        heads = gguf_llama.interleaved_heads(info.name, config)
-        if heads is not None:
-            pairs = tensor.reshape(heads, config["head_dim"] // 2, 2, -1)
-            tensor = pairs.transpose(1, 2).reshape(info.shape)
-        yield name, tensor
+        try:
+            yield from family.tensors(info.name, torch.from_numpy(_values(info, file)), config)
+        except ModelLoadError as error:
+            raise ModelLoadError(f"{file.path}: {info.name}: {error}") from error

@@ -17,7 +17,7 @@ class Metadata:
 
     def __init__(self, fields: dict[str, Any], path: Path) -> None:
         self._fields = fields
-        self._path = path
+        self.path = path
         self.architecture = ""
         self.architecture = self.require(self.text("general.architecture"), "general.architecture")
 
@@ -73,7 +73,7 @@ class Metadata:
         return value
 
     def error(self, key: str, reason: str) -> ModelLoadError:
-        return ModelLoadError(f"{self._path}: {self._full(key)} {reason}.")
+        return ModelLoadError(f"{self.path}: {self._full(key)} {reason}.")
 
     def _list(self, key: str) -> list[Any] | None:
         value = self._get(key)

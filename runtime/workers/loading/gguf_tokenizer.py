@@ -24,10 +24,31 @@ _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 LLAMA3 = rf"{_CONTRACTION}|{_WORD}|\p{{N}}{{1,3}}|{_REST}"
 QWEN2 = rf"{_CONTRACTION}|{_WORD}|\p{{N}}|{_REST}"
 
-GPT2_NAMES = ("gpt-2", "default")
+_UPPER, _LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
+_CASED = (rf"[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]*[{_LOWER}]+", rf"[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]+[{_LOWER}]*")
+_PATHS = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+TEKKEN = rf"{_CASED[0]}|{_CASED[1]}|\p{{N}}|{_PATHS}"
+GPT4O = rf"{_CASED[0]}{_CONTRACTION}?|{_CASED[1]}{_CONTRACTION}?|\p{{N}}{{1,3}}|{_PATHS}"
+FALCON = (
+    r"[\p{P}\$\+<=>\^~\|`]+",
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)",
+    "[0-9]{3}",
+)
+
+GPT2_NAMES = ("gpt-2", "default", "olmo")
+DIGITS_NAMES = ("smollm", "refact", "starcoder")
 LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
-SUPPORTED = ("smollm", *LLAMA3_NAMES, "qwen2", *GPT2_NAMES)
-"""Values of `tokenizer.ggml.pre`: how text is cut into words before the merges."""
+WORDS = {
+    **dict.fromkeys((*LLAMA3_NAMES, "dbrx", "smaug-bpe"), (LLAMA3,)),
+    **dict.fromkeys(("qwen2", "stablelm2"), (QWEN2,)),
+    "tekken": (TEKKEN,),
+    "gpt-4o": (GPT4O,),
+    "falcon": FALCON,
+}
+SUPPORTED = (*DIGITS_NAMES, *WORDS, *GPT2_NAMES)
+"""Values of `tokenizer.ggml.pre`: how text is cut into words before the merges; the expressions are llama.cpp's."""
+WHOLE_WORDS = (*LLAMA3_NAMES, "tekken")
+"""A word that is a token is not merged from its parts; and a BOS comes first."""
 
 
 def load_tokenizer(metadata: Metadata, vocab_size: int, *, chat_template: str | None = None) -> Tokenizer:
@@ -89,18 +110,18 @@ def _byte_level(metadata: Metadata, tokens: list[str]) -> tuple[Backend, bool]:
     if pre not in SUPPORTED:
         raise metadata.error(KEY + "pre", f"is {pre!r}; supported are: {', '.join(SUPPORTED)}")
     vocab = {text: id for id, text in enumerate(tokens)}
-    backend = Backend(BPE(vocab=vocab, merges=pairs, ignore_merges=pre in LLAMA3_NAMES))
+    backend = Backend(BPE(vocab=vocab, merges=pairs, ignore_merges=pre in WHOLE_WORDS))
     backend.pre_tokenizer = _pre_tokenizer(pre, metadata.flag(KEY + "add_space_prefix") or False)
     backend.decoder = decoders.ByteLevel()
     if pre == "qwen2":
         backend.normalizer = normalizers.NFC()
-    return backend, pre in LLAMA3_NAMES
+    return backend, pre in WHOLE_WORDS
 
 
 def _pre_tokenizer(pre: str, add_prefix_space: bool) -> pre_tokenizers.PreTokenizer:
     if pre in GPT2_NAMES:
         return pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space, use_regex=True)
-    if pre == "smollm":
+    if pre in DIGITS_NAMES:
         # Digits are cut off one by one first, so that " 12" is three words, and not " 1" and "2".
         return pre_tokenizers.Sequence(
             [
@@ -108,10 +129,9 @@ def _pre_tokenizer(pre: str, add_prefix_space: bool) -> pre_tokenizers.PreTokeni
                 pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space, use_regex=True),
             ]
         )
-    words = Regex(QWEN2 if pre == "qwen2" else LLAMA3)
     return pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(words, behavior="isolated"),
+            *(pre_tokenizers.Split(Regex(words), behavior="isolated") for words in WORDS[pre]),
             pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space, use_regex=False),
         ]
     )
