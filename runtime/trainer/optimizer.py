@@ -174,7 +174,8 @@ class _EightBit:
         import bitsandbytes
 
         self.parameters = parameters
-        self._optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(
+        untyped: Any = bitsandbytes.optim
+        self._optimizer: torch.optim.Optimizer = untyped.AdamW8bit(
             parameters,
             lr=spec.learning_rate,
             betas=spec.betas,

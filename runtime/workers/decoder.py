@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from kernels import Ops
+from kernels import Ops, QuantisedWeight, Weight
 from runtime.workers.adaptation import Adaptation
 from runtime.workers.attention import Attention
 from runtime.workers.decoder_layer import DecoderLayer
@@ -98,15 +98,18 @@ class Decoder:
             named |= {f"layers.{layer.index}.{name}": parameter for name, parameter in layer.parameters.items()}
         return named
 
-    def load(self, tensors: Iterable[tuple[str, str, Tensor]], *, quantise: bool = False) -> None:
+    def load(self, tensors: Iterable[tuple[str, str, Weight]], *, quantise: bool = False) -> None:
         """Fill the weights from (parameter, part, tensor), with `quantise` matrices to int8 as soon as they are
-        complete. Raises `WeightError` naming what does not fit or lacks."""
+        complete. Weights in integers stay as they are, but for mixtures of experts, which compute in floating point.
+        Raises `WeightError` naming what does not fit or lacks."""
         if quantise and self.spec.experts is not None:
             raise WeightError("int8 is not supported for mixtures of experts; supported are: float32, bfloat16")
         parameters = self.parameters()
         for name, part, tensor in tensors:
             try:
                 parameter = parameters[name]
+                if self.spec.experts is not None and isinstance(tensor, QuantisedWeight):
+                    tensor = tensor.dequantise()
                 parameter.fill(part, tensor)
                 if quantise and parameter.data.ndim == 2 and not parameter.missing:
                     parameter.quantise()

@@ -4,10 +4,13 @@ A fused layer (query, key and value; gate and up) is filled part by part. What a
 to be split over ranks, or to have an adapter added, belongs here, not in the decoder.
 """
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from kernels import Int8Weight, Ops, Weight, quantise_int8
+from kernels import Int4Weight, Int8Weight, Ops, QuantisedWeight, Weight, quantise_int8
 
 
 class WeightError(ValueError):
@@ -19,8 +22,13 @@ class Parameter:
 
     def __init__(self, parts: dict[str, int], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
         """`parts` maps a name to its rows; `shape` is that of one row (empty for a vector)."""
-        self.data = torch.empty((sum(parts.values()), *shape), dtype=dtype, device=device)
-        self.quantised: Int8Weight | None = None
+        self.data = torch.empty((sum(parts.values()), *shape), dtype=dtype, device="meta")
+        """Takes memory when the first part comes: so a weight that is quantised at once gives back its own before the
+        next one comes."""
+        self.quantised: QuantisedWeight | None = None
+        self._device = device
+        self._held: dict[str, QuantisedWeight] = {}
+        """Parts that came in integers, until all are there."""
         self._slices: dict[str, slice] = {}
         self._missing = set(parts)
         start = 0
@@ -46,17 +54,64 @@ class Parameter:
         """The weight as the ops take it."""
         return self.data if self.quantised is None else self.quantised
 
-    def fill(self, part: str, value: Tensor) -> None:
-        target = self.data[self._slices[part]]
-        if target.shape != value.shape:
-            raise WeightError(f"expected shape {list(target.shape)}, got {list(value.shape)}")
-        target.copy_(value)
+    def fill(self, part: str, value: Weight) -> None:
+        """Take one part, in floating point or in integers. Raises `WeightError` where it is of another shape, and
+        `KeyError` for a part that there is not."""
+        place = self._slices[part]
+        shape = self.data[place].shape
+        if shape != value.shape:
+            raise WeightError(f"expected shape {list(shape)}, got {list(value.shape)}")
+        if isinstance(value, QuantisedWeight):
+            self._held[part] = moved(value, self._device)
+        else:
+            self._floats()[place].copy_(value)
         self._missing.discard(part)
+        if self._held and not self._missing:
+            self._join()
+
+    def _floats(self) -> Tensor:
+        if self.data.is_meta:
+            self.data = torch.empty_like(self.data, device=self._device)
+        return self.data
+
+    def _join(self) -> None:
+        """One weight of all parts: in integers, if all of them are in the same."""
+        parts = [self._held.get(name) for name in self._slices]
+        joined = join([part for part in parts if part is not None]) if None not in parts else None
+        if joined is None:
+            for name, part in self._held.items():
+                self._floats()[self._slices[name]].copy_(part.dequantise())
+        else:
+            self.quantised, self.data = joined, torch.empty(0, dtype=self.data.dtype, device=self._device)
+        self._held.clear()
 
     @property
     def missing(self) -> list[str]:
         """Parts that no tensor has filled yet."""
         return sorted(self._missing)
+
+
+def moved(weight: QuantisedWeight, device: torch.device) -> QuantisedWeight:
+    """The same weight on another device."""
+    assert isinstance(weight, Int4Weight | Int8Weight)
+    tensors: dict[str, Any] = {
+        key: value.to(device) for key, value in vars(weight).items() if isinstance(value, Tensor)
+    }
+    return replace(weight, **tensors)
+
+
+def join(weights: list[QuantisedWeight]) -> QuantisedWeight | None:
+    """Weights of the same inputs, the outputs of one after those of another; None where they are of different kinds."""
+    if len(weights) == 1:
+        return weights[0]
+    fours = [weight for weight in weights if isinstance(weight, Int4Weight)]
+    if len(fours) == len(weights):
+        return Int4Weight.joined(fours)
+    eights = [weight for weight in weights if isinstance(weight, Int8Weight)]
+    if len(eights) == len(weights):
+        values, scales, sums = ([getattr(one, key) for one in eights] for key in ("values", "scales", "sums"))
+        return Int8Weight(torch.cat(values), torch.cat(scales), torch.cat(sums))
+    return None
 
 
 class Linear:

@@ -4,7 +4,9 @@ from dataclasses import dataclass
 from hashlib import blake2b
 
 import torch
+from torch import Tensor
 
+from kernels import Int4Weight, Int8Weight, QuantisedWeight
 from runtime.workers.decoder import Decoder
 from runtime.workers.model import Model
 from runtime.workers.models.family import Family
@@ -70,7 +72,12 @@ def fingerprint(decoder: Model) -> str:
     """A digest of the architecture and of a sample of every weight, rounded to bfloat16."""
     digest = blake2b(repr(decoder.spec).encode(), digest_size=16, person=b"eft-base")
     for name, parameter in sorted(decoder.parameters().items()):
-        flat = (parameter.data if parameter.quantised is None else parameter.quantised.values).flatten()
+        flat = _integers(parameter.quantised) if parameter.quantised is not None else parameter.data.flatten()
         sample = flat[:: max(1, len(flat) // _SAMPLES)][:_SAMPLES].to(torch.bfloat16).cpu()
         digest.update(name.encode() + sample.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _integers(weight: QuantisedWeight) -> Tensor:
+    assert isinstance(weight, Int4Weight | Int8Weight)
+    return weight.values.flatten()

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from runtime.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    import torch
+    from kernels import Weight
 
-    TensorReader = Callable[[], Iterator[tuple[str, torch.Tensor]]]
+    TensorReader = Callable[[], Iterator[tuple[str, Weight]]]
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,11 @@ class Checkpoint:
         """Ids that end generation."""
         return self.tokenizer.eos_ids
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def tensors(self) -> Iterator[tuple[str, Weight]]:
         """Names and weights, one in memory at a time, on the CPU, with the names, shapes and row order of a
         Hugging Face checkpoint (`model.layers.0.self_attn.q_proj.weight` is [out, in]).
 
-        A tensor may be a view of a file: copy it before writing to it. Raises `ModelLoadError`.
+        A tensor may be a view of a file: copy it before writing to it. A linear that the checkpoint stores in
+        integers may be a weight in integers. Raises `ModelLoadError`.
         """
         return self.reader()

@@ -1,11 +1,13 @@
 """A local directory in Hugging Face's form: config.json, tokenizer files and safetensors."""
 
+from functools import partial
 from pathlib import Path
 
 from runtime.workers.loading.checkpoint import Checkpoint
 from runtime.workers.loading.errors import ModelLoadError
 from runtime.workers.loading.hf_tokenizer import load_tokenizer
 from runtime.workers.loading.json_files import read_json_object, read_optional_json_object
+from runtime.workers.loading.quantised import find_scheme, weights
 from runtime.workers.loading.safetensors_files import find_weights
 
 
@@ -17,14 +19,11 @@ def open_directory(path: Path, *, name: str | None = None, chat_template: str | 
     if not (path / "config.json").is_file():
         raise ModelLoadError(f"{path} holds no config.json, so it is not a model directory.{_hint(path)}")
     config = read_json_object(path / "config.json")
-    quantization = config.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise ModelLoadError(
-            f"{path}: weights quantised with {method!r} cannot be loaded. Use the model's float32, "
-            "float16 or bfloat16 checkpoint, or a GGUF file of it."
-        )
-    weights = find_weights(path)
+    try:
+        scheme = find_scheme(config)
+    except ModelLoadError as error:
+        raise ModelLoadError(f"{path}: {error}") from None
+    files = find_weights(path)
     generation = read_optional_json_object(path / "generation_config.json")
     tokenizer = load_tokenizer(path, config, generation, chat_template=chat_template)
     return Checkpoint(
@@ -32,7 +31,7 @@ def open_directory(path: Path, *, name: str | None = None, chat_template: str | 
         source=path,
         config=config,
         tokenizer=tokenizer,
-        reader=weights.tensors,
+        reader=files.tensors if scheme is None else partial(weights, files, scheme),
     )
 
 

@@ -19,6 +19,7 @@ from runtime.workers.loading.gguf_metadata import Metadata
 from runtime.workers.loading.gguf_models import GgufFamily, Source, find_family
 from runtime.workers.loading.gguf_models.rope import FACTORS
 from runtime.workers.loading.gguf_tokenizer import load_tokenizer
+from runtime.workers.loading.mapped import drop_pages
 
 if TYPE_CHECKING:
     import torch
@@ -84,5 +85,6 @@ def _tensors(file: GgufFile, family: GgufFamily, config: dict[str, Any]) -> Iter
     for info in file.tensors.values():
         try:
             yield from family.tensors(info.name, torch.from_numpy(_values(info, file)), config)
+            drop_pages(file.data, info.offset, info.offset + FORMATS[info.type].num_bytes(info.num_elements))
         except ModelLoadError as error:
             raise ModelLoadError(f"{file.path}: {info.name}: {error}") from error

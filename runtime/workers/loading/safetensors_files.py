@@ -1,12 +1,12 @@
 """The safetensors files of a model directory: one, or several with an index. Pickles are refused.
 
-Files are memory-mapped; a tensor is read from the disk when the model copies it.
+Files are mapped; a tensor is read from the disk when the model copies it, and its pages go with the next one.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from runtime.workers.loading.errors import ModelLoadError
 from runtime.workers.loading.json_files import read_json_object
+from runtime.workers.loading.mapped import MappedFile
 
 if TYPE_CHECKING:
     import torch
@@ -33,10 +34,37 @@ class WeightFiles:
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Names and tensors, views of the mapped files."""
-        for path, names in self.names.items():
-            with _opened(path) as file:
-                for name in names:
-                    yield name, file.get_tensor(name)
+        files = self.open()
+        for names in self.names.values():
+            for name in names:
+                yield name, files.read(name)
+                files.drop()
+
+    def open(self) -> OpenFiles:
+        return OpenFiles({name: path for path, names in self.names.items() for name in names})
+
+
+class OpenFiles:
+    """The tensors of a model by name, whichever file they are in. Files are mapped when they are first needed."""
+
+    def __init__(self, paths: Mapping[str, Path]) -> None:
+        self._paths = paths
+        self._files: dict[Path, MappedFile] = {}
+        self._read: list[str] = []
+
+    def read(self, name: str) -> torch.Tensor:
+        """A view of its file. Raises `ModelLoadError`."""
+        path = self._paths[name]
+        if path not in self._files:
+            self._files[path] = MappedFile(path)
+        self._read.append(name)
+        return self._files[path].tensor(name)
+
+    def drop(self) -> None:
+        """Let the pages of all that was read since the last time go."""
+        for name in self._read:
+            self._files[self._paths[name]].drop(name)
+        self._read.clear()
 
 
 def find_weights(directory: Path) -> WeightFiles:

@@ -5,8 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
-from torch import Tensor
-
+from kernels import Weight
 from runtime.workers.spec import LINEARS, DecoderSpec, LayerSpec
 
 Place = tuple[str, str]
@@ -46,7 +45,7 @@ class Family(ABC):
         """The decoder's shape from a Hugging Face config. Raises `ValueError` for what is not supported."""
 
     @classmethod
-    def weights(cls, tensors: Iterable[tuple[str, Tensor]], spec: DecoderSpec) -> Iterator[tuple[str, str, Tensor]]:
+    def weights(cls, tensors: Iterable[tuple[str, Weight]], spec: DecoderSpec) -> Iterator[tuple[str, str, Weight]]:
         """Checkpoint names to (parameter, part) of the decoder; tensors that it does not need are dropped."""
         for name, tensor in tensors:
             if name.endswith(cls.UNUSED):

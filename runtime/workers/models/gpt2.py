@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from kernels import Weight
 from runtime.workers.models.family import Family, lora_targets, positive
 from runtime.workers.spec import DecoderSpec, LayerSpec
 
@@ -61,11 +62,13 @@ class GPT2(Family):
         )
 
     @classmethod
-    def weights(cls, tensors: Iterable[tuple[str, Tensor]], spec: DecoderSpec) -> Iterator[tuple[str, str, Tensor]]:
+    def weights(cls, tensors: Iterable[tuple[str, Weight]], spec: DecoderSpec) -> Iterator[tuple[str, str, Weight]]:
         full = ((_full(name), tensor) for name, tensor in tensors)
         for name, part, tensor in super().weights(full, spec):
             linear = name.split(".")[-2] in {place[0] for place in cls.LORA_TARGETS.values()}
-            yield name, part, tensor.t() if linear and name.endswith(".weight") else tensor
+            if linear and name.endswith(".weight") and isinstance(tensor, Tensor):  # in integers it is [out, in]
+                tensor = tensor.t()
+            yield name, part, tensor
 
 
 def _full(name: str) -> str:

@@ -126,7 +126,7 @@ def pickled(model: Path) -> None:
 
 def quantised(model: Path) -> None:
     config = json.loads((model / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    config["quantization_config"] = {"quant_method": "hqq", "bits": 4}
     (model / "config.json").write_text(json.dumps(config))
 
 
@@ -177,7 +177,7 @@ def broken_tokenizer(model: Path) -> None:
         (empty_weights, r"model\.safetensors cannot be read as safetensors"),
         (no_weights, "holds no weights"),
         (pickled, r"pytorch_model-00001-of-00002\.bin.*refused.*\n.*save_pretrained"),
-        (quantised, "weights quantised with 'gptq'"),
+        (quantised, "Weights quantised with 'hqq' cannot be loaded; supported are: gptq, awq, bitsandbytes"),
         (config_list, "must hold a JSON object, got list"),
         (config_broken, "not valid JSON"),
         (config_deep, "not valid JSON"),
