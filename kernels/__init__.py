@@ -3,6 +3,10 @@
 `load("auto")` gives the fastest backend that works here; `available()` says which do, and why not.
 """
 
+from collections.abc import Callable
+
+from torch import Tensor
+
 from kernels.cpu import CpuOps
 from kernels.int4 import Int4Weight, quantise_int4
 from kernels.interface import LoraFactors, LoraSegment, Ops, PagedRows
@@ -11,6 +15,15 @@ from kernels.reference import ReferenceOps
 
 BACKENDS: dict[str, type[Ops]] = {"reference": ReferenceOps, "cpu": CpuOps}
 """From slowest to fastest."""
+
+Quantiser = Callable[[Tensor], QuantisedWeight]
+"""From a weight [out, in] in floating point."""
+
+QUANTISERS: dict[str, tuple[Quantiser, Quantiser]] = {
+    "int8": (quantise_int8, quantise_int8),
+    "int4": (quantise_int4, quantise_int8),
+}
+"""By the name of the setting: for the layers' linears, and for embeddings and logits, which four bits hurt most."""
 
 
 def available() -> dict[str, str | None]:
@@ -35,6 +48,7 @@ def load(name: str = "auto") -> Ops:
 
 __all__ = [
     "BACKENDS",
+    "QUANTISERS",
     "Int4Weight",
     "Int8Weight",
     "LoraFactors",
@@ -42,6 +56,7 @@ __all__ = [
     "Ops",
     "PagedRows",
     "QuantisedWeight",
+    "Quantiser",
     "Weight",
     "available",
     "load",

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kernels.groups import PagedGroups, group_rows
-from kernels.quantised import Weight
+from kernels.quantised import QuantisedWeight, Weight
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +84,10 @@ class Ops(ABC):
     @abstractmethod
     def unavailable(cls) -> str | None:
         """Why this backend cannot run here, or None when it can."""
+
+    def prepare(self, weight: QuantisedWeight) -> QuantisedWeight:
+        """The same weight as this backend likes it to lie: once, when it is loaded. Any backend takes the result."""
+        return weight
 
     @abstractmethod
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:

@@ -169,7 +169,7 @@ def _load_fallback(checkpoint: Checkpoint, settings: ModelSettings) -> Model:
             max_len=settings.max_model_len,
             dtype=_dtype(settings.dtype, device),
             device=device,
-            int8=settings.quantization == "int8",
+            quantization=settings.quantization,
         )
     except (WeightError, ValueError) as error:
         raise ModelLoadError(f"{checkpoint.name}: {error}") from error
@@ -193,7 +193,7 @@ def load_decoder(checkpoint: Checkpoint, settings: ModelSettings) -> Decoder:
         spec = _checked(model.spec(checkpoint.config))
         context = _check_context(settings, spec, checkpoint)
         decoder = Decoder(spec, kernels.load(settings.kernels), max_len=context, dtype=dtype, device=device)
-        decoder.load(model.weights(checkpoint.tensors(), spec), quantise=settings.quantization == "int8")
+        decoder.load(model.weights(checkpoint.tensors(), spec), quantization=settings.quantization)
     except (WeightError, ValueError) as error:
         raise ModelLoadError(f"{checkpoint.name}: {error}") from error
     except KeyError as error:

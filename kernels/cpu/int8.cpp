@@ -1,12 +1,8 @@
-// y = x W^T with weights in int8, one scale an output, and activations quantised row by row to two bytes each: in one
-// byte the outliers of a row leave too little for the rest (SmolLM2's perplexity rises by 4%).
+// y = x W^T with weights in int8, one scale an output, and activations in two bytes.
 //
 // Sums are of integers and exact, so a row's result is the same bit by bit in every batch, on every instruction set
 // whose rounding of the activations is the same.
-#include "int8.h"
-
-#include <cmath>
-
+#include "activations.h"
 #include "export.h"
 #include "linear.h"
 
@@ -14,18 +10,13 @@ namespace {
 
 // A panel begins with the rows' scales [lanes], then holds groups of four bytes, [2][in / 4][lanes]: of each activation
 // first the higher byte, from -127 to 127, then the lower one, from -128 to 127.
-constexpr float MOST = 127.0f * 256.0f;
-// What a row's largest activation becomes.
 
 struct Int8 {
-    const float* x;
-    long stride;
+    Activations x;
     long in;
     const int8_t* weight;  // [out][in]
     const float* scales;   // [out]
     const int32_t* sums;   // [out]: of each output's weights
-    const float* norm;
-    float eps;
 
     long groups() const { return (in + 3) / 4; }
 
@@ -40,18 +31,11 @@ struct Int8 {
                 for (long group = 0; group < 2 * groups(); group++) out[group * lanes + lane + i] = 0;
                 continue;
             }
-            const float* from = x + (row + i) * stride;
-            const float inverse = norm ? inverse_rms(from, in, eps) : 1.0f;
-            const float most = largest(from, inverse);
-            row_scales[lane + i] = most / MOST;
-            // A row that is not finite has such a scale, and so have its outputs, whatever the integers are.
-            const float factor = most > 0.0f && most < INFINITY ? MOST / most : 0.0f;
-            for (long k = 0; k < in; k += W) {
-                const vi q = factor > 0.0f ? rounded(values(from, k, inverse) * splat(factor)) : vi{};
+            row_scales[lane + i] = x.quantise(row + i, [&](vi q, long k) INLINE_LAMBDA {
                 const vi high = (q + 128) >> 8;
                 store_bytes(high, k, out + lane + i, lanes);
                 store_bytes(q - (high << 8), k, out + groups() * lanes + lane + i, lanes);
-            }
+            });
         }
     }
 
@@ -62,27 +46,6 @@ struct Int8 {
         std::memcpy(fours, &bytes, sizeof fours);
         for (long group = k / 4; group < std::min(k / 4 + W / 4, groups()); group++)
             out[group * lanes] = fours[group - k / 4];
-    }
-
-    // W of a row's values from feature k on, normalised; zero beyond its end.
-    INLINE vf values(const float* from, long k, float inverse) const {
-        if (k + W <= in) return norm ? load(from + k) * splat(inverse) * load(norm + k) : load(from + k);
-        float rest[W] = {};
-        for (long i = k; i < in; i++) rest[i - k] = norm ? from[i] * inverse * norm[i] : from[i];
-        return load(rest);
-    }
-
-    // The largest size of a row's values; not finite if one of them is not.
-    INLINE float largest(const float* from, float inverse) const {
-        vf most = {}, broken = {};
-        for (long k = 0; k < in; k += W) {
-            const vf v = values(from, k, inverse);
-            most = max(most, max(v, -v));
-            broken += v - v;
-        }
-        float size = 0.0f;
-        for (int i = 0; i < W; i++) size = std::max(size, most[i]);
-        return size + sum(broken);
     }
 
     template <int MV, int NR, int AHEAD>
@@ -148,5 +111,5 @@ EXPORT void eft_linear_int8(const float* x, long stride, long rows, long in, lon
                             const float* scales, const int32_t* sums, const float* bias, const float* norm, float eps,
                             const float* residual, float* y, int swiglu, int threads) {
     run_linear(Linear{rows, in, out, bias, residual, y, swiglu != 0},
-               Int8{x, stride, in, weight, scales, sums, norm, eps}, threads);
+               Int8{{x, stride, in, norm, eps}, in, weight, scales, sums}, threads);
 }

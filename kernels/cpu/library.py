@@ -14,6 +14,7 @@ _POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ct
 _SIGNATURES: dict[str, str] = {
     "eft_linear": "pllllpppfppii",
     "eft_linear_int8": "pllllpppppfppii",
+    "eft_linear_int4": "pllllpppppfppii",
     "eft_rms_norm": "plllpfpi",
     "eft_silu_mul": "pllpi",
     "eft_rope_and_cache": "plplplppppplllli",

@@ -7,7 +7,9 @@ from torch import Tensor
 
 from kernels.cpu.build import BuildError
 from kernels.cpu.library import load
+from kernels.cpu.tiles import TILE, Int4Tiles
 from kernels.cpu.variants import Variant, chosen_variant
+from kernels.int4 import Int4Weight
 from kernels.interface import PagedRows
 from kernels.quantised import Int8Weight, QuantisedWeight, Weight
 from kernels.reference import ReferenceOps
@@ -36,6 +38,9 @@ class CpuOps(ReferenceOps):
             return str(error)
         return None
 
+    def prepare(self, weight: QuantisedWeight) -> QuantisedWeight:
+        return Int4Tiles.of(weight) if isinstance(weight, Int4Weight) else weight
+
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         if not _fits(x, weight):
             return super().linear(x, weight, bias)
@@ -47,7 +52,7 @@ class CpuOps(ReferenceOps):
         return self._linear(x, weight, bias, norm=norm, eps=eps)
 
     def norm_swiglu(self, x: Tensor, norm: Tensor, eps: float, weight: Weight, bias: Tensor | None = None) -> Tensor:
-        if not _fits(x, weight):
+        if not _fits(x, weight) or (isinstance(weight, Int4Tiles) and weight.shape[0] % (2 * TILE)):
             return super().norm_swiglu(x, norm, eps, weight, bias)
         return self._linear(x, weight, bias, norm=norm, eps=eps, swiglu=True)
 
@@ -80,10 +85,14 @@ class CpuOps(ReferenceOps):
             swiglu,
             torch.get_num_threads(),
         )
-        if isinstance(weight, Int8Weight):
+        if isinstance(weight, Int4Tiles):
+            tensors = (weight.values.data_ptr(), weight.scales.data_ptr(), weight.minimums.data_ptr())
+            self._lib.eft_linear_int4(x.data_ptr(), x.stride(0), rows, size, out, *tensors, *arguments)
+        elif isinstance(weight, Int8Weight):
             tensors = (weight.values.data_ptr(), weight.scales.data_ptr(), weight.sums.data_ptr())
             self._lib.eft_linear_int8(x.data_ptr(), x.stride(0), rows, size, out, *tensors, *arguments)
         else:
+            assert isinstance(weight, Tensor)
             self._lib.eft_linear(x.data_ptr(), x.stride(0), rows, size, out, weight.data_ptr(), *arguments)
         return y
 
@@ -191,7 +200,7 @@ class CpuOps(ReferenceOps):
 def _fits(x: Tensor, weight: Weight) -> bool:
     """Whether the C++ linear is possible, and the fastest."""
     if isinstance(weight, QuantisedWeight):
-        return isinstance(weight, Int8Weight) and _ours(x)
+        return isinstance(weight, Int8Weight | Int4Tiles) and _ours(x)
     return len(x) >= FEW and _ours(x, weight)
 
 

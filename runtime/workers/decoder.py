@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from kernels import Ops, QuantisedWeight, Weight
+from kernels import QUANTISERS, Ops, QuantisedWeight, Weight
 from runtime.workers.adaptation import Adaptation
 from runtime.workers.attention import Attention
 from runtime.workers.decoder_layer import DecoderLayer
@@ -98,12 +98,16 @@ class Decoder:
             named |= {f"layers.{layer.index}.{name}": parameter for name, parameter in layer.parameters.items()}
         return named
 
-    def load(self, tensors: Iterable[tuple[str, str, Weight]], *, quantise: bool = False) -> None:
-        """Fill the weights from (parameter, part, tensor), with `quantise` matrices to int8 as soon as they are
-        complete. Weights in integers stay as they are, but for mixtures of experts, which compute in floating point.
-        Raises `WeightError` naming what does not fit or lacks."""
-        if quantise and self.spec.experts is not None:
-            raise WeightError("int8 is not supported for mixtures of experts; supported are: float32, bfloat16")
+    def load(self, tensors: Iterable[tuple[str, str, Weight]], *, quantization: str = "none") -> None:
+        """Fill the weights from (parameter, part, tensor), and quantise matrices as soon as they are complete:
+        `quantization` is "none" or one of `kernels.QUANTISERS`. Weights that come in integers stay as they are, but
+        in mixtures of experts, which compute in floating point. Raises `WeightError` naming what does not fit or
+        lacks."""
+        quantisers = QUANTISERS.get(quantization)
+        if quantisers is not None and self.spec.experts is not None:
+            raise WeightError(
+                f"{quantization} is not supported for mixtures of experts; supported are: float32, bfloat16"
+            )
         parameters = self.parameters()
         for name, part, tensor in tensors:
             try:
@@ -111,8 +115,11 @@ class Decoder:
                 if self.spec.experts is not None and isinstance(tensor, QuantisedWeight):
                     tensor = tensor.dequantise()
                 parameter.fill(part, tensor)
-                if quantise and parameter.data.ndim == 2 and not parameter.missing:
-                    parameter.quantise()
+                if parameter.missing:
+                    continue
+                parameter.prepare(self.ops)
+                if quantisers is not None and parameter.data.ndim == 2:
+                    parameter.quantise(self.ops, quantisers[0 if name.startswith("layers.") else 1])
             except KeyError:
                 raise WeightError(f"the checkpoint has {name!r}, which this architecture does not") from None
             except WeightError as error:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import Int4Weight, Int8Weight, Ops, QuantisedWeight, Weight, quantise_int8
+from kernels import Int4Weight, Int8Weight, Ops, QuantisedWeight, Quantiser, Weight
 
 
 class WeightError(ValueError):
@@ -44,9 +44,14 @@ class Parameter:
         parameter._missing.clear()
         return parameter
 
-    def quantise(self) -> None:
-        """Hold the weight in int8 from now on, and no longer in floating point."""
-        self.quantised = quantise_int8(self.data)
+    def prepare(self, ops: Ops) -> None:
+        """Have a weight that came in integers as the ops like it best."""
+        if self.quantised is not None:
+            self.quantised = ops.prepare(self.quantised)
+
+    def quantise(self, ops: Ops, quantiser: Quantiser) -> None:
+        """Hold the weight [out, in] as the quantiser makes it from now on, and no longer in floating point."""
+        self.quantised = ops.prepare(quantiser(self.data))
         self.data = self.data.new_empty(0)
 
     @property

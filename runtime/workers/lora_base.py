@@ -6,8 +6,8 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
-from kernels import Int4Weight, Int8Weight, QuantisedWeight
 from runtime.workers.decoder import Decoder
+from runtime.workers.layers import Parameter
 from runtime.workers.model import Model
 from runtime.workers.models.family import Family
 
@@ -72,12 +72,16 @@ def fingerprint(decoder: Model) -> str:
     """A digest of the architecture and of a sample of every weight, rounded to bfloat16."""
     digest = blake2b(repr(decoder.spec).encode(), digest_size=16, person=b"eft-base")
     for name, parameter in sorted(decoder.parameters().items()):
-        flat = _integers(parameter.quantised) if parameter.quantised is not None else parameter.data.flatten()
-        sample = flat[:: max(1, len(flat) // _SAMPLES)][:_SAMPLES].to(torch.bfloat16).cpu()
+        sample = _sample(parameter).to(torch.bfloat16).cpu()
         digest.update(name.encode() + sample.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()
 
 
-def _integers(weight: QuantisedWeight) -> Tensor:
-    assert isinstance(weight, Int4Weight | Int8Weight)
-    return weight.values.flatten()
+def _sample(parameter: Parameter) -> Tensor:
+    """Some of its values, at equal distances: the same ones in whatever type it is held."""
+    weight = parameter.value
+    places = torch.arange(0, weight.shape.numel(), max(1, weight.shape.numel() // _SAMPLES))[:_SAMPLES]
+    if isinstance(weight, Tensor):
+        return weight.flatten()[places.to(weight.device)]
+    row, column = places // weight.shape[1], places % weight.shape[1]
+    return weight.rows(row).gather(1, column.unsqueeze(1)).flatten()

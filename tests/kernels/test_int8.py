@@ -49,7 +49,7 @@ def test_what_is_fused_with_them(ops: kernels.Ops, rows: int, inner: int, out: i
         (ops.norm_linear(x, norm, 1e-5, weight, b), REFERENCE.norm_linear(x, norm, 1e-5, weight, b)),
         (ops.norm_swiglu(x, norm, 1e-5, weight, b), REFERENCE.norm_swiglu(x, norm, 1e-5, weight, b)),
     ]:
-        assert torch.allclose(found, expected, rtol=1e-3, atol=2e-2)
+        assert torch.allclose(found, expected, rtol=1e-3, atol=2e-2 + 2e-4 * float(expected.abs().max()))
 
 
 @backends

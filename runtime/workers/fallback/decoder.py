@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernels import Ops
+from kernels import QUANTISERS, Ops
 from runtime.workers.adaptation import Adaptation
 from runtime.workers.attention import Attention
 from runtime.workers.fallback.frames import Handed, LayerCall, replaced
@@ -24,7 +24,7 @@ Stage = Callable[[Tensor], Tensor]
 class FallbackDecoder:
     """transformers' modules with our attention and our linears. Differentiable in what adapters add."""
 
-    def __init__(self, model: Any, anatomy: Anatomy, ops: Ops, *, max_len: int, int8: bool = False) -> None:
+    def __init__(self, model: Any, anatomy: Anatomy, ops: Ops, *, max_len: int, quantization: str = "none") -> None:
         self.spec = fallback_spec(model, anatomy)
         self.ops = ops
         self.max_len = max_len
@@ -44,9 +44,10 @@ class FallbackDecoder:
         every token once."""
         self.separable = self._is_separable()
         """Layers can be run one by one: each needs nothing but the hidden states of the one before."""
-        if int8:
+        quantisers = QUANTISERS.get(quantization)
+        if quantisers is not None:
             for layer, module in zip(self.layers, self._modules, strict=True):
-                quantise(layer, module)
+                quantise(layer, module, ops, quantisers[0])
 
     def forward(
         self,

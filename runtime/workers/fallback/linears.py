@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from kernels import Ops
+from kernels import Ops, Quantiser
 from runtime.workers.adaptation import Adaptation
 from runtime.workers.layers import Linear, Parameter
 
@@ -67,10 +67,10 @@ def _linear(module: nn.Module) -> Linear:
     return linear
 
 
-def quantise(layer: FallbackLayer, module: nn.Module) -> None:
-    """Hold a layer's matrices in int8 from now on."""
+def quantise(layer: FallbackLayer, module: nn.Module, ops: Ops, quantiser: Quantiser) -> None:
+    """Hold a layer's matrices in integers from now on."""
     for name, linear in layer.linears.items():
-        linear.weight.quantise()
+        linear.weight.quantise(ops, quantiser)
         module.get_submodule(name).weight.data = linear.weight.data
 
 

@@ -28,7 +28,7 @@ def load_fallback(
     max_len: int | None,
     dtype: torch.dtype,
     device: torch.device,
-    int8: bool = False,
+    quantization: str = "none",
 ) -> FallbackDecoder:
     """Raises `WeightError` with the reason why a model cannot be served."""
     kind = _class(config)
@@ -44,7 +44,7 @@ def load_fallback(
     model = _read(kind, directory, dtype).to(device)
     _check_rope(model, max_len)
     try:
-        decoder = FallbackDecoder(model, examine(model), ops, max_len=max_len or 0, int8=int8)
+        decoder = FallbackDecoder(model, examine(model), ops, max_len=max_len or 0, quantization=quantization)
     except WeightError:
         raise
     except Exception as error:  # whatever that model's own code raises on a plain batch

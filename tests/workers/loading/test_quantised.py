@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kernels import Int4Weight, Int8Weight
+from kernels import Int4Weight, Int8Weight, QuantisedWeight
 from runtime import LLM, SamplingParams
 from runtime.assembly import load_decoder
 from runtime.workers.loading import ModelLoadError, open_checkpoint
@@ -80,7 +80,7 @@ def test_logits_are_those_of_the_dequantised_model(model: Path, tmp_path: Path, 
     path = write_quantised(model, tmp_path / "q", method, group=128)
     expected = oracle_logits(path, load_file(path / "dequantised.file"))
     decoder = load_decoder(open_checkpoint(str(path)), ModelSettings(model=str(path)))
-    assert isinstance(decoder.layers[0].linears["qkv"].weight.quantised, Int4Weight)
+    assert isinstance(decoder.layers[0].linears["qkv"].weight.quantised, QuantisedWeight)
     with torch.no_grad():
         assert (packed(decoder, [IDS]) - expected).abs().max() < 0.02 * expected.std()
     tokens = LLM(str(path)).generate([IDS.tolist()], SamplingParams(max_tokens=1, temperature=0.0))[0].token_ids

@@ -1,0 +1,68 @@
+// What the machine can do at most: reading memory, float32 multiply-adds, products of bytes. One call is one thread's.
+#include "tile_dots.h"
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+// Reads `bytes`, a multiple of 1024, `times` over.
+EXPORT float read_memory(const char* from, long bytes, long times) {
+    constexpr int STEP = W * 4;
+    vi sums[8] = {};
+    for (long time = 0; time < times; time++)
+        for (long at = 0; at < bytes; at += 8 * STEP)
+#pragma GCC unroll 8
+            for (int i = 0; i < 8; i++) {
+                vi v;
+                std::memcpy(&v, from + at + i * STEP, sizeof v);
+                sums[i] ^= v;
+            }
+    float total = 0.0f;
+    for (const vi& sum : sums) total += static_cast<float>(sum[0]);
+    return total;
+}
+
+// Keeps the compiler from computing a loop beforehand.
+#if defined(__x86_64__)
+#define KEEP(v) asm volatile("" : "+v"(v))
+#else
+#define KEEP(v) asm volatile("" : "+w"(v))
+#endif
+
+constexpr int CHAINS = W == 16 ? 24 : 12;
+
+// Runs `count` times CHAINS vectors of multiply-adds; returns how many floats a vector has times CHAINS.
+EXPORT long multiply_floats(long count, float factor, float* out) {
+    vf acc[CHAINS] = {};
+    const vf a = splat(factor), b = splat(1.0f - factor);
+    for (long i = 0; i < count; i++)
+#pragma GCC unroll 24
+        for (int j = 0; j < CHAINS; j++) {
+            acc[j] = acc[j] * a + b;
+            KEEP(acc[j]);
+        }
+#pragma GCC unroll 24
+    for (int j = 0; j < CHAINS; j++) *out += acc[j][0];
+    return CHAINS * W;
+}
+
+// The same with products of bytes, as the integer kernels make them: returns products a count.
+EXPORT long multiply_bytes(long count, int32_t seed, float* out) {
+    vi acc[CHAINS] = {};
+    vi w = splat(seed), x = splat(seed / 3);
+    for (long i = 0; i < count; i++)
+#pragma GCC unroll 24
+        for (int j = 0; j < CHAINS; j++) {
+            vi& sum = acc[j];
+#if defined(__AVX512VNNI__)
+            sum = (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, (__m512i)x);
+#elif defined(__AVX2__)
+            sum = add_pairs(sum, pairs(w, x));
+            KEEP(w);
+#else
+            sum = dot4(sum, x, w);
+#endif
+            KEEP(sum);
+        }
+#pragma GCC unroll 24
+    for (int j = 0; j < CHAINS; j++) *out += static_cast<float>(acc[j][0]);
+    return CHAINS * W * 4;
+}
