@@ -23,7 +23,7 @@ from runtime.workers.layers import WeightError
 from runtime.workers.loading import Checkpoint, open_checkpoint
 from runtime.workers.loading.errors import ModelLoadError
 from runtime.workers.lora_base import LoraBase
-from runtime.workers.memory import keep_freed_memory
+from runtime.workers.memory import keep_freed_memory, return_freed_memory
 from runtime.workers.model import Model
 from runtime.workers.models import find_model, is_native
 from runtime.workers.spec import DecoderSpec
@@ -52,7 +52,7 @@ class Assembled:
 
 def assemble(settings: Settings) -> Assembled:
     """Load the model and build the engine. Raises `ModelLoadError` with what is wrong and what would work."""
-    keep_freed_memory()
+    return_freed_memory()
     if settings.model.threads:
         torch.set_num_threads(settings.model.threads)
     checkpoint = open_checkpoint(
@@ -60,6 +60,7 @@ def assemble(settings: Settings) -> Assembled:
     )
     name = settings.model.served_model_name or checkpoint.name
     decoder = load_model(checkpoint, settings.model)
+    keep_freed_memory()
     context = settings.model.max_model_len or decoder.spec.max_position
     num_blocks = _num_blocks(settings.cache, decoder, context)
     block_size = settings.cache.block_size

@@ -4,7 +4,13 @@ import ctypes
 import sys
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # from glibc's malloc.h
-_LARGE = 1 << 30
+_SMALL, _LARGE = 1 << 20, 1 << 30
+
+
+def return_freed_memory() -> bool:
+    """Have glibc give large freed blocks back to the system at once: while a model is loaded, what is made of a tensor
+    on its way would else stay between the weights as holes. False without glibc."""
+    return _set_thresholds(_SMALL)
 
 
 def keep_freed_memory() -> bool:
@@ -14,13 +20,17 @@ def keep_freed_memory() -> bool:
     unmapped again. On SmolLM2 keeping them makes prefill a fifth faster. All threads share one arena: those of
     other threads than the first give memory back whatever the threshold is. False without glibc.
     """
+    return _set_thresholds(_LARGE)
+
+
+def _set_thresholds(size: int) -> bool:
     if not sys.platform.startswith("linux"):
         return False
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return False
-    wanted = {_M_MMAP_THRESHOLD: _LARGE, _M_TRIM_THRESHOLD: _LARGE, _M_ARENA_MAX: 1}
+    wanted = {_M_MMAP_THRESHOLD: size, _M_TRIM_THRESHOLD: size, _M_ARENA_MAX: 1}
     return all(bool(mallopt(key, value)) for key, value in wanted.items())
 
 

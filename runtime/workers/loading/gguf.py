@@ -1,6 +1,6 @@
 """GGUF files, the format of llama.cpp: weights, configuration and tokenizer in one file.
 
-Quantised weights are turned into float32 while they are read.
+Quantised weights are turned into float32 while they are read; floats are views of the mapped file.
 """
 
 from __future__ import annotations
@@ -23,6 +23,10 @@ from runtime.workers.loading.mapped import drop_pages
 
 if TYPE_CHECKING:
     import torch
+
+
+FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""Formats that torch has as they are."""
 
 
 def open_gguf(path: Path, *, name: str | None = None, chat_template: str | None = None) -> Checkpoint:
@@ -72,6 +76,16 @@ def _check(info: TensorInfo, file: GgufFile, family: GgufFamily) -> None:
         )
 
 
+def _tensor(info: TensorInfo, file: GgufFile) -> torch.Tensor:
+    """Floats as they lie in the file, a view of it; blocks as float32."""
+    import torch
+
+    if (name := FLOATS.get(FORMATS[info.type].name)) is None:
+        return torch.from_numpy(_values(info, file))
+    dtype: torch.dtype = getattr(torch, name)
+    return torch.frombuffer(file.data, dtype=dtype, count=info.num_elements, offset=info.offset).view(info.shape)
+
+
 def _values(info: TensorInfo, file: GgufFile) -> Floats:
     format = FORMATS[info.type]
     size = format.num_bytes(info.num_elements)
@@ -80,11 +94,10 @@ def _values(info: TensorInfo, file: GgufFile) -> Floats:
 
 
 def _tensors(file: GgufFile, family: GgufFamily, config: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
-    import torch  # not needed for a tokenizer or a configuration alone
 
     for info in file.tensors.values():
         try:
-            yield from family.tensors(info.name, torch.from_numpy(_values(info, file)), config)
+            yield from family.tensors(info.name, _tensor(info, file), config)
             drop_pages(file.data, info.offset, info.offset + FORMATS[info.type].num_bytes(info.num_elements))
         except ModelLoadError as error:
             raise ModelLoadError(f"{file.path}: {info.name}: {error}") from error

@@ -49,7 +49,8 @@ class GgufFile:
         self.path = path
         try:
             with path.open("rb") as file:
-                self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                # Private, so that torch may believe that it can write; nothing does.
+                self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         except (OSError, ValueError) as error:  # an empty file cannot be mapped: ValueError
             raise ModelLoadError(f"Cannot read the GGUF file {path}: {error}") from error
         cursor = _Cursor(self.data, path)

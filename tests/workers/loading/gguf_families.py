@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 from tests.workers.loading.gguf_files import bpe_vocabulary, permute
 
 ARCHITECTURES = {
+    "llama": "LLAMA",
     "mistral": "LLAMA",
     "mixtral": "LLAMA",
     "qwen2": "QWEN2",
@@ -32,7 +33,7 @@ ARCHITECTURES = {
     "smollm3": "SMOLLM3",
 }
 """model_type → `gguf.MODEL_ARCH`."""
-PERMUTED = ("mistral", "mixtral", "granite", "smollm3")
+PERMUTED = ("llama", "mistral", "mixtral", "granite", "smollm3")
 EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.*)")
 HEAD = re.compile(r"(.*_layernorm)\.norms\.(\d+)(\.weight)")
 
