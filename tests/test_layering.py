@@ -38,6 +38,7 @@ ALLOWED: dict[str, set[str]] = {
         "kernels",
         *TEXT,
     },
+    "runtime.verification": {"kernels", "runtime.assembly", "runtime.workers", *TEXT},
     "runtime.hooks": {"runtime.logs"},
     "runtime.delivery": {"runtime.scheduler", "runtime.hooks", "runtime.metrics", *TEXT},
     "runtime.beams": {"runtime.scheduler", "runtime.delivery"},

@@ -27,7 +27,7 @@ app = App(
 _bench = App(name="bench", help="Measure a server, or the engine alone.")
 _adapters = App(name="adapters", help="See and change the adapters of a running server.")
 _jobs = App(name="jobs", help="See, hold and end the training jobs of a server.")
-_models = App(name="models", help="What models can be served.")
+_models = App(name="models", help="What models can be served, and whether one is whole.")
 _config = App(name="config", help="Show the settings, and write files to start from.")
 _recipe = App(name="recipe", help="Check fine-tuning recipes, and write one to start from.")
 
@@ -42,6 +42,10 @@ _BATCH = """Run a file of OpenAI batch lines, through a server or a model loaded
 
 Resumable: run it again, and it goes on where it stopped. Exit code 0: every request succeeded; 1: some
 failed (the output says why); 2: wrong usage."""
+
+_VERIFY = """Check a model's files and tensors, and compare what it computes with transformers.
+
+Needs the memory of the model in float32 twice, one after the other. Exit code 0: nothing is wrong; 1: something is."""
 
 _CHECK = """Check a recipe and its data, and print what would be trained.
 
@@ -74,6 +78,7 @@ _LAZY = [
     (_adapters, "rollback", "adapters:rollback", "Point an adapter's name to the version before."),
     (_adapters, "delete", "adapters:delete", "Delete an adapter, or one of its versions."),
     (_models, "list", "models:list_models", "Print the architectures that can be served, ours and those of plugins."),
+    (_models, "verify", "verify:verify", _VERIFY),
     (_bench, "serve", "bench_serve", "Measure any OpenAI-style server under load: latencies and throughput."),
     (_bench, "offline", "bench_offline", "Measure the engine, without a server."),
     (_config, "show", "config:show", "Print each setting, its value and where it came from."),

@@ -6,14 +6,14 @@ from itertools import groupby
 import msgspec
 from rich.table import Table
 
-from runtime.cli.findings import Finding, environment, machine, software, storage
+from runtime.cli.findings import Finding, environment, machine, plugins, software, storage
 from runtime.cli.flags import Json
 from runtime.cli.output import console
 
 
 def doctor(*, json: Json = False) -> int:
-    """Report machine, software, kernels, model cache and settings. Exit code 1 when something is broken."""
-    found = [*software.find(), *machine.find(), *storage.find(), *environment.find()]
+    """Report machine, software, kernels, model cache, plugins and settings. Exit code 1 when something is broken."""
+    found = [*software.find(), *machine.find(), *storage.find(), *plugins.find(), *environment.find()]
     if json:
         _print_json(found)
     else:

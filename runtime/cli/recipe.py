@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from runtime.trainer.shape import ModelShape
     from runtime.trainer.summary import PlanSummary
     from runtime.workers.loading import Checkpoint
-    from settings.schema import ModelSettings
+    from settings.schema import Settings
 
 
 class RecipeRefused(UsageError):
@@ -109,7 +109,7 @@ def _plan(recipe: "Recipe", file: Path, loaded: Loaded) -> "PlanSummary":
     checkpoint = open_checkpoint(
         settings.model.model, revision=settings.model.revision, chat_template=settings.model.chat_template
     )
-    longest, shape = _shape(checkpoint, settings.model)
+    longest, shape = _shape(checkpoint, settings)
     names = [settings.model.served_model_name, checkpoint.name, settings.model.model]
     plan = prepare(
         recipe,
@@ -122,20 +122,22 @@ def _plan(recipe: "Recipe", file: Path, loaded: Loaded) -> "PlanSummary":
     return summarize(plan)
 
 
-def _shape(checkpoint: "Checkpoint", settings: "ModelSettings") -> tuple[int, "ModelShape"]:
+def _shape(checkpoint: "Checkpoint", settings: "Settings") -> tuple[int, "ModelShape"]:
     """The model's longest sequence, and its shape. One that is served through transformers has to be loaded for it."""
     from runtime.trainer.shape import shape_of, shape_of_base
     from runtime.workers.models import find_model, is_native
 
-    size = 2 if settings.dtype == "bfloat16" else 4
+    size = 2 if settings.model.dtype == "bfloat16" else 4
     if is_native(checkpoint.config):
         architecture = find_model(checkpoint.config)
         spec = architecture.spec(checkpoint.config)
         shape = shape_of(spec, architecture.LORA_TARGETS, bytes_per_value=size, prefix=architecture.layers())
         return spec.max_position, shape
+    from runtime import logs
     from runtime.assembly import base_of, load_model
 
-    model = load_model(checkpoint, settings)
+    logs.configure(settings.observability)  # to stderr: what is printed is the plan
+    model = load_model(checkpoint, settings.model)
     return model.max_len, shape_of_base(model.spec, base_of(model, checkpoint, checkpoint.name), bytes_per_value=size)
 
 

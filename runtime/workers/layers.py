@@ -91,6 +91,14 @@ class Parameter:
         self._held.clear()
 
     @property
+    def parts(self) -> tuple[str, ...]:
+        return tuple(self._slices)
+
+    def shape_of(self, part: str) -> torch.Size:
+        """What is expected of a part, as long as the weight is not in integers."""
+        return self.data[self._slices[part]].shape
+
+    @property
     def missing(self) -> list[str]:
         """Parts that no tensor has filled yet."""
         return sorted(self._missing)

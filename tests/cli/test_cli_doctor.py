@@ -39,7 +39,7 @@ def test_json_has_every_area_and_says_that_all_is_well(eft: Eft, kernels: dict[s
     report = json.loads(done.out)
     assert done.code == 0
     assert (report["ok"], report["problems"]) == (True, [])
-    assert set(report) == {"ok", "problems", "software", "machine", "storage", "settings"}
+    assert set(report) == {"ok", "problems", "software", "machine", "storage", "plugins", "settings"}
     assert report["software"]["eft"]["value"] == version()
     assert report["software"]["torch"]["value"] == importlib.metadata.version("torch")
     assert report["software"]["kernels: reference"]["value"] == "works"
@@ -143,3 +143,19 @@ def test_sizes() -> None:
         "5.0 GiB",
         "3.0 TiB",
     ]
+
+
+def test_plugins_are_listed_and_broken_ones_named(
+    eft: Eft, kernels: dict[str, str | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = tmp_path / "pond-1.2.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: pond\nVersion: 1.2\n")
+    (info / "entry_points.txt").write_text("[eft.models]\nNewtForCausalLM = pond:Newt\n[eft.hooks]\nlog = json:dumps\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    done = eft("doctor", "--json")
+    report = json.loads(done.out)
+    assert report["plugins"]["eft.hooks: log"] == {"value": "json:dumps of pond 1.2", "problem": None}
+    assert report["plugins"]["eft.models: NewtForCausalLM"]["value"] == "pond:Newt of pond 1.2"
+    assert "No module named 'pond'" in report["plugins"]["eft.models: NewtForCausalLM"]["problem"]
+    assert done.code == 1

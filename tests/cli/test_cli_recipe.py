@@ -7,6 +7,7 @@ import pytest
 
 from runtime.trainer.recipe.reference import json_schema, reference
 from tests.cli.conftest import Eft
+from tests.parity.fallbacks import make_fallback
 
 RECIPE = """
 adapter: lora
@@ -105,3 +106,17 @@ def test_new_is_a_recipe_and_overwrites_nothing(eft: Eft, tmp_path: Path) -> Non
 def test_schema_and_docs(eft: Eft) -> None:
     assert json.loads(eft("recipe", "schema").out) == json.loads(json.dumps(json_schema()))
     assert eft("recipe", "docs").out == reference()
+
+
+def test_check_of_a_model_without_a_family(eft: Eft, recipe: Path, tmp_path: Path) -> None:
+    """Its linears are known when it is loaded; what the log says of it is not in the plan."""
+    make_fallback(tmp_path / "model", "phi")
+    recipe.write_text(RECIPE + "lora_target_modules: [fc1, dense]\nsequence_len: 64\n")
+    done = eft("recipe", "check", recipe, "--model", tmp_path / "model", "--json")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["base_model"] == "model"
+    assert "no_native_model" in done.err
+    recipe.write_text(RECIPE + "lora_target_modules: [q_proj, newt]\nsequence_len: 64\n")
+    refused = eft("recipe", "check", recipe, "--model", tmp_path / "model")
+    assert refused.code == 2
+    assert "fc1, fc2" in refused.err
