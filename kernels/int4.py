@@ -64,6 +64,10 @@ class Int4Weight(QuantisedWeight):
         return torch.Size((len(self.packed), self.in_features))
 
     @property
+    def device(self) -> torch.device:
+        return self.packed.device
+
+    @property
     def num_bytes(self) -> int:
         return self.packed.nbytes + self.scales.nbytes + self.minimums.nbytes
 

@@ -30,6 +30,11 @@ class QuantisedWeight(ABC):
 
     @property
     @abstractmethod
+    def device(self) -> torch.device:
+        """Where its values are."""
+
+    @property
+    @abstractmethod
     def num_bytes(self) -> int:
         """Memory that it takes."""
 
@@ -60,6 +65,10 @@ class Int8Weight(QuantisedWeight):
     @property
     def shape(self) -> torch.Size:
         return self.values.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
 
     @property
     def num_bytes(self) -> int:

@@ -1,6 +1,6 @@
 // y = x W^T with weights in four bits: groups of 32 inputs with scale and minimum, value = q * scale + minimum.
 #include "export.h"
-#include "tiles.h"
+#include "grouped.h"
 
 namespace {
 
@@ -20,12 +20,12 @@ struct Nibbles {
     }
 
     template <int R>
-    static INLINE void dot(const Weights& w, const Bytes* rows, const int32_t*, vi (&total)[R]) {
+    static INLINE void dot(const Weights& w, const Bytes* rows, const float*, vi (&total)[R]) {
 #pragma GCC unroll 16
-        for (vi& sum : total) sum = vi{};
+        for (int r = 0; r < R; r++) total[r] = vi{};
         add_nibbles<R, &Bytes::high>(w, rows, total);
 #pragma GCC unroll 16
-        for (vi& sum : total) sum = sum << 8;
+        for (int r = 0; r < R; r++) total[r] = total[r] << 8;
         add_nibbles<R, &Bytes::low>(w, rows, total);
     }
 };
@@ -38,5 +38,5 @@ EXPORT void eft_linear_int4(const float* x, long stride, long rows, long in, lon
                             const uint16_t* scales, const uint16_t* minimums, const float* bias, const float* norm,
                             float eps, const float* residual, float* y, int swiglu, int threads) {
     run_tiles(Linear{rows, in, out, bias, residual, y, swiglu != 0},
-              Tiles<Nibbles>{{x, stride, in, norm, eps}, values, scales, minimums, (in + GROUP - 1) / GROUP}, threads);
+              Grouped<Nibbles>{{x, stride, in, norm, eps}, values, scales, minimums, (in + GROUP - 1) / GROUP}, threads);
 }

@@ -1,21 +1,19 @@
 """The CPU backend: C++ where inputs are float32 on the CPU and no gradient is wanted, else the reference."""
 
 import sys
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from kernels.bfloat16 import BFloat16Weight
 from kernels.cpu.build import BuildError
 from kernels.cpu.library import load
-from kernels.cpu.tiles import TILE, Int4Tiles
+from kernels.cpu.tiles import TILE, Int4Tiles, Int8GroupTiles, Int8Tiles, Tiles, tiled
 from kernels.cpu.variants import Variant, chosen_variant
-from kernels.int4 import Int4Weight
 from kernels.interface import PagedRows
-from kernels.quantised import Int8Weight, QuantisedWeight, Weight
+from kernels.quantised import QuantisedWeight, Weight
 from kernels.reference import ReferenceOps
-
-FEW = 12
-"""For fewer rows MKL's product of a matrix and a vector reads the weight faster than ours."""
 
 
 class CpuOps(ReferenceOps):
@@ -39,7 +37,7 @@ class CpuOps(ReferenceOps):
         return None
 
     def prepare(self, weight: QuantisedWeight) -> QuantisedWeight:
-        return Int4Tiles.of(weight) if isinstance(weight, Int4Weight) else weight
+        return tiled(weight) if weight.device.type == "cpu" else weight
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         if not _fits(x, weight):
@@ -52,7 +50,7 @@ class CpuOps(ReferenceOps):
         return self._linear(x, weight, bias, norm=norm, eps=eps)
 
     def norm_swiglu(self, x: Tensor, norm: Tensor, eps: float, weight: Weight, bias: Tensor | None = None) -> Tensor:
-        if not _fits(x, weight) or (isinstance(weight, Int4Tiles) and weight.shape[0] % (2 * TILE)):
+        if not _fits(x, weight) or (isinstance(weight, Tiles) and weight.shape[0] % (2 * TILE)):
             return super().norm_swiglu(x, norm, eps, weight, bias)
         return self._linear(x, weight, bias, norm=norm, eps=eps, swiglu=True)
 
@@ -85,16 +83,24 @@ class CpuOps(ReferenceOps):
             swiglu,
             torch.get_num_threads(),
         )
-        if isinstance(weight, Int4Tiles):
-            tensors = (weight.values.data_ptr(), weight.scales.data_ptr(), weight.minimums.data_ptr())
-            self._lib.eft_linear_int4(x.data_ptr(), x.stride(0), rows, size, out, *tensors, *arguments)
-        elif isinstance(weight, Int8Weight):
-            tensors = (weight.values.data_ptr(), weight.scales.data_ptr(), weight.sums.data_ptr())
-            self._lib.eft_linear_int8(x.data_ptr(), x.stride(0), rows, size, out, *tensors, *arguments)
-        else:
-            assert isinstance(weight, Tensor)
-            self._lib.eft_linear(x.data_ptr(), x.stride(0), rows, size, out, weight.data_ptr(), *arguments)
+        op, tensors = self._weight_of(weight)
+        op(x.data_ptr(), x.stride(0), rows, size, out, *(tensor.data_ptr() for tensor in tensors), *arguments)
         return y
+
+    def _weight_of(self, weight: Weight) -> tuple[Callable[..., None], tuple[Tensor, ...]]:
+        """The op for a weight that `_fits`, and the tensors that it takes."""
+        lib = self._lib
+        match weight:
+            case Int8Tiles():
+                return lib.eft_linear_int8, (weight.values, *weight.others)
+            case Int4Tiles():
+                return lib.eft_linear_int4, (weight.values, *weight.others)
+            case Int8GroupTiles():
+                return lib.eft_linear_int8_groups, (weight.values, *weight.others)
+            case BFloat16Weight():
+                return lib.eft_linear_bfloat16, (weight.values,)
+        assert isinstance(weight, Tensor)
+        return lib.eft_linear, (weight,)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         if not _ours(x, weight):
@@ -198,10 +204,10 @@ class CpuOps(ReferenceOps):
 
 
 def _fits(x: Tensor, weight: Weight) -> bool:
-    """Whether the C++ linear is possible, and the fastest."""
+    """Whether there is a C++ linear for these."""
     if isinstance(weight, QuantisedWeight):
-        return isinstance(weight, Int8Weight | Int4Tiles) and _ours(x)
-    return len(x) >= FEW and _ours(x, weight)
+        return isinstance(weight, Tiles | BFloat16Weight) and _ours(x)
+    return weight.is_contiguous() and _ours(x, weight)
 
 
 def _address(x: Tensor | None) -> int | None:

@@ -31,7 +31,7 @@ def test_the_sums_are_those_of_integers(ops: kernels.Ops, rows: int, inner: int,
     integers = np.rint(x.numpy() * (np.float32(127 * 256) / most)[:, None]).astype(np.int64)
     total = integers @ weight.values.numpy().astype(np.int64).T
     expected = total * (most.astype(np.float64) / (127 * 256))[:, None] * weight.scales.double().numpy()
-    assert torch.allclose(ops.linear(x, weight).double(), torch.from_numpy(expected), rtol=1e-5, atol=1e-4)
+    assert torch.allclose(ops.linear(x, ops.prepare(weight)).double(), torch.from_numpy(expected), rtol=1e-5, atol=1e-4)
 
 
 @backends
@@ -55,7 +55,7 @@ def test_what_is_fused_with_them(ops: kernels.Ops, rows: int, inner: int, out: i
 @backends
 def test_a_row_is_the_same_bit_by_bit_in_every_batch_and_on_any_number_of_threads(ops: kernels.Ops) -> None:
     x, weight = random(300, 577, seed=1), quantise_int8(random(77, 577, seed=2))
-    whole = ops.linear(x, weight)
+    whole = ops.linear(x, ops.prepare(weight))
     threads = torch.get_num_threads()
     try:
         for number in (1, 2, 5):
@@ -81,7 +81,7 @@ def test_rows_that_are_zero_or_not_finite_stay_what_they_are(ops: kernels.Ops) -
 @backends
 def test_gradients_are_those_of_the_dequantised_weight(ops: kernels.Ops) -> None:
     x, weight = random(20, 40, seed=1).requires_grad_(), quantise_int8(random(50, 40, seed=2))
-    (ours,) = torch.autograd.grad(ops.linear(x, weight).square().sum(), x)
+    (ours,) = torch.autograd.grad(ops.linear(x, ops.prepare(weight)).square().sum(), x)
     (theirs,) = torch.autograd.grad((x @ weight.dequantise().t()).square().sum(), x)
     assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-3)
 

@@ -1,0 +1,33 @@
+// Rows of float weights, [out][in] as they lie: float32, or bfloat16 that is widened on the way.
+#pragma once
+
+#include "simd.h"
+
+INLINE vf load_weights(const float* from) { return load(from); }
+
+// A bfloat16 is the upper half of a float32.
+INLINE vf load_weights(const uint16_t* from) {
+    using vh = uint16_t __attribute__((vector_size(2 * W)));
+    vh halves;
+    std::memcpy(&halves, from, sizeof halves);
+    return bits(__builtin_convertvector(halves, vi) << 16);
+}
+
+INLINE float load_weight(const float* from) { return *from; }
+
+INLINE float load_weight(const uint16_t* from) {
+    const uint32_t wide = static_cast<uint32_t>(*from) << 16;
+    float value;
+    std::memcpy(&value, &wide, sizeof value);
+    return value;
+}
+
+// `count` weights as float32: where they lie, or widened into `to`.
+INLINE const float* as_floats(const float* from, long, float*) { return from; }
+
+inline const float* as_floats(const uint16_t* from, long count, float* to) {
+    long i = 0;
+    for (; i + W <= count; i += W) store(to + i, load_weights(from + i));
+    for (; i < count; i++) to[i] = load_weight(from + i);
+    return to;
+}

@@ -1,0 +1,82 @@
+"""Weights in a byte with a scale for each group of 32 inputs: value = q * scale. It is what GGUF's Q8_0 holds.
+
+Activations and the order of sums are those of `kernels.int4`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from kernels.int4 import GROUP
+from kernels.quantised import LARGEST, LARGEST_ACTIVATION, QuantisedWeight, quantise_rows, two_bytes
+
+
+@dataclass(frozen=True, eq=False)
+class Int8GroupWeight(QuantisedWeight):
+    """Bytes with a scale a group."""
+
+    values: Tensor
+    """[out, groups * 32] int8, from -127 to 127, 0 from `in_features` on."""
+    scales: Tensor
+    """[out, groups] float16."""
+    in_features: int
+
+    @classmethod
+    def of(cls, values: Tensor, scales: Tensor) -> "Int8GroupWeight":
+        """From integers [out, in] and each group's scale [out, ceil(in / 32)]. Raises `ValueError` when shapes do not
+        fit, an integer is outside, or a scale is not finite in float16."""
+        out, size = values.shape
+        groups = -(-size // GROUP)
+        if scales.shape != (out, groups):
+            raise ValueError(f"scales must be [{out}, {groups}] for values [{out}, {size}], got {[*scales.shape]}")
+        if not scales.to(torch.float16).isfinite().all():
+            raise ValueError(f"scales must be finite in float16, the largest is {scales.abs().max():g}")
+        if values.numel() and not -LARGEST <= int(values.min()) <= int(values.max()) <= LARGEST:
+            raise ValueError(f"values must be from -127 to 127, got {int(values.min())} to {int(values.max())}")
+        return cls(pad(values.to(torch.int8), (0, groups * GROUP - size)), scales.to(torch.float16), size)
+
+    @classmethod
+    def joined(cls, weights: Sequence["Int8GroupWeight"]) -> "Int8GroupWeight":
+        """Weights of the same inputs, the outputs of one after those of another."""
+        values, scales = torch.cat([w.values for w in weights]), torch.cat([w.scales for w in weights])
+        return cls(values, scales, weights[0].in_features)
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((len(self.values), self.in_features))
+
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+    @property
+    def num_bytes(self) -> int:
+        return self.values.nbytes + self.scales.nbytes
+
+    def dequantise(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        return _floats(self.values, self.scales)[:, : self.in_features].to(dtype)
+
+    def rows(self, index: Tensor) -> Tensor:
+        return _floats(self.values[index], self.scales[index])[:, : self.in_features]
+
+    def multiply(self, x: Tensor) -> Tensor:
+        values, row_scales = quantise_rows(x, LARGEST_ACTIVATION)
+        high, low = two_bytes(pad(values, (0, self.values.shape[1] - x.shape[1])))
+        scales = self.scales.float().t()
+        total = x.new_zeros(len(x), len(self.values))
+        for group in range(len(scales)):
+            part = slice(group * GROUP, (group + 1) * GROUP)
+            # Sums of bytes' products are exact in float32, in any order; both bytes together need 32 bits.
+            weight = self.values[:, part].float().t()
+            exact = (high[:, part] @ weight).int() * 256 + (low[:, part] @ weight).int()
+            total += exact.float() * scales[group]
+        return total * row_scales.unsqueeze(1)
+
+
+def _floats(values: Tensor, scales: Tensor) -> Tensor:
+    """[rows, groups * 32] float32."""
+    groups = values.view(*scales.shape, GROUP).float()
+    return groups.mul_(scales.float().unsqueeze(2)).flatten(1)
