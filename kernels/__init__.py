@@ -7,14 +7,20 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from kernels.bfloat16 import BFloat16Weight, store_bfloat16
 from kernels.cpu import CpuOps
 from kernels.int4 import Int4Weight, quantise_int4
+from kernels.int8_groups import Int8GroupWeight
 from kernels.interface import LoraFactors, LoraSegment, Ops, PagedRows
+from kernels.nf4 import Nf4Weight, quantise_nf4
 from kernels.quantised import Int8Weight, QuantisedWeight, Weight, quantise_int8
 from kernels.reference import ReferenceOps
 
 BACKENDS: dict[str, type[Ops]] = {"reference": ReferenceOps, "cpu": CpuOps}
 """From slowest to fastest."""
+
+GroupedWeight = Int4Weight | Int8GroupWeight
+"""What checkpoints may hold already: such parts of a fused weight are joined."""
 
 Quantiser = Callable[[Tensor], QuantisedWeight]
 """From a weight [out, in] in floating point."""
@@ -22,6 +28,8 @@ Quantiser = Callable[[Tensor], QuantisedWeight]
 QUANTISERS: dict[str, tuple[Quantiser, Quantiser]] = {
     "int8": (quantise_int8, quantise_int8),
     "int4": (quantise_int4, quantise_int8),
+    "nf4": (quantise_nf4, quantise_int8),
+    "bfloat16": (store_bfloat16, store_bfloat16),
 }
 """By the name of the setting: for the layers' linears, and for embeddings and logits, which four bits hurt most."""
 
@@ -49,10 +57,14 @@ def load(name: str = "auto") -> Ops:
 __all__ = [
     "BACKENDS",
     "QUANTISERS",
+    "BFloat16Weight",
+    "GroupedWeight",
     "Int4Weight",
+    "Int8GroupWeight",
     "Int8Weight",
     "LoraFactors",
     "LoraSegment",
+    "Nf4Weight",
     "Ops",
     "PagedRows",
     "QuantisedWeight",
@@ -62,4 +74,6 @@ __all__ = [
     "load",
     "quantise_int4",
     "quantise_int8",
+    "quantise_nf4",
+    "store_bfloat16",
 ]

@@ -52,6 +52,10 @@ class Int4Weight(QuantisedWeight):
         packed = (nibbles[:, :, 0] | nibbles[:, :, 1] << 4).flatten(1)
         return cls(packed, scales.to(torch.float16), minimums.to(torch.float16), size)
 
+    def reordered(self, order: Tensor) -> "Int4Weight":
+        """The outputs `order` [out]."""
+        return Int4Weight(self.packed[order], self.scales[order], self.minimums[order], self.in_features)
+
     @classmethod
     def joined(cls, weights: Sequence["Int4Weight"]) -> "Int4Weight":
         """Weights of the same inputs, the outputs of one after those of another."""

@@ -38,6 +38,10 @@ class Int8GroupWeight(QuantisedWeight):
             raise ValueError(f"values must be from -127 to 127, got {int(values.min())} to {int(values.max())}")
         return cls(pad(values.to(torch.int8), (0, groups * GROUP - size)), scales.to(torch.float16), size)
 
+    def reordered(self, order: Tensor) -> "Int8GroupWeight":
+        """The outputs `order` [out]."""
+        return Int8GroupWeight(self.values[order], self.scales[order], self.in_features)
+
     @classmethod
     def joined(cls, weights: Sequence["Int8GroupWeight"]) -> "Int8GroupWeight":
         """Weights of the same inputs, the outputs of one after those of another."""

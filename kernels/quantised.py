@@ -101,11 +101,16 @@ def quantise_int8(weight: Tensor) -> Int8Weight:
 def linear_quantised(x: Tensor, weight: QuantisedWeight, bias: Tensor | None) -> Tensor:
     """`Ops.linear`; with gradients to x where they are wanted, as if by the dequantised weight."""
     if torch.is_grad_enabled() and x.requires_grad:
-        y: Tensor = _Dequantised.apply(x, weight)  # type: ignore[no-untyped-call]
-        return y if bias is None else y + bias
+        return linear_dequantised(x, weight, bias)
     y = weight.multiply(x.float())
     y = y if bias is None else y + bias
     return y.to(x.dtype)
+
+
+def linear_dequantised(x: Tensor, weight: QuantisedWeight, bias: Tensor | None) -> Tensor:
+    """`Ops.linear` as if by the dequantised weight, with and without gradients: what training needs."""
+    y: Tensor = _Dequantised.apply(x, weight)  # type: ignore[no-untyped-call]
+    return y if bias is None else y + bias
 
 
 def _sums(values: Tensor, weight: Int8Weight) -> Tensor:

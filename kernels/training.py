@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.quantised import QuantisedWeight, Weight, linear_quantised
+from kernels.quantised import QuantisedWeight, Weight, linear_dequantised
 from kernels.reference import ReferenceOps
 
 
@@ -21,7 +21,7 @@ class TrainingOps(ReferenceOps):
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         if isinstance(weight, QuantisedWeight):
-            return linear_quantised(x, weight, bias)
+            return linear_dequantised(x, weight, bias)
         return F.linear(x, weight, bias)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

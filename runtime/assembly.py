@@ -1,5 +1,6 @@
 """From settings to a working engine: opens the checkpoint, sizes the cache, puts the parts together."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import psutil
@@ -193,8 +194,17 @@ def load_decoder(checkpoint: Checkpoint, settings: ModelSettings) -> Decoder:
         model = find_model(checkpoint.config)
         spec = _checked(model.spec(checkpoint.config))
         context = _check_context(settings, spec, checkpoint)
+        quantization: str = settings.quantization
+        if quantization != "none" and spec.experts is not None:
+            raise ModelLoadError(
+                f"quantization {quantization!r} is not supported for mixtures of experts; supported is: none."
+            )
+        if dtype is torch.bfloat16 and device.type == "cpu" and spec.experts is None:
+            # Processors without bfloat16 arithmetic would be slower with it: there it is how weights are stored.
+            dtype, quantization = torch.float32, "bfloat16" if quantization == "none" else quantization
         decoder = Decoder(spec, kernels.load(settings.kernels), max_len=context, dtype=dtype, device=device)
-        decoder.load(model.weights(checkpoint.tensors(), spec), quantization=settings.quantization)
+        stored = _blocks(checkpoint, device) if quantization == "gguf" else checkpoint.tensors()
+        decoder.load(model.weights(stored, spec), quantization=quantization)
     except (WeightError, ValueError) as error:
         raise ModelLoadError(f"{checkpoint.name}: {error}") from error
     except KeyError as error:
@@ -210,6 +220,12 @@ def _check_context(settings: ModelSettings, spec: DecoderSpec, checkpoint: Check
             f"max_model_len is {context}, but {checkpoint.name} was made for at most {spec.max_context} tokens."
         )
     return context
+
+
+def _blocks(checkpoint: Checkpoint, device: torch.device) -> Iterator[tuple[str, kernels.Weight]]:
+    if device.type != "cpu":
+        raise ModelLoadError(f"quantization gguf works on the CPU, and model.device is {device.type!r}.")
+    return checkpoint.blocks()
 
 
 def _checked(spec: DecoderSpec) -> DecoderSpec:

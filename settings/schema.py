@@ -44,13 +44,14 @@ class ModelSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     ] = None
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16"],
-        doc("Type of the weights; auto is float32 on a CPU and bfloat16 on a GPU."),
+        doc("Type of the weights; auto is float32 on a CPU and bfloat16 on a GPU. A CPU computes in float32 always."),
     ] = "auto"
     quantization: Annotated[
-        Literal["none", "int8", "int4"],
+        Literal["none", "int8", "int4", "nf4", "gguf"],
         doc(
             "int8: a quarter of float32's memory, a scale an output; int4: a sixth, a scale and a minimum for "
-            "32 inputs, embeddings and logits in int8."
+            "32 inputs; nf4: as much, in floats; embeddings and logits are int8 then. gguf: a GGUF file's own blocks "
+            "(Q4_0, Q4_1, Q8_0)."
         ),
     ] = "none"
     device: Annotated[Device, doc("auto, cpu, cuda or cuda:N.")] = "auto"

@@ -104,21 +104,14 @@ class Decoder:
         in mixtures of experts, which compute in floating point. Raises `WeightError` naming what does not fit or
         lacks."""
         quantisers = QUANTISERS.get(quantization)
-        if quantisers is not None and self.spec.experts is not None:
-            raise WeightError(
-                f"{quantization} is not supported for mixtures of experts; supported are: float32, bfloat16"
-            )
         parameters = self.parameters()
         for name, part, tensor in tensors:
             try:
                 parameter = parameters[name]
                 if self.spec.experts is not None and isinstance(tensor, QuantisedWeight):
                     tensor = tensor.dequantise()
-                parameter.fill(part, tensor)
-                if parameter.missing:
-                    continue
-                parameter.prepare(self.ops)
-                if quantisers is not None and parameter.data.ndim == 2:
+                parameter.fill(part, tensor, self.ops)
+                if quantisers and parameter.data.ndim == 2 and not parameter.missing and not parameter.quantised:
                     parameter.quantise(self.ops, quantisers[0 if name.startswith("layers.") else 1])
             except KeyError:
                 raise WeightError(f"the checkpoint has {name!r}, which this architecture does not") from None

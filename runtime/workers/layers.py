@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import Int4Weight, Int8Weight, Ops, QuantisedWeight, Quantiser, Weight
+from kernels import Int4Weight, Int8GroupWeight, Int8Weight, Nf4Weight, Ops, QuantisedWeight, Quantiser, Weight
 
 
 class WeightError(ValueError):
@@ -44,11 +44,6 @@ class Parameter:
         parameter._missing.clear()
         return parameter
 
-    def prepare(self, ops: Ops) -> None:
-        """Have a weight that came in integers as the ops like it best."""
-        if self.quantised is not None:
-            self.quantised = ops.prepare(self.quantised)
-
     def quantise(self, ops: Ops, quantiser: Quantiser) -> None:
         """Hold the weight [out, in] as the quantiser makes it from now on, and no longer in floating point."""
         self.quantised = ops.prepare(quantiser(self.data))
@@ -59,9 +54,9 @@ class Parameter:
         """The weight as the ops take it."""
         return self.data if self.quantised is None else self.quantised
 
-    def fill(self, part: str, value: Weight) -> None:
-        """Take one part, in floating point or in integers. Raises `WeightError` where it is of another shape, and
-        `KeyError` for a part that there is not."""
+    def fill(self, part: str, value: Weight, ops: Ops) -> None:
+        """Take one part. Those in integers are kept, if all parts have them in one form, and else made float. Raises
+        `WeightError` where it is of another shape, and `KeyError` for a part that there is not."""
         place = self._slices[part]
         shape = self.data[place].shape
         if shape != value.shape:
@@ -72,14 +67,14 @@ class Parameter:
             self._floats()[place].copy_(value)
         self._missing.discard(part)
         if self._held and not self._missing:
-            self._join()
+            self._join(ops)
 
     def _floats(self) -> Tensor:
         if self.data.is_meta:
             self.data = torch.empty_like(self.data, device=self._device)
         return self.data
 
-    def _join(self) -> None:
+    def _join(self, ops: Ops) -> None:
         """One weight of all parts: in integers, if all of them are in the same."""
         parts = [self._held.get(name) for name in self._slices]
         joined = join([part for part in parts if part is not None]) if None not in parts else None
@@ -87,7 +82,7 @@ class Parameter:
             for name, part in self._held.items():
                 self._floats()[self._slices[name]].copy_(part.dequantise())
         else:
-            self.quantised, self.data = joined, torch.empty(0, dtype=self.data.dtype, device=self._device)
+            self.quantised, self.data = ops.prepare(joined), torch.empty(0, dtype=self.data.dtype, device=self._device)
         self._held.clear()
 
     @property
@@ -104,27 +99,34 @@ class Parameter:
         return sorted(self._missing)
 
 
+JOINABLE = (Int4Weight, Int8GroupWeight, Int8Weight, Nf4Weight)
+"""Kinds of weights that checkpoints hold. All of their tensors go by output first."""
+
+
 def moved(weight: QuantisedWeight, device: torch.device) -> QuantisedWeight:
     """The same weight on another device."""
-    assert isinstance(weight, Int4Weight | Int8Weight)
-    tensors: dict[str, Any] = {
-        key: value.to(device) for key, value in vars(weight).items() if isinstance(value, Tensor)
-    }
-    return replace(weight, **tensors)
+    return _with(weight, {name: tensor.to(device) for name, tensor in _tensors(weight).items()})
 
 
 def join(weights: list[QuantisedWeight]) -> QuantisedWeight | None:
     """Weights of the same inputs, the outputs of one after those of another; None where they are of different kinds."""
+    first = weights[0]
     if len(weights) == 1:
-        return weights[0]
-    fours = [weight for weight in weights if isinstance(weight, Int4Weight)]
-    if len(fours) == len(weights):
-        return Int4Weight.joined(fours)
-    eights = [weight for weight in weights if isinstance(weight, Int8Weight)]
-    if len(eights) == len(weights):
-        values, scales, sums = ([getattr(one, key) for one in eights] for key in ("values", "scales", "sums"))
-        return Int8Weight(torch.cat(values), torch.cat(scales), torch.cat(sums))
-    return None
+        return first
+    if not isinstance(first, JOINABLE) or any(type(weight) is not type(first) for weight in weights):
+        return None
+    parts = [_tensors(weight) for weight in weights]
+    return _with(first, {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+
+
+def _tensors(weight: QuantisedWeight) -> dict[str, Tensor]:
+    return {name: value for name, value in vars(weight).items() if isinstance(value, Tensor)}
+
+
+def _with(weight: QuantisedWeight, tensors: dict[str, Any]) -> QuantisedWeight:
+    made: Any = weight  # all of them are dataclasses
+    changed: QuantisedWeight = replace(made, **tensors)
+    return changed
 
 
 class Linear:

@@ -72,7 +72,7 @@ def fingerprint(decoder: Model) -> str:
     """A digest of the architecture and of a sample of every weight, rounded to bfloat16."""
     digest = blake2b(repr(decoder.spec).encode(), digest_size=16, person=b"eft-base")
     for name, parameter in sorted(decoder.parameters().items()):
-        sample = _sample(parameter).to(torch.bfloat16).cpu()
+        sample = (_sample(parameter) + 0.0).to(torch.bfloat16).cpu()  # -0.0 is 0.0 in some of the forms
         digest.update(name.encode() + sample.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()
 

@@ -37,6 +37,8 @@ def load_fallback(
         raise WeightError(f"{kind.__name__} of transformers {why}, so it cannot run over a paged cache")
     if not directory.is_dir():
         raise WeightError(f"{kind.__name__} is served through transformers, which needs a directory with safetensors")
+    if quantization == "gguf":
+        raise WeightError("quantization gguf is for GGUF files; this is not one")
     if config.get("quantization_config"):
         raise WeightError(
             f"{kind.__name__} is served through transformers, for which quantised weights are not supported"

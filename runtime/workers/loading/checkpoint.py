@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runtime.tokenizer import Tokenizer
+from runtime.workers.loading.errors import ModelLoadError
 
 if TYPE_CHECKING:
     from kernels import Weight
@@ -29,6 +30,9 @@ class Checkpoint:
     reader: TensorReader = field(repr=False)
     """Makes a fresh iterator over the weights; `tensors` calls it."""
 
+    blocks_reader: TensorReader | None = field(default=None, repr=False)
+    """The same where the files hold weights in integers; `blocks` calls it."""
+
     @property
     def eos_ids(self) -> tuple[int, ...]:
         """Ids that end generation."""
@@ -42,3 +46,9 @@ class Checkpoint:
         integers may be a weight in integers. Raises `ModelLoadError`.
         """
         return self.reader()
+
+    def blocks(self) -> Iterator[tuple[str, Weight]]:
+        """As `tensors`, but what is stored in integers stays so. Raises `ModelLoadError` where nothing is."""
+        if self.blocks_reader is None:
+            raise ModelLoadError(f"{self.source}: quantization gguf is for GGUF files; this is not one.")
+        return self.blocks_reader()

@@ -1,6 +1,7 @@
 """GGUF files, the format of llama.cpp: weights, configuration and tokenizer in one file.
 
-Quantised weights are turned into float32 while they are read; floats are views of the mapped file.
+Quantised weights are turned into float32 while they are read, or those of the simple formats kept as they are; floats
+are views of the mapped file.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import numpy as np
 
 from runtime.workers.loading.checkpoint import Checkpoint
 from runtime.workers.loading.errors import ModelLoadError
-from runtime.workers.loading.gguf_blocks import FORMATS, Floats, dequantise, type_name
+from runtime.workers.loading.gguf_blocks import FORMATS, Bytes, Floats, dequantise, type_name
 from runtime.workers.loading.gguf_container import GgufFile, TensorInfo
 from runtime.workers.loading.gguf_metadata import Metadata
 from runtime.workers.loading.gguf_models import GgufFamily, Source, find_family
@@ -23,6 +24,8 @@ from runtime.workers.loading.mapped import drop_pages
 
 if TYPE_CHECKING:
     import torch
+
+    from kernels import GroupedWeight, Weight
 
 
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -49,6 +52,7 @@ def open_gguf(path: Path, *, name: str | None = None, chat_template: str | None 
         config=config,
         tokenizer=load_tokenizer(metadata, config["vocab_size"], chat_template=chat_template),
         reader=lambda: _tensors(file, family, config),
+        blocks_reader=lambda: _tensors(file, family, config, keep=True),
     )
 
 
@@ -87,17 +91,31 @@ def _tensor(info: TensorInfo, file: GgufFile) -> torch.Tensor:
 
 
 def _values(info: TensorInfo, file: GgufFile) -> Floats:
-    format = FORMATS[info.type]
-    size = format.num_bytes(info.num_elements)
-    data = np.frombuffer(file.data, dtype=np.uint8, count=size, offset=info.offset)
-    return dequantise(format, data).reshape(info.shape)
+    return dequantise(FORMATS[info.type], _bytes(info, file)).reshape(info.shape)
 
 
-def _tensors(file: GgufFile, family: GgufFamily, config: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+def _bytes(info: TensorInfo, file: GgufFile) -> Bytes:
+    size = FORMATS[info.type].num_bytes(info.num_elements)
+    return np.frombuffer(file.data, dtype=np.uint8, count=size, offset=info.offset)
 
+
+def _tensors(
+    file: GgufFile, family: GgufFamily, config: dict[str, Any], *, keep: bool = False
+) -> Iterator[tuple[str, Weight]]:
+    """`keep`: matrices in Q4_0, Q4_1 and Q8_0 as they are."""
     for info in file.tensors.values():
         try:
-            yield from family.tensors(info.name, _tensor(info, file), config)
+            weight = _kept(info, file) if keep else None
+            if weight is not None:
+                yield family.weight(info.name, weight, config)
+            else:
+                yield from family.tensors(info.name, _tensor(info, file), config)
             drop_pages(file.data, info.offset, info.offset + FORMATS[info.type].num_bytes(info.num_elements))
         except ModelLoadError as error:
             raise ModelLoadError(f"{file.path}: {info.name}: {error}") from error
+
+
+def _kept(info: TensorInfo, file: GgufFile) -> GroupedWeight | None:
+    from runtime.workers.loading.gguf_kept import kept  # needs torch
+
+    return kept(info, _bytes(info, file))

@@ -46,7 +46,8 @@ class Family(ABC):
 
     @classmethod
     def weights(cls, tensors: Iterable[tuple[str, Weight]], spec: DecoderSpec) -> Iterator[tuple[str, str, Weight]]:
-        """Checkpoint names to (parameter, part) of the decoder; tensors that it does not need are dropped."""
+        """Checkpoint names to (parameter, part) of the decoder; what it does not need is dropped. Weights in
+        integers are passed on as they are."""
         for name, tensor in tensors:
             if name.endswith(cls.UNUSED):
                 continue

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kernels import Int4Weight, Int8Weight, QuantisedWeight
+from kernels import Int4Weight, Int8Weight, Nf4Weight, QuantisedWeight
 from runtime import LLM, SamplingParams
 from runtime.assembly import load_decoder
 from runtime.workers.loading import ModelLoadError, open_checkpoint
@@ -145,7 +145,9 @@ def test_bitsandbytes_in_four_bits(model: Path, tmp_path: Path, kind: str, doubl
         module = oracle.get_submodule(name.removesuffix(".weight"))
         if name.endswith("_proj.weight"):
             expected = dequantize_4bit(module.weight.data, module.weight.quant_state).float()
-            torch.testing.assert_close(weight, expected, atol=1e-6, rtol=1e-5)
+            assert isinstance(weight, Nf4Weight) == (kind == "nf4")
+            floats = weight if isinstance(weight, torch.Tensor) else weight.dequantise()
+            torch.testing.assert_close(floats, expected, atol=1e-6, rtol=1e-5)
         else:
             torch.testing.assert_close(weight, module.weight.data)
 

@@ -10,6 +10,8 @@ from runtime.workers.loading.gguf_models.source import Source
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from kernels import GroupedWeight
+
 Config = dict[str, Any]
 """The keys and values of a Hugging Face config.json."""
 Undo = Callable[["Tensor", Config], "Tensor"]
@@ -58,3 +60,16 @@ class GgufFamily:
             yield from ((full.replace("*", str(index)), part) for index, part in enumerate(tensor))
         else:
             yield full, tensor
+
+    def weight(self, name: str, weight: "GroupedWeight", config: Config) -> tuple[str, "GroupedWeight"]:
+        """A matrix in integers, likewise: only whole rows of it can be moved, and what is stored transposed is not."""
+        import torch
+
+        if name in self.outside:
+            return self.outside[name], weight
+        match = _LAYER_NAME.fullmatch(name)
+        assert match is not None
+        layer, short, kind = match.groups()
+        if short in self.undo:
+            weight = weight.reordered(self.undo[short](torch.arange(weight.shape[0]), config).flatten())
+        return f"{self.prefix}{layer}.{self.layer[short]}.{kind}", weight

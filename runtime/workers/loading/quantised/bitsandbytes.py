@@ -2,8 +2,8 @@
 
 Four bits: `weight` [n / 2, 1] uint8, two values a byte, the first in the high half: indices into `quant_map` [16], to
 be multiplied by `absmax`, one for each block. With double quantisation absmax is itself indices, into
-`nested_quant_map`, times `nested_absmax`, plus an offset. What else there is to know is JSON in a tensor. They become
-floating point.
+`nested_quant_map`, times `nested_absmax`, plus an offset. What else there is to know is JSON in a tensor. nf4 in
+blocks of 64 is ours; the rest becomes floating point.
 
 Eight bits: `weight` [out, in] int8, and `SCB` [out], the largest value of each row. They are int8 as ours is.
 """
@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import Int8Weight, Weight
+from kernels import Int8Weight, Nf4Weight, Weight
+from kernels.nf4 import BLOCK, CODE
 from runtime.workers.loading.quantised.scheme import Scheme
 
 STATE = ".weight.quant_state.bitsandbytes__"
@@ -57,8 +58,16 @@ def _read_four(tensors: Mapping[str, Tensor]) -> Weight:
     blocks = -(-prod(shape) // size)
     if len(indices) != prod(shape) or len(absmax) != blocks or len(table) != 16 or len(shape) != 2:
         raise ValueError(f"{len(indices)} values in {len(absmax)} blocks are not a matrix of shape {list(shape)}")
+    if _is_ours(told, table, shape):
+        return Nf4Weight(flat.view(shape[0], -1).clone(), absmax.float().view(shape[0], -1), shape[1])
     values = table.float()[indices.int()]
     return (values * absmax.float().repeat_interleave(size)[: len(values)]).view(shape)
+
+
+def _is_ours(told: Mapping[str, Any], table: Tensor, shape: tuple[int, ...]) -> bool:
+    """Blocks of 64 that end with the rows, and the very numbers of nf4."""
+    blocks = told["blocksize"] == BLOCK and shape[1] % BLOCK == 0
+    return blocks and bool(torch.equal(table.float(), torch.tensor(CODE)))
 
 
 def _nested(tensors: Mapping[str, Tensor], indices: Tensor, told: Mapping[str, Any]) -> Tensor:

@@ -1,0 +1,54 @@
+"""Training on a base in integers: losses and adapters are those of the float model with the same values."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels import Ops, QuantisedWeight
+from kernels.cpu import CpuOps
+from kernels.reference import ReferenceOps
+from runtime.assembly import load_decoder
+from runtime.trainer.events import RunEvent, StepEvent
+from runtime.trainer.run import TrainingRun
+from runtime.trainer.spec import ScheduleSpec
+from runtime.workers.decoder import Decoder
+from runtime.workers.loading import open_checkpoint
+from settings.schema import ModelSettings
+from tests.trainer.tiny_training import drive, make_run, run_spec
+
+BACKENDS: list[type[Ops]] = [ReferenceOps] if CpuOps.unavailable() else [ReferenceOps, CpuOps]
+
+
+def load(path: Path, quantization: str, kernels: str) -> Decoder:
+    settings = ModelSettings(model=str(path), quantization=quantization, kernels=kernels)  # type: ignore[arg-type]
+    return load_decoder(open_checkpoint(str(path)), settings)
+
+
+def trained(decoder: Decoder) -> tuple[list[float], torch.Tensor]:
+    """The losses of two steps, and the adapter after them."""
+    events: list[RunEvent] = []
+    run: TrainingRun = make_run(decoder, run_spec(decoder, schedule=ScheduleSpec(total_steps=2)), events)
+    drive(run)
+    weights = torch.cat([tensor.flatten() for tensor in run._lora.capture().values()])
+    return [event.loss for event in events if isinstance(event, StepEvent)], weights
+
+
+@pytest.mark.parametrize("backend", [backend.name for backend in BACKENDS])
+@pytest.mark.parametrize("quantization", ["int8", "int4", "nf4"])
+def test_it_trains_as_the_dequantised_model_does(tiny_model: Path, quantization: str, backend: str) -> None:
+    ours, floats = load(tiny_model, quantization, backend), load(tiny_model, "none", backend)
+    for name, parameter in ours.parameters().items():
+        if parameter.quantised is not None:
+            floats.parameters()[name].data.copy_(parameter.quantised.dequantise())
+    found, expected = trained(ours), trained(floats)
+    assert found[0] == pytest.approx(expected[0], abs=1e-4)
+    assert torch.allclose(found[1], expected[1], atol=1e-4)
+    assert all(isinstance(linear.weight.value, QuantisedWeight) for linear in ours.layers[0].linears.values())
+
+
+def test_a_whole_run_ends_in_an_adapter(tiny_model: Path) -> None:
+    decoder = load(tiny_model, "int4", "auto")
+    events: list[RunEvent] = []
+    drive(make_run(decoder, run_spec(decoder), events))
+    assert type(events[-1]).__name__ == "FinishedEvent"
