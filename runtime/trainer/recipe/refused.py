@@ -35,7 +35,7 @@ REFUSED: dict[str, Refused] = {
         "training in float16 is not supported: the base is trained on in float32 or bfloat16, as it is served"
     ),
     "lora_modules_to_save": Refused("only low-rank adapters are trained; embeddings and head stay as they are"),
-    "lora_fan_in_fan_out": Refused("it is for Conv1D layers, which no served architecture has"),
+    "lora_fan_in_fan_out": Refused("how weights are stored is known from the served model; leave it out"),
     "lora_model_dir": Refused("a job starts from a fresh adapter; going on from another one is not supported yet"),
     "peft_use_dora": Refused("DoRA is not supported yet; plain LoRA and rsLoRA (peft_use_rslora) are"),
     "resume_from_checkpoint": Refused("a job resumes from its own checkpoints: POST /admin/jobs/{id}/resume"),

@@ -74,7 +74,6 @@ def test_the_draft_is_good(draft: Draft, base: LoraBase) -> None:
         ({"use_dora": True}, "DoRA"),
         ({"bias": "all"}, r"bias is 'all'.*'none'"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
         ({"init_lora_weights": "pissa"}, r"'pissa'.*Convert"),
         ({"layer_replication": [[0, 1]]}, "layer_replication"),
         ({"lora_bias": True}, "lora_bias"),

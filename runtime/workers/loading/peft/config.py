@@ -13,10 +13,10 @@ from runtime.workers.lora import LoraShape
 _UNIMPORTANT = frozenset({
     "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "lora_dropout", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
-    "qalora_group_size", "ensure_weight_tying", "runtime_config", "exclude_modules", "layers_pattern",
+    "fan_in_fan_out", "qalora_group_size", "ensure_weight_tying", "runtime_config", "exclude_modules", "layers_pattern",
 })  # fmt: skip
-"""About training or files, not about what the weights do. What else is set and not ours is refused: a feature
-of a later PEFT that was ignored would give wrong answers."""
+"""About training, files, or how the base stores its weights (`fan_in_fan_out`), not about what these weights do. What
+else is set and not ours is refused: a feature of a later PEFT that was ignored would give wrong answers."""
 
 _PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
 """Ways to begin that left the base's weights alone. With others (PiSSA, OLoRA, CorDA, LoftQ) the adapter is for a
@@ -38,7 +38,6 @@ class AdapterConfig(Struct, frozen=True, kw_only=True):
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     target_modules: list[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
-    fan_in_fan_out: bool = False
     bias: str = "none"
     init_lora_weights: bool | str = True
 
@@ -82,8 +81,6 @@ def _refuse(raw: dict[str, Any], config: AdapterConfig) -> None:
         raise AdapterInvalid(f"{CONFIG}: use_dora (DoRA) is not supported; only plain LoRA is.")
     if config.bias != "none":
         raise AdapterInvalid(f"{CONFIG}: bias is {config.bias!r}; adapters may not change biases: it must be 'none'.")
-    if config.fan_in_fan_out:
-        raise AdapterInvalid(f"{CONFIG}: fan_in_fan_out is true; this model's weights are not transposed.")
     if config.init_lora_weights not in _PLAIN_INITS:
         raise AdapterInvalid(
             f"{CONFIG}: init_lora_weights is {config.init_lora_weights!r}, which changes the base model's weights. "
