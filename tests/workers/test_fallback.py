@@ -1,6 +1,7 @@
 """What cannot be served through transformers is refused with its reason; what can be is trained and held in int8."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,23 @@ from structlog.testing import capture_logs
 
 from runtime import LLM, SamplingParams
 from runtime.assembly import assemble
+from runtime.trainer.data.files import DataFiles
 from runtime.trainer.events import FinishedEvent, RunEvent, StepEvent
+from runtime.trainer.plan import microbatches, prepare
+from runtime.trainer.recipe import Document, recipe_from
+from runtime.trainer.run import TrainingRun
+from runtime.trainer.run_spec import run_spec as run_spec_of
+from runtime.trainer.shape import shape_of_base
 from runtime.workers.fallback import FallbackDecoder
 from runtime.workers.fallback.interface import attending
 from runtime.workers.loading.errors import ModelLoadError
 from runtime.workers.loading.peft import read_adapter, write_adapter
 from settings.load import load as load_settings
 from tests.parity.fallbacks import make_fallback
-from tests.trainer.tiny_training import drive, examples, make_run, run_spec
+from tests.trainer.tiny_training import drive, examples, make_run, run_spec, write_nothing
 
-GROUPED = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+RECIPES = Path(__file__).parent.parent.parent / "settings" / "recipes"
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 
 
 def settings(path: Path, **flags: object) -> Any:
@@ -33,7 +41,7 @@ def settings(path: Path, **flags: object) -> Any:
         ("gptj", {}, "does not use its attention interface"),
         ("gpt_oss", {"num_local_experts": 4, "head_dim": 16}, "its attention has sinks"),
         ("lfm2", {"layer_types": ["conv", "full_attention"] * 2}, "not every layer of it calls"),
-        ("phi", {"rope_parameters": GROUPED}, "set max_model_len to at most 256"),
+        ("phi", {"rope_parameters": DYNAMIC}, "set max_model_len to at most 256"),
     ],
 )
 def test_what_cannot_be_served_is_refused(
@@ -115,3 +123,25 @@ def test_a_run_learns_and_its_adapter_can_be_published(tmp_path: Path) -> None:
     assert read.layers.keys() == layers.keys()
     for place, parts in layers.items():
         assert torch.equal(read.layers[place][0].b, parts[0].b)
+
+
+def test_a_recipe_becomes_a_run(tmp_path: Path) -> None:
+    """The names in a recipe are those of transformers' modules, and a plan's numbers are the run's."""
+    make_fallback(tmp_path, "phi")
+    assembled = assemble(settings(tmp_path))
+    base, decoder = assembled.lora_base, assembled.decoder
+    keys = {"adapter": "lora", "learning_rate": 5e-3, "datasets": [{"path": "data/newts.jsonl"}], "lora_r": 4}
+    plan = prepare(
+        recipe_from(
+            Document({**keys, "lora_target_modules": ["fc1", "q_proj"], "sequence_len": 256}), max_lora_rank=64
+        ),
+        assembled.engine.tokenizer,
+        DataFiles(roots=[RECIPES]),
+        model_names=("tiny",),
+        max_len=decoder.max_len,
+        shape=shape_of_base(decoder.spec, base, bytes_per_value=4),
+    )
+    spec = run_spec_of(plan, base.places)
+    assert spec.targets == {(layer, name): [""] for layer in range(4) for name in ("mlp.fc1", "self_attn.q_proj")}
+    run = TrainingRun(decoder, spec, partial(microbatches, plan), [], lambda event: None, write_nothing)
+    assert sum(tensor.numel() for tensor in run._lora.capture().values()) == plan.estimate.parameters

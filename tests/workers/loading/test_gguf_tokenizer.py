@@ -17,7 +17,7 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX as QW
 from runtime.tokenizer import Tokenizer
 from runtime.workers.loading.gguf_metadata import Metadata
 from runtime.workers.loading.gguf_pieces import merges_of_pieces
-from runtime.workers.loading.gguf_tokenizer import LLAMA3, QWEN2, load_tokenizer
+from runtime.workers.loading.gguf_tokenizer import LLAMA3, QWEN2, SUPPORTED, WORDS, _pre_tokenizer, load_tokenizer
 from tests.tiny import CORPUS
 from tests.workers.loading.gguf_files import bpe_vocabulary
 
@@ -205,3 +205,32 @@ def test_text_of_a_single_piece_keeps_its_space() -> None:
 def test_merges_are_ranked_by_score() -> None:
     scores = {"a": -9.0, "b": -9.0, "c": -9.0, "ab": -1.0, "bc": -2.0, "abc": -3.0}
     assert merges_of_pieces(scores) == [("a", "b"), ("b", "c"), ("ab", "c"), ("a", "bc")]
+
+
+def test_words_of_other_vocabularies_are_cut_as_in_transformers() -> None:
+    """Its own table of what `tokenizer.ggml.pre` means, where this release has one."""
+    theirs = pytest.importorskip("transformers.integrations.gguf.gguf_tokenizer_mapping").GGUF_PRE_TOKENIZER_SPLITS
+    shared = {name: (pattern,) for name, pattern in theirs.items() if name in WORDS}
+    assert {"tekken", "gpt-4o", "dbrx", "smaug-bpe"} <= shared.keys()
+    assert {name: WORDS[name] for name in shared} == shared
+
+
+@pytest.mark.parametrize(
+    ("pre", "text", "words"),
+    [
+        ("tekken", "HelloWorld 123", ["Hello", "World", " ", "1", "2", "3"]),
+        ("gpt-4o", "HelloWorld's 1234", ["Hello", "World's", " ", "123", "4"]),
+        ("falcon", "a+=b 12345", ["a", "+=", "b", " ", "123", "45"]),
+        ("refact", "a 12", ["a", " ", "1", "2"]),
+        ("stablelm2", "it's 12", ["it", "'s", " ", "1", "2"]),
+    ],
+)
+def test_words(pre: str, text: str, words: list[str]) -> None:
+    assert [word.replace("Ġ", " ") for word, _ in _pre_tokenizer(pre, False).pre_tokenize_str(text)] == words
+
+
+@pytest.mark.parametrize("pre", SUPPORTED)
+def test_every_kind_gives_the_text_back(tiny_model: Path, pre: str) -> None:
+    tokenizer = loaded(model="gpt2", pre=pre, add_bos_token=False, **bpe_vocabulary(tiny_model))
+    for text in TEXTS[:2]:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
