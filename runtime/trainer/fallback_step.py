@@ -55,11 +55,11 @@ class FallbackStep:
     def forward_backward(self, weight: float) -> Slices:
         """See `MicroStep.forward_backward`."""
         hidden = self._embed()
-        stages = self._stages
+        stages, tokens = self._stages, self._batch.num_tokens
         inputs: list[Tensor] = []
         kept: list[_Kept | None] = []
         for stage in range(stages):
-            yield Slice("fallback_layer", 1)
+            yield Slice("fallback_layer", tokens, tokens)
             inputs.append(hidden)
             made = self._run(stage, hidden, keep=not self._checkpointing)
             kept.append(None if self._checkpointing else made)
@@ -68,7 +68,7 @@ class FallbackStep:
         yield from self._loss(hidden, grad, weight)
         for stage in reversed(range(stages)):
             below, one = inputs.pop(), kept.pop()
-            yield Slice("fallback_backward" if one else "fallback_backward_again", 1)
+            yield Slice("fallback_backward" if one else "fallback_backward_again", tokens, tokens)
             one = one or self._run(stage, below, keep=True)
             if one.out.requires_grad:
                 torch.autograd.backward(one.out, grad)
@@ -78,8 +78,9 @@ class FallbackStep:
     def evaluate(self) -> Slices:
         """Only the `score`."""
         hidden = self._embed()
+        tokens = self._batch.num_tokens
         for stage in range(self._stages):
-            yield Slice("fallback_layer", 1)
+            yield Slice("fallback_layer", tokens, tokens)
             hidden = self._run(stage, hidden, keep=False).out
         yield from self._loss(hidden, None, 0.0)
 

@@ -161,7 +161,7 @@ def test_bitsandbytes_in_eight_bits(model: Path, tmp_path: Path) -> None:
             largest = original[name].abs().amax(1, keepdim=True)
             assert ((weight.dequantise() - original[name]).abs() <= largest / 127 * 0.51 + 2e-3).all()
     decoder = load_decoder(open_checkpoint(str(tmp_path)), ModelSettings(model=str(tmp_path)))
-    assert isinstance(decoder.layers[1].linears["gate_up"].weight.quantised, Int8Weight)
+    assert isinstance(decoder.layers[1].linears["gate_up"].weight.quantised, QuantisedWeight)
 
 
 def test_packing_of_the_tests_is_what_the_formats_say() -> None:
