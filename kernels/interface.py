@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kernels.groups import PagedGroups, group_rows
-from kernels.quantised import QuantisedWeight, Weight
+from kernels.quantised import Int8Weight, QuantisedWeight, Weight
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +93,12 @@ class Ops(ABC):
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         """x [T, in] times weight [out, in] transposed, plus bias [out] → [T, out]. With a weight in integers
         x is quantised too, token by token; its gradient is that of the dequantised weight."""
+
+    @abstractmethod
+    def int8_sums(self, x: Tensor, weight: Int8Weight, most: Tensor) -> Tensor:
+        """The integers of `linear` with an int8 weight [out, in], for x [T, in] that is a slice of wider rows:
+        [2, T, out] int32, for the higher and for the lower byte of the activations. `most` [T] float32 is the size
+        of each whole row's largest value. Sums of all slices go into `kernels.quantised.from_sums`."""
 
     @abstractmethod
     def lora_apply(self, x: Tensor, y: Tensor, segments: Sequence[LoraSegment]) -> Tensor:

@@ -81,19 +81,18 @@ class Int8Weight(QuantisedWeight):
         return self.values[index].float() * self.scales[index].unsqueeze(1)
 
     def multiply(self, x: Tensor) -> Tensor:
-        values, scales = quantise_rows(x, LARGEST_ACTIVATION)
-        high, low = two_bytes(values)
-        total = _sums(high, self).float() * 256 + _sums(low, self).float()
-        return total * (scales.unsqueeze(1) * self.scales)
+        most = largest_of(x)
+        return from_sums(int8_sums(x, self, most), self, most)
 
 
 Weight = Tensor | QuantisedWeight
 """What a linear multiplies with."""
 
 
-def quantise_int8(weight: Tensor) -> Int8Weight:
-    """weight [out, in] in floating point, each output scaled by its largest value."""
-    values, scales = quantise_rows(weight.float(), LARGEST)
+def quantise_int8(weight: Tensor, most: Tensor | None = None) -> Int8Weight:
+    """weight [out, in] in floating point, each output scaled by its largest value. `most` [out] are these, where the
+    weight is a slice of the inputs and so cannot tell."""
+    values, scales = quantise_rows(weight.float(), LARGEST, most)
     values = values.to(torch.int8)
     return Int8Weight(values, scales, values.sum(-1, dtype=torch.int32))
 
@@ -113,6 +112,24 @@ def linear_dequantised(x: Tensor, weight: QuantisedWeight, bias: Tensor | None) 
     return y if bias is None else y + bias
 
 
+def largest_of(x: Tensor) -> Tensor:
+    """The size of each row's largest value, [R] float32; not finite for a row that is not."""
+    return x.float().abs().amax(-1)
+
+
+def int8_sums(x: Tensor, weight: Int8Weight, most: Tensor) -> Tensor:
+    """`Ops.int8_sums`."""
+    values, _ = quantise_rows(x.float(), LARGEST_ACTIVATION, most)
+    high, low = two_bytes(values)
+    return torch.stack((_sums(high, weight), _sums(low, weight)))
+
+
+def from_sums(sums: Tensor, weight: Int8Weight, most: Tensor) -> Tensor:
+    """What `int8_sums` [2, R, out] of whole rows, whose largest values are `most` [R], amount to: [R, out] float32."""
+    high, low = sums.float().unbind()
+    return (high * 256 + low) * ((most / LARGEST_ACTIVATION).unsqueeze(1) * weight.scales)
+
+
 def _sums(values: Tensor, weight: Int8Weight) -> Tensor:
     """values [R, in], whole numbers of a byte in float32 → their products with each output, summed: [R, out] int32."""
     total = torch.zeros(len(values), weight.shape[0], dtype=torch.int32, device=values.device)
@@ -122,9 +139,10 @@ def _sums(values: Tensor, weight: Int8Weight) -> Tensor:
     return total
 
 
-def quantise_rows(x: Tensor, largest: int) -> tuple[Tensor, Tensor]:
-    """x [R, n] float32 → whole numbers [R, n] as float32, scales [R]. A row that is not finite gets such a scale."""
-    most = x.abs().amax(-1)
+def quantise_rows(x: Tensor, largest: int, most: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """x [R, n] float32 → whole numbers [R, n] as float32, scales [R]. A row that is not finite gets such a scale.
+    `most` [R]: the rows' largest values, where these are slices of wider rows."""
+    most = largest_of(x) if most is None else most
     usable = (most > 0) & most.isfinite()
     # Two tensors: torch makes number / tensor of a reciprocal, which rounds twice.
     factor = torch.where(usable, torch.full_like(most, largest) / most, 0.0)

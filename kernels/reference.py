@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.interface import LoraSegment, Ops, PagedRows
-from kernels.quantised import QuantisedWeight, Weight, linear_quantised
+from kernels.quantised import Int8Weight, QuantisedWeight, Weight, int8_sums, linear_quantised
 from kernels.sampling import sample
 
 TRANSPOSED = range(12, 37)
@@ -31,6 +31,9 @@ class ReferenceOps(Ops):
             y = torch.mm(weight, x.t()).t()
             return y if bias is None else y + bias
         return F.linear(x, weight, bias)
+
+    def int8_sums(self, x: Tensor, weight: Int8Weight, most: Tensor) -> Tensor:
+        return int8_sums(x, weight, most)
 
     def lora_apply(self, x: Tensor, y: Tensor, segments: Sequence[LoraSegment]) -> Tensor:
         for segment in segments:

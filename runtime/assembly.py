@@ -1,6 +1,7 @@
 """From settings to a working engine: opens the checkpoint, sizes the cache, puts the parts together."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import psutil
@@ -16,9 +17,12 @@ from runtime.metrics import Metrics
 from runtime.scheduler import Scheduler, Speculation
 from runtime.scheduler.policies import make_policy
 from runtime.tenants import tenant_weights
+from runtime.trainer.run import make_run_on
+from runtime.trainer.sliced_run import MakeRun
 from runtime.workers.adapter_slots import AdapterSlots
 from runtime.workers.decoder import Decoder
-from runtime.workers.executor import InProcessExecutor
+from runtime.workers.executor import Executor, InProcessExecutor
+from runtime.workers.group import SOLO, Group, Member
 from runtime.workers.kv_cache import KVCache, block_bytes
 from runtime.workers.layers import WeightError
 from runtime.workers.loading import Checkpoint, open_checkpoint
@@ -29,7 +33,7 @@ from runtime.workers.model import Model
 from runtime.workers.models import find_model, is_native
 from runtime.workers.spec import DecoderSpec
 from runtime.workers.worker import Worker
-from settings.schema import CacheSettings, ModelSettings, SchedulerSettings, Settings
+from settings.schema import CacheSettings, ModelSettings, ParallelSettings, SchedulerSettings, Settings
 
 DEFAULT_CONTEXTS = 4
 """Without a setting the cache holds so many full contexts, if a quarter of the free memory does."""
@@ -47,8 +51,11 @@ class Assembled:
     block_size: int
     num_blocks: int
     decoder: Model
+    """Without weights, where other processes have them."""
     lora_base: LoraBase
     """What adapters must fit."""
+    make_run: MakeRun
+    """Makes training runs on the same weights."""
 
 
 def assemble(settings: Settings) -> Assembled:
@@ -60,52 +67,123 @@ def assemble(settings: Settings) -> Assembled:
         settings.model.model, revision=settings.model.revision, chat_template=settings.model.chat_template
     )
     name = settings.model.served_model_name or checkpoint.name
+    if (size := tensor_parallel(settings.parallel)) > 1:
+        return _assemble_ranks(settings, checkpoint, name, size)
     decoder = load_model(checkpoint, settings.model)
     keep_freed_memory()
-    context = settings.model.max_model_len or decoder.spec.max_position
-    num_blocks = _num_blocks(settings.cache, decoder, context)
-    block_size = settings.cache.block_size
-    max_len = min(context, num_blocks * block_size)
-    spec = decoder.spec
-    cache = make_cache(decoder, num_blocks, block_size, decoder.device)
-    num_host_blocks = _num_host_blocks(settings, decoder)
-    host = make_cache(decoder, num_host_blocks, block_size, torch.device("cpu")) if num_host_blocks else None
-    scheduler = make_scheduler(settings.scheduler, settings.cache, num_blocks, spec.window, num_host_blocks)
+    cache = _plan_cache(settings, decoder, _free_bytes(decoder.device))
     lora_base = base_of(decoder, checkpoint, name)
-    slots = AdapterSlots(
-        lora_base,
-        decoder.ops,
-        max_rank=settings.adapters.max_lora_rank,
-        dtype=decoder.dtype,
-        device=decoder.device,
-    )
+    slots = AdapterSlots(lora_base, decoder, max_rank=settings.adapters.max_lora_rank)
+    cpu, host_blocks = torch.device("cpu"), cache.num_host_blocks
     worker = Worker(
-        decoder, cache, max_running=settings.scheduler.max_running, max_len=max_len, host=host, adapters=slots
+        decoder,
+        make_cache(decoder, cache.num_blocks, cache.block_size, decoder.device),
+        max_running=settings.scheduler.max_running,
+        max_len=cache.max_len,
+        host=make_cache(decoder, host_blocks, cache.block_size, cpu) if host_blocks else None,
+        adapters=slots,
+    )
+    return _assembled(settings, checkpoint, InProcessExecutor(worker), decoder, lora_base, cache, make_run_on(decoder))
+
+
+def _assemble_ranks(settings: Settings, checkpoint: Checkpoint, name: str, size: int) -> Assembled:
+    """With the model in `size` other processes."""
+    from runtime.ranks.executor import DistributedExecutor
+    from runtime.ranks.launchers import launcher
+    from runtime.ranks.messages import Allocate, Load
+    from runtime.ranks.remote_run import make_run_on_ranks
+
+    if settings.scheduler.preemption_mode != "recompute":
+        raise ModelLoadError(
+            f"scheduler.preemption_mode is {settings.scheduler.preemption_mode!r}, which is for one rank; "
+            f"with {size} ranks it can be: recompute."
+        )
+    launch = launcher(settings, size)
+    shapes = describe_decoder(checkpoint, settings.model, Member(size))
+    load = Load(model=settings.model, name=name, max_lora_rank=settings.adapters.max_lora_rank)
+    executor = DistributedExecutor(launch, load, timeout=settings.parallel.rank_timeout)
+    try:
+        loaded = executor.loaded
+        sharing = 1 if make_device(settings.model.device).type == "cuda" else launch.per_node
+        cache = _plan_cache(settings, shapes, min(one.free_bytes for one in loaded) // sharing)
+        lora_base = LoraBase.described(shapes, find_model(checkpoint.config), name, loaded[0].fingerprint)
+        executor.allocate(
+            Allocate(
+                num_blocks=cache.num_blocks,
+                block_size=cache.block_size,
+                max_running=settings.scheduler.max_running,
+                max_len=cache.max_len,
+            )
+        )
+        executor.base = lora_base
+        return _assembled(settings, checkpoint, executor, shapes, lora_base, cache, make_run_on_ranks(executor))
+    except BaseException:
+        executor.close()
+        raise
+
+
+def tensor_parallel(settings: ParallelSettings) -> int:
+    """How many ranks share the model. Raises `ModelLoadError` where torchrun started another number of them."""
+    from runtime.ranks.torchrun import Torchrun
+
+    torchrun = Torchrun.here()
+    if torchrun is not None and settings.tp not in (None, torchrun.size):
+        raise ModelLoadError(f"parallel.tp is {settings.tp}, but torchrun started {torchrun.size} ranks.")
+    return settings.tp or (1 if torchrun is None else torchrun.size)
+
+
+@dataclass(frozen=True)
+class _Cache:
+    num_blocks: int
+    num_host_blocks: int
+    block_size: int
+    max_len: int
+    """Longest sequence that context and blocks can hold."""
+
+
+def _plan_cache(settings: Settings, decoder: Model, free: int) -> _Cache:
+    context = settings.model.max_model_len or decoder.spec.max_position
+    num_blocks = _num_blocks(settings.cache, decoder, context, free)
+    block_size = settings.cache.block_size
+    return _Cache(num_blocks, _num_host_blocks(settings, decoder), block_size, min(context, num_blocks * block_size))
+
+
+def _assembled(
+    settings: Settings,
+    checkpoint: Checkpoint,
+    executor: Executor,
+    decoder: Model,
+    lora_base: LoraBase,
+    cache: _Cache,
+    make_run: MakeRun,
+) -> Assembled:
+    scheduler = make_scheduler(
+        settings.scheduler, settings.cache, cache.num_blocks, decoder.spec.window, cache.num_host_blocks
     )
     metrics = Metrics(
-        name,
+        lora_base.name,
         vllm_names=settings.observability.vllm_names,
-        max_model_len=max_len,
-        block_size=block_size,
-        num_blocks=num_blocks,
+        max_model_len=cache.max_len,
+        block_size=cache.block_size,
+        num_blocks=cache.num_blocks,
         max_adapters=settings.adapters.max_loaded,
     )
     engine = Engine(
         scheduler,
-        InProcessExecutor(worker),
+        executor,
         checkpoint.tokenizer,
         metrics,
-        max_len=max_len,
-        asynchronous=_asynchronous(settings.scheduler.asynchronous, decoder.device),
+        max_len=cache.max_len,
+        asynchronous=_asynchronous(settings.scheduler.asynchronous, make_device(settings.model.device)),
         hooks=Hooks.installed(),
     )
-    return Assembled(engine, name, block_size, num_blocks, decoder, lora_base)
+    return Assembled(engine, lora_base.name, cache.block_size, cache.num_blocks, decoder, lora_base, make_run)
 
 
 def make_cache(decoder: Model, num_blocks: int, block_size: int, device: torch.device) -> KVCache:
     """A KV cache for the decoder, on its device or in the memory beside it."""
     return KVCache(
-        decoder.spec.kv_shapes,
+        decoder.kv_shapes,
         num_blocks=num_blocks,
         block_size=block_size,
         dtype=decoder.dtype,
@@ -162,7 +240,7 @@ def base_of(model: Model, checkpoint: Checkpoint, name: str) -> LoraBase:
 def _load_fallback(checkpoint: Checkpoint, settings: ModelSettings) -> Model:
     from runtime.workers.fallback import load_fallback  # imports transformers
 
-    device = _device(settings.device)
+    device = make_device(settings.device)
     try:
         model = load_fallback(
             checkpoint.source,
@@ -186,30 +264,59 @@ def _load_fallback(checkpoint: Checkpoint, settings: ModelSettings) -> Model:
     return model
 
 
-def load_decoder(checkpoint: Checkpoint, settings: ModelSettings) -> Decoder:
-    """The checkpoint's weights in our decoder, on the device and in the type that the settings ask for."""
-    device = _device(settings.device)
-    dtype = _dtype(settings.dtype, device)
-    try:
-        model = find_model(checkpoint.config)
-        spec = _checked(model.spec(checkpoint.config))
-        context = _check_context(settings, spec, checkpoint)
-        quantization: str = settings.quantization
-        if quantization != "none" and spec.experts is not None:
-            raise ModelLoadError(
-                f"quantization {quantization!r} is not supported for mixtures of experts; supported is: none."
-            )
-        if dtype is torch.bfloat16 and device.type == "cpu" and spec.experts is None:
-            # Processors without bfloat16 arithmetic would be slower with it: there it is how weights are stored.
-            dtype, quantization = torch.float32, "bfloat16" if quantization == "none" else quantization
-        decoder = Decoder(spec, kernels.load(settings.kernels), max_len=context, dtype=dtype, device=device)
+def load_decoder(
+    checkpoint: Checkpoint, settings: ModelSettings, group: Group = SOLO, *, device: torch.device | None = None
+) -> Decoder:
+    """The checkpoint's weights in our decoder, or one rank's share of them, on the device (else the one that the
+    settings ask for) and in the type that the settings ask for. Raises `ModelLoadError`."""
+    device = device or make_device(settings.device)
+    with _load_errors(checkpoint):
+        decoder, quantization = _make_decoder(checkpoint, settings, group, device)
         stored = _blocks(checkpoint, device) if quantization == "gguf" else checkpoint.tensors()
-        decoder.load(model.weights(stored, spec), quantization=quantization)
+        decoder.load(find_model(checkpoint.config).weights(stored, decoder.spec), quantization=quantization)
+    return decoder
+
+
+def describe_decoder(checkpoint: Checkpoint, settings: ModelSettings, group: Group) -> Decoder:
+    """The decoder of one of the ranks without its weights, which takes no memory: for its shapes. Raises
+    `ModelLoadError`, also for what so many ranks cannot share."""
+    architecture = ", ".join(checkpoint.config.get("architectures", []))
+    with _load_errors(checkpoint):
+        if not is_native(checkpoint.config):
+            raise ValueError(f"{architecture} is served through transformers, which works with one rank")
+        try:
+            return _make_decoder(checkpoint, settings, group, torch.device("meta"))[0]
+        except ValueError as error:
+            raise ValueError(f"{architecture}: {error}") from error
+
+
+def _make_decoder(
+    checkpoint: Checkpoint, settings: ModelSettings, group: Group, device: torch.device
+) -> tuple[Decoder, str]:
+    """A decoder without weights, and in which form it is to hold them."""
+    spec = _checked(find_model(checkpoint.config).spec(checkpoint.config))
+    context = _check_context(settings, spec, checkpoint)
+    quantization: str = settings.quantization
+    dtype = _dtype(settings.dtype, make_device(settings.device))
+    if quantization != "none" and spec.experts is not None:
+        raise ValueError(f"quantization {quantization!r} is not supported for mixtures of experts; supported is: none")
+    if quantization not in ("none", "int8") and group.size > 1:
+        raise ValueError(f"quantization {quantization!r} works with one rank; with several it can be: none, int8")
+    if dtype is torch.bfloat16 and device.type == "cpu" and spec.experts is None and group.size == 1:
+        # Processors without bfloat16 arithmetic would be slower with it: there it is how weights are stored.
+        dtype, quantization = torch.float32, "bfloat16" if quantization == "none" else quantization
+    ops = kernels.load(settings.kernels)
+    return Decoder(spec, ops, max_len=context, dtype=dtype, device=device, group=group), quantization
+
+
+@contextmanager
+def _load_errors(checkpoint: Checkpoint) -> Iterator[None]:
+    try:
+        yield
     except (WeightError, ValueError) as error:
         raise ModelLoadError(f"{checkpoint.name}: {error}") from error
     except KeyError as error:
         raise ModelLoadError(f"{checkpoint.name}: config.json has no {error.args[0]!r}") from error
-    return decoder
 
 
 def _check_context(settings: ModelSettings, spec: DecoderSpec, checkpoint: Checkpoint) -> int:
@@ -241,9 +348,13 @@ def _asynchronous(mode: str, device: torch.device) -> bool:
     return mode == "on" or (mode == "auto" and device.type == "cuda")
 
 
-def _device(name: str) -> torch.device:
+def make_device(name: str, *, local_rank: int | None = None) -> torch.device:
+    """The device that the settings mean; of several GPUs that of a node's rank of this number. Raises
+    `ModelLoadError`."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and local_rank is not None:
+        name = f"cuda:{local_rank}"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -259,8 +370,15 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free)
+    return int(psutil.virtual_memory().available)
+
+
 def _bytes_of_block(settings: CacheSettings, decoder: Model) -> int:
-    return block_bytes(decoder.spec.kv_shapes, block_size=settings.block_size, dtype=decoder.dtype)
+    return block_bytes(decoder.kv_shapes, block_size=settings.block_size, dtype=decoder.dtype)
 
 
 def _num_host_blocks(settings: Settings, decoder: Model) -> int:
@@ -273,7 +391,8 @@ def _num_host_blocks(settings: Settings, decoder: Model) -> int:
     return memory // size
 
 
-def _num_blocks(settings: CacheSettings, decoder: Model, context: int) -> int:
+def _num_blocks(settings: CacheSettings, decoder: Model, context: int, free: int) -> int:
+    """`free`: bytes that this rank could have, a quarter of which is taken at most."""
     if settings.num_blocks is not None:
         return settings.num_blocks
     size = _bytes_of_block(settings, decoder)
@@ -282,7 +401,4 @@ def _num_blocks(settings: CacheSettings, decoder: Model, context: int) -> int:
         if count == 0:
             raise ModelLoadError(f"cache.kv_memory is {settings.kv_memory} bytes, but one block takes {size}.")
         return count
-    free = int(psutil.virtual_memory().available)
-    if decoder.device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(decoder.device)
     return max(1, min(DEFAULT_CONTEXTS * -(-context // settings.block_size), free // 4 // size))

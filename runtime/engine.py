@@ -8,6 +8,7 @@ import copy
 import random
 import time
 from collections import Counter, deque
+from collections.abc import Callable
 
 from runtime.beams import BeamSearches
 from runtime.delivery import Delivery
@@ -15,13 +16,16 @@ from runtime.errors import AdapterUnavailable, ContextLengthExceeded, InvalidReq
 from runtime.hooks import Hooks
 from runtime.messages import FinishReason, Output, StepPlan, StepResult, Submission
 from runtime.metrics import Metrics
-from runtime.scheduler import Request, Scheduler
+from runtime.scheduler import Committed, Request, Scheduler
 from runtime.tokenizer import Tokenizer
-from runtime.workers.executor import AllRowsFailed, Executor
+from runtime.workers.executor import AllRowsFailed, Executor, WorkersLost
 from runtime.workers.pipeline import Pipeline
 
 MAX_FAILED_STEPS = 3
 """So many steps in a row without one row computed, and the engine gives up."""
+
+
+LOST = "A process that computes the model was lost; the request can be sent again."
 
 
 class Engine:
@@ -87,12 +91,15 @@ class Engine:
         while len(self._flights) > leave:
             plan = self._flights.popleft()
             for item in self.scheduler.commit(plan, self._result(plan)):
-                searches = item.request.submission.beams is not None
-                outputs += self._beams.deliver(item) if searches else [self.delivery.deliver(item)]
+                outputs += self._outputs(item)
             self.observe(plan.num_tokens)
             if self._failed_steps >= MAX_FAILED_STEPS:
                 raise AllRowsFailed(f"{self._failed_steps} steps in a row failed")
         return outputs
+
+    def _outputs(self, item: Committed) -> list[Output]:
+        searches = item.request.submission.beams is not None
+        return self._beams.deliver(item) if searches else [self.delivery.deliver(item)]
 
     @property
     def busy(self) -> bool:
@@ -103,6 +110,36 @@ class Engine:
         """Is there a request that has no token yet?"""
         scheduler = self.scheduler
         return len(scheduler.waiting) > 0 or any(request.num_generated == 0 for request in scheduler.running)
+
+    # -- lost workers --------------------------------------------------------------------------
+
+    @property
+    def lost(self) -> bool:
+        """Whether the workers are gone. What waits may go on once there are new ones. From any thread."""
+        return self._executor.lost
+
+    def on_loss(self, notify: Callable[[], None]) -> None:
+        """Have `notify` called, from any thread, when workers are lost while there is nothing to do."""
+        self._executor.on_loss(notify)
+
+    def fail_running(self) -> list[Output]:
+        """End what was running on lost workers, with an error."""
+        outputs = self.settle()
+        for request in list(self.scheduler.running):
+            self.scheduler.finish(request, "error")
+            outputs += self._outputs(Committed(request, [], LOST))
+        self.observe()
+        return outputs
+
+    def recover(self) -> None:
+        """Make new workers, and forget what the lost ones had computed; nothing may be running. Takes as long as
+        loading the model does. Raises `WorkersLost` where that is hopeless."""
+        self.scheduler.blocks.reset_prefixes()
+        self._executor.recover()
+
+    def close(self) -> None:
+        """End the workers."""
+        self._executor.close()
 
     # -- requests ------------------------------------------------------------------------------
 
@@ -205,6 +242,10 @@ class Engine:
             return StepResult(step=plan.step, slots=[], tokens=[])
         try:
             result = self._pipeline.collect()
+        except WorkersLost as lost:
+            return StepResult(
+                step=plan.step, slots=[], tokens=[], failed={row.slot: f"{LOST} ({lost})" for row in plan.rows}
+            )
         except AllRowsFailed:
             self._failed_steps += 1
             failed = {row.slot: "An internal error ended this request." for row in plan.rows}

@@ -59,6 +59,10 @@ class LLM:
         self.engine: Engine = assembled.engine
         self.tokenizer = assembled.engine.tokenizer
 
+    def close(self) -> None:
+        """End the processes that compute, where there are any besides this one."""
+        self.engine.close()
+
     def generate(
         self,
         prompts: str | Sequence[str] | Sequence[Sequence[int]],
@@ -109,6 +113,8 @@ class LLM:
         for submission in submissions:
             submission.params.verify(vocab_size=self.tokenizer.vocab_size, max_stop=limits.max_stop)
         submissions = [self.engine.prepare(submission) for submission in submissions]
+        if self.engine.lost:
+            self.engine.recover()
         start = time.monotonic()
         queue = deque(submissions)
         gathered: dict[str, _Gathered] = {}

@@ -44,6 +44,7 @@ class EngineService:
         self.num_blocks = assembled.num_blocks
         self.lora_base = assembled.lora_base
         self.decoder = assembled.decoder
+        self.make_run = assembled.make_run
         self.adapters: AdapterLibrary | None = None
         """The adapters that can be asked for by name; set by who opens the state directory, if anybody does."""
         self.created = int(time.time())
@@ -76,6 +77,7 @@ class EngineService:
     def start(self) -> None:
         """Start the engine thread. Called in the running event loop that will receive the outputs."""
         self._loop = asyncio.get_running_loop()
+        self.engine.on_loss(lambda: self.on_engine_thread(lambda: None))
         self._thread.start()
 
     def drain(self) -> None:
@@ -94,9 +96,12 @@ class EngineService:
             stream.fail(EngineUnavailable("The server is shutting down."))
         self._stopping = True
         self.on_engine_thread(lambda: None)
+        if self.engine.lost:
+            await asyncio.to_thread(self.engine.close)  # new workers would be waited for
         if self._thread.ident is not None:
             # A step that hangs must not keep the process: the thread is a daemon.
             await asyncio.to_thread(self._thread.join, self.settings.server.drain_timeout)
+        await asyncio.to_thread(self.engine.close)
 
     @property
     def healthy(self) -> bool:
@@ -107,7 +112,7 @@ class EngineService:
 
     @property
     def ready(self) -> bool:
-        return self.healthy and not self._draining
+        return self.healthy and not self._draining and not self.engine.lost
 
     @property
     def num_running(self) -> int:
@@ -128,6 +133,7 @@ class EngineService:
         `TooManyRequests`, `Conflict` for an id in use, `EngineUnavailable` when draining or dead."""
         if self._draining or not self._thread.is_alive():
             raise EngineUnavailable("The server is shutting down." if self._draining else "The engine is not running.")
+        self._require_workers()
         request_id = submission.request_id
         if request_id in self._streams:
             raise Conflict(f"A request with id {request_id!r} is already running.", param="request_id")
@@ -158,6 +164,7 @@ class EngineService:
     async def load_adapter(self, key: str, directory: str) -> None:
         """Read an adapter version's files beside the engine, then let requests name it.
         Raises `AdapterInvalid`, `EngineUnavailable`."""
+        self._require_workers()
         await call_apart(self.engine.prepare_adapter, key, directory)
         await self.call(lambda: self.engine.load_adapter(key))
 
@@ -203,6 +210,12 @@ class EngineService:
             self._inbox.append(work)
             self._wake.notify()
 
+    def _require_workers(self) -> None:
+        if self.engine.lost:
+            raise EngineUnavailable(
+                "A process that computes the model was lost; the model is being loaded again. Try again in a moment."
+            )
+
     def _dispatch(self, outputs: list[Output]) -> None:
         for output in outputs:
             stream = self._streams.get(output.request_id)
@@ -233,7 +246,9 @@ class EngineService:
         try:
             while not self._stopping:
                 self._take_messages()
-                if self.engine.busy:
+                if self.engine.lost:
+                    self._recover()
+                elif self.engine.busy:
                     self._step()
                 elif self.background is not None:
                     self.background.idle()
@@ -241,6 +256,10 @@ class EngineService:
         except Exception:
             log.exception("engine_died")
             self.on_event_loop(self._bury)
+
+    def _recover(self) -> None:
+        self.on_event_loop(self._dispatch, self.engine.fail_running())
+        self.engine.recover()
 
     def _step(self) -> None:
         background = self.background if self.background is not None and self.background.ready else None
@@ -267,7 +286,7 @@ class EngineService:
 
     @property
     def _has_work(self) -> bool:
-        return self.engine.busy or (self.background is not None and self.background.ready)
+        return self.engine.busy or self.engine.lost or (self.background is not None and self.background.ready)
 
     def _submit(self, submission: Submission, stream: OutputStream) -> None:
         try:

@@ -73,6 +73,22 @@ class ModelSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     ] = None
 
 
+class ParallelSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Ranks that share one model (tensor parallelism)."""
+
+    tp: Annotated[
+        Count | None,
+        doc("Ranks that share the model, a process each; default: as many as torchrun started, else 1.", example=2),
+    ] = None
+    rank_timeout: Annotated[
+        Seconds, doc("A rank that has not answered for so long is lost: running requests fail, all ranks start again.")
+    ] = 60.0
+    interface: Annotated[
+        NonEmpty | None,
+        doc("Network interface between ranks; default: loopback on one node.", example="eth0"),
+    ] = None
+
+
 class CacheSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The paged KV cache."""
 
@@ -80,7 +96,7 @@ class CacheSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     kv_memory: Annotated[
         Bytes | None,
         doc(
-            "Memory for KV blocks; default: enough for 4 full contexts, at most a quarter of what is free.",
+            "Memory of a rank for KV blocks; default: enough for 4 full contexts, at most a quarter of what is free.",
             example="4GiB",
         ),
     ] = None
@@ -226,6 +242,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """All settings, by section. The sections are the tables of the TOML file."""
 
     model: ModelSettings = field(default_factory=ModelSettings)
+    parallel: ParallelSettings = field(default_factory=ParallelSettings)
     cache: CacheSettings = field(default_factory=CacheSettings)
     scheduler: SchedulerSettings = field(default_factory=SchedulerSettings)
     server: ServerSettings = field(default_factory=ServerSettings)

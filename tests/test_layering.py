@@ -39,6 +39,7 @@ ALLOWED: dict[str, set[str]] = {
         *TEXT,
     },
     "runtime.verification": {"kernels", "runtime.assembly", "runtime.workers", *TEXT},
+    "runtime.ranks": {"runtime.workers", "runtime.trainer", "runtime.assembly", "runtime.logs", "kernels"},
     "runtime.hooks": {"runtime.logs"},
     "runtime.delivery": {"runtime.scheduler", "runtime.hooks", "runtime.metrics", *TEXT},
     "runtime.beams": {"runtime.scheduler", "runtime.delivery"},

@@ -23,7 +23,7 @@ Config = Annotated[
 
 Json = Annotated[bool, Parameter(help="Print JSON, for programs.", negative="", show_default=False)]
 
-MODEL_SECTIONS = ("model", "cache", "scheduler", "limits", "observability")
+MODEL_SECTIONS = ("model", "parallel", "cache", "scheduler", "limits", "observability")
 """What concerns a command that loads a model without serving it over HTTP."""
 
 _METAVAR = {"count": "COUNT", "bytes": "SIZE", "seconds": "TIME"}

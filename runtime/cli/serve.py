@@ -1,6 +1,7 @@
 """`eft serve`: the server, until it is told to stop."""
 
 import asyncio
+import os
 from typing import Annotated, Any
 
 from cyclopts import Parameter
@@ -27,6 +28,10 @@ def serve(
     from runtime.clash import refuse_clash
 
     refuse_clash()
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # one of torchrun's processes, of which only the first is the server
+        from runtime.ranks.torchrun import follow_torchrun
+
+        follow_torchrun(settings.parallel)
     import uvloop
 
     from runtime import logs

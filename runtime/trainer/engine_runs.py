@@ -6,7 +6,6 @@ on the event loop.
 
 import asyncio
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,9 +14,9 @@ from runtime.logs import get_logger
 from runtime.trainer.events import CancelledEvent, FailedEvent, RunEvent, StepEvent
 from runtime.trainer.host import TrainingHost
 from runtime.trainer.jobs.ports import PreparedJob
-from runtime.trainer.plan import Plan, eval_microbatches, microbatches
-from runtime.trainer.run import TrainingRun
+from runtime.trainer.plan import Plan, feed
 from runtime.trainer.run_spec import run_spec
+from runtime.trainer.sliced_run import SlicedRun
 from runtime.trainer.snapshot import Restored, Snapshot, read_snapshot
 from runtime.workers.loading.peft import write_adapter
 from runtime.workers.lora import LoraLayers
@@ -70,7 +69,7 @@ class EngineRun:
         self._host = host
         self._plan = plan
         self._on_event = on_event
-        self._run: TrainingRun | None = None
+        self._run: SlicedRun | None = None
         self._paused = False
         self._cancelled = False
         self._closed = False
@@ -127,7 +126,7 @@ class EngineRun:
         self._run = run
         self._service.on_engine_thread(lambda: self._host.attach(run, self._from_engine))
 
-    def _make(self, resume_from: Path | None) -> TrainingRun:
+    def _make(self, resume_from: Path | None) -> SlicedRun:
         plan, service = self._plan, self._service
         restored: Restored | None = None if resume_from is None else read_snapshot(resume_from)
         spec = run_spec(plan, service.lora_base.places)
@@ -135,8 +134,7 @@ class EngineRun:
         def write(directory: Path, layers: LoraLayers) -> None:
             write_adapter(directory, layers, spec.shape, service.lora_base, dropout=spec.dropout)
 
-        batches, test = partial(microbatches, plan), eval_microbatches(plan)
-        return TrainingRun(service.decoder, spec, batches, test, self._from_engine, write, restored=restored)
+        return service.make_run(spec, feed(plan), self._from_engine, write, restored)
 
     # -- its reports ---------------------------------------------------------------------------
 

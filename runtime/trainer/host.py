@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 from runtime.logs import get_logger
 from runtime.trainer.events import FailedEvent, RunEvent
-from runtime.trainer.run import TrainingRun
 from runtime.trainer.share import Share
+from runtime.trainer.sliced_run import SlicedRun
 from runtime.workers.memory import give_back_memory
 
 IDLE = 0.05
@@ -24,7 +24,7 @@ class TrainingHost:
         """`on_slices` is told of the seconds of every stretch of training."""
         self._share = share
         self._on_slices = on_slices
-        self._run: TrainingRun | None = None
+        self._run: SlicedRun | None = None
         self._on_event: Callable[[RunEvent], None] | None = None
 
     @property
@@ -32,12 +32,12 @@ class TrainingHost:
         run = self._run
         return run is not None and run.ready
 
-    def attach(self, run: TrainingRun, on_event: Callable[[RunEvent], None]) -> None:
+    def attach(self, run: SlicedRun, on_event: Callable[[RunEvent], None]) -> None:
         """`on_event` gets what goes wrong outside of the run's own care."""
         assert self._run is None or self._run.pacer.done, "one run at a time"
         self._run, self._on_event = run, on_event
 
-    def detach(self, run: TrainingRun) -> None:
+    def detach(self, run: SlicedRun) -> None:
         """Forget a run, wherever it is. One that is not attached is fine."""
         if self._run is run:
             run.pacer.close()

@@ -5,16 +5,18 @@ a fused linear (query, key and value; gate and up) share a dropout mask, since t
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from runtime.trainer.shards import Held, Shards
 from runtime.workers.layers import Linear
 from runtime.workers.lora import LoraLayers, LoraPart, LoraShape
 from runtime.workers.model import Model
+from runtime.workers.split import Split
 
 Targets = Mapping[tuple[int, str], Sequence[str]]
 """(layer index, linear name) → those of the linear's parts that are trained, in the linear's own order."""
@@ -22,7 +24,7 @@ Targets = Mapping[tuple[int, str], Sequence[str]]
 
 @dataclass(frozen=True, eq=False)
 class AdaptedLinear:
-    """The parameters of one linear. Float32 whatever the base is in."""
+    """The parameters of one linear, as far as this rank holds them. Float32 whatever the base is in."""
 
     parts: tuple[str, ...]
     columns: tuple[slice, ...]
@@ -31,13 +33,17 @@ class AdaptedLinear:
     """[parts * rank, in]: the parts' A matrices, one above the other, since all of them see the same input."""
     b: tuple[Tensor, ...]
     """[out of the part, rank] each."""
+    inputs: Split
+    """What is held of the whole A's columns."""
+    outputs: tuple[Split, ...]
+    """What is held of each whole B's rows."""
 
 
 class TrainableLora:
     """All parameters of one adapter."""
 
     def __init__(self, decoder: Model, targets: Targets, shape: LoraShape, *, seed: int) -> None:
-        """Fresh parameters on the decoder's device; the same seed gives the same ones."""
+        """Fresh parameters on the decoder's device; the same seed gives the same ones. All ranks at once."""
         self.shape = shape
         self.scale = shape.scale(shape.rank, shape.alpha)
         generator = torch.Generator().manual_seed(seed)
@@ -45,6 +51,8 @@ class TrainableLora:
         for (layer, name), parts in targets.items():
             linear = decoder.layers[layer].linears[name]
             self.linears[layer, name] = _fresh(linear, parts, shape.rank, generator, decoder.device)
+        self.shards = Shards(decoder.group, self._held(), decoder.device)
+        """What of each parameter is held here."""
 
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Every trained tensor by a stable name, layer by layer."""
@@ -53,60 +61,69 @@ class TrainableLora:
             for part, b in zip(linear.parts, linear.b, strict=True):
                 yield f"{layer}.{name}.b.{part}", b
 
+    def _held(self) -> dict[str, Held]:
+        held: dict[str, Held] = {}
+        for (layer, name), linear in self.linears.items():
+            held[f"{layer}.{name}.a"] = Held(linear.inputs, 1)
+            for part, split in zip(linear.parts, linear.outputs, strict=True):
+                held[f"{layer}.{name}.b.{part}"] = Held(split, 0)
+        return held
+
     @property
     def num_parameters(self) -> int:
         return sum(parameter.numel() for _, parameter in self.parameters())
 
     def capture(self) -> dict[str, Tensor]:
-        """A copy of every parameter, on the CPU."""
-        return {name: parameter.detach().to("cpu", copy=True) for name, parameter in self.parameters()}
+        """A copy of every whole parameter, on the CPU. All ranks at once."""
+        return self.shards.gather({name: parameter.detach() for name, parameter in self.parameters()})
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Take the values of an earlier `capture`. Raises `ValueError` where they are another adapter's."""
-        own = dict(self.parameters())
-        if own.keys() != tensors.keys() or any(own[name].shape != tensors[name].shape for name in own):
+        own, shards = dict(self.parameters()), self.shards
+        if own.keys() != tensors.keys() or any(shards.shape(name, own[name]) != tensors[name].shape for name in own):
             raise ValueError("these are the weights of an adapter of another shape")
         with torch.no_grad():
             for name, parameter in own.items():
-                parameter.copy_(tensors[name])
+                parameter.copy_(shards.pick(name, tensors[name]))
 
     def layers_of(self, captured: Mapping[str, Tensor]) -> LoraLayers:
         """What `capture` gave, as an adapter to serve or to write."""
-        rank = self.shape.rank
-        return {
-            (layer, name): [
-                LoraPart(
-                    part=part,
-                    a=captured[f"{layer}.{name}.a"][index * rank : (index + 1) * rank],
-                    b=captured[f"{layer}.{name}.b.{part}"],
-                    scale=self.scale,
-                )
-                for index, part in enumerate(linear.parts)
-            ]
-            for (layer, name), linear in self.linears.items()
-        }
+        return layers_of(captured, {place: linear.parts for place, linear in self.linears.items()}, self.shape)
+
+
+def layers_of(captured: Mapping[str, Tensor], targets: Targets, shape: LoraShape) -> LoraLayers:
+    """What `TrainableLora.capture` gave of these targets, as an adapter to serve or to write."""
+    rank, scale = shape.rank, shape.scale(shape.rank, shape.alpha)
+    return {
+        (layer, name): [
+            LoraPart(
+                part=part,
+                a=captured[f"{layer}.{name}.a"][index * rank : (index + 1) * rank],
+                b=captured[f"{layer}.{name}.b.{part}"],
+                scale=scale,
+            )
+            for index, part in enumerate(parts)
+        ]
+        for (layer, name), parts in targets.items()
+    }
 
 
 def _fresh(
     linear: Linear, parts: Sequence[str], rank: int, generator: torch.Generator, device: torch.device
 ) -> AdaptedLinear:
     bound = 1 / math.sqrt(linear.in_features)  # kaiming_uniform with a = sqrt(5), which is PEFT's
+    # Drawn as a whole on every rank, so that any number of ranks begins with the same.
     a = torch.empty(len(parts) * rank, linear.in_features).uniform_(-bound, bound, generator=generator)
-    starts = dict(zip(linear.parts, _starts(linear.parts.values()), strict=True))
+    starts, outputs = linear.weight.starts, [linear.outputs[part] for part in parts]
+    places = zip((starts[part] for part in parts), outputs, strict=True)
     return AdaptedLinear(
         parts=tuple(parts),
-        columns=tuple(slice(starts[part], starts[part] + linear.parts[part]) for part in parts),
-        a=a.to(device).requires_grad_(),
-        b=tuple(torch.zeros(linear.parts[part], rank, device=device, requires_grad=True) for part in parts),
+        columns=tuple(slice(start, start + held.size) for start, held in places),
+        a=linear.inputs.pick(a, 1).to(device, copy=True).contiguous().requires_grad_(),
+        b=tuple(torch.zeros(held.size, rank, device=device, requires_grad=True) for held in outputs),
+        inputs=linear.inputs,
+        outputs=tuple(outputs),
     )
-
-
-def _starts(sizes: Iterable[int]) -> list[int]:
-    total, found = 0, []
-    for size in sizes:
-        found.append(total)
-        total += size
-    return found
 
 
 class TrainingAdaptation:
@@ -125,15 +142,15 @@ class TrainingAdaptation:
         adapted = self._lora.linears.get((layer, linear))
         if adapted is None:
             return y
-        mask = self._mask(layer, linear, x) if self._dropout else None
+        mask = self._mask(layer, linear, x, adapted.inputs) if self._dropout else None
         added: Tensor = _AddLora.apply(y, x, mask, adapted.columns, self._lora.scale, adapted.a, *adapted.b)  # type: ignore[no-untyped-call]
         return added
 
-    def _mask(self, layer: int, linear: str, x: Tensor) -> Tensor:
-        """[T, in]: 0 with probability `dropout`, else 1 / (1 - dropout)."""
+    def _mask(self, layer: int, linear: str, x: Tensor, inputs: Split) -> Tensor:
+        """[T, in]: 0 with probability `dropout`, else 1 / (1 - dropout). `inputs` are those that x has."""
         generator = torch.Generator(x.device).manual_seed(mix(self._seed, layer, sum(linear.encode())))
-        keep = torch.rand(self._num_tokens, x.shape[1], device=x.device, generator=generator) >= self._dropout
-        return keep[self._rows].to(x.dtype).div_(1 - self._dropout)
+        keep = torch.rand(self._num_tokens, inputs.full, device=x.device, generator=generator) >= self._dropout
+        return inputs.pick(keep[self._rows], 1).to(x.dtype).div_(1 - self._dropout)
 
 
 def mix(*numbers: int) -> int:

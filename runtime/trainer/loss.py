@@ -41,7 +41,10 @@ class Score:
 
 class Vocabulary:
     """The logits of R rows and what their gradient does to the hidden states, some of the vocabulary at a time:
-    `logits` for all of it, `cross_entropy` for all rows, then `backward` for all of it, and `hidden_grad`."""
+    `logits` for all of it, `cross_entropy` for all rows, then `backward` for all of it, and `hidden_grad`.
+
+    Of several ranks each makes and uses its own `width` columns; all of them score all rows.
+    """
 
     def __init__(self, decoder: Decoder, ops: Ops, hidden: Tensor, targets: Tensor, *, with_grad: bool) -> None:
         """hidden [R, hidden] before the final norm, targets [R] token ids."""
@@ -51,13 +54,21 @@ class Vocabulary:
         with torch.set_grad_enabled(with_grad):
             self._above = decoder.norm(ops, self._leaf)
         self._normed = self._above.detach()
-        self._logits = torch.empty(len(hidden), decoder.spec.vocab_size, device=hidden.device)
-        """[R, vocab] float32: first the logits, then the gradient with respect to them."""
+        own = decoder.vocabulary.split
+        self._own = torch.empty(len(hidden), own.size, device=hidden.device)
+        """[R, own] float32: the logits of this rank's tokens."""
+        self._logits: Tensor | None = None
+        """[R, vocab] float32, once all are there: first the logits, then the gradient with respect to them."""
         self._grad = torch.zeros_like(self._normed)
+
+    @property
+    def width(self) -> int:
+        """Columns to make, the same on all ranks."""
+        return self._decoder.vocabulary.width
 
     def logits(self, tokens: slice) -> None:
         """Compute those of some of the vocabulary."""
-        head, out = self._decoder.head_rows(tokens).t(), self._logits[:, tokens]
+        head, out = self._decoder.head_rows(tokens).t(), self._own[:, tokens]
         if head.dtype is out.dtype:
             torch.mm(self._normed, head, out=out)
         else:
@@ -65,6 +76,8 @@ class Vocabulary:
 
     def cross_entropy(self, rows: slice, weight: float | None) -> Score:
         """Score some rows; with a `weight`, their logits become the gradient of `weight` times the summed loss."""
+        if self._logits is None:
+            self._logits = self._decoder.vocabulary.join(self._own)
         spec, logits = self._decoder.spec, self._logits[rows]
         if spec.logit_scale != 1.0:
             logits *= spec.logit_scale
@@ -82,12 +95,14 @@ class Vocabulary:
 
     def backward(self, tokens: slice) -> None:
         """Add what some of the vocabulary gives to the gradient below."""
+        assert self._logits is not None, "scored before"
         head = self._decoder.head_rows(tokens)
-        self._grad.addmm_(self._logits[:, tokens].to(head.dtype), head)
+        own = self._decoder.vocabulary.split.pick(self._logits, 1)
+        self._grad.addmm_(own[:, tokens].to(head.dtype), head)
 
     def hidden_grad(self) -> Tensor:
         """[R, hidden]."""
-        self._above.backward(self._grad)  # type: ignore[no-untyped-call]
+        self._above.backward(self._decoder.group.add_up(self._grad))  # type: ignore[no-untyped-call]
         assert self._leaf.grad is not None
         return self._leaf.grad
 

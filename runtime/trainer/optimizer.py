@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from runtime.trainer.shards import Shards
 from runtime.trainer.slices import Slice, Sliced, Slices
 from runtime.trainer.spec import OptimizerSpec
 
@@ -19,9 +20,10 @@ from runtime.trainer.spec import OptimizerSpec
 class Optimizer:
     """All parameters of one adapter, in groups by layer."""
 
-    def __init__(self, parameters: Iterable[tuple[str, Tensor]], spec: OptimizerSpec) -> None:
-        """`parameters` are named `layer.…` and lie layer by layer."""
+    def __init__(self, parameters: Iterable[tuple[str, Tensor]], spec: OptimizerSpec, shards: Shards) -> None:
+        """`parameters` are named `layer.…` and lie layer by layer; `shards` says which parts of them these are."""
         self._spec = spec
+        self._shards = shards
         self._named = list(parameters)
         layers = groupby(self._named, key=lambda item: item[0].partition(".")[0])
         self._optimizers = [_make(spec, [parameter for _, parameter in group]) for _, group in layers]
@@ -33,6 +35,7 @@ class Optimizer:
         Returns the norm of all gradients before clipping; where it is not finite, nothing was changed.
         """
         yield Slice("clip", 1)
+        self._shards.complete(self._grads)
         norm = self._norm()
         if norm == norm and norm != float("inf"):
             self._clip(norm)
@@ -47,9 +50,13 @@ class Optimizer:
             else:
                 parameter.grad.zero_()
 
+    @property
+    def _grads(self) -> dict[str, Tensor]:
+        return {name: parameter.grad for name, parameter in self._named if parameter.grad is not None}
+
     def _norm(self) -> float:
-        grads = [parameter.grad for _, parameter in self._named if parameter.grad is not None]
-        return float(torch.nn.utils.get_total_norm(grads)) if grads else 0.0
+        grads = self._grads
+        return self._shards.squares(grads) ** 0.5 if grads else 0.0
 
     def _clip(self, norm: float) -> None:
         most = self._spec.max_grad_norm
@@ -68,20 +75,27 @@ class Optimizer:
             done += count
 
     def capture(self) -> dict[str, Tensor]:
-        """A copy of the state, on the CPU: `name.key` for every parameter, such as `0.qkv.a.exp_avg`."""
-        captured = {}
-        for name, parameter in self._named:
-            for key, value in self._state(parameter).items():
-                captured[f"{name}.{key}"] = torch.as_tensor(value).detach().to("cpu", copy=True)
-        return captured
+        """A copy of the whole state, on the CPU: `name.key` for every parameter, such as `0.qkv.a.exp_avg`. All ranks
+        at once."""
+        return self._shards.gather_state(
+            {
+                (name, key): torch.as_tensor(value).detach()
+                for name, parameter in self._named
+                for key, value in self._state(parameter).items()
+            }
+        )
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Take an earlier `capture`."""
         by_id = {id(parameter): name for name, parameter in self._named}
         for optimizer in self._optimizers:
             for parameter in optimizer.parameters:
-                prefix = by_id[id(parameter)] + "."
-                state = {k.removeprefix(prefix): v.clone() for k, v in tensors.items() if k.startswith(prefix)}
+                name = by_id[id(parameter)]
+                state = {
+                    key.removeprefix(f"{name}."): self._shards.pick(name, value).clone()
+                    for key, value in tensors.items()
+                    if key.startswith(f"{name}.")
+                }
                 if state:
                     optimizer.state[parameter] = state
 

@@ -13,6 +13,7 @@ from runtime.trainer.data.files import DataFiles
 from runtime.trainer.data.vocabulary import check_templates, end_ids
 from runtime.trainer.estimate import Estimate, estimate
 from runtime.trainer.examples import Example
+from runtime.trainer.feed import Feed
 from runtime.trainer.preview import Piece, preview
 from runtime.trainer.recipe import Recipe, check_base_model
 from runtime.trainer.schedule import Schedule, make_schedule
@@ -123,22 +124,18 @@ def prepare(
     )
 
 
-def microbatches(plan: Plan, epoch: int) -> list[list[Example]]:
-    """The micro-batches of an epoch, from 0; every epoch has `schedule.microbatches_per_epoch`.
-
-    The same for the same recipe, data and epoch, whatever ran before.
-    """
+def feed(plan: Plan) -> Feed:
+    """What a run of this plan is fed with; every epoch has `schedule.microbatches_per_epoch`."""
     recipe = plan.recipe
-    order = batches.epoch_order(
-        plan.bins,
-        [len(example) for example in plan.train],
+    return Feed(
+        train=plan.train,
+        bins=plan.bins,
         micro_batch_size=recipe.micro_batch_size,
         seed=recipe.seed,
-        epoch=epoch,
         shuffle=recipe.shuffle_merged_datasets,
         by_length=recipe.group_by_length,
+        test=eval_microbatches(plan),
     )
-    return batches.chosen(plan.train, order)
 
 
 def eval_microbatches(plan: Plan) -> list[list[Example]]:

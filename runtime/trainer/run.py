@@ -1,13 +1,11 @@
 """One training run: steps, evaluations, snapshots, from the first to the last, as one generator of slices.
 
-Lives on the engine thread. `pause`, `resume` and `cancel` may be called from any thread; a pause takes effect at
-the end of a step, where there is something to go on from. Everything random is made from the seed and the step, so
-a run that goes on from a snapshot does what it would have done. Knows no recipe, no job and no file.
+Lives on the engine thread. Everything random is made from the seed and the step, so a run that goes on from a snapshot
+does what it would have done. Knows no recipe, no job and no file.
 """
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 
 import msgspec
 from torch import Tensor
@@ -15,7 +13,6 @@ from torch import Tensor
 from kernels.training import TrainingOps
 from runtime.failpoints import failpoint
 from runtime.trainer.events import (
-    CancelledEvent,
     CheckpointEvent,
     EvalEvent,
     FailedEvent,
@@ -25,24 +22,25 @@ from runtime.trainer.events import (
     StepEvent,
 )
 from runtime.trainer.examples import Example
+from runtime.trainer.feed import Feed
 from runtime.trainer.lora import TrainableLora, mix
 from runtime.trainer.loss import Score
 from runtime.trainer.memory import halve, is_out_of_memory
 from runtime.trainer.micro_step import micro_step
 from runtime.trainer.microbatch import pack
 from runtime.trainer.optimizer import Optimizer
-from runtime.trainer.slices import Pacer, Slice, Sliced, Slices
+from runtime.trainer.sliced_run import MakeRun, SlicedRun, WriteAdapter
+from runtime.trainer.slices import Slice, Sliced, Slices
 from runtime.trainer.snapshot import Progress, Restored, Snapshot
 from runtime.trainer.spec import RunSpec
 from runtime.trainer.watchdog import Lost, Watchdog
-from runtime.workers.lora import LoraLayers
 from runtime.workers.model import Model
 
 MicroBatches = Sequence[Sequence[Example]]
 
 
-class TrainingRun:
-    """`pacer` drives it. Reports through `on_event`, on the thread that drives it."""
+class TrainingRun(SlicedRun):
+    """A run on a decoder in this process. On ranks, all of them do the same slices of the same run."""
 
     def __init__(
         self,
@@ -51,7 +49,7 @@ class TrainingRun:
         batches: Callable[[int], MicroBatches],
         test: MicroBatches,
         on_event: Callable[[RunEvent], None],
-        write_adapter: Callable[[Path, LoraLayers], None],
+        write_adapter: WriteAdapter,
         *,
         restored: Restored | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -62,63 +60,30 @@ class TrainingRun:
         self._spec = spec
         self._batches = batches
         self._test = test
-        self._on_event = on_event
         self._write_adapter = write_adapter
         self._clock = clock
         self._ops = TrainingOps()
         self._lora = TrainableLora(decoder, spec.targets, spec.shape, seed=spec.seed)
-        self._optimizer = Optimizer(self._lora.parameters(), spec.optimizer)
+        self._optimizer = Optimizer(self._lora.parameters(), spec.optimizer, self._lora.shards)
         self._watchdog = Watchdog(spec.watchdog, decoder.spec.vocab_size)
         self._progress = Progress()
         self._best: Mapping[str, Tensor] | None = None
         self._halved = False
-        self._snapshots: dict[int, Snapshot] = {}
         if restored is not None:
             self._lora.restore(restored.parameters)
             self._optimizer.restore(restored.optimizer)
             self._progress = restored.progress
             self._best = restored.best or restored.parameters
-        self._pause_asked = False
-        self._cancel_asked = False
-        self._paused = False
-        self.pacer = Pacer(self._slices(), clock)
-
-    # -- from any thread -----------------------------------------------------------------------
-
-    @property
-    def ready(self) -> bool:
-        """Is there anything to do now?"""
-        return not self.pacer.done and (self._cancel_asked or not (self._paused and self._pause_asked))
-
-    def work(self, seconds: float, *, longest: float | None = None) -> float:
-        """Train for about so long; returns how long it was. On the engine thread. `longest`: see `Pacer.run`."""
-        if self._cancel_asked and not self.pacer.done:
-            self.pacer.close()
-            self._on_event(CancelledEvent(step=self._progress.step))
-        return self.pacer.run(seconds, self._may_go_on, longest=longest)
-
-    def _may_go_on(self) -> bool:
-        return self.ready and not self._cancel_asked
+        super().__init__(on_event, clock)
 
     @property
     def step(self) -> int:
-        """Steps done."""
         return self._progress.step
 
-    def pause(self) -> None:
-        """Stand still at the end of this step, with a snapshot."""
-        self._pause_asked = True
-
-    def resume(self) -> None:
-        self._pause_asked = False
-
-    def cancel(self) -> None:
-        """End before the next slice."""
-        self._cancel_asked = True
-
-    def take_snapshot(self, step: int) -> Snapshot:
-        """What was captured at `step`, once. Raises `KeyError` for a step without."""
-        return self._snapshots.pop(step)
+    @property
+    def paused(self) -> bool:
+        """Whether it stands still at a step's end."""
+        return self._paused
 
     # -- the run -------------------------------------------------------------------------------
 
@@ -277,3 +242,18 @@ class TrainingRun:
 
     def _rate(self, step: int) -> float:
         return self._spec.optimizer.learning_rate * self._spec.schedule.factor(step)
+
+
+def make_run_on(decoder: Model) -> MakeRun:
+    """Makes runs on a decoder in this process."""
+
+    def make(
+        spec: RunSpec,
+        feed: Feed,
+        on_event: Callable[[RunEvent], None],
+        write_adapter: WriteAdapter,
+        restored: Restored | None,
+    ) -> TrainingRun:
+        return TrainingRun(decoder, spec, feed.epoch, feed.test, on_event, write_adapter, restored=restored)
+
+    return make

@@ -64,22 +64,23 @@ class Pacer:
             self._usual += SMOOTHING * (budget - self._usual) if self._usual else budget
         spent = 0.0
         while not self.done and may_go_on() and (longest is None or spent < budget):
-            wanted = self._peek()
+            wanted = self.peek()
             if wanted is None:
                 break
             kind, granted = self._grant(wanted, longest or budget - spent)
             if granted == 0:
                 if spent == 0:
-                    self._doubt(kind)
+                    self._doubt(kind, wanted.then)
                 break
-            spent += self._do(kind, granted)
+            spent += self.do(kind, granted)
         return spent
 
     def close(self) -> None:
         self._slices.close()
         self.done = True
 
-    def _peek(self) -> Slice | None:
+    def peek(self) -> Slice | None:
+        """What is to be done next; None at the end."""
         if not self._started:
             self._started = True
             self._advance(None)
@@ -107,12 +108,14 @@ class Pacer:
         # A rest too small to be worth a slice of its own is done along with this one.
         return kind, wanted.amount if wanted.amount - fits < least else fits
 
-    def _doubt(self, kind: str) -> None:
+    def _doubt(self, kind: str, then: str | None) -> None:
         """What was learned may be wrong (something else ran): without doubt it would never be tried again."""
-        if kind in self._rates:
-            self._rates[kind] *= DOUBT
+        for one in (kind, then):
+            if one in self._rates:
+                self._rates[one] *= DOUBT
 
-    def _do(self, kind: str, granted: int) -> float:
+    def do(self, kind: str, granted: int) -> float:
+        """Do so much of what `peek` gave, as work of this kind; returns the seconds it took."""
         begin = self._clock()
         self._advance(granted)
         seconds = self._clock() - begin

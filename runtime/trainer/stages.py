@@ -155,7 +155,7 @@ class AttendStage:
     name = "attend"
 
     def forward(self, context: Context, state: LayerState, *, keep: bool) -> Slices:
-        heads = context.decoder.spec.num_kv_heads
+        heads = context.decoder.heads.kv.size
         pieces: list[Piece] = []
         for sequence in context.batch.sequences:
             size = _size(sequence)
@@ -170,9 +170,9 @@ class AttendStage:
             state.pieces[self.name] = pieces
 
     def backward(self, context: Context, state: LayerState) -> Slices:
-        spec, grad = context.decoder.spec, state.grads.pop("mixed")
-        counts = {"q": spec.num_heads, "k": spec.num_kv_heads, "v": spec.num_kv_heads}
-        state.grads |= {name: grad.new_empty(len(grad), count, spec.head_dim) for name, count in counts.items()}
+        held, grad = context.decoder.heads, state.grads.pop("mixed")
+        counts = {"q": held.q.size, "k": held.kv.size, "v": held.kv.size}
+        state.grads |= {name: grad.new_empty(len(grad), count, grad.shape[2]) for name, count in counts.items()}
         head = 0
         for piece in state.pieces.pop(self.name):
             end = head + piece.inputs[1].shape[1]
@@ -187,7 +187,7 @@ class AttendStage:
                 else:
                     self._use(context, state, piece, heads, grad)
                 head += done
-            head %= spec.num_kv_heads
+            head %= held.kv.size
 
     def _use(self, context: Context, state: LayerState, piece: Piece, heads: range, grad: Tensor) -> None:
         queries, groups = _heads(context, heads)
@@ -208,14 +208,14 @@ class AttendStage:
     def _join(self, context: Context, pieces: list[Piece]) -> Tensor:
         """The pieces' outputs, each [sequence, some heads, D], as one [T, H, D]."""
         made = [piece.outputs[0].detach() for piece in pieces]
-        spec = context.decoder.spec
+        heads = context.decoder.heads.q.size
         if len(made) == 1:
             return made[0]
-        mixed = made[0].new_empty(context.batch.num_tokens, spec.num_heads, spec.head_dim)
+        mixed = made[0].new_empty(context.batch.num_tokens, heads, made[0].shape[2])
         head = 0
         for piece, part in zip(pieces, made, strict=True):
             mixed[piece.rows, head : head + part.shape[1]] = part
-            head = (head + part.shape[1]) % spec.num_heads
+            head = (head + part.shape[1]) % heads
         return mixed
 
 
@@ -279,8 +279,8 @@ def _add(grads: dict[str, Tensor], name: str, rows: slice, grad: Tensor, total: 
 
 def _heads(context: Context, heads: range) -> tuple[slice, slice]:
     """Some of the key/value heads: the query heads that share them, and they themselves."""
-    spec = context.decoder.spec
-    group = spec.num_heads // spec.num_kv_heads
+    held = context.decoder.heads
+    group = held.q.size // held.kv.size
     return slice(heads.start * group, heads.stop * group), slice(heads.start, heads.stop)
 
 

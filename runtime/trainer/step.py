@@ -84,7 +84,7 @@ class MicroStep:
 
     def _loss_of(self, part: slice, hidden: Tensor, grad: Tensor | None, weight: float) -> Slices:
         """The same for some of these rows; their logits are gone when it is done."""
-        context, vocabulary = self._context, self._context.decoder.spec.vocab_size
+        context = self._context
         rows, targets = context.batch.rows[part], context.batch.targets[part]
         head = Vocabulary(context.decoder, context.ops, hidden[rows], targets, with_grad=grad is not None)
         size = len(rows).bit_length()
@@ -92,11 +92,11 @@ class MicroStep:
         def score(rows: slice) -> None:
             self.score.add(head.cross_entropy(rows, None if grad is None else weight))
 
-        yield from _all(f"logits/{size}", vocabulary, LEAST_VOCABULARY, head.logits, most=MOST_VOCABULARY)
+        yield from _all(f"logits/{size}", head.width, LEAST_VOCABULARY, head.logits, most=MOST_VOCABULARY)
         yield from _all("cross_entropy", len(rows), LEAST_ROWS, score)
         if grad is not None:
             kind = f"logits_backward/{size}"
-            yield from _all(kind, vocabulary, LEAST_VOCABULARY, head.backward, most=MOST_VOCABULARY)
+            yield from _all(kind, head.width, LEAST_VOCABULARY, head.backward, most=MOST_VOCABULARY)
             grad[rows] = head.hidden_grad()
 
 

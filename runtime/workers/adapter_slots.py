@@ -9,9 +9,11 @@ from torch import Tensor
 
 from kernels import LoraFactors, LoraSegment, Ops
 from runtime.failpoints import failpoint
+from runtime.workers.layers import Linear
 from runtime.workers.loading.peft import read_adapter
 from runtime.workers.lora import Adapter, LoraPart
 from runtime.workers.lora_base import LoraBase
+from runtime.workers.model import Model
 
 Place = tuple[int, str]
 """Layer index, and the linear's name."""
@@ -32,12 +34,11 @@ class AdapterSlots:
     An adapter's weights never change once they are here: a new version has a new key.
     """
 
-    def __init__(self, base: LoraBase, ops: Ops, *, max_rank: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, base: LoraBase, decoder: Model, *, max_rank: int) -> None:
+        """`base` is what `decoder` is, as a whole; of each adapter it holds what the decoder holds of the base."""
         self._base = base
-        self._ops = ops
+        self._decoder = decoder
         self._max_rank = max_rank
-        self._dtype = dtype
-        self._device = device
         self._prepared: dict[str, dict[Place, LoraFactors]] = {}
         self._loaded: dict[str, dict[Place, LoraFactors]] = {}
         self._lock = Lock()
@@ -72,19 +73,24 @@ class AdapterSlots:
         """What changes the decoder for one batch; None where all of it is for the base."""
         if not tokens:
             return None
-        return BatchAdaptation(self._ops, [(part.tokens, self._loaded[part.key]) for part in tokens])
+        return BatchAdaptation(self._decoder.ops, [(part.tokens, self._loaded[part.key]) for part in tokens])
 
     def _factors(self, adapter: Adapter) -> dict[Place, LoraFactors]:
-        return {(layer, linear): self._stack(linear, parts) for (layer, linear), parts in adapter.layers.items()}
+        layers = self._decoder.layers
+        return {
+            (layer, name): self._stack(layers[layer].linears[name], parts)
+            for (layer, name), parts in adapter.layers.items()
+        }
 
-    def _stack(self, linear: str, parts: list[LoraPart]) -> LoraFactors:
-        starts = {t.part: t.start for t in self._base.targets.values() if t.linear == linear}
+    def _stack(self, linear: Linear, parts: list[LoraPart]) -> LoraFactors:
+        device, dtype = self._decoder.device, self._decoder.dtype
+        held = [linear.lora(part.part, part.a, part.b) for part in parts]
         scales = torch.cat([torch.full((len(part.a),), part.scale) for part in parts])
         return LoraFactors(
-            a=torch.cat([part.a for part in parts]).to(self._device, self._dtype),
-            b=tuple(part.b.to(self._device, self._dtype).contiguous() for part in parts),
-            columns=tuple(starts[part.part] for part in parts),
-            scales=scales.to(self._device, self._dtype),
+            a=torch.cat([a for a, _ in held]).to(device, dtype),
+            b=tuple(b.to(device, dtype).contiguous() for _, b in held),
+            columns=tuple(linear.weight.starts[part.part] for part in parts),
+            scales=scales.to(device, dtype),
         )
 
 

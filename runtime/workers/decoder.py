@@ -14,38 +14,69 @@ from kernels import QUANTISERS, Ops, QuantisedWeight, Weight
 from runtime.workers.adaptation import Adaptation
 from runtime.workers.attention import Attention
 from runtime.workers.decoder_layer import DecoderLayer
+from runtime.workers.group import SOLO, Group
+from runtime.workers.heads import Heads
 from runtime.workers.layers import Embedding, Parameter, WeightError
 from runtime.workers.norms import NORMS
 from runtime.workers.spec import LINEARS, DecoderSpec
+from runtime.workers.split import Split
+from runtime.workers.vocabulary import Vocabulary
 
 __all__ = ["LINEARS", "Decoder", "DecoderLayer", "DecoderSpec"]
 
 
 class Decoder:
-    """Embedding, layers, final norm, logits: `embed`, then each of `layers`, then `logits`."""
+    """Embedding, layers, final norm, logits: `embed`, then each of `layers`, then `logits`.
 
-    def __init__(self, spec: DecoderSpec, ops: Ops, *, max_len: int, dtype: torch.dtype, device: torch.device) -> None:
+    One of `group`'s ranks holds its share of heads, inner values and vocabulary; hidden states and what is returned
+    are alike on all.
+    """
+
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        ops: Ops,
+        *,
+        max_len: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        group: Group = SOLO,
+    ) -> None:
+        """Raises `ValueError` for what the spec asks and cannot be had, or cannot be shared by so many ranks."""
         self.spec = spec
+        self.group = group
+        self.heads = Heads.of(spec, group)
+        """Those of every layer that are computed here."""
+        self.vocabulary = Vocabulary(spec.vocab_size, group)
         self.ops = ops
         self.max_len = max_len
         """Positions that there are angles for: the longest sequence, in tokens."""
         self.dtype = dtype
         self.device = device
-        self.embedding = Embedding(spec.vocab_size, spec.hidden_size, dtype=dtype, device=device)
+        self.embedding = self._embedding()
         self.positions = (
-            Embedding(spec.max_position, spec.hidden_size, dtype=dtype, device=device)
+            Embedding(Split.whole(spec.max_position), spec.hidden_size, dtype=dtype, device=device)
             if spec.learned_positions
             else None
         )
-        self.layers = [DecoderLayer(spec, index, dtype, device) for index in range(spec.num_layers)]
+        self.layers = [DecoderLayer(spec, self.heads, index, dtype, device, group) for index in range(spec.num_layers)]
         self.norm = NORMS[spec.norm](spec.hidden_size, spec.norm_eps, dtype=dtype, device=device)
-        self._head = None if spec.tied else Embedding(spec.vocab_size, spec.hidden_size, dtype=dtype, device=device)
+        self._head = None if spec.tied else self._embedding()
         # Rounded as the weights are: so was it when the model was trained.
         self._embedding_scale = float(torch.tensor(spec.embedding_scale, dtype=dtype))
         tables = [rope.table(spec.head_dim, max_len, dtype, device) for rope in spec.ropes]
         none = torch.empty(max_len, 0, dtype=dtype, device=device)
         self._cos = torch.stack([cos for cos, _ in tables] or [none])
         self._sin = torch.stack([sin for _, sin in tables] or [none])
+
+    @property
+    def kv_shapes(self) -> tuple[tuple[int, int], ...]:
+        """Of every layer in this rank's cache: key/value heads, and their size."""
+        return ((self.heads.kv.size, self.spec.head_dim),) * self.spec.num_layers
+
+    def _embedding(self) -> Embedding:
+        size, dtype, device = self.spec.hidden_size, self.dtype, self.device
+        return Embedding(self.vocabulary.split, size, dtype=dtype, device=device, group=self.group)
 
     def forward(
         self, token_ids: Tensor, positions: Tensor, attention: Attention, adaptation: Adaptation | None = None
@@ -71,20 +102,29 @@ class Decoder:
 
     def logits(self, hidden: Tensor, ops: Ops | None = None) -> Tensor:
         """hidden [rows, hidden], only those rows that are wanted → [rows, vocab] float32. `ops` instead of its own."""
+        return self.vocabulary.join(self.own_logits(hidden, ops))
+
+    def own_logits(self, hidden: Tensor, ops: Ops | None = None) -> Tensor:
+        """The same for this rank's tokens alone, see `vocabulary`."""
         ops = ops or self.ops
-        head = self._head or self.embedding
-        logits = self.norm.then_linear(ops, hidden, head.weight.value, None).float()
+        weight = (self._head or self.embedding).weight.value
+        if self.group.size == 1 or not torch.is_grad_enabled():
+            logits = self.norm.then_linear(ops, hidden, weight, None).float()
+        else:
+            logits = ops.linear(self.group.enter(self.norm(ops, hidden)), weight).float()
         if self.spec.logit_scale != 1.0:
             logits = logits * self.spec.logit_scale
         cap = self.spec.logit_softcap
         return cap * torch.tanh(logits / cap) if cap else logits
 
     def head_rows(self, tokens: slice) -> Tensor:
-        """The weights that give the logits of some of the vocabulary, in floating point: [tokens, hidden]."""
+        """The weights that give the logits of some of this rank's vocabulary, as far as it goes, in floating point:
+        [tokens, hidden]."""
         weight = (self._head or self.embedding).weight
         if weight.quantised is None:
             return weight.data[tokens]
-        return weight.quantised.rows(torch.arange(tokens.start, tokens.stop, device=self.device)).to(self.dtype)
+        index = torch.arange(self.vocabulary.split.size, device=self.device)[tokens]
+        return weight.quantised.rows(index).to(self.dtype)
 
     def parameters(self) -> dict[str, Parameter]:
         """Every weight by its place in the decoder, such as `layers.0.qkv.weight`."""

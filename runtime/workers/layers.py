@@ -4,13 +4,29 @@ A fused layer (query, key and value; gate and up) is filled part by part. What a
 to be split over ranks, or to have an adapter added, belongs here, not in the decoder.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels import Int4Weight, Int8GroupWeight, Int8Weight, Nf4Weight, Ops, QuantisedWeight, Quantiser, Weight
+from kernels.quantised import largest_of, quantise_int8
+from kernels.sharded import is_exact, split_linear
+from runtime.workers.group import SOLO, Group
+from runtime.workers.split import Split
+
+Parts = Mapping[str, int | Split]
+"""A weight's parts by name: the rows of each, and which of them are held here (a number: all)."""
+
+Adapt = Callable[[Tensor, Tensor], Tensor]
+"""From a linear's input and output to what an adapter makes of the output; see `adaptation.Adaptation`."""
+
+
+SAMPLES = 256
+"""Values of each weight that say which one it is: to look at them all would take as long as loading them."""
 
 
 class WeightError(ValueError):
@@ -18,23 +34,42 @@ class WeightError(ValueError):
 
 
 class Parameter:
-    """One weight tensor, made of named parts along its first dimension."""
+    """One weight tensor, made of named parts along its first dimension. Of each a rank may hold some rows, and of
+    these some columns."""
 
-    def __init__(self, parts: dict[str, int], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-        """`parts` maps a name to its rows; `shape` is that of one row (empty for a vector)."""
-        self.data = torch.empty((sum(parts.values()), *shape), dtype=dtype, device="meta")
+    def __init__(
+        self,
+        parts: Parts,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        columns: Split | None = None,
+        group: Group = SOLO,
+    ) -> None:
+        """`shape` is that of one whole row (empty for a vector), `columns` what is held of it. `group` are those who
+        hold the other columns."""
+        self.parts = {name: Split.whole(part) if isinstance(part, int) else part for name, part in parts.items()}
+        self._shape = shape
+        self._columns = columns
+        self._group = group
+        held = shape if columns is None else (columns.size,)
+        rows = sum(part.size for part in self.parts.values())
+        self.data = torch.empty((rows, *held), dtype=dtype, device="meta")
         """Takes memory when the first part comes: so a weight that is quantised at once gives back its own before the
         next one comes."""
         self.quantised: QuantisedWeight | None = None
+        self._sampled: tuple[Tensor, Tensor] | None = None
         self._device = device
         self._held: dict[str, QuantisedWeight] = {}
         """Parts that came in integers, until all are there."""
-        self._slices: dict[str, slice] = {}
-        self._missing = set(parts)
+        self.starts: dict[str, int] = {}
+        """First row here of each part."""
+        self._missing = set(self.parts)
         start = 0
-        for name, rows in parts.items():
-            self._slices[name] = slice(start, start + rows)
-            start += rows
+        for name, part in self.parts.items():
+            self.starts[name] = start
+            start += part.size
 
     @classmethod
     def of(cls, data: Tensor) -> "Parameter":
@@ -45,8 +80,14 @@ class Parameter:
         return parameter
 
     def quantise(self, ops: Ops, quantiser: Quantiser) -> None:
-        """Hold the weight [out, in] as the quantiser makes it from now on, and no longer in floating point."""
-        self.quantised = ops.prepare(quantiser(self.data))
+        """Hold the weight [out, in] as the quantiser makes it from now on, and no longer in floating point. Ranks that
+        hold columns of one weight do this together, in int8, which stays as `kernels.sharded` wants it."""
+        self._sampled = self.sample()
+        if self._columns is None:
+            self.quantised = ops.prepare(quantiser(self.data))
+        else:
+            assert quantiser is quantise_int8, "other forms are refused when several ranks load a model"
+            self.quantised = quantise_int8(self.data, self._group.max(largest_of(self.data)))
         self.data = self.data.new_empty(0)
 
     @property
@@ -55,19 +96,27 @@ class Parameter:
         return self.data if self.quantised is None else self.quantised
 
     def fill(self, part: str, value: Weight, ops: Ops) -> None:
-        """Take one part. Those in integers are kept, if all parts have them in one form, and else made float. Raises
-        `WeightError` where it is of another shape, and `KeyError` for a part that there is not."""
-        place = self._slices[part]
-        shape = self.data[place].shape
-        if shape != value.shape:
-            raise WeightError(f"expected shape {list(shape)}, got {list(value.shape)}")
-        if isinstance(value, QuantisedWeight):
+        """Take one whole part, of which only what is held here is read. Those in integers are kept, if all parts have
+        them in one form and all of them is held, and else made float. Raises `WeightError` where it is of another
+        shape, and `KeyError` for a part that there is not."""
+        split = self.parts[part]
+        expected = self.shape_of(part)
+        if expected != value.shape:
+            raise WeightError(f"expected shape {list(expected)}, got {list(value.shape)}")
+        if isinstance(value, QuantisedWeight) and self._is_whole:
             self._held[part] = moved(value, self._device)
         else:
-            self._floats()[place].copy_(value)
+            self._put(part, split, value.dequantise() if isinstance(value, QuantisedWeight) else value)
         self._missing.discard(part)
         if self._held and not self._missing:
             self._join(ops)
+
+    def _put(self, part: str, split: Split, value: Tensor) -> None:
+        if self._columns is not None:
+            value = self._columns.pick(value, 1)
+        rows = self._floats()[self.starts[part] :]
+        for here, there in split.pieces():
+            rows[here].copy_(value[there])
 
     def _floats(self) -> Tensor:
         if self.data.is_meta:
@@ -76,27 +125,54 @@ class Parameter:
 
     def _join(self, ops: Ops) -> None:
         """One weight of all parts: in integers, if all of them are in the same."""
-        parts = [self._held.get(name) for name in self._slices]
+        parts = [self._held.get(name) for name in self.parts]
         joined = join([part for part in parts if part is not None]) if None not in parts else None
         if joined is None:
             for name, part in self._held.items():
-                self._floats()[self._slices[name]].copy_(part.dequantise())
+                self._put(name, self.parts[name], part.dequantise())
         else:
             self.quantised, self.data = ops.prepare(joined), torch.empty(0, dtype=self.data.dtype, device=self._device)
         self._held.clear()
 
     @property
-    def parts(self) -> tuple[str, ...]:
-        return tuple(self._slices)
+    def _is_whole(self) -> bool:
+        return self._columns is None and all(part.is_whole for part in self.parts.values())
 
     def shape_of(self, part: str) -> torch.Size:
-        """What is expected of a part, as long as the weight is not in integers."""
-        return self.data[self._slices[part]].shape
+        """What is expected of a part: its whole shape."""
+        return torch.Size((self.parts[part].full, *self._shape))
 
     @property
     def missing(self) -> list[str]:
         """Parts that no tensor has filled yet."""
         return sorted(self._missing)
+
+    # -- seen as a whole -----------------------------------------------------------------------
+
+    def sample(self) -> tuple[Tensor, Tensor]:
+        """Some values of the whole weight at equal distances, as they were before it was quantised: [n] float32, 0
+        where they are on other ranks, and which are here [n] bool."""
+        if self._sampled is not None:
+            return self._sampled
+        numel = sum(part.full for part in self.parts.values()) * self._width
+        index = torch.arange(0, numel, max(1, numel // SAMPLES))[:SAMPLES]
+        rows = Split.joined(list(self.parts.values())).find(index // self._width)
+        columns = index % self._width
+        if self._columns is not None:
+            columns = self._columns.find(columns)
+        here = (rows >= 0) & (columns >= 0)
+        found = torch.zeros(len(index))
+        if here.any():
+            row, column = rows[here], columns[here].unsqueeze(1)
+            held = self.data.view(len(self.data), -1)[row.to(self._device)] if self.quantised is None else None
+            lines = self.quantised.rows(row) if held is None and self.quantised is not None else held
+            assert lines is not None
+            found[here] = lines.float().cpu().gather(1, column).flatten()
+        return found, here
+
+    @property
+    def _width(self) -> int:
+        return self._shape[0] if self._shape else 1
 
 
 JOINABLE = (Int4Weight, Int8GroupWeight, Int8Weight, Nf4Weight)
@@ -130,22 +206,38 @@ def _with(weight: QuantisedWeight, tensors: dict[str, Any]) -> QuantisedWeight:
 
 
 class Linear:
-    """x [T, in] → [T, out], with one or more output parts fused into one weight [out, in]."""
+    """x [T, in] → [T, out], with one or more output parts fused into one weight [out, in]. Ranks that split it hold
+    some of each part's outputs ("column parallel" in arXiv:1909.08053): all see the same x."""
 
     def __init__(
         self,
         in_features: int,
-        parts: dict[str, int],
+        parts: Parts,
         *,
         bias: bool,
         dtype: torch.dtype,
         device: torch.device,
+        group: Group = SOLO,
     ) -> None:
         self.in_features = in_features
-        self.parts = parts
-        """Output rows of each part, in the order in which they lie in the weight."""
-        self.weight = Parameter(parts, (in_features,), dtype, device)
+        """Of the whole."""
+        self.inputs = Split.whole(in_features)
+        self.group = group
+        self.weight = self._weight(parts, dtype, device)
         self.bias = Parameter(parts, (), dtype, device) if bias else None
+
+    def _weight(self, parts: Parts, dtype: torch.dtype, device: torch.device) -> Parameter:
+        return Parameter(parts, (self.in_features,), dtype, device)
+
+    @property
+    def outputs(self) -> dict[str, Split]:
+        """What is held of each part's outputs."""
+        return self.weight.parts
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Outputs of each whole part, in the order in which they lie in the weight."""
+        return {name: part.full for name, part in self.outputs.items()}
 
     @property
     def tensors(self) -> tuple[Weight, Tensor | None]:
@@ -156,17 +248,99 @@ class Linear:
     def parameters(self) -> dict[str, Parameter]:
         return {"weight": self.weight} if self.bias is None else {"weight": self.weight, "bias": self.bias}
 
-    def __call__(self, ops: Ops, x: Tensor) -> Tensor:
-        return ops.linear(x, *self.tensors)
+    def __call__(self, ops: Ops, x: Tensor, adapt: Adapt | None = None) -> Tensor:
+        """x as this rank holds it."""
+        x = self.group.enter(x)
+        y = ops.linear(x, *self.tensors)
+        return y if adapt is None else adapt(x, y)
+
+    def add(self, ops: Ops, residual: Tensor, x: Tensor) -> Tensor:
+        """residual [T, out] plus this of x."""
+        return ops.linear_add(residual, x, *self.tensors)
+
+    def lora(self, part: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """What a rank holds of an adapter's factors a [rank, in] and b [out of the part, rank]."""
+        return self.inputs.pick(a, 1), self.outputs[part].pick(b)
+
+
+class RowLinear(Linear):
+    """A linear that ranks split by its inputs ("row parallel"): each sees its slice of x, the outputs are added up,
+    and then the bias, once."""
+
+    def __init__(
+        self,
+        inputs: Split,
+        parts: Parts,
+        *,
+        bias: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+        group: Group = SOLO,
+    ) -> None:
+        self._split = inputs
+        super().__init__(inputs.full, parts, bias=bias, dtype=dtype, device=device, group=group)
+        self.inputs = inputs
+
+    def _weight(self, parts: Parts, dtype: torch.dtype, device: torch.device) -> Parameter:
+        columns = None if self._split.is_whole else self._split
+        return Parameter(parts, (self.in_features,), dtype, device, columns=columns, group=self.group)
+
+    def __call__(self, ops: Ops, x: Tensor, adapt: Adapt | None = None) -> Tensor:
+        if self.group.size == 1:
+            return super().__call__(ops, x, adapt)
+        weight, bias = self.tensors
+        if adapt is None:
+            y = split_linear(ops, x, weight, self.group)
+        elif is_exact(weight, x):
+            # The first rank's share is the sum itself: where no adapter changes a row, adding zeros keeps its bits.
+            y = split_linear(ops, x, weight, self.group)
+            y = self.group.sum(adapt(x, y if self.group.rank == 0 else torch.zeros_like(y)))
+        else:
+            y = self.group.sum(adapt(x, ops.linear(x, weight)))
+        return y if bias is None else y + bias
+
+    def later(self, ops: Ops, x: Tensor, adapt: Adapt | None = None) -> Callable[[], Tensor]:
+        """Begin a call; what is returned gives its result. Between the two, sums are on their way."""
+        weight, bias = self.tensors
+        if self.group.size == 1 or is_exact(weight, x):
+            return partial(_given, self(ops, x, adapt))
+        y = ops.linear(x, weight)
+        arrives = self.group.sum_later(y if adapt is None else adapt(x, y))
+        return arrives if bias is None else lambda: arrives() + bias
+
+    def add(self, ops: Ops, residual: Tensor, x: Tensor) -> Tensor:
+        return super().add(ops, residual, x) if self.group.size == 1 else residual + self(ops, x)
+
+
+def _given(y: Tensor) -> Tensor:
+    return y
 
 
 class Embedding:
-    """Token ids [T] → [T, hidden]; tied models use the same weight [vocab, hidden] for their logits."""
+    """Token ids [T] → [T, hidden]; tied models use the same weight [vocab, hidden] for their logits. Ranks that split
+    it hold some of the rows each, as `split` says."""
 
-    def __init__(self, vocab: int, hidden: int, *, dtype: torch.dtype, device: torch.device) -> None:
-        self.weight = Parameter({"": vocab}, (hidden,), dtype, device)
+    def __init__(
+        self,
+        split: Split,
+        hidden: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        group: Group = SOLO,
+    ) -> None:
+        self._split = split
+        self._group = group
+        self.weight = Parameter({"": split}, (hidden,), dtype, device)
 
     def __call__(self, token_ids: Tensor) -> Tensor:
+        if self._split.is_whole:
+            return self._rows(token_ids)
+        index = self._split.find(token_ids)
+        here = (index >= 0).unsqueeze(1)
+        return self._group.sum(self._rows(index.clamp(min=0)).where(here, 0.0))
+
+    def _rows(self, index: Tensor) -> Tensor:
         if self.weight.quantised is not None:
-            return self.weight.quantised.rows(token_ids)
-        return torch.nn.functional.embedding(token_ids, self.weight.data)
+            return self.weight.quantised.rows(index)
+        return torch.nn.functional.embedding(index, self.weight.data)

@@ -1,18 +1,14 @@
 """What an adapter must fit: the base model's linears as a checkpoint names them, and which weights those are."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from hashlib import blake2b
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from runtime.workers.decoder import Decoder
-from runtime.workers.layers import Parameter
 from runtime.workers.model import Model
 from runtime.workers.models.family import Family
-
-_SAMPLES = 256
-"""Values of each weight that go into the fingerprint: to read them all would take as long as loading them."""
 
 
 @dataclass(frozen=True)
@@ -43,14 +39,19 @@ class LoraBase:
 
     @classmethod
     def of(cls, decoder: Decoder, family: type[Family], name: str) -> "LoraBase":
-        """The base that `decoder` is, of that architecture."""
+        """The base that `decoder` is, or has a share of, of that architecture. All its ranks at once."""
+        return cls.described(decoder, family, name, fingerprint(decoder))
+
+    @classmethod
+    def described(cls, decoder: Decoder, family: type[Family], name: str, fingerprint: str) -> "LoraBase":
+        """The same of a decoder whose weights are elsewhere, and known by their fingerprint."""
         targets = {}
         for module, (linear_name, part) in family.LORA_TARGETS.items():
             linear = decoder.layers[0].linears[linear_name]
             parts = list(linear.parts)
             start = sum(linear.parts[before] for before in parts[: parts.index(part)])
             targets[module] = Target(linear_name, part, start, linear.in_features, linear.parts[part])
-        return cls(name, fingerprint(decoder), family.layers(), decoder.spec.num_layers, targets)
+        return cls(name, fingerprint, family.layers(), decoder.spec.num_layers, targets)
 
     def module(self, layer: int, linear: str, part: str) -> str:
         """The full name in the checkpoint of a part of a layer's linear."""
@@ -69,19 +70,25 @@ class LoraBase:
 
 
 def fingerprint(decoder: Model) -> str:
-    """A digest of the architecture and of a sample of every weight, rounded to bfloat16."""
-    digest = blake2b(repr(decoder.spec).encode(), digest_size=16, person=b"eft-base")
-    for name, parameter in sorted(decoder.parameters().items()):
-        sample = (_sample(parameter) + 0.0).to(torch.bfloat16).cpu()  # -0.0 is 0.0 in some of the forms
-        digest.update(name.encode() + sample.view(torch.int16).numpy().tobytes())
+    """A digest of the architecture and of a sample of every weight, rounded to bfloat16. The same on all ranks, and
+    for any number of them; the same for any form in which the weights are held."""
+    named = sorted(decoder.parameters().items())
+    samples = [parameter.sample() for _, parameter in named]
+    values = torch.cat([found for found, _ in samples]).to(torch.bfloat16).float().to(decoder.device)
+    here = torch.cat([held for _, held in samples]).to(decoder.device)
+    for other, held in zip(decoder.group.collect(values), decoder.group.collect(here.float()), strict=True):
+        values = torch.where(here, values, other)
+        here = here | (held > 0)
+    values = values.cpu() + 0.0  # -0.0 is 0.0 in some of the forms
+    digest = blake2b(repr(_told(decoder.spec)).encode(), digest_size=16, person=b"eft-base")
+    for (name, _), sample in zip(named, torch.split(values, [len(found) for found, _ in samples]), strict=True):
+        digest.update(name.encode() + sample.to(torch.bfloat16).view(torch.int16).numpy().tobytes())
     return digest.hexdigest()
 
 
-def _sample(parameter: Parameter) -> Tensor:
-    """Some of its values, at equal distances: the same ones in whatever type it is held."""
-    weight = parameter.value
-    places = torch.arange(0, weight.shape.numel(), max(1, weight.shape.numel() // _SAMPLES))[:_SAMPLES]
-    if isinstance(weight, Tensor):
-        return weight.flatten()[places.to(weight.device)]
-    row, column = places // weight.shape[1], places % weight.shape[1]
-    return weight.rows(row).gather(1, column.unsqueeze(1)).flatten()
+def _told(value: Any) -> Any:
+    """A spec without what is as by default: a field that a later release adds changes nothing for older models."""
+    if not is_dataclass(value):
+        return tuple(map(_told, value)) if isinstance(value, tuple) else value
+    differing = [field for field in fields(value) if getattr(value, field.name) != field.default]
+    return type(value).__name__, *((field.name, _told(getattr(value, field.name))) for field in differing)

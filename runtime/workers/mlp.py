@@ -1,7 +1,8 @@
 """The MLPs of the decoder: dense, or a mixture of experts.
 
 An MLP has `linears`, which adapters may change, so it runs them through what it is handed, and `parameters`, all
-its weights by name. It maps x [T, hidden] to the same shape, token by token, in two parts.
+its weights by name. It maps x [T, hidden] to the same shape, token by token, in two parts. Ranks share out the inner
+values, those of every expert too.
 """
 
 from collections.abc import Callable
@@ -11,8 +12,10 @@ import torch
 from torch import Tensor
 
 from kernels import Ops
-from runtime.workers.layers import Linear, Parameter
+from runtime.workers.group import SOLO, Group
+from runtime.workers.layers import Linear, Parameter, RowLinear
 from runtime.workers.spec import DecoderSpec, ExpertsSpec
+from runtime.workers.split import Split
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -44,16 +47,17 @@ class MLP(Protocol):
 class DenseMLP:
     """down(act(gate) * up), or down(act(up)): `gate_up` then has the part `up` alone."""
 
-    def __init__(self, spec: DecoderSpec, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, spec: DecoderSpec, *, dtype: torch.dtype, device: torch.device, group: Group = SOLO) -> None:
         self._activation = _activation(spec)
         self._gated = spec.gated
-        inner = spec.intermediate_size
+        hidden, bias = spec.hidden_size, spec.mlp_bias
+        inner = _shared_out(spec.intermediate_size, "intermediate_size", group)
         parts = {"gate": inner, "up": inner} if spec.gated else {"up": inner}
         if spec.gate_up_fused:
-            parts = {"": sum(parts.values())}
-        self.linears = {
-            "gate_up": Linear(spec.hidden_size, parts, bias=spec.mlp_bias, dtype=dtype, device=device),
-            "down": Linear(inner, {"": spec.hidden_size}, bias=spec.mlp_bias, dtype=dtype, device=device),
+            parts = {"": Split.joined(list(parts.values()))}
+        self.linears: dict[str, Linear] = {
+            "gate_up": Linear(hidden, parts, bias=bias, dtype=dtype, device=device, group=group),
+            "down": RowLinear(inner, {"": hidden}, bias=bias, dtype=dtype, device=device, group=group),
         }
 
     @property
@@ -83,24 +87,35 @@ class Experts:
     """Every token goes through the few experts that a router gives the most weight, and through the shared one
     where there is one (arXiv:2401.04088, arXiv:2401.06066). Adapters do not change it."""
 
-    def __init__(self, spec: DecoderSpec, experts: ExpertsSpec, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        experts: ExpertsSpec,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        group: Group = SOLO,
+    ) -> None:
         if (activation := _activation(spec)) != "silu":
             raise ValueError(f"activation {activation!r} is not supported in a mixture of experts; supported is: silu")
         self._spec = experts
+        self._group = group
         self.linears: dict[str, Linear] = {}
-        hidden, inner, each = spec.hidden_size, experts.intermediate_size, range(experts.count)
+        hidden, each = spec.hidden_size, range(experts.count)
+        inner = _shared_out(experts.intermediate_size, "the experts' intermediate size", group)
         halves = {f"{expert}.{half}": inner for expert in each for half in ("gate", "up")}
         self.router = Parameter({"": experts.count}, (hidden,), dtype, device)
         self.gate_up = Parameter(halves, (hidden,), dtype, device)
-        self.down = Parameter({str(expert): hidden for expert in each}, (inner,), dtype, device)
+        self.down = _columns({str(expert): hidden for expert in each}, inner, dtype, device, group)
         self.parameters = {
             "router.weight": self.router,
             "experts_gate_up.weight": self.gate_up,
             "experts_down.weight": self.down,
         }
-        if size := experts.shared_size:
+        if experts.shared_size:
+            size = _shared_out(experts.shared_size, "the shared expert's intermediate size", group)
             self._shared_gate_up = Parameter({"gate": size, "up": size}, (hidden,), dtype, device)
-            self._shared_down = Parameter({"": hidden}, (size,), dtype, device)
+            self._shared_down = _columns({"": hidden}, size, dtype, device, group)
             self._shared_gate = Parameter({"": 1}, (hidden,), dtype, device)
             self.parameters["shared_gate_up.weight"] = self._shared_gate_up
             self.parameters["shared_down.weight"] = self._shared_down
@@ -116,14 +131,26 @@ class Experts:
         shares, chosen = scores.topk(self._spec.per_token, dim=-1)
         if self._spec.normalise:
             shares = shares / shares.sum(-1, keepdim=True)
-        count, hidden = self._spec.count, x.shape[1]
+        count, hidden, enter = self._spec.count, x.shape[1], self._group.enter
         gate_up, down = self.gate_up.data.view(count, -1, hidden), self.down.data.view(count, hidden, -1)
-        mixed = ops.moe(x, chosen, shares.to(x.dtype), gate_up, down)
-        return mixed + self._shared(ops, x) if self._spec.shared_size else mixed
+        mixed = ops.moe(enter(x), chosen, enter(shares.to(x.dtype)), gate_up, down)
+        return self._group.sum(mixed + self._shared(ops, x) if self._spec.shared_size else mixed)
 
     def _shared(self, ops: Ops, x: Tensor) -> Tensor:
-        inner = ops.silu_mul(ops.linear(x, self._shared_gate_up.data))
-        return ops.linear(x, self._shared_gate.data).sigmoid() * ops.linear(inner, self._shared_down.data)
+        enter = self._group.enter
+        inner = ops.silu_mul(ops.linear(enter(x), self._shared_gate_up.data))
+        return enter(ops.linear(x, self._shared_gate.data).sigmoid()) * ops.linear(inner, self._shared_down.data)
+
+
+def _shared_out(size: int, name: str, group: Group) -> Split:
+    if size % group.size:
+        raise ValueError(f"{name} is {size}, which cannot be shared evenly by {group.size} ranks (parallel.tp)")
+    return Split.even(size, group.rank, group.size)
+
+
+def _columns(parts: dict[str, int], held: Split, dtype: torch.dtype, device: torch.device, group: Group) -> Parameter:
+    columns = None if held.is_whole else held
+    return Parameter(parts, (held.full,), dtype, device, columns=columns, group=group)
 
 
 def _activation(spec: DecoderSpec) -> str:

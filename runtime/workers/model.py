@@ -9,8 +9,10 @@ from torch import Tensor
 from kernels import Ops
 from runtime.workers.adaptation import Adaptation
 from runtime.workers.attention import Attention
+from runtime.workers.group import Group
 from runtime.workers.layers import Linear, Parameter
 from runtime.workers.spec import DecoderSpec
+from runtime.workers.vocabulary import Vocabulary
 
 
 class Layer(Protocol):
@@ -40,6 +42,15 @@ class Model(Protocol):
     def device(self) -> torch.device: ...
 
     @property
+    def group(self) -> Group: ...
+
+    @property
+    def vocabulary(self) -> Vocabulary: ...
+
+    @property
+    def kv_shapes(self) -> tuple[tuple[int, int], ...]: ...
+
+    @property
     def layers(self) -> Sequence[Layer]: ...
 
     def forward(
@@ -49,5 +60,7 @@ class Model(Protocol):
     def logits(self, hidden: Tensor, ops: Ops | None = None) -> Tensor:
         """`hidden` are rows of what `forward` gave."""
         ...
+
+    def own_logits(self, hidden: Tensor, ops: Ops | None = None) -> Tensor: ...
 
     def parameters(self) -> dict[str, Parameter]: ...

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from kernels import Ops, Weight
+from runtime.workers.group import Group
 from runtime.workers.layers import Parameter
+from runtime.workers.split import Split
 
 
 class Norm(ABC):
@@ -75,13 +77,33 @@ class Identity(Norm):
         return x
 
 
-class PerHeadLayerNorm(Norm):
-    """A layer norm of every head with a weight of its own and no bias, of x [T * heads, head_dim]."""
+class SplitRMSNorm(Norm):
+    """`RMSNorm` of values [T, size] that ranks hold parts of: their squares are added up over all of them."""
 
-    def __init__(self, heads: int, head_dim: int, eps: float, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, held: Split, eps: float, *, dtype: torch.dtype, device: torch.device, group: Group) -> None:
         self.eps = eps
-        self._shape = (heads, head_dim)
-        self.weight = Parameter({str(head): head_dim for head in range(heads)}, (), dtype, device)
+        self._group = group
+        self._counted = held.full * held.copies(group.size)
+        """Values on all ranks: where heads are copied, more than there are."""
+        self.weight = Parameter({"": held}, (), dtype, device)
+        self.parameters = {"weight": self.weight}
+
+    def __call__(self, ops: Ops, x: Tensor) -> Tensor:
+        wide = x.float()
+        squares = self._group.share(wide.square().sum(-1, keepdim=True))
+        return self.weight.data * (wide * torch.rsqrt(squares / self._counted + self.eps)).to(x.dtype)
+
+
+class PerHeadLayerNorm(Norm):
+    """A layer norm of every head with a weight of its own and no bias, of x [T * heads, head_dim]; `heads` are those
+    that are held here."""
+
+    def __init__(self, heads: Split, head_dim: int, eps: float, *, dtype: torch.dtype, device: torch.device) -> None:
+        self.eps = eps
+        self._shape = (heads.size, head_dim)
+        held = {head for part in heads.ranges for head in part}
+        parts = {str(h): Split.whole(head_dim) if h in held else Split(head_dim, ()) for h in range(heads.full)}
+        self.weight = Parameter(parts, (), dtype, device)
         self.parameters = {"weight": self.weight}
 
     def __call__(self, ops: Ops, x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from kernels import Ops
 from runtime.messages import Admission
+from runtime.workers.vocabulary import Vocabulary
 
 _MASK = 2**64 - 1
 
@@ -12,20 +13,29 @@ _MASK = 2**64 - 1
 class Sampler:
     """Keeps each slot's sampling parameters; a token depends on its row's logits, seed and position only."""
 
-    def __init__(self, ops: Ops) -> None:
+    def __init__(self, ops: Ops, vocabulary: Vocabulary) -> None:
         self._ops = ops
+        self._vocabulary = vocabulary
         self._slots: dict[int, Admission] = {}
 
     def admit(self, admission: Admission) -> None:
         self._slots[admission.slot] = admission
 
+    def likeliest(self, logits: Tensor, slots: list[int], lengths: list[int]) -> tuple[list[int], list[int]] | None:
+        """As a call, from the logits of this rank's own tokens [R, own]: the ranks exchange two numbers a row. None
+        where that is not enough, and then `logits` are as they were."""
+        rows = [self._slots[slot] for slot in slots]
+        if any(row.scored or row.candidates or not row.params.greedy for row in rows):
+            return None
+        self._suppress(logits, slots, lengths, own=True)
+        best, tokens = self._vocabulary.likeliest(*self._ops.argmax(logits))
+        return tokens.tolist(), torch.nonzero(~best.isfinite()).flatten().tolist()
+
     def __call__(self, logits: Tensor, slots: list[int], lengths: list[int]) -> tuple[list[int], list[int]]:
         """logits [R, vocab] float32 (changed in place); for each row its slot, and the length of its
         sequence before the token. Returns the tokens, and the indices of rows whose logits are NaN."""
         rows = [self._slots[slot] for slot in slots]
-        for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-            if row.suppressed_ids and length - row.prompt_len < row.params.min_tokens:
-                logits[index, row.suppressed_ids] = float("-inf")
+        self._suppress(logits, slots, lengths, own=False)
         best, tokens = self._ops.argmax(logits)
         broken = torch.nonzero(~best.isfinite()).flatten().tolist()
         sampled = [i for i, row in enumerate(rows) if not row.params.greedy and i not in broken]
@@ -59,6 +69,13 @@ class Sampler:
         rows = logits[scored].log_softmax(-1)
         picked = rows.gather(1, torch.tensor([tokens[i] for i in scored], device=logits.device).unsqueeze(1))
         return dict(zip(scored, picked.flatten().tolist(), strict=True))
+
+    def _suppress(self, logits: Tensor, slots: list[int], lengths: list[int], *, own: bool) -> None:
+        for index, (slot, length) in enumerate(zip(slots, lengths, strict=True)):
+            row = self._slots[slot]
+            if row.suppressed_ids and length - row.prompt_len < row.params.min_tokens:
+                columns = self._vocabulary.own(row.suppressed_ids) if own else row.suppressed_ids
+                logits[index, columns] = float("-inf")
 
     def _sample(self, logits: Tensor, rows: list[Admission], lengths: list[int]) -> Tensor:
         vocab, device = logits.shape[1], logits.device

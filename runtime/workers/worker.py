@@ -2,12 +2,13 @@
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from runtime.failpoints import failpoint
 from runtime.messages import Row, StepPlan, StepResult
 from runtime.workers.adapter_slots import AdapterSlots
 from runtime.workers.attention import PagedAttention
-from runtime.workers.batch import build_batch
+from runtime.workers.batch import Batch, build_batch
 from runtime.workers.kv_cache import KVCache
 from runtime.workers.model import Model
 from runtime.workers.moves import execute_moves
@@ -32,7 +33,7 @@ class Worker:
         self._decoder = decoder
         self._cache = cache
         self._host = host
-        self._sampler = Sampler(decoder.ops)
+        self._sampler = Sampler(decoder.ops, decoder.vocabulary)
         self.adapters = adapters
         """None: this worker serves the base alone."""
         self._tokens: dict[int, list[int]] = {}
@@ -74,10 +75,7 @@ class Worker:
             hidden = self._decoder.forward(batch.token_ids, batch.positions, attention, adaptation)
             if not batch.slots:
                 return StepResult(step=step, slots=[], tokens=[])
-            logits = self._decoder.logits(hidden[batch.sample_at])
-            candidates = self._sampler.candidates(logits, batch.slots, batch.lengths)
-            tokens, broken = self._sampler(logits, batch.slots, batch.lengths)
-            scores = self._sampler.logprobs(logits, batch.slots, tokens)
+            tokens, broken, scores, candidates = self._sample(hidden[batch.sample_at], batch)
         kept = proved_right(batch.slots, tokens, {row.slot: row.draft for row in rows if row.draft})
         kept = [index for index in kept if batch.slots[index] not in candidates]
         logprobs: dict[int, float] = {}
@@ -99,6 +97,20 @@ class Worker:
             logprobs=logprobs,
             candidates=candidates,
         )
+
+    def _sample(
+        self, hidden: Tensor, batch: Batch
+    ) -> tuple[list[int], list[int], dict[int, float], dict[int, list[tuple[int, float]]]]:
+        """Tokens, indices of rows that are no numbers, log-probabilities by index of those that want them, and
+        candidates by slot."""
+        logits, vocabulary = self._decoder.own_logits(hidden), self._decoder.vocabulary
+        if (found := self._sampler.likeliest(logits, batch.slots, batch.lengths)) is not None:
+            return *found, {}, {}
+        logits = vocabulary.join(logits)
+        candidates = self._sampler.candidates(logits, batch.slots, batch.lengths)
+        tokens, broken = self._sampler(logits, batch.slots, batch.lengths)
+        tokens = vocabulary.agree(tokens, logits.device)
+        return tokens, broken, self._sampler.logprobs(logits, batch.slots, tokens), candidates
 
     def _append_blocks(self, slot: int, blocks: list[int]) -> None:
         start = self._num_blocks[slot]

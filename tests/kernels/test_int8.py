@@ -1,5 +1,7 @@
 """int8 linears: the definition in numpy's 64-bit integers, the C++ ops equal to the reference, exact in any batch."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 import kernels
 from kernels.cpu import CpuOps
 from kernels.cpu.variants import usable_variants
-from kernels.quantised import quantise_int8
+from kernels.quantised import from_sums, largest_of, quantise_int8
 
 REFERENCE = kernels.load("reference")
 BACKENDS = [REFERENCE, *([] if CpuOps.unavailable() else map(CpuOps, usable_variants()))]
@@ -91,3 +93,22 @@ def test_a_weight_is_off_by_at_most_half_a_step() -> None:
     quantised = quantise_int8(weight)
     assert ((quantised.dequantise() - weight).abs() <= quantised.scales.unsqueeze(1) * 0.5001).all()
     assert torch.equal(quantised.rows(torch.tensor([3, 3])), quantised.dequantise()[[3, 3]])
+
+
+@backends
+@settings(max_examples=15, deadline=None)
+@given(rows=st.integers(0, 40), inner=sizes, out=sizes, ranks=st.integers(1, 4), seed=st.integers(0, 99))
+def test_slices_add_up_to_the_very_bits_of_the_whole(
+    ops: kernels.Ops, rows: int, inner: int, out: int, ranks: int, seed: int
+) -> None:
+    """What ranks that hold a slice of the inputs each compute, against one that holds all."""
+    x, weight = random(rows, inner, seed=seed), random(out, inner, seed=seed + 1)
+    whole, most = quantise_int8(weight), largest_of(x)
+    cuts = [inner * rank // ranks for rank in range(ranks + 1)]
+    total = torch.zeros(2, rows, out, dtype=torch.int32)
+    for first, last in pairwise(cuts):
+        if last > first:
+            slice_of = quantise_int8(weight[:, first:last], largest_of(weight))
+            assert torch.equal(slice_of.values, whole.values[:, first:last])
+            total += ops.int8_sums(x[:, first:last], slice_of, most)
+    assert torch.equal(from_sums(total, whole, most), ops.linear(x, whole))

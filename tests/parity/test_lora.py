@@ -6,12 +6,15 @@ from typing import Any
 import pytest
 import torch
 
+from runtime.assembly import load_decoder
 from runtime.workers.adapter_slots import AdapterSlots, AdapterTokens
 from runtime.workers.attention import PackedAttention
 from runtime.workers.decoder import Decoder
+from runtime.workers.loading import open_checkpoint
 from runtime.workers.loading.peft import read_adapter, write_adapter
 from runtime.workers.lora_base import LoraBase
 from runtime.workers.models.llama import Llama
+from settings.schema import ModelSettings
 from tests.adapters import ALL, make_adapter, peft_logits
 from tests.parity.test_llama_logits import load
 
@@ -45,7 +48,7 @@ def base(decoder: Decoder) -> LoraBase:
 
 
 def our_logits(decoder: Decoder, base: LoraBase, adapter: Path, ids: torch.Tensor) -> torch.Tensor:
-    slots = AdapterSlots(base, decoder.ops, max_rank=64, dtype=decoder.dtype, device=decoder.device)
+    slots = AdapterSlots(base, decoder, max_rank=64)
     slots.prepare("a", str(adapter))
     slots.load("a")
     attention = PackedAttention(decoder.ops, [len(ids)], decoder.spec)
@@ -91,7 +94,13 @@ def test_bfloat16_is_as_near_as_pefts(tiny_model: Path, tmp_path: Path) -> None:
     assert 0 < ours <= 1.5 * theirs
 
 
-def test_the_fingerprint_is_of_the_weights_and_not_of_their_type(base: LoraBase, tiny_model: Path) -> None:
+def test_the_fingerprint_is_of_the_weights_and_not_of_the_form_that_they_are_held_in(
+    base: LoraBase, tiny_model: Path
+) -> None:
+    for quantization in ("int8", "int4"):
+        settings = ModelSettings(model=str(tiny_model), quantization=quantization)
+        decoder = load_decoder(open_checkpoint(str(tiny_model)), settings)
+        assert LoraBase.of(decoder, Llama, "tiny").fingerprint == base.fingerprint
     rough = load(tiny_model, torch.bfloat16)[0]
     assert LoraBase.of(rough, Llama, "other name").fingerprint == base.fingerprint
     rough.parameters()["layers.1.down.weight"].data.mul_(1.1)

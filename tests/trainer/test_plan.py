@@ -11,7 +11,7 @@ from runtime.errors import Forbidden, InvalidRequest, ModelNotFound
 from runtime.tokenizer import Tokenizer
 from runtime.trainer.data.files import DataFiles
 from runtime.trainer.data.problems import BadRows
-from runtime.trainer.plan import Plan, eval_microbatches, microbatches, prepare
+from runtime.trainer.plan import Plan, eval_microbatches, feed, prepare
 from runtime.trainer.recipe import Document, load_recipe, recipe_from
 from runtime.trainer.shape import ModelShape
 from runtime.trainer.summary import PlanSummary, summarize
@@ -72,11 +72,11 @@ def test_a_plan(planner: Planner) -> None:
     # A is [rank, in] and B is [out, rank], in two layers.
     assert plan.estimate.parameters == 2 * 4 * ((64 + 64) + (64 + 32) + (128 + 64))
     for epoch in range(3):
-        batches = microbatches(plan, epoch)
+        batches = feed(plan).epoch(epoch)
         assert len(batches) == 5
         assert all(len(batch) == 2 for batch in batches)
         assert sorted(id(example) for batch in batches for example in batch) == sorted(map(id, plan.train))
-        assert batches == microbatches(plan, epoch)
+        assert batches == feed(plan).epoch(epoch)
 
 
 def test_previews_are_the_text_with_what_is_trained_on(planner: Planner) -> None:
@@ -94,7 +94,7 @@ def test_packing(planner: Planner) -> None:
     assert plan.schedule.microbatches_per_epoch == -(-len(plan.bins) // 2)
     assert len(plan.bins) < 10
     for epoch in range(3):
-        batches = microbatches(plan, epoch)
+        batches = feed(plan).epoch(epoch)
         assert len(batches) == plan.schedule.microbatches_per_epoch
         assert all(sum(map(len, batch)) <= 2 * 128 for batch in batches)
         assert sorted(map(id, (example for batch in batches for example in batch))) == sorted(map(id, plan.train))

@@ -1,6 +1,5 @@
 """From a plan to a run: every number arrives, and the run takes the steps that the plan says."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,7 @@ import pytest
 
 from runtime.trainer.data.files import DataFiles
 from runtime.trainer.events import EvalEvent, FinishedEvent, RunEvent, StepEvent
-from runtime.trainer.plan import Plan, eval_microbatches, microbatches, prepare
+from runtime.trainer.plan import Plan, feed, prepare
 from runtime.trainer.recipe import Document, recipe_from
 from runtime.trainer.run import TrainingRun
 from runtime.trainer.run_spec import run_spec
@@ -54,7 +53,7 @@ def test_a_run_takes_the_steps_of_its_plan(tiny_model: Path, decoder: Any) -> No
         (layer, name): parts for layer in (0, 1) for name, parts in (("qkv", ["q", "v"]), ("gate_up", ["up"]))
     }
     events: list[RunEvent] = []
-    run = TrainingRun(decoder, spec, partial(microbatches, plan), eval_microbatches(plan), events.append, write_nothing)
+    run = TrainingRun(decoder, spec, feed(plan).epoch, feed(plan).test, events.append, write_nothing)
     drive(run)
     steps = [event for event in events if isinstance(event, StepEvent)]
     assert isinstance(events[-1], FinishedEvent)

@@ -229,3 +229,21 @@ def test_over_time_training_gets_its_share_and_no_gap_is_long(steps: list[float]
         trained += spent
     if least <= 0.25 * floor * min(steps):  # what one gap leaves over is then never more than may be saved
         assert trained >= floor * sum(steps) - 3 * floor * max(steps)
+
+
+def test_what_was_learned_of_later_work_is_doubted_too() -> None:
+    """Work on a piece that once took long (it was the first) must not keep pieces from being made for ever."""
+    now = 0.0
+
+    def slices() -> Slices:
+        nonlocal now
+        for cost in (1.0, 0.001, 0.001):
+            yield Slice("make", 1, then="use")
+            now += 0.001
+            yield Slice("use", 1)
+            now += cost
+
+    pacer = Pacer(slices(), lambda: now)
+    for _ in range(500):
+        pacer.run(0.01)
+    assert pacer.done

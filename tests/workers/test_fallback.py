@@ -1,7 +1,6 @@
 """What cannot be served through transformers is refused with its reason; what can be is trained and held in int8."""
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from runtime import LLM, SamplingParams
 from runtime.assembly import assemble
 from runtime.trainer.data.files import DataFiles
 from runtime.trainer.events import FinishedEvent, RunEvent, StepEvent
-from runtime.trainer.plan import microbatches, prepare
+from runtime.trainer.plan import feed, prepare
 from runtime.trainer.recipe import Document, recipe_from
 from runtime.trainer.run import TrainingRun
 from runtime.trainer.run_spec import run_spec as run_spec_of
@@ -143,5 +142,5 @@ def test_a_recipe_becomes_a_run(tmp_path: Path) -> None:
     )
     spec = run_spec_of(plan, base.places)
     assert spec.targets == {(layer, name): [""] for layer in range(4) for name in ("mlp.fc1", "self_attn.q_proj")}
-    run = TrainingRun(decoder, spec, partial(microbatches, plan), [], lambda event: None, write_nothing)
+    run = TrainingRun(decoder, spec, feed(plan).epoch, [], lambda event: None, write_nothing)
     assert sum(tensor.numel() for tensor in run._lora.capture().values()) == plan.estimate.parameters

@@ -15,7 +15,9 @@ from runtime.workers.fallback.interface import Attend, attending
 from runtime.workers.fallback.linears import Running, quantise, take_over
 from runtime.workers.fallback.probe import LENGTHS, Anatomy, alike, facts, packed, run_base, stands
 from runtime.workers.fallback.spec import fallback_spec
+from runtime.workers.group import SOLO
 from runtime.workers.layers import Linear, Parameter
+from runtime.workers.vocabulary import Vocabulary
 
 Stage = Callable[[Tensor], Tensor]
 """hidden [T, hidden] → the same."""
@@ -26,6 +28,9 @@ class FallbackDecoder:
 
     def __init__(self, model: Any, anatomy: Anatomy, ops: Ops, *, max_len: int, quantization: str = "none") -> None:
         self.spec = fallback_spec(model, anatomy)
+        self.group = SOLO
+        self.vocabulary = Vocabulary(self.spec.vocab_size)
+        self.kv_shapes = self.spec.kv_shapes
         self.ops = ops
         self.max_len = max_len
         self.dtype: torch.dtype = model.dtype
@@ -71,6 +76,10 @@ class FallbackDecoder:
             return out.float()
         finally:
             self._handed.hidden = None
+
+    def own_logits(self, hidden: Tensor, ops: Ops | None = None) -> Tensor:
+        """There is one rank."""
+        return self.logits(hidden, ops)
 
     def parameters(self) -> dict[str, Parameter]:
         """Every weight by its name in transformers' model."""

@@ -1,0 +1,133 @@
+"""A training run on ranks: all of them do the same slices; the engine's process says how much of each.
+
+When the ranks are lost, the run goes on from its newest snapshot with those that come after them.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+import msgspec
+
+from runtime.ranks.executor import AllFailed, DistributedExecutor
+from runtime.ranks.messages import Advance, Advanced, Captured, CloseRun, Message, StartRun, TakeSnapshot, Tensors
+from runtime.ranks.snapshots import pack, unpack
+from runtime.trainer.events import CheckpointEvent, FailedEvent, FinishedEvent, PausedEvent, RunEvent
+from runtime.trainer.feed import Feed
+from runtime.trainer.lora import layers_of
+from runtime.trainer.sliced_run import MakeRun, SlicedRun, WriteAdapter
+from runtime.trainer.slices import Slice, Slices
+from runtime.trainer.snapshot import Restored, Snapshot
+from runtime.trainer.spec import RunSpec
+from runtime.workers.executor import WorkersLost
+
+
+def make_run_on_ranks(executor: DistributedExecutor) -> MakeRun:
+    """Makes runs on a group of ranks."""
+
+    def make(
+        spec: RunSpec,
+        feed: Feed,
+        on_event: Callable[[RunEvent], None],
+        write_adapter: WriteAdapter,
+        restored: Restored | None,
+    ) -> RemoteRun:
+        return RemoteRun(executor, spec, feed, on_event, write_adapter, restored)
+
+    return make
+
+
+class RemoteRun(SlicedRun):
+    """Lives on the engine's thread, as a run in this process does; the ranks build it with its first slice."""
+
+    def __init__(
+        self,
+        executor: DistributedExecutor,
+        spec: RunSpec,
+        feed: Feed,
+        on_event: Callable[[RunEvent], None],
+        write_adapter: WriteAdapter,
+        restored: Restored | None,
+    ) -> None:
+        self._executor = executor
+        self._spec = spec
+        self._start = StartRun(
+            spec=msgspec.msgpack.encode(spec),
+            feed=msgspec.msgpack.encode(feed),
+            restored=None if restored is None else pack(restored),
+        )
+        self._write_adapter = write_adapter
+        self._step = 0 if restored is None else restored.progress.step
+        super().__init__(on_event, time.monotonic)
+
+    @property
+    def step(self) -> int:
+        return self._step
+
+    @property
+    def ready(self) -> bool:
+        return super().ready and not self._executor.lost
+
+    def _slices(self) -> Slices:
+        while True:
+            try:
+                yield from self._run()
+            except WorkersLost:
+                yield Slice("new_ranks", 1)
+                continue
+            return
+
+    def _run(self) -> Slices:
+        crew = self._executor.crew
+        with self._closing():
+            try:
+                at = self._ask(self._start)
+            except AllFailed as error:
+                code = "internal_error" if self._start.restored is None else "bad_checkpoint"
+                self._on_event(FailedEvent(step=self._step, code=code, message=f"The job cannot go on: {error}."))
+                return
+            while at.wanted is not None:
+                granted = yield at.wanted
+                if self._executor.crew is not crew:
+                    raise WorkersLost("these are other ranks than the run began on")
+                at = self._ask(Advance(granted, self._pause_asked))
+
+    def _ask(self, message: Message) -> Advanced:
+        reply = self._executor.ask_alike(message, lambda reply: isinstance(reply, Advanced) and reply.wanted)
+        if not isinstance(reply, Advanced):
+            raise TypeError(f"a rank answered {type(reply).__name__} to {type(message).__name__}")
+        self._paused = reply.paused
+        for event in reply.events:
+            self._take(event)
+        return reply
+
+    def _take(self, event: RunEvent) -> None:
+        self._step = event.step
+        if isinstance(event, CheckpointEvent | PausedEvent | FinishedEvent):
+            reply = self._executor.ask_alike(TakeSnapshot(event.step), type)
+            if not isinstance(reply, Captured) or reply.snapshot is None:
+                raise TypeError("the first rank has no snapshot")
+            self._snapshots[event.step] = self._unpacked(reply.snapshot)
+            if not isinstance(event, FinishedEvent):
+                self._start = msgspec.structs.replace(self._start, restored=reply.snapshot)
+        self._on_event(event)
+
+    def _unpacked(self, tensors: Tensors) -> Snapshot:
+        restored = unpack(tensors)
+        return Snapshot(
+            progress=restored.progress,
+            parameters=restored.parameters,
+            optimizer=restored.optimizer,
+            best=restored.best,
+            write_adapter=lambda path, captured: self._write_adapter(
+                path, layers_of(captured, self._spec.targets, self._spec.shape)
+            ),
+        )
+
+    @contextmanager
+    def _closing(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            with suppress(WorkersLost, AllFailed):
+                self._executor.ask_alike(CloseRun(), type)

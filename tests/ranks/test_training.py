@@ -1,0 +1,166 @@
+"""Training on two ranks over gloo against one rank in this process: the same losses, norms and adapters."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from runtime.assembly import Assembled, assemble
+from runtime.ranks.executor import DistributedExecutor
+from runtime.trainer.batches import pack
+from runtime.trainer.events import (
+    CancelledEvent,
+    CheckpointEvent,
+    EvalEvent,
+    FailedEvent,
+    FinishedEvent,
+    PausedEvent,
+    RunEvent,
+    StepEvent,
+)
+from runtime.trainer.feed import Feed
+from runtime.trainer.sliced_run import SlicedRun
+from runtime.trainer.snapshot import Restored, read_snapshot
+from runtime.trainer.spec import RunSpec
+from runtime.workers.loading.peft import write_adapter
+from runtime.workers.lora import LoraLayers
+from settings.load import load
+from tests.trainer.tiny_training import drive, examples, run_spec
+
+DATA = examples(12, seed=1)
+FEED = Feed(
+    train=DATA[:8],
+    bins=pack([len(one) for one in DATA[:8]], 1),
+    micro_batch_size=2,
+    seed=3,
+    shuffle=True,
+    by_length=False,
+    test=[DATA[8:10], DATA[10:]],
+)
+
+
+def assembled(model: Path, **overrides: Any) -> Assembled:
+    flags = {"model": str(model), "num_blocks": 64, "threads": 1, **overrides}
+    return assemble(load(flags=flags, env={}).settings)
+
+
+@pytest.fixture(scope="module")
+def models(tiny_model: Path) -> Iterator[tuple[Assembled, Assembled]]:
+    """Two ranks, and one."""
+    threads = torch.get_num_threads()
+    several = assembled(tiny_model, tp=2, rank_timeout=30)
+    try:
+        yield several, assembled(tiny_model)
+    finally:
+        several.engine.close()
+        torch.set_num_threads(threads)
+
+
+def spec(model: Assembled, **changes: Any) -> RunSpec:
+    return run_spec(model.decoder, dropout=0.1, eval_every=3, checkpointing=True, **changes)
+
+
+def start(
+    model: Assembled, events: list[RunEvent], made: RunSpec | None = None, restored: Restored | None = None
+) -> SlicedRun:
+    one = made or spec(model)
+
+    def write(directory: Path, layers: LoraLayers) -> None:
+        write_adapter(directory, layers, one.shape, model.lora_base)
+
+    return model.make_run(one, FEED, events.append, write, restored)
+
+
+def steps(events: list[RunEvent]) -> list[tuple[int, float, float]]:
+    return [(event.step, event.loss, event.grad_norm) for event in events if isinstance(event, StepEvent)]
+
+
+def saved(run: SlicedRun, step: int, directory: Path) -> dict[str, torch.Tensor]:
+    directory.mkdir()
+    run.take_snapshot(step).write(directory)
+    return load_file(directory / "adapter_files" / "adapter_model.safetensors")
+
+
+def close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name], atol=1e-4, rtol=1e-3)
+
+
+def test_a_run_equals_that_of_one_rank(models: tuple[Assembled, Assembled], tmp_path: Path) -> None:
+    """Losses, norms, evaluations and adapter; and from a checkpoint of one side the other goes on to the same end."""
+    events: tuple[list[RunEvent], list[RunEvent]] = ([], [])
+    runs = [start(model, seen) for model, seen in zip(models, events, strict=True)]
+    for run in runs:
+        drive(run, 0.02)  # cut into many slices
+    several, one = events
+    assert [type(event) for event in several] == [type(event) for event in one]
+    assert len(steps(one)) == 6
+    for found, expected in zip(steps(several), steps(one), strict=True):
+        assert found == pytest.approx(expected, abs=1e-4)
+    evals = [[event.loss for event in seen if isinstance(event, EvalEvent)] for seen in events]
+    assert evals[0] == pytest.approx(evals[1], abs=1e-4)
+    finished = one[-1]
+    assert isinstance(finished, FinishedEvent)
+    ends = [saved(run, 6, tmp_path / str(index)) for index, run in enumerate(runs)]
+    close(*ends)
+    for index, run in enumerate(runs):
+        saved(run, 2, tmp_path / f"at 2 of {index}")
+    for index, model in enumerate(models):
+        again: list[RunEvent] = []
+        run = start(model, again, restored=read_snapshot(tmp_path / f"at 2 of {1 - index}"))
+        drive(run)
+        assert [step for step, _, _ in steps(again)] == [3, 4, 5, 6]
+        close(saved(run, 6, tmp_path / f"again {index}"), ends[1])
+
+
+def test_pause_resume_and_cancel(models: tuple[Assembled, Assembled]) -> None:
+    events: list[RunEvent] = []
+    run = start(models[0], events)
+    run.pause()
+    drive(run)
+    assert isinstance(events[-1], PausedEvent)
+    assert not run.ready
+    run.resume()
+    run.work(0.001)
+    run.cancel()
+    drive(run)
+    assert isinstance(events[-1], CancelledEvent)
+    assert run.pacer.done
+
+
+def test_a_snapshot_of_another_run_is_refused(models: tuple[Assembled, Assembled], tmp_path: Path) -> None:
+    events: list[RunEvent] = []
+    run = start(models[0], events)
+    while not any(isinstance(event, CheckpointEvent) for event in events):
+        run.work(0.05)
+    run.cancel()
+    drive(run)
+    saved(run, 2, tmp_path / "snapshot")
+    targets = {(0, "qkv"): ("q",)}
+    failed: list[RunEvent] = []
+    drive(start(models[0], failed, spec(models[0], targets=targets), read_snapshot(tmp_path / "snapshot")))
+    (event,) = failed
+    assert isinstance(event, FailedEvent)
+    assert event.code == "bad_checkpoint"
+    assert "adapter of another shape" in event.message
+
+
+def test_a_run_outlives_its_ranks(models: tuple[Assembled, Assembled], tmp_path: Path) -> None:
+    events: list[RunEvent] = []
+    run = start(models[0], events)
+    while not any(isinstance(event, CheckpointEvent) for event in events):
+        run.work(0.05)
+    executor = models[0].engine._executor
+    assert isinstance(executor, DistributedExecutor)
+    executor.crew.give_up("a test")
+    assert not run.ready
+    models[0].engine.recover()
+    drive(run)
+    plain = start(models[1], [])
+    drive(plain)
+    assert [step for step, _, _ in steps(events)][-4:] == [3, 4, 5, 6]
+    close(saved(run, 6, tmp_path / "several"), saved(plain, 6, tmp_path / "one"))

@@ -1,0 +1,140 @@
+"""Every family on 2 and on 4 ranks against one: the same logits, and the same gradients of an adapter."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import kernels
+from kernels.training import TrainingOps
+from runtime.trainer.lora import TrainableLora
+from runtime.trainer.microbatch import pack
+from runtime.trainer.step import MicroStep
+from runtime.workers.attention import PackedAttention
+from runtime.workers.decoder import Decoder
+from runtime.workers.group import Group
+from runtime.workers.loading.safetensors_files import find_weights
+from runtime.workers.lora import LoraShape
+from runtime.workers.lora_base import LoraBase
+from runtime.workers.models import find_model
+from runtime.workers.models.family import Family
+from tests.parity.families import CASES, make_model
+from tests.parity.test_family_gradients import data
+from tests.workers.parallel.threads import in_ranks
+
+NAMES = [
+    "llama",
+    "mistral with a window",
+    "ministral",
+    "mixtral",
+    "qwen2 tied",
+    "qwen2 moe, options",
+    "qwen3 with biases and windows",
+    "qwen3 moe",
+    "phi4 mini",
+    "gemma2",
+    "gemma3",
+    "gpt2, options",
+    "gpt-neox",
+    "olmo2",
+    "granite",
+    "stablelm, options",
+    "falcon 7b",
+    "falcon 40b",
+    "smollm3",
+]
+IDS = torch.randint(0, 128, (40,), generator=torch.Generator().manual_seed(3))
+LENGTHS = [25, 15]
+
+
+def load(path: Path, group: Group, *, quantise: bool = False, ops: str = "reference") -> tuple[Decoder, type[Family]]:
+    config = json.loads((path / "config.json").read_text())
+    family = find_model(config)
+    spec = family.spec(config)
+    cpu = torch.device("cpu")
+    decoder = Decoder(spec, kernels.load(ops), max_len=128, dtype=torch.float32, device=cpu, group=group)
+    decoder.load(family.weights(find_weights(path).tensors(), spec), quantization="int8" if quantise else "none")
+    return decoder, family
+
+
+def logits(decoder: Decoder) -> Tensor:
+    positions = torch.cat([torch.arange(length) for length in LENGTHS])
+    with torch.inference_mode():
+        attention = PackedAttention(decoder.ops, LENGTHS, decoder.spec)
+        return decoder.logits(decoder.forward(IDS, positions, attention))
+
+
+def gradients(decoder: Decoder, family: type[Family]) -> dict[str, Tensor]:
+    """Of all factors of an adapter of everything, whole, and the loss under the name of nothing."""
+    targets: dict[tuple[int, str], list[str]] = {}
+    for layer in range(decoder.spec.num_layers):
+        for linear, part in family.LORA_TARGETS.values():
+            targets.setdefault((layer, linear), []).append(part)
+    lora = TrainableLora(decoder, targets, LoraShape(rank=3, alpha=6), seed=3)
+    whole = lora.capture()
+    lora.restore({name: torch.randn(x.shape, generator=_seeded(name)) * 0.2 for name, x in whole.items()})
+    micro = MicroStep(decoder, TrainingOps(), lora, pack(data(), decoder.device), dropout=0.1, checkpointing=True)
+    slices = micro.forward_backward(1 / 10)
+    wanted = next(slices)
+    while True:
+        try:
+            wanted = slices.send(wanted.amount)
+        except StopIteration:
+            break
+    grads = {name: parameter.grad for name, parameter in lora.parameters() if parameter.grad is not None}
+    lora.shards.complete(grads)
+    norm = lora.shards.squares(grads) ** 0.5
+    return {**lora.shards.gather(grads), "": torch.tensor([micro.score.loss, norm, float(micro.score.correct)])}
+
+
+def _seeded(name: str) -> torch.Generator:
+    return torch.Generator().manual_seed(sum(name.encode()))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ranks_compute_what_one_does(name: str, tmp_path: Path) -> None:
+    make_model(tmp_path, *CASES[name])
+
+    def work(group: Group) -> tuple[Tensor, dict[str, Tensor], str]:
+        decoder, family = load(tmp_path, group)
+        return logits(decoder), gradients(decoder, family), LoraBase.of(decoder, family, "").fingerprint
+
+    ((expected, expected_grads, fingerprint),) = in_ranks(1, work)
+    for size in (2, 4):  # with 4 there are fewer key/value heads than ranks
+        for found, grads, mark in in_ranks(size, work):
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+            assert torch.equal(found.argmax(-1), expected.argmax(-1))
+            assert grads.keys() == expected_grads.keys()
+            for key, grad in grads.items():
+                error = (grad - expected_grads[key]).abs().max() / expected_grads[key].abs().max().clamp(min=1)
+                assert error < 1e-4, key
+            assert mark == fingerprint
+
+
+def test_every_family_is_tried() -> None:
+    assert {CASES[name][0] for name in NAMES} == {model_type for model_type, _ in CASES.values()}
+
+
+@pytest.mark.parametrize("ops", [name for name, reason in kernels.available().items() if reason is None])
+@pytest.mark.parametrize("name", ["llama", "qwen2 tied", "gpt2", "olmo2"])
+def test_int8_ranks_compute_the_very_bits_of_one(name: str, ops: str, tmp_path: Path) -> None:
+    """A norm over heads of several ranks is summed in another order, so OLMo 2's are only close."""
+    make_model(tmp_path, *CASES[name])
+    (expected,) = in_ranks(1, lambda group: logits(load(tmp_path, group, quantise=True, ops=ops)[0]))
+    for size in (2, 4):
+        for found in in_ranks(size, lambda group: logits(load(tmp_path, group, quantise=True, ops=ops)[0])):
+            if name == "olmo2":
+                torch.testing.assert_close(found, expected, atol=2e-2, rtol=1e-2)
+            else:
+                assert torch.equal(found, expected)
+
+
+def test_what_cannot_be_shared_is_refused(tmp_path: Path) -> None:
+    make_model(tmp_path, *CASES["llama"])
+    with pytest.raises(ValueError, match=r"4 attention heads over 2 key/value heads .* 3 ranks; parallel.tp can be"):
+        in_ranks(3, lambda group: load(tmp_path, group))
+    make_model(tmp_path / "odd", "llama", {"intermediate_size": 81})
+    with pytest.raises(ValueError, match="intermediate_size is 81, which cannot be shared evenly by 2 ranks"):
+        in_ranks(2, lambda group: load(tmp_path / "odd", group))
