@@ -169,8 +169,9 @@ class Ops(ABC):
         v_cache: Tensor,
         slots: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Rotate q [T, H, D] and k [T, G, D] as `rope` does; write k and v in place into the caches [N, B, G, D] at
-        `slots` [T]. Returns the rotated q and k, which may lie where they lay before."""
+        """Rotate q [T, H, D] and k [T, G, D] as `rope` does; write k and v in place into the caches [N, B, G, width] at
+        `slots` [T]: float32, bfloat16 or int8, see `kernels.cache`.
+        Returns the rotated q and k, which may lie where they lay before."""
 
     @abstractmethod
     def paged_attention(
@@ -187,7 +188,8 @@ class Ops(ABC):
         softcap: float = 0.0,
     ) -> Tensor:
         """Causal grouped-query attention of q [T, H, D] over each row's cached tokens, the new ones
-        (k, v [T, G, D], already in the cache too) included → [T, H, D] (arXiv:2309.06180).
+        (k, v [T, G, D], already in the cache too) included → [T, H, D] (arXiv:2309.06180). What is attended to is
+        what the cache holds, in its type.
 
         With a window a token sees that many tokens, itself included. A softcap c above 0 turns every scaled score
         s into c * tanh(s / c)."""

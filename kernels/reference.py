@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import cache
 from kernels.interface import LoraSegment, Ops, PagedRows
 from kernels.quantised import Int8Weight, QuantisedWeight, Weight, int8_sums, linear_quantised
 from kernels.sampling import sample
@@ -103,8 +104,8 @@ class ReferenceOps(Ops):
     ) -> tuple[Tensor, Tensor]:
         heads = q.shape[1]
         q, k = self.rope(torch.cat((q, k), dim=1), cos, sin).tensor_split((heads,), dim=1)
-        k_cache.flatten(0, 1).index_copy_(0, slots, k.to(k_cache.dtype))
-        v_cache.flatten(0, 1).index_copy_(0, slots, v.to(v_cache.dtype))
+        cache.write(k_cache, slots, k)
+        cache.write(v_cache, slots, v)
         return q, k
 
     def paged_attention(
@@ -126,24 +127,27 @@ class ReferenceOps(Ops):
             # that one batched call serves all rows and no key is repeated.
             count, heads, dim = group.blocks.shape[0], k_cache.shape[2], q.shape[-1]
             part = slice(group.start, group.start + count)
-            keys = _gather(k_cache, group.blocks)
-            values = _gather(v_cache, group.blocks)
+            keys = _gather(k_cache, group.blocks, q.dtype)
+            values = _gather(v_cache, group.blocks, q.dtype)
             query = q[part].view(count, heads, -1, dim)
             found = _attend(query, keys, values, _windowed(group.mask, window), scale, softcap)
             out[part] = found.reshape(count, -1, dim)
         for row in rows.groups.prefill:
             part = slice(row.start, row.start + row.count)
-            if row.mask is None:
+            if row.mask is None and k_cache.dtype is k.dtype:
                 out[part] = self.packed_attention(
                     q[part], k[part], v[part], [row.count], scale, window=window, softcap=softcap
                 )
                 continue
             total = row.context + row.count
+            mask = None if row.mask is None else _windowed(row.mask, window)
+            if mask is None and (softcap or window is not None):
+                mask = _windowed(torch.ones(total, total, dtype=torch.bool, device=q.device).tril(), window)
             found = _attend(
                 q[part].transpose(0, 1).unsqueeze(0),
-                _gather(k_cache, row.blocks.unsqueeze(0))[:, :, :total],
-                _gather(v_cache, row.blocks.unsqueeze(0))[:, :, :total],
-                _windowed(row.mask, window),
+                _gather(k_cache, row.blocks.unsqueeze(0), q.dtype)[:, :, :total],
+                _gather(v_cache, row.blocks.unsqueeze(0), q.dtype)[:, :, :total],
+                mask,
                 scale,
                 softcap,
             )
@@ -206,8 +210,7 @@ def _windowed(mask: Tensor, window: int | None) -> Tensor:
     return mask & ~F.pad(mask[..., window:], (0, window))
 
 
-def _gather(cache: Tensor, blocks: Tensor) -> Tensor:
-    """cache [N, B, G, D], blocks [R, n] → [R, G, n * B, D], a view of one gathered copy."""
-    _, size, heads, dim = cache.shape
-    rows, count = blocks.shape
-    return cache.index_select(0, blocks.reshape(-1)).view(rows, count * size, heads, dim).transpose(1, 2)
+def _gather(stored: Tensor, blocks: Tensor, dtype: torch.dtype) -> Tensor:
+    """stored [N, B, G, width], blocks [R, n] → [R, G, n * B, D], a view of one gathered copy."""
+    found = cache.read(stored.index_select(0, blocks.reshape(-1)), dtype)
+    return found.view(len(blocks), -1, *found.shape[2:]).transpose(1, 2)

@@ -21,6 +21,7 @@ from runtime.trainer.run import make_run_on
 from runtime.trainer.sliced_run import MakeRun
 from runtime.workers.adapter_slots import AdapterSlots
 from runtime.workers.decoder import Decoder
+from runtime.workers.determinism import obstacle
 from runtime.workers.executor import Executor, InProcessExecutor
 from runtime.workers.group import SOLO, Group, Member
 from runtime.workers.kv_cache import KVCache, block_bytes
@@ -72,15 +73,18 @@ def assemble(settings: Settings) -> Assembled:
     decoder = load_model(checkpoint, settings.model)
     keep_freed_memory()
     cache = _plan_cache(settings, decoder, _free_bytes(decoder.device))
+    if settings.model.deterministic and (reason := obstacle(decoder, cache.max_len)) is not None:
+        raise ModelLoadError(f"model.deterministic cannot be promised for {name}: {reason}.")
+    dtype = cache_dtype(settings.cache.kv_cache_dtype, decoder)
     lora_base = base_of(decoder, checkpoint, name)
     slots = AdapterSlots(lora_base, decoder, max_rank=settings.adapters.max_lora_rank)
     cpu, host_blocks = torch.device("cpu"), cache.num_host_blocks
     worker = Worker(
         decoder,
-        make_cache(decoder, cache.num_blocks, cache.block_size, decoder.device),
+        make_cache(decoder, cache.num_blocks, cache.block_size, decoder.device, dtype),
         max_running=settings.scheduler.max_running,
         max_len=cache.max_len,
-        host=make_cache(decoder, host_blocks, cache.block_size, cpu) if host_blocks else None,
+        host=make_cache(decoder, host_blocks, cache.block_size, cpu, dtype) if host_blocks else None,
         adapters=slots,
     )
     return _assembled(settings, checkpoint, InProcessExecutor(worker), decoder, lora_base, cache, make_run_on(decoder))
@@ -98,6 +102,8 @@ def _assemble_ranks(settings: Settings, checkpoint: Checkpoint, name: str, size:
             f"scheduler.preemption_mode is {settings.scheduler.preemption_mode!r}, which is for one rank; "
             f"with {size} ranks it can be: recompute."
         )
+    if settings.model.deterministic:
+        raise ModelLoadError(f"model.deterministic is promised for one rank alone, and parallel.tp is {size}.")
     launch = launcher(settings, size)
     shapes = describe_decoder(checkpoint, settings.model, Member(size))
     load = Load(model=settings.model, name=name, max_lora_rank=settings.adapters.max_lora_rank)
@@ -111,6 +117,7 @@ def _assemble_ranks(settings: Settings, checkpoint: Checkpoint, name: str, size:
             Allocate(
                 num_blocks=cache.num_blocks,
                 block_size=cache.block_size,
+                kv_cache_dtype=settings.cache.kv_cache_dtype,
                 max_running=settings.scheduler.max_running,
                 max_len=cache.max_len,
             )
@@ -180,13 +187,13 @@ def _assembled(
     return Assembled(engine, lora_base.name, cache.block_size, cache.num_blocks, decoder, lora_base, make_run)
 
 
-def make_cache(decoder: Model, num_blocks: int, block_size: int, device: torch.device) -> KVCache:
+def make_cache(decoder: Model, num_blocks: int, block_size: int, device: torch.device, dtype: torch.dtype) -> KVCache:
     """A KV cache for the decoder, on its device or in the memory beside it."""
     return KVCache(
         decoder.kv_shapes,
         num_blocks=num_blocks,
         block_size=block_size,
-        dtype=decoder.dtype,
+        dtype=dtype,
         device=device,
         pinned=device.type == "cpu" and decoder.device.type == "cuda",
     )
@@ -378,7 +385,16 @@ def _free_bytes(device: torch.device) -> int:
 
 
 def _bytes_of_block(settings: CacheSettings, decoder: Model) -> int:
-    return block_bytes(decoder.kv_shapes, block_size=settings.block_size, dtype=decoder.dtype)
+    return block_bytes(
+        decoder.kv_shapes, block_size=settings.block_size, dtype=cache_dtype(settings.kv_cache_dtype, decoder)
+    )
+
+
+def cache_dtype(name: str, decoder: Model) -> torch.dtype:
+    """What the setting `cache.kv_cache_dtype` means for a model."""
+    if name == "auto":
+        return decoder.dtype
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}[name]
 
 
 def _num_host_blocks(settings: Settings, decoder: Model) -> int:

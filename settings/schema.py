@@ -68,6 +68,9 @@ class ModelSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     kernels: Annotated[
         Literal["auto", "reference", "cpu"], doc("Backend of the ops; auto takes the fastest one that works here.")
     ] = "auto"
+    deterministic: Annotated[
+        bool, doc("Refuse a model whose answers could depend, bit by bit, on what else runs beside them.")
+    ] = False
     threads: Annotated[
         Count | None, doc("CPU threads for the ops; default: all cores this process may use.", example=4)
     ] = None
@@ -100,6 +103,10 @@ class CacheSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
             example="4GiB",
         ),
     ] = None
+    kv_cache_dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "int8"],
+        doc("Type of what the cache holds; auto is the type that is computed in. int8 has a scale a token and head."),
+    ] = "auto"
     num_blocks: Annotated[Count | None, doc("KV blocks, instead of a memory size.", example=1024)] = None
     prefix_caching: Annotated[bool, doc("Reuse the KV of prompts that begin alike.")] = True
     swap_memory: Annotated[

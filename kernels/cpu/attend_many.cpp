@@ -1,5 +1,6 @@
 // Attention of many tokens of one row: a vector lies along the queries, which are pairs of position and head.
 #include <algorithm>
+#include <vector>
 
 #include "attention.h"
 #include "panel.h"
@@ -61,16 +62,11 @@ INLINE void mix_tile(const float* weights, const float* values, long stride, lon
     store_tile<N>(sum, acc);
 }
 
-// Tokens from `token` that lie one after the other in the cache, up to `end`.
-INLINE long run_length(const Attention& op, long token, long end) {
-    return std::min(end, (token / op.block_size + 1) * op.block_size) - token;
-}
-
-void score(const Attention& op, const float* queries, long row, long kv_head, long begin, long end, float* scores) {
-    const long stride = op.token_stride();
+void score(const Attention& op, const Tokens& tokens, const float* queries, long begin, long end, float* scores) {
+    const long stride = tokens.stride();
     for (long token = begin, run; token < end; token += run) {
-        run = run_length(op, token, end);
-        const float* keys = op.keys + op.offset(row, token, kv_head);
+        run = tokens.run_length(token, end);
+        const float* keys = tokens.at(token);
         float* to = scores + (token - begin) * LANES;
         long i = 0;
         for (; i + TILE <= run; i += TILE)
@@ -79,11 +75,11 @@ void score(const Attention& op, const float* queries, long row, long kv_head, lo
     }
 }
 
-void mix(const Attention& op, const float* weights, long row, long kv_head, long begin, long end, float* acc) {
-    const long stride = op.token_stride();
+void mix(const Attention& op, const Tokens& tokens, const float* weights, long begin, long end, float* acc) {
+    const long stride = tokens.stride();
     for (long token = begin, run; token < end; token += run) {
-        run = run_length(op, token, end);
-        const float* values = op.values + op.offset(row, token, kv_head);
+        run = tokens.run_length(token, end);
+        const float* values = tokens.at(token);
         const float* from = weights + (token - begin) * LANES;
         long d = 0;
         for (; d + TILE <= op.dim; d += TILE) mix_tile<TILE>(from, values + d, stride, run, acc + d * LANES);
@@ -91,30 +87,63 @@ void mix(const Attention& op, const float* weights, long row, long kv_head, long
     }
 }
 
-// One step of online softmax: scores [count][LANES] become weights, what was summed so far shrinks to fit.
-void soften(float* scores, const vf (&last)[MV], long begin, long count, long dim, float* acc, vf (&total)[MV],
-            vf (&top)[MV]) {
+// What online softmax knows of each query.
+struct Softmax {
+    vf total[MV], top[MV];
+
+    Softmax() {
+        for (int m = 0; m < MV; m++) {
+            total[m] = vf{};
+            top[m] = splat(LOWEST);
+        }
+    }
+
+    // Scores [count][LANES] become weights, what was summed so far in acc [dim][LANES] shrinks to fit.
+    void soften(float* scores, const vf (&last)[MV], long begin, long count, long dim, float* acc) {
+        for (int m = 0; m < MV; m++) {
+            vf highest = top[m];
+            for (long i = 0; i < count; i++) {
+                float* at = scores + (i * MV + m) * W;
+                const vf seen = last[m] >= splat(static_cast<float>(begin + i)) ? load(at) : splat(2 * LOWEST);
+                store(at, seen);
+                highest = max(highest, seen);
+            }
+            const vf shrink = exp(top[m] - highest);
+            vf sums[W] = {};
+            for (long i = 0; i < count; i++) {
+                float* at = scores + (i * MV + m) * W;
+                const vf weight = exp(load(at) - highest);
+                sums[i % W] += weight;
+                store(at, weight);
+            }
+            for (int step = W / 2; step > 0; step /= 2)  // as `sum` adds the lanes of a vector
+                for (int i = 0; i < step; i++) sums[i] += sums[i + step];
+            total[m] = fused(total[m], shrink, sums[0]);
+            top[m] = highest;
+            for (long d = 0; d < dim; d++) {
+                float* at = acc + (d * MV + m) * W;
+                store(at, load(at) * shrink);
+            }
+        }
+    }
+};
+
+// Joins the parts of a row, each [dim][LANES], into the first: as attention.cpp's `join` does for single tokens. The
+// maxima in `of` become the parts' weights.
+void join(float* parts, Softmax* of, long count, long dim, vf (&total)[MV]) {
     for (int m = 0; m < MV; m++) {
-        vf highest = top[m];
+        vf top = of[0].top[m];
+        for (long i = 1; i < count; i++) top = max(top, of[i].top[m]);
+        total[m] = vf{};
         for (long i = 0; i < count; i++) {
-            float* at = scores + (i * MV + m) * W;
-            const vf seen = last[m] >= splat(static_cast<float>(begin + i)) ? load(at) : splat(2 * LOWEST);
-            store(at, seen);
-            highest = max(highest, seen);
+            of[i].top[m] = exp(of[i].top[m] - top);
+            total[m] = fused(of[i].top[m], of[i].total[m], total[m]);
         }
-        const vf shrink = exp(top[m] - highest);
-        vf sum = {};
-        for (long i = 0; i < count; i++) {
-            float* at = scores + (i * MV + m) * W;
-            const vf weight = exp(load(at) - highest);
-            sum += weight;
-            store(at, weight);
-        }
-        total[m] = total[m] * shrink + sum;
-        top[m] = highest;
         for (long d = 0; d < dim; d++) {
-            float* at = acc + (d * MV + m) * W;
-            store(at, load(at) * shrink);
+            float* at = parts + (d * MV + m) * W;
+            vf joined = {};
+            for (long i = 0; i < count; i++) joined = fused(of[i].top[m], load(at + i * dim * LANES), joined);
+            store(at, joined);
         }
     }
 }
@@ -125,15 +154,21 @@ long positions_at_once(const Attention& op) { return std::max(1L, LANES / op.gro
 
 void attend_many(const Attention& op, long row, long first, long count, long kv_head) {
     static thread_local Scratch scratch;
+    static thread_local std::vector<Softmax> softmax;
     const long group = op.group(), lanes = count * group, dim = op.dim;
     const long start = op.extents[3 * row], context = op.extents[3 * row + 2];
-    float* queries = scratch.floats(static_cast<size_t>(2 * dim + CHUNK) * LANES);
-    float* acc = queries + dim * LANES;
-    float* scores = acc + dim * LANES;
+    const long end = context + first + count;
+    const long parts = (end + PART - 1) / PART;
+    float* queries = scratch.floats(static_cast<size_t>(((1 + parts) * dim + CHUNK) * LANES + CHUNK * dim));
+    float* scores = queries + dim * LANES;
+    float* widened = scores + CHUNK * LANES;
+    float* sums = widened + CHUNK * dim;
     // More heads than lanes share a key/value head only in theory: then a part of them at a time.
     for (long done = 0; done < lanes; done += LANES) {
         const long some = std::min<long>(LANES, lanes - done);
-        std::fill(queries, queries + 2 * dim * LANES, 0.0f);
+        std::fill(queries, queries + dim * LANES, 0.0f);
+        std::fill(sums, sums + parts * dim * LANES, 0.0f);
+        softmax.assign(static_cast<size_t>(parts), Softmax());
         float limits[LANES];
         for (long lane = 0; lane < LANES; lane++) {
             const long position = first + (done + std::min(lane, some - 1)) / group;
@@ -142,23 +177,22 @@ void attend_many(const Attention& op, long row, long first, long count, long kv_
             const float* q = op.q + (start + position) * op.q_stride + (kv_head * group + (done + lane) % group) * dim;
             for (long d = 0; d < dim; d++) queries[d * LANES + lane] = q[d] * op.scale;
         }
-        vf last[MV], total[MV] = {}, top[MV];
-        for (int m = 0; m < MV; m++) {
-            last[m] = load(limits + m * W);
-            top[m] = splat(LOWEST);
-        }
-        const long end = context + first + count;
+        vf last[MV];
+        for (int m = 0; m < MV; m++) last[m] = load(limits + m * W);
         for (long chunk = 0; chunk < end; chunk += CHUNK) {
             const long stop = std::min(end, chunk + CHUNK);
-            score(op, queries, row, kv_head, chunk, stop, scores);
-            soften(scores, last, chunk, stop - chunk, dim, acc, total, top);
-            mix(op, scores, row, kv_head, chunk, stop, acc);
+            float* acc = sums + chunk / PART * dim * LANES;
+            score(op, Tokens(op, op.keys, row, kv_head, chunk, stop, widened), queries, chunk, stop, scores);
+            softmax[static_cast<size_t>(chunk / PART)].soften(scores, last, chunk, stop - chunk, dim, acc);
+            mix(op, Tokens(op, op.values, row, kv_head, chunk, stop, widened), scores, chunk, stop, acc);
         }
+        vf total[MV];
+        join(sums, softmax.data(), parts, dim, total);
         for (long lane = 0; lane < some; lane++) {
             const long position = first + (done + lane) / group;
             const float one = 1.0f / total[lane / W][lane % W];
             float* out = op.out + ((start + position) * op.heads + kv_head * group + (done + lane) % group) * dim;
-            for (long d = 0; d < dim; d++) out[d] = acc[d * LANES + lane] * one;
+            for (long d = 0; d < dim; d++) out[d] = sums[d * LANES + lane] * one;
         }
     }
 }

@@ -8,43 +8,45 @@ namespace {
 constexpr int MOST = W == 16 ? 4 : 2;
 // Queries at a time: what the registers hold.
 
-// scores [R][CHUNK] of tokens begin to end, fewer than CHUNK.
+// scores [R][CHUNK] of tokens begin to end, fewer than CHUNK; q [R][dim] is scaled. Keys are turned, so that a vector
+// holds the same feature of W tokens.
 template <int R, int NV>
-void score(const Attention& op, const float* q, long row, long kv_head, long begin, long end, float* scores) {
+void score(const Tokens& keys, const float* q, long dim, long begin, long end, float* scores) {
     for (long token = begin; token < end; token += W) {
         const int count = static_cast<int>(std::min<long>(W, end - token));
-        const float* keys[W];
-        for (int i = 0; i < W; i++) keys[i] = op.keys + op.offset(row, token + std::min(i, count - 1), kv_head);
-        for (int r = 0; r < R; r++) {
-            vf query[NV];
+        const float* rows[W];
+        for (int i = 0; i < W; i++) rows[i] = keys.at(token + std::min(i, count - 1));
+        vf sum[R];
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) sum[r] = vf{};
+        for (int v = 0; v < NV; v++) {
+            vf turned[W];
 #pragma GCC unroll 16
-            for (int v = 0; v < NV; v++) query[v] = load(q + r * op.dim + v * W);
-            vf parts[W];
+            for (int i = 0; i < W; i++) turned[i] = load(rows[i] + v * W);
+            transpose(turned);
 #pragma GCC unroll 16
-            for (int i = 0; i < W; i++) {
-                vf part = query[0] * load(keys[i]);
-#pragma GCC unroll 16
-                for (int v = 1; v < NV; v++) part += query[v] * load(keys[i] + v * W);
-                parts[i] = part;
-            }
-            store(scores + r * CHUNK + (token - begin), sums(parts) * splat(op.scale));
+            for (int i = 0; i < W; i++)
+#pragma GCC unroll 4
+                for (int r = 0; r < R; r++) sum[r] += turned[i] * splat(q[r * dim + v * W + i]);
         }
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) store(scores + r * CHUNK + (token - begin), sum[r]);
     }
 }
 
 // acc [R][dim] += weights [R][CHUNK] times the values of tokens begin to end, S vectors of each at a time.
 template <int R, int NV>
-void mix(const Attention& op, const float* weights, long row, long kv_head, long begin, long end, float* acc) {
+void mix(const Tokens& tokens, const float* weights, long dim, long begin, long end, float* acc) {
     constexpr int S = W == 4 || NV % 4 ? 2 : 4;
     static_assert(NV % S == 0);
     const float* values[CHUNK];
-    for (long token = begin; token < end; token++) values[token - begin] = op.values + op.offset(row, token, kv_head);
+    for (long token = begin; token < end; token++) values[token - begin] = tokens.at(token);
     for (int part = 0; part < NV; part += S) {
         vf sum[R][S];
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-            for (int v = 0; v < S; v++) sum[r][v] = load(acc + r * op.dim + (part + v) * W);
+            for (int v = 0; v < S; v++) sum[r][v] = load(acc + r * dim + (part + v) * W);
         for (long i = 0; i < end - begin; i++) {
             vf value[S];
 #pragma GCC unroll 4
@@ -59,23 +61,26 @@ void mix(const Attention& op, const float* weights, long row, long kv_head, long
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-            for (int v = 0; v < S; v++) store(acc + r * op.dim + (part + v) * W, sum[r][v]);
+            for (int v = 0; v < S; v++) store(acc + r * dim + (part + v) * W, sum[r][v]);
     }
 }
 
 template <int R, int NV>
 void attend(const Attention& op, const float* q, long row, long kv_head, long begin, long end, float* acc,
             float* total, float* top) {
+    constexpr long DIM = NV * W;
     alignas(64) float scores[R * CHUNK + W];
+    alignas(64) float scaled[R * DIM], widened[CHUNK * DIM];
+    for (long i = 0; i < R * DIM; i++) scaled[i] = q[i] * op.scale;
     for (int r = 0; r < R; r++) {
         top[r] = LOWEST;
         total[r] = 0.0f;
     }
-    std::fill(acc, acc + R * op.dim, 0.0f);
+    std::fill(acc, acc + R * DIM, 0.0f);
     for (long chunk = begin; chunk < end; chunk += CHUNK) {
         const long stop = std::min(end, chunk + CHUNK);
         const long count = stop - chunk;
-        score<R, NV>(op, q, row, kv_head, chunk, stop, scores);
+        score<R, NV>(Tokens(op, op.keys, row, kv_head, chunk, stop, widened), scaled, DIM, chunk, stop, scores);
         for (int r = 0; r < R; r++) {
             float* line = scores + r * CHUNK;
             for (long i = count; i < CHUNK; i++) line[i] = 2 * LOWEST;
@@ -89,15 +94,13 @@ void attend(const Attention& op, const float* q, long row, long kv_head, long be
                 weights_sum += weight;
                 store(line + i, weight);
             }
-            if (highest > top[r]) {
-                const float shrink = exp(splat(top[r] - highest))[0];
-                total[r] *= shrink;
-                for (long d = 0; d < op.dim; d++) acc[r * op.dim + d] *= shrink;
-                top[r] = highest;
-            }
-            total[r] += sum(weights_sum);
+            const vf shrink = exp(splat(top[r]) - splat(highest));
+            if (highest > top[r])
+                for (long d = 0; d < DIM; d += W) store(acc + r * DIM + d, load(acc + r * DIM + d) * shrink);
+            top[r] = highest;
+            total[r] = fused(splat(total[r]), shrink, splat(sum(weights_sum)))[0];
         }
-        mix<R, NV>(op, scores, row, kv_head, chunk, stop, acc);
+        mix<R, NV>(Tokens(op, op.values, row, kv_head, chunk, stop, widened), scores, DIM, chunk, stop, acc);
     }
 }
 

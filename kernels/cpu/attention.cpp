@@ -13,9 +13,6 @@
 
 namespace {
 
-constexpr long PART = 512;
-// Tokens of a part.
-
 struct Task {
     long row, first, count, kv_head, begin, end;
     float* partial;  // where a decode task's result goes: [group][dim], then totals and maxima [group]; or null
@@ -30,23 +27,28 @@ void compute(const Attention& op, const Task& task) {
                total + op.group());
 }
 
-// Joins the parts of one row and key/value head, which lie one after the other.
+// Joins the parts of one row and key/value head, which lie one after the other; their maxima become their weights.
 void join(const Attention& op, const Task* parts, long count) {
     const long group = op.group();
     for (long g = 0; g < group; g++) {
-        float top = LOWEST, total = 0.0f;
         const auto total_of = [&](long i) { return parts[i].partial[group * op.dim + g]; };
-        const auto top_of = [&](long i) { return parts[i].partial[group * op.dim + group + g]; };
-        for (long i = 0; i < count; i++) top = std::max(top, top_of(i));
-        float* out = op.out + (op.extents[3 * parts[0].row] * op.heads + parts[0].kv_head * group + g) * op.dim;
-        std::fill(out, out + op.dim, 0.0f);
+        const auto top_of = [&](long i) -> float& { return parts[i].partial[group * op.dim + group + g]; };
+        float top = top_of(0);
+        for (long i = 1; i < count; i++) top = std::max(top, top_of(i));
+        vf total = {};
         for (long i = 0; i < count; i++) {
-            const float weight = exp(splat(top_of(i) - top))[0];
-            const float* acc = parts[i].partial + g * op.dim;
-            total += weight * total_of(i);
-            for (long d = 0; d < op.dim; d++) out[d] += weight * acc[d];
+            const vf weight = exp(splat(top_of(i) - top));
+            total = fused(weight, splat(total_of(i)), total);
+            top_of(i) = weight[0];
         }
-        for (long d = 0; d < op.dim; d++) out[d] /= total;
+        const vf one = splat(1.0f / total[0]);
+        float* out = op.out + (op.extents[3 * parts[0].row] * op.heads + parts[0].kv_head * group + g) * op.dim;
+        for (long d = 0; d < op.dim; d += W) {
+            vf joined = {};
+            for (long i = 0; i < count; i++)
+                joined = fused(splat(top_of(i)), load(parts[i].partial + g * op.dim + d), joined);
+            store(out + d, joined * one);
+        }
     }
 }
 
@@ -69,13 +71,13 @@ void plan(const Attention& op, long row, std::vector<Task>& tasks) {
 }  // namespace
 
 // See `Attention` for the arguments; q may be a part of a larger row, `q_stride` floats long.
-EXPORT void eft_paged_attention(const float* q, long q_stride, const float* keys, const float* values,
+EXPORT void eft_paged_attention(const float* q, long q_stride, const char* keys, const char* values,
                                 const int64_t* tables, long width, const int64_t* extents, long rows, long heads,
-                                long kv_heads, long dim, long block_size, float scale, float* out, int threads) {
+                                long kv_heads, long dim, long block_size, float scale, float* out, int type, int threads) {
     static thread_local Scratch scratch;
     static thread_local std::vector<Task> tasks;
     const Attention op{q,       q_stride, keys,       values, tables, width, extents, heads,
-                       kv_heads, dim,      block_size, scale,  out};
+                       kv_heads, dim,      block_size, scale,  out,   type};
     tasks.clear();
     for (long row = 0; row < rows; row++) plan(op, row, tasks);
     const auto decodes = [](const Task& task) { return task.end > 0; };

@@ -22,6 +22,14 @@ INLINE float load_weight(const uint16_t* from) {
     return value;
 }
 
+// To the nearest, halves to even; a NaN stays one.
+INLINE uint16_t to_bfloat16(float value) {
+    uint32_t wide;
+    std::memcpy(&wide, &value, sizeof wide);
+    if (value != value) return 0x7fc0;
+    return static_cast<uint16_t>((wide + 0x7fff + ((wide >> 16) & 1)) >> 16);
+}
+
 // `count` weights as float32: where they lie, or widened into `to`.
 INLINE const float* as_floats(const float* from, long, float*) { return from; }
 

@@ -38,11 +38,7 @@ using vb = int8_t __attribute__((vector_size(W)));
 // x to the nearest integer, halves to even; below 2^22 in size.
 INLINE vi rounded(vf x) {
     // Not fused with the product that x is: that would round once instead of twice, and not as the reference does.
-#if defined(__x86_64__)
-    asm("" : "+v"(x));
-#elif defined(__aarch64__)
-    asm("" : "+w"(x));
-#endif
+    x = opaque(x);
     const vf magic = splat(12582912.0f);
     return bits(x + magic) - bits(magic);
 }

@@ -19,8 +19,8 @@ _SIGNATURES: dict[str, str] = {
     "eft_linear_bfloat16": "pllllpppfppii",
     "eft_rms_norm": "plllpfpi",
     "eft_silu_mul": "pllpi",
-    "eft_rope_and_cache": "plplplppppplllli",
-    "eft_paged_attention": "plppplplllllfpi",
+    "eft_rope_and_cache": "plplplpppppllllii",
+    "eft_paged_attention": "plppplplllllfpii",
     "eft_argmax": "pllppi",
 }
 """Arguments of each op: p pointer, l long, i int, f float."""

@@ -1,7 +1,7 @@
 """The CPU backend: C++ where inputs are float32 on the CPU and no gradient is wanted, else the reference."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,9 +11,13 @@ from kernels.cpu.build import BuildError
 from kernels.cpu.library import load
 from kernels.cpu.tiles import TILE, Int4Tiles, Int8GroupTiles, Int8Tiles, Tiles, tiled
 from kernels.cpu.variants import Variant, chosen_variant
-from kernels.interface import PagedRows
+from kernels.interface import LoraSegment, PagedRows
+from kernels.nf4 import Nf4Weight
 from kernels.quantised import QuantisedWeight, Weight
 from kernels.reference import ReferenceOps
+
+CACHE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+"""What the KV cache may hold, and its number in `attention.h`."""
 
 
 class CpuOps(ReferenceOps):
@@ -40,6 +44,8 @@ class CpuOps(ReferenceOps):
         return tiled(weight) if weight.device.type == "cpu" else weight
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+        if isinstance(weight, Nf4Weight) and _ours(x):
+            return self._linear(x, weight.dequantise(), bias)
         if not _fits(x, weight):
             return super().linear(x, weight, bias)
         return self._linear(x, weight, bias)
@@ -102,6 +108,21 @@ class CpuOps(ReferenceOps):
         assert isinstance(weight, Tensor)
         return lib.eft_linear, (weight,)
 
+    def lora_apply(self, x: Tensor, y: Tensor, segments: Sequence[LoraSegment]) -> Tensor:
+        if not all(_ours(x, y, segment.factors.a, *segment.factors.b) for segment in segments):
+            return super().lora_apply(x, y, segments)
+        for segment in segments:
+            tokens, factors = segment.tokens, segment.factors
+            shrunk = self.linear(x if tokens is None else x.index_select(0, tokens), factors.a) * factors.scales
+            ranks = [b.shape[1] for b in factors.b]
+            for narrow, b, column in zip(torch.split(shrunk, ranks, dim=-1), factors.b, factors.columns, strict=True):
+                target, found = y[:, column : column + len(b)], self.linear(narrow, b)
+                if tokens is None:
+                    target += found
+                else:
+                    target.index_add_(0, tokens, found)
+        return y
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         if not _ours(x, weight):
             return super().rms_norm(x, weight, eps)
@@ -132,7 +153,7 @@ class CpuOps(ReferenceOps):
         v_cache: Tensor,
         slots: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        if not _ours(q, k, v, k_cache, cos) or 2 * cos.shape[1] != q.shape[2]:
+        if not (_ours(q, k, v, cos) and _cached(k_cache)) or 2 * cos.shape[1] != q.shape[2]:
             return super().rope_and_cache(q, k, v, cos, sin, k_cache, v_cache, slots)
         q, k, v = _heads(q), _heads(k), _heads(v)
         self._lib.eft_rope_and_cache(
@@ -151,6 +172,7 @@ class CpuOps(ReferenceOps):
             q.shape[1],
             k.shape[1],
             q.shape[2],
+            CACHE_TYPES[k_cache.dtype],
             torch.get_num_threads(),
         )
         return q, k
@@ -169,7 +191,7 @@ class CpuOps(ReferenceOps):
         softcap: float = 0.0,
     ) -> Tensor:
         # A window that holds every row is none, so long contexts alone take the slower way.
-        if not _ours(q, k_cache) or softcap or (window is not None and window < rows.longest):
+        if not (_ours(q) and _cached(k_cache)) or softcap or (window is not None and window < rows.longest):
             return super().paged_attention(q, k, v, k_cache, v_cache, rows, scale, window=window, softcap=softcap)
         q = _heads(q)
         out = torch.empty(q.shape)
@@ -188,6 +210,7 @@ class CpuOps(ReferenceOps):
             rows.block_size,
             scale,
             out.data_ptr(),
+            CACHE_TYPES[k_cache.dtype],
             torch.get_num_threads(),
         )
         return out
@@ -208,6 +231,10 @@ def _fits(x: Tensor, weight: Weight) -> bool:
     if isinstance(weight, QuantisedWeight):
         return isinstance(weight, Tiles | BFloat16Weight) and _ours(x)
     return weight.is_contiguous() and _ours(x, weight)
+
+
+def _cached(cache: Tensor) -> bool:
+    return cache.dtype in CACHE_TYPES and cache.device.type == "cpu"
 
 
 def _address(x: Tensor | None) -> int | None:

@@ -1,6 +1,8 @@
 // The small ops of a layer, each in one pass over memory.
 #include <algorithm>
+#include <cmath>
 
+#include "attention.h"
 #include "export.h"
 #include "panel.h"
 #include "parallel.h"
@@ -18,6 +20,30 @@ INLINE void rotate(float* x, const float* cos, const float* sin, long half) {
         const float first = x[i], second = x[half + i];
         x[i] = first * cos[i] - second * sin[i];
         x[half + i] = second * cos[i] + first * sin[i];
+    }
+}
+
+// Writes a token's head [dim] into the cache.
+void write_head(const float* from, long dim, int type, char* to) {
+    if (type == FLOAT32) {
+        std::memcpy(to, from, static_cast<size_t>(dim) * sizeof(float));
+    } else if (type == BFLOAT16) {
+        for (long d = 0; d < dim; d++) {
+            const uint16_t half = to_bfloat16(from[d]);
+            std::memcpy(to + 2 * d, &half, sizeof half);
+        }
+    } else {
+        float most = 0.0f, broken = 0.0f;
+        for (long d = 0; d < dim; d++) {
+            most = std::max(most, std::fabs(from[d]));
+            broken += from[d] - from[d];
+        }
+        // A head that is not finite has such a scale, and so is known for what it is.
+        const float scale = most / 127.0f + broken;
+        const float factor = most > 0.0f && std::isfinite(scale) ? 127.0f / most : 0.0f;
+        for (long d = 0; d < dim; d++)
+            to[d] = static_cast<char>(factor > 0.0f ? static_cast<int8_t>(std::nearbyint(from[d] * factor)) : 0);
+        std::memcpy(to + dim, &scale, sizeof scale);
     }
 }
 
@@ -48,15 +74,18 @@ EXPORT void eft_silu_mul(const float* x, long rows, long inner, float* y, int th
 // Turns q [tokens, heads, dim] and k [tokens, kv_heads, dim] in place by cos, sin [tokens, dim / 2], and writes k
 // and v into the caches at slots [tokens]. Strides are floats from one token to the next.
 EXPORT void eft_rope_and_cache(float* q, long q_stride, float* k, long k_stride, const float* v, long v_stride,
-                               const float* cos, const float* sin, float* keys, float* values, const int64_t* slots,
-                               long tokens, long heads, long kv_heads, long dim, int threads) {
-    const long half = dim / 2, wide = kv_heads * dim;
+                               const float* cos, const float* sin, char* keys, char* values, const int64_t* slots,
+                               long tokens, long heads, long kv_heads, long dim, int type, int threads) {
+    const long half = dim / 2, wide = kv_heads * head_bytes(type, dim);
     for_each(threads_for(tokens * (heads + 2 * kv_heads) * dim, threads), tokens, [&](long token) {
         const float *c = cos + token * half, *s = sin + token * half;
         for (long head = 0; head < heads; head++) rotate(q + token * q_stride + head * dim, c, s, half);
         for (long head = 0; head < kv_heads; head++) rotate(k + token * k_stride + head * dim, c, s, half);
-        std::copy_n(k + token * k_stride, wide, keys + slots[token] * wide);
-        std::copy_n(v + token * v_stride, wide, values + slots[token] * wide);
+        for (long head = 0; head < kv_heads; head++) {
+            const long at = slots[token] * wide + head * head_bytes(type, dim);
+            write_head(k + token * k_stride + head * dim, dim, type, keys + at);
+            write_head(v + token * v_stride + head * dim, dim, type, values + at);
+        }
     });
 }
 

@@ -5,6 +5,12 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
 #if defined(__AVX512F__)
 constexpr int W = 16;
 #elif defined(__AVX__)
@@ -41,6 +47,33 @@ INLINE vi splat(int32_t x) { return x + vi{}; }
 INLINE vf bits(vi v) { return reinterpret_cast<vf>(v); }
 
 INLINE vi bits(vf v) { return reinterpret_cast<vi>(v); }
+
+// x, of whose making the compiler knows nothing from here on: what follows is computed as it is written for vectors.
+INLINE vf opaque(vf x) {
+#if defined(__x86_64__)
+#if defined(__AVX512F__)
+    asm("" : "+v"(x));
+#else
+    asm("" : "+x"(x));
+#endif
+#elif defined(__aarch64__)
+    asm("" : "+w"(x));
+#endif
+    return x;
+}
+
+// a * b + c, rounded once where the processor can: where the compiler might fuse one of two places that must agree.
+INLINE vf fused(vf a, vf b, vf c) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+    return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+    return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+    return a * b + c;
+#endif
+}
 
 INLINE vf max(vf a, vf b) { return a > b ? a : b; }
 

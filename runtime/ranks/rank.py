@@ -8,7 +8,7 @@ import psutil
 import torch
 
 from runtime import logs
-from runtime.assembly import load_decoder, make_cache, make_device
+from runtime.assembly import cache_dtype, load_decoder, make_cache, make_device
 from runtime.messages import StepPlan, StepResult
 from runtime.ranks.collectives import CollectiveFailed, TorchGroup
 from runtime.ranks.link import Link, LinkClosed
@@ -167,7 +167,8 @@ class Rank:
         return TorchGroup.meet(hello.store, hello.rank, hello.size, device, hello.timeout)
 
     def _allocate(self, message: Allocate) -> None:
-        cache = make_cache(self.decoder, message.num_blocks, message.block_size, self.decoder.device)
+        decoder, dtype = self.decoder, cache_dtype(message.kv_cache_dtype, self.decoder)
+        cache = make_cache(decoder, message.num_blocks, message.block_size, decoder.device, dtype)
         self._worker = Worker(
             self.decoder, cache, max_running=message.max_running, max_len=message.max_len, adapters=self.slots
         )

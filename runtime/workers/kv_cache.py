@@ -1,4 +1,5 @@
-"""The memory of the paged KV cache: one key and one value tensor a layer. Who owns a block is not known here."""
+"""The memory of the paged KV cache: one key and one value tensor a layer, heads as `kernels.cache` has them. Who owns a
+block is not known here."""
 
 import contextlib
 import math
@@ -8,9 +9,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kernels import cache
+
 
 class KVCache:
-    """`layers[i]` is (keys, values), each [num_blocks, block_size, kv_heads, head_dim], zero at first."""
+    """`layers[i]` is (keys, values), each [num_blocks, block_size, kv_heads, width], zero at first."""
 
     def __init__(
         self,
@@ -26,7 +29,7 @@ class KVCache:
         itself."""
         self.num_blocks = num_blocks
         self.block_size = block_size
-        sizes = [(num_blocks, block_size, *shape) for shape in shapes]
+        sizes = [(num_blocks, block_size, heads, cache.width(dtype, size)) for heads, size in shapes]
         self.layers = [(_zeros(size, dtype, device, pinned), _zeros(size, dtype, device, pinned)) for size in sizes]
 
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
@@ -54,13 +57,12 @@ class KVCache:
         index = torch.tensor(blocks, dtype=torch.int64, device=self.layers[0][0].device)
         for keys, values in self.layers:
             for tensor in (keys, values):
-                finite = tensor[index].isfinite().flatten(1).all(dim=1)
-                tensor[index[~finite]] = 0
+                tensor[index[~cache.is_finite(tensor[index])]] = 0
 
 
 def block_bytes(shapes: Sequence[tuple[int, int]], *, block_size: int, dtype: torch.dtype) -> int:
     """Bytes that one block takes over all layers; `shapes` as in `KVCache`."""
-    return 2 * block_size * sum(heads * size for heads, size in shapes) * dtype.itemsize
+    return 2 * block_size * sum(heads * cache.width(dtype, size) for heads, size in shapes) * dtype.itemsize
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, pinned: bool) -> Tensor:

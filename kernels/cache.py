@@ -1,0 +1,42 @@
+"""What a KV cache holds of a token's head: float32, bfloat16, or int8 with a scale of its own.
+
+An int8 head [head_dim] takes head_dim + 4 bytes: integers from -127 to 127, then the scale as a float32. So a cache is
+one tensor in any type, and a block is copied as a whole.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels.quantised import LARGEST, quantise_rows
+
+SCALE = 4
+"""Bytes of a scale."""
+
+
+def width(dtype: torch.dtype, head_dim: int) -> int:
+    """Elements of a cache's last dimension."""
+    return head_dim + SCALE if dtype is torch.int8 else head_dim
+
+
+def write(cache: Tensor, slots: Tensor, heads: Tensor) -> None:
+    """In place: heads [T, G, D] to `slots` [T] of cache [N, B, G, width]."""
+    if cache.dtype is torch.int8:
+        values, scales = quantise_rows(heads.float().flatten(0, 1), LARGEST)
+        stored = torch.cat((values.to(torch.int8), scales.unsqueeze(1).view(torch.int8)), dim=1)
+        heads = stored.unflatten(0, heads.shape[:2])
+    cache.flatten(0, 1).index_copy_(0, slots, heads.to(cache.dtype))
+
+
+def read(blocks: Tensor, dtype: torch.dtype) -> Tensor:
+    """Some of a cache, [..., width] → [..., D] in `dtype`."""
+    if blocks.dtype is not torch.int8:
+        return blocks.to(dtype)
+    scales = blocks[..., -SCALE:].contiguous().view(torch.float32)
+    return (blocks[..., :-SCALE].float() * scales).to(dtype)
+
+
+def is_finite(blocks: Tensor) -> Tensor:
+    """blocks [n, B, G, width] → [n] bool: whether all that a block holds is finite."""
+    if blocks.dtype is torch.int8:
+        blocks = blocks[..., -SCALE:].contiguous().view(torch.float32)
+    return blocks.isfinite().flatten(1).all(dim=1)
