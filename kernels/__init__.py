@@ -39,6 +39,12 @@ def available() -> dict[str, str | None]:
     return {name: backend.unavailable() for name, backend in BACKENDS.items()}
 
 
+def chosen() -> str:
+    """The backend that "auto" takes here, and for which instruction set it is compiled."""
+    ops = load()
+    return f"{ops.name} ({ops.variant.name})" if isinstance(ops, CpuOps) else ops.name
+
+
 def load(name: str = "auto") -> Ops:
     """The backend called `name`, or for "auto" the fastest one that works here.
 
@@ -71,6 +77,7 @@ __all__ = [
     "Quantiser",
     "Weight",
     "available",
+    "chosen",
     "load",
     "quantise_int4",
     "quantise_int8",

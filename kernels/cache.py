@@ -23,7 +23,7 @@ def write(cache: Tensor, slots: Tensor, heads: Tensor) -> None:
     if cache.dtype is torch.int8:
         values, scales = quantise_rows(heads.float().flatten(0, 1), LARGEST)
         stored = torch.cat((values.to(torch.int8), scales.unsqueeze(1).view(torch.int8)), dim=1)
-        heads = stored.unflatten(0, heads.shape[:2])
+        heads = stored.view(*heads.shape[:2], stored.shape[1])
     cache.flatten(0, 1).index_copy_(0, slots, heads.to(cache.dtype))
 
 

@@ -45,7 +45,7 @@ class CpuOps(ReferenceOps):
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         if isinstance(weight, Nf4Weight) and _ours(x):
-            return self._linear(x, weight.dequantise(), bias)
+            return self._linear(x, weight.dequantise().contiguous(), bias)
         if not _fits(x, weight):
             return super().linear(x, weight, bias)
         return self._linear(x, weight, bias)

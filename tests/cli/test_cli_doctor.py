@@ -25,7 +25,11 @@ ARM = "processor\t: 0\nFeatures\t: fp asimd i8mm\n"
 def kernels(monkeypatch: pytest.MonkeyPatch) -> dict[str, str | None]:
     """The backends that the package of kernels reports; to be changed by a test."""
     backends: dict[str, str | None] = {"reference": None, "triton": "needs a GPU"}
-    monkeypatch.setitem(__import__("sys").modules, "kernels", types.SimpleNamespace(available=lambda: backends))
+    monkeypatch.setitem(
+        __import__("sys").modules,
+        "kernels",
+        types.SimpleNamespace(available=lambda: backends, chosen=lambda: "reference"),
+    )
     monkeypatch.setattr(software, "find_clash", lambda: None)
     return backends
 
@@ -44,6 +48,7 @@ def test_json_has_every_area_and_says_that_all_is_well(eft: Eft, kernels: dict[s
     assert report["software"]["torch"]["value"] == importlib.metadata.version("torch")
     assert report["software"]["kernels: reference"]["value"] == "works"
     assert report["software"]["kernels: triton"]["value"] == "needs a GPU"
+    assert report["software"]["kernels"]["value"] == "reference"
 
 
 def test_text_names_what_is_broken_and_exits_with_1(

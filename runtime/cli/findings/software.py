@@ -53,11 +53,14 @@ def _torch() -> Finding:
 def _kernels() -> list[Finding]:
     """Each backend of the ops: it works, or why not. That is no problem while one works."""
     try:
-        backends: dict[str, str | None] = importlib.import_module("kernels").available()
+        kernels = importlib.import_module("kernels")
+        backends: dict[str, str | None] = kernels.available()
     except Exception as error:  # whatever breaks an import there is what is to be reported
         reason = f"the kernels cannot be used: {type(error).__name__}: {error}"
         return [Finding(AREA, "kernels", "unusable", reason)]
     found = [Finding(AREA, f"kernels: {name}", reason or "works") for name, reason in backends.items()]
     if all(backends.values()):
         found.append(Finding(AREA, "kernels", "unusable", "no backend of the ops works here"))
+    else:
+        found.append(Finding(AREA, "kernels", kernels.chosen()))
     return found
