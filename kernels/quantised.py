@@ -16,6 +16,8 @@ from torch import Tensor
 LARGEST = 127
 """Of a weight's integers."""
 LARGEST_ACTIVATION = 127 * 256
+_AT_ONCE = 1024
+"""Outputs that are quantised together: what lies between would else be the largest tensors of loading a model."""
 _EXACT = 1024
 """Products of a byte with a weight that float32 sums without rounding: 1024 * 128 * 127 < 2^24."""
 
@@ -92,8 +94,12 @@ Weight = Tensor | QuantisedWeight
 def quantise_int8(weight: Tensor, most: Tensor | None = None) -> Int8Weight:
     """weight [out, in] in floating point, each output scaled by its largest value. `most` [out] are these, where the
     weight is a slice of the inputs and so cannot tell."""
-    values, scales = quantise_rows(weight.float(), LARGEST, most)
-    values = values.to(torch.int8)
+    values = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scales = torch.empty(len(weight), device=weight.device)
+    for first in range(0, len(weight), _AT_ONCE):
+        part = slice(first, first + _AT_ONCE)
+        found, scales[part] = quantise_rows(weight[part].float(), LARGEST, None if most is None else most[part])
+        values[part] = found.to(torch.int8)
     return Int8Weight(values, scales, values.sum(-1, dtype=torch.int32))
 
 

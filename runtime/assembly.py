@@ -307,9 +307,7 @@ def _make_decoder(
     dtype = _dtype(settings.dtype, make_device(settings.device))
     if quantization != "none" and spec.experts is not None:
         raise ValueError(f"quantization {quantization!r} is not supported for mixtures of experts; supported is: none")
-    if quantization not in ("none", "int8") and group.size > 1:
-        raise ValueError(f"quantization {quantization!r} works with one rank; with several it can be: none, int8")
-    if dtype is torch.bfloat16 and device.type == "cpu" and spec.experts is None and group.size == 1:
+    if dtype is torch.bfloat16 and device.type == "cpu" and spec.experts is None:
         # Processors without bfloat16 arithmetic would be slower with it: there it is how weights are stored.
         dtype, quantization = torch.float32, "bfloat16" if quantization == "none" else quantization
     ops = kernels.load(settings.kernels)

@@ -81,14 +81,17 @@ class Parameter:
 
     def quantise(self, ops: Ops, quantiser: Quantiser) -> None:
         """Hold the weight [out, in] as the quantiser makes it from now on, and no longer in floating point. Ranks that
-        hold columns of one weight do this together, in int8, which stays as `kernels.sharded` wants it."""
+        hold columns of one weight do this together."""
         self._sampled = self.sample()
-        if self._columns is None:
-            self.quantised = ops.prepare(quantiser(self.data))
+        if self._columns is not None and quantiser is quantise_int8:
+            self._hold(quantise_int8(self.data, self._group.max(largest_of(self.data))), ops)
         else:
-            assert quantiser is quantise_int8, "other forms are refused when several ranks load a model"
-            self.quantised = quantise_int8(self.data, self._group.max(largest_of(self.data)))
-        self.data = self.data.new_empty(0)
+            self._hold(quantiser(self.data), ops)
+
+    def _hold(self, weight: QuantisedWeight, ops: Ops) -> None:
+        exact = self._columns is not None and isinstance(weight, Int8Weight)  # as `kernels.sharded` wants it
+        self.quantised = weight if exact else ops.prepare(weight)
+        self.data = torch.empty(0, dtype=self.data.dtype, device=self._device)
 
     @property
     def value(self) -> Weight:
@@ -97,16 +100,18 @@ class Parameter:
 
     def fill(self, part: str, value: Weight, ops: Ops) -> None:
         """Take one whole part, of which only what is held here is read. Those in integers are kept, if all parts have
-        them in one form and all of them is held, and else made float. Raises `WeightError` where it is of another
-        shape, and `KeyError` for a part that there is not."""
+        them in one form and can be cut where ranks do, and else made float. Raises `WeightError` where it is of
+        another shape, and `KeyError` for a part that there is not."""
         split = self.parts[part]
         expected = self.shape_of(part)
         if expected != value.shape:
             raise WeightError(f"expected shape {list(expected)}, got {list(value.shape)}")
-        if isinstance(value, QuantisedWeight) and self._is_whole:
-            self._held[part] = moved(value, self._device)
+        if isinstance(value, Tensor):
+            self._put(part, split, value)
+        elif (held := cut(value, split, self._columns)) is not None:
+            self._held[part] = moved(held, self._device)
         else:
-            self._put(part, split, value.dequantise() if isinstance(value, QuantisedWeight) else value)
+            self._put(part, split, value.dequantise())
         self._missing.discard(part)
         if self._held and not self._missing:
             self._join(ops)
@@ -129,14 +134,10 @@ class Parameter:
         joined = join([part for part in parts if part is not None]) if None not in parts else None
         if joined is None:
             for name, part in self._held.items():
-                self._put(name, self.parts[name], part.dequantise())
+                self._floats()[self.starts[name] :][: self.parts[name].size].copy_(part.dequantise())
         else:
-            self.quantised, self.data = ops.prepare(joined), torch.empty(0, dtype=self.data.dtype, device=self._device)
+            self._hold(joined, ops)
         self._held.clear()
-
-    @property
-    def _is_whole(self) -> bool:
-        return self._columns is None and all(part.is_whole for part in self.parts.values())
 
     def shape_of(self, part: str) -> torch.Size:
         """What is expected of a part: its whole shape."""
@@ -176,12 +177,39 @@ class Parameter:
 
 
 JOINABLE = (Int4Weight, Int8GroupWeight, Int8Weight, Nf4Weight)
-"""Kinds of weights that checkpoints hold. All of their tensors go by output first."""
+"""Kinds of weights that checkpoints hold. All of their tensors go by output first, most by input next."""
+LARGEST_GROUP = 64
+"""Inputs with one scale: with a multiple of them in a row no group is filled up."""
 
 
 def moved(weight: QuantisedWeight, device: torch.device) -> QuantisedWeight:
     """The same weight on another device."""
     return _with(weight, {name: tensor.to(device) for name, tensor in _tensors(weight).items()})
+
+
+def cut(weight: QuantisedWeight, rows: Split, columns: Split | None) -> QuantisedWeight | None:
+    """What a rank holds of a weight; None where its columns end within a group that has one scale."""
+    if rows.is_whole and columns is None:
+        return weight
+    if not isinstance(weight, JOINABLE):
+        return None
+    tensors = {name: rows.pick(tensor) for name, tensor in _tensors(weight).items()}
+    if columns is None:
+        return _with(weight, tensors)
+    if isinstance(weight, Int8Weight):
+        values = columns.pick(tensors["values"], 1)
+        return Int8Weight(values, tensors["scales"], values.sum(-1, dtype=torch.int32))
+    if weight.shape[1] % LARGEST_GROUP:
+        return None
+    (inputs,) = columns.ranges
+    held = {}
+    for name, tensor in tensors.items():
+        each = weight.shape[1] / tensor.shape[1]  # inputs of a column: a part of one, or a group of them
+        first, last = inputs.start / each, inputs.stop / each
+        if first != int(first) or last != int(last):
+            return None
+        held[name] = tensor[:, int(first) : int(last)]
+    return _with(weight, {**held, "in_features": len(inputs)})
 
 
 def join(weights: list[QuantisedWeight]) -> QuantisedWeight | None:

@@ -94,6 +94,6 @@ def test_the_most_memory_is_little_more_than_the_weights(tmp_path: Path) -> None
         if quantization == "none":
             assert 150e6 < weights < 250e6
             assert peak < 1.2 * weights, path
-        else:  # and what quantising the largest matrix takes, of 4096 times 768 floats
+        else:  # and the largest matrix in floats, of 4096 times 768, and as the file and the kernels have it
             assert weights < 50e6
-            assert peak < 1.2 * weights + 6 * 4 * 4096 * 768
+            assert peak < 1.2 * weights + 3 * 4 * 4096 * 768, f"{peak / weights:.2f}"

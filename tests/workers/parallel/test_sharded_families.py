@@ -2,19 +2,21 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import kernels
+from kernels import Quantiser
 from kernels.training import TrainingOps
 from runtime.trainer.lora import TrainableLora
 from runtime.trainer.microbatch import pack
 from runtime.trainer.step import MicroStep
 from runtime.workers.attention import PackedAttention
 from runtime.workers.decoder import Decoder
-from runtime.workers.group import Group
+from runtime.workers.group import SOLO, Group
 from runtime.workers.loading.safetensors_files import find_weights
 from runtime.workers.lora import LoraShape
 from runtime.workers.lora_base import LoraBase
@@ -49,13 +51,19 @@ IDS = torch.randint(0, 128, (40,), generator=torch.Generator().manual_seed(3))
 LENGTHS = [25, 15]
 
 
-def load(path: Path, group: Group, *, quantise: bool = False, ops: str = "reference") -> tuple[Decoder, type[Family]]:
+def load(
+    path: Path, group: Group, *, quantization: str = "none", kept: Quantiser | None = None, ops: str = "reference"
+) -> tuple[Decoder, type[Family]]:
+    """`kept`: the checkpoint's matrices come in integers."""
     config = json.loads((path / "config.json").read_text())
     family = find_model(config)
     spec = family.spec(config)
     cpu = torch.device("cpu")
     decoder = Decoder(spec, kernels.load(ops), max_len=128, dtype=torch.float32, device=cpu, group=group)
-    decoder.load(family.weights(find_weights(path).tensors(), spec), quantization="int8" if quantise else "none")
+    tensors = family.weights(find_weights(path).tensors(), spec)
+    if kept is not None:
+        tensors = ((n, part, kept(x) if isinstance(x, Tensor) and x.ndim == 2 else x) for n, part, x in tensors)
+    decoder.load(tensors, quantization=quantization)
     return decoder, family
 
 
@@ -122,13 +130,28 @@ def test_every_family_is_tried() -> None:
 def test_int8_ranks_compute_the_very_bits_of_one(name: str, ops: str, tmp_path: Path) -> None:
     """A norm over heads of several ranks is summed in another order, so OLMo 2's are only close."""
     make_model(tmp_path, *CASES[name])
-    (expected,) = in_ranks(1, lambda group: logits(load(tmp_path, group, quantise=True, ops=ops)[0]))
+    (expected,) = in_ranks(1, lambda group: logits(load(tmp_path, group, quantization="int8", ops=ops)[0]))
     for size in (2, 4):
-        for found in in_ranks(size, lambda group: logits(load(tmp_path, group, quantise=True, ops=ops)[0])):
+        for found in in_ranks(size, lambda group: logits(load(tmp_path, group, quantization="int8", ops=ops)[0])):
             if name == "olmo2":
                 torch.testing.assert_close(found, expected, atol=2e-2, rtol=1e-2)
             else:
                 assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("ops", [name for name, reason in kernels.available().items() if reason is None])
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("quantization", ["int4", "nf4", "bfloat16"])
+def test_ranks_share_weights_with_a_scale_a_group(quantization: str, kept: bool, ops: str, tmp_path: Path) -> None:
+    """Each quantises activations by its own slice of them, so the last bits differ. All have whole groups here."""
+    make_model(tmp_path, "llama", {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64})
+    quantiser = kernels.QUANTISERS[quantization][0]
+    form: dict[str, Any] = {"kept": quantiser} if kept else {"quantization": quantization}
+    plain = logits(load(tmp_path, SOLO)[0])
+    (expected,) = in_ranks(1, lambda group: logits(load(tmp_path, group, ops=ops, **form)[0]))
+    for size in (2, 4):
+        for found in in_ranks(size, lambda group: logits(load(tmp_path, group, ops=ops, **form)[0])):
+            assert (found - expected).abs().max() < 0.1 * (plain - expected).abs().max()
 
 
 def test_what_cannot_be_shared_is_refused(tmp_path: Path) -> None:
