@@ -42,6 +42,7 @@ from runtime.workers.decoder import Decoder
 from runtime.workers.loading import open_checkpoint
 from runtime.workers.lora import LoraLayers, LoraShape
 from runtime.workers.memory import keep_freed_memory
+from runtime.workers.model import Model
 from settings.load import load as load_settings
 
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -203,7 +204,7 @@ class Beside:
 class Job:
     """A run without an end, and when its steps were done."""
 
-    def __init__(self, decoder: Decoder, *, checkpointing: bool) -> None:
+    def __init__(self, decoder: Model, *, checkpointing: bool) -> None:
         rng = random.Random(0)
         epoch = [uniform(rng) for _ in range(64)]
         spec = RunSpec(
@@ -229,7 +230,7 @@ class Job:
         return sum(tokens for _, tokens in done[1:]) / (done[-1][0] - done[0][0])
 
 
-def stand_alone(decoder: Decoder, checkpointing: bool) -> float:
+def stand_alone(decoder: Model, checkpointing: bool) -> float:
     """The same loop with the machine to itself, on the thread that has the OpenMP team: 4 steps after the first
     two, which get memory from the system."""
     job = Job(decoder, checkpointing=checkpointing)
@@ -259,7 +260,7 @@ def percentile(values: list[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 
-def targets(decoder: Decoder) -> dict[tuple[int, str], tuple[str, ...]]:
+def targets(decoder: Model) -> dict[tuple[int, str], tuple[str, ...]]:
     return {(layer.index, name): parts for layer in decoder.layers for name, parts in PARTS.items()}
 
 

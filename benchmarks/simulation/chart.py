@@ -36,7 +36,7 @@ def draw(outcomes: Mapping[str, Outcome], target: Path, console: Console) -> Non
         axes.set_xlabel(f"{name.upper()}, seconds")
         axes.set_ylabel("share of the requests")
         axes.legend()
-    totals = {
+    totals: dict[str, list[float]] = {
         "output tokens a second": [outcome.throughput for outcome in outcomes.values()],
         "KV waste, %": [100 * outcome.kv_waste for outcome in outcomes.values()],
         "preemptions": [outcome.preemptions for outcome in outcomes.values()],
