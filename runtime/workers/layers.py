@@ -74,7 +74,7 @@ class Parameter:
     @classmethod
     def of(cls, data: Tensor) -> "Parameter":
         """A weight that is there already."""
-        parameter = cls({"": len(data)}, tuple(data.shape[1:]), data.dtype, torch.device("meta"))
+        parameter = cls({"": len(data)}, tuple(data.shape[1:]), data.dtype, data.device)
         parameter.data = data
         parameter._missing.clear()
         return parameter

@@ -37,7 +37,7 @@ def settings(path: Path, **flags: object) -> Any:
     ("model_type", "options", "message"),
     [
         ("mamba", {"num_hidden_layers": 1}, "keeps a state that is not attention"),
-        ("gptj", {}, "does not use its attention interface"),
+        ("gptj", {}, "does not use its attention interface|fails on a few tokens"),  # by the version of transformers
         ("gpt_oss", {"num_local_experts": 4, "head_dim": 16}, "its attention has sinks"),
         ("lfm2", {"layer_types": ["conv", "full_attention"] * 2}, "not every layer of it calls"),
         ("phi", {"rope_parameters": DYNAMIC}, "set max_model_len to at most 256"),
