@@ -4,9 +4,12 @@
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from kernels import triton
 from kernels.bfloat16 import BFloat16Weight, store_bfloat16
 from kernels.cpu import CpuOps
 from kernels.int4 import Int4Weight, quantise_int4
@@ -16,7 +19,20 @@ from kernels.nf4 import Nf4Weight, quantise_nf4
 from kernels.quantised import Int8Weight, QuantisedWeight, Weight, quantise_int8
 from kernels.reference import ReferenceOps
 
-BACKENDS: dict[str, type[Ops]] = {"reference": ReferenceOps, "cpu": CpuOps}
+
+class Backend(NamedTuple):
+    """One way to run the ops, which may not be possible here."""
+
+    unavailable: Callable[[], str | None]
+    """See `Ops.unavailable`."""
+    make: Callable[[], Ops]
+
+
+BACKENDS: dict[str, Backend] = {
+    "reference": Backend(ReferenceOps.unavailable, ReferenceOps),
+    "cpu": Backend(CpuOps.unavailable, CpuOps),
+    "triton": Backend(triton.unavailable, triton.load),
+}
 """From slowest to fastest."""
 
 GroupedWeight = Int4Weight | Int8GroupWeight
@@ -41,29 +57,31 @@ def available() -> dict[str, str | None]:
 
 def chosen() -> str:
     """The backend that "auto" takes here, and for which instruction set it is compiled."""
-    ops = load()
+    ops = load(device=torch.device("cuda") if torch.cuda.is_available() else None)
     return f"{ops.name} ({ops.variant.name})" if isinstance(ops, CpuOps) else ops.name
 
 
-def load(name: str = "auto") -> Ops:
-    """The backend called `name`, or for "auto" the fastest one that works here.
+def load(name: str = "auto", device: torch.device | None = None) -> Ops:
+    """The backend called `name`, or for "auto" the fastest one that works here for tensors on `device` (default: CPU).
 
     Raises `ValueError` when there is no such backend, or when it cannot run here.
     """
     reasons = available()
     if name == "auto":
-        name = [backend for backend, reason in reasons.items() if reason is None][-1]
+        on_gpu = device is not None and device.type == "cuda"
+        name = [backend for backend, why in reasons.items() if why is None and (on_gpu or backend != "triton")][-1]
     if name not in BACKENDS:
         raise ValueError(f"no kernel backend {name!r}; there are: auto, {', '.join(BACKENDS)}")
     if (reason := reasons[name]) is not None:
         raise ValueError(f"kernel backend {name!r} cannot be used here: {reason}")
-    return BACKENDS[name]()
+    return BACKENDS[name].make()
 
 
 __all__ = [
     "BACKENDS",
     "QUANTISERS",
     "BFloat16Weight",
+    "Backend",
     "GroupedWeight",
     "Int4Weight",
     "Int8GroupWeight",

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kernels.groups import PagedGroups, group_rows
 from kernels.quantised import Int8Weight, QuantisedWeight, Weight
+from kernels.tiles import QueryTiles, cut_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +51,11 @@ class PagedRows:
     def groups(self) -> "PagedGroups":
         """The same rows as padded groups with masks, for backends without kernels of their own."""
         return group_rows(self)
+
+    @cached_property
+    def tiles(self) -> "QueryTiles":
+        """The same rows on their device, for kernels that run there."""
+        return cut_rows(self)
 
 
 @dataclass(frozen=True, eq=False)

@@ -252,7 +252,7 @@ def _load_fallback(checkpoint: Checkpoint, settings: ModelSettings) -> Model:
         model = load_fallback(
             checkpoint.source,
             checkpoint.config,
-            kernels.load(settings.kernels),
+            kernels.load(settings.kernels, device),
             max_len=settings.max_model_len,
             dtype=_dtype(settings.dtype, device),
             device=device,
@@ -310,7 +310,7 @@ def _make_decoder(
     if dtype is torch.bfloat16 and device.type == "cpu" and spec.experts is None:
         # Processors without bfloat16 arithmetic would be slower with it: there it is how weights are stored.
         dtype, quantization = torch.float32, "bfloat16" if quantization == "none" else quantization
-    ops = kernels.load(settings.kernels)
+    ops = kernels.load(settings.kernels, device)
     return Decoder(spec, ops, max_len=context, dtype=dtype, device=device, group=group), quantization
 
 

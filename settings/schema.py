@@ -66,7 +66,8 @@ class ModelSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         ),
     ] = None
     kernels: Annotated[
-        Literal["auto", "reference", "cpu"], doc("Backend of the ops; auto takes the fastest one that works here.")
+        Literal["auto", "reference", "cpu", "triton"],
+        doc("Backend of the ops; auto takes the fastest one that works here."),
     ] = "auto"
     deterministic: Annotated[
         bool, doc("Refuse a model whose answers could depend, bit by bit, on what else runs beside them.")

@@ -1,11 +1,20 @@
 """Models that many tests share. Built or fetched once a session, and only when a test asks."""
 
+import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.tiny import make_tiny_llama
+
+with pytest.MonkeyPatch.context() as _patch, contextlib.suppress(ImportError):
+    # Triton's own functions are made for the interpreter or for a device when it is imported, which transformers may do
+    # at any time. The tests of our kernels need the former; nothing else here uses Triton.
+    if not os.path.exists("/dev/nvidiactl"):
+        _patch.setenv("TRITON_INTERPRET", "1")
+    import triton.language  # noqa: F401
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,0 +1,86 @@
+"""The Triton backend: its kernels where tensors are on the GPU and no gradient is wanted, else the reference."""
+
+import torch
+from torch import Tensor
+
+from kernels import triton as package
+from kernels.interface import PagedRows
+from kernels.quantised import Weight
+from kernels.reference import ReferenceOps
+from kernels.triton import attention, norms, pointwise, quantised, rope
+from kernels.triton.launch import takes
+
+CACHE_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
+
+
+class TritonOps(ReferenceOps):
+    """Products of floats are torch's, cuBLAS by name; so are the ops that have no kernel here."""
+
+    name = "triton"
+
+    @classmethod
+    def unavailable(cls) -> str | None:
+        return package.unavailable()
+
+    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+        if not (isinstance(weight, quantised.TAKEN) and takes(x)):
+            return super().linear(x, weight, bias)
+        return quantised.linear(x, weight, bias)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return norms.rms_norm(x, weight, eps) if takes(x, weight) else super().rms_norm(x, weight, eps)
+
+    def rms_norm_plus_one(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        if not takes(x, weight):
+            return super().rms_norm_plus_one(x, weight, eps)
+        return norms.rms_norm(x, weight, eps, plus_one=True)
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        return pointwise.gated(gate_up, pointwise.SILU) if takes(gate_up) else super().silu_mul(gate_up)
+
+    def gelu_mul(self, gate_up: Tensor, *, tanh: bool) -> Tensor:
+        if not takes(gate_up):
+            return super().gelu_mul(gate_up, tanh=tanh)
+        return pointwise.gated(gate_up, pointwise.GELU_TANH if tanh else pointwise.GELU)
+
+    def gelu(self, x: Tensor, *, tanh: bool) -> Tensor:
+        if not takes(x):
+            return super().gelu(x, tanh=tanh)
+        return pointwise.gelu(x, pointwise.GELU_TANH if tanh else pointwise.GELU)
+
+    def rope_and_cache(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        slots: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        if not (takes(q, k, v, cos) and cached(k_cache, q.shape[2])):
+            return super().rope_and_cache(q, k, v, cos, sin, k_cache, v_cache, slots)
+        return rope.rope_and_cache(q, k, v, cos, sin, k_cache, v_cache, slots)
+
+    def paged_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        rows: PagedRows,
+        scale: float,
+        *,
+        window: int | None = None,
+        softcap: float = 0.0,
+    ) -> Tensor:
+        if not (takes(q) and cached(k_cache, q.shape[2])):
+            return super().paged_attention(q, k, v, k_cache, v_cache, rows, scale, window=window, softcap=softcap)
+        return attention.paged_attention(q, k_cache, v_cache, rows, scale, window=window, softcap=softcap)
+
+
+def cached(stored: Tensor, head_dim: int) -> bool:
+    """Whether the kernels can read this cache: the scale behind an int8 head must lie where a float32 may."""
+    return stored.dtype in CACHE_TYPES and (stored.dtype is not torch.int8 or head_dim % 4 == 0)

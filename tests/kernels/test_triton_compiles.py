@@ -1,0 +1,22 @@
+"""The kernels compile for GPUs, which the interpreter does not show: it takes Python that Triton does not."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+KERNELS = {
+    "_decode", "_flat", "_gated", "_grouped", "_int8", "_join", "_prefill", "_quantise", "_rms_norm", "_rope_and_cache",
+}  # fmt: skip
+
+
+def test_every_kernel_compiles_for_ampere(tmp_path: Path) -> None:
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-m", "tests.kernels.compile_triton", "80"]
+    done = subprocess.run(command, env=environment, text=True, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert set(done.stdout.split()) == KERNELS

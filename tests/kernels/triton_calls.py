@@ -1,0 +1,45 @@
+"""A call of every op that has a kernel in Triton, with small tensors on the CPU: for `compile_triton`."""
+
+import torch
+
+from kernels import Int8GroupWeight, PagedRows, cache, quantise_int4, quantise_int8
+from kernels.triton.ops import TritonOps
+
+TYPES = {torch.float32: [torch.float32], torch.bfloat16: [torch.bfloat16, torch.int8]}
+"""Of activations, and of the caches beside them."""
+HEADS, KV, DIM, BLOCKS, BLOCK = 4, 2, 64, 4, 16
+
+
+def calls(ops: TritonOps) -> None:
+    for dtype, caches in TYPES.items():
+        layers(ops, dtype)
+        linears(ops, dtype)
+        for stored in caches:
+            attention(ops, dtype, stored)
+
+
+def layers(ops: TritonOps, dtype: torch.dtype) -> None:
+    x, weight = torch.zeros(3, 64, dtype=dtype), torch.zeros(64, dtype=dtype)
+    ops.rms_norm(x, weight, 1e-5)
+    ops.rms_norm_plus_one(x, weight, 1e-5)
+    ops.silu_mul(x)
+    for tanh in (True, False):
+        ops.gelu_mul(x, tanh=tanh)
+        ops.gelu(x, tanh=tanh)
+
+
+def linears(ops: TritonOps, dtype: torch.dtype) -> None:
+    values = torch.zeros(48, 64)
+    grouped = Int8GroupWeight.of(values, torch.zeros(48, 2))
+    for weight in (quantise_int8(values), quantise_int4(values), grouped):
+        ops.linear(torch.zeros(3, 64, dtype=dtype), weight, torch.zeros(48, dtype=dtype))
+
+
+def attention(ops: TritonOps, dtype: torch.dtype, stored: torch.dtype) -> None:
+    q, k, v = torch.zeros(3, HEADS + 2 * KV, DIM, dtype=dtype).split([HEADS, KV, KV], dim=1)
+    angles = torch.zeros(3, DIM // 2, dtype=dtype)
+    keys, values = (torch.zeros(BLOCKS, BLOCK, KV, cache.width(stored, DIM), dtype=stored) for _ in range(2))
+    ops.rope_and_cache(q, k, v, angles, angles, keys, values, torch.arange(3))
+    rows = PagedRows(torch.arange(3), [1, 2], [5, 0], torch.zeros(2, 1, dtype=torch.int64), BLOCK)
+    for window, softcap in ((None, 0.0), (4, 30.0)):
+        ops.paged_attention(q, k, v, keys, values, rows, 0.1, window=window, softcap=softcap)
