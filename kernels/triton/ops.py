@@ -1,13 +1,15 @@
 """The Triton backend: its kernels where tensors are on the GPU and no gradient is wanted, else the reference."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from kernels import triton as package
-from kernels.interface import PagedRows
+from kernels.interface import LoraSegment, PagedRows
 from kernels.quantised import Weight
 from kernels.reference import ReferenceOps
-from kernels.triton import attention, norms, pointwise, quantised, rope
+from kernels.triton import attention, lora, norms, pointwise, quantised, rope, sampling
 from kernels.triton.launch import takes
 
 CACHE_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
@@ -26,6 +28,12 @@ class TritonOps(ReferenceOps):
         if not (isinstance(weight, quantised.TAKEN) and takes(x)):
             return super().linear(x, weight, bias)
         return quantised.linear(x, weight, bias)
+
+    def lora_apply(self, x: Tensor, y: Tensor, segments: Sequence[LoraSegment]) -> Tensor:
+        factors = [tensor for segment in segments for tensor in (segment.factors.a, *segment.factors.b)]
+        if not (takes(x, y, *factors) and lora.fits(x, y, segments)):
+            return super().lora_apply(x, y, segments)
+        return lora.lora_apply(x, y, segments)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return norms.rms_norm(x, weight, eps) if takes(x, weight) else super().rms_norm(x, weight, eps)
@@ -79,6 +87,19 @@ class TritonOps(ReferenceOps):
         if not (takes(q) and cached(k_cache, q.shape[2])):
             return super().paged_attention(q, k, v, k_cache, v_cache, rows, scale, window=window, softcap=softcap)
         return attention.paged_attention(q, k_cache, v_cache, rows, scale, window=window, softcap=softcap)
+
+    def sample(
+        self,
+        logits: Tensor,
+        uniform: Tensor,
+        temperature: Tensor,
+        top_k: Tensor,
+        top_p: Tensor,
+        min_p: Tensor,
+    ) -> Tensor:
+        if not (takes(logits) and logits.dtype is torch.float32):
+            return super().sample(logits, uniform, temperature, top_k, top_p, min_p)
+        return sampling.sample(logits, uniform, temperature, top_k, top_p, min_p)
 
 
 def cached(stored: Tensor, head_dim: int) -> bool:

@@ -1,4 +1,6 @@
-"""Compiles, for a GPU that is not there, every kernel that the ops launch: `python -m tests.kernels.compile_triton 80`.
+"""Compiles, for a GPU that is not there, every kernel that the ops launch.
+
+`python -m tests.kernels.compile_triton 80 bfloat16`: compute capability, and the type of activations.
 
 Nothing runs: launches end after compilation, and tensors lie on the CPU. Writes the name of each kernel.
 """
@@ -31,7 +33,7 @@ class Pretended:
         return 0
 
 
-def main(capability: int) -> None:
+def main(capability: int, dtype: torch.dtype) -> None:
     names = []
     run = JITFunction.run
 
@@ -45,9 +47,9 @@ def main(capability: int) -> None:
     from kernels.triton.ops import TritonOps
 
     with torch.inference_mode():
-        calls(TritonOps())
+        calls(TritonOps(), dtype)
     sys.stdout.write("\n".join(sorted(set(names))))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), getattr(torch, sys.argv[2]))

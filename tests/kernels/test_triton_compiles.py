@@ -10,13 +10,14 @@ import pytest
 pytest.importorskip("triton")
 
 KERNELS = {
-    "_decode", "_flat", "_gated", "_grouped", "_int8", "_join", "_prefill", "_quantise", "_rms_norm", "_rope_and_cache",
+    "_decode", "_expand", "_flat", "_gated", "_grouped", "_int8", "_join", "_prefill", "_quantise", "_rms_norm",
+    "_rope_and_cache", "_sample", "_shrink", "_temper",
 }  # fmt: skip
 
 
 def test_every_kernel_compiles_for_ampere(tmp_path: Path) -> None:
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-m", "tests.kernels.compile_triton", "80"]
+    command = [sys.executable, "-m", "tests.kernels.compile_triton", "80", "bfloat16"]
     done = subprocess.run(command, env=environment, text=True, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
     assert set(done.stdout.split()) == KERNELS

@@ -2,20 +2,22 @@
 
 import torch
 
-from kernels import Int8GroupWeight, PagedRows, cache, quantise_int4, quantise_int8
+from kernels import Int8GroupWeight, LoraFactors, LoraSegment, PagedRows, cache, quantise_int4, quantise_int8
 from kernels.triton.ops import TritonOps
 
-TYPES = {torch.float32: [torch.float32], torch.bfloat16: [torch.bfloat16, torch.int8]}
-"""Of activations, and of the caches beside them."""
+CACHES = {torch.float32: [torch.float32], torch.bfloat16: [torch.bfloat16, torch.int8]}
+"""Beside activations of a type."""
 HEADS, KV, DIM, BLOCKS, BLOCK = 4, 2, 64, 4, 16
 
 
-def calls(ops: TritonOps) -> None:
-    for dtype, caches in TYPES.items():
-        layers(ops, dtype)
-        linears(ops, dtype)
-        for stored in caches:
-            attention(ops, dtype, stored)
+def calls(ops: TritonOps, dtype: torch.dtype) -> None:
+    layers(ops, dtype)
+    linears(ops, dtype)
+    for stored in CACHES[dtype]:
+        attention(ops, dtype, stored)
+    adapters(ops, dtype)
+    ones = torch.ones(2)
+    ops.sample(torch.zeros(2, 70), ones.double(), ones, torch.full((2,), 70), ones, torch.zeros(2))
 
 
 def layers(ops: TritonOps, dtype: torch.dtype) -> None:
@@ -43,3 +45,10 @@ def attention(ops: TritonOps, dtype: torch.dtype, stored: torch.dtype) -> None:
     rows = PagedRows(torch.arange(3), [1, 2], [5, 0], torch.zeros(2, 1, dtype=torch.int64), BLOCK)
     for window, softcap in ((None, 0.0), (4, 30.0)):
         ops.paged_attention(q, k, v, keys, values, rows, 0.1, window=window, softcap=softcap)
+
+
+def adapters(ops: TritonOps, dtype: torch.dtype) -> None:
+    b = (torch.zeros(32, 4, dtype=dtype), torch.zeros(16, 8, dtype=dtype))
+    factors = LoraFactors(torch.zeros(12, 64, dtype=dtype), b, (0, 32), torch.zeros(12, dtype=dtype))
+    segments = [LoraSegment(torch.tensor([0, 2]), factors), LoraSegment(torch.tensor([1]), factors)]
+    ops.lora_apply(torch.zeros(3, 64, dtype=dtype), torch.zeros(3, 48, dtype=dtype), segments)
