@@ -4,6 +4,7 @@ Autograd's backward of the small ops reads and writes the activations more often
 straight into its place. Values are those of the reference, up to rounding; only float32 takes these ways.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,10 +15,40 @@ from kernels.quantised import QuantisedWeight, Weight, linear_dequantised
 from kernels.reference import ReferenceOps
 
 
+@dataclass(frozen=True, eq=False)
+class TokenLosses:
+    """Of R rows that each predict a token."""
+
+    loss: Tensor
+    """[R] float32, nats."""
+    correct: Tensor
+    """[R] bool: whether the target was the likeliest token."""
+    grad: Tensor
+    """[R, in]: of the sum of losses times a share, with respect to the rows."""
+
+
 class TrainingOps(ReferenceOps):
     """For training: every op differentiable, the frequent ones with fewer temporaries."""
 
     name = "training"
+    fuses_loss = False
+    """Whether `linear_cross_entropy` keeps the logits out of memory, and so is to be used."""
+
+    def linear_cross_entropy(
+        self, hidden: Tensor, weight: Weight, targets: Tensor, share: float, *, scale: float = 1.0, softcap: float = 0.0
+    ) -> TokenLosses:
+        """Cross-entropy of softmax(logits) with targets [R], and its gradient times `share`, without autograd.
+
+        hidden [R, in], normed already; weight [vocab, in]; a logit is scale times their product, and with a softcap c
+        above 0 it is c * tanh(logit / c).
+        """
+        leaf = hidden.detach().requires_grad_()
+        with torch.enable_grad():
+            logits = self.linear(leaf, weight).float() * scale
+            logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+            loss = F.cross_entropy(logits, targets, reduction="none")
+        (grad,) = torch.autograd.grad(loss.sum() * share, leaf)
+        return TokenLosses(loss.detach(), logits.argmax(-1) == targets, grad)
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         if isinstance(weight, QuantisedWeight):

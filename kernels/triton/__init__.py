@@ -10,6 +10,7 @@ from importlib.util import find_spec
 import torch
 
 from kernels.interface import Ops
+from kernels.training import TrainingOps
 
 INTERPRETED = ("1", "true", "on", "yes", "y")
 """What Triton takes for yes, in any case."""
@@ -34,3 +35,12 @@ def load() -> Ops:
     from kernels.triton.ops import TritonOps
 
     return TritonOps()
+
+
+def training_ops(serving: Ops) -> TrainingOps:
+    """The ops for training beside these: with Triton's, a loss that keeps no logits in memory."""
+    if serving.name != "triton":
+        return TrainingOps()
+    from kernels.triton.training import TritonTrainingOps
+
+    return TritonTrainingOps()

@@ -142,7 +142,7 @@ def greedy(decoder: Decoder, prompts: list[list[int]], steps: int) -> list[list[
 
 def test_a_decoder_gives_the_references_tokens(tmp_path: Path) -> None:
     decoder, _ = load(make_tiny_llama(tmp_path / "model"))
-    prompts = [torch.randint(3, 512, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (1, 5, 18)]
-    expected = greedy(decoder, prompts, 4)
+    prompts = [torch.randint(3, 512, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (1, 5, 11)]
+    expected = greedy(decoder, prompts, 3)
     decoder.ops = TRITON
-    assert greedy(decoder, prompts, 4) == expected
+    assert greedy(decoder, prompts, 3) == expected

@@ -14,6 +14,7 @@ with pytest.MonkeyPatch.context() as _patch:
     if UNAVAILABLE is not None:
         pytest.skip(f"triton kernels: {UNAVAILABLE}", allow_module_level=True)
     TRITON = kernels.load("triton")
+    TRAINING = kernels.triton.training_ops(TRITON)
     from kernels.triton.attention import SPLIT  # noqa: F401
     from kernels.triton.launch import DEVICE as _TAKEN
 

@@ -4,6 +4,7 @@ import torch
 
 from kernels import Int8GroupWeight, LoraFactors, LoraSegment, PagedRows, cache, quantise_int4, quantise_int8
 from kernels.triton.ops import TritonOps
+from kernels.triton.training import TritonTrainingOps
 
 CACHES = {torch.float32: [torch.float32], torch.bfloat16: [torch.bfloat16, torch.int8]}
 """Beside activations of a type."""
@@ -16,6 +17,9 @@ def calls(ops: TritonOps, dtype: torch.dtype) -> None:
     for stored in CACHES[dtype]:
         attention(ops, dtype, stored)
     adapters(ops, dtype)
+    TritonTrainingOps().linear_cross_entropy(
+        torch.zeros(3, 64, dtype=dtype), torch.zeros(70, 64, dtype=dtype), torch.zeros(3, dtype=torch.int64), 0.5
+    )
     ones = torch.ones(2)
     ops.sample(torch.zeros(2, 70), ones.double(), ones, torch.full((2,), 70), ones, torch.zeros(2))
 
