@@ -304,10 +304,11 @@ def _make_decoder(
     spec = _checked(find_model(checkpoint.config).spec(checkpoint.config))
     context = _check_context(settings, spec, checkpoint)
     quantization: str = settings.quantization
+    computing = make_device(settings.device).type  # `device` may be none at all, where only shapes are asked for
     dtype = _dtype(settings.dtype, make_device(settings.device))
     if quantization != "none" and spec.experts is not None:
         raise ValueError(f"quantization {quantization!r} is not supported for mixtures of experts; supported is: none")
-    if dtype is torch.bfloat16 and device.type == "cpu" and spec.experts is None:
+    if dtype is torch.bfloat16 and computing == "cpu" and spec.experts is None:
         # Processors without bfloat16 arithmetic would be slower with it: there it is how weights are stored.
         dtype, quantization = torch.float32, "bfloat16" if quantization == "none" else quantization
     ops = kernels.load(settings.kernels, device)
