@@ -39,6 +39,8 @@ def unsuited(decoder: Decoder) -> str | None:
     """Why this decoder's steps cannot be recorded; None: they can."""
     if decoder.device.type != "cuda" or decoder.ops.name != "triton":
         return "only the Triton kernels on CUDA find all that changes from step to step in tensors"
+    if decoder.group.size > 1:
+        return "what ranks add up is not recorded"
     if decoder.spec.experts is not None:
         return "which experts are computed is decided on the host"
     if any(isinstance(parameter.quantised, Nf4Weight) for parameter in decoder.parameters().values()):
@@ -109,7 +111,7 @@ class DecodeGraphs:
 
 def _record(work: Work) -> Work:
     """Once as it is, on a stream beside, which compiles the kernels; then into a graph."""
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         work()

@@ -9,6 +9,8 @@ from runtime.messages import Row, StepPlan, StepResult
 from runtime.workers.adapter_slots import AdapterSlots
 from runtime.workers.attention import PagedAttention
 from runtime.workers.batch import Batch, build_batch
+from runtime.workers.cuda_graphs import DecodeGraphs, unsuited
+from runtime.workers.decoder import Decoder
 from runtime.workers.kv_cache import KVCache
 from runtime.workers.model import Model
 from runtime.workers.moves import execute_moves
@@ -33,6 +35,9 @@ class Worker:
         self._decoder = decoder
         self._cache = cache
         self._host = host
+        self._graphs: DecodeGraphs | None = None
+        if isinstance(decoder, Decoder) and unsuited(decoder) is None:
+            self._graphs = DecodeGraphs(decoder, cache, max_len=max_len)
         self._sampler = Sampler(decoder.ops, decoder.vocabulary)
         self.adapters = adapters
         """None: this worker serves the base alone."""
@@ -70,9 +75,7 @@ class Worker:
         cache = self._cache
         with torch.inference_mode():
             batch = build_batch(rows, self._tokens, self._tables, cache.block_size, self._decoder.device, self._adapted)
-            attention = PagedAttention(self._decoder.ops, cache, batch.paged, self._decoder.spec)
-            adaptation = self.adapters.adaptation(batch.adapters) if self.adapters else None
-            hidden = self._decoder.forward(batch.token_ids, batch.positions, attention, adaptation)
+            hidden = self._hidden(batch)
             if not batch.slots:
                 return StepResult(step=step, slots=[], tokens=[])
             tokens, broken, scores, candidates = self._sample(hidden[batch.sample_at], batch)
@@ -97,6 +100,15 @@ class Worker:
             logprobs=logprobs,
             candidates=candidates,
         )
+
+    def _hidden(self, batch: Batch) -> Tensor:
+        """[T, hidden] after the last layer."""
+        if self._graphs is not None and self._graphs.takes(batch):
+            return self._graphs.forward(batch)
+        decoder = self._decoder
+        attention = PagedAttention(decoder.ops, self._cache, batch.paged, decoder.spec)
+        adaptation = self.adapters.adaptation(batch.adapters) if self.adapters else None
+        return decoder.forward(batch.token_ids, batch.positions, attention, adaptation)
 
     def _sample(
         self, hidden: Tensor, batch: Batch

@@ -111,11 +111,9 @@ def greedy(decoder: Decoder, prompts: list[list[int]], steps: int) -> list[list[
     """Prompts in chunks of different lengths, then all rows together."""
     spec, per = decoder.spec, 8
     stored = KVCache(
-        num_layers=spec.num_layers,
+        spec.kv_shapes,
         num_blocks=per * len(prompts),
         block_size=BLOCK,
-        num_kv_heads=spec.num_kv_heads,
-        head_dim=spec.head_dim,
         dtype=torch.float32,
         device=decoder.device,
     )

@@ -35,11 +35,9 @@ def decoder(tmp_path: Path) -> Decoder:
 def new_cache(decoder: Decoder) -> KVCache:
     spec = decoder.spec
     return KVCache(
-        num_layers=spec.num_layers,
+        spec.kv_shapes,
         num_blocks=3 * PER,
         block_size=BLOCK,
-        num_kv_heads=spec.num_kv_heads,
-        head_dim=spec.head_dim,
         dtype=torch.float32,
         device=decoder.device,
     )
