@@ -5,7 +5,6 @@ bytes and a scale a token. Within a group sums are of integers, and exact; over 
 from the first group to the last, so a row's result does not depend on its batch.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,13 +54,6 @@ class Int4Weight(QuantisedWeight):
     def reordered(self, order: Tensor) -> "Int4Weight":
         """The outputs `order` [out]."""
         return Int4Weight(self.packed[order], self.scales[order], self.minimums[order], self.in_features)
-
-    @classmethod
-    def joined(cls, weights: Sequence["Int4Weight"]) -> "Int4Weight":
-        """Weights of the same inputs, the outputs of one after those of another."""
-        parts = ([w.packed for w in weights], [w.scales for w in weights], [w.minimums for w in weights])
-        packed, scales, minimums = (torch.cat(part) for part in parts)
-        return cls(packed, scales, minimums, weights[0].in_features)
 
     @property
     def shape(self) -> torch.Size:

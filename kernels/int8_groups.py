@@ -3,7 +3,6 @@
 Activations and the order of sums are those of `kernels.int4`.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,12 +40,6 @@ class Int8GroupWeight(QuantisedWeight):
     def reordered(self, order: Tensor) -> "Int8GroupWeight":
         """The outputs `order` [out]."""
         return Int8GroupWeight(self.values[order], self.scales[order], self.in_features)
-
-    @classmethod
-    def joined(cls, weights: Sequence["Int8GroupWeight"]) -> "Int8GroupWeight":
-        """Weights of the same inputs, the outputs of one after those of another."""
-        values, scales = torch.cat([w.values for w in weights]), torch.cat([w.scales for w in weights])
-        return cls(values, scales, weights[0].in_features)
 
     @property
     def shape(self) -> torch.Size:

@@ -69,10 +69,6 @@ class TrainableLora:
                 held[f"{layer}.{name}.b.{part}"] = Held(split, 0)
         return held
 
-    @property
-    def num_parameters(self) -> int:
-        return sum(parameter.numel() for _, parameter in self.parameters())
-
     def capture(self) -> dict[str, Tensor]:
         """A copy of every whole parameter, on the CPU. All ranks at once."""
         return self.shards.gather({name: parameter.detach() for name, parameter in self.parameters()})

@@ -10,16 +10,14 @@ import kernels
 from kernels import Int4Weight, quantise_int4
 from kernels.cpu import CpuOps
 from kernels.cpu.variants import usable_variants
+from runtime.workers.layers import join
+from tests.kernels.rows import check_broken_rows, check_rows_alone, random
 
 REFERENCE = kernels.load("reference")
 BACKENDS = [REFERENCE, *([] if CpuOps.unavailable() else map(CpuOps, usable_variants()))]
 
 backends = pytest.mark.parametrize("ops", BACKENDS, ids=lambda ops: getattr(ops, "variant", ops).name)
 sizes = st.sampled_from([1, 2, 3, 15, 16, 17, 32, 33, 47, 64, 65, 130, 576])
-
-
-def random(*shape: int, seed: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def made_up(out: int, inner: int, seed: int) -> Int4Weight:
@@ -60,28 +58,12 @@ def test_what_is_fused_with_them(ops: kernels.Ops, rows: int, inner: int, out: i
 
 @backends
 def test_a_row_is_the_same_bit_by_bit_in_every_batch_and_on_any_number_of_threads(ops: kernels.Ops) -> None:
-    x, weight = random(300, 577, seed=1), ops.prepare(made_up(77, 577, seed=2))
-    whole = ops.linear(x, weight)
-    threads = torch.get_num_threads()
-    try:
-        for number in (1, 2, 5):
-            torch.set_num_threads(number)
-            for first, last in [(0, 1), (3, 20), (5, 45), (17, 290), (299, 300)]:
-                assert torch.equal(ops.linear(x[first:last], weight), whole[first:last])
-    finally:
-        torch.set_num_threads(threads)
+    check_rows_alone(ops, ops.prepare(made_up(77, 577, seed=2)))
 
 
 @backends
 def test_rows_that_are_zero_or_not_finite_stay_what_they_are(ops: kernels.Ops) -> None:
-    x = random(4, 40, seed=1)
-    x[0] = 0.0
-    x[1, 7] = float("nan")
-    x[2, 7] = float("inf")
-    found = ops.linear(x, ops.prepare(made_up(50, 40, seed=2)))
-    assert torch.equal(found[0], torch.zeros(50))
-    assert not found[1:3].isfinite().any()
-    assert found[3].isfinite().all()
+    check_broken_rows(ops, ops.prepare(made_up(50, 40, seed=2)))
 
 
 @backends
@@ -121,7 +103,8 @@ def test_values_come_back_one_by_one_and_joined() -> None:
     assert weight.shape == (30, 50)
     assert weight.num_bytes == 30 * 2 * (16 + 4)
     assert torch.equal(weight.rows(torch.tensor([3, 3])), weight.dequantise()[[3, 3]])
-    joined = Int4Weight.joined([weight, other])
+    joined = join([weight, other])
+    assert joined is not None
     assert torch.equal(joined.dequantise(), torch.cat((weight.dequantise(), other.dequantise())))
     constant = torch.full((2, 40), 0.25)
     assert torch.equal(quantise_int4(constant).dequantise(), constant)

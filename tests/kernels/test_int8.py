@@ -12,16 +12,13 @@ import kernels
 from kernels.cpu import CpuOps
 from kernels.cpu.variants import usable_variants
 from kernels.quantised import from_sums, largest_of, quantise_int8
+from tests.kernels.rows import check_broken_rows, check_rows_alone, random
 
 REFERENCE = kernels.load("reference")
 BACKENDS = [REFERENCE, *([] if CpuOps.unavailable() else map(CpuOps, usable_variants()))]
 
 backends = pytest.mark.parametrize("ops", BACKENDS, ids=lambda ops: getattr(ops, "variant", ops).name)
 sizes = st.sampled_from([1, 2, 3, 5, 16, 17, 32, 33, 47, 63, 64, 65, 130, 1500])
-
-
-def random(*shape: int, seed: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 @backends
@@ -56,28 +53,15 @@ def test_what_is_fused_with_them(ops: kernels.Ops, rows: int, inner: int, out: i
 
 @backends
 def test_a_row_is_the_same_bit_by_bit_in_every_batch_and_on_any_number_of_threads(ops: kernels.Ops) -> None:
-    x, weight = random(300, 577, seed=1), quantise_int8(random(77, 577, seed=2))
-    whole = ops.linear(x, ops.prepare(weight))
-    threads = torch.get_num_threads()
-    try:
-        for number in (1, 2, 5):
-            torch.set_num_threads(number)
-            for first, last in [(0, 1), (3, 20), (5, 45), (17, 290), (299, 300)]:
-                assert torch.equal(ops.linear(x[first:last], weight), whole[first:last])
-    finally:
-        torch.set_num_threads(threads)
+    weight = quantise_int8(random(77, 577, seed=2))
+    check_rows_alone(ops, ops.prepare(weight), weight)
 
 
 @backends
 def test_rows_that_are_zero_or_not_finite_stay_what_they_are(ops: kernels.Ops) -> None:
-    x = random(4, 40, seed=1)
-    x[0] = 0.0
-    x[1, 7] = float("nan")
-    x[2, 7] = float("inf")
-    found = ops.linear(x, quantise_int8(random(50, 40, seed=2)))
-    assert torch.equal(found[0], torch.zeros(50))
-    assert not found[1:3].isfinite().any()
-    assert found[3].isfinite().all()
+    weight = quantise_int8(random(50, 40, seed=2))
+    check_broken_rows(ops, weight)
+    check_broken_rows(ops, ops.prepare(weight))
 
 
 @backends
