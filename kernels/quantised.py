@@ -96,11 +96,13 @@ def quantise_int8(weight: Tensor, most: Tensor | None = None) -> Int8Weight:
     weight is a slice of the inputs and so cannot tell."""
     values = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     scales = torch.empty(len(weight), device=weight.device)
+    sums = torch.empty(len(weight), dtype=torch.int32, device=weight.device)
     for first in range(0, len(weight), _AT_ONCE):
         part = slice(first, first + _AT_ONCE)
         found, scales[part] = quantise_rows(weight[part].float(), LARGEST, None if most is None else most[part])
         values[part] = found.to(torch.int8)
-    return Int8Weight(values, scales, values.sum(-1, dtype=torch.int32))
+        sums[part] = values[part].sum(-1, dtype=torch.int32)
+    return Int8Weight(values, scales, sums)
 
 
 def linear_quantised(x: Tensor, weight: QuantisedWeight, bias: Tensor | None) -> Tensor:

@@ -4,7 +4,7 @@ import ctypes
 import sys
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # from glibc's malloc.h
-_SMALL, _LARGE = 1 << 20, 1 << 30
+_SMALL, _LARGE = 1 << 17, 1 << 30
 
 
 def return_freed_memory() -> bool:
