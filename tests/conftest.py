@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.tiny import make_tiny_llama
 
@@ -15,6 +16,13 @@ with pytest.MonkeyPatch.context() as _patch, contextlib.suppress(ImportError):
     if not os.path.exists("/dev/nvidiactl"):
         _patch.setenv("TRITON_INTERPRET", "1")
     import triton.language  # noqa: F401
+
+
+# How long an example takes says what else the machine does; fixtures are read only, so examples may share them.
+settings.register_profile(
+    "eft", deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+)
+settings.load_profile("eft")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
@@ -20,7 +20,6 @@ from tests.tiny import CHAT_TEMPLATE, SPECIAL_TOKENS
 
 START, END = 1, 2
 CONTENTS = st.one_of(st.text(), st.text(alphabet="the newt <|_>imend."))
-FIXTURES = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +40,6 @@ def plain(text: str) -> bool:
     return not any(special in text for special in SPECIAL_TOKENS)
 
 
-@FIXTURES
 @given(contents=st.lists(CONTENTS.filter(plain), min_size=1, max_size=3), prompt=st.booleans())
 def test_chat_ids_are_those_of_transformers(
     tokenizer: Tokenizer, theirs: Any, contents: list[str], prompt: bool
@@ -60,7 +58,6 @@ def test_a_continued_chat_is_that_of_transformers(tokenizer: Tokenizer, theirs: 
     assert tokenizer.decode(ids).endswith("A spider has")
 
 
-@FIXTURES
 @given(text=st.text())
 def test_any_text_comes_back(tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=False) == text
@@ -85,7 +82,6 @@ def test_special_text_in_a_message_is_plain_text(tokenizer: Tokenizer, content: 
     assert tokenizer.decode(ids, skip_special_tokens=False) == tokenizer.render_chat(messages)
 
 
-@FIXTURES
 @given(
     contents=st.lists(
         st.lists(st.sampled_from([*SPECIAL_TOKENS, "<|im_", "end|>", "<", "|", " ", "newt", "😀"])).map("".join),

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.detokenizer import Detokenizer
@@ -28,7 +28,7 @@ def stream(detokenizer: Detokenizer, ids: list[int]) -> list[str]:
 text = st.text(st.characters(codec="utf-8", exclude_characters="\ufffd"), max_size=60)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None)
 @given(text=text)
 def test_deltas_add_up_and_are_whole_characters(tokenizer: Tokenizer, text: str) -> None:
     """The tiny tokenizer spells rare characters in single bytes, so most borders are inside one."""
@@ -38,7 +38,7 @@ def test_deltas_add_up_and_are_whole_characters(tokenizer: Tokenizer, text: str)
     assert not any("\ufffd" in part for part in parts)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None)
 @given(text=text, stop=st.lists(st.text("abc é", min_size=1, max_size=4), min_size=1, max_size=3))
 def test_stop_strings_cut_where_they_would_in_the_whole_text(tokenizer: Tokenizer, text: str, stop: list[str]) -> None:
     ids = tokenizer.encode(text, add_special_tokens=False)

@@ -1,14 +1,14 @@
 """Texts with and without a prompt. The wording of Alpaca's prompts is that of its repository."""
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.tokenizer import Tokenizer
 from runtime.trainer.data.problems import RowProblem
 from runtime.trainer.data.texts import TextEncoder, alpaca, prompt_completion
 
-FIXTURES = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+EXAMPLES = settings(max_examples=60)
 END = 2
 
 
@@ -27,7 +27,7 @@ def test_alpacas_prompts() -> None:
     )
 
 
-@FIXTURES
+@EXAMPLES
 @given(prompt=st.text(min_size=1), answer=st.text(min_size=1))
 def test_prompt_and_answer(tokenizer: Tokenizer, prompt: str, answer: str) -> None:
     """The whole is tokenised as serving tokenises it, and ends; all of the answer is trained on."""

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
@@ -15,7 +15,7 @@ from runtime.trainer.examples import Example
 from tests.tiny import SPECIAL_TOKENS
 from tests.trainer.data.conftest import MakeTokenizer
 
-FIXTURES = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+EXAMPLES = settings(max_examples=60)
 START, END = 1, 2
 
 MARKED = (
@@ -54,7 +54,7 @@ CONTENT = st.one_of(st.text(max_size=30), st.text(alphabet="the newt\n.", max_si
 )
 
 
-@FIXTURES
+@EXAMPLES
 @given(contents=st.lists(st.tuples(CONTENT, CONTENT), min_size=1, max_size=4), system=st.none() | CONTENT)
 def test_ids_and_masks_are_those_of_transformers(
     tiny_model: Path, make_tokenizer: MakeTokenizer, contents: list[tuple[str, str]], system: str | None

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from gguf import GGUFReader
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.workers.loading import ModelLoadError, open_checkpoint
@@ -109,7 +109,7 @@ def test_a_file_cut_off_anywhere_is_refused(tiny_gguf: Path, tmp_path: Path) -> 
             open_checkpoint(str(path))
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None)
 @given(flips=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=4))
 def test_flipped_bytes_never_end_in_another_error(
     tiny_gguf: Path, tmp_path: Path, flips: list[tuple[float, int]]
