@@ -23,31 +23,40 @@ class TokenLosses:
     """[R] float32, nats."""
     correct: Tensor
     """[R] bool: whether the target was the likeliest token."""
-    grad: Tensor
-    """[R, in]: of the sum of losses times a share, with respect to the rows."""
+    grad: Tensor | None
+    """[R, in]: of the sum of losses times a share, with respect to the rows; None where no share was given."""
 
 
 class TrainingOps(ReferenceOps):
     """For training: every op differentiable, the frequent ones with fewer temporaries."""
 
     name = "training"
-    fuses_loss = False
-    """Whether `linear_cross_entropy` keeps the logits out of memory, and so is to be used."""
+
+    def fuses_loss(self, hidden: Tensor) -> bool:
+        """Whether `linear_cross_entropy` of such rows keeps the logits out of memory, and so is to be used."""
+        return False
 
     def linear_cross_entropy(
-        self, hidden: Tensor, weight: Weight, targets: Tensor, share: float, *, scale: float = 1.0, softcap: float = 0.0
+        self,
+        hidden: Tensor,
+        weight: Weight,
+        targets: Tensor,
+        share: float | None,
+        *,
+        scale: float = 1.0,
+        softcap: float = 0.0,
     ) -> TokenLosses:
         """Cross-entropy of softmax(logits) with targets [R], and its gradient times `share`, without autograd.
 
         hidden [R, in], normed already; weight [vocab, in]; a logit is scale times their product, and with a softcap c
-        above 0 it is c * tanh(logit / c).
+        above 0 it is c * tanh(logit / c). Without a share there is no gradient.
         """
-        leaf = hidden.detach().requires_grad_()
-        with torch.enable_grad():
+        leaf = hidden.detach().requires_grad_(share is not None)
+        with torch.set_grad_enabled(share is not None):
             logits = self.linear(leaf, weight).float() * scale
             logits = softcap * torch.tanh(logits / softcap) if softcap else logits
             loss = F.cross_entropy(logits, targets, reduction="none")
-        (grad,) = torch.autograd.grad(loss.sum() * share, leaf)
+        grad = None if share is None else torch.autograd.grad(loss.sum() * share, leaf)[0]
         return TokenLosses(loss.detach(), logits.argmax(-1) == targets, grad)
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:

@@ -1,8 +1,8 @@
 """Cross-entropy of a linear over a large vocabulary, with its gradient, and without the logits in memory.
 
 The vocabulary is gone through twice in chunks of `CHUNK`: once for each row's largest logit and the sum of
-exponentials, then for the gradient, chunk by chunk. Products are cuBLAS's; what lies between them is here, one program
-a row (as in arXiv:2410.10989, which cuts up the rows instead).
+exponentials, then, where it is wanted, for the gradient, chunk by chunk. Products are cuBLAS's; what lies between
+them is here, one program a row (as in arXiv:2410.10989, which cuts up the rows instead).
 """
 
 import torch
@@ -65,18 +65,21 @@ def _gradient(logits, targets, first, bests, totals, size, weight, scale, softca
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Weight, targets: Tensor, share: float, *, scale: float = 1.0, softcap: float = 0.0
+    hidden: Tensor, weight: Weight, targets: Tensor, share: float | None, *, scale: float = 1.0, softcap: float = 0.0
 ) -> TokenLosses:
     """`TrainingOps.linear_cross_entropy`."""
     count, vocab = len(hidden), weight.shape[0]
     bests = torch.full((count,), -torch.inf, device=hidden.device)
     totals, at_targets = torch.zeros_like(bests), torch.zeros_like(bests)
-    grad = torch.zeros(hidden.shape, device=hidden.device)
     if not count:
-        return TokenLosses(bests, bests > 0, grad.to(hidden.dtype))
+        return TokenLosses(bests, bests > 0, None if share is None else torch.zeros_like(hidden))
     for first in range(0, vocab, CHUNK):
         logits = F.linear(hidden, _rows(weight, first, hidden.dtype))
         _fold[(count,)](logits, targets, first, bests, totals, at_targets, logits.shape[1], scale, softcap, BLOCK=BLOCK)
+    losses, correct = bests + totals.log() - at_targets, at_targets == bests
+    if share is None:
+        return TokenLosses(losses, correct, None)
+    grad = torch.zeros(hidden.shape, device=hidden.device)
     for first in range(0, vocab, CHUNK):
         part = _rows(weight, first, hidden.dtype)
         logits = F.linear(hidden, part)
@@ -85,7 +88,7 @@ def linear_cross_entropy(
             logits, targets, first, bests, totals, size, share, scale, softcap, BLOCK=BLOCK
         )
         grad += logits @ part
-    return TokenLosses(bests + totals.log() - at_targets, at_targets == bests, grad.to(hidden.dtype))
+    return TokenLosses(losses, correct, grad.to(hidden.dtype))
 
 
 def _rows(weight: Weight, first: int, dtype: torch.dtype) -> Tensor:

@@ -11,10 +11,18 @@ from kernels.triton.launch import takes
 class TritonTrainingOps(TrainingOps):
     """The loss goes over the vocabulary in chunks."""
 
-    fuses_loss = True
+    def fuses_loss(self, hidden: Tensor) -> bool:
+        return takes(hidden)
 
     def linear_cross_entropy(
-        self, hidden: Tensor, weight: Weight, targets: Tensor, share: float, *, scale: float = 1.0, softcap: float = 0.0
+        self,
+        hidden: Tensor,
+        weight: Weight,
+        targets: Tensor,
+        share: float | None,
+        *,
+        scale: float = 1.0,
+        softcap: float = 0.0,
     ) -> TokenLosses:
         if not takes(hidden):
             return super().linear_cross_entropy(hidden, weight, targets, share, scale=scale, softcap=softcap)

@@ -2,7 +2,7 @@
 
 from typing import Protocol
 
-from kernels import Ops
+from kernels.training import TrainingOps
 from runtime.trainer.lora import TrainableLora
 from runtime.trainer.loss import Score
 from runtime.trainer.microbatch import MicroBatch
@@ -24,7 +24,7 @@ class Micro(Protocol):
 
 def micro_step(
     model: Model,
-    ops: Ops,
+    ops: TrainingOps,
     lora: TrainableLora,
     batch: MicroBatch,
     *,

@@ -4,14 +4,14 @@ Lives on the engine thread. Everything random is made from the seed and the step
 does what it would have done. Knows no recipe, no job and no file.
 """
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import msgspec
 from torch import Tensor
 
-from kernels.training import TrainingOps
+from kernels.triton import training_ops
 from runtime.failpoints import failpoint
+from runtime.trainer.clock import clock_of
 from runtime.trainer.events import (
     CheckpointEvent,
     EvalEvent,
@@ -52,17 +52,17 @@ class TrainingRun(SlicedRun):
         write_adapter: WriteAdapter,
         *,
         restored: Restored | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] | None = None,
     ) -> None:
-        """`batches` gives the micro-batches of an epoch (from 0), `test` are those to evaluate on. Raises
-        `ValueError` when `restored` is from another run."""
+        """`batches` gives the micro-batches of an epoch (from 0), `test` are those to evaluate on; the default `clock`
+        is that of the decoder's device. Raises `ValueError` when `restored` is from another run."""
         self._decoder = decoder
         self._spec = spec
         self._batches = batches
         self._test = test
         self._write_adapter = write_adapter
-        self._clock = clock
-        self._ops = TrainingOps()
+        self._clock = clock = clock or clock_of(decoder.device)
+        self._ops = training_ops(decoder.ops)
         self._lora = TrainableLora(decoder, spec.targets, spec.shape, seed=spec.seed)
         self._optimizer = Optimizer(self._lora.parameters(), spec.optimizer, self._lora.shards)
         self._watchdog = Watchdog(spec.watchdog, decoder.spec.vocab_size)

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kernels import Ops
+from kernels.training import TrainingOps
 from runtime.trainer.lora import TrainableLora, TrainingAdaptation
 from runtime.trainer.microbatch import MicroBatch
 from runtime.trainer.slices import Slice, Sliced, Slices
@@ -28,8 +28,7 @@ class Context:
     """What all layers of a micro-step share."""
 
     decoder: Decoder
-    ops: Ops
-    """Differentiable ones."""
+    ops: TrainingOps
     lora: TrainableLora
     batch: MicroBatch
     dropout: float

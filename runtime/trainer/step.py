@@ -5,7 +5,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kernels import Ops
+from kernels.training import TrainingOps
+from runtime.trainer.fused_loss import LEAST_ROWS as LEAST_FUSED
+from runtime.trainer.fused_loss import MOST_ROWS as MOST_FUSED
+from runtime.trainer.fused_loss import fused_cross_entropy, fuses
 from runtime.trainer.lora import TrainableLora
 from runtime.trainer.loss import Score, Vocabulary
 from runtime.trainer.microbatch import MicroBatch
@@ -26,7 +29,7 @@ class MicroStep:
     def __init__(
         self,
         decoder: Decoder,
-        ops: Ops,
+        ops: TrainingOps,
         lora: TrainableLora,
         batch: MicroBatch,
         *,
@@ -34,7 +37,7 @@ class MicroStep:
         seed: int = 0,
         checkpointing: bool = True,
     ) -> None:
-        """`ops` must be differentiable. `seed` decides the dropout masks."""
+        """`seed` decides the dropout masks."""
         self._checkpointing = checkpointing
         self._context = Context(
             decoder=decoder,
@@ -78,6 +81,9 @@ class MicroStep:
 
     def _loss(self, hidden: Tensor, grad: Tensor | None, weight: float) -> Slices:
         """Score the rows that are trained on; write the gradient of the hidden states into `grad`."""
+        if fuses(self._context.decoder, self._context.ops, hidden):
+            yield from self._fused_loss(hidden, grad, weight)
+            return
         for start in range(0, self._context.batch.num_trained, MOST_ROWS):
             part = slice(start, min(start + MOST_ROWS, self._context.batch.num_trained))
             yield from self._loss_of(part, hidden, grad, weight)
@@ -98,6 +104,21 @@ class MicroStep:
             kind = f"logits_backward/{size}"
             yield from _all(kind, head.width, LEAST_VOCABULARY, head.backward, most=MOST_VOCABULARY)
             grad[rows] = head.hidden_grad()
+
+    def _fused_loss(self, hidden: Tensor, grad: Tensor | None, weight: float) -> Slices:
+        """The same, some rows a slice."""
+        context = self._context
+
+        def work(part: slice) -> None:
+            rows, targets = context.batch.rows[part], context.batch.targets[part]
+            share = None if grad is None else weight
+            score, found = fused_cross_entropy(context.decoder, context.ops, hidden[rows], targets, share)
+            self.score.add(score)
+            if grad is not None and found is not None:
+                grad[rows] = found
+
+        kind = "fused_score" if grad is None else "fused_loss"
+        yield from _all(kind, context.batch.num_trained, LEAST_FUSED, work, most=MOST_FUSED)
 
 
 def _all(kind: str, amount: int, least: int, work: Callable[[slice], None], *, most: int | None = None) -> Slices:

@@ -107,7 +107,7 @@ class Decoder:
     def own_logits(self, hidden: Tensor, ops: Ops | None = None) -> Tensor:
         """The same for this rank's tokens alone, see `vocabulary`."""
         ops = ops or self.ops
-        weight = (self._head or self.embedding).weight.value
+        weight = self.head
         if self.group.size == 1 or not torch.is_grad_enabled():
             logits = self.norm.then_linear(ops, hidden, weight, None).float()
         else:
@@ -116,6 +116,11 @@ class Decoder:
             logits = logits * self.spec.logit_scale
         cap = self.spec.logit_softcap
         return cap * torch.tanh(logits / cap) if cap else logits
+
+    @property
+    def head(self) -> Weight:
+        """What the normed hidden states are multiplied with for this rank's logits, [own tokens, hidden]."""
+        return (self._head or self.embedding).weight.value
 
     def head_rows(self, tokens: slice) -> Tensor:
         """The weights that give the logits of some of this rank's vocabulary, as far as it goes, in floating point:

@@ -12,8 +12,9 @@ PLAIN = training_ops(REFERENCE)
 
 
 def test_which_ops_there_are() -> None:
-    assert TRAINING.fuses_loss
+    assert TRAINING.fuses_loss(random(2, 4, seed=0))
     assert type(PLAIN) is TrainingOps
+    assert not PLAIN.fuses_loss(random(2, 4, seed=0))
 
 
 @pytest.mark.parametrize(("rows", "vocab"), [(0, 5), (1, 1), (3, 70), (2, 8192 + 11)])
@@ -30,4 +31,9 @@ def test_loss_and_gradient(rows: int, vocab: int, scale: float, softcap: float) 
         )
         assert torch.allclose(found.loss, expected.loss, rtol=1e-5, atol=1e-5)
         assert torch.equal(found.correct, expected.correct)
+        assert found.grad is not None
+        assert expected.grad is not None
         assert torch.allclose(found.grad, expected.grad, rtol=1e-4, atol=1e-5)
+        scored = TRAINING.linear_cross_entropy(hidden, head, targets, None, scale=scale, softcap=softcap)
+        assert scored.grad is None
+        assert torch.equal(scored.loss, found.loss)
