@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kernels.groups import PagedGroups, group_rows
 from kernels.quantised import Int8Weight, QuantisedWeight, Weight
+from kernels.several import SeveralTokens, pick_several
 from kernels.tiles import QueryTiles, cut_rows
 
 
@@ -56,6 +57,11 @@ class PagedRows:
     def tiles(self) -> "QueryTiles":
         """The same rows on their device, for kernels that run there."""
         return cut_rows(self)
+
+    @cached_property
+    def several(self) -> "SeveralTokens":
+        """Those of several tokens, of which there must be one, apart from the others."""
+        return pick_several(self)
 
 
 @dataclass(frozen=True, eq=False)

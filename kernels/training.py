@@ -32,6 +32,11 @@ class TrainingOps(ReferenceOps):
 
     name = "training"
 
+    @property
+    def packs(self) -> bool:
+        """Whether `packed_attention` of many sequences is one piece of work, and not one for each."""
+        return False
+
     def fuses_loss(self, hidden: Tensor) -> bool:
         """Whether `linear_cross_entropy` of such rows keeps the logits out of memory, and so is to be used."""
         return False

@@ -32,15 +32,19 @@ def interpreted() -> bool:
 
 def load() -> Ops:
     """The backend. Raises `ImportError` without Triton."""
+    from kernels.triton import flash
     from kernels.triton.ops import TritonOps
 
-    return TritonOps()
+    return TritonOps(flash.load())
 
 
 def training_ops(serving: Ops) -> TrainingOps:
-    """The ops for training beside these: with Triton's, a loss that keeps no logits in memory."""
+    """The ops for training beside these: with Triton's, a loss that keeps no logits in memory, and
+    flash-attn where they have it."""
     if serving.name != "triton":
         return TrainingOps()
+    from kernels.triton.ops import TritonOps
     from kernels.triton.training import TritonTrainingOps
 
-    return TritonTrainingOps()
+    assert isinstance(serving, TritonOps)
+    return TritonTrainingOps(serving.flash)

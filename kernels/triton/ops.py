@@ -1,4 +1,7 @@
-"""The Triton backend: its kernels where tensors are on the GPU and no gradient is wanted, else the reference."""
+"""The Triton backend: its kernels where tensors are on the GPU and no gradient is wanted, else the reference.
+
+Rows of several tokens are attended to by flash-attn where that is installed and can read the cache.
+"""
 
 from collections.abc import Sequence
 
@@ -10,6 +13,7 @@ from kernels.interface import LoraSegment, PagedRows
 from kernels.quantised import Weight
 from kernels.reference import ReferenceOps
 from kernels.triton import attention, lora, norms, pointwise, quantised, rope, sampling
+from kernels.triton.flash import FlashAttention
 from kernels.triton.launch import takes
 
 CACHE_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
@@ -19,6 +23,9 @@ class TritonOps(ReferenceOps):
     """Products of floats are torch's, cuBLAS by name; so are the ops that have no kernel here."""
 
     name = "triton"
+
+    def __init__(self, flash: FlashAttention | None = None) -> None:
+        self.flash = flash
 
     @classmethod
     def unavailable(cls) -> str | None:
@@ -86,7 +93,16 @@ class TritonOps(ReferenceOps):
     ) -> Tensor:
         if not (takes(q) and cached(k_cache, q.shape[2])):
             return super().paged_attention(q, k, v, k_cache, v_cache, rows, scale, window=window, softcap=softcap)
-        return attention.paged_attention(q, k_cache, v_cache, rows, scale, window=window, softcap=softcap)
+        if self.flash is None or not self.flash.takes_paged(q, k_cache, rows):
+            return attention.paged_attention(q, k_cache, v_cache, rows, scale, window=window, softcap=softcap)
+        found = self.flash.paged(q, k_cache, v_cache, rows, scale, window=window, softcap=softcap)
+        several = rows.several
+        if not several.first:
+            return found
+        alone = attention.paged_attention(
+            q[: several.first], k_cache, v_cache, several.alone, scale, window=window, softcap=softcap
+        )
+        return torch.cat((alone, found))
 
     def sample(
         self,

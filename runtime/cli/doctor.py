@@ -6,14 +6,15 @@ from itertools import groupby
 import msgspec
 from rich.table import Table
 
-from runtime.cli.findings import Finding, environment, machine, plugins, software, storage
+from runtime.cli.findings import Finding, environment, flash_attention, machine, plugins, software, storage
 from runtime.cli.flags import Json
 from runtime.cli.output import console
 
 
 def doctor(*, json: Json = False) -> int:
     """Report machine, software, kernels, model cache, plugins and settings. Exit code 1 when something is broken."""
-    found = [*software.find(), *machine.find(), *storage.find(), *plugins.find(), *environment.find()]
+    areas = (software, flash_attention, machine, storage, plugins, environment)
+    found = [finding for area in areas for finding in area.find()]
     if json:
         _print_json(found)
     else:

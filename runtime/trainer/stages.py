@@ -38,6 +38,11 @@ class Context:
     lowest: int
     """Below this layer nothing is trained, so no gradient is wanted."""
 
+    @property
+    def stretches(self) -> tuple[slice, ...]:
+        """Tokens that are attended to in one piece of work: a sequence, or all of them."""
+        return (slice(0, self.batch.num_tokens),) if self.ops.packs else self.batch.sequences
+
     def adaptation(self, rows: slice) -> TrainingAdaptation:
         tokens = self.batch.num_tokens
         return TrainingAdaptation(self.lora, dropout=self.dropout, seed=self.seed, rows=rows, num_tokens=tokens)
@@ -149,20 +154,21 @@ class TokenStage:
 
 
 class AttendStage:
-    """Attention: from `q`, `k` and `v` to `mixed`. Cut by sequences, and those by their key/value heads."""
+    """Attention: from `q`, `k` and `v` to `mixed`. Cut by sequences, where they are not one piece of work, and by
+    key/value heads."""
 
     name = "attend"
 
     def forward(self, context: Context, state: LayerState, *, keep: bool) -> Slices:
         heads = context.decoder.heads.kv.size
         pieces: list[Piece] = []
-        for sequence in context.batch.sequences:
-            size = _size(sequence)
+        for stretch in context.stretches:
+            size = _size(stretch)
             kind, then = (f"attend_kept/{size}", f"attend_backward/{size}") if keep else (f"attend/{size}", None)
             head = 0
             while head < heads:
                 done = yield Slice(kind, heads - head, then=then)
-                pieces.append(self._piece(context, state, sequence, range(head, head + done), keep=keep))
+                pieces.append(self._piece(context, state, stretch, range(head, head + done), keep=keep))
                 head += done
         state.values["mixed"] = self._join(context, pieces)
         if keep:
@@ -195,17 +201,18 @@ class AttendStage:
             assert value is not None
             state.grads[name][piece.rows, place] = value
 
-    def _piece(self, context: Context, state: LayerState, sequence: slice, heads: range, *, keep: bool) -> Piece:
+    def _piece(self, context: Context, state: LayerState, rows: slice, heads: range, *, keep: bool) -> Piece:
         queries, groups = _heads(context, heads)
         places = {"q": queries, "k": groups, "v": groups}
-        q, k, v = (state.values[n][sequence, at].detach().requires_grad_(keep) for n, at in places.items())
-        attention = PackedAttention(context.ops, [sequence.stop - sequence.start], context.decoder.spec)
-        cos, sin = (table[:, sequence] for table in context.angles)
+        q, k, v = (state.values[n][rows, at].detach().requires_grad_(keep) for n, at in places.items())
+        sequences = (one for one in context.batch.sequences if rows.start <= one.start < rows.stop)
+        attention = PackedAttention(context.ops, [one.stop - one.start for one in sequences], context.decoder.spec)
+        cos, sin = (table[:, rows] for table in context.angles)
         with torch.set_grad_enabled(keep):
-            return Piece(sequence, (q, k, v), (attention(state.layer.index, q, k, v, cos, sin),))
+            return Piece(rows, (q, k, v), (attention(state.layer.index, q, k, v, cos, sin),))
 
     def _join(self, context: Context, pieces: list[Piece]) -> Tensor:
-        """The pieces' outputs, each [sequence, some heads, D], as one [T, H, D]."""
+        """The pieces' outputs, each [some tokens, some heads, D], as one [T, H, D]."""
         made = [piece.outputs[0].detach() for piece in pieces]
         heads = context.decoder.heads.q.size
         if len(made) == 1:
@@ -287,7 +294,7 @@ def _joined(tensors: list[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
-def _size(sequence: slice) -> int:
+def _size(stretch: slice) -> int:
     """Attention over sequences of one power of two costs alike."""
-    length: int = sequence.stop - sequence.start
+    length: int = stretch.stop - stretch.start
     return length.bit_length()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.cli.findings import environment, machine, size, software, storage
+from runtime.cli.findings import environment, flash_attention, machine, size, software, storage
 from runtime.version import version
 from tests.cli.conftest import Eft
 
@@ -49,6 +49,37 @@ def test_json_has_every_area_and_says_that_all_is_well(eft: Eft, kernels: dict[s
     assert report["software"]["kernels: reference"]["value"] == "works"
     assert report["software"]["kernels: triton"]["value"] == "needs a GPU"
     assert report["software"]["kernels"]["value"] == "reference"
+
+
+@pytest.mark.parametrize(
+    ("reason", "variables", "expected"),
+    [
+        ("not installed", {}, "not used: not installed"),
+        (
+            None,
+            {},
+            "used in training; prompts are left to Triton, as cache.block_size is 16, and it reads multiples of 256",
+        ),
+        (None, {"EFT_CACHE_BLOCK_SIZE": "512"}, "used for prompts and in training"),
+        (
+            None,
+            {"EFT_CACHE_BLOCK_SIZE": "256", "EFT_CACHE_KV_CACHE_DTYPE": "int8"},
+            "used in training; prompts are left to Triton, as the cache holds int8, and it reads bfloat16",
+        ),
+        (
+            None,
+            {"EFT_CACHE_BLOCK_SIZE": "256", "EFT_MODEL_DTYPE": "float32"},
+            "used in training; prompts are left to Triton, as the cache holds float32, and it reads bfloat16",
+        ),
+    ],
+)
+def test_what_flash_attn_is_used_for(
+    monkeypatch: pytest.MonkeyPatch, reason: str | None, variables: dict[str, str], expected: str
+) -> None:
+    monkeypatch.setattr("kernels.triton.flash.unavailable", lambda: reason)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert by_name(flash_attention.find())["flash-attn"] == expected
 
 
 def test_text_names_what_is_broken_and_exits_with_1(

@@ -17,6 +17,8 @@ with pytest.MonkeyPatch.context() as _patch:
     TRAINING = kernels.triton.training_ops(TRITON)
     from kernels.triton.attention import SPLIT  # noqa: F401
     from kernels.triton.launch import DEVICE as _TAKEN
+    from kernels.triton.ops import TritonOps  # noqa: F401
+    from kernels.triton.training import TritonTrainingOps  # noqa: F401
 
     assert _TAKEN == DEVICE, "kernels.triton was imported before this module, so nothing would be tested"
     import triton.experimental.gluon  # noqa: F401  Triton imports it at a first launch, and needs the variable for it
