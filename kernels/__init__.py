@@ -55,9 +55,9 @@ def available() -> dict[str, str | None]:
     return {name: backend.unavailable() for name, backend in BACKENDS.items()}
 
 
-def chosen() -> str:
-    """The backend that "auto" takes here, and for which instruction set it is compiled."""
-    ops = load(device=torch.device("cuda") if torch.cuda.is_available() else None)
+def chosen(device: torch.device) -> str:
+    """The backend that "auto" takes for tensors on `device`, and for which instruction set it is compiled."""
+    ops = load(device=device)
     return f"{ops.name} ({ops.variant.name})" if isinstance(ops, CpuOps) else ops.name
 
 

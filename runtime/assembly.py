@@ -1,46 +1,51 @@
-"""From settings to a working engine: opens the checkpoint, sizes the cache, puts the parts together."""
+"""From settings to a working engine: has the model loaded, sizes the cache, puts the parts together."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import psutil
 import torch
-from msgspec import ValidationError, convert
 
-import kernels
 from runtime.blocks import BlockManager, SwapSpace
 from runtime.engine import Engine
 from runtime.hooks import Hooks
-from runtime.logs import get_logger
 from runtime.metrics import Metrics
+from runtime.model_loading import base_of, describe_decoder, load_decoder, load_model
 from runtime.scheduler import Scheduler, Speculation
 from runtime.scheduler.policies import make_policy
 from runtime.tenants import tenant_weights
 from runtime.trainer.run import make_run_on
 from runtime.trainer.sliced_run import MakeRun
 from runtime.workers.adapter_slots import AdapterSlots
-from runtime.workers.decoder import Decoder
 from runtime.workers.determinism import obstacle
+from runtime.workers.device import make_device
 from runtime.workers.executor import Executor, InProcessExecutor
-from runtime.workers.group import SOLO, Group, Member
+from runtime.workers.group import Member
 from runtime.workers.kv_cache import KVCache, block_bytes
-from runtime.workers.layers import WeightError
 from runtime.workers.loading import Checkpoint, open_checkpoint
 from runtime.workers.loading.errors import ModelLoadError
 from runtime.workers.lora_base import LoraBase
 from runtime.workers.memory import keep_freed_memory, return_freed_memory
 from runtime.workers.model import Model
-from runtime.workers.models import find_model, is_native
-from runtime.workers.spec import DecoderSpec
+from runtime.workers.models import find_model
 from runtime.workers.worker import Worker
-from settings.schema import CacheSettings, ModelSettings, ParallelSettings, SchedulerSettings, Settings
+from settings.schema import CacheSettings, ParallelSettings, SchedulerSettings, Settings
+
+__all__ = [
+    "Assembled",
+    "assemble",
+    "base_of",
+    "cache_dtype",
+    "describe_decoder",
+    "load_decoder",
+    "load_model",
+    "make_cache",
+    "make_device",
+    "make_scheduler",
+    "tensor_parallel",
+]
 
 DEFAULT_CONTEXTS = 4
 """Without a setting the cache holds so many full contexts, if a quarter of the free memory does."""
-
-
-_log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -70,9 +75,10 @@ def assemble(settings: Settings) -> Assembled:
     name = settings.model.served_model_name or checkpoint.name
     if (size := tensor_parallel(settings.parallel)) > 1:
         return _assemble_ranks(settings, checkpoint, name, size)
-    decoder = load_model(checkpoint, settings.model)
+    device = make_device(settings.model.device)
+    decoder = load_model(checkpoint, settings.model, device=device)
     keep_freed_memory()
-    cache = _plan_cache(settings, decoder, _free_bytes(decoder.device))
+    cache = _plan_cache(settings, decoder, _free_bytes(device))
     if settings.model.deterministic and (reason := obstacle(decoder, cache.max_len)) is not None:
         raise ModelLoadError(f"model.deterministic cannot be promised for {name}: {reason}.")
     dtype = cache_dtype(settings.cache.kv_cache_dtype, decoder)
@@ -81,13 +87,14 @@ def assemble(settings: Settings) -> Assembled:
     cpu, host_blocks = torch.device("cpu"), cache.num_host_blocks
     worker = Worker(
         decoder,
-        make_cache(decoder, cache.num_blocks, cache.block_size, decoder.device, dtype),
+        make_cache(decoder, cache.num_blocks, cache.block_size, device, dtype),
         max_running=settings.scheduler.max_running,
         max_len=cache.max_len,
         host=make_cache(decoder, host_blocks, cache.block_size, cpu, dtype) if host_blocks else None,
         adapters=slots,
     )
-    return _assembled(settings, checkpoint, InProcessExecutor(worker), decoder, lora_base, cache, make_run_on(decoder))
+    executor = InProcessExecutor(worker)
+    return _assembled(settings, checkpoint, executor, decoder, lora_base, cache, make_run_on(decoder), device)
 
 
 def _assemble_ranks(settings: Settings, checkpoint: Checkpoint, name: str, size: int) -> Assembled:
@@ -105,12 +112,13 @@ def _assemble_ranks(settings: Settings, checkpoint: Checkpoint, name: str, size:
     if settings.model.deterministic:
         raise ModelLoadError(f"model.deterministic is promised for one rank alone, and parallel.tp is {size}.")
     launch = launcher(settings, size)
+    device = make_device(settings.model.device)
     shapes = describe_decoder(checkpoint, settings.model, Member(size))
     load = Load(model=settings.model, name=name, max_lora_rank=settings.adapters.max_lora_rank)
     executor = DistributedExecutor(launch, load, timeout=settings.parallel.rank_timeout)
     try:
         loaded = executor.loaded
-        sharing = 1 if make_device(settings.model.device).type == "cuda" else launch.per_node
+        sharing = 1 if device.type == "cuda" else launch.per_node
         cache = _plan_cache(settings, shapes, min(one.free_bytes for one in loaded) // sharing)
         lora_base = LoraBase.described(shapes, find_model(checkpoint.config), name, loaded[0].fingerprint)
         executor.allocate(
@@ -123,7 +131,8 @@ def _assemble_ranks(settings: Settings, checkpoint: Checkpoint, name: str, size:
             )
         )
         executor.base = lora_base
-        return _assembled(settings, checkpoint, executor, shapes, lora_base, cache, make_run_on_ranks(executor))
+        make_run = make_run_on_ranks(executor)
+        return _assembled(settings, checkpoint, executor, shapes, lora_base, cache, make_run, device)
     except BaseException:
         executor.close()
         raise
@@ -163,7 +172,9 @@ def _assembled(
     lora_base: LoraBase,
     cache: _Cache,
     make_run: MakeRun,
+    device: torch.device,
 ) -> Assembled:
+    """`device`: that of this process or of its ranks."""
     scheduler = make_scheduler(
         settings.scheduler, settings.cache, cache.num_blocks, decoder.spec.window, cache.num_host_blocks
     )
@@ -181,7 +192,7 @@ def _assembled(
         checkpoint.tokenizer,
         metrics,
         max_len=cache.max_len,
-        asynchronous=_asynchronous(settings.scheduler.asynchronous, make_device(settings.model.device)),
+        asynchronous=_asynchronous(settings.scheduler.asynchronous, device),
         hooks=Hooks.installed(),
     )
     return Assembled(engine, lora_base.name, cache.block_size, cache.num_blocks, decoder, lora_base, make_run)
@@ -228,152 +239,9 @@ def make_scheduler(
     )
 
 
-def load_model(checkpoint: Checkpoint, settings: ModelSettings) -> Model:
-    """The checkpoint's weights in our decoder, or in transformers' modules where there is no family for them; on the
-    device and in the type that the settings ask for. Raises `ModelLoadError`."""
-    return load_decoder(checkpoint, settings) if is_native(checkpoint.config) else _load_fallback(checkpoint, settings)
-
-
-def base_of(model: Model, checkpoint: Checkpoint, name: str) -> LoraBase:
-    """What adapters for `model`, made from `checkpoint`, must fit."""
-    if isinstance(model, Decoder):
-        return LoraBase.of(model, find_model(checkpoint.config), name)
-    from runtime.workers.fallback import FallbackDecoder, lora_base
-
-    assert isinstance(model, FallbackDecoder)
-    return lora_base(model, name)
-
-
-def _load_fallback(checkpoint: Checkpoint, settings: ModelSettings) -> Model:
-    from runtime.workers.fallback import load_fallback  # imports transformers
-
-    device = make_device(settings.device)
-    try:
-        model = load_fallback(
-            checkpoint.source,
-            checkpoint.config,
-            kernels.load(settings.kernels, device),
-            max_len=settings.max_model_len,
-            dtype=_dtype(settings.dtype, device),
-            device=device,
-            quantization=settings.quantization,
-        )
-    except (WeightError, ValueError) as error:
-        raise ModelLoadError(f"{checkpoint.name}: {error}") from error
-    _check_context(settings, model.spec, checkpoint)
-    architecture = ", ".join(checkpoint.config.get("architectures", []))
-    _log.warning(
-        "no_native_model",
-        architecture=architecture,
-        served_through="transformers",
-        lora_targets=len(model.targets),
-    )
-    return model
-
-
-def load_decoder(
-    checkpoint: Checkpoint, settings: ModelSettings, group: Group = SOLO, *, device: torch.device | None = None
-) -> Decoder:
-    """The checkpoint's weights in our decoder, or one rank's share of them, on the device (else the one that the
-    settings ask for) and in the type that the settings ask for. Raises `ModelLoadError`."""
-    device = device or make_device(settings.device)
-    with _load_errors(checkpoint):
-        decoder, quantization = _make_decoder(checkpoint, settings, group, device)
-        stored = _blocks(checkpoint, device) if quantization == "gguf" else checkpoint.tensors()
-        decoder.load(find_model(checkpoint.config).weights(stored, decoder.spec), quantization=quantization)
-    return decoder
-
-
-def describe_decoder(checkpoint: Checkpoint, settings: ModelSettings, group: Group) -> Decoder:
-    """The decoder of one of the ranks without its weights, which takes no memory: for its shapes. Raises
-    `ModelLoadError`, also for what so many ranks cannot share."""
-    architecture = ", ".join(checkpoint.config.get("architectures", []))
-    with _load_errors(checkpoint):
-        if not is_native(checkpoint.config):
-            raise ValueError(f"{architecture} is served through transformers, which works with one rank")
-        try:
-            return _make_decoder(checkpoint, settings, group, torch.device("meta"))[0]
-        except ValueError as error:
-            raise ValueError(f"{architecture}: {error}") from error
-
-
-def _make_decoder(
-    checkpoint: Checkpoint, settings: ModelSettings, group: Group, device: torch.device
-) -> tuple[Decoder, str]:
-    """A decoder without weights, and in which form it is to hold them."""
-    spec = _checked(find_model(checkpoint.config).spec(checkpoint.config))
-    context = _check_context(settings, spec, checkpoint)
-    quantization: str = settings.quantization
-    computing = make_device(settings.device).type  # `device` may be none at all, where only shapes are asked for
-    dtype = _dtype(settings.dtype, make_device(settings.device))
-    if quantization != "none" and spec.experts is not None:
-        raise ValueError(f"quantization {quantization!r} is not supported for mixtures of experts; supported is: none")
-    if dtype is torch.bfloat16 and computing == "cpu" and spec.experts is None:
-        # Processors without bfloat16 arithmetic would be slower with it: there it is how weights are stored.
-        dtype, quantization = torch.float32, "bfloat16" if quantization == "none" else quantization
-    ops = kernels.load(settings.kernels, device)
-    return Decoder(spec, ops, max_len=context, dtype=dtype, device=device, group=group), quantization
-
-
-@contextmanager
-def _load_errors(checkpoint: Checkpoint) -> Iterator[None]:
-    try:
-        yield
-    except (WeightError, ValueError) as error:
-        raise ModelLoadError(f"{checkpoint.name}: {error}") from error
-    except KeyError as error:
-        raise ModelLoadError(f"{checkpoint.name}: config.json has no {error.args[0]!r}") from error
-
-
-def _check_context(settings: ModelSettings, spec: DecoderSpec, checkpoint: Checkpoint) -> int:
-    """The longest sequence to serve. Raises `ModelLoadError`."""
-    context = settings.max_model_len or spec.max_position
-    if context > spec.max_context:
-        raise ModelLoadError(
-            f"max_model_len is {context}, but {checkpoint.name} was made for at most {spec.max_context} tokens."
-        )
-    return context
-
-
-def _blocks(checkpoint: Checkpoint, device: torch.device) -> Iterator[tuple[str, kernels.Weight]]:
-    if device.type != "cpu":
-        raise ModelLoadError(f"quantization gguf works on the CPU, and model.device is {device.type!r}.")
-    return checkpoint.blocks()
-
-
-def _checked(spec: DecoderSpec) -> DecoderSpec:
-    """Raise `ValueError` when a value from config.json is not of the type that the spec says."""
-    try:
-        return convert(spec, DecoderSpec, from_attributes=True)
-    except ValidationError as error:
-        raise ValueError(f"config.json: {error}") from None
-
-
 def _asynchronous(mode: str, device: torch.device) -> bool:
     """On a CPU planning and computing share the cores, and there is nothing to be gained."""
     return mode == "on" or (mode == "auto" and device.type == "cuda")
-
-
-def make_device(name: str, *, local_rank: int | None = None) -> torch.device:
-    """The device that the settings mean; of several GPUs that of a node's rank of this number. Raises
-    `ModelLoadError`."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and local_rank is not None:
-        name = f"cuda:{local_rank}"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ModelLoadError(f"model.device must be auto, cpu, cuda or cuda:N, got {name!r}.") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ModelLoadError(f"model.device is {name!r}, but torch finds no CUDA device here.")
-    return device
-
-
-def _dtype(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -134,7 +134,7 @@ def _shape(checkpoint: "Checkpoint", settings: "Settings") -> tuple[int, "ModelS
         shape = shape_of(spec, architecture.LORA_TARGETS, bytes_per_value=size, prefix=architecture.layers())
         return spec.max_position, shape
     from runtime import logs
-    from runtime.assembly import base_of, load_model
+    from runtime.model_loading import base_of, load_model
 
     logs.configure(settings.observability)  # to stderr: what is printed is the plan
     model = load_model(checkpoint, settings.model)

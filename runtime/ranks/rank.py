@@ -8,8 +8,9 @@ import psutil
 import torch
 
 from runtime import logs
-from runtime.assembly import cache_dtype, load_decoder, make_cache, make_device
+from runtime.assembly import cache_dtype, make_cache
 from runtime.messages import StepPlan, StepResult
+from runtime.model_loading import load_decoder
 from runtime.ranks.collectives import CollectiveFailed, TorchGroup
 from runtime.ranks.link import Link, LinkClosed
 from runtime.ranks.messages import (
@@ -37,6 +38,7 @@ from runtime.ranks.messages import (
 from runtime.ranks.rank_training import RankTraining
 from runtime.workers.adapter_slots import AdapterSlots
 from runtime.workers.decoder import Decoder
+from runtime.workers.device import make_device
 from runtime.workers.group import Group
 from runtime.workers.loading import open_checkpoint
 from runtime.workers.lora_base import LoraBase

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import msgspec
 import torch
 
-from runtime.assembly import load_model
+from runtime.model_loading import load_model
 from runtime.verification.files import check_files
 from runtime.verification.logits import PROMPTS, compare, greedy, ours, transformers_logits
 from runtime.verification.report import Check, Report

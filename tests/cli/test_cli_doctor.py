@@ -28,7 +28,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> dict[str, str | None]:
     monkeypatch.setitem(
         __import__("sys").modules,
         "kernels",
-        types.SimpleNamespace(available=lambda: backends, chosen=lambda: "reference"),
+        types.SimpleNamespace(available=lambda: backends, chosen=lambda device: "reference"),
     )
     monkeypatch.setattr(software, "find_clash", lambda: None)
     return backends

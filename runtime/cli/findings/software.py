@@ -62,5 +62,7 @@ def _kernels() -> list[Finding]:
     if all(backends.values()):
         found.append(Finding(AREA, "kernels", "unusable", "no backend of the ops works here"))
     else:
-        found.append(Finding(AREA, "kernels", kernels.chosen()))
+        from runtime.workers.device import make_device  # imports torch
+
+        found.append(Finding(AREA, "kernels", kernels.chosen(make_device("auto"))))
     return found
