@@ -1,0 +1,8 @@
+"""Every metric, defined once: `table` says which there are, `Metrics` takes what is observed, `exposition` answers a
+scrape."""
+
+from runtime.metrics.exposition import render_process
+from runtime.metrics.recorder import PUBLISH_OUTCOMES, UNMATCHED, Metrics
+from runtime.metrics.table import ADAPTER, TABLE, Spec
+
+__all__ = ["ADAPTER", "PUBLISH_OUTCOMES", "TABLE", "UNMATCHED", "Metrics", "Spec", "render_process"]

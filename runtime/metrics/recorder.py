@@ -1,0 +1,219 @@
+"""What is observed, where it is observed, stored once.
+
+The names `eft:…` and `vllm:…` (setting `observability.vllm_names`) and the labels `model_name` and `engine` are put on
+when somebody scrapes (`exposition`), so the engine thread pays for one counter, not for two. Knows nothing of HTTP
+frameworks, and nothing of torch.
+"""
+
+import time
+from collections.abc import Collection
+from typing import get_args
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from runtime.messages import FinishReason, RequestTiming
+from runtime.metrics.exposition import Families, Names, ProcessNames, render
+from runtime.metrics.table import ADAPTER, TABLE
+from runtime.metrics.timing import durations, is_late, phase_of
+from runtime.trainer.events import EvalEvent, StepEvent
+
+_REASONS = frozenset({"queue_full", "context_length_exceeded", "conflict", "engine_unavailable", "other"})
+PUBLISH_OUTCOMES = ("published", "refused", "failed")
+"""Refused: the adapter did not fit. Failed: the server could not."""
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+UNMATCHED = "unmatched"
+"""The one `handler` label of all requests that no route answered."""
+
+
+class Metrics:
+    """The metrics of one served model. Engine thread and event loop both write; each write is atomic."""
+
+    def __init__(
+        self,
+        model_name: str,
+        *,
+        vllm_names: bool,
+        max_model_len: int,
+        block_size: int,
+        num_blocks: int,
+        max_adapters: int = 0,
+    ) -> None:
+        lengths = _one_two_five(max_model_len)
+        self._gauges: dict[str, Gauge] = {}
+        self._counters: dict[str, Counter] = {}
+        self._histograms: dict[str, Histogram] = {}
+        for spec in TABLE:
+            if spec.kind == "gauge":
+                self._gauges[spec.name] = Gauge(spec.name, spec.help, spec.labels, registry=None)
+            elif spec.kind == "counter":
+                self._counters[spec.name] = Counter(spec.name, spec.help, spec.labels, registry=None)
+            else:
+                self._histograms[spec.name] = Histogram(
+                    spec.name, spec.help, spec.labels, buckets=spec.buckets or lengths, registry=None
+                )
+        self._adapters: dict[str, tuple[str, str]] = {}
+        """Key → labels, of the versions in memory: of these only are there samples, so there are never many."""
+        self._max_adapters = str(max_adapters)
+        self._adapters_at_work = ("", "")
+        self._fill_labels(block_size, num_blocks, max_model_len)
+        self._registry = CollectorRegistry()
+        families: Families = {**self._gauges, **self._counters, **self._histograms}
+        self._registry.register(Names(families, {"model_name": model_name}, vllm_names))
+        self._registry.register(ProcessNames(vllm_names))
+
+    def _fill_labels(self, block_size: int, num_blocks: int, max_model_len: int) -> None:
+        """Bounded label sets are there from the start, at 0: a rate needs a first sample to rise from."""
+        shape = (str(block_size), str(num_blocks), str(max_model_len))
+        self._gauges["cache_config_info"].labels(*shape).set(1)
+        for reason in ("capacity", "deferred"):
+            self._gauges["num_requests_waiting_by_reason"].labels(reason)
+        for finish in get_args(FinishReason):
+            self._counters["request_success"].labels(finish)
+        for reason in sorted(_REASONS):
+            self._counters["admission_rejections"].labels(reason)
+        for phase in ("queued", "prefill", "decode"):
+            self._counters["aborts"].labels(phase)
+            self._counters["timeouts"].labels(phase)
+        for outcome in PUBLISH_OUTCOMES:
+            self._counters["adapter_publishes"].labels(outcome)
+        self._gauges["lora_requests_info"].labels(self._max_adapters, "", "").set(time.time())
+
+    def on_step(self, *, running: int, waiting: int, kv_usage: float, tokens: int, deferred: int = 0) -> None:
+        """After a step of `tokens` (0: none ran). `deferred` of the `waiting` would fit but must not run."""
+        self._gauges["num_requests_running"].set(running)
+        self._gauges["num_requests_waiting"].set(waiting)
+        by_reason = self._gauges["num_requests_waiting_by_reason"]
+        by_reason.labels("capacity").set(waiting - deferred)
+        by_reason.labels("deferred").set(deferred)
+        self._gauges["kv_cache_usage_perc"].set(kv_usage)
+        if tokens:
+            self._histograms["iteration_tokens_total"].observe(tokens)
+
+    def on_prefix_lookup(self, queries: int, hits: int) -> None:
+        """A prompt of `queries` tokens was looked up and `hits` of them were cached."""
+        self._counters["prefix_cache_queries"].inc(queries)
+        self._counters["prefix_cache_hits"].inc(hits)
+
+    def on_preemptions(self, count: int) -> None:
+        self._counters["num_preemptions"].inc(count)
+
+    def on_drafts(self, drafted: int, accepted: int) -> None:
+        """So many tokens were guessed, and `accepted` of them were right."""
+        self._counters["spec_decode_num_draft_tokens"].inc(drafted)
+        self._counters["spec_decode_num_accepted_tokens"].inc(accepted)
+
+    def on_tokens(self, timing: RequestTiming, count: int, now: float) -> None:
+        """`count` tokens came at `now`; called before `timing`'s own token times move on."""
+        self._counters["generation_tokens"].inc(count)
+        if timing.first_token is None:
+            self._histograms["time_to_first_token_seconds"].observe(now - timing.arrival)
+            if (labels := self._adapters.get(timing.adapter)) is not None:
+                self._histograms["adapter_time_to_first_token_seconds"].labels(*labels).observe(now - timing.arrival)
+            self._counters["prompt_tokens"].inc(timing.prompt_tokens)
+            self._counters["prompt_tokens_cached"].inc(timing.cached_tokens)
+        elif timing.last_token is not None:
+            self._histograms["inter_token_latency_seconds"].observe(now - timing.last_token)
+
+    def on_finish(self, timing: RequestTiming) -> None:
+        """A sequence ended, however it ended. What it never reached (a first token, say) is not observed."""
+        self._counters["request_success"].labels(timing.finish_reason or "error").inc()
+        if timing.finish_reason == "abort":
+            self._counters["aborts"].labels(phase_of(timing)).inc()
+        if timing.finish_reason == "timeout":
+            self._counters["timeouts"].labels(phase_of(timing)).inc()
+        if is_late(timing):
+            self._counters["deadline_misses"].inc()
+        for name, value in durations(timing):
+            self._histograms[name].observe(value)
+        if (labels := self._adapters.get(timing.adapter)) is not None:
+            self._counters["adapter_requests"].labels(*labels).inc()
+            self._counters["adapter_prompt_tokens"].labels(*labels).inc(timing.prompt_tokens)
+            self._counters["adapter_generation_tokens"].labels(*labels).inc(timing.generated_tokens)
+        computed = max(0, timing.prompt_tokens - timing.cached_tokens)
+        self._histograms["request_prompt_tokens"].observe(timing.prompt_tokens)
+        self._histograms["request_generation_tokens"].observe(timing.generated_tokens)
+        self._histograms["request_params_max_tokens"].observe(timing.max_tokens)
+        self._histograms["request_prefill_kv_computed_tokens"].observe(computed)
+        self._histograms["request_num_preemptions"].observe(timing.preemptions)
+
+    def on_adapter_loaded(self, key: str) -> None:
+        """A version (`name@number:…`) is in memory: its samples are there from now on, at 0."""
+        name, _, rest = key.partition("@")
+        labels = self._adapters[key] = (name, rest.partition(":")[0])
+        for spec in TABLE:
+            if spec.labels == ADAPTER:
+                {**self._counters, **self._histograms}[spec.name].labels(*labels)
+
+    def on_adapter_unloaded(self, key: str) -> None:
+        labels = self._adapters.pop(key, None)
+        if labels is not None and labels not in self._adapters.values():
+            for spec in TABLE:
+                if spec.labels == ADAPTER:
+                    {**self._counters, **self._histograms}[spec.name].remove(*labels)
+
+    def on_adapter_step(self, *, running: Collection[str], active: Collection[str]) -> None:
+        """The keys of the versions that running requests, and all unfinished requests, are for."""
+        names = [
+            ",".join(sorted(key.partition("@")[0] for key in keys)) for keys in (running, set(active) - set(running))
+        ]
+        if self._adapters_at_work != (now := (names[0], names[1])):
+            info = self._gauges["lora_requests_info"]
+            info.labels(self._max_adapters, *now).set(time.time())
+            info.remove(self._max_adapters, *self._adapters_at_work)
+            self._adapters_at_work = now
+
+    def on_publish(self, outcome: str) -> None:
+        """A version was published, or was not; one of `PUBLISH_OUTCOMES`."""
+        self._counters["adapter_publishes"].labels(outcome).inc()
+
+    def on_request(self, *, choices: int, longest: int) -> None:
+        """An API request of `choices` sequences ended; `longest` is the most tokens that one generated."""
+        self._histograms["request_params_n"].observe(choices)
+        self._histograms["request_max_num_generation_tokens"].observe(longest)
+
+    def on_rejection(self, reason: str) -> None:
+        """A request was turned away before it waited; `reason` is its error code. Unforeseen ones are `other`."""
+        label = reason if reason in _REASONS else "other"
+        self._counters["admission_rejections"].labels(label).inc()
+
+    def on_http(self, method: str, status: int, handler: str, seconds: float) -> None:
+        """A response ended. `handler` is the route's template, or `UNMATCHED`: never the path itself."""
+        verb = method if method in _METHODS else "OTHER"
+        self._counters["http_requests"].labels(verb, str(status), handler).inc()
+        self._histograms["http_request_duration_seconds"].labels(handler, verb).observe(seconds)
+        self._histograms["http_request_duration_highr_seconds"].observe(seconds)
+
+    def on_train_step(self, event: StepEvent) -> None:
+        """A training step was taken."""
+        self._gauges["train_loss"].set(event.loss)
+        self._counters["train_tokens"].inc(event.tokens)
+        self._histograms["train_step_seconds"].observe(event.seconds)
+        if event.seconds > 0:
+            self._gauges["train_share"].set(min(1.0, event.busy_seconds / event.seconds))
+
+    def on_slice(self, seconds: float) -> None:
+        """Training had the engine thread for this long."""
+        self._histograms["train_slice_seconds"].observe(seconds)
+
+    def on_eval(self, event: EvalEvent) -> None:
+        """The held-out rows were scored."""
+        self._gauges["eval_metric"].labels("loss").set(event.loss)
+        self._gauges["eval_metric"].labels("accuracy").set(event.accuracy)
+
+    def on_jobs(self, counts: dict[str, int]) -> None:
+        """How many jobs are in each state."""
+        for state, count in counts.items():
+            self._gauges["jobs"].labels(state).set(count)
+
+    def on_lag(self, seconds: float) -> None:
+        self._gauges["event_loop_lag_seconds"].set(seconds)
+
+    def render(self, accept: str = "") -> tuple[bytes, str]:
+        """The exposition and its content type: OpenMetrics where `accept` asks for it, else plain text."""
+        return render(self._registry, accept)
+
+
+def _one_two_five(limit: int) -> tuple[float, ...]:
+    """1, 2, 5, 10, 20, 50, … as far as `limit`."""
+    series = (digit * 10**power for power in range(len(str(limit))) for digit in (1, 2, 5))
+    return tuple(float(value) for value in series if value <= limit)
