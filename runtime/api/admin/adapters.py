@@ -90,85 +90,83 @@ async def list_adapters(request: AnyRequest) -> AdapterList:
 @get("/admin/adapters/{name:str}", opt={ADMIN: True})
 async def show_adapter(request: AnyRequest) -> AdapterView:
     """One adapter with all its versions."""
-    library = library_of(api_of(request))
-    return _view(library, library.get(_name(request)))
+    library, name = _target(request)
+    return _shown(library, name)
 
 
 @post("/admin/adapters/{name:str}/load", status_code=200, opt={ADMIN: True})
 async def load_adapter(request: AnyRequest) -> AdapterView:
     """Serve an adapter that was unloaded."""
-    library = library_of(api_of(request))
-    await library.load(_name(request))
-    return _view(library, library.get(_name(request)))
+    library, name = _target(request)
+    await library.load(name)
+    return _shown(library, name)
 
 
 @post("/admin/adapters/{name:str}/unload", status_code=200, opt={ADMIN: True})
 async def unload_adapter(request: AnyRequest) -> AdapterView:
     """Serve an adapter no more, and free its memory once running requests have ended."""
-    library = library_of(api_of(request))
-    await library.unload(_name(request))
-    return _view(library, library.get(_name(request)))
+    library, name = _target(request)
+    await library.unload(name)
+    return _shown(library, name)
 
 
 @post("/admin/adapters/{name:str}/promote", status_code=200, opt={ADMIN: True, BODY: PromoteRequest})
 async def promote_adapter(request: AnyRequest) -> AdapterView:
     """Point the name to another version."""
-    api = api_of(request)
-    library = library_of(api)
-    asked = await _promote.read(request, api)
-    await library.promote(_name(request), asked.version)
-    return _view(library, library.get(_name(request)))
+    library, name = _target(request)
+    asked = await _promote.read(request, api_of(request))
+    await library.promote(name, asked.version)
+    return _shown(library, name)
 
 
 @post("/admin/adapters/{name:str}/rollback", status_code=200, opt={ADMIN: True})
 async def roll_back_adapter(request: AnyRequest) -> AdapterView:
     """Point the name to the version before."""
-    library = library_of(api_of(request))
-    await library.rollback(_name(request))
-    return _view(library, library.get(_name(request)))
+    library, name = _target(request)
+    await library.rollback(name)
+    return _shown(library, name)
 
 
 @post("/admin/adapters/{name:str}/alias", status_code=200, opt={ADMIN: True, BODY: AliasRequest})
 async def set_alias(request: AnyRequest) -> AdapterView:
     """Give the adapter another name too, taken from whoever had it."""
-    api = api_of(request)
-    library = library_of(api)
-    asked = await _alias.read(request, api)
-    await library.set_alias(asked.alias, _name(request))
-    return _view(library, library.get(_name(request)))
+    library, name = _target(request)
+    asked = await _alias.read(request, api_of(request))
+    await library.set_alias(asked.alias, name)
+    return _shown(library, name)
 
 
 @delete("/admin/adapters/{name:str}/alias/{alias:str}", status_code=200, opt={ADMIN: True})
 async def delete_alias(request: AnyRequest) -> AdapterView:
     """Take an alias away."""
-    library = library_of(api_of(request))
-    await library.delete_alias(str(request.path_params["alias"]), _name(request))
-    return _view(library, library.get(_name(request)))
+    library, name = _target(request)
+    await library.delete_alias(str(request.path_params["alias"]), name)
+    return _shown(library, name)
 
 
 @post("/admin/adapters/{name:str}/canary", status_code=200, opt={ADMIN: True, BODY: CanaryRequest})
 async def set_canary(request: AnyRequest) -> AdapterView:
     """Send a share of the requests to another version."""
-    api = api_of(request)
-    library = library_of(api)
-    asked = await _canary.read(request, api)
-    await library.set_canary(_name(request), asked.version, asked.weight)
-    return _view(library, library.get(_name(request)))
+    library, name = _target(request)
+    asked = await _canary.read(request, api_of(request))
+    await library.set_canary(name, asked.version, asked.weight)
+    return _shown(library, name)
 
 
 @delete("/admin/adapters/{name:str}", status_code=200, opt={ADMIN: True})
 async def delete_adapter(request: AnyRequest) -> Deleted:
     """Delete an adapter and its versions. 409 while it is in use, unless `?drain=1`."""
-    name = _name(request)
-    await library_of(api_of(request)).delete(name, drain=_drain(request))
+    library, name = _target(request)
+    await library.delete(name, drain=_drain(request))
     return Deleted(id=name)
 
 
 @delete("/admin/adapters/{name:str}/versions/{number:int}", status_code=200, opt={ADMIN: True})
 async def delete_version(request: AnyRequest) -> Deleted:
     """Delete one version that is not the current one."""
-    name, number = _name(request), int(request.path_params["number"])
-    await library_of(api_of(request)).delete_version(name, number, drain=_drain(request))
+    library, name = _target(request)
+    number = int(request.path_params["number"])
+    await library.delete_version(name, number, drain=_drain(request))
     return Deleted(id=f"{name}@{number}")
 
 
@@ -187,8 +185,9 @@ ROUTES = (
 )
 
 
-def _name(request: AnyRequest) -> str:
-    return str(request.path_params["name"])
+def _target(request: AnyRequest) -> "tuple[AdapterLibrary, str]":
+    """The library, and the name in the path. Raises `StorageUnavailable`."""
+    return library_of(api_of(request)), str(request.path_params["name"])
 
 
 def _drain(request: AnyRequest) -> bool:
@@ -197,6 +196,11 @@ def _drain(request: AnyRequest) -> bool:
     if given not in values:
         raise InvalidRequest(f"drain must be 1 or 0, got {given[:20]!r}.", param="drain")
     return values[given]
+
+
+def _shown(library: "AdapterLibrary", name: str) -> AdapterView:
+    """As it is now. Raises `NotFound`."""
+    return _view(library, library.get(name))
 
 
 def _view(library: "AdapterLibrary", record: AdapterRecord, *, versions: bool = True) -> AdapterView:
