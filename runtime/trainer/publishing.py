@@ -1,5 +1,6 @@
 """From a finished job's files to a version that is served: `jobs.ports.Publisher`."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from runtime.errors import NotFound
@@ -18,6 +19,10 @@ class LibraryPublisher:
             return known
         version = await self._library.publish(name, source, job=job_id, step=step, metrics=dict(metrics))
         return version.id
+
+    async def offer(self, *, name: str, job_id: str, folders: Mapping[int, Path]) -> None:
+        """See `jobs.ports.Publisher`."""
+        await self._library.offer(name, job_id, folders)
 
     def _published(self, name: str, job_id: str) -> str | None:
         try:

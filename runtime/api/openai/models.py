@@ -9,7 +9,7 @@ from runtime.api.openai.served import Served, every_model, find_model
 
 @get("/v1/models")
 async def list_models(request: AnyRequest) -> ModelList:
-    """The models that can be asked for: the base first, then adapters and aliases."""
+    """The models that can be asked for: the base first, then adapters and aliases, then checkpoints of running jobs."""
     service = api_of(request).handle.require()
     return ModelList(data=[_describe(served) for served in every_model(service)])
 

@@ -36,7 +36,8 @@ class Served:
 
 
 def find_model(service: "EngineService", asked: str | None) -> Served:
-    """What `asked` means: the base model's name (or None), an adapter's, an alias, or `name@3` for one version.
+    """What `asked` means: the base model's name (or None), an adapter's, an alias, `name@3` for one version, or
+    `name:ckpt-step-20` for a checkpoint of a job that runs.
     Raises `ModelNotFound`."""
     if asked is None or asked == service.model_name:
         return Served(service.model_name, service)
@@ -48,10 +49,12 @@ def find_model(service: "EngineService", asked: str | None) -> Served:
 
 
 def every_model(service: "EngineService") -> list[Served]:
-    """Everything that can be asked for: the base first, then adapters, each followed by its aliases."""
+    """Everything that can be asked for: the base first, then adapters, each followed by its aliases, then the
+    checkpoints of running jobs."""
     found = [Served(service.model_name, service)]
     if service.adapters is not None:
         for record in service.adapters.list():
             if record.served and service.adapters.fits(record.version):
                 found += [Served(name, service, record.version) for name in (record.name, *record.aliases)]
+        found += [Served(version.id, service, version) for version in service.adapters.checkpoints()]
     return found

@@ -7,7 +7,7 @@ import contextlib
 import functools
 import random
 import shutil
-from collections.abc import Callable, Collection, Coroutine
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from pathlib import Path
 from sqlite3 import Connection
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -19,6 +19,7 @@ from runtime.trainer.adapters import store
 from runtime.trainer.adapters.files import Source, sweep
 from runtime.trainer.adapters.memory import AdapterHost, LoadedVersions
 from runtime.trainer.adapters.names import check_name, split_version
+from runtime.trainer.adapters.offers import Offers
 from runtime.trainer.adapters.publishing import Publisher
 from runtime.trainer.adapters.records import AdapterRecord, Canary, Catalogue, Version
 from runtime.trainer.database import Database
@@ -59,6 +60,7 @@ class AdapterLibrary:
         self._host = host
         self._loaded = LoadedVersions(host, most=max_loaded)
         self._publisher = Publisher(self._root, host.lora_base, self._loaded, max_rank=max_rank)
+        self._offers = Offers(host.lora_base, max_rank=max_rank)
         self._max_loaded = max_loaded
         self._catalogue = Catalogue()
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
@@ -90,6 +92,10 @@ class AdapterLibrary:
         """Every adapter, by name."""
         return [*self._catalogue.adapters.values()]
 
+    def checkpoints(self) -> Sequence[Version]:
+        """What running jobs have so far, each with a name of its own as its id."""
+        return self._offers.list()
+
     def get(self, name: str) -> AdapterRecord:
         """The adapter of this name or alias. Raises `NotFound`."""
         record = self._catalogue.find(name)
@@ -98,10 +104,13 @@ class AdapterLibrary:
         return record
 
     def resolve(self, model: str) -> Version | None:
-        """The version that a request for `model` (a name, an alias, `name@3` or `name:3`) gets; None for none.
+        """The version that a request for `model` (a name, an alias, `name@3` or `name:3`, a running job's
+        `name:ckpt-step-20`) gets; None for none.
 
         With a canary, two calls may differ.
         """
+        if (offered := self._offers.find(model)) is not None:
+            return offered
         record, number = self._catalogue.find(model), None
         if record is None and (parts := split_version(model)) is not None:
             record, number = self._catalogue.find(parts[0]), parts[1]
@@ -123,7 +132,7 @@ class AdapterLibrary:
 
     def directory(self, version: Version) -> Path:
         """Where its files are."""
-        return self._publisher.directory(version.name, version.number)
+        return self._offers.directory(version.id) or self._publisher.directory(version.name, version.number)
 
     async def ready(self, version: Version) -> None:
         """Have a version in memory, so that a request submitted before the next await finds it there.
@@ -184,6 +193,11 @@ class AdapterLibrary:
             self._host.metrics.on_publish(outcome)
         _log.info("adapter_published", adapter=version.id, rank=version.rank, job=version.job, step=version.step)
         return version
+
+    async def offer(self, name: str, job: str, folders: Mapping[int, Path]) -> None:
+        """Let what a running job has so far be asked for: PEFT's files by step, those that are not among them no
+        longer. Requests that run keep what they have in memory."""
+        await self._release(await self._offers.replace(name, job, folders))
 
     # -- pointers ------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ from runtime.errors import InvalidRequest
 MAX_NAME = 128
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]*")
 _VERSION = re.compile(r"(.+)[:@]([0-9]{1,9})")
+_CHECKPOINT = re.compile(r".+:ckpt-step-[0-9]+")
 
 
 def name_problem(name: str) -> str | None:
@@ -20,6 +21,8 @@ def name_problem(name: str) -> str | None:
         )
     if _VERSION.fullmatch(name):
         return f"must not end like a version, `:` and a number; got {name!r}"
+    if _CHECKPOINT.fullmatch(name):
+        return f"must not end like a checkpoint, `:ckpt-step-` and a number; got {name!r}"
     return None
 
 
@@ -30,6 +33,11 @@ def check_name(name: str, *, base: str, param: str) -> None:
         problem = f"must not be the base model's name, {base!r}"
     if problem is not None:
         raise InvalidRequest(f"{param} {problem}.", param=param)
+
+
+def checkpoint_name(name: str, step: int) -> str:
+    """What a request calls the checkpoint of a job that will publish as `name`."""
+    return f"{name}:ckpt-step-{step}"
 
 
 def split_version(text: str) -> tuple[str, int] | None:

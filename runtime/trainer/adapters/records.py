@@ -4,6 +4,8 @@ from typing import Any
 
 from msgspec import Struct, field
 
+from runtime.trainer.adapters.names import checkpoint_name
+
 
 class Version(Struct, frozen=True, kw_only=True):
     """One immutable state of an adapter."""
@@ -28,6 +30,14 @@ class Version(Struct, frozen=True, kw_only=True):
     @property
     def id(self) -> str:
         return f"{self.name}@{self.number}"
+
+
+class CheckpointVersion(Version, frozen=True, kw_only=True):
+    """What a running job had learned at a step, which is its number."""
+
+    @property
+    def id(self) -> str:
+        return checkpoint_name(self.name, self.number)
 
 
 class Canary(Struct, frozen=True):

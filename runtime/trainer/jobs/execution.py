@@ -119,6 +119,7 @@ class Execution:
         finally:
             if not paused:
                 self.close()
+        await self._offer(none=True)
 
     async def _work(self) -> Outcome:
         if self._prepared is None:
@@ -152,6 +153,7 @@ class Execution:
             self._handle.cancel()
         elif self._pausing:
             self._handle.pause()
+        await self._offer()
         return await self._follow(self._handle)
 
     async def _follow(self, handle: RunHandle) -> Outcome:
@@ -208,6 +210,18 @@ class Execution:
         limit = self._prepared.summary.get("save_total_limit")
         with _disk_failures(f"the checkpoint of step {step}"):
             await self._checkpoints.save(self.id, step, snapshot, best=best, limit=limit)
+        await self._offer()
+
+    async def _offer(self, *, none: bool = False) -> None:
+        """Let the checkpoints be asked for, or none any more. What goes wrong there is not the job's fault."""
+        if self._prepared is None:
+            return
+        try:
+            known = [] if none else await self._store.checkpoints(self.id)
+            folders = {one.step: self._directories.checkpoint(self.id, one.step) / ADAPTER_FILES for one in known}
+            await self._ports.publisher.offer(name=self._prepared.name or self.id, job_id=self.id, folders=folders)
+        except Exception:
+            _log.exception("checkpoints_not_offered", job=self.id)
 
     async def _publish(self, prepared: PreparedJob, step: int) -> None:
         metrics = await self._store.gate_metrics(self.id, step)

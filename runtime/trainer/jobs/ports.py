@@ -1,6 +1,6 @@
 """What jobs need from the rest: somebody to read recipes, to train, and to publish. Tests fill these with fakes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -88,6 +88,10 @@ class Publisher(Protocol):
         A job that was published before a crash is published again after it: the same `job_id` gives the
         version that is there. Raises `RequestError`.
         """
+
+    async def offer(self, *, name: str, job_id: str, folders: Mapping[int, Path]) -> None:
+        """Let the PEFT files in these folders be asked for, by the steps that they are of; those that were there
+        before and are not among them, no longer. Not stored: without a job that runs there are none."""
 
 
 class Meters(Protocol):

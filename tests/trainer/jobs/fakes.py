@@ -3,7 +3,7 @@
 import asyncio
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -174,6 +174,13 @@ class FakePublisher:
         self.versions: dict[str, str] = {}
         self.published: list[dict[str, Any]] = []
         self.error: Exception | None = None
+        self.offered: dict[str, dict[int, str]] = {}
+        """By the names of those who offer: what is there at which step."""
+
+    async def offer(self, *, name: str, job_id: str, folders: Mapping[int, Path]) -> None:
+        self.offered[name] = {
+            step: (folder / "adapter_model.safetensors").read_text() for step, folder in folders.items()
+        }
 
     async def publish(self, *, name: str, source: Path, job_id: str, step: int, metrics: dict[str, float]) -> str:
         if self.error is not None:

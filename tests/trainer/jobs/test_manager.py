@@ -69,6 +69,67 @@ async def test_from_recipe_to_adapter(world: World) -> None:
     assert world.runs.current.closed
 
 
+async def test_checkpoints_can_be_asked_for_while_the_job_runs(by_hand: World) -> None:
+    offered = by_hand.publisher.offered
+    job = await by_hand.submit("name: a", "steps: 7", "every: 2", "keep: 2")
+    await by_hand.until(job.id, "running")
+    await by_hand.settle()
+    await by_hand.step()
+    assert offered == {"a": {}}
+    await by_hand.step(3)
+    assert offered == {"a": {2: "weights of step 2", 4: "weights of step 4"}}
+    await by_hand.step(2)
+    assert list(offered["a"]) == [4, 6]
+    await by_hand.step()
+    await by_hand.until(job.id, "succeeded")
+    await by_hand.settle()
+    assert offered == {"a": {}}
+
+
+async def test_a_job_that_stands_still_offers_nothing_until_it_goes_on(by_hand: World) -> None:
+    offered = by_hand.publisher.offered
+    job = await by_hand.submit("name: a", "steps: 9", "every: 2")
+    await by_hand.until(job.id, "running")
+    await by_hand.settle()
+    await by_hand.step(2)
+    await by_hand.manager.pause(job.id)
+    await by_hand.step()
+    await by_hand.until(job.id, "paused")
+    await by_hand.settle()
+    assert offered == {"a": {}}
+    await by_hand.manager.resume(job.id)
+    await by_hand.settle()
+    assert list(offered["a"]) == [2, 3]
+    await by_hand.manager.cancel(job.id)
+    await by_hand.step()
+    await by_hand.until(job.id, "cancelled")
+    await by_hand.settle()
+    assert offered == {"a": {}}
+
+
+async def test_what_a_restart_finds_is_offered_again(by_hand: World) -> None:
+    job = await by_hand.submit("name: a", "steps: 9", "every: 2")
+    await by_hand.until(job.id, "running")
+    await by_hand.settle()
+    await by_hand.step(2)
+    await by_hand.crash()
+    by_hand.publisher.offered.clear()
+    await by_hand.start()
+    await by_hand.until(job.id, "running")
+    await by_hand.settle()
+    await by_hand.settle()
+    assert by_hand.publisher.offered == {"a": {2: "weights of step 2"}}
+
+
+async def test_a_library_that_refuses_checkpoints_is_not_the_job_s_fault(world: World) -> None:
+    async def refuse(**asked: object) -> None:
+        raise StorageUnavailable("broken")
+
+    world.publisher.offer = refuse  # type: ignore[method-assign]
+    job = await world.submit("name: a", "steps: 3", "every: 1")
+    assert (await world.until(job.id, "succeeded")).adapter == "a@1"
+
+
 async def test_what_a_run_reported_can_be_read(world: World) -> None:
     job = await world.submit("name: a", "steps: 5")
     await world.until(job.id, "succeeded")
