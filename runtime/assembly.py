@@ -185,6 +185,8 @@ def _assembled(
         block_size=cache.block_size,
         num_blocks=cache.num_blocks,
         max_adapters=settings.adapters.max_loaded,
+        num_host_blocks=cache.num_host_blocks,
+        block_bytes=_bytes_of_block(settings.cache, decoder),
     )
     engine = Engine(
         scheduler,

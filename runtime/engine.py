@@ -275,3 +275,4 @@ class Engine:
         self.metrics.on_preemptions(news.preemptions)
         self.metrics.on_prefix_lookup(news.prefix_queries, news.prefix_hits)
         self.metrics.on_drafts(news.drafted, news.accepted)
+        self.metrics.on_swap(out=news.swapped_out, back=news.swapped_in, held=scheduler.num_swapped)

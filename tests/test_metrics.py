@@ -46,7 +46,8 @@ VLLM_NAMES = [
 
 
 def make(*, vllm_names: bool = True) -> Metrics:
-    return Metrics("m", vllm_names=vllm_names, max_model_len=512, block_size=16, num_blocks=8)
+    sizes = {"max_model_len": 512, "block_size": 16, "num_blocks": 8, "num_host_blocks": 6, "block_bytes": 1000}
+    return Metrics("m", vllm_names=vllm_names, **sizes)
 
 
 def busy() -> Metrics:
@@ -64,6 +65,7 @@ def busy() -> Metrics:
     metrics.on_finish(timing)
     metrics.on_step(running=1, waiting=3, kv_usage=0.5, tokens=24, deferred=1)
     metrics.on_preemptions(1)
+    metrics.on_swap(out=5, back=2, held=3)
     metrics.on_rejection("queue_full")
     metrics.on_request(choices=2, longest=3)
     metrics.on_http("POST", 200, "/v1/completions", 0.3)
@@ -123,6 +125,14 @@ def test_both_names_tell_the_same() -> None:
 def test_second_names_can_be_off() -> None:
     families = {family.name for family in parse(make(vllm_names=False).render()[0].decode())}
     assert {name for name in families if not name.startswith("eft:")} == set()
+
+
+def test_what_is_swapped() -> None:
+    values = samples(busy())
+    assert values["eft:swap_out_blocks_total"] == 5
+    assert values["eft:swap_in_blocks_total"] == 2
+    assert values["eft:swap_used_bytes"] == 3000
+    assert values["eft:swap_capacity_bytes"] == 6000
 
 
 def test_the_life_of_a_request() -> None:

@@ -19,6 +19,10 @@ class SwapSpace:
     def num_blocks(self) -> int:
         return self._pool.num_blocks
 
+    @property
+    def num_held(self) -> int:
+        return self.num_blocks - self.num_free
+
     def take(self, count: int) -> list[int]:
         """`count` blocks, of at most `num_free`. What raises leaves everything as it was."""
         blocks: list[int] = []

@@ -37,7 +37,10 @@ class Metrics:
         block_size: int,
         num_blocks: int,
         max_adapters: int = 0,
+        num_host_blocks: int = 0,
+        block_bytes: int = 0,
     ) -> None:
+        """`num_host_blocks`: of `block_bytes` each, for what is swapped out."""
         lengths = _one_two_five(max_model_len)
         self._gauges: dict[str, Gauge] = {}
         self._counters: dict[str, Counter] = {}
@@ -53,6 +56,8 @@ class Metrics:
                 )
         self._adapters: dict[str, tuple[str, str]] = {}
         """Key → labels, of the versions in memory: of these only are there samples, so there are never many."""
+        self._block_bytes = block_bytes
+        self._gauges["swap_capacity_bytes"].set(num_host_blocks * block_bytes)
         self._max_adapters = str(max_adapters)
         self._adapters_at_work = ("", "")
         self._fill_labels(block_size, num_blocks, max_model_len)
@@ -101,6 +106,12 @@ class Metrics:
         """So many tokens were guessed, and `accepted` of them were right."""
         self._counters["spec_decode_num_draft_tokens"].inc(drafted)
         self._counters["spec_decode_num_accepted_tokens"].inc(accepted)
+
+    def on_swap(self, *, out: int, back: int, held: int) -> None:
+        """So many blocks were copied to host memory and back from it, which now holds `held`."""
+        self._counters["swap_out_blocks"].inc(out)
+        self._counters["swap_in_blocks"].inc(back)
+        self._gauges["swap_used_bytes"].set(held * self._block_bytes)
 
     def on_tokens(self, timing: RequestTiming, count: int, now: float) -> None:
         """`count` tokens came at `now`; called before `timing`'s own token times move on."""

@@ -16,6 +16,11 @@ class Counts:
     accepted: int = 0
     """Drafted tokens that proved right."""
 
+    swapped_out: int = 0
+    """Blocks of preempted sequences copied to host memory."""
+    swapped_in: int = 0
+    """Those of them that were copied back; what was cached still, or ended meanwhile, is not."""
+
     def since(self, earlier: "Counts") -> "Counts":
         """How much each has risen."""
         before = asdict(earlier)

@@ -5,12 +5,17 @@ from typing import Protocol
 
 from runtime.blocks import SwapSpace
 from runtime.messages import Move
+from runtime.scheduler.counts import Counts
 from runtime.scheduler.entry import Entry
 from runtime.scheduler.request import Request
 
 
 class Keeping(Protocol):
     """Either way the request resumes with the tokens that it had."""
+
+    @property
+    def num_held(self) -> int:
+        """Blocks in host memory that are kept for somebody."""
 
     def keep(self, request: Request) -> list[Move]:
         """It is about to lose its table. Returns what workers must copy before anybody else writes there."""
@@ -27,6 +32,8 @@ class Keeping(Protocol):
 
 class Recompute:
     """Nothing is kept. Where prefixes are cached, most of it is found again as long as nobody needs the blocks."""
+
+    num_held = 0
 
     def keep(self, request: Request) -> list[Move]:
         return []
@@ -48,9 +55,14 @@ class Swap:
     start is not: what is left of it is soon computed again.
     """
 
-    def __init__(self, space: SwapSpace, block_size: int) -> None:
+    def __init__(self, space: SwapSpace, block_size: int, counts: Counts) -> None:
         self._space = space
         self._size = block_size
+        self._counts = counts
+
+    @property
+    def num_held(self) -> int:
+        return self._space.num_held
 
     def keep(self, request: Request) -> list[Move]:
         table = request.table
@@ -63,6 +75,7 @@ class Swap:
         except Exception:  # then it is computed again
             return []
         request.kept, request.num_kept = host, request.num_written
+        self._counts.swapped_out += count
         return [Move("out", block, target) for block, target in zip(table.blocks, host, strict=False)]
 
     def restore(self, request: Request, entry: Entry) -> tuple[Entry, list[Move]]:
@@ -74,6 +87,7 @@ class Swap:
         first, end = entry.num_computed // self._size, -(-known // self._size)
         moves = [Move("in", host[number], entry.table.blocks[number]) for number in range(first, end)]
         self.drop(request)
+        self._counts.swapped_in += len(moves)
         return replace(entry, num_computed=known), moves
 
     def drop(self, request: Request) -> None:

@@ -87,7 +87,7 @@ class Scheduler:
         self._pace = Pace()
         self.waiting = Queue(policy, Admission(max_waiting, max_waiting_tokens), self._pace)
         self._running = Running(blocks, max_running)
-        self._keeping: Keeping = Recompute() if swap is None else Swap(swap, blocks.block_size)
+        self._keeping: Keeping = Recompute() if swap is None else Swap(swap, blocks.block_size, self.counts)
         self._planner = Planner(
             blocks,
             policy,
@@ -127,6 +127,11 @@ class Scheduler:
     @property
     def num_preemptions(self) -> int:
         return self.counts.preemptions
+
+    @property
+    def num_swapped(self) -> int:
+        """Blocks in host memory that preempted sequences are kept in."""
+        return self._keeping.num_held
 
     def get(self, request_id: str) -> Request | None:
         return self._requests.get(request_id)

@@ -40,6 +40,12 @@ def swapped(llm: LLM) -> None:
     squeezed(llm)
     host = llm.engine._executor._worker._host  # type: ignore[attr-defined]
     assert any(keys.any() for keys, _ in host.layers)
+    counts = llm.engine.scheduler.counts
+    assert counts.swapped_out >= counts.swapped_in > 0
+    text = llm.engine.metrics.render()[0].decode()
+    assert f'eft:swap_out_blocks_total{{model_name="{llm.model_name}"}} {float(counts.swapped_out)}' in text
+    assert f'eft:swap_in_blocks_total{{model_name="{llm.model_name}"}} {float(counts.swapped_in)}' in text
+    assert f'eft:swap_used_bytes{{model_name="{llm.model_name}"}} 0.0' in text  # nobody is out now
 
 
 def guessed(llm: LLM) -> None:

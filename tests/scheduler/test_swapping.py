@@ -37,6 +37,7 @@ def test_out_before_and_in_after_others_write_there() -> None:
     assert low.num_kept == 5  # of six tokens that are known, the last one is not computed
     scheduler.commit(plan, worker.execute(plan))
     assert space.num_free == 1
+    assert (scheduler.counts.swapped_out, scheduler.counts.swapped_in, scheduler.num_swapped) == (3, 0, 3)
     computed = worker.num_computed
     plan = step(scheduler, worker)  # the last of `high`
     plan = scheduler.schedule()
@@ -48,6 +49,7 @@ def test_out_before_and_in_after_others_write_there() -> None:
     assert low.tokens == solo(low.submission.prompt_ids, 8)
     assert high.tokens == solo(high.submission.prompt_ids, 7)
     assert space.num_free == 4
+    assert (scheduler.counts.swapped_out, scheduler.counts.swapped_in, scheduler.num_swapped) == (3, 3, 0)
 
 
 @pytest.mark.parametrize(("host", "kept"), [(2, None), (3, 3)])
@@ -78,6 +80,7 @@ def test_what_is_still_cached_is_not_copied_back() -> None:
     assert [move.kind for move in plan.moves] == ["in"]
     scheduler.commit(plan, worker.execute(plan))
     assert low.num_written == 6
+    assert (scheduler.counts.swapped_out, scheduler.counts.swapped_in) == (3, 1)
 
 
 @pytest.mark.parametrize("ahead", [False, True])
