@@ -1,6 +1,6 @@
 """Log lines: their form, what cannot get into them, and a sink that fails."""
 
-import contextlib
+import errno
 import io
 import json
 import logging
@@ -85,7 +85,7 @@ def test_a_logger_made_before_configuration_obeys_it() -> None:
     assert json.loads(stream.getvalue())["source"] == "early"
 
 
-def test_a_full_disk_loses_lines_and_nothing_else() -> None:
+def test_a_full_disk_loses_lines_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
     full = Path("/dev/full")
     if not full.exists():
         pytest.skip("no /dev/full here")
@@ -93,11 +93,35 @@ def test_a_full_disk_loses_lines_and_nothing_else() -> None:
     configure(ObservabilitySettings(log_format="json"), stream)
     get_logger().error("lost")
     logging.getLogger("some.library").error("lost")
-    with contextlib.suppress(OSError):  # it still has the line, and nowhere to put it
+    with pytest.raises(OSError, match="No space left"):  # it still has the line, and nowhere to put it
         stream.close()
+    assert capsys.readouterr() == ("", "")  # where `logging` complains of a handler that fails
 
 
-def test_a_closed_stream_loses_lines_and_nothing_else() -> None:
+def test_lines_after_a_full_disk_are_written() -> None:
+    class Filling(io.StringIO):
+        full = True
+
+        def write(self, text: str) -> int:
+            if self.full:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(text)
+
+    stream = Filling()
+    configure(ObservabilitySettings(log_format="json"), stream)
+    get_logger().error("lost")
+    stream.full = False
+    get_logger().error("ours")
+    logging.getLogger("some.library").error("theirs")
+    assert [json.loads(line)["event"] for line in stream.getvalue().splitlines()] == ["ours", "theirs"]
+
+
+def test_a_closed_stream_loses_lines_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
     stream = configured()
     stream.close()
     get_logger().error("lost")
+    logging.getLogger("some.library").error("lost")
+    assert capsys.readouterr() == ("", "")
+    stream = configured()
+    get_logger().error("found")
+    assert json.loads(stream.getvalue())["event"] == "found"

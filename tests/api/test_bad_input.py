@@ -3,13 +3,14 @@
 import contextlib
 import json
 import socket
-import time
 from collections.abc import Iterator
 
 import httpx
 import pytest
 
+from runtime import failpoints
 from tests.api.conftest import RunningServer
+from tests.api.test_openai_client import eventually
 
 GOLDEN = {"prompt": "The newt is a small", "max_tokens": 12, "temperature": 0, "return_token_ids": True}
 LIMIT = 1024 * 1024  # `max_body` of the shared server
@@ -180,12 +181,33 @@ def test_hundreds_of_slow_sockets_do_not_keep_others_out(server: RunningServer) 
             connection.close()
 
 
-def test_a_half_closed_connection_is_a_client_that_left(server: RunningServer) -> None:
-    body = json.dumps({**GOLDEN, "max_tokens": 400, "ignore_eos": True}).encode()
-    with socket.create_connection(server.address, timeout=10) as connection:
-        connection.sendall(post(body))
-        connection.shutdown(socket.SHUT_WR)
-        while connection.recv(65536):
-            pass
-    while httpx.get(f"{server.url}/load").json()["server_load"]:
-        time.sleep(0.05)
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_half_closed_connection_is_a_client_that_left(server: RunningServer, begun: bool) -> None:
+    """One that closes at once may have left before its request was read; one that has read a token is aborted."""
+    aborted, generated = 'request_success_total{finished_reason="abort",', "generation_tokens_total{"
+    before = metric(server, aborted), metric(server, generated)
+    body = json.dumps({**GOLDEN, "max_tokens": 400, "ignore_eos": True, "stream": begun}).encode()
+    failpoints.configure("worker.row=sleep:0.01")  # so that there is a middle to leave in
+    try:
+        with socket.create_connection(server.address, timeout=10) as connection:
+            connection.sendall(post(body))
+            received = b""
+            while begun and b"data: " not in received:
+                received += connection.recv(65536)
+            connection.shutdown(socket.SHUT_WR)
+            while chunk := connection.recv(65536):
+                received += chunk
+    finally:
+        failpoints.configure("")
+    assert b"[DONE]" not in received
+    assert received.startswith(b"HTTP/1.1 200") if begun else received == b""
+    assert eventually(lambda: httpx.get(f"{server.url}/load").json()["server_load"] == 0)
+    assert metric(server, aborted) == before[0] + 1 or not begun
+    assert metric(server, generated) < before[1] + 400
+
+
+def metric(server: RunningServer, name: str) -> float:
+    """The value of `eft:…`, up to some of its labels."""
+    lines = httpx.get(f"{server.url}/metrics").text.splitlines()
+    (line,) = (line for line in lines if line.startswith(f"eft:{name}"))
+    return float(line.rpartition(" ")[2])

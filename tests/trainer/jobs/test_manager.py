@@ -451,13 +451,19 @@ async def test_a_recipe_that_was_being_read_is_read_again(tmp_path: Path) -> Non
     await world.start()
     world.preparer.hold = True
     submitting = asyncio.create_task(world.submit("name: a"))
-    await world.settle()
+    async with asyncio.timeout(10):
+        while not world.preparer.calls:
+            await world.settle()
+    (job, _), *_ = (await world.manager.store.page(after=None, limit=1, states=()))[0]
+    assert (job.state, job.name, job.total_steps, world.preparer.calls) == ("validating", None, None, 1)
     await world.crash()
     world.preparer.hold = False
     await asyncio.gather(submitting, return_exceptions=True)
     await world.start()
-    (job, _), *_ = (await world.manager.store.page(after=None, limit=1, states=()))[0]
-    await world.until(job.id, "succeeded")
+    done = await world.until(job.id, "succeeded")
+    assert world.preparer.calls > 1
+    assert (done.name, done.total_steps, done.adapter) == ("a", 3, "a@1")
+    assert len(world.publisher.published) == 1
     await world.stop()
 
 
