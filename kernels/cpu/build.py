@@ -3,6 +3,8 @@
 A library's name holds a digest of the sources, the flags and the compiler, so a stale one is never loaded.
 It is written beside a temporary name and renamed: several processes may build at once. It goes into this
 package where that can be written, else into the user's cache.
+
+With `EFT_KERNELS_SANITIZE=1` the same sources are compiled to check themselves (`.ci/sanitize`).
 """
 
 import hashlib
@@ -21,8 +23,14 @@ FLAGS = (
     "-std=c++17", "-O3", "-shared", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
     "-ffp-contract=fast", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-unknown-pragmas",
 )  # fmt: skip
+SANITIZE = "EFT_KERNELS_SANITIZE"
+"""Environment variable: anything but 0 and nothing gives a library that ends the process where it errs."""
+CHECKS = (
+    "-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all",
+)  # fmt: skip
+"""What that adds, over `FLAGS`; the process must have loaded AddressSanitizer's runtime before all else."""
 TIMEOUT = 300.0
-"""Seconds for one variant; it usually takes five."""
+"""Seconds for one variant; it usually takes five, and thirty with `CHECKS`."""
 
 
 class BuildError(RuntimeError):
@@ -56,9 +64,23 @@ def sources() -> list[Path]:
     return sorted(HERE.glob("*.cpp"))
 
 
+def flags(variant: Variant) -> tuple[str, ...]:
+    """The compiler's arguments, but for the sources and the output."""
+    return (*FLAGS, *(CHECKS if _sanitised() else ()), *variant.flags)
+
+
+def _sanitised() -> bool:
+    return os.environ.get(SANITIZE, "0") not in ("", "0")
+
+
+def _family(variant: Variant) -> str:
+    """What the names of all builds of a variant begin with."""
+    return f"sanitised-{variant.name}" if _sanitised() else variant.name
+
+
 def _stem(variant: Variant) -> str:
     texts = [path.read_bytes() for path in [*sources(), *sorted(HERE.glob("*.h"))]]
-    return f"{variant.name}-{platform.machine()}-{_digest(*texts, ' '.join((*FLAGS, *variant.flags)).encode())}"
+    return f"{_family(variant)}-{platform.machine()}-{_digest(*texts, ' '.join(flags(variant)).encode())}"
 
 
 def _digest(*parts: bytes) -> str:
@@ -101,7 +123,7 @@ def _writable_folder() -> Path:
 def _compile(compiler: str, variant: Variant, target: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as folder:
         out = Path(folder) / target.name
-        command = [compiler, *FLAGS, *variant.flags, *map(str, sources()), "-o", str(out)]
+        command = [compiler, *flags(variant), *map(str, sources()), "-o", str(out)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT)
         except (OSError, subprocess.SubprocessError) as error:
@@ -110,7 +132,7 @@ def _compile(compiler: str, variant: Variant, target: Path) -> Path:
             first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:200])
             raise BuildError(f"compiling {variant.name} with {compiler} failed: {first}")
         out.replace(target)
-    for old in target.parent.glob(f"{variant.name}-*.so"):
+    for old in target.parent.glob(f"{_family(variant)}-*.so"):
         if old != target and old.stat().st_mtime < target.stat().st_mtime - 86400:
             old.unlink(missing_ok=True)
     return target
