@@ -1,4 +1,4 @@
-"""The ops in C++ for CPUs: one source, compiled for each instruction set, on torch's own thread pool.
+"""The ops in C++ for CPUs: one source, compiled for each instruction set.
 
 `python -m kernels.build` compiles it; what is not compiled yet when it is needed is compiled then.
 """

@@ -20,8 +20,8 @@ from kernels.cpu.variants import Variant
 
 HERE = Path(__file__).resolve().parent
 FLAGS = (
-    "-std=c++17", "-O3", "-shared", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
-    "-ffp-contract=fast", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-unknown-pragmas",
+    "-std=c++17", "-O3", "-shared", "-fPIC", "-pthread", "-fvisibility=hidden", "-fno-math-errno",
+    "-fno-trapping-math", "-ffp-contract=fast", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-unknown-pragmas",
 )  # fmt: skip
 SANITIZE = "EFT_KERNELS_SANITIZE"
 """Environment variable: anything but 0 and nothing gives a library that ends the process where it errs."""

@@ -1,10 +1,7 @@
-"""The compiled kernels in this process: loaded once a variant, on the pool of the OpenMP runtime that torch loaded."""
+"""The compiled kernels in this process: loaded once a variant."""
 
 import ctypes
 import functools
-from pathlib import Path
-
-import torch
 
 from kernels.cpu.build import library
 from kernels.cpu.variants import Variant
@@ -35,32 +32,4 @@ def load(variant: Variant) -> ctypes.CDLL:
         function = getattr(kernels, name)
         function.argtypes = [_TYPES[letter] for letter in arguments]
         function.restype = None
-    kernels.eft_use_pool.argtypes = [_POINTER]
-    kernels.eft_use_pool.restype = None
-    kernels.eft_use_pool(pool_entry())
     return kernels
-
-
-def pool_entry() -> int | None:
-    """Address of `GOMP_parallel` in torch's OpenMP runtime, whose threads the kernels run on; None without it.
-
-    A second runtime would mean a second set of threads, each spinning while the other works.
-    """
-    for path in openmp_runtimes():
-        try:
-            entry = ctypes.CDLL(path).GOMP_parallel
-        except (OSError, AttributeError):
-            continue
-        return ctypes.cast(entry, ctypes.c_void_p).value
-    return None
-
-
-def openmp_runtimes() -> list[str]:
-    """Paths of the OpenMP runtimes that this process has loaded; importing torch loads one."""
-    assert torch.get_num_threads() > 0
-    try:
-        lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
-    paths = {line.split(maxsplit=5)[5] for line in lines if len(line.split(maxsplit=5)) == 6}
-    return sorted(path for path in paths if Path(path).name.startswith(("libgomp", "libomp", "libiomp")))

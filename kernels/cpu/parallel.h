@@ -1,18 +1,35 @@
-// Work shared over the threads of the process's own OpenMP pool.
+// Work shared over threads, on a machine that others may use too.
 //
-// The pool is torch's: its entry points are handed in when the library is loaded (`eft_use_pool`), so no
-// OpenMP runtime is linked, and there are never two of them in one process. Tasks are claimed one by one,
-// so a thread that another process keeps from running leaves its work to the others.
+// Tasks are claimed one by one, and nobody waits for a thread that has not come: whom another process keeps from
+// running leaves its work to the others. Who waits spins for a moment, then sleeps, so that whoever is waited for
+// gets the core. That is why the threads are our own: at the end of a parallel region OpenMP waits for every thread,
+// and libgomp spins so long meanwhile that beside one busy process SmolLM2 decodes at a seventieth of its speed; where
+// it is told to spin for less it sleeps between ops, which costs a seventh on a quiet machine.
 #pragma once
 
 #include <atomic>
+#include <climits>
+#include <cstdint>
 
 #include "simd.h"
 
-// As in libgomp, and in LLVM's libomp, which has the same entry point.
-using PoolEntry = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
+// A number that threads wait for.
+struct Awaited {
+    // Returns when `value` is `wanted`, or, with `other`, when it is not.
+    void wait(uint32_t wanted, bool other = false);
 
-extern PoolEntry pool_entry;
+    // To be called by whoever changed it to what others wait for: wakes `most` of them at most.
+    void changed(int most = INT_MAX) {
+        if (sleepers.load() > 0) wake(most);
+    }
+
+    std::atomic<uint32_t> value{0};
+
+   private:
+    void wake(int most);
+
+    std::atomic<uint32_t> sleepers{0};
+};
 
 // Hands out the numbers from 0 to count - 1, each once.
 struct Tasks {
@@ -27,14 +44,15 @@ struct Tasks {
     alignas(64) std::atomic<long> next{0};
 };
 
-// Calls body() once in each of `threads` threads, and returns when all have.
+// Calls body(data) in this thread and in those of `threads` - 1 others that come in time.
+void call_in_team(int threads, void (*body)(void*), void* data);
+
+// Calls body() in at most `threads` threads, and returns when all that began have ended. It must do all the work that
+// there is wherever it is called alone.
 template <typename Body>
 void in_parallel(int threads, Body body) {
-    if (threads <= 1 || pool_entry == nullptr) {
-        body();
-        return;
-    }
-    pool_entry([](void* data) { (*static_cast<Body*>(data))(); }, &body, static_cast<unsigned>(threads), 0);
+    if (threads <= 1) return body();
+    call_in_team(threads, [](void* data) { (*static_cast<Body*>(data))(); }, &body);
 }
 
 // Calls body(task) for every task.
@@ -55,16 +73,15 @@ struct Phase {
 
     template <typename Body>
     void run(Body&& body) {
+        const auto all = static_cast<uint32_t>(tasks.count);
         long task;
         while (tasks.claim(task)) {
             body(task);
-            done.fetch_add(1, std::memory_order_release);
+            if (done.value.fetch_add(1) + 1 == all) done.changed();
         }
-        wait();
+        done.wait(all);
     }
 
-    void wait();
-
     Tasks tasks;
-    alignas(64) std::atomic<long> done{0};
+    alignas(64) Awaited done;
 };
