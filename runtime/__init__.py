@@ -6,11 +6,15 @@
 
 from typing import TYPE_CHECKING, Any
 
+from runtime.openmp import limit_spinning
+
 if TYPE_CHECKING:
     from runtime.llm import LLM, Completion
     from runtime.messages import SamplingParams
 
 __all__ = ["LLM", "Completion", "SamplingParams"]
+
+limit_spinning()
 
 _HOMES = {"LLM": "runtime.llm", "Completion": "runtime.llm", "SamplingParams": "runtime.messages"}
 
