@@ -19,6 +19,7 @@ _SIGNATURES: dict[str, str] = {
     "eft_rope_and_cache": "plplplpppppllllii",
     "eft_paged_attention": "plppplplllllfpii",
     "eft_argmax": "pllppi",
+    "eft_sample": "plllppppppi",
 }
 """Arguments of each op: p pointer, l long, i int, f float."""
 _TYPES = {"p": _POINTER, "l": _LONG, "i": _INT, "f": _FLOAT}

@@ -225,6 +225,27 @@ class CpuOps(ReferenceOps):
         )
         return best, index
 
+    def sample(
+        self, logits: Tensor, uniform: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
+    ) -> Tensor:
+        if not _ours(logits, temperature, top_p, min_p):
+            return super().sample(logits, uniform, temperature, top_k, top_p, min_p)
+        logits = _rows(logits)
+        tokens = torch.empty(len(logits), dtype=torch.int64)
+        self._lib.eft_sample(
+            logits.data_ptr(),
+            logits.stride(0),
+            *logits.shape,
+            uniform.data_ptr(),
+            temperature.data_ptr(),
+            top_k.data_ptr(),
+            top_p.data_ptr(),
+            min_p.data_ptr(),
+            tokens.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return tokens
+
 
 def _fits(x: Tensor, weight: Weight) -> bool:
     """Whether there is a C++ linear for these."""

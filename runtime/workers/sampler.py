@@ -41,9 +41,9 @@ class Sampler:
         sampled = [i for i, row in enumerate(rows) if not row.params.greedy and i not in broken]
         if sampled:
             index_tensor = torch.tensor(sampled, device=logits.device)
-            tokens[index_tensor] = self._sample(
-                logits[index_tensor], [rows[i] for i in sampled], [lengths[i] for i in sampled]
-            )
+            # A copy of all rows would take as long as sampling them.
+            wanted = logits if len(sampled) == len(rows) else logits[index_tensor]
+            tokens[index_tensor] = self._sample(wanted, [rows[i] for i in sampled], [lengths[i] for i in sampled])
         return tokens.tolist(), broken
 
     def candidates(self, logits: Tensor, slots: list[int], lengths: list[int]) -> dict[int, list[tuple[int, float]]]:
