@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,8 +79,7 @@ class LoraFactors:
     """[R]: the scale of the part that each row of `a` belongs to."""
 
 
-@dataclass(frozen=True, eq=False)
-class LoraSegment:
+class LoraSegment(NamedTuple):
     """The tokens of a batch that one adapter is for."""
 
     tokens: Tensor | None
@@ -100,6 +100,11 @@ class Ops(ABC):
     def prepare(self, weight: QuantisedWeight) -> QuantisedWeight:
         """The same weight as this backend likes it to lie: once, when it is loaded. Any backend takes the result."""
         return weight
+
+    def prepare_lora(self, factors: LoraFactors) -> LoraFactors:
+        """The same factors as this backend likes them to lie: once, when an adapter is loaded. Any backend takes the
+        result."""
+        return factors
 
     @abstractmethod
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:

@@ -9,9 +9,10 @@ from torch import Tensor
 from kernels.bfloat16 import BFloat16Weight
 from kernels.cpu.build import BuildError
 from kernels.cpu.library import load
+from kernels.cpu.lora import LoraLayout, laid_out, segment_table, suits
 from kernels.cpu.tiles import TILE, Int4Tiles, Int8GroupTiles, Int8Tiles, Tiles, tiled
 from kernels.cpu.variants import Variant, chosen_variant
-from kernels.interface import LoraSegment, PagedRows
+from kernels.interface import LoraFactors, LoraSegment, PagedRows
 from kernels.nf4 import Nf4Weight
 from kernels.quantised import QuantisedWeight, Weight
 from kernels.reference import ReferenceOps
@@ -108,19 +109,25 @@ class CpuOps(ReferenceOps):
         assert isinstance(weight, Tensor)
         return lib.eft_linear, (weight,)
 
+    def prepare_lora(self, factors: LoraFactors) -> LoraFactors:
+        return LoraLayout.of(factors) if suits(factors) else factors
+
     def lora_apply(self, x: Tensor, y: Tensor, segments: Sequence[LoraSegment]) -> Tensor:
-        if not all(_ours(x, y, segment.factors.a, *segment.factors.b) for segment in segments):
+        ours = laid_out(segments) if _ours(x, y) and y.stride(1) == 1 else None
+        if ours is None:
             return super().lora_apply(x, y, segments)
-        for segment in segments:
-            tokens, factors = segment.tokens, segment.factors
-            shrunk = self.linear(x if tokens is None else x.index_select(0, tokens), factors.a) * factors.scales
-            ranks = [b.shape[1] for b in factors.b]
-            for narrow, b, column in zip(torch.split(shrunk, ranks, dim=-1), factors.b, factors.columns, strict=True):
-                target, found = y[:, column : column + len(b)], self.linear(narrow, b)
-                if tokens is None:
-                    target += found
-                else:
-                    target.index_add_(0, tokens, found)
+        x = _rows(x)
+        table = segment_table(len(x), ours)
+        self._lib.eft_lora_apply(
+            x.data_ptr(),
+            x.stride(0),
+            x.shape[1],
+            y.data_ptr(),
+            y.stride(0),
+            table.buffer_info()[0],
+            len(ours),
+            torch.get_num_threads(),
+        )
         return y
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -86,12 +86,13 @@ class AdapterSlots:
         device, dtype = self._decoder.device, self._decoder.dtype
         held = [linear.lora(part.part, part.a, part.b) for part in parts]
         scales = torch.cat([torch.full((len(part.a),), part.scale) for part in parts])
-        return LoraFactors(
+        factors = LoraFactors(
             a=torch.cat([a for a, _ in held]).to(device, dtype),
             b=tuple(b.to(device, dtype).contiguous() for _, b in held),
             columns=tuple(linear.weight.starts[part.part] for part in parts),
             scales=scales.to(device, dtype),
         )
+        return self._decoder.ops.prepare_lora(factors)
 
 
 class BatchAdaptation:

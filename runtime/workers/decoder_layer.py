@@ -85,6 +85,8 @@ class DecoderLayer:
             norm_weight, eps = self._swiglu.weight.data, self._swiglu.eps
             inner = ops.norm_swiglu(hidden, norm_weight, eps, *self.linears["gate_up"].tensors)
             return self.linears["down"].add(ops, hidden, inner)
+        if adaptation is not None and self._swiglu is not None and self._group.size == 1:
+            return self._adapted(ops, hidden, mixed.flatten(1), adaptation)
         attention = self._attended(ops, mixed, adaptation)
         if self._spec.parallel:
             inner = self.expand(ops, hidden, adaptation)
@@ -93,6 +95,14 @@ class DecoderLayer:
             residual = hidden + attention()
             inner = self.expand(ops, residual, adaptation)
         return self.contract(ops, residual, inner, adaptation)
+
+    def _adapted(self, ops: Ops, hidden: Tensor, mixed: Tensor, adaptation: Adaptation) -> Tensor:
+        """`finish` of a layer as Llama has it, with adapters: the residual stream is added by the linears, so adapters
+        add to the stream itself."""
+        added = adaptation(self.index, "out", mixed, self._out.add(ops, hidden, mixed))
+        inner = self.expand(ops, added, adaptation)
+        down = self.linears["down"]
+        return adaptation(self.index, "down", inner, down.add(ops, added, inner))
 
     def mix(self, ops: Ops, hidden: Tensor, mixed: Tensor, adaptation: Adaptation | None) -> Tensor:
         """First part of `finish`: with what attention found, [T, hidden]."""
