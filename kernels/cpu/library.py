@@ -14,6 +14,8 @@ _SIGNATURES: dict[str, str] = {
     "eft_linear_int4": "pllllpppppfppii",
     "eft_linear_int8_groups": "pllllppppfppii",
     "eft_linear_bfloat16": "pllllpppfppii",
+    "eft_dequantise_nf4": "ppllpi",
+    "eft_linear_nf4": "pllllppppfppii",
     "eft_lora_apply": "pllplpli",
     "eft_rms_norm": "plllpfpi",
     "eft_silu_mul": "pllpi",

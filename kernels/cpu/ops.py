@@ -10,10 +10,9 @@ from kernels.bfloat16 import BFloat16Weight
 from kernels.cpu.build import BuildError
 from kernels.cpu.library import load
 from kernels.cpu.lora import LoraLayout, laid_out, segment_table, suits
-from kernels.cpu.tiles import TILE, Int4Tiles, Int8GroupTiles, Int8Tiles, Tiles, tiled
+from kernels.cpu.tiles import TILE, Int4Tiles, Int8GroupTiles, Int8Tiles, Nf4Tiles, Tiles, tiled
 from kernels.cpu.variants import Variant, chosen_variant
 from kernels.interface import LoraFactors, LoraSegment, PagedRows
-from kernels.nf4 import Nf4Weight
 from kernels.quantised import QuantisedWeight, Weight
 from kernels.reference import ReferenceOps
 
@@ -45,8 +44,6 @@ class CpuOps(ReferenceOps):
         return tiled(weight) if weight.device.type == "cpu" else weight
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
-        if isinstance(weight, Nf4Weight) and _ours(x):
-            return self._linear(x, weight.dequantise().contiguous(), bias)
         if not _fits(x, weight):
             return super().linear(x, weight, bias)
         return self._linear(x, weight, bias)
@@ -104,6 +101,8 @@ class CpuOps(ReferenceOps):
                 return lib.eft_linear_int4, (weight.values, *weight.others)
             case Int8GroupTiles():
                 return lib.eft_linear_int8_groups, (weight.values, *weight.others)
+            case Nf4Tiles():
+                return lib.eft_linear_nf4, (weight.values, *weight.others)
             case BFloat16Weight():
                 return lib.eft_linear_bfloat16, (weight.values,)
         assert isinstance(weight, Tensor)

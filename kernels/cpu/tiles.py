@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from kernels.cpu.library import load
+from kernels.cpu.variants import chosen_variant
 from kernels.int4 import GROUP, HALF, Int4Weight
 from kernels.int8_groups import Int8GroupWeight
+from kernels.nf4 import BLOCK, Nf4Weight
 from kernels.quantised import Int8Weight, QuantisedWeight
 
 TILE = 16
@@ -135,6 +138,32 @@ class Int8GroupTiles(Tiles):
         return Int8GroupWeight(self._bytes(index), self._from_groups(self.scales, index), self.size[1])
 
 
+@dataclass(frozen=True, eq=False)
+class Nf4Tiles(Tiles):
+    """An `Nf4Weight` in tiles."""
+
+    scales: Tensor
+    """[tiles, blocks, 16] float32."""
+
+    @classmethod
+    def of(cls, weight: Nf4Weight) -> "Nf4Tiles":
+        return cls(_lines(weight.packed, BLOCK // 2), weight.shape, _groups(weight.scales))
+
+    @property
+    def others(self) -> tuple[Tensor, ...]:
+        return (self.scales,)
+
+    def picked(self, index: Tensor | None) -> Nf4Weight:
+        return Nf4Weight(self._bytes(index), self._from_groups(self.scales, index), self.size[1])
+
+    def dequantise(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        found = torch.empty(self.size)
+        load(chosen_variant()).eft_dequantise_nf4(
+            self.values.data_ptr(), self.scales.data_ptr(), *self.size, found.data_ptr(), torch.get_num_threads()
+        )
+        return found.to(dtype)
+
+
 def tiled(weight: QuantisedWeight) -> QuantisedWeight:
     """The weight in tiles, where there are ops for it."""
     match weight:
@@ -144,6 +173,8 @@ def tiled(weight: QuantisedWeight) -> QuantisedWeight:
             return Int4Tiles.of(weight)
         case Int8GroupWeight():
             return Int8GroupTiles.of(weight)
+        case Nf4Weight():
+            return Nf4Tiles.of(weight)
         case _:
             return weight
 
