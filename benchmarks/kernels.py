@@ -2,12 +2,14 @@
 
 python -m benchmarks.kernels                              every weight type, SmolLM2's shapes, 1 to 512 rows
 python -m benchmarks.kernels --types int8,int4 --rows 1   some of it
+python -m benchmarks.kernels --types attention            attention alone
 EFT_KERNELS_VARIANT=avx2 python -m benchmarks.kernels     another variant
 
 One row is bound by memory (GEMV): bytes of weights a second as a share of the read bandwidth. Many rows are bound by
 arithmetic (GEMM): operations a second as a share of the type's peak. Integer weights meet activations of two bytes, so
 each of their products is two products of bytes, and the peak is half that of bytes. Copies of a weight are gone
-through in turn, more than caches hold. Use an idle machine.
+through in turn, more than caches hold. Attention is bound by arithmetic for prompts, and by reading the KV cache for
+rows that decode. Use an idle machine.
 """
 
 import argparse
@@ -22,8 +24,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.peak import Peaks, measure
-from kernels import Weight, quantise_int4, quantise_int8
+from kernels import Weight, cache, quantise_int4, quantise_int8
 from kernels.cpu import CpuOps
+from kernels.interface import PagedRows
 
 SHAPES = {
     "qkv": (960, 576),
@@ -38,6 +41,34 @@ COLD = 600 << 20
 """Bytes of copies of a weight that are gone through in turn."""
 MIN_TIME = 0.15
 """Seconds that one figure is measured for."""
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    """Rows alike over SmolLM2's heads."""
+
+    rows: int
+    context: int
+    count: int
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def name(self) -> str:
+        kind = "decode" if self.count == 1 else f"chunk {self.count}"
+        return f"{kind} after {self.context}, KV {str(self.dtype).removeprefix('torch.')}"
+
+
+HEADS, KV_HEADS, HEAD_DIM, BLOCK = 9, 3, 64, 16
+CASES = (
+    AttentionCase(1, 0, 512),
+    AttentionCase(1, 512, 512),
+    AttentionCase(1, 512, 512, torch.int8),
+    AttentionCase(1, 250, 1),
+    AttentionCase(1, 4000, 1),
+    AttentionCase(32, 250, 1),
+    AttentionCase(32, 250, 1, torch.bfloat16),
+    AttentionCase(32, 250, 1, torch.int8),
+)
 
 
 @dataclass(frozen=True)
@@ -68,7 +99,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     rows = [int(count) for count in options.rows.split(",")]
     table = Table("type", "op", "rows", "µs", "GB/s", "of read", "GOP/s", "of peak")
-    for name in options.types.split(","):
+    names = options.types.split(",")
+    for case in CASES if "attention" in names else ():
+        _add_attention(table, ops, case, peaks)
+    for name in (name for name in names if name != "attention"):
         for shape in options.shapes.split(","):
             for count in rows:
                 _add(table, ops, name, types[name], shape, count, peaks)
@@ -78,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--types", default="float32,int8,int4")
+    parser.add_argument("--types", default="float32,int8,int4,attention")
     parser.add_argument("--shapes", default=",".join(SHAPES))
     parser.add_argument("--rows", default=",".join(map(str, ROWS)))
     return parser
@@ -91,16 +125,57 @@ def _add(table: Table, ops: CpuOps, name: str, kind: WeightType, shape: str, row
     weights = [weight, *(copy.deepcopy(weight) for _ in range(COLD // num_bytes))]
     x = torch.randn(rows, size)
     seconds = _seconds(lambda turn: ops.linear(x, weights[turn % len(weights)]))
-    read, operations = num_bytes / seconds, 2.0 * rows * out * size / seconds
+    _row(table, name, shape, rows, seconds, num_bytes, 2.0 * rows * out * size, peaks.read, kind.peak(peaks))
+
+
+def _add_attention(table: Table, ops: CpuOps, case: AttentionCase, peaks: Peaks) -> None:
+    length = case.context + case.count
+    blocks = -(-length // BLOCK)
+    tables = torch.arange(case.rows * blocks).view(case.rows, blocks)
+    places = torch.arange(case.context, length)
+    slots = (tables[:, places // BLOCK] * BLOCK + places % BLOCK).flatten()
+    rows = PagedRows(slots, [case.count] * case.rows, [case.context] * case.rows, tables, BLOCK)
+    head_bytes = cache.width(case.dtype, HEAD_DIM) * case.dtype.itemsize
+    num_bytes = case.rows * length * KV_HEADS * 2 * head_bytes
+    caches = [
+        (_filled(len(tables) * blocks, case.dtype), _filled(len(tables) * blocks, case.dtype))
+        for _ in range(1 + COLD // 4 // num_bytes)
+    ]
+    q = torch.randn(case.rows * case.count, HEADS, HEAD_DIM)
+    k = v = q[:, :KV_HEADS]
+    seconds = _seconds(lambda turn: ops.paged_attention(q, k, v, *caches[turn % len(caches)], rows, HEAD_DIM**-0.5))
+    seen = case.rows * sum(range(case.context + 1, length + 1))
+    operations = 4.0 * seen * HEADS * HEAD_DIM
+    _row(table, "attention", case.name, case.rows, seconds, num_bytes, operations, peaks.read, peaks.floats)
+
+
+def _filled(blocks: int, dtype: torch.dtype) -> torch.Tensor:
+    stored = torch.zeros(blocks, BLOCK, KV_HEADS, cache.width(dtype, HEAD_DIM), dtype=dtype)
+    cache.write(stored, torch.arange(blocks * BLOCK), torch.ones(blocks * BLOCK, KV_HEADS, HEAD_DIM))
+    return stored
+
+
+def _row(
+    table: Table,
+    name: str,
+    op: str,
+    rows: int,
+    seconds: float,
+    num_bytes: int,
+    operations: float,
+    read_peak: float,
+    peak: float,
+) -> None:
+    read, done = num_bytes / seconds, operations / seconds
     table.add_row(
         name,
-        shape,
+        op,
         str(rows),
         f"{seconds * 1e6:.0f}",
         f"{read / 1e9:.1f}",
-        f"{read / peaks.read:.0%}",
-        f"{operations / 1e9:.0f}",
-        f"{operations / kind.peak(peaks):.0%}",
+        f"{read / read_peak:.0%}",
+        f"{done / 1e9:.0f}",
+        f"{done / peak:.0%}",
     )
 
 

@@ -79,7 +79,7 @@ def assemble(settings: Settings) -> Assembled:
     decoder = load_model(checkpoint, settings.model, device=device)
     keep_freed_memory()
     cache = _plan_cache(settings, decoder, _free_bytes(device))
-    if settings.model.deterministic and (reason := obstacle(decoder, cache.max_len)) is not None:
+    if settings.model.deterministic and (reason := obstacle(decoder)) is not None:
         raise ModelLoadError(f"model.deterministic cannot be promised for {name}: {reason}.")
     dtype = cache_dtype(settings.cache.kv_cache_dtype, decoder)
     lora_base = base_of(decoder, checkpoint, name)

@@ -1,118 +1,110 @@
 // Attention of many tokens of one row: a vector lies along the queries, which are pairs of position and head.
-#include <algorithm>
-#include <vector>
-
 #include "attention.h"
-#include "panel.h"
 #include "scratch.h"
 
 namespace {
 
-constexpr int MV = MOST_VECTORS;
-constexpr int TILE = W == 16 ? 8 : 2;
-// Keys, or features of values, that are multiplied with a panel of queries at a time.
+constexpr int MV = 3;
+// Vectors of queries. Three: groups of three heads fill them, and there are registers for them.
+constexpr int LANES = MV * W;
+constexpr int TILE = W == 16 ? 8 : 4;
+// Keys, or features of values, that are multiplied with the queries at a time.
 
-// sum [N][MV] over `count` steps: row n of `broadcast` is `across` floats from the next, a step is `along`.
-template <int N>
-INLINE void multiply(const float* panel, const float* broadcast, long across, long along, long count,
-                     vf (&sum)[N][MV]) {
+// sum [N][MV] over `count` steps: in step i panel [count][LANES] times factor(i, n).
+template <int N, typename Factor>
+INLINE void multiply(const float* panel, long count, vf (&sum)[N][MV], Factor&& factor) {
     for (long i = 0; i < count; i++) {
         vf x[MV];
 #pragma GCC unroll 4
         for (int m = 0; m < MV; m++) x[m] = load(panel + (i * MV + m) * W);
 #pragma GCC unroll 8
         for (int n = 0; n < N; n++) {
-            const vf factor = splat(broadcast[n * across + i * along]);
+            const vf one = splat(factor(i, n));
 #pragma GCC unroll 4
-            for (int m = 0; m < MV; m++) sum[n][m] += factor * x[m];
+            for (int m = 0; m < MV; m++) sum[n][m] += one * x[m];
         }
     }
 }
 
-template <int N>
-INLINE void load_tile(const float* from, vf (&tile)[N][MV]) {
+// scores [CHUNK][LANES] of the chunk's keys, and of some around them that mean nothing.
+void score(const Chunk& chunk, const Rows& keys, const float* queries, long dim, float* scores) {
+    for (long token = chunk.from / TILE * TILE; token < chunk.to; token += TILE) {
+        const float* rows[TILE];
+        std::copy(keys.at + token, keys.at + token + TILE, rows);
+        vf sum[TILE][MV] = {};
+        multiply<TILE>(queries, dim, sum, [&](long i, int n) INLINE_LAMBDA { return rows[n][i]; });
 #pragma GCC unroll 8
-    for (int n = 0; n < N; n++)
+        for (int n = 0; n < TILE; n++)
 #pragma GCC unroll 4
-        for (int m = 0; m < MV; m++) tile[n][m] = load(from + (n * MV + m) * W);
+            for (int m = 0; m < MV; m++) store(scores + ((token + n) * MV + m) * W, sum[n][m]);
+    }
 }
 
+// acc [dim][LANES], N features from `d` on, plus the values times weights [CHUNK][LANES].
 template <int N>
-INLINE void store_tile(const vf (&tile)[N][MV], float* to) {
-#pragma GCC unroll 8
-    for (int n = 0; n < N; n++)
-#pragma GCC unroll 4
-        for (int m = 0; m < MV; m++) store(to + (n * MV + m) * W, tile[n][m]);
-}
-
-// scores [N][LANES] of N keys.
-template <int N>
-INLINE void score_tile(const float* queries, const float* keys, long stride, long dim, float* scores) {
-    vf sum[N][MV] = {};
-    multiply<N>(queries, keys, stride, 1, dim, sum);
-    store_tile<N>(sum, scores);
-}
-
-// acc [N][LANES] += N features of `count` values times weights [count][LANES].
-template <int N>
-INLINE void mix_tile(const float* weights, const float* values, long stride, long count, float* acc) {
+INLINE void mix_tile(const Chunk& chunk, const Rows& values, const float* weights, long d, float* acc) {
     vf sum[N][MV];
-    load_tile<N>(acc, sum);
-    multiply<N>(weights, values, 1, stride, count, sum);
-    store_tile<N>(sum, acc);
+#pragma GCC unroll 8
+    for (int n = 0; n < N; n++)
+#pragma GCC unroll 4
+        for (int m = 0; m < MV; m++) sum[n][m] = load(acc + ((d + n) * MV + m) * W);
+    const float* const* rows = values.at + chunk.from;
+    multiply<N>(weights + chunk.from * LANES, chunk.to - chunk.from, sum,
+                [&](long i, int n) INLINE_LAMBDA { return rows[i][d + n]; });
+#pragma GCC unroll 8
+    for (int n = 0; n < N; n++)
+#pragma GCC unroll 4
+        for (int m = 0; m < MV; m++) store(acc + ((d + n) * MV + m) * W, sum[n][m]);
 }
 
-void score(const Attention& op, const Tokens& tokens, const float* queries, long begin, long end, float* scores) {
-    const long stride = tokens.stride();
-    for (long token = begin, run; token < end; token += run) {
-        run = tokens.run_length(token, end);
-        const float* keys = tokens.at(token);
-        float* to = scores + (token - begin) * LANES;
-        long i = 0;
-        for (; i + TILE <= run; i += TILE)
-            score_tile<TILE>(queries, keys + i * stride, stride, op.dim, to + i * LANES);
-        for (; i < run; i++) score_tile<1>(queries, keys + i * stride, stride, op.dim, to + i * LANES);
+void mix(const Chunk& chunk, const Rows& values, const float* weights, long dim, float* acc) {
+    long d = 0;
+    for (; d + TILE <= dim; d += TILE) mix_tile<TILE>(chunk, values, weights, d, acc);
+    for (; d < dim; d++) mix_tile<1>(chunk, values, weights, d, acc);
+}
+
+// The places in the sequence that each query sees.
+struct Seen {
+    vf first[MV], last[MV];
+    long all_from, all_to;  // what every one of them sees
+
+    void hide(const Chunk& chunk, float* scores) const {
+        if (chunk.base + chunk.from >= all_from && chunk.base + chunk.to <= all_to) return;
+        for (long i = chunk.from; i < chunk.to; i++) {
+            const vf place = splat(static_cast<float>(chunk.base + i));
+            for (int m = 0; m < MV; m++) {
+                float* at = scores + (i * MV + m) * W;
+                const vf score = load(at);
+                const vf early = last[m] >= place ? score : splat(UNSEEN);
+                store(at, first[m] <= place ? early : splat(UNSEEN));
+            }
+        }
     }
-}
+};
 
-void mix(const Attention& op, const Tokens& tokens, const float* weights, long begin, long end, float* acc) {
-    const long stride = tokens.stride();
-    for (long token = begin, run; token < end; token += run) {
-        run = tokens.run_length(token, end);
-        const float* values = tokens.at(token);
-        const float* from = weights + (token - begin) * LANES;
-        long d = 0;
-        for (; d + TILE <= op.dim; d += TILE) mix_tile<TILE>(from, values + d, stride, run, acc + d * LANES);
-        for (; d < op.dim; d++) mix_tile<1>(from, values + d, stride, run, acc + d * LANES);
-    }
-}
-
-// What online softmax knows of each query.
-struct Softmax {
+// What online softmax knows of each query, and the sum of values [dim][LANES] that belongs to it.
+struct Sums {
     vf total[MV], top[MV];
+    float* acc;
 
-    Softmax() {
+    void clear(long dim) {
         for (int m = 0; m < MV; m++) {
             total[m] = vf{};
             top[m] = splat(LOWEST);
         }
+        std::fill(acc, acc + dim * LANES, 0.0f);
     }
 
-    // Scores [count][LANES] become weights, what was summed so far in acc [dim][LANES] shrinks to fit.
-    void soften(float* scores, const vf (&last)[MV], long begin, long count, long dim, float* acc) {
+    // The chunk's scores become weights; what was summed up so far shrinks to fit.
+    void soften(const Chunk& chunk, long dim, float* scores) {
         for (int m = 0; m < MV; m++) {
             vf highest = top[m];
-            for (long i = 0; i < count; i++) {
-                float* at = scores + (i * MV + m) * W;
-                const vf seen = last[m] >= splat(static_cast<float>(begin + i)) ? load(at) : splat(2 * LOWEST);
-                store(at, seen);
-                highest = max(highest, seen);
-            }
-            const vf shrink = exp(top[m] - highest);
+            for (long i = chunk.from; i < chunk.to; i++) highest = max(highest, load(scores + (i * MV + m) * W));
+            const vf shrink = exp2(top[m] - highest);
             vf sums[W] = {};
-            for (long i = 0; i < count; i++) {
+            for (long i = chunk.from; i < chunk.to; i++) {
                 float* at = scores + (i * MV + m) * W;
-                const vf weight = exp(load(at) - highest);
+                const vf weight = exp2(load(at) - highest);
                 sums[i % W] += weight;
                 store(at, weight);
             }
@@ -126,26 +118,97 @@ struct Softmax {
             }
         }
     }
-};
 
-// Joins the parts of a row, each [dim][LANES], into the first: as attention.cpp's `join` does for single tokens. The
-// maxima in `of` become the parts' weights.
-void join(float* parts, Softmax* of, long count, long dim, vf (&total)[MV]) {
-    for (int m = 0; m < MV; m++) {
-        vf top = of[0].top[m];
-        for (long i = 1; i < count; i++) top = max(top, of[i].top[m]);
-        total[m] = vf{};
-        for (long i = 0; i < count; i++) {
-            of[i].top[m] = exp(of[i].top[m] - top);
-            total[m] = fused(of[i].top[m], of[i].total[m], total[m]);
-        }
-        for (long d = 0; d < dim; d++) {
-            float* at = parts + (d * MV + m) * W;
-            vf joined = {};
-            for (long i = 0; i < count; i++) joined = fused(of[i].top[m], load(at + i * dim * LANES), joined);
-            store(at, joined);
+    void add_part(const Sums& part, long dim) {
+        for (int m = 0; m < MV; m++) {
+            vf keep, add;
+            merge(top[m], total[m], part.top[m], part.total[m], keep, add);
+            for (long d = 0; d < dim; d++) {
+                float* at = acc + (d * MV + m) * W;
+                store(at, fused(add, load(part.acc + (d * MV + m) * W), keep * load(at)));
+            }
         }
     }
+};
+
+// Up to LANES queries of one key/value head: lanes `done` to done + some of the positions from `first` on.
+struct Queries {
+    const Attention& op;
+    long row, kv_head, first, done, some;
+
+    long position(long lane) const { return first + (done + lane) / op.group(); }
+    long head(long lane) const { return kv_head * op.group() + (done + lane) % op.group(); }
+    long token(long lane) const { return op.extents[3 * row] + position(lane); }
+    // Its place in the sequence; beyond the end that of the last.
+    long place(long lane) const { return op.extents[3 * row + 2] + position(std::min(lane, some - 1)); }
+
+    void pack(float* queries) const {
+        std::fill(queries, queries + op.dim * LANES, 0.0f);
+        const float scale = op.query_scale();
+        for (long lane = 0; lane < some; lane++) {
+            const float* q = op.q + token(lane) * op.q_stride + head(lane) * op.dim;
+            for (long d = 0; d < op.dim; d++) queries[d * LANES + lane] = q[d] * scale;
+        }
+    }
+
+    Seen seen() const {
+        float firsts[LANES], lasts[LANES];
+        for (long lane = 0; lane < LANES; lane++) {
+            firsts[lane] = static_cast<float>(op.first_seen(place(lane)));
+            lasts[lane] = static_cast<float>(place(lane));
+        }
+        Seen seen;
+        for (int m = 0; m < MV; m++) {
+            seen.first[m] = load(firsts + m * W);
+            seen.last[m] = load(lasts + m * W);
+        }
+        seen.all_from = op.first_seen(place(some - 1));
+        seen.all_to = place(0) + 1;
+        return seen;
+    }
+
+    void write(const Sums& sums) const {
+        for (long lane = 0; lane < some; lane++) {
+            const float one = 1.0f / sums.total[lane / W][lane % W];
+            float* out = op.out + (token(lane) * op.heads + head(lane)) * op.dim;
+            for (long d = 0; d < op.dim; d++) out[d] = sums.acc[d * LANES + lane] * one;
+        }
+    }
+};
+
+void attend(const Queries& from, Scratch& scratch) {
+    const Attention& op = from.op;
+    const long size = op.dim * LANES;
+    float* queries = scratch.floats(static_cast<size_t>(3 * size + CHUNK * (LANES + op.dim)));
+    float* scores = queries + size;
+    float* widened = scores + CHUNK * LANES;
+    Sums whole, part;
+    whole.acc = widened + CHUNK * op.dim;
+    part.acc = whole.acc + size;
+    from.pack(queries);
+    const Seen seen = from.seen();
+    const long begin = op.first_seen(from.place(0)), end = from.place(from.some - 1) + 1;
+    Sums* sums = &whole;
+    whole.clear(op.dim);
+    for (long token = begin; token < end; token += CHUNK - token % CHUNK) {
+        if (token % PART == 0 && token > begin) {
+            if (sums == &part) whole.add_part(part, op.dim);
+            sums = &part;
+            part.clear(op.dim);
+        }
+        const Chunk chunk(op, from.row, token, end);
+        Rows keys(op, chunk, op.keys, from.kv_head), values(op, chunk, op.values, from.kv_head);
+        keys.widen(op, chunk, widened);
+        score(chunk, keys, queries, op.dim, scores);
+        if (op.softcap > 0.0f)
+            for (long i = chunk.from * LANES; i < chunk.to * LANES; i += W) store(scores + i, op.capped(load(scores + i)));
+        seen.hide(chunk, scores);
+        sums->soften(chunk, op.dim, scores);
+        values.widen(op, chunk, widened);
+        mix(chunk, values, scores, op.dim, sums->acc);
+    }
+    if (sums == &part) whole.add_part(part, op.dim);
+    from.write(whole);
 }
 
 }  // namespace
@@ -154,45 +217,8 @@ long positions_at_once(const Attention& op) { return std::max(1L, LANES / op.gro
 
 void attend_many(const Attention& op, long row, long first, long count, long kv_head) {
     static thread_local Scratch scratch;
-    static thread_local std::vector<Softmax> softmax;
-    const long group = op.group(), lanes = count * group, dim = op.dim;
-    const long start = op.extents[3 * row], context = op.extents[3 * row + 2];
-    const long end = context + first + count;
-    const long parts = (end + PART - 1) / PART;
-    float* queries = scratch.floats(static_cast<size_t>(((1 + parts) * dim + CHUNK) * LANES + CHUNK * dim));
-    float* scores = queries + dim * LANES;
-    float* widened = scores + CHUNK * LANES;
-    float* sums = widened + CHUNK * dim;
-    // More heads than lanes share a key/value head only in theory: then a part of them at a time.
-    for (long done = 0; done < lanes; done += LANES) {
-        const long some = std::min<long>(LANES, lanes - done);
-        std::fill(queries, queries + dim * LANES, 0.0f);
-        std::fill(sums, sums + parts * dim * LANES, 0.0f);
-        softmax.assign(static_cast<size_t>(parts), Softmax());
-        float limits[LANES];
-        for (long lane = 0; lane < LANES; lane++) {
-            const long position = first + (done + std::min(lane, some - 1)) / group;
-            limits[lane] = static_cast<float>(context + position);
-            if (lane >= some) continue;
-            const float* q = op.q + (start + position) * op.q_stride + (kv_head * group + (done + lane) % group) * dim;
-            for (long d = 0; d < dim; d++) queries[d * LANES + lane] = q[d] * op.scale;
-        }
-        vf last[MV];
-        for (int m = 0; m < MV; m++) last[m] = load(limits + m * W);
-        for (long chunk = 0; chunk < end; chunk += CHUNK) {
-            const long stop = std::min(end, chunk + CHUNK);
-            float* acc = sums + chunk / PART * dim * LANES;
-            score(op, Tokens(op, op.keys, row, kv_head, chunk, stop, widened), queries, chunk, stop, scores);
-            softmax[static_cast<size_t>(chunk / PART)].soften(scores, last, chunk, stop - chunk, dim, acc);
-            mix(op, Tokens(op, op.values, row, kv_head, chunk, stop, widened), scores, chunk, stop, acc);
-        }
-        vf total[MV];
-        join(sums, softmax.data(), parts, dim, total);
-        for (long lane = 0; lane < some; lane++) {
-            const long position = first + (done + lane) / group;
-            const float one = 1.0f / total[lane / W][lane % W];
-            float* out = op.out + ((start + position) * op.heads + kv_head * group + (done + lane) % group) * dim;
-            for (long d = 0; d < dim; d++) out[d] = sums[d * LANES + lane] * one;
-        }
-    }
+    const long lanes = count * op.group();
+    // More heads than lanes share a key/value head in few models: then a part of them at a time.
+    for (long done = 0; done < lanes; done += LANES)
+        attend({op, row, kv_head, first, done, std::min<long>(LANES, lanes - done)}, scratch);
 }

@@ -4,7 +4,7 @@
 // decoding cuts a row's tokens into parts of fixed length and joins their results in order.
 #include "attention.h"
 
-#include <algorithm>
+#include <atomic>
 #include <vector>
 
 #include "export.h"
@@ -13,59 +13,91 @@
 
 namespace {
 
-struct Task {
-    long row, first, count, kv_head, begin, end;
-    float* partial;  // where a decode task's result goes: [group][dim], then totals and maxima [group]; or null
+// A row of one token, and where the results of its parts go: [parts][kv_heads][partial_size].
+struct Decode {
+    long row, first_part, parts;
+    float* partials;
+    long tasks;  // that it is cut into
 };
 
-INLINE long partial_size(const Attention& op) { return op.group() * (op.dim + 2); }
+struct Task {
+    long row, decode;  // an index into the decodes, or -1
+    long first, count;  // positions; or the part
+    long kv_head, kv_end;
+};
 
-void compute(const Attention& op, const Task& task) {
-    if (task.partial == nullptr) return attend_many(op, task.row, task.first, task.count, task.kv_head);
-    float* total = task.partial + op.group() * op.dim;
-    attend_one(op, task.row, op.extents[3 * task.row], task.kv_head, task.begin, task.end, task.partial, total,
-               total + op.group());
-}
+constexpr long TASKS = 8;
+// Of decoding for each thread, at least, where there are heads to share out.
 
-// Joins the parts of one row and key/value head, which lie one after the other; their maxima become their weights.
-void join(const Attention& op, const Task* parts, long count) {
-    const long group = op.group();
+// Joins the parts of one row and key/value head into the row's output.
+void join(const Attention& op, const Decode& decode, long kv_head) {
+    const long group = op.group(), padded = op.padded(), step = op.kv_heads * partial_size(op);
+    float* first = decode.partials + kv_head * partial_size(op);
     for (long g = 0; g < group; g++) {
-        const auto total_of = [&](long i) { return parts[i].partial[group * op.dim + g]; };
-        const auto top_of = [&](long i) -> float& { return parts[i].partial[group * op.dim + group + g]; };
-        float top = top_of(0);
-        for (long i = 1; i < count; i++) top = std::max(top, top_of(i));
-        vf total = {};
-        for (long i = 0; i < count; i++) {
-            const vf weight = exp(splat(top_of(i) - top));
-            total = fused(weight, splat(total_of(i)), total);
-            top_of(i) = weight[0];
+        float* acc = first + g * padded;
+        vf total = splat(first[group * padded + g]), top = splat(first[group * padded + group + g]);
+        for (long part = 1; part < decode.parts; part++) {
+            const float* other = first + part * step;
+            vf keep, add;
+            merge(top, total, splat(other[group * padded + group + g]), splat(other[group * padded + g]), keep, add);
+            for (long d = 0; d < padded; d += W)
+                store(acc + d, fused(add, load(other + g * padded + d), keep * load(acc + d)));
         }
-        const vf one = splat(1.0f / total[0]);
-        float* out = op.out + (op.extents[3 * parts[0].row] * op.heads + parts[0].kv_head * group + g) * op.dim;
-        for (long d = 0; d < op.dim; d += W) {
-            vf joined = {};
-            for (long i = 0; i < count; i++)
-                joined = fused(splat(top_of(i)), load(parts[i].partial + g * op.dim + d), joined);
-            store(out + d, joined * one);
-        }
+        const float one = 1.0f / total[0];
+        float* out = op.out + (op.extents[3 * decode.row] * op.heads + kv_head * group + g) * op.dim;
+        for (long d = 0; d < op.dim; d++) out[d] = acc[d] * one;
     }
 }
 
-// A row's tasks for each key/value head.
-void plan(const Attention& op, long row, std::vector<Task>& tasks) {
-    const long count = op.extents[3 * row + 1], context = op.extents[3 * row + 2];
-    for (long head = 0; head < op.kv_heads; head++) {
-        if (count == 1 && can_attend_one(op.dim)) {
-            for (long begin = 0; begin <= context; begin += PART)
-                tasks.push_back({row, 0, 1, head, begin, std::min(begin + PART, context + 1), nullptr});
-            continue;
+struct Plan {
+    std::vector<Decode> decodes;
+    std::vector<Task> tasks;
+
+    void make(const Attention& op, long rows, int threads, Scratch& scratch) {
+        decodes.clear();
+        tasks.clear();
+        long parts = 0;
+        for (long row = 0; row < rows; row++)
+            if (op.extents[3 * row + 1] == 1) {
+                const long last = op.extents[3 * row + 2], first_part = op.first_seen(last) / PART;
+                decodes.push_back({row, first_part, last / PART + 1 - first_part, nullptr, 0});
+                parts += decodes.back().parts;
+            }
+        // Heads of a token lie together in memory: one task takes as many as leave enough tasks.
+        const long enough = std::max(1L, parts * op.kv_heads / (TASKS * threads));
+        const long heads = std::min(op.kv_heads, enough);
+        float* memory = scratch.floats(static_cast<size_t>(parts * op.kv_heads * partial_size(op)));
+        for (size_t i = 0; i < decodes.size(); i++) {
+            Decode& decode = decodes[i];
+            decode.partials = memory;
+            memory += decode.parts * op.kv_heads * partial_size(op);
+            for (long part = 0; part < decode.parts; part++)
+                for (long head = 0; head < op.kv_heads; head += heads, decode.tasks++)
+                    tasks.push_back({decode.row, static_cast<long>(i), part, 0, head,
+                                     std::min(head + heads, op.kv_heads)});
         }
         const long step = positions_at_once(op);
-        // The last positions see the most tokens, so they go first.
-        for (long first = (count - 1) / step * step; first >= 0; first -= step)
-            tasks.push_back({row, first, std::min(step, count - first), head, 0, 0, nullptr});
+        for (long row = 0; row < rows; row++) {
+            const long count = op.extents[3 * row + 1];
+            if (count < 2) continue;
+            // The last positions see the most tokens, so they go first.
+            for (long first = (count - 1) / step * step; first >= 0; first -= step)
+                for (long head = 0; head < op.kv_heads; head++)
+                    tasks.push_back({row, -1, first, std::min(step, count - first), head, head + 1});
+        }
     }
+};
+
+void compute(const Attention& op, const Plan& plan, const Task& task, std::atomic<long>* left) {
+    if (task.decode < 0) return attend_many(op, task.row, task.first, task.count, task.kv_head);
+    const Decode& decode = plan.decodes[static_cast<size_t>(task.decode)];
+    const long last = op.extents[3 * task.row + 2], begin = (decode.first_part + task.first) * PART;
+    attend_one(op, task.row, task.kv_head, task.kv_end, std::max(begin, op.first_seen(last)),
+               std::min(begin + PART, last + 1),
+               decode.partials + (task.first * op.kv_heads + task.kv_head) * partial_size(op));
+    // Whoever brings the last of a row's parts joins them.
+    if (left[task.decode].fetch_sub(1, std::memory_order_acq_rel) == 1)
+        for (long head = 0; head < op.kv_heads; head++) join(op, decode, head);
 }
 
 }  // namespace
@@ -73,31 +105,16 @@ void plan(const Attention& op, long row, std::vector<Task>& tasks) {
 // See `Attention` for the arguments; q may be a part of a larger row, `q_stride` floats long.
 EXPORT void eft_paged_attention(const float* q, long q_stride, const char* keys, const char* values,
                                 const int64_t* tables, long width, const int64_t* extents, long rows, long heads,
-                                long kv_heads, long dim, long block_size, float scale, float* out, int type, int threads) {
+                                long kv_heads, long dim, long block_size, float scale, long window, float softcap,
+                                float* out, int type, int threads) {
     static thread_local Scratch scratch;
-    static thread_local std::vector<Task> tasks;
-    const Attention op{q,       q_stride, keys,       values, tables, width, extents, heads,
-                       kv_heads, dim,      block_size, scale,  out,   type};
-    tasks.clear();
-    for (long row = 0; row < rows; row++) plan(op, row, tasks);
-    const auto decodes = [](const Task& task) { return task.end > 0; };
-    const long partials = std::count_if(tasks.begin(), tasks.end(), decodes);
-    float* memory = scratch.floats(static_cast<size_t>(partials * partial_size(op)));
-    for (Task& task : tasks)
-        if (decodes(task)) {
-            task.partial = memory;
-            memory += partial_size(op);
-        }
-    const std::vector<Task>& all = tasks;
-    for_each(threads, static_cast<long>(all.size()), [&](long i) {
-        const Task& task = all[i];
-        compute(op, task);
-        if (decodes(task) && task.begin == 0 && task.end == op.extents[3 * task.row + 2] + 1) join(op, &task, 1);
-    });
-    for (size_t i = 0, parts; i < all.size(); i += parts) {
-        parts = 1;
-        if (!decodes(all[i])) continue;
-        while (i + parts < all.size() && all[i + parts].begin > 0) parts++;
-        if (parts > 1) join(op, &all[i], static_cast<long>(parts));
-    }
+    static thread_local Plan plan;
+    const Attention op{q,   q_stride,   keys,  values, tables,  width, extents, heads, kv_heads,
+                       dim, block_size, scale, window, softcap, out,   type};
+    plan.make(op, rows, threads, scratch);
+    std::vector<std::atomic<long>> left(plan.decodes.size());
+    for (size_t i = 0; i < left.size(); i++) left[i].store(plan.decodes[i].tasks, std::memory_order_relaxed);
+    const Plan& made = plan;
+    for_each(threads, static_cast<long>(made.tasks.size()),
+             [&](long i) { compute(op, made, made.tasks[static_cast<size_t>(i)], left.data()); });
 }

@@ -152,12 +152,33 @@ class CpuOps(ReferenceOps):
         return y
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        if not _ours(x, weight):
-            return super().rms_norm(x, weight, eps)
+        return self._rms_norm(x, weight, 0.0, eps) if _ours(x, weight) else super().rms_norm(x, weight, eps)
+
+    def rms_norm_plus_one(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return self._rms_norm(x, weight, 1.0, eps) if _ours(x, weight) else super().rms_norm_plus_one(x, weight, eps)
+
+    def _rms_norm(self, x: Tensor, weight: Tensor, one: float, eps: float) -> Tensor:
         x = _rows(x)
         y = torch.empty(x.shape)
         self._lib.eft_rms_norm(
-            x.data_ptr(), x.stride(0), *x.shape, weight.data_ptr(), eps, y.data_ptr(), torch.get_num_threads()
+            x.data_ptr(), x.stride(0), *x.shape, weight.data_ptr(), one, eps, y.data_ptr(), torch.get_num_threads()
+        )
+        return y
+
+    def layer_norm(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+        if x.ndim != 2 or not _ours(x, *(given for given in (weight, bias) if given is not None)):
+            return super().layer_norm(x, weight, bias, eps)
+        x = _rows(x)
+        y = torch.empty(x.shape)
+        self._lib.eft_layer_norm(
+            x.data_ptr(),
+            x.stride(0),
+            *x.shape,
+            _address(weight),
+            _address(bias),
+            eps,
+            y.data_ptr(),
+            torch.get_num_threads(),
         )
         return y
 
@@ -168,6 +189,23 @@ class CpuOps(ReferenceOps):
         rows, inner = len(gate_up), gate_up.shape[1] // 2
         y = torch.empty(rows, inner)
         self._lib.eft_silu_mul(gate_up.data_ptr(), rows, inner, y.data_ptr(), torch.get_num_threads())
+        return y
+
+    def gelu_mul(self, gate_up: Tensor, *, tanh: bool) -> Tensor:
+        if not _ours(gate_up):
+            return super().gelu_mul(gate_up, tanh=tanh)
+        gate_up = gate_up.contiguous()
+        rows, inner = len(gate_up), gate_up.shape[1] // 2
+        y = torch.empty(rows, inner)
+        self._lib.eft_gelu_mul(gate_up.data_ptr(), rows, inner, tanh, y.data_ptr(), torch.get_num_threads())
+        return y
+
+    def gelu(self, x: Tensor, *, tanh: bool) -> Tensor:
+        if not _ours(x):
+            return super().gelu(x, tanh=tanh)
+        x = x.contiguous()
+        y = torch.empty(x.shape)
+        self._lib.eft_gelu(x.data_ptr(), x.numel(), tanh, y.data_ptr(), torch.get_num_threads())
         return y
 
     def rope_and_cache(
@@ -181,9 +219,9 @@ class CpuOps(ReferenceOps):
         v_cache: Tensor,
         slots: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        if not (_ours(q, k, v, cos) and _cached(k_cache)) or 2 * cos.shape[1] != q.shape[2]:
+        if not (_ours(q, k, v, cos) and _cached(k_cache)):
             return super().rope_and_cache(q, k, v, cos, sin, k_cache, v_cache, slots)
-        q, k, v = _heads(q), _heads(k), _heads(v)
+        q, k, v, cos, sin = _heads(q), _heads(k), _heads(v), cos.contiguous(), sin.contiguous()
         self._lib.eft_rope_and_cache(
             q.data_ptr(),
             q.stride(0),
@@ -193,6 +231,7 @@ class CpuOps(ReferenceOps):
             v.stride(0),
             cos.data_ptr(),
             sin.data_ptr(),
+            cos.shape[1],
             k_cache.data_ptr(),
             v_cache.data_ptr(),
             slots.data_ptr(),
@@ -218,8 +257,7 @@ class CpuOps(ReferenceOps):
         window: int | None = None,
         softcap: float = 0.0,
     ) -> Tensor:
-        # A window that holds every row is none, so long contexts alone take the slower way.
-        if not (_ours(q) and _cached(k_cache)) or softcap or (window is not None and window < rows.longest):
+        if not (_ours(q) and _cached(k_cache)):
             return super().paged_attention(q, k, v, k_cache, v_cache, rows, scale, window=window, softcap=softcap)
         q = _heads(q)
         out = torch.empty(q.shape)
@@ -237,6 +275,8 @@ class CpuOps(ReferenceOps):
             q.shape[2],
             rows.block_size,
             scale,
+            window or 0,
+            softcap,
             out.data_ptr(),
             CACHE_TYPES[k_cache.dtype],
             torch.get_num_threads(),

@@ -14,7 +14,52 @@ constexpr long SMALL = 16384;
 
 INLINE int threads_for(long floats, int threads) { return floats < SMALL ? 1 : threads; }
 
-// x [dim] turned in place, first half paired with second; cos, sin [dim / 2].
+// Calls body(row) for every row of `size` floats; a task has enough of them to be worth its claim.
+template <typename Body>
+void for_rows(int threads, long rows, long size, Body&& body) {
+    const long share = std::max(1L, SMALL / 4 / std::max(size, 1L));
+    for_each(threads_for(rows * size, threads), (rows + share - 1) / share, [&](long task) {
+        const long end = std::min(rows, (task + 1) * share);
+        for (long row = task * share; row < end; row++) body(row);
+    });
+}
+
+// The sum of f(x) over x [count].
+template <typename F>
+INLINE float total(const float* x, long count, F&& f) {
+    vf sums = {};
+    long i = 0;
+    for (; i + W <= count; i += W) sums += f(load(x + i));
+    float result = sum(sums);
+    for (; i < count; i++) result += f(x[i]);
+    return result;
+}
+
+// y = f(gate) * up; x [rows, 2 * inner], gate then up, y [rows, inner].
+template <typename F>
+INLINE void gated(const float* x, long rows, long inner, float* y, int threads, F&& f) {
+    for_rows(threads, rows, inner, [&](long row) {
+        const float *gate = x + row * 2 * inner, *up = gate + inner;
+        float* to = y + row * inner;
+        long i = 0;
+        for (; i + W <= inner; i += W) store(to + i, f(load(gate + i)) * load(up + i));
+        for (; i < inner; i++) to[i] = f(splat(gate[i]))[0] * up[i];
+    });
+}
+
+// y = f(x), both [count].
+template <typename F>
+INLINE void each(const float* x, long count, float* y, int threads, F&& f) {
+    constexpr long SHARE = SMALL / 4;
+    for_each(threads_for(count, threads), (count + SHARE - 1) / SHARE, [&](long task) {
+        const long end = std::min(count, (task + 1) * SHARE);
+        long i = task * SHARE;
+        for (; i + W <= end; i += W) store(y + i, f(load(x + i)));
+        for (; i < end; i++) y[i] = f(splat(x[i]))[0];
+    });
+}
+
+// The first 2 * half of x turned in place, first half paired with second; cos, sin [half].
 INLINE void rotate(float* x, const float* cos, const float* sin, long half) {
     for (long i = 0; i < half; i++) {
         const float first = x[i], second = x[half + i];
@@ -49,34 +94,61 @@ void write_head(const float* from, long dim, int type, char* to) {
 
 }  // namespace
 
-// y [rows, size] = x over its root mean square, times weight [size].
-EXPORT void eft_rms_norm(const float* x, long stride, long rows, long size, const float* weight, float eps, float* y,
-                         int threads) {
-    for_each(threads_for(rows * size, threads), rows, [&](long row) {
+// y [rows, size] = x over its root mean square, times weight [size] plus `one`, which is 0 or 1.
+EXPORT void eft_rms_norm(const float* x, long stride, long rows, long size, const float* weight, float one, float eps,
+                         float* y, int threads) {
+    for_rows(threads, rows, size, [&](long row) {
         const float* from = x + row * stride;
         float* to = y + row * size;
         const float scale = inverse_rms(from, size, eps);
-        for (long i = 0; i < size; i++) to[i] = from[i] * scale * weight[i];
+        for (long i = 0; i < size; i++) to[i] = from[i] * scale * (weight[i] + one);
+    });
+}
+
+// y [rows, size] = x less its mean, over its standard deviation, times weight, plus bias, each [size] or null.
+EXPORT void eft_layer_norm(const float* x, long stride, long rows, long size, const float* weight, const float* bias,
+                           float eps, float* y, int threads) {
+    for_rows(threads, rows, size, [&](long row) {
+        const float* from = x + row * stride;
+        float* to = y + row * size;
+        const float mean = total(from, size, [](auto v) INLINE_LAMBDA { return v; }) / static_cast<float>(size);
+        const float squares = total(from, size, [&](auto v) INLINE_LAMBDA { return (v - mean) * (v - mean); });
+        const float scale = 1.0f / std::sqrt(squares / static_cast<float>(size) + eps);
+        for (long i = 0; i < size; i++) to[i] = (from[i] - mean) * scale;
+        if (weight)
+            for (long i = 0; i < size; i++) to[i] *= weight[i];
+        if (bias)
+            for (long i = 0; i < size; i++) to[i] += bias[i];
     });
 }
 
 // x [rows, 2 * inner], gate then up, to y [rows, inner].
 EXPORT void eft_silu_mul(const float* x, long rows, long inner, float* y, int threads) {
-    for_each(threads_for(rows * inner, threads), rows, [&](long row) {
-        const float *gate = x + row * 2 * inner, *up = gate + inner;
-        float* to = y + row * inner;
-        long i = 0;
-        for (; i + W <= inner; i += W) store(to + i, silu(load(gate + i)) * load(up + i));
-        for (; i < inner; i++) to[i] = silu(splat(gate[i]))[0] * up[i];
-    });
+    gated(x, rows, inner, y, threads, [](vf v) INLINE_LAMBDA { return silu(v); });
 }
 
-// Turns q [tokens, heads, dim] and k [tokens, kv_heads, dim] in place by cos, sin [tokens, dim / 2], and writes k
-// and v into the caches at slots [tokens]. Strides are floats from one token to the next.
+EXPORT void eft_gelu_mul(const float* x, long rows, long inner, int tanh, float* y, int threads) {
+    if (tanh)
+        gated(x, rows, inner, y, threads, [](vf v) INLINE_LAMBDA { return gelu_tanh(v); });
+    else
+        gated(x, rows, inner, y, threads, [](vf v) INLINE_LAMBDA { return gelu(v); });
+}
+
+// Of `count` numbers.
+EXPORT void eft_gelu(const float* x, long count, int tanh, float* y, int threads) {
+    if (tanh)
+        each(x, count, y, threads, [](vf v) INLINE_LAMBDA { return gelu_tanh(v); });
+    else
+        each(x, count, y, threads, [](vf v) INLINE_LAMBDA { return gelu(v); });
+}
+
+// Turns the first 2 * half dimensions of q [tokens, heads, dim] and k [tokens, kv_heads, dim] in place by cos, sin
+// [tokens, half], and writes k and v into the caches at slots [tokens]. Strides are floats from one token to the next.
 EXPORT void eft_rope_and_cache(float* q, long q_stride, float* k, long k_stride, const float* v, long v_stride,
-                               const float* cos, const float* sin, char* keys, char* values, const int64_t* slots,
-                               long tokens, long heads, long kv_heads, long dim, int type, int threads) {
-    const long half = dim / 2, wide = kv_heads * head_bytes(type, dim);
+                               const float* cos, const float* sin, long half, char* keys, char* values,
+                               const int64_t* slots, long tokens, long heads, long kv_heads, long dim, int type,
+                               int threads) {
+    const long wide = kv_heads * head_bytes(type, dim);
     for_each(threads_for(tokens * (heads + 2 * kv_heads) * dim, threads), tokens, [&](long token) {
         const float *c = cos + token * half, *s = sin + token * half;
         for (long head = 0; head < heads; head++) rotate(q + token * q_stride + head * dim, c, s, half);

@@ -107,6 +107,56 @@ INLINE vf exp(vf x) {
     return x < low ? vf{} : result;
 }
 
+// 2 to the power of x <= 0, within 2e-7 of itself; 0 below -126.5, exactly 1 at 0, NaN of NaN. A minimax polynomial of
+// 2^r - 1 over r.
+INLINE vf exp2(vf x) {
+    const vf low = splat(-127.0f), magic = splat(12582912.0f);
+    const vf inside = x < low ? low : x;  // in this order a NaN stays one
+    const vf shifted = inside + magic;
+    const vf r = inside - (shifted - magic);
+    vf p = splat(1.326472731307149e-3f);
+    p = p * r + splat(9.671512991189957e-3f);
+    p = p * r + splat(5.550733581185341e-2f);
+    p = p * r + splat(2.402224242687225e-1f);
+    p = p * r + splat(6.931470036506653e-1f);
+    p = p * r + splat(1.0f);
+    return p * bits((bits(shifted) - bits(magic) + 127) << 23);
+}
+
+// Within 2e-7.
+INLINE vf tanh(vf x) { return splat(1.0f) - splat(2.0f) / (splat(1.0f) + exp(x + x)); }
+
+// Within 5e-7; exactly 1 and -1 beyond 4. The rational minimax approximation is Eigen's.
+INLINE vf erf(vf x) {
+    const vf most = splat(4.0f);
+    vf y = x > most ? most : x;  // in this order a NaN stays one
+    y = y < -most ? -most : y;
+    const vf z = y * y;
+    vf p = splat(-2.72614225801306e-10f);
+    p = p * z + splat(2.77068142495902e-8f);
+    p = p * z + splat(-2.10102402082508e-6f);
+    p = p * z + splat(-5.69250639462346e-5f);
+    p = p * z + splat(-7.34990630326855e-4f);
+    p = p * z + splat(-2.95459980854025e-3f);
+    p = p * z + splat(-1.60960333262415e-2f);
+    vf q = splat(-1.45660718464996e-5f);
+    q = q * z + splat(-2.13374055278905e-4f);
+    q = q * z + splat(-1.68282697438203e-3f);
+    q = q * z + splat(-7.37332916720468e-3f);
+    q = q * z + splat(-1.42647390514189e-2f);
+    const vf inside = y * p / q;
+    const vf above = x >= most ? splat(1.0f) : inside;
+    return x <= -most ? splat(-1.0f) : above;
+}
+
+INLINE vf gelu(vf x) { return splat(0.5f) * x * (splat(1.0f) + erf(x * splat(0.70710678f))); }
+
+// The approximation x / 2 (1 + tanh(u)), which is x / (1 + e^-2u).
+INLINE vf gelu_tanh(vf x) {
+    const vf u = splat(0.79788456f) * (x + splat(0.044715f) * x * x * x);
+    return x / (splat(1.0f) + exp(splat(-2.0f) * u));
+}
+
 INLINE vf silu(vf x) { return x / (splat(1.0f) + exp(-x)); }
 
 // First halves of a and b, or second halves, element by element in turn.
@@ -129,7 +179,9 @@ INLINE vf interleave(vf a, vf b) {
 #endif
 }
 
-// rows[i][j] becomes rows[j][i]. Source: the perfect shuffle, log2(W) times.
+// rows[i][j] becomes rows[j][i]: the perfect shuffle, log2(W) times. Source: H. S. Stone, Parallel processing with the
+// perfect shuffle, 1971.
+#if defined(__clang__) || !defined(__AVX__)
 INLINE void transpose(vf (&rows)[W]) {
     for (int stage = 1; stage < W; stage *= 2) {
         vf next[W];
@@ -142,6 +194,53 @@ INLINE void transpose(vf (&rows)[W]) {
         for (int i = 0; i < W; i++) rows[i] = next[i];
     }
 }
+#else
+// Element j of lane l, of four elements each, becomes number order(l, j) of a's elements and then b's.
+template <typename Order>
+INLINE vf picked(vf a, vf b, Order&& order) {
+    vi from;
+    for (int i = 0; i < W; i++) from[i] = order(i / 4, i % 4);
+    return __builtin_shuffle(a, b, from);
+}
+
+// With AVX it takes fewer instructions within lanes of four first, and then by whole lanes.
+INLINE void transpose(vf (&rows)[W]) {
+    vf half[W], quarter[W];
+#pragma GCC unroll 8
+    for (int i = 0; i < W; i += 2) {
+        const auto ones = [](int l, int j) INLINE_LAMBDA { return 4 * l + j / 2 + j % 2 * W; };
+        half[i] = picked(rows[i], rows[i + 1], ones);
+        half[i + 1] = picked(rows[i], rows[i + 1], [&](int l, int j) INLINE_LAMBDA { return ones(l, j) + 2; });
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < W; i += 4)
+#pragma GCC unroll 2
+        for (int k = 0; k < 2; k++) {
+            const auto pairs = [](int l, int j) INLINE_LAMBDA { return 4 * l + j % 2 + j / 2 * W; };
+            const vf a = half[i + k], b = half[i + k + 2];
+            quarter[i + 2 * k] = picked(a, b, pairs);
+            quarter[i + 2 * k + 1] = picked(a, b, [&](int l, int j) INLINE_LAMBDA { return pairs(l, j) + 2; });
+        }
+    // Lane l of quarter[4 r + c] now holds feature 4 l + c of rows 4 r to 4 r + 3.
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; c++) {
+#if defined(__AVX512F__)
+        const auto even = [](int l, int j) INLINE_LAMBDA { return l % 2 * 8 + l / 2 * W + j; };
+        const auto odd = [&](int l, int j) INLINE_LAMBDA { return even(l, j) + 4; };
+        const vf a = picked(quarter[c], quarter[4 + c], even), b = picked(quarter[8 + c], quarter[12 + c], even);
+        const vf d = picked(quarter[c], quarter[4 + c], odd), e = picked(quarter[8 + c], quarter[12 + c], odd);
+        rows[c] = picked(a, b, even);
+        rows[8 + c] = picked(a, b, odd);
+        rows[4 + c] = picked(d, e, even);
+        rows[12 + c] = picked(d, e, odd);
+#else
+        const auto first = [](int l, int j) INLINE_LAMBDA { return l * W + j; };
+        rows[c] = picked(quarter[c], quarter[4 + c], first);
+        rows[4 + c] = picked(quarter[c], quarter[4 + c], [&](int l, int j) INLINE_LAMBDA { return first(l, j) + 4; });
+#endif
+    }
+}
+#endif
 
 // The sum of each row: lane i of the result is the sum over rows[i]. Changes rows.
 INLINE vf sums(vf (&rows)[W]) {

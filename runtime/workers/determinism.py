@@ -9,19 +9,14 @@ from runtime.workers.decoder import Decoder
 from runtime.workers.model import Model
 
 
-def obstacle(decoder: Model, max_len: int) -> str | None:
-    """What stands in the way for sequences of up to `max_len` tokens; None: nothing."""
+def obstacle(decoder: Model) -> str | None:
+    """What stands in the way; None: nothing."""
     if not isinstance(decoder, Decoder):
         return "it runs in transformers"
-    spec = decoder.spec
     if not isinstance(decoder.ops, CpuOps):
         return f"the {decoder.ops.name} kernels do not promise it, only those for the CPU in C++ do"
     if decoder.device.type != "cpu" or decoder.dtype.itemsize != 4:
         return "it is promised on the CPU only, with weights that are computed with in float32"
-    if spec.experts is not None:
+    if decoder.spec.experts is not None:
         return "mixtures of experts group tokens by expert"
-    if spec.softcap or any(layer.window is not None and layer.window < max_len for layer in spec.layers):
-        return "attention with a soft cap, or a window shorter than max_model_len, is not in C++"
-    if spec.norm != "rms":
-        return f"the norm of this architecture ({spec.norm}) is not in C++"
     return None

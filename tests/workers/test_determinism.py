@@ -13,11 +13,13 @@ from kernels.interface import PagedRows
 from runtime.assembly import assemble, load_decoder
 from runtime.workers.attention import PagedAttention
 from runtime.workers.decoder import Decoder
+from runtime.workers.determinism import obstacle
 from runtime.workers.kv_cache import KVCache
 from runtime.workers.loading import open_checkpoint
 from runtime.workers.loading.errors import ModelLoadError
 from settings.schema import CacheSettings, ModelSettings, Settings
-from tests.tiny import make_tiny_llama
+from tests.parity.families import CASES, make_model
+from tests.tiny import make_tiny_llama, make_tiny_tokenizer
 
 pytestmark = pytest.mark.skipif(CpuOps.unavailable() is not None, reason="promised by the C++ kernels")
 
@@ -102,3 +104,23 @@ def test_the_promise_is_made_or_the_model_refused(model: Path, tmp_path: Path) -
     start(model)
     with pytest.raises(ModelLoadError, match=r"deterministic cannot be promised .* reference kernels"):
         start(model, kernels="reference")
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt2", "stablelm, options", "phi3 with a window", "qwen3", "falcon 40b"])
+def test_other_families_keep_the_promise(family: str, tmp_path: Path) -> None:
+    """Soft caps and windows in attention, other norms and activations, rotation of some dimensions."""
+    kind, options = CASES[family]
+    make_model(tmp_path, kind, options)
+    make_tiny_tokenizer(tmp_path)
+    settings = ModelSettings(model=str(tmp_path), kernels="cpu", deterministic=True)
+    decoder = load_decoder(open_checkpoint(str(tmp_path)), settings)
+    assert obstacle(decoder) is None
+    ids = torch.randint(3, 120, (150,), generator=torch.Generator().manual_seed(2))
+    before = torch.get_num_threads()
+    with torch.inference_mode():
+        whole = hidden_states(decoder, ids, [150], 0, torch.float32)
+        try:
+            torch.set_num_threads(2)
+            assert torch.equal(hidden_states(decoder, ids, [70, 1, 1, 9, 64, 1, 1, 3], 5, torch.float32), whole)
+        finally:
+            torch.set_num_threads(before)
