@@ -6,10 +6,9 @@ python -m benchmarks.kernels --types attention            attention alone
 EFT_KERNELS_VARIANT=avx2 python -m benchmarks.kernels     another variant
 
 One row is bound by memory (GEMV): bytes of weights a second as a share of the read bandwidth. Many rows are bound by
-arithmetic (GEMM): operations a second as a share of the type's peak. Integer weights meet activations of two bytes, so
-each of their products is two products of bytes, and the peak is half that of bytes. Copies of a weight are gone
-through in turn, more than caches hold. Attention is bound by arithmetic for prompts, and by reading the KV cache for
-rows that decode. Use an idle machine.
+arithmetic (GEMM): operations a second as a share of the peak, which for integer weights is that of bytes. Copies of
+a weight are gone through in turn, more than most caches hold. Attention is bound by arithmetic for prompts, and by
+reading the KV cache for rows that decode. Use an idle machine.
 """
 
 import argparse
@@ -88,8 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ops = CpuOps()
     types = {
         "float32": WeightType(lambda w: w, lambda p: p.floats),
-        "int8": WeightType(lambda w: ops.prepare(quantise_int8(w)), lambda p: p.bytes / 2),
-        "int4": WeightType(lambda w: ops.prepare(quantise_int4(w)), lambda p: p.bytes / 2),
+        "int8": WeightType(lambda w: ops.prepare(quantise_int8(w)), lambda p: p.bytes),
+        "int4": WeightType(lambda w: ops.prepare(quantise_int4(w)), lambda p: p.bytes),
     }
     peaks = measure(ops.variant, torch.get_num_threads())
     console = Console()

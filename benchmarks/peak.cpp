@@ -58,7 +58,7 @@ EXPORT long multiply_bytes(long count, int32_t seed, float* out) {
             sum = add_pairs(sum, pairs(w, x));
             KEEP(w);
 #else
-            sum = dot4(sum, x, w);
+            sum = dot4(sum, x, Fours(w));
 #endif
             KEEP(sum);
         }

@@ -7,7 +7,7 @@ one tensor in any type, and a block is copied as a whole.
 import torch
 from torch import Tensor
 
-from kernels.quantised import LARGEST, quantise_rows
+from kernels.quantised import quantise_rows
 
 SCALE = 4
 """Bytes of a scale."""
@@ -21,7 +21,7 @@ def width(dtype: torch.dtype, head_dim: int) -> int:
 def write(cache: Tensor, slots: Tensor, heads: Tensor) -> None:
     """In place: heads [T, G, D] to `slots` [T] of cache [N, B, G, width]."""
     if cache.dtype is torch.int8:
-        values, scales = quantise_rows(heads.float().flatten(0, 1), LARGEST)
+        values, scales = quantise_rows(heads.float().flatten(0, 1))
         stored = torch.cat((values.to(torch.int8), scales.unsqueeze(1).view(torch.int8)), dim=1)
         heads = stored.view(*heads.shape[:2], stored.shape[1])
     cache.flatten(0, 1).index_copy_(0, slots, heads.to(cache.dtype))

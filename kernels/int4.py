@@ -1,7 +1,7 @@
 """Weights in four bits: groups of 32 inputs, each with a scale and a minimum, value = q * scale + minimum.
 
-It is what GGUF's Q4_0 and Q4_1 hold, and what GPTQ's and AWQ's checkpoints map to. Activations are those of int8: two
-bytes and a scale a token. Within a group sums are of integers, and exact; over the groups they are added in float32
+It is what GGUF's Q4_0 and Q4_1 hold, and what GPTQ's and AWQ's checkpoints map to. Activations become bytes, with a
+scale for each group too. Within a group sums are of integers, and exact; over the groups they are added in float32
 from the first group to the last, so a row's result does not depend on its batch.
 """
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.quantised import LARGEST_ACTIVATION, QuantisedWeight, quantise_rows
+from kernels.quantised import QuantisedWeight, quantise_rows
 
 GROUP = 32
 """Inputs of a group."""
@@ -79,18 +79,24 @@ class Int4Weight(QuantisedWeight):
         return _floats(self.packed[index], self.scales[index], self.minimums[index])[:, : self.in_features]
 
     def multiply(self, x: Tensor) -> Tensor:
-        values, row_scales = quantise_rows(x, LARGEST_ACTIVATION)
-        groups = self.scales.shape[1]
-        padded = torch.nn.functional.pad(values, (0, groups * GROUP - x.shape[1])).view(len(x), groups, GROUP)
+        integers, steps = quantise_groups(x)
         scales, minimums = self.scales.float().t(), self.minimums.float().t()
         total = x.new_zeros(len(x), len(self.packed))
         weight = self.values
-        for group in range(groups):
-            # Whole numbers below 2^24, as 32 * 15 * 127 * 256 is: float32 adds them without rounding, in any order.
-            part = padded[:, group]
-            total += (part @ weight[:, group].float().t()) * scales[group]
-            total += part.sum(1, keepdim=True) * minimums[group]
-        return total * row_scales.unsqueeze(1)
+        for group in range(len(scales)):
+            # Whole numbers below 2^24, as 32 * 15 * 127 is: float32 adds them without rounding, in any order.
+            part, step = integers[:, group], steps[:, group, None]
+            total += (part @ weight[:, group].float().t()) * (step * scales[group])
+            total += (part.sum(1, keepdim=True) * step) * minimums[group]
+        return total
+
+
+def quantise_groups(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [R, n] float32 → whole numbers [R, ceil(n / 32), 32] up to 127 as float32, and the scale of each group."""
+    groups = -(-x.shape[1] // GROUP)
+    padded = torch.nn.functional.pad(x, (0, groups * GROUP - x.shape[1]))
+    values, scales = quantise_rows(padded.view(-1, GROUP))
+    return values.view(len(x), groups, GROUP), scales.view(len(x), groups)
 
 
 def _unpack(packed: Tensor) -> Tensor:

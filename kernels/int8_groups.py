@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kernels.int4 import GROUP
-from kernels.quantised import LARGEST, LARGEST_ACTIVATION, QuantisedWeight, quantise_rows, two_bytes
+from kernels.int4 import GROUP, quantise_groups
+from kernels.quantised import LARGEST, QuantisedWeight
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,17 +60,14 @@ class Int8GroupWeight(QuantisedWeight):
         return _floats(self.values[index], self.scales[index])[:, : self.in_features]
 
     def multiply(self, x: Tensor) -> Tensor:
-        values, row_scales = quantise_rows(x, LARGEST_ACTIVATION)
-        high, low = two_bytes(pad(values, (0, self.values.shape[1] - x.shape[1])))
+        integers, steps = quantise_groups(x)
         scales = self.scales.float().t()
         total = x.new_zeros(len(x), len(self.values))
         for group in range(len(scales)):
-            part = slice(group * GROUP, (group + 1) * GROUP)
-            # Sums of bytes' products are exact in float32, in any order; both bytes together need 32 bits.
-            weight = self.values[:, part].float().t()
-            exact = (high[:, part] @ weight).int() * 256 + (low[:, part] @ weight).int()
-            total += exact.float() * scales[group]
-        return total * row_scales.unsqueeze(1)
+            # Sums of bytes' products are exact in float32, in any order.
+            weight = self.values[:, group * GROUP : (group + 1) * GROUP].float().t()
+            total += (integers[:, group] @ weight) * (steps[:, group, None] * scales[group])
+        return total
 
 
 def _floats(values: Tensor, scales: Tensor) -> Tensor:

@@ -112,10 +112,10 @@ class Ops(ABC):
         x is quantised too, token by token; its gradient is that of the dequantised weight."""
 
     @abstractmethod
-    def int8_sums(self, x: Tensor, weight: Int8Weight, most: Tensor) -> Tensor:
-        """The integers of `linear` with an int8 weight [out, in], for x [T, in] that is a slice of wider rows:
-        [2, T, out] int32, for the higher and for the lower byte of the activations. `most` [T] float32 is the size
-        of each whole row's largest value. Sums of all slices go into `kernels.quantised.from_sums`."""
+    def int8_sums(self, turned: Tensor, weight: Int8Weight, most: Tensor) -> Tensor:
+        """The integers of `linear` with an int8 weight [out, in], for turned rows [T, ceil(in / 64) * 64] that are
+        slices of wider ones (`kernels.hadamard`): [T, out] int32. `most` [T] float32 is the size of each whole row's
+        largest turned value. Sums of all slices go into `kernels.quantised.from_sums`."""
 
     @abstractmethod
     def lora_apply(self, x: Tensor, y: Tensor, segments: Sequence[LoraSegment]) -> Tensor:

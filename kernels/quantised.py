@@ -1,8 +1,9 @@
 """Weights that are not floats: what all of them have, and int8 with a scale an output.
 
-Activations become two bytes and one scale a token, found when they come: value = integer * scale. One byte would not
-do: a token's outliers leave too little of it for the rest. Sums are of integers, so they are exact and a row's result
-does not depend on its batch.
+Activations become bytes with one scale a token, found when they come: value = integer * scale. A token's outliers would
+leave too little of a byte for the rest, so both sides are turned first (`kernels.hadamard`): in SmolLM2 that keeps
+perplexity, which would rise by 7% else, within 1% of float32's. Sums are of integers, so they are exact and a row's
+result does not depend on its batch.
 """
 
 from abc import ABC, abstractmethod
@@ -13,13 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.hadamard import BLOCK, turn, turn_back
+
 LARGEST = 127
-"""Of a weight's integers."""
-LARGEST_ACTIVATION = 127 * 256
-_AT_ONCE = 1024
+"""Of integers, both a weight's and an activation's."""
+_AT_ONCE = 256
 """Outputs that are quantised together: what lies between would else be the largest tensors of loading a model."""
 _EXACT = 1024
-"""Products of a byte with a weight that float32 sums without rounding: 1024 * 128 * 127 < 2^24."""
+"""Products of bytes that float32 sums without rounding: 1024 * 127 * 127 < 2^24."""
 
 
 class QuantisedWeight(ABC):
@@ -52,21 +54,34 @@ class QuantisedWeight(ABC):
     def multiply(self, x: Tensor) -> Tensor:
         """x [T, in] float32 times the weight transposed → [T, out] float32, each row as if it were alone."""
 
+    def turned(self, x: Tensor) -> Tensor:
+        """x [T, in] as `factor` meets it: x times the weight transposed is this times the factor transposed."""
+        return x
+
+    def turned_back(self, x: Tensor) -> Tensor:
+        """The transpose of `turned`: of a gradient to what that gave, the one to x."""
+        return x
+
+    def factor(self, dtype: torch.dtype) -> Tensor:
+        """What is quickest to have in floating point of the weight, [out, width of `turned`]."""
+        return self.dequantise(dtype)
+
 
 @dataclass(frozen=True, eq=False)
 class Int8Weight(QuantisedWeight):
-    """Integers with a scale an output."""
+    """Integers with a scale an output, of the weight's turned rows."""
 
     values: Tensor
-    """[out, in] int8, from -127 to 127."""
+    """[out, ceil(in / 64) * 64] int8, from -127 to 127."""
     scales: Tensor
     """[out] float32."""
     sums: Tensor
     """[out] int32: the sum of each output's values."""
+    in_features: int
 
     @property
     def shape(self) -> torch.Size:
-        return self.values.shape
+        return torch.Size((len(self.values), self.in_features))
 
     @property
     def device(self) -> torch.device:
@@ -77,14 +92,24 @@ class Int8Weight(QuantisedWeight):
         return self.values.nbytes + self.scales.nbytes + self.sums.nbytes
 
     def dequantise(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        return (self.values.float() * self.scales.unsqueeze(1)).to(dtype)
+        return turn_back(self.factor(torch.float32), self.in_features).to(dtype)
 
     def rows(self, index: Tensor) -> Tensor:
-        return self.values[index].float() * self.scales[index].unsqueeze(1)
+        return turn_back(self.values[index].float() * self.scales[index].unsqueeze(1), self.in_features)
 
     def multiply(self, x: Tensor) -> Tensor:
-        most = largest_of(x)
-        return from_sums(int8_sums(x, self, most), self, most)
+        turned = turn(x)
+        most = largest_of(turned)
+        return from_sums(int8_sums(turned, self, most), self, most)
+
+    def turned(self, x: Tensor) -> Tensor:
+        return turn(x).to(x.dtype)
+
+    def turned_back(self, x: Tensor) -> Tensor:
+        return turn_back(x, self.in_features).to(x.dtype)
+
+    def factor(self, dtype: torch.dtype) -> Tensor:
+        return (self.values.float() * self.scales.unsqueeze(1)).to(dtype)
 
 
 Weight = Tensor | QuantisedWeight
@@ -92,17 +117,18 @@ Weight = Tensor | QuantisedWeight
 
 
 def quantise_int8(weight: Tensor, most: Tensor | None = None) -> Int8Weight:
-    """weight [out, in] in floating point, each output scaled by its largest value. `most` [out] are these, where the
-    weight is a slice of the inputs and so cannot tell."""
-    values = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    """weight [out, in] in floating point, each output turned and scaled by its largest value. `most` [out] are these,
+    where the weight is a slice of the inputs and so cannot tell."""
+    width = -(-weight.shape[1] // BLOCK) * BLOCK
+    values = torch.empty(len(weight), width, dtype=torch.int8, device=weight.device)
     scales = torch.empty(len(weight), device=weight.device)
     sums = torch.empty(len(weight), dtype=torch.int32, device=weight.device)
     for first in range(0, len(weight), _AT_ONCE):
         part = slice(first, first + _AT_ONCE)
-        found, scales[part] = quantise_rows(weight[part].float(), LARGEST, None if most is None else most[part])
+        found, scales[part] = quantise_rows(turn(weight[part]), None if most is None else most[part])
         values[part] = found.to(torch.int8)
         sums[part] = values[part].sum(-1, dtype=torch.int32)
-    return Int8Weight(values, scales, sums)
+    return Int8Weight(values, scales, sums, weight.shape[1])
 
 
 def linear_quantised(x: Tensor, weight: QuantisedWeight, bias: Tensor | None) -> Tensor:
@@ -125,21 +151,9 @@ def largest_of(x: Tensor) -> Tensor:
     return x.float().abs().amax(-1)
 
 
-def int8_sums(x: Tensor, weight: Int8Weight, most: Tensor) -> Tensor:
+def int8_sums(turned: Tensor, weight: Int8Weight, most: Tensor) -> Tensor:
     """`Ops.int8_sums`."""
-    values, _ = quantise_rows(x.float(), LARGEST_ACTIVATION, most)
-    high, low = two_bytes(values)
-    return torch.stack((_sums(high, weight), _sums(low, weight)))
-
-
-def from_sums(sums: Tensor, weight: Int8Weight, most: Tensor) -> Tensor:
-    """What `int8_sums` [2, R, out] of whole rows, whose largest values are `most` [R], amount to: [R, out] float32."""
-    high, low = sums.float().unbind()
-    return (high * 256 + low) * ((most / LARGEST_ACTIVATION).unsqueeze(1) * weight.scales)
-
-
-def _sums(values: Tensor, weight: Int8Weight) -> Tensor:
-    """values [R, in], whole numbers of a byte in float32 → their products with each output, summed: [R, out] int32."""
+    values, _ = quantise_rows(turned, most)
     total = torch.zeros(len(values), weight.shape[0], dtype=torch.int32, device=values.device)
     for first in range(0, values.shape[1], _EXACT):
         part = slice(first, first + _EXACT)
@@ -147,21 +161,20 @@ def _sums(values: Tensor, weight: Int8Weight) -> Tensor:
     return total
 
 
-def quantise_rows(x: Tensor, largest: int, most: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """x [R, n] float32 → whole numbers [R, n] as float32, scales [R]. A row that is not finite gets such a scale.
-    `most` [R]: the rows' largest values, where these are slices of wider rows."""
+def from_sums(sums: Tensor, weight: Int8Weight, most: Tensor) -> Tensor:
+    """What `int8_sums` [R, out] of whole rows amount to, [R, out] float32. `most` [R]: their largest turned values."""
+    return sums.float() * ((most / LARGEST).unsqueeze(1) * weight.scales)
+
+
+def quantise_rows(x: Tensor, most: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """x [R, n] float32 → whole numbers [R, n] up to 127 as float32, scales [R]. A row that is not finite gets such a
+    scale. `most` [R]: the rows' largest values, where these are slices of wider rows."""
     most = largest_of(x) if most is None else most
     usable = (most > 0) & most.isfinite()
     # Two tensors: torch makes number / tensor of a reciprocal, which rounds twice.
-    factor = torch.where(usable, torch.full_like(most, largest) / most, 0.0)
+    factor = torch.where(usable, torch.full_like(most, LARGEST) / most, 0.0)
     values = torch.where(usable.unsqueeze(1), (x * factor.unsqueeze(1)).round(), 0.0)
-    return values, most / largest
-
-
-def two_bytes(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Whole numbers up to `LARGEST_ACTIVATION` in float32 → high and low byte: high * 256 + low, low from -128 on."""
-    high = torch.floor((values + 128) / 256)
-    return high, values - 256 * high
+    return values, most / LARGEST
 
 
 class _Dequantised(torch.autograd.Function):
@@ -170,9 +183,9 @@ class _Dequantised(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: QuantisedWeight) -> Tensor:
         ctx.weight = weight
-        return F.linear(x, weight.dequantise(x.dtype))
+        return F.linear(weight.turned(x), weight.factor(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (grad,) = grads
-        return grad @ ctx.weight.dequantise(grad.dtype), None
+        return ctx.weight.turned_back(grad @ ctx.weight.factor(grad.dtype)), None

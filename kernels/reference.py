@@ -33,8 +33,8 @@ class ReferenceOps(Ops):
             return y if bias is None else y + bias
         return F.linear(x, weight, bias)
 
-    def int8_sums(self, x: Tensor, weight: Int8Weight, most: Tensor) -> Tensor:
-        return int8_sums(x, weight, most)
+    def int8_sums(self, turned: Tensor, weight: Int8Weight, most: Tensor) -> Tensor:
+        return int8_sums(turned, weight, most)
 
     def lora_apply(self, x: Tensor, y: Tensor, segments: Sequence[LoraSegment]) -> Tensor:
         for segment in segments:

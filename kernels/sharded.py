@@ -1,7 +1,8 @@
 """Linears whose inputs are split over ranks: each holds a slice of the weight's columns, and all add up.
 
 How a weight format does that is decided here. In floating point the products are added. int8 quantises a token by the
-largest value of its whole row and adds integers, so any number of ranks gives the same bits as one. A new format
+largest value of its whole row and adds integers, so any number of ranks gives the same bits as one, as long as each
+holds whole blocks of what is turned together (`kernels.hadamard`). A new format
 whose products can be added as they are needs nothing here.
 """
 
@@ -10,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kernels.hadamard import turn
 from kernels.interface import Ops
 from kernels.quantised import Int8Weight, Weight, from_sums, largest_of
 
@@ -27,8 +29,9 @@ class Collective(Protocol):
 def split_linear(ops: Ops, x: Tensor, weight: Weight, ranks: Collective) -> Tensor:
     """x [T, in / ranks] times weight [out, in / ranks] transposed, added up over the ranks → [T, out]."""
     if isinstance(weight, Int8Weight) and is_exact(weight, x):
-        most = ranks.max(largest_of(x))
-        return from_sums(ranks.sum(ops.int8_sums(x, weight, most)), weight, most).to(x.dtype)
+        turned = turn(x)
+        most = ranks.max(largest_of(turned))
+        return from_sums(ranks.sum(ops.int8_sums(turned, weight, most)), weight, most).to(x.dtype)
     return ranks.sum(ops.linear(x, weight))
 
 

@@ -7,6 +7,7 @@ namespace {
 struct Nibbles {
     static constexpr bool MINIMUMS = true;
     static constexpr int LINES = 4;
+    using Sum = float;
     // Line i holds inputs 4 i to 4 i + 3 of 16 outputs in its low halves, and inputs 16 further in its high halves.
 
     static INLINE void unpack(const uint8_t* lines, Weights& w) {
@@ -19,14 +20,13 @@ struct Nibbles {
         }
     }
 
+    static INLINE Sum sum(int32_t of_activations, float scale) { return static_cast<float>(of_activations) * scale; }
+
     template <int R>
-    static INLINE void dot(const Weights& w, const Bytes* rows, const float*, vi (&total)[R]) {
+    static INLINE void dot(const Weights& w, const Bytes* rows, const Sum*, vi (&total)[R]) {
 #pragma GCC unroll 16
         for (int r = 0; r < R; r++) total[r] = vi{};
-        add_nibbles<R, &Bytes::high>(w, rows, total);
-#pragma GCC unroll 16
-        for (int r = 0; r < R; r++) total[r] = total[r] << 8;
-        add_nibbles<R, &Bytes::low>(w, rows, total);
+        add_unsigned<R>(w, rows, total);
     }
 };
 

@@ -1,7 +1,8 @@
 // Products of signed bytes, four at a time in each 32-bit lane, summed exactly.
 //
 // VNNI multiplies unsigned with signed bytes, so activations are stored plus 128 there, and 128 times the sum of the
-// weights is taken off again at the end.
+// weights is taken off again at the end. The older instruction adds pairs in 16 bits: there weights lend their signs
+// to the activations. All bytes are from -127 to 127.
 #pragma once
 
 #include "simd.h"
@@ -16,24 +17,65 @@ constexpr int32_t OFFSET = 128;
 constexpr int32_t OFFSET = 0;
 #endif
 
-// acc + the four products in each lane: x as stored, w a group of four weights in every lane.
-INLINE vi dot4(vi acc, vi x, vi w) {
-#if defined(__AVX512VNNI__)
-    return (vi)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)x, (__m512i)w);
+#if defined(__AVX512F__)
+INLINE vi pairs(vi w, vi x) { return (vi)_mm512_maddubs_epi16((__m512i)w, (__m512i)x); }
+INLINE vi add_pairs(vi a, vi b) { return (vi)_mm512_add_epi16((__m512i)a, (__m512i)b); }
+INLINE vi fold_pairs(vi a) { return (vi)_mm512_madd_epi16((__m512i)a, _mm512_set1_epi16(1)); }
+#elif defined(__AVX2__)
+INLINE vi pairs(vi w, vi x) { return (vi)_mm256_maddubs_epi16((__m256i)w, (__m256i)x); }
+INLINE vi add_pairs(vi a, vi b) { return (vi)_mm256_add_epi16((__m256i)a, (__m256i)b); }
+INLINE vi fold_pairs(vi a) { return (vi)_mm256_madd_epi16((__m256i)a, _mm256_set1_epi16(1)); }
+#endif
+
+// Four weights of every lane, as many rows are multiplied with them.
+struct Fours {
+#if defined(__AVX512F__) && !defined(__AVX512VNNI__)
+    vi size;
+    __mmask64 negative;
+
+    INLINE explicit Fours(vi w) : size((vi)_mm512_abs_epi8((__m512i)w)), negative(_mm512_movepi8_mask((__m512i)w)) {}
 #elif defined(__AVX2__) && !defined(__AVX512F__)
-    // No saturation: with 128 and 127 at most, a pair of products is at most 32,512.
-    const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8((__m256i)x), _mm256_sign_epi8((__m256i)w, (__m256i)x));
-    return acc + (vi)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+    vi size, sign;
+
+    INLINE explicit Fours(vi w) : size((vi)_mm256_abs_epi8((__m256i)w)), sign(w) {}
+#else
+    vi values;
+
+    INLINE explicit Fours(vi w) : values(w) {}
+#endif
+};
+
+// acc + the four products in each lane: x as stored, the same four in every lane.
+INLINE vi dot4(vi acc, vi x, const Fours& w) {
+#if defined(__AVX512VNNI__)
+    return (vi)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)x, (__m512i)w.values);
+#elif defined(__AVX512F__)
+    const __m512i v = (__m512i)x;
+    return acc + fold_pairs(pairs(w.size, (vi)_mm512_mask_sub_epi8(v, w.negative, _mm512_setzero_si512(), v)));
+#elif defined(__AVX2__)
+    return acc + fold_pairs(pairs(w.size, (vi)_mm256_sign_epi8((__m256i)x, (__m256i)w.sign)));
 #else
 #pragma GCC unroll 4
-    for (int byte = 0; byte < 4; byte++) acc += ((x << (24 - 8 * byte)) >> 24) * ((w << (24 - 8 * byte)) >> 24);
+    for (int byte = 0; byte < 4; byte++) acc += ((x << (24 - 8 * byte)) >> 24) * ((w.values << (24 - 8 * byte)) >> 24);
     return acc;
 #endif
+}
+
+// Four bytes in every lane.
+INLINE vi four(const int8_t* bytes) {
+    int32_t lane;
+    std::memcpy(&lane, bytes, sizeof lane);
+    return splat(lane);
 }
 
 INLINE vf to_float(vi v) { return __builtin_convertvector(v, vf); }
 
 using vb = int8_t __attribute__((vector_size(W)));
+
+INLINE void store_bytes(vi integers, int8_t* to) {
+    const vb narrow = __builtin_convertvector(integers, vb);
+    std::memcpy(to, &narrow, sizeof narrow);
+}
 
 // x to the nearest integer, halves to even; below 2^22 in size.
 INLINE vi rounded(vf x) {

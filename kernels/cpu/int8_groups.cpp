@@ -7,6 +7,7 @@ namespace {
 struct SignedBytes {
     static constexpr bool MINIMUMS = false;
     static constexpr int LINES = 8;
+    using Sum = int32_t;
     // Line i holds inputs 4 i to 4 i + 3 of 16 outputs.
 
     static INLINE void unpack(const uint8_t* lines, Weights& w) {
@@ -19,20 +20,14 @@ struct SignedBytes {
         }
     }
 
+    // What weights that come plus 128 have too much.
+    static INLINE Sum sum(int32_t of_activations, float) { return -OFFSET * of_activations; }
+
     template <int R>
-    static INLINE void dot(const Weights& w, const Bytes* rows, const float* sums, vi (&total)[R]) {
+    static INLINE void dot(const Weights& w, const Bytes* rows, const Sum* sums, vi (&total)[R]) {
 #pragma GCC unroll 16
-        for (int r = 0; r < R; r++) total[r] = vi{};
-        add_bytes<R, &Bytes::high>(w, rows, total);
-#pragma GCC unroll 16
-        for (int r = 0; r < R; r++) total[r] = total[r] << 8;
-        add_bytes<R, &Bytes::low>(w, rows, total);
-#if defined(__AVX512VNNI__)
-#pragma GCC unroll 16
-        for (int r = 0; r < R; r++) total[r] -= __builtin_convertvector(splat(sums[r]), vi) << 7;
-#else
-        (void)sums;
-#endif
+        for (int r = 0; r < R; r++) total[r] = splat(sums[r]);
+        add_signed<R>(w, rows, total);
     }
 };
 

@@ -13,7 +13,7 @@ from kernels.cpu.lora import LoraLayout, laid_out, segment_table, suits
 from kernels.cpu.tiles import TILE, Int4Tiles, Int8GroupTiles, Int8Tiles, Nf4Tiles, Tiles, tiled
 from kernels.cpu.variants import Variant, chosen_variant
 from kernels.interface import LoraFactors, LoraSegment, PagedRows
-from kernels.quantised import LARGEST_ACTIVATION, Int8Weight, QuantisedWeight, Weight, quantise_rows, two_bytes
+from kernels.quantised import Int8Weight, QuantisedWeight, Weight, quantise_rows
 from kernels.reference import ReferenceOps
 
 CACHE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
@@ -108,11 +108,11 @@ class CpuOps(ReferenceOps):
         assert isinstance(weight, Tensor)
         return lib.eft_linear, (weight,)
 
-    def int8_sums(self, x: Tensor, weight: Int8Weight, most: Tensor) -> Tensor:
-        if not (_ours(x) and weight.device.type == "cpu" and weight.values.stride(1) == 1):
-            return super().int8_sums(x, weight, most)
-        values, _ = quantise_rows(x, LARGEST_ACTIVATION, most)
-        return self._products(torch.cat(two_bytes(values)).to(torch.int8), weight).view(2, len(x), weight.shape[0])
+    def int8_sums(self, turned: Tensor, weight: Int8Weight, most: Tensor) -> Tensor:
+        if not (_ours(turned) and weight.device.type == "cpu" and weight.values.stride(1) == 1):
+            return super().int8_sums(turned, weight, most)
+        values, _ = quantise_rows(turned, most)
+        return self._products(values.to(torch.int8), weight)
 
     def _products(self, x: Tensor, weight: Int8Weight) -> Tensor:
         """x [R, in] int8 times the weight's integers transposed → [R, out] int32."""

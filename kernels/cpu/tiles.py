@@ -61,6 +61,15 @@ class Tiles(QuantisedWeight):
     def multiply(self, x: Tensor) -> Tensor:
         return self.picked(None).multiply(x)
 
+    def turned(self, x: Tensor) -> Tensor:
+        return self.picked(None).turned(x)
+
+    def turned_back(self, x: Tensor) -> Tensor:
+        return self.picked(None).turned_back(x)
+
+    def factor(self, dtype: torch.dtype) -> Tensor:
+        return self.picked(None).factor(dtype)
+
     def _bytes(self, index: Tensor | None) -> Tensor:
         """[T, groups * lines * 4] of the values."""
         if index is None:
@@ -85,8 +94,7 @@ class Int8Tiles(Tiles):
 
     @classmethod
     def of(cls, weight: Int8Weight) -> "Int8Tiles":
-        values = pad(weight.values, (0, -weight.shape[1] % GROUP))
-        return cls(_lines(values, GROUP), weight.shape, _whole(weight.scales), _whole(weight.sums))
+        return cls(_lines(weight.values, GROUP), weight.shape, _whole(weight.scales), _whole(weight.sums))
 
     @property
     def others(self) -> tuple[Tensor, ...]:
@@ -94,7 +102,7 @@ class Int8Tiles(Tiles):
 
     def picked(self, index: Tensor | None) -> Int8Weight:
         found = slice(self.size[0]) if index is None else index
-        return Int8Weight(self._bytes(index)[:, : self.size[1]], self.scales[found], self.sums[found])
+        return Int8Weight(self._bytes(index), self.scales[found], self.sums[found], self.size[1])
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kernels import Int4Weight, Int8GroupWeight, Int8Weight, Nf4Weight, Ops, QuantisedWeight, Quantiser, Weight
+from kernels.hadamard import turn
 from kernels.quantised import largest_of, quantise_int8
 from kernels.sharded import is_exact, split_linear
 from runtime.workers.group import SOLO, Group
@@ -84,7 +85,7 @@ class Parameter:
         hold columns of one weight do this together."""
         self._sampled = self.sample()
         if self._columns is not None and quantiser is quantise_int8:
-            self._hold(quantise_int8(self.data, self._group.max(largest_of(self.data))), ops)
+            self._hold(quantise_int8(self.data, self._group.max(largest_of(turn(self.data)))), ops)
         else:
             self._hold(quantiser(self.data), ops)
 
@@ -176,7 +177,7 @@ class Parameter:
         return self._shape[0] if self._shape else 1
 
 
-JOINABLE = (Int4Weight, Int8GroupWeight, Int8Weight, Nf4Weight)
+JOINABLE = (Int4Weight, Int8GroupWeight, Nf4Weight)
 """Kinds of weights that checkpoints hold. All of their tensors go by output first, most by input next."""
 LARGEST_GROUP = 64
 """Inputs with one scale: with a multiple of them in a row no group is filled up."""
@@ -196,9 +197,6 @@ def cut(weight: QuantisedWeight, rows: Split, columns: Split | None) -> Quantise
     tensors = {name: rows.pick(tensor) for name, tensor in _tensors(weight).items()}
     if columns is None:
         return _with(weight, tensors)
-    if isinstance(weight, Int8Weight):
-        values = columns.pick(tensors["values"], 1)
-        return Int8Weight(values, tensors["scales"], values.sum(-1, dtype=torch.int32))
     if weight.shape[1] % LARGEST_GROUP:
         return None
     (inputs,) = columns.ranges

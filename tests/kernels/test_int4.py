@@ -33,8 +33,10 @@ def made_up(out: int, inner: int, seed: int) -> Int4Weight:
 @given(rows=st.integers(0, 40), inner=sizes, out=sizes, seed=st.integers(0, 99))
 def test_products_are_those_of_the_values(ops: kernels.Ops, rows: int, inner: int, out: int, seed: int) -> None:
     x, weight = random(rows, inner, seed=seed), made_up(out, inner, seed)
-    step = np.abs(x.numpy()).max(axis=1, initial=1e-9)[:, None] / np.float32(127 * 256)
-    rounded = np.rint(x.numpy() / step).astype(np.float64) * step
+    groups = np.pad(x.numpy(), ((0, 0), (0, -inner % 32))).reshape(rows, -(-inner // 32), 32)
+    most = np.abs(groups).max(axis=2, keepdims=True)
+    integers = np.rint(groups * (np.float32(127) / most))
+    rounded = (integers.astype(np.float64) * most / 127).reshape(rows, integers.shape[1] * 32)[:, :inner]
     expected = rounded @ weight.dequantise(torch.float64).numpy().T
     assert torch.allclose(ops.linear(x, ops.prepare(weight)).double(), torch.from_numpy(expected), rtol=1e-4, atol=2e-3)
 

@@ -28,7 +28,7 @@ def test_the_references_bits(kind, rows: int, size: int, out: int) -> None:
 
 
 @kinds
-def test_activations_of_two_bytes(kind) -> None:
+def test_activations_in_bfloat16(kind) -> None:
     weight, x = kind(random(20, 64, seed=2)), random(4, 64, seed=1).to(torch.bfloat16)
     found = TRITON.linear(x, weight)
     assert found.dtype is torch.bfloat16

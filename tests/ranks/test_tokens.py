@@ -25,6 +25,12 @@ def tokens(completions: list[Completion]) -> list[list[int]]:
     return [completion.token_ids for completion in completions]
 
 
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Large enough that each of four ranks has whole blocks of 64 inputs, as int8 wants them."""
+    return make_tiny_llama(tmp_path_factory.mktemp("tiny") / "tiny-llama", hidden_size=256, intermediate_size=256)
+
+
 @pytest.fixture(scope="module", params=[(2, "none"), (4, "none"), (4, "int8")], ids=str)
 def ranks(request: pytest.FixtureRequest, tiny_model: Path) -> Iterator[tuple[LLM, LLM]]:
     """Several ranks, and one. With 4 each of the model's two key/value heads is on two of them."""

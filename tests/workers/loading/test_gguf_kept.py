@@ -57,7 +57,8 @@ def test_logits_are_nearly_those_of_the_inflated_model(
 ) -> None:
     path = write_gguf(tmp_path / "q.gguf", tiny_model, quantisation=GGMLQuantizationType[name])
     ours, floats = decoder(path, "gguf", kernels), decoder(path, "none", kernels)
-    assert torch.allclose(logits(ours), logits(floats), atol=2e-3)
+    expected = logits(floats)
+    assert (logits(ours) - expected).std() < 0.05 * expected.std()  # activations of a byte each
     assert fingerprint(ours) == fingerprint(floats)  # so adapters of one fit the other
     memory = [
         sum(p.value.num_bytes for p in d.parameters().values() if p.quantised is not None) for d in (ours, floats)

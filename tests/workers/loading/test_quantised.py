@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kernels import Int4Weight, Int8Weight, Nf4Weight, QuantisedWeight
+from kernels import Int4Weight, Int8GroupWeight, Nf4Weight, QuantisedWeight
 from runtime import LLM, SamplingParams
 from runtime.assembly import load_decoder
 from runtime.workers.loading import ModelLoadError, open_checkpoint
@@ -82,7 +82,8 @@ def test_logits_are_those_of_the_dequantised_model(model: Path, tmp_path: Path, 
     decoder = load_decoder(open_checkpoint(str(path)), ModelSettings(model=str(path)))
     assert isinstance(decoder.layers[0].linears["qkv"].weight.quantised, QuantisedWeight)
     with torch.no_grad():
-        assert (packed(decoder, [IDS]) - expected).abs().max() < 0.02 * expected.std()
+        # Activations have a byte each here, and the oracle's are floats.
+        assert (packed(decoder, [IDS]) - expected).std() < 0.05 * expected.std()
     tokens = LLM(str(path)).generate([IDS.tolist()], SamplingParams(max_tokens=1, temperature=0.0))[0].token_ids
     assert tokens == [int(expected[-1].argmax())]
 
@@ -157,7 +158,7 @@ def test_bitsandbytes_in_eight_bits(model: Path, tmp_path: Path) -> None:
     original = load_file(model / "model.safetensors")
     for name, weight in open_checkpoint(str(tmp_path)).tensors():
         if name.endswith("_proj.weight"):
-            assert isinstance(weight, Int8Weight)
+            assert isinstance(weight, Int8GroupWeight)
             largest = original[name].abs().amax(1, keepdim=True)
             assert ((weight.dequantise() - original[name]).abs() <= largest / 127 * 0.51 + 2e-3).all()
     decoder = load_decoder(open_checkpoint(str(tmp_path)), ModelSettings(model=str(tmp_path)))

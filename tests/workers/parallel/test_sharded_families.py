@@ -128,13 +128,15 @@ def test_every_family_is_tried() -> None:
 @pytest.mark.parametrize("ops", [name for name, reason in kernels.available().items() if reason is None])
 @pytest.mark.parametrize("name", ["llama", "qwen2 tied", "gpt2", "olmo2"])
 def test_int8_ranks_compute_the_very_bits_of_one(name: str, ops: str, tmp_path: Path) -> None:
-    """A norm over heads of several ranks is summed in another order, so OLMo 2's are only close."""
-    make_model(tmp_path, *CASES[name])
+    """Each of four has whole blocks of inputs. A norm over heads of several ranks is summed in another order,
+    so OLMo 2's are only close."""
+    model_type, options = CASES[name]
+    make_model(tmp_path, model_type, {**options, "hidden_size": 256, "intermediate_size": 256})
     (expected,) = in_ranks(1, lambda group: logits(load(tmp_path, group, quantization="int8", ops=ops)[0]))
     for size in (2, 4):
         for found in in_ranks(size, lambda group: logits(load(tmp_path, group, quantization="int8", ops=ops)[0])):
             if name == "olmo2":
-                torch.testing.assert_close(found, expected, atol=2e-2, rtol=1e-2)
+                assert (found - expected).std() < 0.05 * expected.std()
             else:
                 assert torch.equal(found, expected)
 

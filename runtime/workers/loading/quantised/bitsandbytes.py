@@ -5,7 +5,8 @@ be multiplied by `absmax`, one for each block. With double quantisation absmax i
 `nested_quant_map`, times `nested_absmax`, plus an offset. What else there is to know is JSON in a tensor. nf4 in
 blocks of 64 is ours; the rest becomes floating point.
 
-Eight bits: `weight` [out, in] int8, and `SCB` [out], the largest value of each row. They are int8 as ours is.
+Eight bits: `weight` [out, in] int8, and `SCB` [out], the largest value of each row. They become groups of
+32 inputs that have the scale of their row.
 """
 
 import json
@@ -16,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import Int8Weight, Nf4Weight, Weight
+from kernels import Int8GroupWeight, Nf4Weight, Weight
+from kernels.int4 import GROUP
 from kernels.nf4 import BLOCK, CODE
 from runtime.workers.loading.quantised.scheme import Scheme
 
@@ -40,7 +42,8 @@ def _read_eight(tensors: Mapping[str, Tensor]) -> Weight:
         raise ValueError("weight must be int8 [out, in], and SCB [out]")
     if ".weight_format" in tensors and int(tensors[".weight_format"]) != 0:
         raise ValueError(f"weight_format is {int(tensors['.weight_format'])}; only 0, by rows, is supported")
-    return Int8Weight(values.clone(), largest.float() / 127, values.sum(-1, dtype=torch.int32))
+    scales = largest.float() / 127
+    return Int8GroupWeight.of(values, scales.unsqueeze(1).expand(-1, -(-values.shape[1] // GROUP)))
 
 
 def _read_four(tensors: Mapping[str, Tensor]) -> Weight:

@@ -1,0 +1,112 @@
+"""Activations in bytes, as the reference makes them: a turned row with one scale, or a scale for each group of 32."""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.hadamard import BLOCK as TURNED
+from kernels.int4 import GROUP
+from kernels.triton.launch import power, rows
+from kernels.triton.rounding import nearest
+
+LARGEST = tl.constexpr(127.0)
+"""`kernels.quantised.LARGEST`"""
+
+
+@triton.jit
+def _integers(wide, largest, broken):
+    """Values as whole numbers, by their largest size and whether one is no number; and the scale."""
+    usable = (largest > 0.0) & (largest < float("inf")) & (broken == 0)
+    factor = tl.div_rn(LARGEST, tl.where(usable, largest, 1.0))
+    values = tl.where(usable, nearest(wide * factor), 0.0)
+    return values, tl.div_rn(tl.where(broken > 0, float("nan"), largest), LARGEST)
+
+
+@triton.jit
+def _turn(x, BLOCK: tl.constexpr):
+    """`kernels.hadamard.turn` of x [BLOCK], a power of two from 64 on."""
+    for stage in tl.static_range(6):
+        distance: tl.constexpr = 32 >> stage
+        pairs = tl.permute(tl.reshape(x, [BLOCK // (2 * distance), 2, distance]), (0, 2, 1))
+        first, second = tl.split(pairs)
+        x = tl.reshape(tl.permute(tl.join(first + second, first - second), (0, 2, 1)), [BLOCK])
+    return x * 0.125
+
+
+@triton.jit
+def _quantise_turned(x, stride, values, scales, size, padded, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    wide = _turn(tl.load(x + row * stride + at, mask=at < size, other=0.0).to(tl.float32), BLOCK)
+    largest = tl.max(tl.abs(wide), axis=0)
+    broken = tl.sum((wide != wide).to(tl.int32), axis=0)
+    integers, scale = _integers(wide, largest, broken)
+    tl.store(values + row * padded + at, integers.to(tl.int8), mask=at < padded)
+    tl.store(scales + row, scale)
+
+
+@triton.jit
+def _quantise_groups(x, stride, values, sums, scales, size, padded, num_groups, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    group, within = tl.arange(0, BLOCK // 32), tl.arange(0, 32)
+    at = group[:, None] * 32 + within[None, :]
+    wide = tl.load(x + row * stride + at, mask=at < size, other=0.0).to(tl.float32)
+    largest = tl.max(tl.abs(wide), axis=1)
+    broken = tl.sum((wide != wide).to(tl.int32), axis=1)
+    integers, scale = _integers(wide, largest[:, None], broken[:, None])
+    tl.store(values + row * padded + at, integers.to(tl.int8), mask=at < padded)
+    scale = tl.reshape(scale, [BLOCK // 32])
+    tl.store(sums + row * num_groups + group, tl.sum(integers, axis=1) * scale, mask=group < num_groups)
+    tl.store(scales + row * num_groups + group, scale, mask=group < num_groups)
+
+
+@dataclass(frozen=True, eq=False)
+class Turned:
+    """R rows, turned."""
+
+    values: Tensor
+    """[R, ceil(in / 64) * 64] int8."""
+    scales: Tensor
+    """[R] float32."""
+
+
+def turned(x: Tensor) -> Turned:
+    x = rows(x)
+    count, size = x.shape
+    padded = -(-size // TURNED) * TURNED
+    found = Turned(torch.empty(count, padded, dtype=torch.int8, device=x.device), torch.empty(count, device=x.device))
+    _quantise_turned[(count,)](
+        x, x.stride(0), found.values, found.scales, size, padded, BLOCK=power(size, TURNED), enable_fp_fusion=False
+    )
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class Grouped:
+    """R rows, filled up with zeros to whole groups."""
+
+    values: Tensor
+    """[R, groups * 32] int8."""
+    sums: Tensor
+    """[R, groups] float32: of each group's values, times its scale."""
+    scales: Tensor
+    """[R, groups] float32."""
+
+
+def grouped(x: Tensor) -> Grouped:
+    x = rows(x)
+    count, size = x.shape
+    groups = -(-size // GROUP)
+    found = Grouped(
+        torch.empty(count, groups * GROUP, dtype=torch.int8, device=x.device),
+        torch.empty(count, groups, device=x.device),
+        torch.empty(count, groups, device=x.device),
+    )
+    _quantise_groups[(count,)](
+        x, x.stride(0), found.values, found.sums, found.scales, size, groups * GROUP, groups,
+        BLOCK=power(size, GROUP), enable_fp_fusion=False,
+    )  # fmt: skip
+    return found
