@@ -95,7 +95,7 @@ def quantise_groups(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [R, n] float32 → whole numbers [R, ceil(n / 32), 32] up to 127 as float32, and the scale of each group."""
     groups = -(-x.shape[1] // GROUP)
     padded = torch.nn.functional.pad(x, (0, groups * GROUP - x.shape[1]))
-    values, scales = quantise_rows(padded.view(-1, GROUP))
+    values, scales = quantise_rows(padded.reshape(-1, GROUP))
     return values.view(len(x), groups, GROUP), scales.view(len(x), groups)
 
 
