@@ -1,28 +1,18 @@
 // y = x W^T with weights in float32 or bfloat16, with what comes before and after it in a decoder layer: a norm of x, a
-// bias, SwiGLU, a residual. Weights are read as they lie, [out][in], once for all rows.
-//
-// Every output is one sum in the order of its features, whatever else is in the batch. Many rows: a vector holds the
-// same feature of W rows, and weights are broadcast. Few rows: a vector holds the same feature of W outputs, turned in
-// registers, and activations are broadcast; memory then is what limits.
+// bias, SwiGLU, a residual. Weights are read as they lie, [out][in], once for all rows: they are shared with training.
 #include "linear.h"
 
+#include "dots.h"
 #include "export.h"
-#include "floats.h"
 #include "panel.h"
 #include "parallel.h"
+#include "ranges.h"
 #include "scratch.h"
 
 namespace {
 
-constexpr int TASK = 24;
-// Outputs of one task, a multiple of every tile's height.
-
-#if defined(__AVX512F__)
-constexpr int FEW = 10;
-#else
-constexpr int FEW = 4;
-#endif
-// Up to so many rows it is the weights that are turned: more sums would not fit in the registers.
+constexpr long FEATURES = 768;
+// Features that a tile goes through at once: so many of its weights stay in the first-level cache from rows to rows.
 
 template <typename T>
 struct Floats {
@@ -33,256 +23,173 @@ struct Floats {
     float eps;
 };
 
-// Weights of `count` outputs from n on, and with SwiGLU those of their ups.
-struct Strip {
-    const float* first;
-    const float* second;
+// Rows as they are multiplied, after the norm.
+struct Batch {
+    const float* x;
+    long stride, rows, in;
+
+    long tiles() const { return (rows + ROWS - 1) / ROWS; }
 };
 
-// NR outputs of MV * W rows: half of them from `strip.first` on, the others from `strip.second`. `ahead` floats further
-// comes what is needed next.
-template <int MV, int NR>
-INLINE void multiply(const float* panel, const Strip& strip, long in, long ahead, vf (&acc)[NR][MV]) {
-    constexpr int HALF = NR / 2;
-#pragma GCC unroll 24
-    for (int n = 0; n < NR; n++)
-#pragma GCC unroll 4
-        for (int m = 0; m < MV; m++) acc[n][m] = vf{};
-    const auto row_of = [&](int n) INLINE_LAMBDA {
-        return n < HALF ? strip.first + n * in : strip.second + (n - HALF) * in;
-    };
-    const auto step = [&](long k) INLINE_LAMBDA {
-        vf x[MV];
-#pragma GCC unroll 4
-        for (int m = 0; m < MV; m++) x[m] = load(panel + (k * MV + m) * W);
-#pragma GCC unroll 24
-        for (int n = 0; n < NR; n++) {
-            const vf w = splat(row_of(n)[k]);
-#pragma GCC unroll 4
-            for (int m = 0; m < MV; m++) acc[n][m] += w * x[m];
-        }
-    };
-    long k = 0;
-    for (; k + LINE <= in; k += LINE) {
-        // The hardware does not follow so many rows at once: ask for the next tile's while this one is used.
-#pragma GCC unroll 24
-        for (int n = 0; n < NR; n++) prefetch(row_of(n) + ahead + k);
-        for (long i = k; i < k + LINE; i++) step(i);
+// What a thread needs for W outputs of a batch.
+struct Workspace {
+    float* sums;     // [tiles * ROWS][W]
+    float* ups;      // the same, for the weight's second half
+    float* carried;  // [tiles][OUTPUTS * ROWS][W]: sums over the features so far
+    float* wide;     // [OUTPUTS][in]: widened weights
+
+    Workspace(Scratch& scratch, const Batch& batch, bool widens) {
+        const long size = batch.tiles() * ROWS * W, all = batch.in > FEATURES ? size * OUTPUTS : 0;
+        sums = scratch.floats(static_cast<size_t>(2 * size + all + (widens ? OUTPUTS * batch.in : 0)));
+        ups = sums + size;
+        carried = ups + size;
+        wide = carried + all;
     }
-    for (; k < in; k++) step(k);
-}
+};
 
-// Writes R outputs of up to MV * W rows.
-template <bool SWIGLU, int MV, int R>
-INLINE void finish(const Linear& op, const vf (&acc)[R][MV], const vf (&ups)[R][MV], long n, long row, long valid) {
+template <int R>
+void tile(const float* const (&weights)[OUTPUTS], const float* x, long stride, long k, long end, long in, Ahead& ahead,
+          float* carried, float* sums) {
+    vf acc[OUTPUTS][R];
+#pragma GCC unroll 8
+    for (int n = 0; n < OUTPUTS; n++)
 #pragma GCC unroll 4
-    for (int m = 0; m < MV; m++)
-#pragma GCC unroll 6
-        for (int j = 0; j < R; j += W) {
-            vf block[W], second[W] = {};
-#pragma GCC unroll 16
-            for (int i = 0; i < W; i++) {
-                block[i] = j + i < R ? acc[j + i < R ? j + i : 0][m] : vf{};
-                if constexpr (SWIGLU) second[i] = ups[j + i < R ? j + i : 0][m];
-            }
-            transpose(block);
-            if constexpr (SWIGLU) transpose(second);
-            alignas(64) float turned[W][W], turned_ups[SWIGLU ? W : 1][W];
-#pragma GCC unroll 16
-            for (int i = 0; i < W; i++) {
-                store(turned[i], block[i]);
-                if constexpr (SWIGLU) store(turned_ups[i], second[i]);
-            }
-            const int width = std::min(W, R - j);
-            const long lanes = std::min<long>(W, valid - m * W);
-            for (long lane = 0; lane < lanes; lane++) {
-                const long at = row + m * W + lane;
-                const vf value = load(turned[lane]), up = SWIGLU ? load(turned_ups[SWIGLU ? lane : 0]) : vf{};
-                if (width == W)
-                    store(op.y + at * op.out + n + j, finished(op, at, n + j, value, up));
-                else
-                    finish_rest(op, at, n + j, width, value, up);
-            }
-        }
-}
-
-template <int MV, int NR>
-void tile(const Linear& op, const float* panel, const Strip& strip, long n, long row, long valid) {
-    vf acc[NR][MV];
-    if constexpr (NR >= 2) {
-        if (op.swiglu) {
-            constexpr int R = NR / 2;
-            multiply<MV, NR>(panel, strip, op.in, R * op.in, acc);
-            vf gates[R][MV], ups[R][MV];
-#pragma GCC unroll 12
-            for (int j = 0; j < R; j++)
+        for (int r = 0; r < R; r++) acc[n][r] = k == 0 ? vf{} : load(carried + (n * R + r) * W);
+    multiply(weights, x, stride, k, end, ahead, acc);
+    if (end == in) return add_lanes(acc, sums);
+#pragma GCC unroll 8
+    for (int n = 0; n < OUTPUTS; n++)
 #pragma GCC unroll 4
-                for (int m = 0; m < MV; m++) {
-                    gates[j][m] = acc[j][m];
-                    ups[j][m] = acc[j + R][m];
-                }
-            finish<true, MV, R>(op, gates, ups, n, row, valid);
-            return;
-        }
-    }
-    multiply<MV, NR>(panel, {strip.first, strip.first + NR / 2 * op.in}, op.in, NR * op.in, acc);
-    finish<false, MV, NR>(op, acc, acc, n, row, valid);
+        for (int r = 0; r < R; r++) store(carried + (n * R + r) * W, acc[n][r]);
 }
 
-// Outputs n to `end` for one panel.
-template <int MV>
-void panel_outputs(const Linear& op, const float* panel, Strip strip, long n, long end, long row, long valid) {
-#if defined(__AVX512F__)
-    constexpr int NR = MV == 1 ? 24 : 12;
-#else
-    constexpr int NR = MV == 1 ? 12 : MV == 2 ? 6 : 3;
-#endif
-    constexpr int EVEN = NR == 3 ? 2 : NR;  // gates and ups come in pairs
-    const auto advance = [&](int count) INLINE_LAMBDA {
-        n += count;
-        strip.first += count * op.in;
-        strip.second += count * op.in;
-    };
-    if (op.swiglu) {
-        for (; n + EVEN / 2 <= end; advance(EVEN / 2)) tile<MV, EVEN>(op, panel, strip, n, row, valid);
-        for (; n < end; advance(1)) tile<MV, 2>(op, panel, strip, n, row, valid);
-        return;
-    }
-    for (; n + NR <= end; advance(NR)) tile<MV, NR>(op, panel, strip, n, row, valid);
-    for (; n < end; advance(1)) tile<MV, 1>(op, panel, strip, n, row, valid);
+template <int R, typename T>
+__attribute__((noinline)) void stream_tile(const T* const (&weights)[OUTPUTS], const Batch& batch, float* sums) {
+    vf acc[OUTPUTS][R];
+    stream(weights, batch.x, batch.stride, batch.in, acc);
+    add_lanes(acc, sums);
 }
 
-// Outputs n to `end` of rows `first` to `last`: their weights stay in the cache from panel to panel.
-void outputs(const Linear& op, const Strip& strip, const float* panels, long n, long end, long first, long last) {
-    for (long row = first; row < last; row += LANES, panels += LANES * op.in) {
-        const long valid = std::min<long>(LANES, last - row);
-        switch (panel_vectors(row, last)) {
-            case 1: panel_outputs<1>(op, panels, strip, n, end, row, valid); break;
-            case 2: panel_outputs<2>(op, panels, strip, n, end, row, valid); break;
-#if !defined(__AVX512F__)
-            case 4: panel_outputs<4>(op, panels, strip, n, end, row, valid); break;
-#endif
+// Where OUTPUTS rows of weights begin; those that there are not are the last one again.
+template <typename T>
+struct Strip {
+    Strip(const T* weight, long in, long count) {
+        for (int n = 0; n < OUTPUTS; n++) weights[n] = weight + std::min<long>(n, count - 1) * in;
+    }
+
+    const T* weights[OUTPUTS];
+};
+
+// `count` <= OUTPUTS outputs of all rows, from `weight` on, into `sums`.
+template <typename T>
+void multiply_many(const Batch& batch, const T* weight, long count, const Workspace& space, float* sums) {
+    const long in = batch.in, tiles = batch.tiles();
+    const Strip strip(as_floats(weight, count * in, space.wide), in, count);
+    // In equal parts, each a multiple of W.
+    const long parts = (in + FEATURES - 1) / FEATURES, width = (in + parts * W - 1) / (parts * W) * W;
+    // The next strip is asked for as evenly as this one is computed with: then memory is busy all the time.
+    constexpr long LINES = OUTPUTS * W * static_cast<long>(sizeof(T)) / 64;
+    const long lines = (LINES + tiles - 1) / tiles;
+    const char* next = reinterpret_cast<const char*>(weight + OUTPUTS * in);
+    for (long k = 0; k < in; k += width) {
+        const long end = std::min(in, k + width);
+        Ahead ahead{next + k * OUTPUTS * static_cast<long>(sizeof(T)), lines};
+        const char* enough = next + end * OUTPUTS * static_cast<long>(sizeof(T));
+        for (long t = 0; t < tiles; t++) {
+            const float* x = batch.x + t * ROWS * batch.stride;
+            float* carried = space.carried + t * OUTPUTS * ROWS * W;
+            float* to = sums + t * ROWS * W;
+            if (ahead.from >= enough) ahead.lines = 0;
+            switch (std::min<long>(ROWS, batch.rows - t * ROWS)) {
+                case 1: tile<1>(strip.weights, x, batch.stride, k, end, in, ahead, carried, to); break;
+                case 2: tile<2>(strip.weights, x, batch.stride, k, end, in, ahead, carried, to); break;
+                case 3: tile<3>(strip.weights, x, batch.stride, k, end, in, ahead, carried, to); break;
+            }
         }
     }
 }
 
 template <typename T>
-void run_many(const Linear& op, const Floats<T>& from, int threads) {
-    static thread_local Scratch scratch;
-    const long size = LANES * op.in;
-    const long most = std::max(PANEL_BYTES / (size * static_cast<long>(sizeof(float))), 4L) * LANES;
-    // Neighbouring outputs go to the same thread: what it asked for early lies in its own cache.
-    const long share = std::max(1L, op.out / (TASK * 4L * threads)) * TASK;
-    // Widened weights are used while they lie in the cache: a few at a time.
-    const long at_once = sizeof(T) == sizeof(float) ? share : TASK;
-    for (long first = 0; first < op.rows; first += most) {
-        const long end = std::min(op.rows, first + most);
-        const long panels = (end - first + LANES - 1) / LANES;
-        float* packed = scratch.floats(static_cast<size_t>(panels * size));
-        Phase packing((panels - 1) * MOST_VECTORS + panel_vectors(first + (panels - 1) * LANES, end));
-        Tasks work((op.out + share - 1) / share);
-        in_parallel(threads, [&] {
-            packing.run([&](long group) {
-                const long panel = group / MOST_VECTORS;
-                const int lane = static_cast<int>(group % MOST_VECTORS) * W;
-                const long row = first + panel * LANES + lane;
-                const int count = static_cast<int>(std::clamp<long>(end - row, 0, W));
-                pack_rows(from.x + row * from.stride, from.stride, count, op.in, from.norm, from.eps,
-                          packed + panel * size + lane, panel_vectors(first + panel * LANES, end) * W);
-            });
-            static thread_local Scratch widened;
-            float* wide = nullptr;
-            if (at_once < share || sizeof(T) != sizeof(float))
-                wide = widened.floats(static_cast<size_t>(2 * at_once * op.in));
-            long task;
-            while (work.claim(task)) {
-                const long stop = std::min(op.out, (task + 1) * share);
-                for (long n = task * share; n < stop; n += at_once) {
-                    const long count = std::min(at_once, stop - n);
-                    Strip strip{as_floats(from.weight + n * op.in, count * op.in, wide), nullptr};
-                    strip.second = strip.first;
-                    if (op.swiglu)
-                        strip.second = as_floats(from.weight + (op.out + n) * op.in, count * op.in,
-                                                 wide + (wide ? at_once * op.in : 0));
-                    outputs(op, strip, packed, n, n + count, first, end);
-                }
-            }
-        });
+void multiply_strip(const Batch& batch, const T* weight, long count, const Workspace& space, float* sums) {
+    static_assert(ROWS == 3);
+    if (batch.rows > ROWS) return multiply_many(batch, weight, count, space, sums);
+    const Strip strip(weight, batch.in, count);
+    switch (batch.rows) {
+        case 1: stream_tile<1>(strip.weights, batch, sums); break;
+        case 2: stream_tile<2>(strip.weights, batch, sums); break;
+        case 3: stream_tile<3>(strip.weights, batch, sums); break;
     }
 }
 
-// R rows, packed as [in][W], times `count` <= W outputs from `weight` on.
-template <int R, typename T>
-INLINE void multiply_few(const float* panel, const T* weight, int count, long in, vf (&acc)[R]) {
-    const T* rows[W];
-#pragma GCC unroll 16
-    for (int i = 0; i < W; i++) rows[i] = weight + std::min(i, count - 1) * in;
-#pragma GCC unroll 16
-    for (int r = 0; r < R; r++) acc[r] = vf{};
-    long k = 0;
-    for (; k + W <= in; k += W) {
-        vf turned[W];
-#pragma GCC unroll 16
-        for (int i = 0; i < W; i++) {
-            prefetch(rows[i] + W * in + k);
-            turned[i] = load_weights(rows[i] + k);
-        }
-        transpose(turned);
-#pragma GCC unroll 16
-        for (int i = 0; i < W; i++)
-#pragma GCC unroll 16
-            for (int r = 0; r < R; r++) acc[r] += turned[i] * splat(panel[(k + i) * W + r]);
-    }
-    for (; k < in; k++) {
-        vf w;
-        for (int i = 0; i < W; i++) w[i] = load_weight(rows[i] + k);
-#pragma GCC unroll 16
-        for (int r = 0; r < R; r++) acc[r] += w * splat(panel[k * W + r]);
-    }
-}
-
-template <int R, typename T>
-__attribute__((noinline)) void few_outputs(const Linear& op, const T* weight, const float* panel, long n, long end) {
-    for (; n < end; n += W) {
-        const int count = static_cast<int>(std::min<long>(W, end - n));
-        vf acc[R], ups[R] = {};
-        multiply_few<R>(panel, weight + n * op.in, count, op.in, acc);
-        if (op.swiglu) multiply_few<R>(panel, weight + (op.out + n) * op.in, count, op.in, ups);
-#pragma GCC unroll 16
-        for (int r = 0; r < R; r++) {
-            const vf up = op.swiglu ? ups[r] : vf{};
-            if (count == W)
-                store(op.y + r * op.out + n, finished(op, r, n, acc[r], up));
-            else
-                finish_rest(op, r, n, count, acc[r], up);
-        }
-    }
-}
-
-template <int R = FEW, typename T>
-void few_outputs(long rows, const Linear& op, const T* weight, const float* panel, long n, long end) {
-    if (rows == R) return few_outputs<R, T>(op, weight, panel, n, end);
-    if constexpr (R > 1) few_outputs<R - 1>(rows, op, weight, panel, n, end);
-}
-
+// W outputs from n on, of all rows.
 template <typename T>
-void run_few(const Linear& op, const Floats<T>& from, int threads) {
-    static thread_local Scratch scratch;
-    float* panel = scratch.floats(static_cast<size_t>(W * op.in));
-    pack_rows(from.x, from.stride, static_cast<int>(op.rows), op.in, from.norm, from.eps, panel, W);
-    const long share = std::max(1L, op.out / (W * 4L * threads)) * W;
-    for_each(threads, (op.out + share - 1) / share, [&](long task) {
-        few_outputs(op.rows, op, from.weight, panel, task * share, std::min(op.out, (task + 1) * share));
+void compute(const Linear& op, const Batch& batch, const T* weight, long n, const Workspace& space) {
+    const long count = std::min<long>(W, op.out - n);
+    for (long done = 0; done < count; done += OUTPUTS) {
+        const long some = std::min<long>(OUTPUTS, count - done), at = n + done;
+        multiply_strip(batch, weight + at * op.in, some, space, space.sums + done);
+        if (op.swiglu) multiply_strip(batch, weight + (op.out + at) * op.in, some, space, space.ups + done);
+    }
+    for (long row = 0; row < op.rows; row++) {
+        const vf value = load(space.sums + row * W), up = op.swiglu ? load(space.ups + row * W) : vf{};
+        if (count == W)
+            store(op.y + row * op.out + n, finished(op, row, n, value, up));
+        else
+            finish_rest(op, row, n, static_cast<int>(count), value, up);
+    }
+}
+
+// x [in] over its root mean square, times the norm's weight.
+void normalise(const float* x, long in, const float* norm, float eps, float* to) {
+    const float scale = inverse_rms(x, in, eps);
+    long k = 0;
+    for (; k + W <= in; k += W) store(to + k, load(x + k) * splat(scale) * load(norm + k));
+    for (; k < in; k++) to[k] = x[k] * scale * norm[k];
+}
+
+constexpr long AT_ONCE = 8;
+// Rows that a thread normalises at a time.
+
+// All rows of `op`, which are few enough.
+template <typename T>
+void run_some(const Linear& op, const Floats<T>& from, int threads) {
+    static thread_local Scratch normed;
+    Batch batch{from.x, from.stride, op.rows, op.in};
+    float* to = nullptr;
+    if (from.norm) {
+        batch.stride = (op.in + W - 1) / W * W;
+        batch.x = to = normed.floats(static_cast<size_t>(op.rows * batch.stride));
+    }
+    const auto norms = [&](long first, long last) {
+        for (long row = first; row < last; row++)
+            normalise(from.x + row * from.stride, op.in, from.norm, from.eps, to + row * batch.stride);
+    };
+    const bool together = from.norm && op.rows > AT_ONCE;
+    if (from.norm && !together) norms(0, op.rows);
+    Phase normalising(together ? (op.rows + AT_ONCE - 1) / AT_ONCE : 0);
+    const long tasks = (op.out + W - 1) / W;
+    threads = static_cast<int>(std::min<long>(threads, tasks));
+    Ranges ranges(tasks, threads);
+    in_parallel(threads, [&] {
+        static thread_local Scratch scratch;
+        const Workspace space(scratch, batch, sizeof(T) != sizeof(float));
+        if (together)
+            normalising.run([&](long task) { norms(task * AT_ONCE, std::min(op.rows, (task + 1) * AT_ONCE)); });
+        ranges.run([&](long task) { compute(op, batch, from.weight, task * W, space); });
     });
 }
 
 template <typename T>
-void run(const Linear& op, const Floats<T>& from, int threads) {
-    if (op.rows == 0) return;
-    if (op.rows <= FEW)
-        run_few(op, from, threads);
-    else
-        run_many(op, from, threads);
+void run(const Linear& op, Floats<T> from, int threads) {
+    const long most = std::max(PANEL_BYTES / (std::max(op.in, 1L) * static_cast<long>(sizeof(float))), 32L);
+    for (long first = 0; first < op.rows; first += most) {
+        Linear part = op;
+        part.rows = std::min(most, op.rows - first);
+        part.y += first * op.out;
+        if (op.residual) part.residual += first * op.out;
+        run_some(part, from, threads);
+        from.x += part.rows * from.stride;
+    }
 }
 
 }  // namespace

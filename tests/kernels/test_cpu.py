@@ -47,15 +47,16 @@ def test_linear_and_what_is_fused_with_it(variant, rows: int, inner: int, out: i
 
 
 @variants
-def test_a_row_is_the_same_in_every_batch_and_on_any_number_of_threads(variant) -> None:
+@pytest.mark.parametrize("size", [96, 1601], ids=["at_once", "in_parts"])
+def test_a_row_is_the_same_in_every_batch_and_on_any_number_of_threads(variant, size: int) -> None:
     ops = CpuOps(variant)
-    x, weight = random(600, 96, seed=1), random(77, 96, seed=2)
+    x, weight = random(600, size, seed=1), random(77, size, seed=2)
     whole = ops._linear(x, weight, None)
     threads = torch.get_num_threads()
     try:
         for number in (1, 2, 5):
             torch.set_num_threads(number)
-            for first, last in [(0, 1), (3, 20), (5, 45), (17, 400), (599, 600)]:
+            for first, last in [(0, 1), (1, 3), (2, 5), (3, 7), (3, 20), (5, 45), (17, 400), (599, 600)]:
                 assert torch.equal(ops._linear(x[first:last], weight, None), whole[first:last])
     finally:
         torch.set_num_threads(threads)
