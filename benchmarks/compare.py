@@ -1,13 +1,16 @@
-"""Eft against Hugging Face `generate`: the same weights, the same prompts, one run, medians and ratios.
+"""Eft against Hugging Face `generate` or other servers: the same weights, the same prompts, medians and ratios.
 
-python -m benchmarks.compare                      everything, 3 repeats
+python -m benchmarks.compare                      against generate: everything, 3 repeats
 python -m benchmarks.compare batch --repeats 1    one scenario, once
 python -m benchmarks.compare --http --json        also through the server; JSON on stdout
+python -m benchmarks.compare --peer llama.cpp=ENV against llama.cpp's server, installed in ENV
 
-Measures on the CPU in float32. Use an idle machine: each peer runs alone, one after the other.
+Measures on the CPU; against generate in float32. Use an idle machine: each peer runs alone, one after the other.
+docs/performance.md says how the peers are installed.
 """
 
 import argparse
+import asyncio
 import sys
 from collections.abc import Mapping, Sequence
 
@@ -16,64 +19,76 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import machine
-from benchmarks.peers import Eft, HuggingFace
+from benchmarks import beside, machine
+from benchmarks.inprocess import Eft, HuggingFace
+from benchmarks.loads import LOADS
+from benchmarks.options import Results, parse, settings_of
+from benchmarks.peers import Eft as EftServer
+from benchmarks.peers import PeerFailed
 from benchmarks.scenarios import SCENARIOS, Setup
 from benchmarks.work import Measurement, Prompts
-from settings.fields import by_name
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    given = parse(argv)
+    given = parse(argv, (__doc__ or "").splitlines()[0])
     console = Console(stderr=given.json)
     warning = machine.busy()
     if warning:
         console.print(warning, style="yellow")
+    alone = not (given.peer or given.eft or given.earlier)
+    results: Results = {}
+    try:
+        complete = beside_generate(given, console, results) if alone else beside_peers(given, console, results)
+    except asyncio.CancelledError:
+        console.print("ended early, by a signal", style="red")
+        complete = False
+    if given.json:
+        sys.stdout.write(msgspec.json.encode(report(given, results, warning), enc_hook=str).decode() + "\n")
+    return 0 if complete else 1
+
+
+def beside_generate(given: argparse.Namespace, console: Console, results: Results) -> bool:
+    """Fills `results`; whether they are complete."""
     if given.threads:
         torch.set_num_threads(given.threads)
     setup = prepare(given)
-    results: dict[str, list[Measurement]] = {}
     for name in given.scenarios or SCENARIOS:
         console.print(f"{name}: measuring …", style="dim")
         results[name] = SCENARIOS[name](setup)
         console.print(render(name, results[name]))
-    if given.json:
-        sys.stdout.write(msgspec.json.encode(report(given, results, warning)).decode() + "\n")
-    return 0
+    return True
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="benchmarks.compare", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("scenarios", nargs="*", help=f"of {', '.join(SCENARIOS)}; default: all")
-    parser.add_argument("--model", default="demo", help="a model of the Llama family (default: demo)")
-    parser.add_argument("--repeats", type=positive, default=3, help="times to measure each peer (default: 3)")
-    parser.add_argument("--at-once", type=positive, default=32, help="requests at once, and batch size of generate")
-    parser.add_argument(
-        "--peer-sample", type=positive, default=6, help="requests that generate does one at a time (default: 6)"
-    )
-    parser.add_argument("--threads", type=positive, help="CPU threads, for all peers (default: torch's)")
-    parser.add_argument("--seed", type=int, default=0, help="of the prompts")
-    parser.add_argument("--http", action="store_true", help="also measure `eft serve`, in `batch`")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of Eft's")
-    parser.add_argument("--json", action="store_true", help="JSON on stdout, the tables on stderr")
-    given = parser.parse_args(argv)
-    for name in given.scenarios:
-        if name not in SCENARIOS:
-            parser.error(f"there is no scenario {name!r}, but {', '.join(SCENARIOS)}")
-    for item in given.set:
-        if item.partition("=")[0] not in by_name():
-            parser.error(f"--set {item}: no such setting (eft config show lists them)")
-    return given
-
-
-def positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
-    return number
+def beside_peers(given: argparse.Namespace, console: Console, results: Results) -> bool:
+    """Fills `results`, earlier measurements first; whether they are complete. A peer that fails is left out."""
+    ours = EftServer.variants if given.eft is None else given.eft
+    who = beside.entries(given.peer, ours, model=given.model, files=given.peer_models, overrides=settings_of(given))
+    complete = True
+    for name in given.scenarios or LOADS:
+        measured = results[name] = [one for run in given.earlier for one in run.get(name, [])]
+        for entry in who:
+            console.print(f"{name}: {entry.label} …", style="dim")
+            try:
+                measured.append(
+                    beside.measure_alone(
+                        entry,
+                        LOADS[name],
+                        model=given.model,
+                        threads=given.threads or beside.cores(),
+                        repeats=given.repeats,
+                        seed=given.seed,
+                    )
+                )
+            except PeerFailed as error:
+                console.print(f"{name}: {entry.label}: {error}", style="red", markup=False)
+                complete = False
+        if measured:
+            console.print(beside.render(name, measured))
+    return complete
 
 
 def prepare(given: argparse.Namespace) -> Setup:
-    overrides = dict(item.split("=", 1) for item in given.set)
+    overrides = settings_of(given)
     if given.threads:
         overrides["threads"] = str(given.threads)
     eft = Eft(given.model, at_once=given.at_once, overrides=overrides)
@@ -112,7 +127,7 @@ def report(
     return {
         "machine": machine.describe(),
         "warning": warning,
-        "arguments": vars(given),
+        "arguments": {name: value for name, value in vars(given).items() if name != "earlier"},
         "scenarios": {
             name: [
                 {

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from msgspec import Struct
 
-from benchmarks.peers import Eft, HuggingFace, OneByOne, load, served
+from benchmarks.inprocess import Eft, HuggingFace, OneByOne, load, served
 from benchmarks.work import Job, Measurement, Outcome, Peer, Prompts
 
 

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import machine
-from benchmarks.peers import load_transformers
+from benchmarks.inprocess import load_transformers
 from kernels.training import TrainingOps
 from runtime.assembly import load_decoder
 from runtime.messages import SamplingParams, Submission

@@ -10,6 +10,7 @@ from msgspec import Struct
 from runtime.cli.load.prompts import WORDS
 
 Encode = Callable[[str], list[int]]
+Unit = Literal["output tok/s", "prompt tok/s", "s to first token"]
 
 
 class Job(Struct, frozen=True):
@@ -42,9 +43,13 @@ class Measurement(Struct, kw_only=True):
     """One number about one peer, measured several times."""
 
     peer: str
-    unit: Literal["output tok/s", "prompt tok/s", "s to first token"]
+    unit: Unit
     values: list[float] = []
     note: str = ""
+    ttft: list[float] = []
+    """Median seconds to the first token, for each of `values`, where the tokens were timed."""
+    tpot: list[float] = []
+    """Median seconds for each token after the first, likewise."""
 
     @property
     def median(self) -> float:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.compare import main
-from benchmarks.peers import Eft, HuggingFace, OneByOne
+from benchmarks.inprocess import Eft, HuggingFace, OneByOne
 from benchmarks.scenarios import equal_tokens
 from benchmarks.work import Job, Measurement, Outcome, Prompts
 
