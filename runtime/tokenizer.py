@@ -63,6 +63,11 @@ class Tokenizer:
         """Source of the chat template."""
         return None if self._template is None else self._template.source
 
+    @property
+    def definition(self) -> str:
+        """Contents of a `tokenizer.json`."""
+        return self._backend.to_str()
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Ids of `text`. Special tokens written in it become their ids.
 

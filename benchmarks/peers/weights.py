@@ -1,18 +1,23 @@
 """The same weights in the formats of the peers, written once into a directory of files.
 
-A GGUF file is rewritten tensor by tensor: matrices in the wanted type, everything else as it was.
+A GGUF file is rewritten tensor by tensor: matrices in the wanted type, everything else as it was. A directory as
+Hugging Face's libraries read it is written in float32 from whatever Eft can open.
 """
 
+import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import gguf
+import torch
+import transformers
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, LlamaFileType
+from safetensors.torch import save_file
 
 from benchmarks.peers.peer import PeerFailed
-from runtime.workers.loading import open_checkpoint
+from runtime.workers.loading import Checkpoint, open_checkpoint
 
 FILE_TYPES = {
     "F32": LlamaFileType.ALL_F32,
@@ -67,6 +72,32 @@ def _tensor_type(shape: tuple[int, ...], wanted: GGMLQuantizationType) -> GGMLQu
         return GGMLQuantizationType.F32
     block, _ = gguf.GGML_QUANT_SIZES[wanted]
     return GGMLQuantizationType.F16 if shape[-1] % block else wanted
+
+
+def hugging_face_directory(model: str, directory: Path) -> Path:
+    """The model as Hugging Face's libraries read it: its own directory, or one in float32 with its tokenizer.
+
+    Raises `PeerFailed` for weights in integers that no float is known of.
+    """
+    checkpoint = open_checkpoint(model)
+    if checkpoint.source.is_dir():
+        return checkpoint.source
+    return once(directory / f"{checkpoint.source.stem}.float32", lambda path: _export(checkpoint, path))
+
+
+def _export(checkpoint: Checkpoint, path: Path) -> None:
+    tensors = dict(checkpoint.tensors())
+    floats = {name: tensor.float().contiguous() for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)}
+    if len(floats) < len(tensors):
+        raise PeerFailed(f"{checkpoint.source} stores weights in integers: {min(tensors.keys() - floats.keys())}")
+    path.mkdir()
+    save_file(floats, path / "model.safetensors", metadata={"format": "pt"})
+    kind = getattr(transformers, checkpoint.config["architectures"][0]).config_class
+    kind(**checkpoint.config).save_pretrained(path)
+    (path / "tokenizer.json").write_text(checkpoint.tokenizer.definition)
+    end = checkpoint.tokenizer.token_text(checkpoint.eos_ids[0])
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end}
+    (path / "tokenizer_config.json").write_text(json.dumps(about))
 
 
 def once(path: Path, write: Callable[[Path], object]) -> Path:
