@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.peak import Peaks, measure
-from kernels import Weight, cache, quantise_int4, quantise_int8
+from kernels import Weight, cache, quantise_int4, quantise_int8, store_bfloat16
 from kernels.cpu import CpuOps
 from kernels.interface import PagedRows
 
@@ -87,6 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ops = CpuOps()
     types = {
         "float32": WeightType(lambda w: w, lambda p: p.floats),
+        "bfloat16": WeightType(store_bfloat16, lambda p: p.floats),
         "int8": WeightType(lambda w: ops.prepare(quantise_int8(w)), lambda p: p.bytes),
         "int4": WeightType(lambda w: ops.prepare(quantise_int4(w)), lambda p: p.bytes),
     }
@@ -111,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--types", default="float32,int8,int4,attention")
+    parser.add_argument("--types", default="float32,bfloat16,int8,int4,attention")
     parser.add_argument("--shapes", default=",".join(SHAPES))
     parser.add_argument("--rows", default=",".join(map(str, ROWS)))
     return parser
