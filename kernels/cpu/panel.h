@@ -1,17 +1,9 @@
-// How many rows attention turns at once, so that a vector holds the same feature of W rows; and the norm of a row.
+// The norm of a row of activations.
 #pragma once
 
 #include <cmath>
 
 #include "simd.h"
-
-#if defined(__AVX512F__)
-constexpr int MOST_VECTORS = 2;
-#else
-constexpr int MOST_VECTORS = 4;
-#endif
-constexpr int LANES = MOST_VECTORS * W;
-// Rows in a full panel.
 
 // One over the root mean square of x [in].
 INLINE float inverse_rms(const float* x, long in, float eps) {
