@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import machine
-from benchmarks.peers import greedy
+from benchmarks.inprocess import greedy
 from runtime import LLM
 from runtime.messages import Submission
 

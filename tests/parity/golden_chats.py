@@ -13,7 +13,7 @@ from runtime import LLM, SamplingParams
 GOLDEN = Path(__file__).parent / "golden_chats.json"
 QUANTIZATIONS = ("int8", "int4")
 QUESTIONS = (
-    "What is the capital of France?",
+    "What is the capital of Japan?",
     "Name three primary colors.",
     "How many legs does a spider have?",
     "Write one sentence about the sea.",
