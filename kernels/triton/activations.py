@@ -29,8 +29,8 @@ def _integers(wide, largest, broken):
 def _turn(x, BLOCK: tl.constexpr):
     """`kernels.hadamard.turn` of x [BLOCK], a power of two from 64 on."""
     for stage in tl.static_range(6):
-        distance: tl.constexpr = 32 >> stage
-        pairs = tl.permute(tl.reshape(x, [BLOCK // (2 * distance), 2, distance]), (0, 2, 1))
+        # The distance is 32 >> stage; a constant cannot get a value twice.
+        pairs = tl.permute(tl.reshape(x, [BLOCK // (64 >> stage), 2, 32 >> stage]), (0, 2, 1))
         first, second = tl.split(pairs)
         x = tl.reshape(tl.permute(tl.join(first + second, first - second), (0, 2, 1)), [BLOCK])
     return x * 0.125

@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 
 KERNELS = {
     "_decode", "_expand", "_flat", "_fold", "_gated", "_gradient", "_grouped", "_int8", "_join", "_prefill",
-    "_quantise", "_rms_norm", "_rope_and_cache", "_sample", "_shrink", "_temper",
+    "_quantise_groups", "_quantise_turned", "_rms_norm", "_rope_and_cache", "_sample", "_shrink", "_temper",
 }  # fmt: skip
 
 
