@@ -94,9 +94,9 @@ def test_linears(ops: kernels.Ops, kind: str, count: int, inner: int, out: int, 
     norm, b = random(inner, seed=seed + 1), random(2 * out, seed=seed + 2) if bias else None
     half = None if b is None else b[:out]
     whole, narrow = (WEIGHTS[kind](random(n, inner, seed=seed + 3)) for n in (2 * out, out))
-    # An activation's last bit can move it to the next integer, of 127 * 256.
+    # An activation's last bit can move it to the next integer, of 127; then a weight of about 3 is counted once more.
     size = float(x.abs().max()) if count else 0.0
-    close = {"atol": 1e-3} if kind in ("float32", "bfloat16", "nf4") else {"rtol": 1e-3, "atol": 1e-3 * (20 + size)}
+    close = {"atol": 1e-3} if kind in ("float32", "bfloat16", "nf4") else {"rtol": 1e-3, "atol": 1e-2 * (20 + size)}
     check(ops.linear(x, prepared(ops, whole), b), REFERENCE.linear(x, whole, b), **close)
     found = ops.linear_add(residual, x, prepared(ops, narrow), half)
     check(found, REFERENCE.linear_add(residual, x, narrow, half), **close)

@@ -18,7 +18,7 @@ from kernels.cpu.variants import usable_variants
 lib = load({{variant.name: variant for variant in usable_variants()}}[{variant!r}])
 x, weight, y = torch.ones(3, 40), torch.ones(40), torch.empty(3, 40)
 def norm(x, rows, size, weight, y):
-    lib.eft_rms_norm(x, 40, rows, size, weight, 1e-5, y, 1)
+    lib.eft_rms_norm(x, 40, rows, size, weight, 0.0, 1e-5, y, 1)
 norm(x.data_ptr(), 3, 40, weight.data_ptr(), y.data_ptr())
 print("right", flush=True)
 norm({call})
