@@ -9,6 +9,24 @@ def random(*shape: int, seed: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def check_normed(
+    ops: kernels.Ops,
+    weights: tuple[kernels.Weight, kernels.Weight],
+    x: torch.Tensor,
+    norm: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> None:
+    """Linears after a norm are the reference's, who has the second of the weights. The norm's last bit can move an
+    activation, of up to 8 here, to the next of 127 integers, and then a weight of up to 4 is counted once more."""
+    reference, (ours, theirs) = kernels.load("reference"), weights
+    step = 0.3
+    expected = reference.norm_linear(x, norm, 1e-5, theirs, bias)
+    assert torch.allclose(ops.norm_linear(x, norm, 1e-5, ours, bias), expected, rtol=1e-3, atol=step)
+    step *= 1 + float(expected.abs().max())  # a product of two: as far off as one, times the other
+    gated = reference.norm_swiglu(x, norm, 1e-5, theirs, bias)
+    assert torch.allclose(ops.norm_swiglu(x, norm, 1e-5, ours, bias), gated, rtol=1e-3, atol=step)
+
+
 def check_rows_alone(ops: kernels.Ops, *forms: kernels.Weight) -> None:
     """The same bits in every batch, on any number of threads, and with each of the weight's forms."""
     weight = forms[0]
