@@ -40,6 +40,9 @@ def test_norms(variant: Variant, rows: int, size: int, seed: int) -> None:
     x, weight, bias = random(rows, size, seed=seed) * 3 + 1, random(size, seed=seed + 1), random(size, seed=seed + 2)
     strided = torch.cat((x, x), dim=1)[:, :size]
     wide = [tensor.double() for tensor in (x, weight, bias)]
+    # Where a row's values lie close together, their own rounding is large beside what they differ by.
+    spread = wide[0].var(1, correction=0).add(1e-5).sqrt()
+    close = float((wide[0].abs().amax(1) / spread).max()) if rows else 0.0
     for found, again, expected in [
         (ops.rms_norm(x, weight, 1e-5), ops.rms_norm(strided, weight, 1e-5), REFERENCE.rms_norm(*wide[:2], 1e-5)),
         (
@@ -54,7 +57,7 @@ def test_norms(variant: Variant, rows: int, size: int, seed: int) -> None:
         (ops.layer_norm(x, None, None, 1e-5), ops.layer_norm(strided, None, None, 1e-5),
          F.layer_norm(wide[0], (size,), None, None, 1e-5)),
     ]:  # fmt: skip
-        assert torch.allclose(found.double(), expected.double(), rtol=1e-5, atol=2e-5)
+        assert torch.allclose(found.double(), expected.double(), rtol=1e-5, atol=2e-5 + 1e-6 * close)
         assert torch.equal(found, again)
 
 
