@@ -41,7 +41,7 @@ class CpuOps(ReferenceOps):
         return None
 
     def prepare(self, weight: QuantisedWeight) -> QuantisedWeight:
-        return tiled(weight) if weight.device.type == "cpu" else weight
+        return tiled(weight, self.variant) if weight.device.type == "cpu" else weight
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         if not _fits(x, weight):

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from kernels.cpu.library import load
-from kernels.cpu.variants import chosen_variant
+from kernels.cpu.variants import Variant
 from kernels.int4 import GROUP, HALF, Int4Weight
 from kernels.int8_groups import Int8GroupWeight
 from kernels.nf4 import BLOCK, Nf4Weight
@@ -152,10 +152,12 @@ class Nf4Tiles(Tiles):
 
     scales: Tensor
     """[tiles, blocks, 16] float32."""
+    variant: Variant
+    """Whose C++ makes floats of it."""
 
     @classmethod
-    def of(cls, weight: Nf4Weight) -> "Nf4Tiles":
-        return cls(_lines(weight.packed, BLOCK // 2), weight.shape, _groups(weight.scales))
+    def of(cls, weight: Nf4Weight, variant: Variant) -> "Nf4Tiles":
+        return cls(_lines(weight.packed, BLOCK // 2), weight.shape, _groups(weight.scales), variant)
 
     @property
     def others(self) -> tuple[Tensor, ...]:
@@ -166,14 +168,14 @@ class Nf4Tiles(Tiles):
 
     def dequantise(self, dtype: torch.dtype = torch.float32) -> Tensor:
         found = torch.empty(self.size)
-        load(chosen_variant()).eft_dequantise_nf4(
+        load(self.variant).eft_dequantise_nf4(
             self.values.data_ptr(), self.scales.data_ptr(), *self.size, found.data_ptr(), torch.get_num_threads()
         )
         return found.to(dtype)
 
 
-def tiled(weight: QuantisedWeight) -> QuantisedWeight:
-    """The weight in tiles, where there are ops for it."""
+def tiled(weight: QuantisedWeight, variant: Variant) -> QuantisedWeight:
+    """The weight in tiles, where there are ops for it in this variant."""
     match weight:
         case Int8Weight():
             return Int8Tiles.of(weight)
@@ -182,7 +184,7 @@ def tiled(weight: QuantisedWeight) -> QuantisedWeight:
         case Int8GroupWeight():
             return Int8GroupTiles.of(weight)
         case Nf4Weight():
-            return Nf4Tiles.of(weight)
+            return Nf4Tiles.of(weight, variant)
         case _:
             return weight
 
