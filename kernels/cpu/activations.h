@@ -9,7 +9,7 @@
 
 #include "hadamard.h"
 #include "int8.h"
-#include "panel.h"
+#include "norm.h"
 #include "scratch.h"
 
 constexpr float MOST = 127.0f;

@@ -4,7 +4,7 @@
 
 #include "dots.h"
 #include "export.h"
-#include "panel.h"
+#include "norm.h"
 #include "parallel.h"
 #include "ranges.h"
 #include "scratch.h"
@@ -139,14 +139,6 @@ void compute(const Linear& op, const Batch& batch, const T* weight, long n, cons
     }
 }
 
-// x [in] over its root mean square, times the norm's weight.
-void normalise(const float* x, long in, const float* norm, float eps, float* to) {
-    const float scale = inverse_rms(x, in, eps);
-    long k = 0;
-    for (; k + W <= in; k += W) store(to + k, load(x + k) * splat(scale) * load(norm + k));
-    for (; k < in; k++) to[k] = x[k] * scale * norm[k];
-}
-
 constexpr long AT_ONCE = 8;
 // Rows that a thread normalises at a time.
 
@@ -162,7 +154,7 @@ void run_some(const Linear& op, const Floats<T>& from, int threads) {
     }
     const auto norms = [&](long first, long last) {
         for (long row = first; row < last; row++)
-            normalise(from.x + row * from.stride, op.in, from.norm, from.eps, to + row * batch.stride);
+            normalise(from.x + row * from.stride, op.in, from.norm, 0.0f, from.eps, to + row * batch.stride);
     };
     const bool together = from.norm && op.rows > AT_ONCE;
     if (from.norm && !together) norms(0, op.rows);

@@ -6,7 +6,7 @@
 #include "export.h"
 #include "linear.h"
 #include "nf4.h"
-#include "panel.h"
+#include "norm.h"
 #include "parallel.h"
 #include "scratch.h"
 

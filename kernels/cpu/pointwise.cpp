@@ -4,7 +4,7 @@
 
 #include "attention.h"
 #include "export.h"
-#include "panel.h"
+#include "norm.h"
 #include "parallel.h"
 
 namespace {
@@ -97,12 +97,8 @@ void write_head(const float* from, long dim, int type, char* to) {
 // y [rows, size] = x over its root mean square, times weight [size] plus `one`, which is 0 or 1.
 EXPORT void eft_rms_norm(const float* x, long stride, long rows, long size, const float* weight, float one, float eps,
                          float* y, int threads) {
-    for_rows(threads, rows, size, [&](long row) {
-        const float* from = x + row * stride;
-        float* to = y + row * size;
-        const float scale = inverse_rms(from, size, eps);
-        for (long i = 0; i < size; i++) to[i] = from[i] * scale * (weight[i] + one);
-    });
+    for_rows(threads, rows, size,
+             [&](long row) { normalise(x + row * stride, size, weight, one, eps, y + row * size); });
 }
 
 // y [rows, size] = x less its mean, over its standard deviation, times weight, plus bias, each [size] or null.

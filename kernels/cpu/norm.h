@@ -18,3 +18,11 @@ INLINE float inverse_rms(const float* x, long in, float eps) {
     for (; k < in; k++) total += x[k] * x[k];
     return 1.0f / std::sqrt(total / static_cast<float>(in) + eps);
 }
+
+// y [in] = x over its root mean square, times the norm's weight plus `one`, which is 0 or 1.
+INLINE void normalise(const float* x, long in, const float* norm, float one, float eps, float* y) {
+    const float scale = inverse_rms(x, in, eps);
+    long k = 0;
+    for (; k + W <= in; k += W) store(y + k, load(x + k) * splat(scale) * (load(norm + k) + splat(one)));
+    for (; k < in; k++) y[k] = x[k] * scale * (norm[k] + one);
+}
