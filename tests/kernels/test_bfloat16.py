@@ -9,16 +9,13 @@ import kernels
 from kernels import store_bfloat16
 from kernels.cpu import CpuOps
 from kernels.cpu.variants import usable_variants
+from tests.kernels.rows import random
 
 REFERENCE = kernels.load("reference")
 BACKENDS = [REFERENCE, *([] if CpuOps.unavailable() else map(CpuOps, usable_variants()))]
 
 backends = pytest.mark.parametrize("ops", BACKENDS, ids=lambda ops: getattr(ops, "variant", ops).name)
 sizes = st.sampled_from([1, 3, 8, 15, 16, 17, 33, 64, 70, 577])
-
-
-def random(*shape: int, seed: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 @backends

@@ -14,6 +14,7 @@ import kernels
 from kernels.cpu import CpuOps
 from kernels.cpu.build import find_compiler, library
 from kernels.cpu.variants import PLAIN, VARIABLE, usable_variants
+from tests.kernels.rows import random
 
 pytestmark = pytest.mark.skipif(CpuOps.unavailable() is not None, reason=f"cpu kernels: {CpuOps.unavailable()}")
 
@@ -22,10 +23,6 @@ REFERENCE = kernels.load("reference")
 
 variants = pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
 sizes = st.sampled_from([1, 2, 3, 12, 13, 16, 17, 31, 32, 33, 47, 49, 70, 96, 130])
-
-
-def random(*shape: int, seed: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 @variants

@@ -12,6 +12,7 @@ import kernels
 from kernels.cpu import CpuOps
 from kernels.cpu.variants import Variant, usable_variants
 from tests.kernels.paged import Paged
+from tests.kernels.rows import random
 
 pytestmark = pytest.mark.skipif(CpuOps.unavailable() is not None, reason=f"cpu kernels: {CpuOps.unavailable()}")
 
@@ -26,10 +27,6 @@ ACTIVATIONS: dict[str, Activation] = {
     "gelu_tanh": lambda ops, x: ops.gelu_mul(x, tanh=True),
 }
 activations = pytest.mark.parametrize("activation", ACTIVATIONS)
-
-
-def random(*shape: int, seed: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 @variants

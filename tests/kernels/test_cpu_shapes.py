@@ -9,7 +9,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kernels
@@ -39,7 +39,7 @@ OPS = [] if CpuOps.unavailable() else [CpuOps(variant) for variant in usable_var
 EXAMPLES = int(os.environ.get("EFT_TEST_EXAMPLES", "8"))
 
 backends = pytest.mark.parametrize("ops", OPS, ids=lambda ops: ops.variant.name)
-some = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+some = settings(max_examples=EXAMPLES)
 rows = st.sampled_from([0, 1, 2, 3, 5, 9, 11, 17, 33, 41])
 sizes = st.integers(1, 130)
 gaps = st.sampled_from(["none", "rows", "columns"])

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import kernels
+from tests.kernels import rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -27,4 +28,4 @@ REFERENCE = kernels.load("reference")
 
 
 def random(*shape: int, seed: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+    return rows.random(*shape, seed=seed).to(DEVICE)
