@@ -26,8 +26,8 @@ from rich.table import Table
 from benchmarks import machine
 from benchmarks.inprocess import load_transformers
 from kernels.training import TrainingOps
-from runtime.assembly import load_decoder
 from runtime.messages import SamplingParams, Submission
+from runtime.model_loading import load_decoder
 from runtime.service import EngineService
 from runtime.trainer.events import RunEvent, StepEvent
 from runtime.trainer.examples import Example

@@ -9,7 +9,7 @@ from runtime.blocks import BlockManager, SwapSpace
 from runtime.engine import Engine
 from runtime.hooks import Hooks
 from runtime.metrics import Metrics
-from runtime.model_loading import base_of, describe_decoder, load_decoder, load_model
+from runtime.model_loading import base_of, describe_decoder, load_model
 from runtime.scheduler import Scheduler, Speculation
 from runtime.scheduler.policies import make_policy
 from runtime.tenants import tenant_weights
@@ -29,20 +29,6 @@ from runtime.workers.model import Model
 from runtime.workers.models import find_model
 from runtime.workers.worker import Worker
 from settings.schema import CacheSettings, ParallelSettings, SchedulerSettings, Settings
-
-__all__ = [
-    "Assembled",
-    "assemble",
-    "base_of",
-    "cache_dtype",
-    "describe_decoder",
-    "load_decoder",
-    "load_model",
-    "make_cache",
-    "make_device",
-    "make_scheduler",
-    "tensor_parallel",
-]
 
 DEFAULT_CONTEXTS = 4
 """Without a setting the cache holds so many full contexts, if a quarter of the free memory does."""

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kernels.cpu import CpuOps
-from runtime.assembly import load_decoder
+from runtime.model_loading import load_decoder
 from runtime.workers.attention import PackedAttention
 from runtime.workers.loading import open_checkpoint
 from settings.schema import ModelSettings

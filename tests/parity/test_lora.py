@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from runtime.assembly import load_decoder
+from runtime.model_loading import load_decoder
 from runtime.workers.adapter_slots import AdapterSlots, AdapterTokens
 from runtime.workers.attention import PackedAttention
 from runtime.workers.decoder import Decoder

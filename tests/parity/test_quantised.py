@@ -8,7 +8,7 @@ import torch
 
 import kernels
 from runtime import LLM, SamplingParams
-from runtime.assembly import load_decoder
+from runtime.model_loading import load_decoder
 from runtime.workers.attention import PackedAttention
 from runtime.workers.loading import open_checkpoint
 from settings.schema import ModelSettings

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels.training import TrainingOps
-from runtime.assembly import load_decoder as load
+from runtime.model_loading import load_decoder as load
 from runtime.trainer import step
 from runtime.trainer.clock import clock_of
 from runtime.trainer.events import EvalEvent, RunEvent, StepEvent

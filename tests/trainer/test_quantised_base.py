@@ -8,7 +8,7 @@ import torch
 from kernels import Ops, QuantisedWeight
 from kernels.cpu import CpuOps
 from kernels.reference import ReferenceOps
-from runtime.assembly import load_decoder
+from runtime.model_loading import load_decoder
 from runtime.trainer.events import RunEvent, StepEvent
 from runtime.trainer.run import TrainingRun
 from runtime.trainer.spec import ScheduleSpec

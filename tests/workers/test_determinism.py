@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from kernels.cpu import CpuOps
 from kernels.interface import PagedRows
-from runtime.assembly import assemble, load_decoder
+from runtime.assembly import assemble
+from runtime.model_loading import load_decoder
 from runtime.workers.attention import PagedAttention
 from runtime.workers.decoder import Decoder
 from runtime.workers.determinism import obstacle

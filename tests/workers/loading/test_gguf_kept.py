@@ -8,7 +8,7 @@ import torch
 from gguf import GGMLQuantizationType
 
 from kernels import Int4Weight, Int8GroupWeight
-from runtime.assembly import load_decoder
+from runtime.model_loading import load_decoder
 from runtime.workers.attention import PackedAttention
 from runtime.workers.decoder import Decoder
 from runtime.workers.loading import open_checkpoint

@@ -18,7 +18,7 @@ from tests.workers.loading.gguf_families import write_family
 MEASURE = """
 import gc, json, sys
 from pathlib import Path
-from runtime.assembly import load_model
+from runtime.model_loading import load_model
 from runtime.workers.loading import gguf, open_checkpoint
 from runtime.workers.memory import give_back_memory, return_freed_memory
 from settings.schema import ModelSettings

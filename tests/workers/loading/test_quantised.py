@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from kernels import Int4Weight, Int8GroupWeight, Nf4Weight, QuantisedWeight
 from runtime import LLM, SamplingParams
-from runtime.assembly import load_decoder
+from runtime.model_loading import load_decoder
 from runtime.workers.loading import ModelLoadError, open_checkpoint
 from settings.schema import ModelSettings
 from tests.parity.test_families import packed
