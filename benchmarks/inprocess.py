@@ -3,17 +3,17 @@
 import asyncio
 import gc
 import os
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import httpx
 import torch
 
+from benchmarks.peers.process import free_port
 from benchmarks.work import Job, Outcome
 from runtime import LLM, SamplingParams
 from runtime.cli.loadgen import LoadReport, LoadSpec, run_load
@@ -110,9 +110,7 @@ def greedy(output_len: int) -> SamplingParams:
 @contextmanager
 def served(model: str, *, at_once: int, overrides: Mapping[str, str]) -> Iterator[str]:
     """`eft serve` in a process of its own, ready to answer. Yields its URL."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     given = {"dtype": "float32", "max_running": str(at_once), "log_requests": "false", **overrides}
     environment = {**os.environ, **{by_name()[name].env: value for name, value in given.items()}}
     command = [sys.executable, "-m", "runtime", "serve", model, "--port", str(port)]
@@ -131,11 +129,9 @@ def wait_until_ready(url: str, server: subprocess.Popen[bytes]) -> None:
     end = time.monotonic() + READY_TIMEOUT
     with httpx.Client(trust_env=False) as client:
         while time.monotonic() < end and server.poll() is None:
-            try:
+            with suppress(httpx.TransportError):  # not listening yet
                 if client.get(f"{url}/ready").status_code == 200:
                     return
-            except httpx.TransportError:
-                pass  # not listening yet
             time.sleep(0.1)
     raise RuntimeError(f"eft serve did not become ready (exit code {server.poll()})")
 
