@@ -22,7 +22,5 @@ INLINE float inverse_rms(const float* x, long in, float eps) {
 // y [in] = x over its root mean square, times the norm's weight plus `one`, which is 0 or 1.
 INLINE void normalise(const float* x, long in, const float* norm, float one, float eps, float* y) {
     const float scale = inverse_rms(x, in, eps);
-    long k = 0;
-    for (; k + W <= in; k += W) store(y + k, load(x + k) * splat(scale) * (load(norm + k) + splat(one)));
-    for (; k < in; k++) y[k] = x[k] * scale * (norm[k] + one);
+    for (long k = 0; k < in; k++) y[k] = x[k] * scale * (norm[k] + one);
 }
