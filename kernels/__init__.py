@@ -18,6 +18,7 @@ from kernels.interface import LoraFactors, LoraSegment, Ops, PagedRows
 from kernels.nf4 import Nf4Weight, quantise_nf4
 from kernels.quantised import Int8Weight, QuantisedWeight, Weight, quantise_int8
 from kernels.reference import ReferenceOps
+from kernels.stack import AdaptedTokens, Layers, LayerStack, LayerWeights, LinearWeights, StackFactors
 
 
 class Backend(NamedTuple):
@@ -80,12 +81,17 @@ def load(name: str = "auto", device: torch.device | None = None) -> Ops:
 __all__ = [
     "BACKENDS",
     "QUANTISERS",
+    "AdaptedTokens",
     "BFloat16Weight",
     "Backend",
     "GroupedWeight",
     "Int4Weight",
     "Int8GroupWeight",
     "Int8Weight",
+    "LayerStack",
+    "LayerWeights",
+    "Layers",
+    "LinearWeights",
     "LoraFactors",
     "LoraSegment",
     "Nf4Weight",
@@ -93,6 +99,7 @@ __all__ = [
     "PagedRows",
     "QuantisedWeight",
     "Quantiser",
+    "StackFactors",
     "Weight",
     "available",
     "chosen",

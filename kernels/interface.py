@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from kernels.groups import PagedGroups, group_rows
 from kernels.quantised import Int8Weight, QuantisedWeight, Weight
 from kernels.several import SeveralTokens, pick_several
 from kernels.tiles import QueryTiles, cut_rows
+
+if TYPE_CHECKING:
+    from kernels.stack import Layers, LayerStack
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +108,10 @@ class Ops(ABC):
         """The same factors as this backend likes them to lie: once, when an adapter is loaded. Any backend takes the
         result."""
         return factors
+
+    def join_layers(self, stack: "LayerStack") -> "Layers | None":
+        """The layers as one call, once all weights are there; None where this backend runs them op by op."""
+        return None
 
     @abstractmethod
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:

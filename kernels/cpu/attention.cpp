@@ -7,7 +7,7 @@
 #include <atomic>
 #include <vector>
 
-#include "export.h"
+#include "exports.h"
 #include "parallel.h"
 #include "scratch.h"
 

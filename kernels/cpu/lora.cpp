@@ -5,7 +5,7 @@
 // then added in halves; of an output the ranks are added in their order, and the sum to what was there.
 #include <vector>
 
-#include "export.h"
+#include "exports.h"
 #include "parallel.h"
 #include "scratch.h"
 #include "simd.h"

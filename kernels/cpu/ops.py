@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kernels.bfloat16 import BFloat16Weight
 from kernels.cpu.build import BuildError
+from kernels.cpu.layers import CACHE_TYPES, CpuLayers
 from kernels.cpu.library import load
 from kernels.cpu.lora import LoraLayout, laid_out, segment_table, suits
 from kernels.cpu.tiles import TILE, Int4Tiles, Int8GroupTiles, Int8Tiles, Nf4Tiles, Tiles, tiled
@@ -15,9 +16,7 @@ from kernels.cpu.variants import Variant, chosen_variant
 from kernels.interface import LoraFactors, LoraSegment, PagedRows
 from kernels.quantised import Int8Weight, QuantisedWeight, Weight, quantise_rows
 from kernels.reference import ReferenceOps
-
-CACHE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
-"""What the KV cache may hold, and its number in `attention.h`."""
+from kernels.stack import LayerStack, LayerWeights
 
 
 class CpuOps(ReferenceOps):
@@ -42,6 +41,11 @@ class CpuOps(ReferenceOps):
 
     def prepare(self, weight: QuantisedWeight) -> QuantisedWeight:
         return tiled(weight, self.variant) if weight.device.type == "cpu" else weight
+
+    def join_layers(self, stack: LayerStack) -> CpuLayers | None:
+        with torch.no_grad():
+            suits = all(_suits(layer) for layer in stack.layers)
+        return CpuLayers(stack, self._lib, self._weight_of) if suits else None
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         if not _fits(x, weight):
@@ -320,6 +324,15 @@ def _fits(x: Tensor, weight: Weight) -> bool:
     if isinstance(weight, QuantisedWeight):
         return isinstance(weight, Tiles | BFloat16Weight) and _ours(x)
     return weight.is_contiguous() and _ours(x, weight)
+
+
+def _suits(layer: LayerWeights) -> bool:
+    """Whether all of a layer can be computed in C++."""
+    norms = (layer.attention_norm, layer.mlp_norm, layer.q_norm, layer.k_norm)
+    vectors = [x for x in (*norms, *(linear.bias for linear in layer.linears)) if x is not None]
+    return all(_fits(vectors[0], linear.weight) for linear in layer.linears) and all(
+        _ours(x) and x.is_contiguous() for x in vectors
+    )
 
 
 def _cached(cache: Tensor) -> bool:

@@ -3,7 +3,7 @@
 #include <cmath>
 
 #include "attention.h"
-#include "export.h"
+#include "exports.h"
 #include "norm.h"
 #include "parallel.h"
 

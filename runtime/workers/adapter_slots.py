@@ -7,16 +7,14 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-from kernels import LoraFactors, LoraSegment, Ops
+from kernels import AdaptedTokens, LoraFactors, StackFactors
 from runtime.failpoints import failpoint
+from runtime.workers.batch_adaptation import BatchAdaptation
 from runtime.workers.layers import Linear
 from runtime.workers.loading.peft import read_adapter
 from runtime.workers.lora import Adapter, LoraPart
 from runtime.workers.lora_base import LoraBase
 from runtime.workers.model import Model
-
-Place = tuple[int, str]
-"""Layer index, and the linear's name."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +37,8 @@ class AdapterSlots:
         self._base = base
         self._decoder = decoder
         self._max_rank = max_rank
-        self._prepared: dict[str, dict[Place, LoraFactors]] = {}
-        self._loaded: dict[str, dict[Place, LoraFactors]] = {}
+        self._prepared: dict[str, StackFactors] = {}
+        self._loaded: dict[str, StackFactors] = {}
         self._lock = Lock()
         """Guards `_prepared` alone."""
 
@@ -69,18 +67,22 @@ class AdapterSlots:
     def keys(self) -> list[str]:
         return list(self._loaded)
 
-    def adaptation(self, tokens: list[AdapterTokens]) -> "BatchAdaptation | None":
+    def adaptation(self, tokens: list[AdapterTokens]) -> BatchAdaptation | None:
         """What changes the decoder for one batch; None where all of it is for the base."""
         if not tokens:
             return None
-        return BatchAdaptation(self._decoder.ops, [(part.tokens, self._loaded[part.key]) for part in tokens])
+        return BatchAdaptation(
+            self._decoder.ops, [AdaptedTokens(part.tokens, self._loaded[part.key]) for part in tokens]
+        )
 
-    def _factors(self, adapter: Adapter) -> dict[Place, LoraFactors]:
+    def _factors(self, adapter: Adapter) -> StackFactors:
         layers = self._decoder.layers
-        return {
-            (layer, name): self._stack(layers[layer].linears[name], parts)
-            for (layer, name), parts in adapter.layers.items()
-        }
+        return StackFactors(
+            {
+                (layer, name): self._stack(layers[layer].linears[name], parts)
+                for (layer, name), parts in adapter.layers.items()
+            }
+        )
 
     def _stack(self, linear: Linear, parts: list[LoraPart]) -> LoraFactors:
         device, dtype = self._decoder.device, self._decoder.dtype
@@ -93,16 +95,3 @@ class AdapterSlots:
             scales=scales.to(device, dtype),
         )
         return self._decoder.ops.prepare_lora(factors)
-
-
-class BatchAdaptation:
-    """The `Adaptation` of one step: every row's own adapter. Changes outputs in place; not for training."""
-
-    def __init__(self, ops: Ops, adapters: list[tuple[Tensor | None, dict[Place, LoraFactors]]]) -> None:
-        self._ops = ops
-        self._adapters = adapters
-
-    def __call__(self, layer: int, linear: str, x: Tensor, y: Tensor) -> Tensor:
-        place = (layer, linear)
-        segments = [LoraSegment(tokens, factors[place]) for tokens, factors in self._adapters if place in factors]
-        return self._ops.lora_apply(x, y, segments) if segments else y

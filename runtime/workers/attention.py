@@ -4,11 +4,12 @@ The decoder hands unrotated queries, keys and values to whichever it was given; 
 layers differ in (window, rope) is read from the spec by the layer's index.
 """
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
 
-from kernels import Ops, PagedRows
+from kernels import AdaptedTokens, Layers, Ops, PagedRows
 from runtime.workers.kv_cache import KVCache
 from runtime.workers.spec import DecoderSpec, LayerSpec
 
@@ -35,6 +36,12 @@ class PagedAttention:
         return self._ops.paged_attention(
             q, k, v, keys, values, rows, self._spec.scale, window=one.window, softcap=self._spec.softcap
         )
+
+    def through(
+        self, layers: Layers, hidden: Tensor, cos: Tensor, sin: Tensor, adapted: Sequence[AdaptedTokens]
+    ) -> Tensor | None:
+        """The same for all layers at once, and what lies between: see `Layers`."""
+        return layers(hidden, cos, sin, self._cache.layers, self._rows, adapted)
 
 
 class PackedAttention:

@@ -6,13 +6,15 @@ no LoRA. It never samples. Differentiable throughout.
 """
 
 from collections.abc import Iterable
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from kernels import QUANTISERS, Ops, QuantisedWeight, Weight
+from kernels import QUANTISERS, Layers, LayerStack, Ops, QuantisedWeight, Weight
 from runtime.workers.adaptation import Adaptation
-from runtime.workers.attention import Attention
+from runtime.workers.attention import Attention, PagedAttention
+from runtime.workers.batch_adaptation import BatchAdaptation
 from runtime.workers.decoder_layer import DecoderLayer
 from runtime.workers.group import SOLO, Group
 from runtime.workers.heads import Heads
@@ -84,9 +86,35 @@ class Decoder:
         """token_ids, positions [T] int64 → hidden states [T, hidden] after the last layer, before the norm."""
         hidden = self.embed(token_ids, positions)
         cos, sin = self.angles(positions)
+        if (found := self._at_once(hidden, cos, sin, attention, adaptation)) is not None:
+            return found
         for layer in self.layers:
             hidden = layer(self.ops, hidden, attention, cos, sin, adaptation)
         return hidden
+
+    def _at_once(
+        self, hidden: Tensor, cos: Tensor, sin: Tensor, attention: Attention, adaptation: Adaptation | None
+    ) -> Tensor | None:
+        """What all layers make of `hidden`, where the backend runs them in one call: while serving."""
+        if not isinstance(attention, PagedAttention) or torch.is_grad_enabled():
+            return None
+        adapted = adaptation.adapted if isinstance(adaptation, BatchAdaptation) else ()
+        if self._joined is None or (adaptation is not None and not adapted):
+            return None
+        return attention.through(self._joined, hidden, cos, sin, adapted)
+
+    @cached_property
+    def _joined(self) -> Layers | None:
+        """All layers in one call. Made when the first batch comes: by then weights stay what they are."""
+        weights = [layer.weights for layer in self.layers]
+        known = tuple(layer for layer in weights if layer is not None)
+        if not known or len(known) < len(weights):
+            return None
+        spec, heads = self.spec, self.heads
+        stack = LayerStack(
+            known, heads.q.size, heads.kv.size, spec.head_dim, spec.norm_eps, spec.scale, softcap=spec.softcap
+        )
+        return self.ops.join_layers(stack)
 
     def embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
         """token_ids, positions [T] int64 → what the first layer sees, [T, hidden]."""

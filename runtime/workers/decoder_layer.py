@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kernels import Ops
+from kernels import LayerWeights, LinearWeights, Ops
 from runtime.workers.adaptation import Adaptation
 from runtime.workers.attention import Attention
 from runtime.workers.group import SOLO, Group
@@ -15,7 +15,7 @@ from runtime.workers.heads import Heads
 from runtime.workers.layers import Linear, Parameter, RowLinear
 from runtime.workers.mlp import MLP, DenseMLP, Experts
 from runtime.workers.norms import NORMS, Identity, Norm, PerHeadLayerNorm, RMSNorm, SplitRMSNorm
-from runtime.workers.spec import DecoderSpec
+from runtime.workers.spec import LINEARS, DecoderSpec
 from runtime.workers.split import Split
 
 
@@ -125,6 +125,28 @@ class DecoderLayer:
         named = {f"{name}.{key}": p for name in ("qkv", "out") for key, p in self.linears[name].parameters.items()}
         named |= self.mlp.parameters
         return named | {f"{name}.{key}": p for name, norm in self._norms.items() for key, p in norm.parameters.items()}
+
+    @property
+    def weights(self) -> LayerWeights | None:
+        """All of them, where the layer is as Llama has it."""
+        spec, attention_norm, mlp_norm = self._spec, self._norms["attention_norm"], self._swiglu
+        if mlp_norm is None or not isinstance(attention_norm, RMSNorm) or self._group.size > 1 or spec.qkv == "grouped":
+            return None
+        if spec.qk_norm not in ("none", "head"):
+            return None
+        heads = [norm for name in ("q_norm", "k_norm") if isinstance(norm := self._norms.get(name), RMSNorm)]
+        q_norm, k_norm = [norm.weight.data for norm in heads] or (None, None)
+        qkv, out, gate_up, down = (LinearWeights(*self.linears[name].tensors) for name in LINEARS)
+        layer = spec.layers[self.index]
+        return LayerWeights(
+            attention_norm=attention_norm.weight.data,
+            q_norm=q_norm,
+            k_norm=k_norm,
+            mlp_norm=mlp_norm.weight.data,
+            linears=(qkv, out, gate_up, down),
+            window=layer.window,
+            rope=layer.rope,
+        )
 
     def _attended(self, ops: Ops, mixed: Tensor, adaptation: Adaptation | None) -> Callable[[], Tensor]:
         """What attention adds to the residual stream, begun: where the MLP does not wait for it, ranks compute that

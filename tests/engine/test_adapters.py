@@ -164,5 +164,5 @@ def test_a_batch_for_the_base_alone_is_not_adapted(llm: LLM, monkeypatch: pytest
     def never(*arguments: object) -> None:
         raise AssertionError("called for the base")
 
-    monkeypatch.setattr("runtime.workers.adapter_slots.BatchAdaptation.__call__", never)
+    monkeypatch.setattr("runtime.workers.adapter_slots.BatchAdaptation.__init__", never)
     assert len(run(llm, ask("base", ""))["base"]) == 12
