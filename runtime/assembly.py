@@ -30,6 +30,7 @@ from runtime.workers.models import find_model
 from runtime.workers.worker import Worker
 from settings.schema import CacheSettings, ParallelSettings, SchedulerSettings, Settings
 
+CACHE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 DEFAULT_CONTEXTS = 4
 """Without a setting the cache holds so many full contexts, if a quarter of the free memory does."""
 
@@ -67,7 +68,7 @@ def assemble(settings: Settings) -> Assembled:
     cache = _plan_cache(settings, decoder, _free_bytes(device))
     if settings.model.deterministic and (reason := obstacle(decoder)) is not None:
         raise ModelLoadError(f"model.deterministic cannot be promised for {name}: {reason}.")
-    dtype = cache_dtype(settings.cache.kv_cache_dtype, decoder)
+    dtype = cache_dtype(settings, decoder)
     lora_base = base_of(decoder, checkpoint, name)
     slots = AdapterSlots(lora_base, decoder, max_rank=settings.adapters.max_lora_rank)
     cpu, host_blocks = torch.device("cpu"), cache.num_host_blocks
@@ -111,7 +112,7 @@ def _assemble_ranks(settings: Settings, checkpoint: Checkpoint, name: str, size:
             Allocate(
                 num_blocks=cache.num_blocks,
                 block_size=cache.block_size,
-                kv_cache_dtype=settings.cache.kv_cache_dtype,
+                kv_cache_dtype=str(cache_dtype(settings, shapes)).removeprefix("torch."),
                 max_running=settings.scheduler.max_running,
                 max_len=cache.max_len,
             )
@@ -145,7 +146,7 @@ class _Cache:
 
 def _plan_cache(settings: Settings, decoder: Model, free: int) -> _Cache:
     context = settings.model.max_model_len or decoder.spec.max_position
-    num_blocks = _num_blocks(settings.cache, decoder, context, free)
+    num_blocks = _num_blocks(settings, decoder, context, free)
     block_size = settings.cache.block_size
     return _Cache(num_blocks, _num_host_blocks(settings, decoder), block_size, min(context, num_blocks * block_size))
 
@@ -172,7 +173,7 @@ def _assembled(
         num_blocks=cache.num_blocks,
         max_adapters=settings.adapters.max_loaded,
         num_host_blocks=cache.num_host_blocks,
-        block_bytes=_bytes_of_block(settings.cache, decoder),
+        block_bytes=_bytes_of_block(settings, decoder),
     )
     engine = Engine(
         scheduler,
@@ -239,37 +240,37 @@ def _free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def _bytes_of_block(settings: CacheSettings, decoder: Model) -> int:
-    return block_bytes(
-        decoder.kv_shapes, block_size=settings.block_size, dtype=cache_dtype(settings.kv_cache_dtype, decoder)
-    )
+def _bytes_of_block(settings: Settings, decoder: Model) -> int:
+    return block_bytes(decoder.kv_shapes, block_size=settings.cache.block_size, dtype=cache_dtype(settings, decoder))
 
 
-def cache_dtype(name: str, decoder: Model) -> torch.dtype:
+def cache_dtype(settings: Settings, decoder: Model) -> torch.dtype:
     """What the setting `cache.kv_cache_dtype` means for a model."""
-    if name == "auto":
-        return decoder.dtype
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}[name]
+    name = settings.cache.kv_cache_dtype
+    if name != "auto":
+        return CACHE_DTYPES[name]
+    # Integers round far more than this does, and it is half of the memory to read.
+    return decoder.dtype if settings.model.quantization == "none" else torch.bfloat16
 
 
 def _num_host_blocks(settings: Settings, decoder: Model) -> int:
     """0 where what is preempted is computed again."""
     if settings.scheduler.preemption_mode == "recompute":
         return 0
-    size, memory = _bytes_of_block(settings.cache, decoder), settings.cache.swap_memory
+    size, memory = _bytes_of_block(settings, decoder), settings.cache.swap_memory
     if memory < size:
         raise ModelLoadError(f"cache.swap_memory is {memory} bytes, but one block takes {size}.")
     return memory // size
 
 
-def _num_blocks(settings: CacheSettings, decoder: Model, context: int, free: int) -> int:
+def _num_blocks(settings: Settings, decoder: Model, context: int, free: int) -> int:
     """`free`: bytes that this rank could have, a quarter of which is taken at most."""
-    if settings.num_blocks is not None:
-        return settings.num_blocks
-    size = _bytes_of_block(settings, decoder)
-    if settings.kv_memory is not None:
-        count = settings.kv_memory // size
+    cache, size = settings.cache, _bytes_of_block(settings, decoder)
+    if cache.num_blocks is not None:
+        return cache.num_blocks
+    if cache.kv_memory is not None:
+        count = cache.kv_memory // size
         if count == 0:
-            raise ModelLoadError(f"cache.kv_memory is {settings.kv_memory} bytes, but one block takes {size}.")
+            raise ModelLoadError(f"cache.kv_memory is {cache.kv_memory} bytes, but one block takes {size}.")
         return count
-    return max(1, min(DEFAULT_CONTEXTS * -(-context // settings.block_size), free // 4 // size))
+    return max(1, min(DEFAULT_CONTEXTS * -(-context // cache.block_size), free // 4 // size))

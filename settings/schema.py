@@ -106,7 +106,10 @@ class CacheSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     ] = None
     kv_cache_dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "int8"],
-        doc("Type of what the cache holds; auto is the type that is computed in. int8 has a scale a token and head."),
+        doc(
+            "Type of what the cache holds; auto is the type that is computed in, but bfloat16 where weights are "
+            "quantised. int8 has a scale a token and head."
+        ),
     ] = "auto"
     num_blocks: Annotated[Count | None, doc("KV blocks, instead of a memory size.", example=1024)] = None
     prefix_caching: Annotated[bool, doc("Reuse the KV of prompts that begin alike.")] = True

@@ -45,7 +45,7 @@ class Allocate(Struct, frozen=True, kw_only=True, tag=True):
     num_blocks: int
     block_size: int
     kv_cache_dtype: str
-    """As in the settings."""
+    """As in the settings, but for "auto"."""
     max_running: int
     max_len: int
 

@@ -8,7 +8,7 @@ import psutil
 import torch
 
 from runtime import logs
-from runtime.assembly import cache_dtype, make_cache
+from runtime.assembly import CACHE_DTYPES, make_cache
 from runtime.messages import StepPlan, StepResult
 from runtime.model_loading import load_decoder
 from runtime.ranks.collectives import CollectiveFailed, TorchGroup
@@ -169,7 +169,7 @@ class Rank:
         return TorchGroup.meet(hello.store, hello.rank, hello.size, device, hello.timeout)
 
     def _allocate(self, message: Allocate) -> None:
-        decoder, dtype = self.decoder, cache_dtype(message.kv_cache_dtype, self.decoder)
+        decoder, dtype = self.decoder, CACHE_DTYPES[message.kv_cache_dtype]
         cache = make_cache(decoder, message.num_blocks, message.block_size, decoder.device, dtype)
         self._worker = Worker(
             self.decoder, cache, max_running=message.max_running, max_len=message.max_len, adapters=self.slots

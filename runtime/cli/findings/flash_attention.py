@@ -32,7 +32,8 @@ def _unread(settings: Settings, block: int) -> str | None:
     cache = settings.cache
     if cache.block_size % block:
         return f"cache.block_size is {cache.block_size}, and it reads multiples of {block}"
-    stored = settings.model.dtype if cache.kv_cache_dtype == "auto" else cache.kv_cache_dtype
+    automatic = settings.model.dtype if settings.model.quantization == "none" else "bfloat16"
+    stored = automatic if cache.kv_cache_dtype == "auto" else cache.kv_cache_dtype
     if stored in ("float32", "int8"):
         return f"the cache holds {stored}, and it reads bfloat16"
     return None
