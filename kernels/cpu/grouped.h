@@ -29,6 +29,9 @@ INLINE vf load_half(const uint16_t* from) {
 template <typename Kind>
 struct Grouped {
     using Sum = typename Kind::Sum;
+    static constexpr int LINES = Kind::LINES;
+    static constexpr int ROWS = W == 16 ? 12 : 4;
+    // As many sums as the registers hold beside a group's weights.
 
     // R rows: [groups][R] of all that a product reads.
     struct Block {
@@ -52,8 +55,6 @@ struct Grouped {
     const uint16_t* minimums;  // as scales, or null
     long groups;
 
-    long tile_bytes() const { return groups * Kind::LINES * 64; }
-
     void pack(const Block& block, long first, int rows) const {
         for (int row = 0; row < rows; row++) {
             vi total = {};
@@ -69,20 +70,21 @@ struct Grouped {
     }
 
     template <int R>
-    void multiply(const Block& block, long tile, long other, Outputs* result, Outputs* others) const {
-        multiply<R>(block, tile, result);
-        if (other != tile) multiply<R>(block, other, others);
+    void multiply(const Block& block, long tile, long other, Next& next, Outputs* result, Outputs* others) const {
+        multiply<R>(block, tile, next, result);
+        if (other != tile) multiply<R>(block, other, next, others);
     }
 
    private:
     template <int R>
-    __attribute__((noinline)) void multiply(const Block& block, long tile, Outputs* result) const {
+    __attribute__((noinline)) void multiply(const Block& block, long tile, Next& next, Outputs* result) const {
 #pragma GCC unroll 1
         for (int from = 0; from < TILE_OUTPUTS; from += W) {
             vf acc[R];
 #pragma GCC unroll 16
             for (int r = 0; r < R; r++) acc[r] = vf{};
             for (long group = 0; group < groups; group++) {
+                next.step();
                 const long at = tile * groups + group;
                 Weights w;
                 Kind::unpack(values + at * Kind::LINES * 64 + from * 4, w);

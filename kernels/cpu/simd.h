@@ -49,7 +49,8 @@ INLINE vf bits(vi v) { return reinterpret_cast<vf>(v); }
 INLINE vi bits(vf v) { return reinterpret_cast<vi>(v); }
 
 // x, of whose making the compiler knows nothing from here on: what follows is computed as it is written for vectors.
-INLINE vf opaque(vf x) {
+template <typename V>
+INLINE V opaque(V x) {
 #if defined(__x86_64__)
 #if defined(__AVX512F__)
     asm("" : "+v"(x));

@@ -89,16 +89,25 @@ class Int8Tiles(Tiles):
 
     scales: Tensor
     """[tiles * 16] float32."""
+    zeros: Tensor
+    """[tiles * 16] int32: what the variant's products amount to for a row of zeros; taken off those of every row."""
     sums: Tensor
     """[tiles * 16] int32."""
 
     @classmethod
-    def of(cls, weight: Int8Weight) -> "Int8Tiles":
-        return cls(_lines(weight.values, GROUP), weight.shape, _whole(weight.scales), _whole(weight.sums))
+    def of(cls, weight: Int8Weight, variant: Variant) -> "Int8Tiles":
+        values, sums = _lines(weight.values, GROUP), _whole(weight.sums)
+        zeros = torch.empty_like(sums)
+        load(variant).eft_int8_zeros(values.data_ptr(), *values.shape[:2], zeros.data_ptr())
+        return cls(values, weight.shape, _whole(weight.scales), zeros, sums)
+
+    @property
+    def num_bytes(self) -> int:
+        return super().num_bytes + self.sums.nbytes
 
     @property
     def others(self) -> tuple[Tensor, ...]:
-        return self.scales, self.sums
+        return self.scales, self.zeros
 
     def picked(self, index: Tensor | None) -> Int8Weight:
         found = slice(self.size[0]) if index is None else index
@@ -178,7 +187,7 @@ def tiled(weight: QuantisedWeight, variant: Variant) -> QuantisedWeight:
     """The weight in tiles, where there are ops for it in this variant."""
     match weight:
         case Int8Weight():
-            return Int8Tiles.of(weight)
+            return Int8Tiles.of(weight, variant)
         case Int4Weight():
             return Int4Tiles.of(weight)
         case Int8GroupWeight():
