@@ -70,16 +70,24 @@ struct Activations {
     }
 
    private:
-    // The largest size of some values; not finite if one of them is not.
+    // The largest size of some values; not finite if one of them is not: as integers, the bits of numbers without a sign
+    // are in the numbers' order, and infinity and NaN come after all of them.
     struct Largest {
-        vf most = {}, broken = {};
+        vi most = {};
 
-        INLINE void add(vf v) {
-            most = max(most, max(v, -v));
-            broken += v - v;
+        INLINE void add(vf v) { most = larger(most, bits(v) & 0x7fffffff); }
+
+        INLINE float value() const { return bits(all<W / 2>(most))[0]; }
+
+       private:
+        static INLINE vi larger(vi a, vi b) { return a > b ? a : b; }
+
+        // The largest element, in all of them.
+        template <int D>
+        static INLINE vi all(vi v) {
+            if constexpr (D > 0) return all<D / 2>(larger(v, bits(swapped<D>(bits(v)))));
+            return v;
         }
-
-        INLINE float value() const { return maximum(most) + sum(broken); }
     };
 
     static INLINE float factor_of(float most) { return most > 0.0f && most < INFINITY ? MOST / most : 0.0f; }

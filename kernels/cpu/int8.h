@@ -95,9 +95,18 @@ INLINE vf to_float(vi v) { return __builtin_convertvector(v, vf); }
 
 using vb = int8_t __attribute__((vector_size(W)));
 
+// The low byte of each.
 INLINE void store_bytes(vi integers, int8_t* to) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    // GCC would take them one by one.
+    const __m256i low = _mm256_set1_epi32(0x0c080400);
+    const __m256i picked = _mm256_shuffle_epi8((__m256i)integers, low);  // four of each half
+    const __m128i both = _mm_unpacklo_epi32(_mm256_castsi256_si128(picked), _mm256_extracti128_si256(picked, 1));
+    std::memcpy(to, &both, W);
+#else
     const vb narrow = __builtin_convertvector(integers, vb);
     std::memcpy(to, &narrow, sizeof narrow);
+#endif
 }
 
 // x to the nearest integer, halves to even; below 2^22 in size.
