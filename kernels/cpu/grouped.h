@@ -29,7 +29,7 @@ INLINE vf load_half(const uint16_t* from) {
 template <typename Kind>
 struct Grouped {
     using Sum = typename Kind::Sum;
-    static constexpr int LINES = Kind::LINES;
+    static constexpr int LINES = Kind::LINES, STEPS = 2 * TILE_OUTPUTS / W;
     static constexpr int ROWS = W == 16 ? 12 : 4;
     // As many sums as the registers hold beside a group's weights.
 

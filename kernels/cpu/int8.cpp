@@ -11,6 +11,7 @@ struct Turned {
     static constexpr int LINES = 8;
     static constexpr int VECTORS = W == 8 ? 1 : 2;
     // Of weights that each activation meets which is broadcast: with AVX2 registers are few, and loads are not what limits.
+    static constexpr int STEPS = 2 / VECTORS * TILE_OUTPUTS / W;
     static constexpr int ROWS = W == 16 ? 12 : W == 8 ? 11 : 4;
     // As many sums as the registers hold beside them.
 

@@ -7,13 +7,13 @@
 // A `Format` says how a tile is multiplied:
 //   static constexpr int ROWS                           computed at once, at most
 //   static constexpr int LINES                          of 64 bytes of a group of 32 inputs
+//   static constexpr int STEPS                          ahead that a group of two tiles takes
 //   struct Block                                        rows as bytes: size(groups, rows), Block(memory, groups, rows)
 //   long groups                                         of 32 inputs, the last one filled with zeros
 //   const ... * values                                  [tiles][groups][LINES][64]
 //   void pack(const Block&, long first, int rows) const                         makes a block of the rows from `first`
 //   template <int R> void multiply(const Block&, long tile, long other, Next&, Outputs* result, Outputs* others) const
-//                                                       R rows times two tiles, or one if both are the same; takes a
-//                                                       step ahead in each group
+//                                                       R rows times two tiles, or one if both are the same
 #pragma once
 
 #include "linear.h"
@@ -51,22 +51,32 @@ void multiply_tiles(const Format& format, int rows, const typename Format::Block
     if constexpr (R > 1) multiply_tiles<Format, R - 1>(format, rows, block, tile, other, next, result, others);
 }
 
+// Writes a whole tile's outputs from n on.
+template <bool SWIGLU>
+__attribute__((noinline)) void finish_whole(const Linear& from, int rows, long row, long n, const Outputs* result,
+                                            const Outputs* ups) {
+    Linear op = from;
+    op.swiglu = SWIGLU;
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+        for (int i = 0; i < TILE_OUTPUTS; i += W)
+            store(op.y + (row + r) * op.out + n + i,
+                  finished(op, row + r, n + i, load(result[r] + i), SWIGLU ? load(ups[r] + i) : vf{}));
+}
+
 // Writes the outputs of a tile: with `op.swiglu` of the tile of gates and the one of ups.
 INLINE void finish_tile(const Linear& op, int rows, long row, long tile, const Outputs* result, const Outputs* ups) {
     const long n = tile * TILE_OUTPUTS;
-    if (n + TILE_OUTPUTS <= op.out) {
-        for (int r = 0; r < rows; r++)
-#pragma GCC unroll 4
-            for (int i = 0; i < TILE_OUTPUTS; i += W)
-                store(op.y + (row + r) * op.out + n + i,
-                      finished(op, row + r, n + i, load(result[r] + i), op.swiglu ? load(ups[r] + i) : vf{}));
-        return;
-    }
+    if (op.swiglu) return finish_whole<true>(op, rows, row, n, result, ups);
+    if (n + TILE_OUTPUTS <= op.out) return finish_whole<false>(op, rows, row, n, result, ups);
     for (int r = 0; r < rows; r++)
         for (int i = 0; i < TILE_OUTPUTS && n + i < op.out; i += W)
             finish_rest(op, row + r, n + i, static_cast<int>(std::min<long>(W, op.out - n - i)), load(result[r] + i),
                         vf{});
 }
+
+constexpr long ENOUGH_ROWS = 8;
+// Of blocks that are made smaller so that each thread packs as many of them: the weights are loaded once more for each.
 
 // y = f(x W^T + bias) + residual. With `op.swiglu` op.out must be a multiple of 16.
 template <typename Format>
@@ -85,12 +95,14 @@ void run_tiles(const Linear& op, const Format& format, int threads) {
     const long most = std::max(PANEL_BYTES / size, 1L) * ROWS;
     for (long first = 0; first < op.rows; first += most) {
         const long count = std::min(op.rows - first, most);
-        const long blocks = (count + ROWS - 1) / ROWS;
+        long blocks = (count + ROWS - 1) / ROWS;
+        const long fair = (blocks + threads - 1) / threads * threads;
+        if (count >= fair * ENOUGH_ROWS) blocks = fair;
         char* packed = scratch.bytes(static_cast<size_t>(blocks * size));
         // Blocks of about the same size: a few rows of a last one would cost as much as many.
         const auto begin_of = [&](long block) { return count * block / blocks; };
         const auto rows_of = [&](long block) { return static_cast<int>(begin_of(block + 1) - begin_of(block)); };
-        const long steps = blocks * (TILE_OUTPUTS / W);
+        const long steps = blocks * Format::STEPS;
         const auto compute = [&](long two, bool more) {
             const long tile = tile_of(two), other = other_of(two);
             Next next{weights(tile_of(two + 1)), weights(other_of(two + 1)), (Format::LINES + steps - 1) / steps};
