@@ -9,15 +9,22 @@ namespace {
 
 struct Turned {
     static constexpr int LINES = 8;
-    static constexpr int VECTORS = W == 8 ? 1 : 2;
-    // Of weights that each activation meets which is broadcast: with AVX2 registers are few, and loads are not what limits.
+#if defined(__AVX512F__)
+    static constexpr int VECTORS = 2, ROWS = 12;
+#elif defined(__AVXVNNI__)
+    static constexpr int VECTORS = 2, ROWS = 6;
+#elif defined(__AVX2__)
+    static constexpr int VECTORS = 1, ROWS = 11;
+#else
+    static constexpr int VECTORS = 2, ROWS = 4;
+#endif
+    // Of weights that each activation meets which is broadcast, and rows: as many sums as the registers hold beside them.
+    // With AVX2 these are few, and loads are not what limits.
     static constexpr int STEPS = 2 / VECTORS * TILE_OUTPUTS / W;
-    static constexpr int ROWS = W == 16 ? 12 : W == 8 ? 11 : 4;
-    // As many sums as the registers hold beside them.
 
     // R rows.
     struct Block {
-        Bytes* bytes;   // [groups][R], plus OFFSET
+        Bytes* bytes;   // [groups][R], plus BIAS
         float* scales;  // [R]
 
         static long size(long groups, int rows) {
@@ -37,7 +44,7 @@ struct Turned {
     void pack(const Block& block, long first, int rows) const {
         for (int row = 0; row < rows; row++)
             block.scales[row] = x.quantise_turned(first + row, [&](vi q, long k) INLINE_LAMBDA {
-                store_bytes(q + OFFSET, block.bytes[k / GROUP * rows + row] + k % GROUP);
+                store_bytes(q + BIAS, block.bytes[k / GROUP * rows + row] + k % GROUP);
             });
     }
 
@@ -62,7 +69,7 @@ struct Turned {
     // What a row of zeros gives, W outputs of a tile.
     vi of_zeros(long tile, int from) const {
         int8_t zero[4];
-        std::memset(zero, OFFSET, sizeof zero);
+        std::memset(zero, BIAS, sizeof zero);
         vi total = {};
         for (long line = 0; line < groups * LINES; line++)
             total = dot_biased(total, four(zero), Biased(load_line(lines_of(tile, from) + line * 64)));

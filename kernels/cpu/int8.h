@@ -62,7 +62,7 @@ INLINE vi dot4(vi acc, vi x, const Fours& w) {
 }
 
 // The same for `dot_biased`.
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(__AVX2__) && !defined(__AVXVNNI__) && !defined(__AVX512F__)
 struct Biased {
     vi size, flips;
 
@@ -73,14 +73,24 @@ struct Biased {
 using Biased = Fours;
 #endif
 
-// As `dot4`, plus what x = 0 gives with these weights, which is not 0: the complement of a byte is one less than its
-// negative, and where a product needs three instructions anyway, it can be had in more of the processor's ports.
+#if defined(__AVXVNNI__)
+constexpr int32_t BIAS = 128;
+#else
+constexpr int32_t BIAS = OFFSET;
+#endif
+// What x is stored plus for `dot_biased`.
+
+// As `dot4`, plus what x = 0 gives with these weights, which is not 0. With AVX2 since the complement of a byte is one
+// less than its negative, and where a product needs three instructions anyway, it can be had in more of the processor's
+// ports.
 INLINE vi dot_biased(vi acc, vi x, const Biased& w) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(__AVX512F__) || !defined(__AVX2__)
+    return dot4(acc, x, w);
+#elif defined(__AVXVNNI__)
+    return (vi)_mm256_dpbusd_avx_epi32((__m256i)acc, (__m256i)x, (__m256i)w.sign);
+#else
     // Else GCC adds up the products of a group first, for which registers do not suffice.
     return opaque(acc + fold_pairs(pairs(w.size, x ^ w.flips)));
-#else
-    return dot4(acc, x, w);
 #endif
 }
 

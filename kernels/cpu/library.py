@@ -2,9 +2,10 @@
 
 import ctypes
 import functools
+from contextlib import suppress
 
-from kernels.cpu.build import library
-from kernels.cpu.variants import Variant
+from kernels.cpu.build import BuildError, library
+from kernels.cpu.variants import Variant, wanted_variants
 
 _POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_float
 
@@ -43,3 +44,16 @@ def load(variant: Variant) -> ctypes.CDLL:
         function.argtypes = [_TYPES[letter] for letter in arguments]
         function.restype = None
     return kernels
+
+
+def load_wanted() -> tuple[Variant, ctypes.CDLL]:
+    """The first of `wanted_variants` that the compiler can make: an older one does not know the newest instructions.
+    Raises as `load` and `wanted_variants` do."""
+    first, *slower = wanted_variants()
+    try:
+        return first, load(first)
+    except BuildError:
+        for variant in slower:
+            with suppress(BuildError):
+                return variant, load(variant)
+        raise
