@@ -1,9 +1,10 @@
 // What the machine can do at most: reading memory, float32 multiply-adds, products of bytes. One call is one thread's.
+// And a loop around linears, so that what they can do is not measured through Python.
 #include "tile_dots.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-// Reads `bytes`, a multiple of 1024, `times` over.
+// Reads `bytes`, a multiple of 1024, `times` over; what comes next is left to the hardware to guess.
 EXPORT float read_memory(const char* from, long bytes, long times) {
     constexpr int STEP = W * 4;
     vi sums[8] = {};
@@ -65,4 +66,29 @@ EXPORT long multiply_bytes(long count, int32_t seed, float* out) {
 #pragma GCC unroll 24
     for (int j = 0; j < CHAINS; j++) *out += static_cast<float>(acc[j][0]);
     return CHAINS * W * 4;
+}
+
+using One = void (*)(const float*, long, long, long, long, const void*, const float*, const float*, float, const float*,
+                     float*, int, int);
+using Two = void (*)(const float*, long, long, long, long, const void*, const void*, const float*, const float*, float,
+                     const float*, float*, int, int);
+using Three = void (*)(const float*, long, long, long, long, const void*, const void*, const void*, const float*,
+                       const float*, float, const float*, float*, int, int);
+
+// y [rows, out] = x [rows, in] times each of `calls` weights in turn, of `count` tensors each.
+EXPORT void multiply_weights(void* op, const float* x, long rows, long in, long out, const void* const* tensors,
+                             long count, long calls, float* y, int threads) {
+    for (const void* const* t = tensors; t < tensors + calls * count; t += count) switch (count) {
+            case 1:
+                reinterpret_cast<One>(op)(x, in, rows, in, out, t[0], nullptr, nullptr, 0.0f, nullptr, y, 0, threads);
+                break;
+            case 2:
+                reinterpret_cast<Two>(op)(x, in, rows, in, out, t[0], t[1], nullptr, nullptr, 0.0f, nullptr, y, 0,
+                                          threads);
+                break;
+            case 3:
+                reinterpret_cast<Three>(op)(x, in, rows, in, out, t[0], t[1], t[2], nullptr, nullptr, 0.0f, nullptr, y, 0,
+                                            threads);
+                break;
+        }
 }

@@ -44,7 +44,7 @@ class CpuOps(ReferenceOps):
     def join_layers(self, stack: LayerStack) -> CpuLayers | None:
         with torch.no_grad():
             suits = all(_suits(layer) for layer in stack.layers)
-        return CpuLayers(stack, self._lib, self._weight_of) if suits else None
+        return CpuLayers(stack, self._lib, self.op_of) if suits else None
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         if not _fits(x, weight):
@@ -90,11 +90,11 @@ class CpuOps(ReferenceOps):
             swiglu,
             torch.get_num_threads(),
         )
-        op, tensors = self._weight_of(weight)
+        op, tensors = self.op_of(weight)
         op(x.data_ptr(), x.stride(0), rows, size, out, *(tensor.data_ptr() for tensor in tensors), *arguments)
         return y
 
-    def _weight_of(self, weight: Weight) -> tuple[Callable[..., None], tuple[Tensor, ...]]:
+    def op_of(self, weight: Weight) -> tuple[Callable[..., None], tuple[Tensor, ...]]:
         """The op for a weight that `_fits`, and the tensors that it takes."""
         lib = self._lib
         match weight:
