@@ -7,8 +7,9 @@ EFT_KERNELS_VARIANT=avx2 python -m benchmarks.kernels     another variant
 
 One row is bound by memory (GEMV): bytes of weights a second are to be 75% of what reading alone reaches. From 32 rows
 on linears are bound by arithmetic (GEMM): operations a second are to be 55% of the peak, which for integer weights is
-that of bytes. `limit` says whether they are. Copies of a weight are gone through in turn, more than any cache holds.
-Attention is bound by arithmetic for prompts, and by reading the KV cache for rows that decode. Use an idle machine.
+that of bytes, for int8 with sums of 32 bits. `limit` says whether they are. Copies of a weight are gone through in
+turn, more than any cache holds. Attention is bound by arithmetic for prompts, and by reading the KV cache for rows that
+decode. Use an idle machine.
 """
 
 import argparse
@@ -74,7 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console()
     console.print(
         f"{ops.variant.name}, {torch.get_num_threads()} threads: reads {peaks.read / 1e9:.1f} GB/s, "
-        f"float32 {peaks.floats / 1e9:.0f} GFLOP/s, bytes {peaks.bytes / 1e9:.0f} GOP/s"
+        f"float32 {peaks.floats / 1e9:.0f} GFLOP/s, bytes {peaks.bytes / 1e9:.0f} GOP/s, "
+        f"with sums of 32 bits {peaks.wide_bytes / 1e9:.0f} GOP/s"
     )
     rows = [int(count) for count in options.rows.split(",")]
     table = Table("type", "op", "rows", "µs", "GB/s", "of read", "GOP/s", "of peak", "limit")

@@ -41,7 +41,7 @@ class WeightType:
 TYPES = {
     "float32": WeightType(lambda _, w: w, lambda p: p.floats),
     "bfloat16": WeightType(lambda _, w: store_bfloat16(w), lambda p: p.floats),
-    "int8": WeightType(lambda ops, w: ops.prepare(quantise_int8(w)), lambda p: p.bytes),
+    "int8": WeightType(lambda ops, w: ops.prepare(quantise_int8(w)), lambda p: p.wide_bytes),
     "int4": WeightType(lambda ops, w: ops.prepare(quantise_int4(w)), lambda p: p.bytes),
 }
 """bfloat16 is how weights are stored: products are of float32."""

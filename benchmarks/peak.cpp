@@ -45,7 +45,33 @@ EXPORT long multiply_floats(long count, float factor, float* out) {
     return CHAINS * W;
 }
 
-// The same with products of bytes, as the integer kernels make them: returns products a count.
+// The same with products of bytes of which each pair or four is added up in 32 bits, as it must be where a whole row has
+// one scale: returns products a count.
+EXPORT long multiply_wide_bytes(long count, int32_t seed, float* out) {
+    vi acc[CHAINS] = {};
+    vi w = splat(seed), x = splat(seed / 3);
+    for (long i = 0; i < count; i++)
+#pragma GCC unroll 24
+        for (int j = 0; j < CHAINS; j++) {
+            vi& sum = acc[j];
+#if defined(__AVX512VNNI__)
+            sum = (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, (__m512i)x);
+#elif defined(__AVXVNNI__)
+            sum = (vi)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)w, (__m256i)x);
+#elif defined(__AVX2__)
+            sum += fold_pairs(pairs(w, x));
+            KEEP(w);
+#else
+            sum = dot4(sum, x, Fours(w));
+#endif
+            KEEP(sum);
+        }
+#pragma GCC unroll 24
+    for (int j = 0; j < CHAINS; j++) *out += static_cast<float>(acc[j][0]);
+    return CHAINS * W * 4;
+}
+
+// The same with products of bytes, as kernels make them whose groups have scales of their own: returns products a count.
 EXPORT long multiply_bytes(long count, int32_t seed, float* out) {
     vi acc[CHAINS] = {};
     vi w = splat(seed), x = splat(seed / 3);
