@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from kernels.cpu import memory
 from kernels.cpu.library import load
 from kernels.cpu.variants import Variant
 from kernels.int4 import GROUP, HALF, Int4Weight
@@ -205,7 +206,8 @@ def _whole(x: Tensor) -> Tensor:
 
 def _lines(x: Tensor, width: int) -> Tensor:
     """[out, groups * width] bytes → [tiles, groups, width / 4, 16, 4]."""
-    return _whole(x).view(-1, TILE, x.shape[1] // width, width // 4, 4).permute(0, 2, 3, 1, 4).contiguous()
+    lines = _whole(x).view(-1, TILE, x.shape[1] // width, width // 4, 4).permute(0, 2, 3, 1, 4)
+    return memory.empty(lines.shape, x.dtype).copy_(lines)
 
 
 def _groups(x: Tensor) -> Tensor:
