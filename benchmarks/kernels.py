@@ -55,7 +55,11 @@ HEADS, KV_HEADS, HEAD_DIM, BLOCK = 9, 3, 64, 16
 CASES = (
     AttentionCase(1, 0, 512),
     AttentionCase(1, 512, 512),
+    AttentionCase(1, 512, 512, torch.bfloat16),
     AttentionCase(1, 512, 512, torch.int8),
+    AttentionCase(4, 1000, 16),
+    AttentionCase(4, 1000, 16, torch.bfloat16),
+    AttentionCase(4, 1000, 16, torch.int8),
     AttentionCase(1, 250, 1),
     AttentionCase(1, 4000, 1),
     AttentionCase(32, 250, 1),
