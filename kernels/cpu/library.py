@@ -12,8 +12,8 @@ _POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ct
 _SIGNATURES: dict[str, str] = {
     "eft_linear": "pllllpppfppii",
     "eft_linear_int8": "pllllpppppfppii",
-    "eft_linear_int4": "pllllpppppfppii",
-    "eft_linear_int8_groups": "pllllppppfppii",
+    "eft_linear_int4": "pllllpppfppii",
+    "eft_linear_int8_groups": "pllllpppfppii",
     "eft_linear_bfloat16": "pllllpppfppii",
     "eft_dequantise_nf4": "ppllpi",
     "eft_int8_products": "pllplplpi",

@@ -251,13 +251,19 @@ INLINE void transpose(vf (&rows)[W]) {
 }
 #endif
 
-// The sum of each row: lane i of the result is the sum over rows[i]. Changes rows.
-INLINE vf sums(vf (&rows)[W]) {
+// Lane i of the result is what `add` makes of all lanes of rows[i], two vectors at a time. Changes rows.
+template <typename Add>
+INLINE vf folded(vf (&rows)[W], Add&& add) {
 #pragma GCC unroll 4
     for (int n = W; n > 1; n /= 2) {
 #pragma GCC unroll 8
         for (int i = 0; i < n / 2; i++)
-            rows[i] = interleave<false>(rows[i], rows[i + n / 2]) + interleave<true>(rows[i], rows[i + n / 2]);
+            rows[i] = add(interleave<false>(rows[i], rows[i + n / 2]), interleave<true>(rows[i], rows[i + n / 2]));
     }
     return rows[0];
+}
+
+// The sum of each row: lane i of the result is the sum over rows[i]. Changes rows.
+INLINE vf sums(vf (&rows)[W]) {
+    return folded(rows, [](vf a, vf b) INLINE_LAMBDA { return a + b; });
 }
