@@ -61,7 +61,8 @@ struct Activations {
             const int count = static_cast<int>(std::min<long>(W, groups - first));
             alignas(64) float kept[W][GROUP], mosts[W];
             vf largest[W], totals[W];
-            for (int g = count; g < W; g++) largest[g] = totals[g] = vf{};
+#pragma GCC unroll 16
+            for (int g = 0; g < W; g++) largest[g] = totals[g] = vf{};  // a loop of `count` would call memset
             for (int g = 0; g < count; g++) {
                 Largest found;
 #pragma GCC unroll 8

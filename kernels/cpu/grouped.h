@@ -111,12 +111,15 @@ void run_few(const Linear& op, const Format& format, int threads) {
     const long tiles = (op.out + TILE_OUTPUTS - 1) / TILE_OUTPUTS;
     Ranges ranges(tiles, threads);
     in_parallel(threads, [&] {
+        const int own = ranges.arrive();
+        const char* begin = reinterpret_cast<const char*>(format.at(std::min(ranges.first_of(own), tiles - 1), 0));
+        for (long at = 0; at < FAR_AHEAD; at += 64) prefetch(begin + at);
         // Every thread packs all rows: that is quicker than to wait for one who did.
         static thread_local Scratch scratch;
         const Block block(scratch.bytes(static_cast<size_t>(Block::size(format.groups, rows))), format.groups, rows);
         format.pack(block, 0, rows);
         alignas(64) Outputs result[FEW_ROWS], ups[FEW_ROWS];
-        ranges.run([&](long tile, bool) {
+        ranges.run(own, [&](long tile, bool) {
             multiply_stored(rows, format, block, tile, result);
             if (op.swiglu) multiply_stored(rows, format, block, tiles + tile, ups);
             finish_tile(op, rows, 0, tile, result, ups);
