@@ -18,6 +18,7 @@ _SIGNATURES: dict[str, str] = {
     "eft_dequantise_nf4": "ppllpi",
     "eft_int8_products": "pllplplpi",
     "eft_int8_zeros": "pllp",
+    "eft_int8_rows": "pplplpi",
     "eft_linear_nf4": "pllllppppfppii",
     "eft_lora_apply": "pllplpli",
     "eft_rms_norm": "plllpffpi",

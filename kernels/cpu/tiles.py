@@ -94,13 +94,15 @@ class Int8Tiles(Tiles):
     """[tiles * 16] int32: what the variant's products amount to for a row of zeros; taken off those of every row."""
     sums: Tensor
     """[tiles * 16] int32."""
+    variant: Variant
+    """Whose C++ makes floats of it."""
 
     @classmethod
     def of(cls, weight: Int8Weight, variant: Variant) -> "Int8Tiles":
         values, sums = _lines(weight.values, GROUP), _whole(weight.sums)
         zeros = torch.empty_like(sums)
         load(variant).eft_int8_zeros(values.data_ptr(), *values.shape[:2], zeros.data_ptr())
-        return cls(values, weight.shape, _whole(weight.scales), zeros, sums)
+        return cls(values, weight.shape, _whole(weight.scales), zeros, sums, variant)
 
     @property
     def num_bytes(self) -> int:
@@ -109,6 +111,20 @@ class Int8Tiles(Tiles):
     @property
     def others(self) -> tuple[Tensor, ...]:
         return self.scales, self.zeros
+
+    def rows(self, index: Tensor) -> Tensor:
+        index = index.to(torch.int64).contiguous()
+        found = torch.empty(len(index), self.size[1])
+        load(self.variant).eft_int8_rows(
+            self.values.data_ptr(),
+            self.scales.data_ptr(),
+            self.size[1],
+            index.data_ptr(),
+            len(index),
+            found.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return found
 
     def picked(self, index: Tensor | None) -> Int8Weight:
         found = slice(self.size[0]) if index is None else index

@@ -91,6 +91,17 @@ def test_a_weights_turned_rows_are_off_by_at_most_half_a_step() -> None:
 
 @backends
 @settings(max_examples=15, deadline=None)
+@given(count=st.integers(0, 20), inner=sizes, out=sizes, seed=st.integers(0, 99))
+def test_single_outputs_are_those_of_the_whole_bit_by_bit(
+    ops: kernels.Ops, count: int, inner: int, out: int, seed: int
+) -> None:
+    weight = quantise_int8(random(out, inner, seed=seed))
+    index = torch.randint(out, (count,), generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(ops.prepare(weight).rows(index), weight.dequantise()[index])
+
+
+@backends
+@settings(max_examples=15, deadline=None)
 @given(rows=st.integers(0, 40), inner=sizes, out=sizes, ranks=st.integers(1, 4), seed=st.integers(0, 99))
 def test_slices_add_up_to_the_very_bits_of_the_whole(
     ops: kernels.Ops, rows: int, inner: int, out: int, ranks: int, seed: int
