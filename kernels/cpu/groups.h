@@ -156,7 +156,7 @@ struct Groups {
     // total += a group's integers, all of them.
     template <typename Form, int R, int V>
     static INLINE void add_products(const uint8_t* const (&from)[V], const Bytes* rows, vi (&total)[V][R]) {
-#if defined(__AVX512VNNI__)
+#if defined(HAS_VNNI)
         // Each activation that is broadcast meets all vectors of weights, and these need few registers.
 #pragma GCC unroll 8
         for (int i = 0; i < FOURS; i++) {
@@ -167,8 +167,7 @@ struct Groups {
             for (int r = 0; r < R; r++) {
                 const vi x = four(rows[r] + 4 * i);
 #pragma GCC unroll 4
-                for (int v = 0; v < V; v++)
-                    total[v][r] = (vi)_mm512_dpbusd_epi32((__m512i)total[v][r], (__m512i)w[v], (__m512i)x);
+                for (int v = 0; v < V; v++) total[v][r] = add_fours(total[v][r], w[v], x);
             }
         }
 #else

@@ -12,7 +12,7 @@ struct SignedBytes {
     // Line i holds inputs 4 i to 4 i + 3 of 16 outputs.
     static INLINE vi fours(const uint8_t* lines, int i) {
         const vi four = load_integers(lines + i * 64);
-#if defined(__AVX512VNNI__)
+#if defined(HAS_VNNI)
         return four ^ splat(static_cast<int32_t>(0x80808080));  // plus 128: not signed
 #else
         return four;
@@ -20,7 +20,7 @@ struct SignedBytes {
     }
 
     // What weights that come plus 128 have too much.
-    static INLINE Sum sum(int32_t of_activations, float) { return -OFFSET * of_activations; }
+    static INLINE Sum sum(int32_t of_activations, float) { return -BIAS * of_activations; }
 
     static INLINE vi start(Sum sum) { return splat(sum); }
 

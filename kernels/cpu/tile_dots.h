@@ -1,4 +1,4 @@
-// A group's sums of weights times the bytes of R rows, on instruction sets that have no instruction for them.
+// A group's sums of weights times the bytes of R rows, on each instruction set.
 #pragma once
 
 #include "activations.h"
@@ -13,7 +13,16 @@ struct Weights {
 using Bytes = int8_t[GROUP];
 // A group of one row's activations, from -127 to 127.
 
-// total[r] += weights from 0 to 15 times activations.
+#if defined(__AVX512VNNI__)
+#define HAS_VNNI
+// acc + the four products in each lane, of weights from 0 to 255.
+INLINE vi add_fours(vi acc, vi w, vi x) { return (vi)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)x); }
+#elif defined(__AVXVNNI__)
+#define HAS_VNNI
+INLINE vi add_fours(vi acc, vi w, vi x) { return (vi)_mm256_dpbusd_avx_epi32((__m256i)acc, (__m256i)w, (__m256i)x); }
+#endif
+
+// Without VNNI: total[r] += weights from 0 to 15 times activations.
 template <int R>
 INLINE void add_unsigned(const Weights& w, const Bytes* rows, vi (&total)[R]) {
 #if defined(__AVX2__)
@@ -31,7 +40,7 @@ INLINE void add_unsigned(const Weights& w, const Bytes* rows, vi (&total)[R]) {
 #endif
 }
 
-// total[r] += weights from -127 to 127 times activations.
+// The same with weights from -127 to 127.
 template <int R>
 INLINE void add_signed(const Weights& w, const Bytes* rows, vi (&total)[R]) {
 #pragma GCC unroll 8
