@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
-import uvloop
 from msgspec import Struct
 from rich.table import Table
 
@@ -74,7 +73,7 @@ def measure_alone(entry: Entry, load: Load, *, model: str, threads: int, repeats
         async with entry.peer.start(entry.variant, size) as driver:
             return await measure(driver, load, prompts, peer=entry.label, repeats=repeats)
 
-    return uvloop.run(run())
+    return asyncio.run(run())
 
 
 def best_peer(results: Sequence[Measurement]) -> Measurement | None:
