@@ -246,11 +246,7 @@ def _bytes_of_block(settings: Settings, decoder: Model) -> int:
 
 def cache_dtype(settings: Settings, decoder: Model) -> torch.dtype:
     """What the setting `cache.kv_cache_dtype` means for a model."""
-    name = settings.cache.kv_cache_dtype
-    if name != "auto":
-        return CACHE_DTYPES[name]
-    # Integers round far more than this does, and it is half of the memory to read.
-    return decoder.dtype if settings.model.quantization == "none" else torch.bfloat16
+    return CACHE_DTYPES.get(settings.kv_cache_dtype, decoder.dtype)
 
 
 def _num_host_blocks(settings: Settings, decoder: Model) -> int:

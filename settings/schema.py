@@ -261,3 +261,10 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     trainer: TrainerSettings = field(default_factory=TrainerSettings)
     limits: LimitSettings = field(default_factory=LimitSettings)
     observability: ObservabilitySettings = field(default_factory=ObservabilitySettings)
+
+    @property
+    def kv_cache_dtype(self) -> str:
+        """`cache.kv_cache_dtype`; "auto" then is the type that is computed in."""
+        asked = self.cache.kv_cache_dtype
+        # Integers round far more than bfloat16 does, and it is half of the memory to read.
+        return "bfloat16" if asked == "auto" and self.model.quantization != "none" else asked

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "exports.h"
+#include "lora.h"
 #include "norm.h"
 #include "parallel.h"
 #include "scratch.h"
@@ -14,7 +15,7 @@ namespace {
 struct Weight {
     void* op;  // one of the linears
     int64_t in, out;
-    int64_t count;         // of its tensors
+    int64_t count;  // of its tensors
     const void* tensors[3];
     const float* bias;  // or null
 };
@@ -26,8 +27,8 @@ struct Layer {
     const float *attention_norm, *mlp_norm;  // [hidden]
     const float *q_norm, *k_norm;            // [dim], or null
     int64_t window;                          // or 0
-    int64_t rope;     // which of the tables of angles; -1: none
-    int64_t fuses;    // whether the op of gate and up takes `swiglu`
+    int64_t rope;                            // which of the tables of angles; -1: none
+    int64_t fuses;                           // whether the op of gate and up takes `swiglu`
 };
 
 struct Cache {
@@ -38,13 +39,7 @@ struct Cache {
 struct Adapter {
     const int64_t* tokens;  // or null: all of them
     int64_t count;
-    const void* const* factors;  // [layers][PLACES], or null where it changes nothing
-};
-
-struct Segment {
-    const int64_t* tokens;
-    int64_t count;
-    const void* factors;
+    const Factors* const* factors;  // [layers][PLACES], or null where it changes nothing
 };
 
 // What a linear does beside the product; see `Linear` in `linear.h`.
@@ -112,8 +107,8 @@ struct Pass {
     bool adapts(long layer, Place place) {
         segments.clear();
         for (long i = 0; i < adapted; i++)
-            if (const void* factors = adapters[i].factors[layer * PLACES + place])
-                segments.push_back({adapters[i].tokens, adapters[i].tokens ? adapters[i].count : tokens, factors});
+            if (const Factors* factors = adapters[i].factors[layer * PLACES + place])
+                segments.push_back({adapters[i].tokens, adapters[i].count, factors});
         return !segments.empty();
     }
 

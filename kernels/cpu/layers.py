@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from kernels.cpu.library import address
 from kernels.cpu.lora import LoraLayout
 from kernels.cpu.tiles import TILE, Tiles
 from kernels.interface import PagedRows
@@ -121,7 +122,7 @@ def _layer(layer: LayerWeights, op_of: OpOf) -> Iterator[int]:
     for linear in layer.linears:
         yield from _linear(linear, op_of)
     for norm in (layer.attention_norm, layer.mlp_norm, layer.q_norm, layer.k_norm):
-        yield _address(norm)
+        yield address(norm)
     gate_up = layer.linears[2].weight
     yield layer.window or 0
     yield -1 if layer.rope is None else layer.rope
@@ -136,8 +137,4 @@ def _linear(linear: LinearWeights, op_of: OpOf) -> Iterator[int]:
     yield linear.weight.shape[0]
     yield len(tensors)
     yield from (*(tensor.data_ptr() for tensor in tensors), *(0 for _ in range(_TENSORS - len(tensors))))
-    yield _address(linear.bias)
-
-
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
+    yield address(linear.bias)

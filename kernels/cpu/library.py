@@ -3,6 +3,8 @@
 import ctypes
 import functools
 
+from torch import Tensor
+
 from kernels.cpu.build import library
 from kernels.cpu.variants import Variant
 
@@ -31,6 +33,11 @@ _SIGNATURES: dict[str, str] = {
 }
 """Arguments of each op: p pointer, l long, i int, f float."""
 _TYPES = {"p": _POINTER, "l": _LONG, "i": _INT, "f": _FLOAT}
+
+
+def address(x: Tensor | None) -> int:
+    """Where the values begin; 0, which is null, where there are none."""
+    return 0 if x is None else x.data_ptr()
 
 
 @functools.cache

@@ -6,11 +6,10 @@
 #include <vector>
 
 #include "exports.h"
+#include "lora.h"
 #include "parallel.h"
 #include "scratch.h"
 #include "simd.h"
-
-namespace {
 
 static_assert(sizeof(void*) == sizeof(int64_t), "tables of addresses are of int64");
 
@@ -28,13 +27,7 @@ struct Factors {
     const Part& part(long index) const { return reinterpret_cast<const Part*>(this + 1)[index]; }
 };
 
-struct Segment {
-    const int64_t* tokens;  // or null: all of the batch
-    int64_t count;
-    const Factors* factors;
-
-    long token(long i) const { return tokens ? tokens[i] : i; }
-};
+namespace {
 
 constexpr long TOKENS = 16;
 constexpr long RANKS = 16;

@@ -9,7 +9,7 @@ from torch import Tensor
 from kernels.bfloat16 import BFloat16Weight
 from kernels.cpu.build import BuildError
 from kernels.cpu.layers import CACHE_TYPES, CpuLayers
-from kernels.cpu.library import load
+from kernels.cpu.library import address, load
 from kernels.cpu.lora import LoraLayout, laid_out, segment_table, suits
 from kernels.cpu.tiles import TILE, Int4Tiles, Int8GroupTiles, Int8Tiles, Nf4Tiles, Tiles, tiled
 from kernels.cpu.variants import Variant, chosen_variant
@@ -43,9 +43,8 @@ class CpuOps(ReferenceOps):
         return tiled(weight, self.variant) if weight.device.type == "cpu" else weight
 
     def join_layers(self, stack: LayerStack) -> CpuLayers | None:
-        with torch.no_grad():
-            suits = all(_suits(layer) for layer in stack.layers)
-        return CpuLayers(stack, self._lib, self._weight_of) if suits else None
+        suited = all(_suits(layer) for layer in stack.layers)
+        return CpuLayers(stack, self._lib, self._weight_of) if suited else None
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         if not _fits(x, weight):
@@ -83,10 +82,10 @@ class CpuOps(ReferenceOps):
         out = weight.shape[0] // 2 if swiglu else weight.shape[0]
         y = torch.empty(rows, out)
         arguments = (
-            _address(bias),
-            _address(norm),
+            address(bias),
+            address(norm),
             eps,
-            _address(residual),
+            address(residual),
             y.data_ptr(),
             swiglu,
             torch.get_num_threads(),
@@ -178,8 +177,8 @@ class CpuOps(ReferenceOps):
             x.data_ptr(),
             x.stride(0),
             *x.shape,
-            _address(weight),
-            _address(bias),
+            address(weight),
+            address(bias),
             eps,
             y.data_ptr(),
             torch.get_num_threads(),
@@ -337,10 +336,6 @@ def _suits(layer: LayerWeights) -> bool:
 
 def _cached(cache: Tensor) -> bool:
     return cache.dtype in CACHE_TYPES and cache.device.type == "cpu"
-
-
-def _address(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
 
 
 def _ours(*tensors: Tensor) -> bool:

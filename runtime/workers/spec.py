@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from kernels.stack import PLACES
 from runtime.workers.rope import RopeSpec
 
-LINEARS = ("qkv", "out", "gate_up", "down")
+LINEARS = PLACES
 """A layer's linears that adapters may change; each may be fused of parts (`Linear.parts`)."""
 
 

@@ -32,8 +32,7 @@ def _unread(settings: Settings, block: int) -> str | None:
     cache = settings.cache
     if cache.block_size % block:
         return f"cache.block_size is {cache.block_size}, and it reads multiples of {block}"
-    automatic = settings.model.dtype if settings.model.quantization == "none" else "bfloat16"
-    stored = automatic if cache.kv_cache_dtype == "auto" else cache.kv_cache_dtype
+    stored = settings.model.dtype if settings.kv_cache_dtype == "auto" else settings.kv_cache_dtype
     if stored in ("float32", "int8"):
         return f"the cache holds {stored}, and it reads bfloat16"
     return None
