@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
+import uvloop
 from msgspec import Struct
 from rich.table import Table
 
@@ -73,7 +74,7 @@ def measure_alone(entry: Entry, load: Load, *, model: str, threads: int, repeats
         async with entry.peer.start(entry.variant, size) as driver:
             return await measure(driver, load, prompts, peer=entry.label, repeats=repeats)
 
-    return asyncio.run(run())
+    return uvloop.run(run())
 
 
 def best_peer(results: Sequence[Measurement]) -> Measurement | None:

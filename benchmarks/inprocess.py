@@ -1,6 +1,5 @@
 """Who is compared: Hugging Face `generate`, Eft in this process, and Eft behind its HTTP server."""
 
-import asyncio
 import gc
 import os
 import subprocess
@@ -12,6 +11,7 @@ from typing import Any
 
 import httpx
 import torch
+import uvloop
 
 from benchmarks.peers.process import free_port
 from benchmarks.work import Job, Outcome
@@ -147,7 +147,7 @@ def load(url: str, *, requests: int, at_once: int, input_len: int, output_len: i
         output_len=output_len,
         seed=seed,
     )
-    report = asyncio.run(run_load(spec))
+    report = uvloop.run(run_load(spec))
     if report.failed:
         raise RuntimeError(f"{report.failed} of {requests} requests failed: {report.errors}")
     return report

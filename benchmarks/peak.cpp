@@ -1,9 +1,10 @@
 // What the machine can do at most: reading memory, float32 multiply-adds, products of bytes. One call is one thread's.
+// And a loop around linears, so that what they can do is not measured through Python.
 #include "tile_dots.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-// Reads `bytes`, a multiple of 1024, `times` over.
+// Reads `bytes`, a multiple of 1024, `times` over; what comes next is left to the hardware to guess.
 EXPORT float read_memory(const char* from, long bytes, long times) {
     constexpr int STEP = W * 4;
     vi sums[8] = {};
@@ -44,7 +45,33 @@ EXPORT long multiply_floats(long count, float factor, float* out) {
     return CHAINS * W;
 }
 
-// The same with products of bytes, as the integer kernels make them: returns products a count.
+// The same with products of bytes of which each pair or four is added up in 32 bits, as it must be where a whole row has
+// one scale: returns products a count.
+EXPORT long multiply_wide_bytes(long count, int32_t seed, float* out) {
+    vi acc[CHAINS] = {};
+    vi w = splat(seed), x = splat(seed / 3);
+    for (long i = 0; i < count; i++)
+#pragma GCC unroll 24
+        for (int j = 0; j < CHAINS; j++) {
+            vi& sum = acc[j];
+#if defined(__AVX512VNNI__)
+            sum = (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, (__m512i)x);
+#elif defined(__AVXVNNI__)
+            sum = (vi)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)w, (__m256i)x);
+#elif defined(__AVX2__)
+            sum += fold_pairs(pairs(w, x));
+            KEEP(w);
+#else
+            sum = dot4(sum, x, Fours(w));
+#endif
+            KEEP(sum);
+        }
+#pragma GCC unroll 24
+    for (int j = 0; j < CHAINS; j++) *out += static_cast<float>(acc[j][0]);
+    return CHAINS * W * 4;
+}
+
+// The same with products of bytes, as kernels make them whose groups have scales of their own: returns products a count.
 EXPORT long multiply_bytes(long count, int32_t seed, float* out) {
     vi acc[CHAINS] = {};
     vi w = splat(seed), x = splat(seed / 3);
@@ -65,4 +92,29 @@ EXPORT long multiply_bytes(long count, int32_t seed, float* out) {
 #pragma GCC unroll 24
     for (int j = 0; j < CHAINS; j++) *out += static_cast<float>(acc[j][0]);
     return CHAINS * W * 4;
+}
+
+using One = void (*)(const float*, long, long, long, long, const void*, const float*, const float*, float, const float*,
+                     float*, int, int);
+using Two = void (*)(const float*, long, long, long, long, const void*, const void*, const float*, const float*, float,
+                     const float*, float*, int, int);
+using Three = void (*)(const float*, long, long, long, long, const void*, const void*, const void*, const float*,
+                       const float*, float, const float*, float*, int, int);
+
+// y [rows, out] = x [rows, in] times each of `calls` weights in turn, of `count` tensors each.
+EXPORT void multiply_weights(void* op, const float* x, long rows, long in, long out, const void* const* tensors,
+                             long count, long calls, float* y, int threads) {
+    for (const void* const* t = tensors; t < tensors + calls * count; t += count) switch (count) {
+            case 1:
+                reinterpret_cast<One>(op)(x, in, rows, in, out, t[0], nullptr, nullptr, 0.0f, nullptr, y, 0, threads);
+                break;
+            case 2:
+                reinterpret_cast<Two>(op)(x, in, rows, in, out, t[0], t[1], nullptr, nullptr, 0.0f, nullptr, y, 0,
+                                          threads);
+                break;
+            case 3:
+                reinterpret_cast<Three>(op)(x, in, rows, in, out, t[0], t[1], t[2], nullptr, nullptr, 0.0f, nullptr, y, 0,
+                                            threads);
+                break;
+        }
 }

@@ -31,12 +31,12 @@ def read(blocks: Tensor, dtype: torch.dtype) -> Tensor:
     """Some of a cache, [..., width] → [..., D] in `dtype`."""
     if blocks.dtype is not torch.int8:
         return blocks.to(dtype)
-    scales = blocks[..., -SCALE:].contiguous().view(torch.float32)
+    scales = blocks[..., -SCALE:].clone(memory_format=torch.contiguous_format).view(torch.float32)
     return (blocks[..., :-SCALE].float() * scales).to(dtype)
 
 
 def is_finite(blocks: Tensor) -> Tensor:
     """blocks [n, B, G, width] → [n] bool: whether all that a block holds is finite."""
     if blocks.dtype is torch.int8:
-        blocks = blocks[..., -SCALE:].contiguous().view(torch.float32)
+        blocks = blocks[..., -SCALE:].clone(memory_format=torch.contiguous_format).view(torch.float32)
     return blocks.isfinite().flatten(1).all(dim=1)

@@ -29,6 +29,8 @@ class Detokenizer:
         self._ids = list(prompt_ids[-6:])
         self._prefix = 0
         self._read = len(self._ids)
+        self._before: str | None = None
+        """The text of the ids from `_prefix` to `_read`, once it was asked for."""
         self._pending = ""
         self.stopped_by: str | None = None
         """The stop string that was found; nothing is to be added after that."""
@@ -60,20 +62,28 @@ class Detokenizer:
         comes out as U+FFFD, as it does when all ids are decoded at once."""
         if self.stopped_by is not None:
             return ""
-        tail = self._decode(self._prefix)[len(self._decode(self._prefix, self._read)) :]
+        tail = self._decode(self._prefix)[len(self._text_before()) :]
         return self._take(len(self._pending)) + tail
 
     def _decode_new(self) -> str:
         """The text between what was read and the newest id; empty while that ends in half a character."""
-        before = self._decode(self._prefix, self._read)
+        before = self._text_before()
         text = self._decode(self._prefix)
         if len(text) <= len(before) or text.endswith(REPLACEMENT):
             return ""
-        self._prefix, self._read = self._read, len(self._ids)
+        self._prefix, self._read, self._before = self._read, len(self._ids), None
         return text[len(before) :]
 
+    def _text_before(self) -> str:
+        if self._before is None:
+            self._before = self._decode(self._prefix, self._read)
+        return self._before
+
     def _decode(self, start: int, end: int | None = None) -> str:
-        return self._tokenizer.decode(self._ids[start:end], skip_special_tokens=self._skip_special)
+        ids = self._ids[start:end]
+        if len(ids) == 1:
+            return self._tokenizer.decode_one(ids[0], skip_special_tokens=self._skip_special)
+        return self._tokenizer.decode(ids, skip_special_tokens=self._skip_special)
 
     def _held(self) -> int:
         """How many characters at the end of the pending text could be the start of a stop string."""

@@ -256,23 +256,25 @@ class Engine:
 
     def observe(self, num_tokens: int = 0) -> None:
         """Bring the gauges and counters up to date, after a step of `num_tokens` or after aborts."""
-        scheduler = self.scheduler
-        self.metrics.on_step(
+        scheduler, metrics = self.scheduler, self.metrics
+        metrics.on_step(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
             deferred=scheduler.waiting.num_deferred,
             kv_usage=scheduler.blocks.usage,
             tokens=num_tokens,
         )
-        self.metrics.on_adapter_step(
+        metrics.on_adapter_step(
             running={r.submission.adapter for r in scheduler.running if r.submission.adapter}
             if self._adapter_uses
             else (),
             active=self._adapter_uses.keys(),
         )
-        news = scheduler.counts.since(self._seen)
-        self._seen = copy.copy(scheduler.counts)
-        self.metrics.on_preemptions(news.preemptions)
-        self.metrics.on_prefix_lookup(news.prefix_queries, news.prefix_hits)
-        self.metrics.on_drafts(news.drafted, news.accepted)
-        self.metrics.on_swap(out=news.swapped_out, back=news.swapped_in, held=scheduler.num_swapped)
+        metrics.on_swapped(scheduler.num_swapped)
+        if scheduler.counts != self._seen:
+            news = scheduler.counts.since(self._seen)
+            self._seen = copy.copy(scheduler.counts)
+            metrics.on_preemptions(news.preemptions)
+            metrics.on_prefix_lookup(news.prefix_queries, news.prefix_hits)
+            metrics.on_drafts(news.drafted, news.accepted)
+            metrics.on_swap(out=news.swapped_out, back=news.swapped_in)

@@ -17,6 +17,7 @@ from runtime.apart import call_apart, run_apart
 from runtime.assembly import Assembled, assemble
 from runtime.background import Background
 from runtime.errors import Conflict, EngineUnavailable, RequestError, TooManyRequests
+from runtime.gathering import Gathering
 from runtime.logs import get_logger
 from runtime.messages import Output, Submission
 from runtime.stream import OutputStream
@@ -62,6 +63,7 @@ class EngineService:
         self._stopping = False
         self._draining = False
         self._step_started: float | None = None
+        self._gathering = Gathering()
         self.background: Background | None = None
         """What the engine thread does beside steps, and when there are none."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -249,7 +251,8 @@ class EngineService:
                 if self.engine.lost:
                     self._recover()
                 elif self.engine.busy:
-                    self._step()
+                    if not self._gather():
+                        self._step()
                 elif self.background is not None:
                     self.background.idle()
             self.engine.settle()
@@ -260,6 +263,21 @@ class EngineService:
     def _recover(self) -> None:
         self.on_event_loop(self._dispatch, self.engine.fail_running())
         self.engine.recover()
+
+    def _gather(self) -> bool:
+        """Wait for more requests where some are likely on their way. False: there is nothing to wait for."""
+        scheduler = self.engine.scheduler
+        seconds = self._gathering.seconds(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            step=scheduler.step_seconds,
+            now=time.monotonic(),
+        )
+        if seconds:
+            with self._wake:
+                if not self._inbox and not self._stopping:
+                    self._wake.wait(seconds)
+        return seconds > 0
 
     def _step(self) -> None:
         background = self.background if self.background is not None and self.background.ready else None

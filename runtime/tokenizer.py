@@ -28,7 +28,7 @@ ends a text; when the chat template writes one of these, it ends the output too.
 
 
 class Tokenizer:
-    """One model's tokenizer. Immutable, so any thread may call it."""
+    """One model's tokenizer. Immutable but for what it remembers, so any thread may call it."""
 
     def __init__(
         self,
@@ -55,6 +55,7 @@ class Tokenizer:
         self.vocab_size: int = max(backend.get_vocab_size(), max(added, default=-1) + 1)
         """One more than the highest id. The model's own count may be higher: embeddings are often padded."""
         self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys([*eos_ids, *self._ends_of_turn()]))
+        self._alone: dict[tuple[int, bool], str] = {}
         anchor = backend.encode("a", add_special_tokens=False).ids[-1:]
         self._anchor = anchor, backend.decode(anchor)
 
@@ -80,6 +81,14 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of `ids`; bytes that are no whole character become U+FFFD, ids without a token nothing."""
         return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def decode_one(self, id: int, *, skip_special_tokens: bool = True) -> str:
+        """`decode` of one id, remembered: of every output each id is asked for alone once."""
+        key = (id, skip_special_tokens)
+        text = self._alone.get(key)
+        if text is None:
+            text = self._alone[key] = self._backend.decode([id], skip_special_tokens=skip_special_tokens)
+        return text
 
     def token_text(self, id: int) -> str:
         """Text of one token as it reads in the middle of a text, with its leading space."""

@@ -1,18 +1,32 @@
 """Requests to an OpenAI-style server: the same client for every peer that is one."""
 
-import httpx
+import time
 
-from runtime.cli.load.exchange import Sample, exchange
+import msgspec
+
+from benchmarks.peers.events import AnswerError, post
+from runtime.cli.load.exchange import streamed_body
+from runtime.cli.load.prompts import path_of
+from runtime.cli.load.sample import Sample
 from runtime.cli.load.spec import LoadSpec
 
 
 class HttpDriver:
     """Streams from `/v1/completions`, with prompts as token ids."""
 
-    def __init__(self, client: httpx.AsyncClient, model: str) -> None:
-        self._client = client
+    def __init__(self, host: str, port: int, model: str) -> None:
+        self._host = host
+        self._port = port
         self._model = model
 
     async def complete(self, prompt: list[int], output_len: int) -> Sample:
         spec = LoadSpec(endpoint="completions", output_len=output_len)
-        return await exchange(self._client, self._model, spec, 0, prompt)
+        sample = Sample(started=time.perf_counter())
+        body = msgspec.json.encode(streamed_body(self._model, spec, 0, prompt))
+        try:
+            await post(self._host, self._port, path_of(spec), body, sample.read)
+            sample.end()
+        except (OSError, AnswerError, msgspec.DecodeError) as error:
+            sample.error = str(error)
+        sample.finished = time.perf_counter()
+        return sample

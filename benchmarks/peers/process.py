@@ -18,6 +18,8 @@ from benchmarks.peers.over_http import HttpDriver
 from benchmarks.peers.peer import PeerFailed, Size
 from runtime.cli.client import served_model
 
+HOST = "127.0.0.1"
+
 READY_TIMEOUT = 300.0
 """Seconds. vLLM compiles its model when it starts."""
 END_TIMEOUT = 20.0
@@ -27,9 +29,9 @@ TAIL = 2000
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listens on now."""
+    """A port of `HOST` that nobody listens on now."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((HOST, 0))
         port: int = probe.getsockname()[1]
         return port
 
@@ -70,15 +72,11 @@ async def served(
     command: Sequence[str | Path], size: Size, *, port: int, ready: str, environment: Mapping[str, str] | None = None
 ) -> AsyncIterator[HttpDriver]:
     """An OpenAI-style server that answers `ready` with 200 once it can be used. Raises `PeerFailed`."""
-    base = f"http://127.0.0.1:{port}"
-    # A connection for each request, as of strangers: a server may close one that it has seen enough of at any time.
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-    async with (
-        running(command, size, environment=environment) as (process, log),
-        httpx.AsyncClient(base_url=base, timeout=None, trust_env=False, limits=limits) as client,
-    ):
-        await _until_ready(client, ready, process, log)
-        yield HttpDriver(client, await served_model(client))
+    async with running(command, size, environment=environment) as (process, log):
+        async with httpx.AsyncClient(base_url=f"http://{HOST}:{port}", timeout=None, trust_env=False) as client:
+            await _until_ready(client, ready, process, log)
+            model = await served_model(client)
+        yield HttpDriver(HOST, port, model)
 
 
 async def _until_ready(client: httpx.AsyncClient, path: str, process: Process, log: IO[bytes]) -> None:

@@ -49,37 +49,67 @@ struct Activations {
         return most / MOST;
     }
 
-    // Calls take(integers, group, at, scale) for every W features from `at` on of every group of 32, zero beyond the
-    // row's end. What is not finite makes its group's scale so.
-    template <typename Take>
-    INLINE void quantise_groups(long row, Take&& take) const {
+    // Writes the integers of every group of 32, zero beyond the row's end, to bytes_of(group), and calls finish(group,
+    // scale, sum of the integers). What is not finite makes its group's scale so.
+    template <typename BytesOf, typename Finish>
+    INLINE void quantise_groups(long row, BytesOf&& bytes_of, Finish&& finish) const {
         const float* from = x + row * stride;
         const float inverse = norm ? inverse_rms(from, in, eps) : 1.0f;
-        for (long k = 0; k < in; k += GROUP) {
-            vf v[GROUP / W];
-            Largest largest;
+        const long groups = (in + GROUP - 1) / GROUP;
+        // W groups at a time, so that their largest values, and then their sums, are found together.
+        for (long first = 0; first < groups; first += W) {
+            const int count = static_cast<int>(std::min<long>(W, groups - first));
+            alignas(64) float kept[W][GROUP], mosts[W];
+            vf largest[W], totals[W];
+#pragma GCC unroll 16
+            for (int g = 0; g < W; g++) largest[g] = totals[g] = vf{};  // a loop of `count` would call memset
+            for (int g = 0; g < count; g++) {
+                Largest found;
 #pragma GCC unroll 8
-            for (int i = 0; i < GROUP / W; i++) {
-                v[i] = values(from, k + i * W, inverse);
-                largest.add(v[i]);
+                for (int i = 0; i < GROUP; i += W) {
+                    const vf v = values(from, (first + g) * GROUP + i, inverse);
+                    store(kept[g] + i, v);
+                    found.add(v);
+                }
+                largest[g] = bits(found.most);
             }
-            const float most = largest.value(), factor = factor_of(most);
+            const vf most = folded(largest, [](vf a, vf b) INLINE_LAMBDA { return bits(larger(bits(a), bits(b))); });
+            store(mosts, most);
+            for (int g = 0; g < count; g++) {
+                const float factor = factor_of(mosts[g]);
+                vi total = {};
 #pragma GCC unroll 8
-            for (int i = 0; i < GROUP / W; i++) take(integers(v[i], factor), k / GROUP, i * W, most / MOST);
+                for (int i = 0; i < GROUP; i += W) {
+                    const vi q = integers(load(kept[g] + i), factor);
+                    store_bytes(q, bytes_of(first + g) + i);
+                    total += q;
+                }
+                totals[g] = bits(total);
+            }
+            const vf sums = folded(totals, [](vf a, vf b) INLINE_LAMBDA { return bits(bits(a) + bits(b)); });
+            for (int g = 0; g < count; g++) finish(first + g, mosts[g] / MOST, bits(sums)[g]);
         }
     }
 
    private:
-    // The largest size of some values; not finite if one of them is not.
+    static INLINE vi larger(vi a, vi b) { return a > b ? a : b; }
+
+    // The largest size of some values; not finite if one of them is not: as integers, the bits of numbers without a sign
+    // are in the numbers' order, and infinity and NaN come after all of them.
     struct Largest {
-        vf most = {}, broken = {};
+        vi most = {};
 
-        INLINE void add(vf v) {
-            most = max(most, max(v, -v));
-            broken += v - v;
+        INLINE void add(vf v) { most = larger(most, bits(v) & 0x7fffffff); }
+
+        INLINE float value() const { return bits(all<W / 2>(most))[0]; }
+
+       private:
+        // The largest element, in all of them.
+        template <int D>
+        static INLINE vi all(vi v) {
+            if constexpr (D > 0) return all<D / 2>(larger(v, bits(swapped<D>(bits(v)))));
+            return v;
         }
-
-        INLINE float value() const { return maximum(most) + sum(broken); }
     };
 
     static INLINE float factor_of(float most) { return most > 0.0f && most < INFINITY ? MOST / most : 0.0f; }

@@ -1,6 +1,9 @@
 // Attention of many tokens of one row: a vector lies along the queries, which are pairs of position and head.
+#include <vector>
+
 #include "attention.h"
 #include "scratch.h"
+#include "stored.h"
 
 namespace {
 
@@ -13,6 +16,8 @@ constexpr int TILE = W == 16 ? 8 : 4;
 // sum [N][MV] over `count` steps: in step i panel [count][LANES] times factor(i, n).
 template <int N, typename Factor>
 INLINE void multiply(const float* panel, long count, vf (&sum)[N][MV], Factor&& factor) {
+    // Unrolled, the loop is short enough for its end to be foreseen.
+#pragma GCC unroll 4
     for (long i = 0; i < count; i++) {
         vf x[MV];
 #pragma GCC unroll 4
@@ -26,30 +31,76 @@ INLINE void multiply(const float* panel, long count, vf (&sum)[N][MV], Factor&& 
     }
 }
 
-// scores [CHUNK][LANES] of the chunk's keys, and of some around them that mean nothing.
-void score(const Chunk& chunk, const Rows& keys, const float* queries, long dim, float* scores) {
-    for (long token = chunk.from / TILE * TILE; token < chunk.to; token += TILE) {
+// A chunk of one key/value head as floats: where they lie, or widened.
+struct Wide {
+    const float* keys[CHUNK];
+    const float* values[CHUNK];
+    float key_scales[CHUNK], value_scales[CHUNK];  // of int8
+
+    // `memory` has room for 2 * CHUNK * dim.
+    void widen(const Attention& op, const Chunk& chunk, long kv_head, float* memory) {
+        const long head = kv_head * head_bytes(op.type, op.dim);
+        widen(op, chunk, op.keys + head, memory, keys, key_scales);
+        widen(op, chunk, op.values + head, memory + CHUNK * op.dim, values, value_scales);
+    }
+
+   private:
+    static void widen(const Attention& op, const Chunk& chunk, const char* cache, float* memory, const float** rows,
+                      float* scales) {
+        for (long i = 0; i < CHUNK; i++) {
+            const char* from = cache + chunk.offsets[i];
+            float* to = memory + std::clamp(i, chunk.from, chunk.to - 1) * op.dim;
+            rows[i] = op.type == FLOAT32 ? reinterpret_cast<const float*>(from) : to;
+            if (op.type == FLOAT32 || i < chunk.from || i >= chunk.to) continue;
+            if (op.type == BFLOAT16) {
+                as_floats(reinterpret_cast<const uint16_t*>(from), op.dim, to);
+            } else {
+                std::memcpy(scales + i, from + op.dim, sizeof(float));
+                long d = 0;
+                for (; d + W <= op.dim; d += W) {
+                    vf run[1];
+                    load_run<INT8>(from + d, run);
+                    store(to + d, run[0]);
+                }
+                for (; d < op.dim; d++) to[d] = static_cast<float>(static_cast<int8_t>(from[d]));
+            }
+        }
+    }
+};
+
+// Those places of a chunk that some of the queries see.
+struct Span {
+    long base, from, to;
+};
+
+// scores [CHUNK][LANES] of the span's keys, and of some around them that mean nothing.
+template <bool SCALED>
+void score(const Span& span, const Wide& wide, const float* queries, long dim, float* scores) {
+    for (long token = span.from / TILE * TILE; token < span.to; token += TILE) {
         const float* rows[TILE];
-        std::copy(keys.at + token, keys.at + token + TILE, rows);
+        std::copy(wide.keys + token, wide.keys + token + TILE, rows);
         vf sum[TILE][MV] = {};
         multiply<TILE>(queries, dim, sum, [&](long i, int n) INLINE_LAMBDA { return rows[n][i]; });
 #pragma GCC unroll 8
         for (int n = 0; n < TILE; n++)
 #pragma GCC unroll 4
-            for (int m = 0; m < MV; m++) store(scores + ((token + n) * MV + m) * W, sum[n][m]);
+            for (int m = 0; m < MV; m++)
+                store(scores + ((token + n) * MV + m) * W,
+                      SCALED ? sum[n][m] * splat(wide.key_scales[token + n]) : sum[n][m]);
     }
 }
 
-// acc [dim][LANES], N features from `d` on, plus the values times weights [CHUNK][LANES].
+// acc [dim][LANES], N features from `d` on, times `shrink`, plus the values times weights [CHUNK][LANES].
 template <int N>
-INLINE void mix_tile(const Chunk& chunk, const Rows& values, const float* weights, long d, float* acc) {
+INLINE void mix_tile(const Span& span, const Wide& wide, const float* weights, const vf (&shrink)[MV], long d,
+                     float* acc) {
     vf sum[N][MV];
 #pragma GCC unroll 8
     for (int n = 0; n < N; n++)
 #pragma GCC unroll 4
-        for (int m = 0; m < MV; m++) sum[n][m] = load(acc + ((d + n) * MV + m) * W);
-    const float* const* rows = values.at + chunk.from;
-    multiply<N>(weights + chunk.from * LANES, chunk.to - chunk.from, sum,
+        for (int m = 0; m < MV; m++) sum[n][m] = opaque(load(acc + ((d + n) * MV + m) * W) * shrink[m]);
+    const float* const* rows = wide.values + span.from;
+    multiply<N>(weights + span.from * LANES, span.to - span.from, sum,
                 [&](long i, int n) INLINE_LAMBDA { return rows[i][d + n]; });
 #pragma GCC unroll 8
     for (int n = 0; n < N; n++)
@@ -57,10 +108,10 @@ INLINE void mix_tile(const Chunk& chunk, const Rows& values, const float* weight
         for (int m = 0; m < MV; m++) store(acc + ((d + n) * MV + m) * W, sum[n][m]);
 }
 
-void mix(const Chunk& chunk, const Rows& values, const float* weights, long dim, float* acc) {
+void mix(const Span& span, const Wide& wide, const float* weights, const vf (&shrink)[MV], long dim, float* acc) {
     long d = 0;
-    for (; d + TILE <= dim; d += TILE) mix_tile<TILE>(chunk, values, weights, d, acc);
-    for (; d < dim; d++) mix_tile<1>(chunk, values, weights, d, acc);
+    for (; d + TILE <= dim; d += TILE) mix_tile<TILE>(span, wide, weights, shrink, d, acc);
+    for (; d < dim; d++) mix_tile<1>(span, wide, weights, shrink, d, acc);
 }
 
 // The places in the sequence that each query sees.
@@ -68,10 +119,10 @@ struct Seen {
     vf first[MV], last[MV];
     long all_from, all_to;  // what every one of them sees
 
-    void hide(const Chunk& chunk, float* scores) const {
-        if (chunk.base + chunk.from >= all_from && chunk.base + chunk.to <= all_to) return;
-        for (long i = chunk.from; i < chunk.to; i++) {
-            const vf place = splat(static_cast<float>(chunk.base + i));
+    void hide(const Span& span, float* scores) const {
+        if (span.base + span.from >= all_from && span.base + span.to <= all_to) return;
+        for (long i = span.from; i < span.to; i++) {
+            const vf place = splat(static_cast<float>(span.base + i));
             for (int m = 0; m < MV; m++) {
                 float* at = scores + (i * MV + m) * W;
                 const vf score = load(at);
@@ -95,27 +146,31 @@ struct Sums {
         std::fill(acc, acc + dim * LANES, 0.0f);
     }
 
-    // The chunk's scores become weights; what was summed up so far shrinks to fit.
-    void soften(const Chunk& chunk, long dim, float* scores) {
+    // The span's scores become weights, times `scales` if there are any; what was summed up so far is to be multiplied
+    // with `shrink`.
+    void soften(const Span& span, const float* scales, float* scores, vf (&shrink)[MV]) {
+        vf highest[MV];
+        std::copy(top, top + MV, highest);
+        for (long i = span.from; i < span.to; i++)
+            for (int m = 0; m < MV; m++) highest[m] = max(highest[m], load(scores + (i * MV + m) * W));
+        vf sums[W][MV] = {};
+        for (int lane = 0; lane < W; lane++)
+            for (long i = lane; i < CHUNK; i += W) {
+                if (i < span.from || i >= span.to) continue;
+#pragma GCC unroll 4
+                for (int m = 0; m < MV; m++) {
+                    float* at = scores + (i * MV + m) * W;
+                    const vf weight = exp2(load(at) - highest[m]);
+                    sums[lane][m] += weight;
+                    store(at, scales ? weight * splat(scales[i]) : weight);
+                }
+            }
         for (int m = 0; m < MV; m++) {
-            vf highest = top[m];
-            for (long i = chunk.from; i < chunk.to; i++) highest = max(highest, load(scores + (i * MV + m) * W));
-            const vf shrink = exp2(top[m] - highest);
-            vf sums[W] = {};
-            for (long i = chunk.from; i < chunk.to; i++) {
-                float* at = scores + (i * MV + m) * W;
-                const vf weight = exp2(load(at) - highest);
-                sums[i % W] += weight;
-                store(at, weight);
-            }
             for (int step = W / 2; step > 0; step /= 2)  // as `sum` adds the lanes of a vector
-                for (int i = 0; i < step; i++) sums[i] += sums[i + step];
-            total[m] = fused(total[m], shrink, sums[0]);
-            top[m] = highest;
-            for (long d = 0; d < dim; d++) {
-                float* at = acc + (d * MV + m) * W;
-                store(at, load(at) * shrink);
-            }
+                for (int i = 0; i < step; i++) sums[i][m] += sums[i + step][m];
+            shrink[m] = exp2(top[m] - highest[m]);
+            total[m] = fused(total[m], shrink[m], sums[0][m]);
+            top[m] = highest[m];
         }
     }
 
@@ -143,11 +198,26 @@ struct Queries {
     long place(long lane) const { return op.extents[3 * row + 2] + position(std::min(lane, some - 1)); }
 
     void pack(float* queries) const {
-        std::fill(queries, queries + op.dim * LANES, 0.0f);
-        const float scale = op.query_scale();
-        for (long lane = 0; lane < some; lane++) {
-            const float* q = op.q + token(lane) * op.q_stride + head(lane) * op.dim;
-            for (long d = 0; d < op.dim; d++) queries[d * LANES + lane] = q[d] * scale;
+        long offsets[LANES];
+        for (long lane = 0; lane < LANES; lane++) {
+            const long taken = std::min(lane, some - 1);  // what the lanes behind these hold does not matter
+            offsets[lane] = (token(taken) * op.q_stride + head(taken) * op.dim) * static_cast<long>(sizeof(float));
+        }
+        const auto* from = reinterpret_cast<const char*>(op.q);
+        const vf scale = splat(op.query_scale());
+        for (int m = 0; m < MV; m++) {
+            long d = 0;
+            for (; d + TURNED <= op.dim; d += TURNED) {
+                vi turned[TURNED];
+                load_turned(from + d * 4, offsets + m * W, turned);
+                for (int i = 0; i < TURNED; i++) store(queries + ((d + i) * MV + m) * W, bits(turned[i]) * scale);
+            }
+            for (; d < op.dim; d++)
+                for (int i = 0; i < W; i++) {
+                    float one;
+                    std::memcpy(&one, from + offsets[m * W + i] + d * 4, sizeof one);
+                    queries[(d * MV + m) * W + i] = one * scale[0];
+                }
         }
     }
 
@@ -168,57 +238,101 @@ struct Queries {
     }
 
     void write(const Sums& sums) const {
-        for (long lane = 0; lane < some; lane++) {
-            const float one = 1.0f / sums.total[lane / W][lane % W];
-            float* out = op.out + (token(lane) * op.heads + head(lane)) * op.dim;
-            for (long d = 0; d < op.dim; d++) out[d] = sums.acc[d * LANES + lane] * one;
+        float* to[LANES];
+        for (long lane = 0; lane < some; lane++) to[lane] = op.out + (token(lane) * op.heads + head(lane)) * op.dim;
+        for (int m = 0; m < MV; m++) {
+            const vf one = splat(1.0f) / sums.total[m];
+            const long lanes = std::clamp<long>(some - m * W, 0, W);
+            long d = 0;
+            for (; d + W <= op.dim; d += W) {
+                vf rows[W];
+#pragma GCC unroll 16
+                for (int i = 0; i < W; i++) rows[i] = load(sums.acc + ((d + i) * MV + m) * W) * one;
+                transpose(rows);
+                for (long i = 0; i < lanes; i++) store(to[m * W + i] + d, rows[i]);
+            }
+            for (; d < op.dim; d++)
+                for (long i = 0; i < lanes; i++) to[m * W + i][d] = sums.acc[(d * MV + m) * W + i] * one[i];
         }
     }
 };
 
-void attend(const Queries& from, Scratch& scratch) {
-    const Attention& op = from.op;
-    const long size = op.dim * LANES;
-    float* queries = scratch.floats(static_cast<size_t>(3 * size + CHUNK * (LANES + op.dim)));
-    float* scores = queries + size;
-    float* widened = scores + CHUNK * LANES;
+// What is known of some queries while chunk after chunk is seen.
+struct Tile {
+    Queries from;
+    Seen seen;
+    long begin, end;  // the tokens that one of them sees at least
+    float* queries;   // [dim][LANES]
     Sums whole, part;
-    whole.acc = widened + CHUNK * op.dim;
-    part.acc = whole.acc + size;
-    from.pack(queries);
-    const Seen seen = from.seen();
-    const long begin = op.first_seen(from.place(0)), end = from.place(from.some - 1) + 1;
-    Sums* sums = &whole;
-    whole.clear(op.dim);
-    for (long token = begin; token < end; token += CHUNK - token % CHUNK) {
-        if (token % PART == 0 && token > begin) {
-            if (sums == &part) whole.add_part(part, op.dim);
-            sums = &part;
+    bool parted = false;
+
+    static long memory(const Attention& op) { return 3 * op.dim * LANES; }
+
+    Tile(const Queries& queries_of, float* memory) : from(queries_of), seen(from.seen()), queries(memory) {
+        const Attention& op = from.op;
+        begin = op.first_seen(from.place(0));
+        end = from.place(from.some - 1) + 1;
+        whole.acc = memory + op.dim * LANES;
+        part.acc = whole.acc + op.dim * LANES;
+        whole.clear(op.dim);
+        from.pack(queries);
+    }
+
+    void attend(const Chunk& chunk, const Wide& wide, float* scores) {
+        const Attention& op = from.op;
+        const Span span{chunk.base, std::max(chunk.from, begin - chunk.base), std::min(chunk.to, end - chunk.base)};
+        if (span.from >= span.to) return;
+        if (span.base % PART == 0 && span.base > begin) {
+            if (parted) whole.add_part(part, op.dim);
+            parted = true;
             part.clear(op.dim);
         }
-        const Chunk chunk(op, from.row, token, end);
-        Rows keys(op, chunk, op.keys, from.kv_head), values(op, chunk, op.values, from.kv_head);
-        keys.widen(op, chunk, widened);
-        score(chunk, keys, queries, op.dim, scores);
+        if (op.type == INT8)
+            score<true>(span, wide, queries, op.dim, scores);
+        else
+            score<false>(span, wide, queries, op.dim, scores);
         if (op.softcap > 0.0f)
-            for (long i = chunk.from * LANES; i < chunk.to * LANES; i += W) store(scores + i, op.capped(load(scores + i)));
-        seen.hide(chunk, scores);
-        sums->soften(chunk, op.dim, scores);
-        values.widen(op, chunk, widened);
-        mix(chunk, values, scores, op.dim, sums->acc);
+            for (long i = span.from * LANES; i < span.to * LANES; i += W) store(scores + i, op.capped(load(scores + i)));
+        seen.hide(span, scores);
+        Sums& sums = parted ? part : whole;
+        vf shrink[MV];
+        sums.soften(span, op.type == INT8 ? wide.value_scales : nullptr, scores, shrink);
+        mix(span, wide, scores, shrink, op.dim, sums.acc);
     }
-    if (sums == &part) whole.add_part(part, op.dim);
-    from.write(whole);
+
+    void write() {
+        if (parted) whole.add_part(part, from.op.dim);
+        from.write(whole);
+    }
+};
+
+// Tiles of consecutive queries, so that what is widened is widened once for all of them.
+void attend(const Queries& all, Scratch& scratch) {
+    const Attention& op = all.op;
+    const long count = (all.some + LANES - 1) / LANES, wide_size = 2 * CHUNK * op.dim;
+    float* scores = scratch.floats(static_cast<size_t>(CHUNK * LANES + wide_size + count * Tile::memory(op)));
+    float* widened = scores + CHUNK * LANES;
+    std::vector<Tile> tiles;
+    tiles.reserve(static_cast<size_t>(count));
+    for (long done = 0; done < all.some; done += LANES)
+        tiles.emplace_back(Queries{op, all.row, all.kv_head, all.first, all.done + done, std::min<long>(LANES, all.some - done)},
+                           widened + wide_size + done / LANES * Tile::memory(op));
+    const long end = tiles.back().end;
+    Wide wide;
+    for (long token = tiles.front().begin; token < end; token += CHUNK - token % CHUNK) {
+        const Chunk chunk(op, all.row, token, end);
+        wide.widen(op, chunk, all.kv_head, widened);
+        for (Tile& tile : tiles) tile.attend(chunk, wide, scores);
+    }
+    for (Tile& tile : tiles) tile.write();
 }
 
 }  // namespace
 
-long positions_at_once(const Attention& op) { return std::max(1L, LANES / op.group()); }
+long positions_at_once(const Attention& op, long tiles) { return std::max(1L, tiles * LANES / op.group()); }
 
 void attend_many(const Attention& op, long row, long first, long count, long kv_head) {
     static thread_local Scratch scratch;
-    const long lanes = count * op.group();
-    // More heads than lanes share a key/value head in few models: then a part of them at a time.
-    for (long done = 0; done < lanes; done += LANES)
-        attend({op, row, kv_head, first, done, std::min<long>(LANES, lanes - done)}, scratch);
+    // More heads than lanes share a key/value head in few models: then they are in several tiles.
+    attend({op, row, kv_head, first, 0, count * op.group()}, scratch);
 }

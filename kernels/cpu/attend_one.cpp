@@ -1,211 +1,327 @@
-// Attention of one token: the heads that share a key/value head are few, so a vector lies along head_dim.
-#include "attention.h"
+// Attention of one token: the heads that share a key/value head are few, so a vector lies along tokens for scores and
+// along head_dim for values. What is stored goes from memory to registers and nowhere else.
 #include "scratch.h"
+#include "stored.h"
 
 namespace {
 
 constexpr int MOST = 4;
 // Queries at a time: what the registers hold.
 
-// The first `count` of a vector, then zeros.
-INLINE vf load_some(const float* from, long count) {
-    float rest[W] = {};
-    for (long i = 0; i < count; i++) rest[i] = from[i];
-    return load(rest);
-}
+// Some tokens of one key/value head: place i is at `keys` + offsets[i], and at `values` + offsets[i].
+struct Heads {
+    const char* keys;
+    const char* values;
+    const long* offsets;
 
-// scores [R][CHUNK] of G times W keys from place `token` on; q [R][padded] is scaled. Keys are turned, so that a vector
-// holds the same feature of W tokens. `next` will be needed soon.
-template <int R, int G>
-INLINE void score_some(const float* const* keys, const char* const* next, const float* q, long dim, long padded,
-                       float* scores) {
-    vf sum[G][R];
-#pragma GCC unroll 2
-    for (int g = 0; g < G; g++)
-#pragma GCC unroll 4
-        for (int r = 0; r < R; r++) sum[g][r] = vf{};
-    long k = 0;
-    for (; k + W <= dim; k += W)
-#pragma GCC unroll 2
-        for (int g = 0; g < G; g++) {
-            vf turned[W];
-#pragma GCC unroll 16
-            for (int i = 0; i < W; i++) {
-                turned[i] = load(keys[g * W + i] + k);
-                if (next && k % LINE == 0) prefetch(next[g * W + i] + k * sizeof(float));
-            }
-            transpose(turned);
-#pragma GCC unroll 16
-            for (int i = 0; i < W; i++)
-#pragma GCC unroll 4
-                for (int r = 0; r < R; r++) sum[g][r] += turned[i] * splat(q[r * padded + k + i]);
-        }
-    for (; k < dim; k++)
-        for (int g = 0; g < G; g++) {
-            vf key;
-            for (int i = 0; i < W; i++) key[i] = keys[g * W + i][k];
-            for (int r = 0; r < R; r++) sum[g][r] += key * splat(q[r * padded + k]);
-        }
-#pragma GCC unroll 2
-    for (int g = 0; g < G; g++)
-#pragma GCC unroll 4
-        for (int r = 0; r < R; r++) store(scores + r * CHUNK + g * W, sum[g][r]);
-}
-
-template <int R>
-void score(const Chunk& chunk, const Rows& keys, const char* const* next, const float* q, long dim, long padded,
-           float* scores) {
-    long token = chunk.from / W * W;
-    // Two at a time: the sums of one wait for each other while the other's keys are turned.
-    for (; token + W < chunk.to; token += 2 * W)
-        score_some<R, 2>(keys.at + token, next ? next + token : nullptr, q, dim, padded, scores + token);
-    if (token < chunk.to)
-        score_some<R, 1>(keys.at + token, next ? next + token : nullptr, q, dim, padded, scores + token);
-}
-
-// What comes after a chunk's head: the keys at the same places, in the cache, and how far from them their values lie.
-struct Ahead {
-    const char* keys[CHUNK];
-    long values;  // or 0: those are asked for elsewhere
-    long bytes;
-
-    INLINE void fetch(long place) const {
-        for (long byte = 0; byte < bytes; byte += 64) {
-            prefetch(keys[place] + byte);
-            if (values) prefetch(keys[place] + values + byte);
-        }
+    Heads(const Attention& op, const Chunk& chunk, long kv_head) : offsets(chunk.offsets) {
+        const long head = kv_head * head_bytes(op.type, op.dim);
+        keys = op.keys + head;
+        values = op.values + head;
     }
+
+    Heads(const char* keys, const char* values, const long* offsets) : keys(keys), values(values), offsets(offsets) {}
 };
 
-// acc [R][padded], S vectors from feature d on, plus values times weights [R][CHUNK]; of the last vector `some`.
-template <int R, int S, bool WHOLE>
-INLINE void mix_some(const Chunk& chunk, const Rows& values, const Ahead* ahead, const float* weights, long d,
-                     long some, long padded, float* acc) {
-    vf sum[R][S];
+// Features that are loaded at once: shorter heads are copied with zeros behind them.
+template <int TYPE>
+constexpr int NARROW = std::max(WINDOW<TYPE>, RUN<TYPE>);
+
+// What int8 heads at each place are multiplied with; other types have no such thing.
+template <int TYPE>
+struct Scales {
+    alignas(64) float keys[TYPE == INT8 ? CHUNK : 1];
+    alignas(64) float values[TYPE == INT8 ? CHUNK : 1];
+
+    INLINE Scales(const Heads& heads, const Chunk& chunk, long dim) {
+        if constexpr (TYPE == INT8)
+            for (long i = chunk.first_vector(); i < chunk.end_vector(); i++) {
+                std::memcpy(keys + i, heads.keys + heads.offsets[i] + dim, sizeof(float));
+                std::memcpy(values + i, heads.values + heads.offsets[i] + dim, sizeof(float));
+            }
+    }
+
+    INLINE vf of_keys(vf score, long at) const { return TYPE == INT8 ? score * load(keys + at) : score; }
+    INLINE vf of_values(vf weight, long at) const { return TYPE == INT8 ? weight * load(values + at) : weight; }
+};
+
+// Asks for the lines from `from` on that begin within `bytes`, and that of the last byte.
+INLINE void fetch(const char* from, long bytes) {
+    for (long byte = 0; byte < bytes; byte += 4 * LINE) prefetch(from + byte);
+    if (bytes % (4 * LINE) != 0) prefetch(from + bytes - 1);
+}
+
+// sum [G][R] plus features `skip` on of a window at `from`, times q [R][padded]. Keys are turned, so that a vector holds
+// the same feature of W tokens.
+template <int TYPE, int R, int G, bool WHOLE>
+INLINE void score_window(const char* from, const long* offsets, const float* q, long padded, long skip,
+                         vf (&sum)[G][R]) {
+    vi turned[G][TURNED];
+#pragma GCC unroll 2
+    for (int g = 0; g < G; g++) load_turned(from, offsets + g * W, turned[g]);
+    if constexpr (WHOLE) {
+#pragma GCC unroll 8
+        for (int i = 0; i < TURNED; i++)
+#pragma GCC unroll 4
+            for (int p = 0; p < PACKED<TYPE>; p++)
+#pragma GCC unroll 2
+                for (int g = 0; g < G; g++) {
+                    const vf key = unpacked<TYPE>(turned[g][i], p);
+#pragma GCC unroll 4
+                    for (int r = 0; r < R; r++) sum[g][r] += key * splat(q[r * padded + i * PACKED<TYPE> + p]);
+                }
+    } else {
+        for (long k = skip; k < WINDOW<TYPE>; k++)
+            for (int g = 0; g < G; g++) {
+                const vf key = unpacked<TYPE>(turned[g][k / PACKED<TYPE>], static_cast<int>(k % PACKED<TYPE>));
+                for (int r = 0; r < R; r++) sum[g][r] += key * splat(q[r * padded + k]);
+            }
+    }
+}
+
+// scores [R][CHUNK] of G times W keys from place `at` on; q [R][padded] is scaled. Those of `next` will be needed soon.
+template <int TYPE, int R, int G>
+INLINE void score_some(const Heads& heads, const Heads& next, long at, const float* q, long dim, long padded,
+                       float* scores) {
+    const long* offsets = heads.offsets + at;
+    vf sum[G][R] = {};
+    long done = 0;
+    for (; done + WINDOW<TYPE> <= dim; done += WINDOW<TYPE>) {
+        for (long i = at + done * (G * W) / dim; i < at + (done + WINDOW<TYPE>) * (G * W) / dim; i++)
+            fetch(next.keys + next.offsets[i], head_bytes(TYPE, dim));
+        score_window<TYPE, R, G, true>(heads.keys + done * BYTES<TYPE>, offsets, q + done, padded, 0, sum);
+    }
+    if (done < dim) {
+        // The last window ends where the head does, and some of it was done before.
+        const long begin = dim - WINDOW<TYPE>;
+        score_window<TYPE, R, G, false>(heads.keys + begin * BYTES<TYPE>, offsets, q + begin, padded, done - begin, sum);
+    }
+#pragma GCC unroll 2
+    for (int g = 0; g < G; g++)
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) store(scores + r * CHUNK + at + g * W, sum[g][r]);
+}
+
+template <int TYPE, int R>
+INLINE void score(const Chunk& chunk, const Heads& heads, const Heads& next, const float* q, long dim, long padded,
+                  float* scores) {
+    long at = chunk.first_vector();
+    // Two at a time, because sums wait for each other.
+    for (; at + W < chunk.to; at += 2 * W) score_some<TYPE, R, 2>(heads, next, at, q, dim, padded, scores);
+    if (at < chunk.to) score_some<TYPE, R, 1>(heads, next, at, q, dim, padded, scores);
+}
+
+// acc [R][padded], N runs from feature `d` on, plus values times weights [R][CHUNK].
+template <int TYPE, int R, int N>
+INLINE void mix_some(const Chunk& chunk, const Heads& heads, const Heads* next, long bytes, const float* weights,
+                     long d, float* acc, long padded) {
+    constexpr int V = RUN<TYPE> / W;
+    vf sum[R][N * V];
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-        for (int v = 0; v < S; v++) sum[r][v] = load(acc + r * padded + d + v * W);
+        for (int v = 0; v < N * V; v++) sum[r][v] = load(acc + r * padded + v * W);
     for (long i = chunk.from; i < chunk.to; i++) {
-        const float* from = values.at[i] + d;
-        if (ahead) ahead->fetch(i);
-        vf value[S];
+        const char* from = heads.values + heads.offsets[i] + d * BYTES<TYPE>;
+        if (next) fetch(next->values + next->offsets[i], bytes);
+        vf weight[R];
 #pragma GCC unroll 4
-        for (int v = 0; v < S; v++) value[v] = WHOLE ? load(from + v * W) : load_some(from, some);
+        for (int r = 0; r < R; r++) weight[r] = splat(weights[r * CHUNK + i]);
+#pragma GCC unroll 4
+        for (int n = 0; n < N; n++) {
+            vf value[V];
+            load_run<TYPE>(from + n * RUN<TYPE> * BYTES<TYPE>, value);
+#pragma GCC unroll 4
+            for (int v = 0; v < V; v++)
+#pragma GCC unroll 4
+                for (int r = 0; r < R; r++) sum[r][n * V + v] += weight[r] * value[v];
+        }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < N * V; v++) store(acc + r * padded + v * W, sum[r][v]);
+}
+
+template <int TYPE, int R>
+INLINE void mix(const Chunk& chunk, const Heads& heads, const Heads& next, long bytes, const float* weights, long dim,
+                float* acc, long padded) {
+    constexpr int N = (W == 16 ? 4 : 2) * W / RUN<TYPE>;
+    const Heads* ahead = &next;
+    long d = 0;
+    for (; d + N * RUN<TYPE> <= dim; d += N * RUN<TYPE>, ahead = nullptr)
+        mix_some<TYPE, R, N>(chunk, heads, ahead, bytes, weights, d, acc + d, padded);
+    for (; d < dim; d += RUN<TYPE>, ahead = nullptr)
+        mix_some<TYPE, R, 1>(chunk, heads, ahead, bytes, weights, std::min(d, dim - RUN<TYPE>), acc + d, padded);
+}
+
+// Scores [R][CHUNK] of a chunk become weights; `acc` [R][padded], what was summed up so far, shrinks to fit.
+// `scales`: of the keys and values at each place, if they have any.
+template <int TYPE, int R>
+INLINE void soften(const Attention& op, const Chunk& chunk, const Scales<TYPE>& scales, float* scores, float* acc,
+                   float* total, float* top) {
+    const long first = chunk.first_vector(), end = chunk.end_vector();
+    vf most[R];
+    for (int r = 0; r < R; r++) most[r] = splat(top[r]);
+    for (long i = first; i < end; i += W)
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++) {
-            const vf weight = splat(weights[r * CHUNK + i]);
+            vf score = scales.of_keys(load(scores + r * CHUNK + i), i);
+            if (op.softcap > 0.0f) score = op.capped(score);
+            score = chunk.seen(score, i);
+            store(scores + r * CHUNK + i, score);
+            most[r] = max(most[r], score);
+        }
+    vf sums[R] = {};
 #pragma GCC unroll 4
-            for (int v = 0; v < S; v++) sum[r][v] += weight * value[v];
+    for (int r = 0; r < R; r++) most[r] = splat(maximum(most[r]));
+    for (long i = first; i < end; i += W)
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) {
+            const vf weight = exp2(load(scores + r * CHUNK + i) - most[r]);
+            sums[r] += weight;
+            store(scores + r * CHUNK + i, scales.of_values(weight, i));
+        }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) {
+        const vf shrink = exp2(splat(top[r]) - most[r]);
+        total[r] = fused(splat(total[r]), shrink, splat(sum(sums[r])))[0];
+        if (most[r][0] > top[r])
+            for (long d = 0; d < op.padded(); d += W) store(acc + r * op.padded() + d, load(acc + r * op.padded() + d) * shrink);
+        top[r] = most[r][0];
+    }
+}
+
+// Heads shorter than NARROW, each [dim] with zeros behind them.
+template <int TYPE>
+struct Copies {
+    char keys[CHUNK][4 * W] = {}, values[CHUNK][4 * W] = {};
+    long offsets[CHUNK];
+
+    Copies(const Heads& heads, long dim) {
+        const auto bytes = static_cast<size_t>(dim * BYTES<TYPE>);
+        for (long i = 0; i < CHUNK; i++) {
+            std::memcpy(keys[i], heads.keys + heads.offsets[i], bytes);
+            std::memcpy(values[i], heads.values + heads.offsets[i], bytes);
+            offsets[i] = i * 4 * W;
         }
     }
-#pragma GCC unroll 4
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-        for (int v = 0; v < S; v++) store(acc + r * padded + d + v * W, sum[r][v]);
+
+    Heads heads() const { return {keys[0], values[0], offsets}; }
+};
+
+// R queries against a chunk of one key/value head of `dim` features, or more with zeros.
+template <int TYPE, int R>
+void attend(const Attention& op, const Chunk& chunk, const Heads& heads, const Scales<TYPE>& scales, long dim,
+            const Heads& next, const float* q, float* acc, float* total, float* top) {
+    alignas(64) float weights[R * CHUNK];
+    const long padded = op.padded();
+    score<TYPE, R>(chunk, heads, next, q, dim, padded, weights);
+    soften<TYPE, R>(op, chunk, scales, weights, acc, total, top);
+    mix<TYPE, R>(chunk, heads, next, head_bytes(TYPE, op.dim), weights, dim, acc, padded);
 }
 
-template <int R>
-void mix(const Chunk& chunk, const Rows& values, const Ahead* ahead, const float* weights, long dim, long padded,
-         float* acc) {
-    constexpr int S = W == 16 ? 4 : 2;
-    long d = 0;
-    for (; d + S * W <= dim; d += S * W, ahead = nullptr)
-        mix_some<R, S, true>(chunk, values, ahead, weights, d, W, padded, acc);
-    for (; d + W <= dim; d += W, ahead = nullptr)
-        mix_some<R, 1, true>(chunk, values, ahead, weights, d, W, padded, acc);
-    if (d < dim) mix_some<R, 1, false>(chunk, values, ahead, weights, d, dim - d, padded, acc);
-}
-
-// Scores of a chunk [CHUNK] become weights; `acc` [padded], what was summed up so far, shrinks to fit.
-INLINE void soften(const Attention& op, const Chunk& chunk, float* scores, float* acc, float& total, float& top) {
-    if (op.softcap > 0.0f)
-        for (long i = chunk.from / W * W; i < chunk.to; i += W) store(scores + i, op.capped(load(scores + i)));
-    std::fill(scores, scores + chunk.from, UNSEEN);
-    std::fill(scores + chunk.to, scores + CHUNK, UNSEEN);
-    vf most = load(scores);
-    for (int i = W; i < CHUNK; i += W) most = max(most, load(scores + i));
-    float highest = top;
-    for (int i = 0; i < W; i++) highest = std::max(highest, most[i]);
-    vf weights = {};
-    for (int i = 0; i < CHUNK; i += W) {
-        const vf weight = exp2(load(scores + i) - splat(highest));
-        weights += weight;
-        store(scores + i, weight);
-    }
-    const vf shrink = exp2(splat(top) - splat(highest));
-    if (highest > top)
-        for (long d = 0; d < op.padded(); d += W) store(acc + d, load(acc + d) * shrink);
-    top = highest;
-    total = fused(splat(total), shrink, splat(sum(weights)))[0];
-}
-
-// R heads against a chunk of one key/value head.
-template <int R>
-void attend(const Attention& op, const Chunk& chunk, const Rows& keys, const Rows& values, const Ahead* ahead,
-            const float* q, float* acc, float* total, float* top) {
-    alignas(64) float scores[R * CHUNK];
-    const char* const* next = ahead && op.type == FLOAT32 ? values.stored : nullptr;
-    score<R>(chunk, keys, next, q, op.dim, op.padded(), scores);
-    for (int r = 0; r < R; r++) soften(op, chunk, scores + r * CHUNK, acc + r * op.padded(), total[r], top[r]);
-    mix<R>(chunk, values, ahead, scores, op.dim, op.padded(), acc);
-}
-
-// `partial`: see `partial_size`; q [group][padded] is scaled.
-void attend_heads(const Attention& op, const Chunk& chunk, const Rows& keys, const Rows& values, const Ahead& next,
-                  const float* q, float* partial) {
+// All queries of a key/value head. `partial`: see `partial_size`; q [group][padded] is scaled.
+template <int TYPE>
+void attend_all(const Attention& op, const Chunk& chunk, const Heads& heads, const Scales<TYPE>& scales, long dim,
+                const Heads& next, const float* q, float* partial) {
     const long padded = op.padded();
     float *total = partial + op.group() * padded, *top = total + op.group();
-    const Ahead* ahead = &next;
-    for (long first = 0; first < op.group(); first += MOST, ahead = nullptr) {
-        const float* from = q + first * padded;
-        float* acc = partial + first * padded;
+    for (long first = 0; first < op.group(); first += MOST, q += MOST * padded, partial += MOST * padded) {
+        const auto some = [&](auto count) {
+            attend<TYPE, count>(op, chunk, heads, scales, dim, next, q, partial, total + first, top + first);
+        };
         switch (std::min<long>(op.group() - first, MOST)) {
-            case 4: attend<4>(op, chunk, keys, values, ahead, from, acc, total + first, top + first); break;
-            case 3: attend<3>(op, chunk, keys, values, ahead, from, acc, total + first, top + first); break;
-            case 2: attend<2>(op, chunk, keys, values, ahead, from, acc, total + first, top + first); break;
-            case 1: attend<1>(op, chunk, keys, values, ahead, from, acc, total + first, top + first); break;
+            case 4: some(std::integral_constant<int, 4>()); break;
+            case 3: some(std::integral_constant<int, 3>()); break;
+            case 2: some(std::integral_constant<int, 2>()); break;
+            case 1: some(std::integral_constant<int, 1>()); break;
         }
+    }
+}
+
+template <int TYPE>
+void attend_group(const Attention& op, const Chunk& chunk, const Heads& heads, const Heads& next, const float* q,
+                  float* partial) {
+    const Scales<TYPE> scales(heads, chunk, op.dim);
+    if (op.dim >= NARROW<TYPE>) return attend_all<TYPE>(op, chunk, heads, scales, op.dim, next, q, partial);
+    const Copies<TYPE> copies(heads, op.dim);
+    attend_all<TYPE>(op, chunk, copies.heads(), scales, NARROW<TYPE>, next, q, partial);
+}
+
+void attend_group(const Attention& op, const Chunk& chunk, const Heads& heads, const Heads& next, const float* q,
+                  float* partial) {
+    switch (op.type) {
+        case FLOAT32: return attend_group<FLOAT32>(op, chunk, heads, next, q, partial);
+        case BFLOAT16: return attend_group<BFLOAT16>(op, chunk, heads, next, q, partial);
+        case INT8: return attend_group<INT8>(op, chunk, heads, next, q, partial);
     }
 }
 
 void scale_queries(const Attention& op, const float* from, long count, float* to) {
     const float scale = op.query_scale();
-    for (long i = 0; i < count; i++)
-        for (long d = 0; d < op.dim; d++) to[i * op.padded() + d] = from[i * op.dim + d] * scale;
+    for (long i = 0; i < count; i++, from += op.dim, to += op.padded()) {
+        for (long d = 0; d < op.dim; d++) to[d] = from[d] * scale;
+        std::fill(to + op.dim, to + op.padded(), 0.0f);
+    }
+}
+
+// The sums of RUN features, times `one`, in the order of the features.
+template <int TYPE>
+void write_run(const float* sums, float one, long count, float* out) {
+    alignas(64) float all[RUN<TYPE>];
+    if constexpr (TYPE == BFLOAT16) {
+        const vf even = load(sums) * splat(one), odd = load(sums + W) * splat(one);
+        store(all, interleave<false>(even, odd));
+        store(all + W, interleave<true>(even, odd));
+    } else {
+        store(all, load(sums) * splat(one));
+    }
+    std::copy(all, all + count, out);
+}
+
+template <int TYPE>
+void write_sums(const float* sums, float one, long dim, float* out) {
+    for (long d = 0; d < dim; d += RUN<TYPE>)
+        if (dim < NARROW<TYPE>)
+            write_run<TYPE>(sums + d, one, std::min<long>(RUN<TYPE>, dim - d), out + d);
+        else
+            write_run<TYPE>(sums + d, one, RUN<TYPE>, out + std::min(d, dim - RUN<TYPE>));
 }
 
 }  // namespace
 
-void attend_one(const Attention& op, long row, long kv_head, long kv_end, long begin, long end, float* partials) {
+void attend_one(const Attention& op, const Part& part, const Part& after, float* partials) {
     static thread_local Scratch scratch;
-    const long heads = kv_end - kv_head, group = op.group(), padded = op.padded(), size = partial_size(op);
-    float* queries = scratch.floats(static_cast<size_t>(heads * group * padded + 2 * CHUNK * op.dim));
-    float* wide_keys = queries + heads * group * padded;
-    float* wide_values = wide_keys + CHUNK * op.dim;
-    scale_queries(op, op.q + op.extents[3 * row] * op.q_stride + kv_head * group * op.dim, heads * group, queries);
+    const long heads = part.kv_end - part.kv_head, group = op.group(), padded = op.padded(), size = partial_size(op);
+    float* queries = scratch.floats(static_cast<size_t>(heads * group * padded));
+    scale_queries(op, op.q + op.extents[3 * part.row] * op.q_stride + part.kv_head * group * op.dim, heads * group,
+                  queries);
     for (long head = 0; head < heads; head++) {
         float* tops = partials + head * size + group * (padded + 1);
         std::fill(partials + head * size, tops, 0.0f);
         std::fill(tops, tops + group, LOWEST);
     }
-    Chunk chunk(op, row, begin, end);
+    Chunk chunk(op, part.row, part.begin, part.end);
     while (true) {
-        const long after = chunk.base + CHUNK;
-        const Chunk next = after < end ? Chunk(op, row, after, end) : chunk;
+        const long end = chunk.base + CHUNK;
+        const bool last = end >= part.end;
+        const Chunk next = last ? Chunk(op, after.row, after.begin, after.end) : Chunk(op, part.row, end, part.end);
         for (long head = 0; head < heads; head++) {
-            Rows keys(op, chunk, op.keys, kv_head + head), values(op, chunk, op.values, kv_head + head);
-            keys.widen(op, chunk, wide_keys);
-            values.widen(op, chunk, wide_values);
-            const bool last = head + 1 == heads;
-            Ahead ahead;
-            ahead.bytes = head_bytes(op.type, op.dim);
-            ahead.values = op.type == FLOAT32 ? 0 : op.values - op.keys;
-            const char* from = op.keys + (last ? kv_head : kv_head + head + 1) * ahead.bytes;
-            for (int i = 0; i < CHUNK; i++) ahead.keys[i] = from + (last ? next : chunk).offsets[i];
-            attend_heads(op, chunk, keys, values, ahead, queries + head * group * padded, partials + head * size);
+            const Heads now(op, chunk, part.kv_head + head);
+            const Heads then = head + 1 < heads ? Heads(op, chunk, part.kv_head + head + 1)
+                                                : Heads(op, next, last ? after.kv_head : part.kv_head);
+            attend_group(op, chunk, now, then, queries + head * group * padded, partials + head * size);
         }
-        if (after >= end) return;
+        if (last) return;
         chunk = next;
+    }
+}
+
+void write_sums(const Attention& op, const float* sums, float one, float* out) {
+    switch (op.type) {
+        case FLOAT32: return write_sums<FLOAT32>(sums, one, op.dim, out);
+        case BFLOAT16: return write_sums<BFLOAT16>(sums, one, op.dim, out);
+        case INT8: return write_sums<INT8>(sums, one, op.dim, out);
     }
 }

@@ -27,7 +27,9 @@ struct Task {
 };
 
 constexpr long TASKS = 8;
-// Of decoding for each thread, at least, where there are heads to share out.
+// For each thread, at least, where there is enough to share out.
+constexpr long TILES = 4;
+// Of queries in a task, at most.
 
 // Joins the parts of one row and key/value head into the row's output.
 void join(const Attention& op, const Decode& decode, long kv_head) {
@@ -43,10 +45,18 @@ void join(const Attention& op, const Decode& decode, long kv_head) {
             for (long d = 0; d < padded; d += W)
                 store(acc + d, fused(add, load(other + g * padded + d), keep * load(acc + d)));
         }
-        const float one = 1.0f / total[0];
-        float* out = op.out + (op.extents[3 * decode.row] * op.heads + kv_head * group + g) * op.dim;
-        for (long d = 0; d < op.dim; d++) out[d] = acc[d] * one;
+        write_sums(op, acc, 1.0f / total[0],
+                   op.out + (op.extents[3 * decode.row] * op.heads + kv_head * group + g) * op.dim);
     }
+}
+
+// Tiles of queries that are worth one task: the more, the less often a chunk is widened.
+long tiles_at_once(const Attention& op, long rows, int threads) {
+    const long alone = positions_at_once(op, 1);
+    long tiles = 0;
+    for (long row = 0; row < rows; row++)
+        if (const long count = op.extents[3 * row + 1]; count > 1) tiles += (count + alone - 1) / alone * op.kv_heads;
+    return std::clamp(tiles / (TASKS * threads), 1L, TILES);
 }
 
 struct Plan {
@@ -76,7 +86,7 @@ struct Plan {
                     tasks.push_back({decode.row, static_cast<long>(i), part, 0, head,
                                      std::min(head + heads, op.kv_heads)});
         }
-        const long step = positions_at_once(op);
+        const long step = positions_at_once(op, tiles_at_once(op, rows, threads));
         for (long row = 0; row < rows; row++) {
             const long count = op.extents[3 * row + 1];
             if (count < 2) continue;
@@ -88,12 +98,17 @@ struct Plan {
     }
 };
 
-void compute(const Attention& op, const Plan& plan, const Task& task, std::atomic<long>* left) {
+Part part_of(const Attention& op, const Plan& plan, const Task& task) {
+    const long last = op.extents[3 * task.row + 2];
+    const long begin = (plan.decodes[static_cast<size_t>(task.decode)].first_part + task.first) * PART;
+    return {task.row, std::max(begin, op.first_seen(last)), std::min(begin + PART, last + 1), task.kv_head, task.kv_end};
+}
+
+// `after`: the task that probably is this thread's next.
+void compute(const Attention& op, const Plan& plan, const Task& task, const Task& after, std::atomic<long>* left) {
     if (task.decode < 0) return attend_many(op, task.row, task.first, task.count, task.kv_head);
     const Decode& decode = plan.decodes[static_cast<size_t>(task.decode)];
-    const long last = op.extents[3 * task.row + 2], begin = (decode.first_part + task.first) * PART;
-    attend_one(op, task.row, task.kv_head, task.kv_end, std::max(begin, op.first_seen(last)),
-               std::min(begin + PART, last + 1),
+    attend_one(op, part_of(op, plan, task), part_of(op, plan, after.decode < 0 ? task : after),
                decode.partials + (task.first * op.kv_heads + task.kv_head) * partial_size(op));
     // Whoever brings the last of a row's parts joins them.
     if (left[task.decode].fetch_sub(1, std::memory_order_acq_rel) == 1)
@@ -115,6 +130,9 @@ EXPORT void eft_paged_attention(const float* q, long q_stride, const char* keys,
     std::vector<std::atomic<long>> left(plan.decodes.size());
     for (size_t i = 0; i < left.size(); i++) left[i].store(plan.decodes[i].tasks, std::memory_order_relaxed);
     const Plan& made = plan;
-    for_each(threads, static_cast<long>(made.tasks.size()),
-             [&](long i) { compute(op, made, made.tasks[static_cast<size_t>(i)], left.data()); });
+    const auto count = static_cast<long>(made.tasks.size());
+    for_each(threads, count, [&](long i) {
+        const auto after = static_cast<size_t>(std::min(i + threads, count - 1));
+        compute(op, made, made.tasks[static_cast<size_t>(i)], made.tasks[after], left.data());
+    });
 }

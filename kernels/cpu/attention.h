@@ -1,7 +1,7 @@
 // What both attention kernels share: where a row's keys and values lie, and in which order they are added.
 //
 // A token's result is the same bits whether it comes alone (`attend_one`) or in a chunk (`attend_many`), whatever the
-// batch: scores are sums in the order of the features; weights are added in W sums, by their place in a chunk; values
+// batch: scores are sums in the order of the features, times the scale of an int8 key; weights are added in W sums, by their place in a chunk; values
 // in the order of the tokens; parts one after the other. Chunks and parts begin at multiples of their size. What a
 // token does not see has the weight 0, and adding that changes nothing, so it does not matter how much of it is skipped.
 #pragma once
@@ -43,7 +43,8 @@ struct Attention {
     int type;       // of the cache
 
     long group() const { return heads / kv_heads; }
-    long padded() const { return (dim + W - 1) / W * W; }
+    // Floats that a head takes where it may be read beyond its end.
+    long padded() const { return (dim + 4 * W - 1) / (4 * W) * (4 * W); }
 
     // The first place in the sequence that the token at place `at` sees.
     long first_seen(long at) const { return window > 0 ? std::max(0L, at - window + 1) : 0; }
@@ -73,35 +74,18 @@ struct Chunk {
         std::fill(offsets, offsets + from, offsets[from]);
         std::fill(offsets + to, offsets + CHUNK, offsets[to - 1]);
     }
-};
 
-// One head of a chunk's tokens as they lie in the cache, and as floats: there, or widened into `wide` [CHUNK][dim].
-struct Rows {
-    const char* stored[CHUNK];
-    const float* at[CHUNK];
+    // The places of the vectors in which its tokens are.
+    long first_vector() const { return from / W * W; }
+    long end_vector() const { return (to + W - 1) / W * W; }
 
-    Rows(const Attention& op, const Chunk& chunk, const char* cache, long kv_head) {
-        cache += kv_head * head_bytes(op.type, op.dim);
-        for (int i = 0; i < CHUNK; i++) stored[i] = cache + chunk.offsets[i];
-    }
-
-    void widen(const Attention& op, const Chunk& chunk, float* wide) {
-        for (long i = 0; i < CHUNK; i++) {
-            float* to = wide + std::clamp(i, chunk.from, chunk.to - 1) * op.dim;
-            at[i] = op.type == FLOAT32 ? reinterpret_cast<const float*>(stored[i]) : to;
-            if (op.type != FLOAT32 && i >= chunk.from && i < chunk.to) widen_head(op, stored[i], to);
-        }
-    }
-
-   private:
-    static void widen_head(const Attention& op, const char* from, float* to) {
-        if (op.type == BFLOAT16) {
-            as_floats(reinterpret_cast<const uint16_t*>(from), op.dim, to);
-            return;
-        }
-        float scale;
-        std::memcpy(&scale, from + op.dim, sizeof scale);
-        for (long d = 0; d < op.dim; d++) to[d] = static_cast<float>(static_cast<int8_t>(from[d])) * scale;
+    // The scores of places `at` and on, where these are of the chunk.
+    INLINE vf seen(vf scores, long at) const {
+        vi place;
+        for (int i = 0; i < W; i++) place[i] = i;
+        place += splat(static_cast<int32_t>(at));
+        const vf low = place >= splat(static_cast<int32_t>(from)) ? scores : splat(UNSEEN);
+        return place < splat(static_cast<int32_t>(to)) ? low : splat(UNSEEN);
     }
 };
 
@@ -118,12 +102,20 @@ INLINE void merge(vf& top, vf& total, vf other_top, vf other_total, vf& keep, vf
 // Floats that `attend_one` leaves for a key/value head: sums of values [group][padded], then totals and maxima [group].
 INLINE long partial_size(const Attention& op) { return op.group() * (op.padded() + 2); }
 
-// The heads of one token (decode), against tokens `begin` to `end` of the row, all of one part, which it sees. Leaves
-// for each key/value head from `kv_head` to `kv_end` its `partial_size` floats: not yet divided by the totals.
-void attend_one(const Attention& op, long row, long kv_head, long kv_end, long begin, long end, float* partials);
+// Tokens `begin` to `end` of a row, all of one part, and key/value heads `kv_head` to `kv_end`.
+struct Part {
+    long row, begin, end, kv_head, kv_end;
+};
+
+// The heads of a row's only token (decode) against a part, all of which it sees. Leaves `partial_size` floats for each
+// key/value head: not yet divided by the totals. The part `after` will probably be next in this thread.
+void attend_one(const Attention& op, const Part& part, const Part& after, float* partials);
+
+// Sums of values as `attend_one` keeps them, times `one`, to `out` [dim].
+void write_sums(const Attention& op, const float* sums, float one, float* out);
 
 // Positions first to first + count of the row, all heads of one key/value head: their places in `out` are written.
 void attend_many(const Attention& op, long row, long first, long count, long kv_head);
 
-// Positions that `attend_many` takes at once.
-long positions_at_once(const Attention& op);
+// Positions whose queries fill so many of the tiles in which `attend_many` takes them.
+long positions_at_once(const Attention& op, long tiles);

@@ -1,11 +1,13 @@
-// Weights in four-bit NormalFloat as the floats that they stand for, each the product of a code and a scale.
+// Weights as the floats that they stand for.
 #include <algorithm>
 
 #include "export.h"
+#include "hadamard.h"
+#include "int8.h"
 #include "nf4.h"
 #include "parallel.h"
 
-// Weights as for `eft_linear_nf4` to y [out, in].
+// Weights as for `eft_linear_nf4` to y [out, in], each the product of a code and a scale.
 EXPORT void eft_dequantise_nf4(const uint8_t* values, const float* scales, long out, long in, float* y, int threads) {
     const Nf4Tiles weight{values, scales, (in + NF4_BLOCK - 1) / NF4_BLOCK};
     for_each(threads, (out + W - 1) / W, [&](long unit) {
@@ -28,6 +30,36 @@ EXPORT void eft_dequantise_nf4(const uint8_t* values, const float* scales, long 
                 for (long row = 0; row < rows; row++)
                     std::memcpy(to + row * in + block * NF4_BLOCK + first, &inputs[row], bytes);
             }
+        }
+    });
+}
+
+// Outputs `index` [count], from 0 on, of weights as for `eft_linear_int8`, turned back: y [count, in].
+EXPORT void eft_int8_rows(const int8_t* values, const float* scales, long in, const int64_t* index, long count, float* y,
+                          int threads) {
+    constexpr long OUTPUTS = 16, LINES = TURNED / 4;  // of a tile; of a block of 64 inputs, which are two groups
+    const long blocks = (in + TURNED - 1) / TURNED;
+    for_each(threads, count, [&](long i) {
+        const long row = index[i];
+        const int8_t* from = values + row / OUTPUTS * blocks * LINES * OUTPUTS * 4 + row % OUTPUTS * 4;
+        const vf scale = splat(scales[row]);
+        for (long first = 0; first < in; first += TURNED, from += LINES * OUTPUTS * 4) {
+            alignas(64) int8_t bytes[TURNED];
+            for (long line = 0; line < LINES; line++) std::memcpy(bytes + line * 4, from + line * OUTPUTS * 4, 4);
+            vf v[TURNED_VECTORS];
+#pragma GCC unroll 16
+            for (int k = 0; k < TURNED_VECTORS; k++) {
+                vb some;
+                std::memcpy(&some, bytes + k * W, sizeof some);
+                // Rounded before it is added to others, as it is where all are dequantised.
+                v[k] = opaque(to_float(__builtin_convertvector(some, vi)) * scale);
+            }
+            turn(v);
+            alignas(64) float turned[TURNED];
+#pragma GCC unroll 16
+            for (int k = 0; k < TURNED_VECTORS; k++) store(turned + k * W, v[k] * splat(TURNED_SCALE));
+            const long most = std::min<long>(TURNED, in - first);
+            std::memcpy(y + i * in + first, turned, static_cast<size_t>(most) * sizeof(float));
         }
     });
 }

@@ -1,106 +1,185 @@
-// Weights in groups of 32 inputs, each with a scale, and activations with a scale a group too: a group's sum is exact in
-// integers, and over the groups they are added in float, from the first to the last.
+// Linears whose weights are in groups (`groups.h`). Every output adds up its groups in the same order, so a row's result is
+// the same bit by bit in every batch.
 //
-// A `Kind` says what a group is:
-//   static constexpr bool MINIMUMS         whether it has a minimum beside its scale
-//   static constexpr int LINES             lines of 64 bytes of 16 outputs
-//   using Sum; static Sum sum(int32_t of_activations, float scale)               what `dot` and the minimum need
-//   static void unpack(const uint8_t* lines, Weights& w)                         the W outputs at the lines' beginning
-//   template <int R> static void dot(const Weights&, const Bytes*, const Sum*, vi (&total)[R])
+// A few rows: weights go from memory straight into the products. More rows: each two tiles are unpacked once, and meet all
+// rows while they lie in the cache.
 #pragma once
 
-#include "tiles.h"
+#include "groups.h"
 
-// W float16 as float32. Source: multiplying by 2^112 moves the exponent, of subnormals too.
-INLINE vf load_half(const uint16_t* from) {
-    using vh = uint16_t __attribute__((vector_size(2 * W)));
-    vh halves;
-    std::memcpy(&halves, from, sizeof halves);
 #if defined(__AVX512F__)
-    return (vf)_mm512_maskz_cvtph_ps(0xffff, (__m256i)halves);
-#elif defined(__F16C__)
-    return (vf)_mm256_cvtph_ps((__m128i)halves);
+constexpr int FEW_ROWS = 12;
 #else
-    const vi wide = __builtin_convertvector(halves, vi);
-    return bits(((wide & 0x7fff) << 13) | ((wide & 0x8000) << 16)) * splat(0x1p112f);
+constexpr int FEW_ROWS = 6;
 #endif
+// That are multiplied with weights from memory: as many as the registers have sums for.
+#if defined(__AVX512VNNI__)
+constexpr int BLOCK_ROWS = 6, BLOCK_VECTORS = 2;
+#else
+constexpr int BLOCK_ROWS = FEW_ROWS, BLOCK_VECTORS = 1;
+#endif
+// Of unpacked weights: rows and vectors of outputs that are multiplied at once.
+
+constexpr long FAR_AHEAD = 4096;
+// Bytes from what a few rows read to what they ask for: further than the hardware looks, which stops at the end of a page.
+
+// R rows times a tile in memory.
+template <int R, typename Format>
+__attribute__((noinline)) void multiply_stored(const Format& format, const typename Format::Block& block, long tile,
+                                               Outputs* result) {
+    using Stored = typename Format::Stored;
+    constexpr int V = R * PARTS <= 6 ? PARTS : 1;
+    const char* next = reinterpret_cast<const char*>(format.at(tile, 0)) + FAR_AHEAD;
+#pragma GCC unroll 1
+    for (int part = 0; part < PARTS; part += V) {
+        const uint8_t* from[V];
+        for (int v = 0; v < V; v++) from[v] = format.at(tile, part + v);
+        const auto ahead = [&]() INLINE_LAMBDA {
+            if (part > 0) return;
+#pragma GCC unroll 16
+            for (long line = 0; line < Stored::SIZE; line += 64) prefetch(next + line);
+            next += Stored::SIZE;
+        };
+        vf acc[V][R];
+        format.template multiply<Stored>(block, from, part, ahead, acc);
+        for (int v = 0; v < V; v++)
+            for (int r = 0; r < R; r++) store(result[r] + (part + v) * W, acc[v][r]);
+    }
 }
 
-template <typename Kind>
-struct Grouped {
-    using Sum = typename Kind::Sum;
+template <int R = FEW_ROWS, typename Format>
+void multiply_stored(int rows, const Format& format, const typename Format::Block& block, long tile, Outputs* result) {
+    if (rows == R) return multiply_stored<R>(format, block, tile, result);
+    if constexpr (R > 1) multiply_stored<R - 1>(rows, format, block, tile, result);
+}
 
-    // R rows: [groups][R] of all that a product reads.
-    struct Block {
-        Bytes* bytes;
-        float* scales;
-        Sum* sums;
+// Two tiles, unpacked.
+template <typename Format>
+class Panels {
+   public:
+    using Block = typename Format::Block;
+    using Unpacked = typename Format::Unpacked;
 
-        static long size(long groups, int rows) {
-            return rows * groups * static_cast<long>(sizeof(Bytes) + sizeof(float) + sizeof(Sum));
-        }
+    Panels(Scratch& scratch, const Format& format)
+        : format_(format),
+          size_(format.groups * Unpacked::SIZE),
+          memory_(reinterpret_cast<uint8_t*>(scratch.bytes(static_cast<size_t>(2 * PARTS * size_)))) {}
 
-        Block(char* memory, long groups, int rows)
-            : bytes(reinterpret_cast<Bytes*>(memory)),
-              scales(reinterpret_cast<float*>(bytes + groups * rows)),
-              sums(reinterpret_cast<Sum*>(scales + groups * rows)) {}
-    };
-
-    Activations x;
-    const uint8_t* values;     // [tiles][groups][LINES][64]
-    const uint16_t* scales;    // [tiles][groups][16] float16
-    const uint16_t* minimums;  // as scales, or null
-    long groups;
-
-    long tile_bytes() const { return groups * Kind::LINES * 64; }
-
-    void pack(const Block& block, long first, int rows) const {
-        for (int row = 0; row < rows; row++) {
-            vi total = {};
-            x.quantise_groups(first + row, [&](vi q, long group, int at, float scale) INLINE_LAMBDA {
-                const long place = group * rows + row;
-                store_bytes(q, block.bytes[place] + at);
-                total = at == 0 ? q : total + q;
-                if (at + W < GROUP) return;
-                block.scales[place] = scale;
-                block.sums[place] = Kind::sum(sum(total), scale);
-            });
+    void unpack(long tile, long other) const {
+        for (int part = 0; part < PARTS; part++) {
+            format_.unpack(tile, part, memory_ + part * size_);
+            format_.unpack(other, part, memory_ + (PARTS + part) * size_);
         }
     }
 
-    template <int R>
-    void multiply(const Block& block, long tile, long other, Outputs* result, Outputs* others) const {
-        multiply<R>(block, tile, result);
-        if (other != tile) multiply<R>(block, other, others);
+    // Calls of `multiply_vectors` that a block takes.
+    static constexpr int CALLS = 2 * PARTS / BLOCK_VECTORS;
+
+    // `results` = a block of rows times both.
+    template <int R = BLOCK_ROWS>
+    void multiply(int rows, const Block& block, Next& next, Outputs (&results)[2][BLOCK_ROWS]) const {
+        if (rows == R)
+            for (int call = 0; call < CALLS; call++) multiply_vectors<R>(block, call * BLOCK_VECTORS, next, results);
+        else if constexpr (R > 1)
+            multiply<R - 1>(rows, block, next, results);
     }
 
    private:
     template <int R>
-    __attribute__((noinline)) void multiply(const Block& block, long tile, Outputs* result) const {
-#pragma GCC unroll 1
-        for (int from = 0; from < TILE_OUTPUTS; from += W) {
-            vf acc[R];
-#pragma GCC unroll 16
-            for (int r = 0; r < R; r++) acc[r] = vf{};
-            for (long group = 0; group < groups; group++) {
-                const long at = tile * groups + group;
-                Weights w;
-                Kind::unpack(values + at * Kind::LINES * 64 + from * 4, w);
-                const vf scale = load_half(scales + at * TILE_OUTPUTS + from);
-                const float* steps = block.scales + group * R;
-                const Sum* sums = block.sums + group * R;
-                vi total[R];
-                Kind::template dot<R>(w, block.bytes + group * R, sums, total);
-#pragma GCC unroll 16
-                for (int r = 0; r < R; r++) acc[r] = fused(to_float(total[r]), scale * splat(steps[r]), acc[r]);
-                if constexpr (Kind::MINIMUMS) {
-                    const vf minimum = load_half(minimums + at * TILE_OUTPUTS + from);
-#pragma GCC unroll 16
-                    for (int r = 0; r < R; r++) acc[r] = fused(minimum, splat(sums[r]), acc[r]);
-                }
-            }
-#pragma GCC unroll 16
-            for (int r = 0; r < R; r++) store(result[r] + from, acc[r]);
-        }
+    __attribute__((noinline)) void multiply_vectors(const Block& block, int first, Next& next,
+                                                    Outputs (&results)[2][BLOCK_ROWS]) const {
+        const uint8_t* from[BLOCK_VECTORS];
+        for (int v = 0; v < BLOCK_VECTORS; v++) from[v] = memory_ + (first + v) * size_;
+        vf acc[BLOCK_VECTORS][R];
+        Next ahead = next;  // in registers
+        format_.template multiply<Unpacked>(block, from, 0, [&]() INLINE_LAMBDA { ahead.step(); }, acc);
+        next = ahead;
+        for (int v = 0; v < BLOCK_VECTORS; v++)
+            for (int r = 0; r < R; r++)
+                store(results[(first + v) / PARTS][r] + (first + v) % PARTS * W, acc[v][r]);
     }
+
+    const Format& format_;
+    const long size_;
+    uint8_t* const memory_;
 };
+
+template <typename Format>
+void run_few(const Linear& op, const Format& format, int threads) {
+    using Block = typename Format::Block;
+    const int rows = static_cast<int>(op.rows);
+    const long tiles = (op.out + TILE_OUTPUTS - 1) / TILE_OUTPUTS;
+    Ranges ranges(tiles, threads);
+    in_parallel(threads, [&] {
+        const int own = ranges.arrive();
+        const char* begin = reinterpret_cast<const char*>(format.at(std::min(ranges.first_of(own), tiles - 1), 0));
+        for (long at = 0; at < FAR_AHEAD; at += 64) prefetch(begin + at);
+        // Every thread packs all rows: that is quicker than to wait for one who did.
+        static thread_local Scratch scratch;
+        const Block block(scratch.bytes(static_cast<size_t>(Block::size(format.groups, rows))), format.groups, rows);
+        format.pack(block, 0, rows);
+        alignas(64) Outputs result[FEW_ROWS], ups[FEW_ROWS];
+        ranges.run(own, [&](long tile, bool) {
+            multiply_stored(rows, format, block, tile, result);
+            if (op.swiglu) multiply_stored(rows, format, block, tiles + tile, ups);
+            finish_tile(op, rows, 0, tile, result, ups);
+        });
+    });
+}
+
+template <typename Format>
+void run_many(const Linear& op, const Format& format, int threads) {
+    using Block = typename Format::Block;
+    static thread_local Scratch scratch;
+    const long tiles = (op.out + TILE_OUTPUTS - 1) / TILE_OUTPUTS;
+    // Two tiles at once: of gates and their ups, or neighbours, the last one perhaps alone.
+    const long twos = op.swiglu ? tiles : (tiles + 1) / 2;
+    const auto tile_of = [&](long two) { return op.swiglu ? two : 2 * two; };
+    const auto other_of = [&](long two) { return op.swiglu ? two + tiles : std::min(2 * two + 1, tiles - 1); };
+    const auto weights = [&](long tile) { return reinterpret_cast<const char*>(format.at(tile, 0)); };
+    const long size = (Block::size(format.groups, BLOCK_ROWS) + 63) / 64 * 64;
+    const long most = std::max(PANEL_BYTES / size, 1L) * BLOCK_ROWS;
+    for (long first = 0; first < op.rows; first += most) {
+        const long count = std::min(op.rows - first, most);
+        const long blocks = (count + BLOCK_ROWS - 1) / BLOCK_ROWS;
+        char* packed = scratch.bytes(static_cast<size_t>(blocks * size));
+        // Blocks of about the same size: a few rows of a last one would cost as much as many.
+        const auto begin_of = [&](long block) { return count * block / blocks; };
+        const auto rows_of = [&](long block) { return static_cast<int>(begin_of(block + 1) - begin_of(block)); };
+        const auto packed_at = [&](long block) {
+            return Block(packed + block * size, format.groups, rows_of(block));
+        };
+        const long lines = (format.tile_bytes() + 63) / 64;
+        const long steps = blocks * format.groups * Panels<Format>::CALLS;
+        Phase packing(blocks);
+        Ranges ranges(twos, threads);
+        in_parallel(threads, [&] {
+            packing.run([&](long block) { format.pack(packed_at(block), first + begin_of(block), rows_of(block)); });
+            static thread_local Scratch unpacked;
+            const Panels<Format> panels(unpacked, format);
+            ranges.run([&](long two, bool more) {
+                const long tile = tile_of(two), other = other_of(two);
+                panels.unpack(tile, other);
+                Next next{weights(tile_of(two + 1)), weights(other_of(two + 1)), (lines + steps - 1) / steps};
+                const char* end = next.tile + format.tile_bytes();
+                alignas(64) Outputs results[2][BLOCK_ROWS];
+                for (long block = 0; block < blocks; block++) {
+                    if (!more || next.tile >= end) next.lines = 0;
+                    const int rows = rows_of(block);
+                    const long row = first + begin_of(block);
+                    panels.multiply(rows, packed_at(block), next, results);
+                    finish_tile(op, rows, row, tile, results[0], results[1]);
+                    if (!op.swiglu && other != tile) finish_tile(op, rows, row, other, results[1], nullptr);
+                }
+            });
+        });
+    }
+}
+
+template <typename Format>
+void run_groups(const Linear& op, const Format& format, int threads) {
+    if (op.rows <= FEW_ROWS)
+        run_few(op, format, threads);
+    else
+        run_many(op, format, threads);
+}

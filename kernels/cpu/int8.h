@@ -61,6 +61,39 @@ INLINE vi dot4(vi acc, vi x, const Fours& w) {
 #endif
 }
 
+// The same for `dot_biased`.
+#if defined(__AVX2__) && !defined(__AVXVNNI__) && !defined(__AVX512F__)
+struct Biased {
+    vi size, flips;
+
+    INLINE explicit Biased(vi w)
+        : size((vi)_mm256_abs_epi8((__m256i)w)), flips((vi)_mm256_cmpgt_epi8(_mm256_setzero_si256(), (__m256i)w)) {}
+};
+#else
+using Biased = Fours;
+#endif
+
+#if defined(__AVXVNNI__)
+constexpr int32_t BIAS = 128;
+#else
+constexpr int32_t BIAS = OFFSET;
+#endif
+// What x is stored plus for `dot_biased`.
+
+// As `dot4`, plus what x = 0 gives with these weights, which is not 0. With AVX2 since the complement of a byte is one
+// less than its negative, and where a product needs three instructions anyway, it can be had in more of the processor's
+// ports.
+INLINE vi dot_biased(vi acc, vi x, const Biased& w) {
+#if defined(__AVX512F__) || !defined(__AVX2__)
+    return dot4(acc, x, w);
+#elif defined(__AVXVNNI__)
+    return (vi)_mm256_dpbusd_avx_epi32((__m256i)acc, (__m256i)x, (__m256i)w.sign);
+#else
+    // Else GCC adds up the products of a group first, for which registers do not suffice.
+    return opaque(acc + fold_pairs(pairs(w.size, x ^ w.flips)));
+#endif
+}
+
 // Four bytes in every lane.
 INLINE vi four(const int8_t* bytes) {
     int32_t lane;
@@ -72,9 +105,18 @@ INLINE vf to_float(vi v) { return __builtin_convertvector(v, vf); }
 
 using vb = int8_t __attribute__((vector_size(W)));
 
+// The low byte of each.
 INLINE void store_bytes(vi integers, int8_t* to) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    // GCC would take them one by one.
+    const __m256i low = _mm256_set1_epi32(0x0c080400);
+    const __m256i picked = _mm256_shuffle_epi8((__m256i)integers, low);  // four of each half
+    const __m128i both = _mm_unpacklo_epi32(_mm256_castsi256_si128(picked), _mm256_extracti128_si256(picked, 1));
+    std::memcpy(to, &both, W);
+#else
     const vb narrow = __builtin_convertvector(integers, vb);
     std::memcpy(to, &narrow, sizeof narrow);
+#endif
 }
 
 // x to the nearest integer, halves to even; below 2^22 in size.

@@ -2,22 +2,25 @@
 
 import ctypes
 import functools
+from contextlib import suppress
 
 from torch import Tensor
 
-from kernels.cpu.build import library
-from kernels.cpu.variants import Variant
+from kernels.cpu.build import BuildError, library
+from kernels.cpu.variants import Variant, wanted_variants
 
 _POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_float
 
 _SIGNATURES: dict[str, str] = {
     "eft_linear": "pllllpppfppii",
     "eft_linear_int8": "pllllpppppfppii",
-    "eft_linear_int4": "pllllpppppfppii",
-    "eft_linear_int8_groups": "pllllppppfppii",
+    "eft_linear_int4": "pllllpppfppii",
+    "eft_linear_int8_groups": "pllllpppfppii",
     "eft_linear_bfloat16": "pllllpppfppii",
     "eft_dequantise_nf4": "ppllpi",
     "eft_int8_products": "pllplplpi",
+    "eft_int8_zeros": "pllp",
+    "eft_int8_rows": "pplplpi",
     "eft_linear_nf4": "pllllppppfppii",
     "eft_lora_apply": "pllplpli",
     "eft_rms_norm": "plllpffpi",
@@ -49,3 +52,16 @@ def load(variant: Variant) -> ctypes.CDLL:
         function.argtypes = [_TYPES[letter] for letter in arguments]
         function.restype = None
     return kernels
+
+
+def load_wanted() -> tuple[Variant, ctypes.CDLL]:
+    """The first of `wanted_variants` that the compiler can make: an older one does not know the newest instructions.
+    Raises as `load` and `wanted_variants` do."""
+    first, *slower = wanted_variants()
+    try:
+        return first, load(first)
+    except BuildError:
+        for variant in slower:
+            with suppress(BuildError):
+                return variant, load(variant)
+        raise

@@ -167,7 +167,7 @@ void run_some(const Linear& op, const Floats<T>& from, int threads) {
         const Workspace space(scratch, batch, sizeof(T) != sizeof(float));
         if (together)
             normalising.run([&](long task) { norms(task * AT_ONCE, std::min(op.rows, (task + 1) * AT_ONCE)); });
-        ranges.run([&](long task) { compute(op, batch, from.weight, task * W, space); });
+        ranges.run([&](long task, bool) { compute(op, batch, from.weight, task * W, space); });
     });
 }
 

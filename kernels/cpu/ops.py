@@ -9,10 +9,10 @@ from torch import Tensor
 from kernels.bfloat16 import BFloat16Weight
 from kernels.cpu.build import BuildError
 from kernels.cpu.layers import CACHE_TYPES, CpuLayers
-from kernels.cpu.library import address, load
+from kernels.cpu.library import address, load, load_wanted
 from kernels.cpu.lora import LoraLayout, laid_out, segment_table, suits
 from kernels.cpu.tiles import TILE, Int4Tiles, Int8GroupTiles, Int8Tiles, Nf4Tiles, Tiles, tiled
-from kernels.cpu.variants import Variant, chosen_variant
+from kernels.cpu.variants import Variant
 from kernels.interface import LoraFactors, LoraSegment, PagedRows
 from kernels.quantised import Int8Weight, QuantisedWeight, Weight, quantise_rows
 from kernels.reference import ReferenceOps
@@ -26,15 +26,14 @@ class CpuOps(ReferenceOps):
 
     def __init__(self, variant: Variant | None = None) -> None:
         """Without a `variant` the fastest one. Raises `BuildError`, `OSError` or `ValueError` when it cannot be had."""
-        self.variant = variant or chosen_variant()
-        self._lib = load(self.variant)
+        self.variant, self._lib = (variant, load(variant)) if variant else load_wanted()
 
     @classmethod
     def unavailable(cls) -> str | None:
         if not sys.platform.startswith("linux"):
             return "works on Linux only"
         try:
-            load(chosen_variant())
+            load_wanted()
         except (BuildError, OSError, ValueError) as error:
             return str(error)
         return None
@@ -44,7 +43,7 @@ class CpuOps(ReferenceOps):
 
     def join_layers(self, stack: LayerStack) -> CpuLayers | None:
         suited = all(_suits(layer) for layer in stack.layers)
-        return CpuLayers(stack, self._lib, self._weight_of) if suited else None
+        return CpuLayers(stack, self._lib, self.op_of) if suited else None
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         if not _fits(x, weight):
@@ -90,11 +89,11 @@ class CpuOps(ReferenceOps):
             swiglu,
             torch.get_num_threads(),
         )
-        op, tensors = self._weight_of(weight)
+        op, tensors = self.op_of(weight)
         op(x.data_ptr(), x.stride(0), rows, size, out, *(tensor.data_ptr() for tensor in tensors), *arguments)
         return y
 
-    def _weight_of(self, weight: Weight) -> tuple[Callable[..., None], tuple[Tensor, ...]]:
+    def op_of(self, weight: Weight) -> tuple[Callable[..., None], tuple[Tensor, ...]]:
         """The op for a weight that `_fits`, and the tensors that it takes."""
         lib = self._lib
         match weight:

@@ -15,14 +15,26 @@ class Ranges {
         }
     }
 
-    // Calls body(task) for every task that is left. To be called by each thread once.
+    // The range of the calling thread.
+    int arrive() { return arrived_.fetch_add(1, std::memory_order_relaxed) % count_; }
+
+    // The task that comes next in a range, or some number beyond its end.
+    long first_of(int range) const { return ranges_[range].next.load(std::memory_order_relaxed); }
+
+    // Calls body(task, more) for every task that is left; `more`: the next one will most likely be this thread's as well.
+    // To be called by each thread once.
     template <typename Body>
-    void run(Body&& body) {
-        const int own = arrived_.fetch_add(1, std::memory_order_relaxed) % count_;
+    void run(int own, Body&& body) {
         for (int i = 0; i < count_; i++) {
             Range& range = ranges_[(own + i) % count_];
-            for (long task; (task = range.next.fetch_add(1, std::memory_order_relaxed)) < range.end;) body(task);
+            for (long task; (task = range.next.fetch_add(1, std::memory_order_relaxed)) < range.end;)
+                body(task, task + 1 < range.end);
         }
+    }
+
+    template <typename Body>
+    void run(Body&& body) {
+        run(arrive(), body);
     }
 
    private:

@@ -49,7 +49,8 @@ INLINE vf bits(vi v) { return reinterpret_cast<vf>(v); }
 INLINE vi bits(vf v) { return reinterpret_cast<vi>(v); }
 
 // x, of whose making the compiler knows nothing from here on: what follows is computed as it is written for vectors.
-INLINE vf opaque(vf x) {
+template <typename V>
+INLINE V opaque(V x) {
 #if defined(__x86_64__)
 #if defined(__AVX512F__)
     asm("" : "+v"(x));
@@ -90,14 +91,6 @@ INLINE int32_t sum(vi v) {
     std::memcpy(parts, &v, sizeof v);
     for (int step = W / 2; step > 0; step /= 2)
         for (int i = 0; i < step; i++) parts[i] += parts[i + step];
-    return parts[0];
-}
-
-INLINE float maximum(vf v) {
-    float parts[W];
-    store(parts, v);
-    for (int step = W / 2; step > 0; step /= 2)
-        for (int i = 0; i < step; i++) parts[i] = parts[i] > parts[i + step] ? parts[i] : parts[i + step];
     return parts[0];
 }
 
@@ -258,13 +251,19 @@ INLINE void transpose(vf (&rows)[W]) {
 }
 #endif
 
-// The sum of each row: lane i of the result is the sum over rows[i]. Changes rows.
-INLINE vf sums(vf (&rows)[W]) {
+// Lane i of the result is what `add` makes of all lanes of rows[i], two vectors at a time. Changes rows.
+template <typename Add>
+INLINE vf folded(vf (&rows)[W], Add&& add) {
 #pragma GCC unroll 4
     for (int n = W; n > 1; n /= 2) {
 #pragma GCC unroll 8
         for (int i = 0; i < n / 2; i++)
-            rows[i] = interleave<false>(rows[i], rows[i + n / 2]) + interleave<true>(rows[i], rows[i + n / 2]);
+            rows[i] = add(interleave<false>(rows[i], rows[i + n / 2]), interleave<true>(rows[i], rows[i + n / 2]));
     }
     return rows[0];
+}
+
+// The sum of each row: lane i of the result is the sum over rows[i]. Changes rows.
+INLINE vf sums(vf (&rows)[W]) {
+    return folded(rows, [](vf a, vf b) INLINE_LAMBDA { return a + b; });
 }

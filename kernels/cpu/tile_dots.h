@@ -13,16 +13,19 @@ struct Weights {
 using Bytes = int8_t[GROUP];
 // A group of one row's activations, from -127 to 127.
 
-// total[r] += weights from 0 to 15 times activations. With VNNI to 255.
+#if defined(__AVX512VNNI__)
+#define HAS_VNNI
+// acc + the four products in each lane, of weights from 0 to 255.
+INLINE vi add_fours(vi acc, vi w, vi x) { return (vi)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)x); }
+#elif defined(__AVXVNNI__)
+#define HAS_VNNI
+INLINE vi add_fours(vi acc, vi w, vi x) { return (vi)_mm256_dpbusd_avx_epi32((__m256i)acc, (__m256i)w, (__m256i)x); }
+#endif
+
+// Without VNNI: total[r] += weights from 0 to 15 times activations.
 template <int R>
 INLINE void add_unsigned(const Weights& w, const Bytes* rows, vi (&total)[R]) {
-#if defined(__AVX512VNNI__)
-#pragma GCC unroll 8
-    for (int i = 0; i < FOURS; i++)
-#pragma GCC unroll 16
-        for (int r = 0; r < R; r++)
-            total[r] = (vi)_mm512_dpbusd_epi32((__m512i)total[r], (__m512i)w.fours[i], (__m512i)four(rows[r] + 4 * i));
-#elif defined(__AVX2__)
+#if defined(__AVX2__)
     // Pairs are at most 2 * 15 * 127, so eight of them fit in 16 bits.
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) {
@@ -37,18 +40,13 @@ INLINE void add_unsigned(const Weights& w, const Bytes* rows, vi (&total)[R]) {
 #endif
 }
 
-// total[r] += weights from -127 to 127 times activations. With VNNI weights come plus 128, and the caller takes off 128
-// times the activations' sum.
+// The same with weights from -127 to 127.
 template <int R>
 INLINE void add_signed(const Weights& w, const Bytes* rows, vi (&total)[R]) {
-#if defined(__AVX512VNNI__)
-    add_unsigned<R>(w, rows, total);
-#else
 #pragma GCC unroll 8
     for (int i = 0; i < FOURS; i++) {
         const Fours weights(w.fours[i]);
 #pragma GCC unroll 16
         for (int r = 0; r < R; r++) total[r] = dot4(total[r], four(rows[r] + 4 * i), weights);
     }
-#endif
 }

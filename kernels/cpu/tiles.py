@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from kernels.cpu import memory
 from kernels.cpu.library import load
 from kernels.cpu.variants import Variant
 from kernels.int4 import GROUP, HALF, Int4Weight
@@ -27,7 +28,7 @@ class Tiles(QuantisedWeight):
 
     values: Tensor
     """[tiles, groups, lines, 16, 4] bytes: line i of a group holds bytes 4 i to 4 i + 3 of 16 outputs. The last tile is
-    filled with zeros."""
+    filled with zeros. `GroupTiles` have more after a group's lines."""
     size: torch.Size
     """[out, in], without what fills the last tile and group."""
 
@@ -89,16 +90,41 @@ class Int8Tiles(Tiles):
 
     scales: Tensor
     """[tiles * 16] float32."""
+    zeros: Tensor
+    """[tiles * 16] int32: what the variant's products amount to for a row of zeros; taken off those of every row."""
     sums: Tensor
     """[tiles * 16] int32."""
+    variant: Variant
+    """Whose C++ makes floats of it."""
 
     @classmethod
-    def of(cls, weight: Int8Weight) -> "Int8Tiles":
-        return cls(_lines(weight.values, GROUP), weight.shape, _whole(weight.scales), _whole(weight.sums))
+    def of(cls, weight: Int8Weight, variant: Variant) -> "Int8Tiles":
+        values, sums = _lines(weight.values, GROUP), _whole(weight.sums)
+        zeros = torch.empty_like(sums)
+        load(variant).eft_int8_zeros(values.data_ptr(), *values.shape[:2], zeros.data_ptr())
+        return cls(values, weight.shape, _whole(weight.scales), zeros, sums, variant)
+
+    @property
+    def num_bytes(self) -> int:
+        return super().num_bytes + self.sums.nbytes
 
     @property
     def others(self) -> tuple[Tensor, ...]:
-        return self.scales, self.sums
+        return self.scales, self.zeros
+
+    def rows(self, index: Tensor) -> Tensor:
+        index = index.to(torch.int64).contiguous()
+        found = torch.empty(len(index), self.size[1])
+        load(self.variant).eft_int8_rows(
+            self.values.data_ptr(),
+            self.scales.data_ptr(),
+            self.size[1],
+            index.data_ptr(),
+            len(index),
+            found.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return found
 
     def picked(self, index: Tensor | None) -> Int8Weight:
         found = slice(self.size[0]) if index is None else index
@@ -106,44 +132,55 @@ class Int8Tiles(Tiles):
 
 
 @dataclass(frozen=True, eq=False)
-class Int4Tiles(Tiles):
-    """An `Int4Weight` in tiles."""
-
-    scales: Tensor
-    """[tiles, groups, 16] float16."""
-    minimums: Tensor
-    """[tiles, groups, 16] float16."""
-
-    @classmethod
-    def of(cls, weight: Int4Weight) -> "Int4Tiles":
-        return cls(_lines(weight.packed, HALF), weight.shape, _groups(weight.scales), _groups(weight.minimums))
+class GroupTiles(Tiles):
+    """Groups with all that belongs to them: `values` is [tiles, groups, bytes] uint8, a group's lines and then its
+    float16s, 16 of a kind."""
 
     @property
     def others(self) -> tuple[Tensor, ...]:
-        return self.scales, self.minimums
+        return ()
 
-    def picked(self, index: Tensor | None) -> Int4Weight:
-        scales, minimums = (self._from_groups(x, index) for x in self.others)
-        return Int4Weight(self._bytes(index), scales, minimums, self.size[1])
+    def _lines_of(self, index: Tensor | None, lines: int) -> Tensor:
+        """[T, groups * lines * 4] uint8."""
+        parts = self.values[:, :, : lines * TILE * 4].view(*self.values.shape[:2], lines, TILE, 4)
+        if index is None:
+            return parts.permute(0, 3, 1, 2, 4).flatten(2).flatten(0, 1)[: self.size[0]]
+        return parts[index // TILE, :, :, index % TILE].flatten(1)
+
+    def _halves_of(self, index: Tensor | None, lines: int, place: int) -> Tensor:
+        """[T, groups] float16: those after `place` others."""
+        first = (lines * 4 + place * 2) * TILE
+        return self._from_groups(self.values[:, :, first : first + 2 * TILE].view(torch.float16), index)
 
 
 @dataclass(frozen=True, eq=False)
-class Int8GroupTiles(Tiles):
-    """An `Int8GroupWeight` in tiles."""
+class Int4Tiles(GroupTiles):
+    """An `Int4Weight` in tiles: lines, scales, minimums."""
 
-    scales: Tensor
-    """[tiles, groups, 16] float16."""
+    LINES = HALF // 4
+
+    @classmethod
+    def of(cls, weight: Int4Weight) -> "Int4Tiles":
+        return cls(_joined(_lines(weight.packed, HALF), weight.scales, weight.minimums), weight.shape)
+
+    def picked(self, index: Tensor | None) -> Int4Weight:
+        scales, minimums = (self._halves_of(index, self.LINES, place) for place in range(2))
+        return Int4Weight(self._lines_of(index, self.LINES), scales, minimums, self.size[1])
+
+
+@dataclass(frozen=True, eq=False)
+class Int8GroupTiles(GroupTiles):
+    """An `Int8GroupWeight` in tiles: lines, scales."""
+
+    LINES = GROUP // 4
 
     @classmethod
     def of(cls, weight: Int8GroupWeight) -> "Int8GroupTiles":
-        return cls(_lines(weight.values, GROUP), weight.shape, _groups(weight.scales))
-
-    @property
-    def others(self) -> tuple[Tensor, ...]:
-        return (self.scales,)
+        return cls(_joined(_lines(weight.values, GROUP), weight.scales), weight.shape)
 
     def picked(self, index: Tensor | None) -> Int8GroupWeight:
-        return Int8GroupWeight(self._bytes(index), self._from_groups(self.scales, index), self.size[1])
+        values = self._lines_of(index, self.LINES).view(torch.int8)
+        return Int8GroupWeight(values, self._halves_of(index, self.LINES, 0), self.size[1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,7 +215,7 @@ def tiled(weight: QuantisedWeight, variant: Variant) -> QuantisedWeight:
     """The weight in tiles, where there are ops for it in this variant."""
     match weight:
         case Int8Weight():
-            return Int8Tiles.of(weight)
+            return Int8Tiles.of(weight, variant)
         case Int4Weight():
             return Int4Tiles.of(weight)
         case Int8GroupWeight():
@@ -196,7 +233,13 @@ def _whole(x: Tensor) -> Tensor:
 
 def _lines(x: Tensor, width: int) -> Tensor:
     """[out, groups * width] bytes → [tiles, groups, width / 4, 16, 4]."""
-    return _whole(x).view(-1, TILE, x.shape[1] // width, width // 4, 4).permute(0, 2, 3, 1, 4).contiguous()
+    lines = _whole(x).view(-1, TILE, x.shape[1] // width, width // 4, 4).permute(0, 2, 3, 1, 4)
+    return memory.empty(lines.shape, x.dtype).copy_(lines)
+
+
+def _joined(lines: Tensor, *halves: Tensor) -> Tensor:
+    """Lines [tiles, groups, lines, 16, 4] and float16s [out, groups] → [tiles, groups, bytes]."""
+    return torch.cat((lines.flatten(2).view(torch.uint8), *(_groups(x).view(torch.uint8) for x in halves)), dim=2)
 
 
 def _groups(x: Tensor) -> Tensor:

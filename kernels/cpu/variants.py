@@ -25,17 +25,18 @@ class Variant:
 
 PLAIN = Variant("plain", (), frozenset())
 """Whatever every processor of the architecture has: SSE2 on x86-64, NEON on aarch64."""
-_X86 = (
-    Variant("avx2", ("-mavx2", "-mfma", "-mf16c"), frozenset({"avx2", "fma", "f16c"})),
-    Variant(
-        "avx512",
-        ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mprefer-vector-width=512"),
-        frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma", "f16c"}),
-    ),
+_AVX2 = Variant("avx2", ("-mavx2", "-mfma", "-mf16c"), frozenset({"avx2", "fma", "f16c"}))
+_AVX512 = Variant(
+    "avx512",
+    ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mprefer-vector-width=512"),
+    frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma", "f16c"}),
 )
-
-
-X86 = (*_X86, Variant("avx512vnni", (*_X86[1].flags, "-mavx512vnni"), _X86[1].needs | {"avx512_vnni"}))
+X86 = (
+    _AVX2,
+    Variant("avxvnni", (*_AVX2.flags, "-mavxvnni"), _AVX2.needs | {"avx_vnni"}),
+    _AVX512,
+    Variant("avx512vnni", (*_AVX512.flags, "-mavx512vnni"), _AVX512.needs | {"avx512_vnni"}),
+)
 
 
 def all_variants() -> list[Variant]:
@@ -49,15 +50,21 @@ def usable_variants() -> list[Variant]:
     return [variant for variant in all_variants() if variant.needs <= flags]
 
 
-def chosen_variant() -> Variant:
-    """The fastest one, or the one that the environment names. Raises `ValueError` when that cannot run here."""
+def wanted_variants() -> list[Variant]:
+    """The one that the environment names, else all that can run here, from the fastest on. Raises `ValueError` when the
+    one that is named cannot run here."""
     usable = {variant.name: variant for variant in usable_variants()}
     name = os.environ.get(VARIABLE)
     if not name:
-        return list(usable.values())[-1]
+        return list(usable.values())[::-1]
     if name not in usable:
         raise ValueError(f"{VARIABLE} is {name!r}; this processor can run: {', '.join(usable)}")
-    return usable[name]
+    return [usable[name]]
+
+
+def chosen_variant() -> Variant:
+    """The first of `wanted_variants`."""
+    return wanted_variants()[0]
 
 
 def processor_flags() -> frozenset[str]:

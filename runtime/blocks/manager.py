@@ -18,6 +18,8 @@ class BlockManager:
     def __init__(self, num_blocks: int, block_size: int, *, prefix_caching: bool = True) -> None:
         self.block_size = block_size
         self.prefix_caching = prefix_caching
+        self._least_copied = max(1, block_size // 4)
+        """Tokens: to copy a block takes about as long as to compute one."""
         self._pool = BlockPool(num_blocks)
         self._index = PrefixIndex()
         self._tables: dict[int, BlockTable] = {}
@@ -45,20 +47,26 @@ class BlockManager:
     # -- a new table ---------------------------------------------------------------------------
 
     def match(self, tokens: Sequence[int], chain: KeyChain) -> PrefixMatch:
-        """The longest run of known blocks at the start of `tokens`.
+        """The longest run of known blocks at the start of `tokens`, and a block whose start goes on with it.
 
         Always leaves at least the last token to compute: its logits are what the caller wants.
         """
+        if not self.prefix_caching:
+            return PrefixMatch((), 0, None, 0)
         blocks: list[int] = []
-        if self.prefix_caching:
-            count = (len(tokens) - 1) // self.block_size
-            for key in chain.keys(tokens, count)[:count]:
-                block = self._index.find(key)
-                if block is None:
-                    break
-                blocks.append(block)
-        evictable = sum(map(self._pool.is_free, blocks))
-        return PrefixMatch(tuple(blocks), len(blocks) * self.block_size, evictable)
+        known = len(tokens) - 1
+        count = known // self.block_size
+        for key in chain.keys(tokens, count)[:count]:
+            block = self._index.find(key)
+            if block is None:
+                break
+            blocks.append(block)
+        start = len(blocks) * self.block_size
+        rest = tokens[start : min(start + self.block_size, known)]
+        start_of, common = self._index.find_start(chain.parent(len(blocks)), rest)
+        if common < self._least_copied:
+            start_of, common = None, 0
+        return PrefixMatch(tuple(blocks), start + common, start_of, sum(map(self._pool.is_free, blocks)))
 
     def can_adopt(self, match: PrefixMatch, num_tokens: int) -> bool:
         """Is there room for a new table of `num_tokens` that begins with `match`?"""
@@ -66,7 +74,8 @@ class BlockManager:
         return fresh <= self._pool.num_free - match.num_evictable
 
     def adopt(self, match: PrefixMatch, num_tokens: int) -> BlockTable:
-        """A new table: the matched blocks, then fresh ones up to `num_tokens`. Needs `can_adopt`."""
+        """A new table: the matched blocks, then fresh ones up to `num_tokens`, into the first of which the match's
+        `start_of` is to be copied before anything is written. Needs `can_adopt`."""
         return self._share(BlockTable(list(match.blocks), len(match.blocks)), num_tokens)
 
     def can_fork(self, source: BlockTable, num_shared: int, num_tokens: int) -> bool:
@@ -123,7 +132,9 @@ class BlockManager:
             return
         keys = chain.keys(tokens, full)
         for number in range(max(table.num_indexed, table.num_dropped), full):
-            self._index.add(keys[number], table.blocks[number])
+            start = number * self.block_size
+            block, content = table.blocks[number], tokens[start : start + self.block_size]
+            self._index.add(keys[number], block, chain.parent(number), content)
         table.num_indexed = full
 
     def drop_behind(self, table: BlockTable, position: int) -> None:

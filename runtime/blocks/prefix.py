@@ -8,9 +8,14 @@ tagged and length-prefixed, so no two different histories can spell the same byt
 from array import array
 from collections.abc import Sequence
 from hashlib import blake2b
+from itertools import islice
+from typing import NamedTuple
 
 PrefixKey = bytes
 """16 bytes; equal keys mean equal KV."""
+
+CANDIDATES = 8
+"""Blocks after the same history that are looked at for the longest common start, the newest first."""
 
 
 def root_key(adapter: str, salt: str) -> PrefixKey:
@@ -43,6 +48,10 @@ class KeyChain:
         other._size, other._root, other._keys = self._size, self._root, list(self._keys)
         return other
 
+    def parent(self, number: int) -> PrefixKey:
+        """The name of the history before block `number`, of which the keys are known up to there."""
+        return self._keys[number - 1] if number else self._root
+
     def keys(self, tokens: Sequence[int], count: int) -> list[PrefixKey]:
         """The keys of the first `count` blocks of `tokens`, and maybe of more. Tokens only ever grow at the end."""
         keys, size = self._keys, self._size
@@ -57,31 +66,71 @@ class PrefixIndex:
 
     def __init__(self) -> None:
         self._blocks: dict[PrefixKey, int] = {}
-        self._keys: dict[int, PrefixKey] = {}
+        self._entries: dict[int, _Entry] = {}
+        self._after: dict[PrefixKey, dict[int, None]] = {}
+        """The blocks that come after a history, those that were added last at the end."""
 
     def __len__(self) -> int:
         return len(self._blocks)
 
     def __contains__(self, block: int) -> bool:
-        return block in self._keys
+        return block in self._entries
 
     def find(self, key: PrefixKey) -> int | None:
         return self._blocks.get(key)
 
-    def add(self, key: PrefixKey, block: int) -> None:
-        if key not in self._blocks and block not in self._keys:
+    def find_start(self, parent: PrefixKey, tokens: Sequence[int]) -> tuple[int | None, int]:
+        """After the history `parent`, a block that has as many as possible of its first tokens in common with
+        `tokens`, and how many. It is not looked for among more than `CANDIDATES`."""
+        best, longest = None, 0
+        for block in islice(reversed(self._after.get(parent, {})), CANDIDATES):
+            common = _common(self._entries[block].tokens, tokens)
+            if common > longest:
+                best, longest = block, common
+        return best, longest
+
+    def add(self, key: PrefixKey, block: int, parent: PrefixKey, tokens: Sequence[int]) -> None:
+        """`block` holds `tokens` after the history `parent`."""
+        if key not in self._blocks and block not in self._entries:
             self._blocks[key] = block
-            self._keys[block] = key
+            self._entries[block] = _Entry(key, parent, array("q", tokens))
+            self._after.setdefault(parent, {})[block] = None
 
     def discard(self, block: int) -> None:
-        key = self._keys.pop(block, None)
-        if key is not None:
-            del self._blocks[key]
+        entry = self._entries.pop(block, None)
+        if entry is None:
+            return
+        del self._blocks[entry.key]
+        siblings = self._after[entry.parent]
+        del siblings[block]
+        if not siblings:
+            del self._after[entry.parent]
 
     def clear(self) -> None:
         self._blocks.clear()
-        self._keys.clear()
+        self._entries.clear()
+        self._after.clear()
 
     def check_integrity(self) -> None:
         """Raise `AssertionError` unless each key has one block and each block one key."""
-        assert {block: key for key, block in self._blocks.items()} == self._keys, "index and its inverse differ"
+        assert {block: entry.key for block, entry in self._entries.items()} == {
+            block: key for key, block in self._blocks.items()
+        }, "index and its inverse differ"
+        after = {(parent, block) for parent, blocks in self._after.items() for block in blocks}
+        assert after == {(entry.parent, block) for block, entry in self._entries.items()}, "a block follows nothing"
+
+
+class _Entry(NamedTuple):
+    key: PrefixKey
+    parent: PrefixKey
+    tokens: "array[int]"
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    count = 0
+    for a, b in zip(one, other, strict=False):
+        if a != b:
+            break
+        count += 1
+    return count

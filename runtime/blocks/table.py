@@ -25,6 +25,9 @@ class PrefixMatch:
 
     blocks: tuple[int, ...]
     num_tokens: int
+    """Those in `blocks`, and those in common with `start_of`."""
+    start_of: int | None
+    """A block that has its first tokens in common with the sequence's next one, and is to be copied there."""
     num_evictable: int
     """How many of `blocks` lie in the free list, and leave it when they are adopted."""
 

@@ -1,8 +1,8 @@
 """`eft bench serve`: load on any OpenAI-style server, and what it made of it."""
 
-import asyncio
 from typing import Annotated, Literal
 
+import uvloop
 from cyclopts import Parameter
 
 from runtime.cli.flags import Json
@@ -68,7 +68,7 @@ def bench_serve(
             failed += sample.error is not None
             meter.advance(f"{failed} failed" if failed else "")
 
-        report = asyncio.run(run_load(spec, on_progress))
+        report = uvloop.run(run_load(spec, on_progress))
     if json:
         print(report.to_json().decode())
     else:

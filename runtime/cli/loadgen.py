@@ -14,9 +14,10 @@ from collections.abc import Callable
 import httpx
 
 from runtime.cli.client import remote, served_model
-from runtime.cli.load.exchange import Sample, exchange
+from runtime.cli.load.exchange import exchange
 from runtime.cli.load.prompts import Prompt, make_prompts
 from runtime.cli.load.report import LoadReport, Stats, make_report, render
+from runtime.cli.load.sample import Sample
 from runtime.cli.load.spec import LoadSpec
 
 __all__ = ["LoadReport", "LoadSpec", "Sample", "Stats", "render", "run_load"]

@@ -60,6 +60,9 @@ class Metrics:
         self._gauges["swap_capacity_bytes"].set(num_host_blocks * block_bytes)
         self._max_adapters = str(max_adapters)
         self._adapters_at_work = ("", "")
+        self._requests = (0, 0, 0)
+        """That run, that wait, and that wait though there is room, as the gauges have them."""
+        self._swapped = 0
         self._fill_labels(block_size, num_blocks, max_model_len)
         self._registry = CollectorRegistry()
         families: Families = {**self._gauges, **self._counters, **self._histograms}
@@ -85,11 +88,13 @@ class Metrics:
 
     def on_step(self, *, running: int, waiting: int, kv_usage: float, tokens: int, deferred: int = 0) -> None:
         """After a step of `tokens` (0: none ran). `deferred` of the `waiting` would fit but must not run."""
-        self._gauges["num_requests_running"].set(running)
-        self._gauges["num_requests_waiting"].set(waiting)
-        by_reason = self._gauges["num_requests_waiting_by_reason"]
-        by_reason.labels("capacity").set(waiting - deferred)
-        by_reason.labels("deferred").set(deferred)
+        if self._requests != (now := (running, waiting, deferred)):  # they change less often than steps are done
+            self._requests = now
+            self._gauges["num_requests_running"].set(running)
+            self._gauges["num_requests_waiting"].set(waiting)
+            by_reason = self._gauges["num_requests_waiting_by_reason"]
+            by_reason.labels("capacity").set(waiting - deferred)
+            by_reason.labels("deferred").set(deferred)
         self._gauges["kv_cache_usage_perc"].set(kv_usage)
         if tokens:
             self._histograms["iteration_tokens_total"].observe(tokens)
@@ -107,11 +112,16 @@ class Metrics:
         self._counters["spec_decode_num_draft_tokens"].inc(drafted)
         self._counters["spec_decode_num_accepted_tokens"].inc(accepted)
 
-    def on_swap(self, *, out: int, back: int, held: int) -> None:
-        """So many blocks were copied to host memory and back from it, which now holds `held`."""
+    def on_swap(self, *, out: int, back: int) -> None:
+        """So many blocks were copied to host memory and back from it."""
         self._counters["swap_out_blocks"].inc(out)
         self._counters["swap_in_blocks"].inc(back)
-        self._gauges["swap_used_bytes"].set(held * self._block_bytes)
+
+    def on_swapped(self, held: int) -> None:
+        """Host memory holds so many blocks."""
+        if held != self._swapped:
+            self._swapped = held
+            self._gauges["swap_used_bytes"].set(held * self._block_bytes)
 
     def on_tokens(self, timing: RequestTiming, count: int, now: float) -> None:
         """`count` tokens came at `now`; called before `timing`'s own token times move on."""
@@ -164,6 +174,8 @@ class Metrics:
 
     def on_adapter_step(self, *, running: Collection[str], active: Collection[str]) -> None:
         """The keys of the versions that running requests, and all unfinished requests, are for."""
+        if not active and self._adapters_at_work == ("", ""):
+            return
         names = [
             ",".join(sorted(key.partition("@")[0] for key in keys)) for keys in (running, set(active) - set(running))
         ]

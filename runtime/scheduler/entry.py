@@ -28,4 +28,6 @@ def take_entry(blocks: BlockManager, request: Request, num_tokens: int) -> Entry
     match = blocks.match(request.tokens, request.chain)
     if not blocks.can_adopt(match, num_tokens):
         return None
-    return Entry(blocks.adopt(match, num_tokens), match.num_tokens, [])
+    table = blocks.adopt(match, num_tokens)
+    copies = [] if match.start_of is None else [(match.start_of, table.blocks[len(match.blocks)])]
+    return Entry(table, match.num_tokens, copies)

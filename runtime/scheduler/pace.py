@@ -50,6 +50,11 @@ class Pace:
         self._output_tokens = Mean()
         self._admitted = Rate()
 
+    @property
+    def step_seconds(self) -> float:
+        """What a step usually takes; 0 until there was one."""
+        return self._step_seconds.value or 0.0
+
     def on_step(self, num_tokens: int, num_rows: int, seconds: float) -> None:
         """A step of `num_rows` computed `num_tokens`. One with more tokens than rows tells how fast prompts go."""
         if seconds <= 0 or not num_rows:

@@ -125,6 +125,11 @@ class Scheduler:
         return self._running.requests
 
     @property
+    def step_seconds(self) -> float:
+        """What a step usually takes; 0 until there was one."""
+        return self._pace.step_seconds
+
+    @property
     def num_preemptions(self) -> int:
         return self.counts.preemptions
 

@@ -70,7 +70,7 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, pin
         return torch.zeros(shape, dtype=dtype, device=device, pin_memory=pinned)
     # Mapped, not allocated: the system hands out zero pages when they are first touched, so an idle cache
     # costs no memory; huge pages make that first touch cheap.
-    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError, AttributeError):  # not every system has huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype).view(shape)

@@ -78,7 +78,9 @@ class Worker:
             hidden = self._hidden(batch)
             if not batch.slots:
                 return StepResult(step=step, slots=[], tokens=[])
-            tokens, broken, scores, candidates = self._sample(hidden[batch.sample_at], batch)
+            if len(batch.slots) < len(hidden):
+                hidden = hidden[batch.sample_at]
+            tokens, broken, scores, candidates = self._sample(hidden, batch)
         kept = proved_right(batch.slots, tokens, {row.slot: row.draft for row in rows if row.draft})
         kept = [index for index in kept if batch.slots[index] not in candidates]
         logprobs: dict[int, float] = {}

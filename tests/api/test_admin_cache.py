@@ -15,7 +15,7 @@ def cached(server: RunningServer) -> int:
 
 def test_a_reset_forgets_every_prefix(server: RunningServer) -> None:
     cached(server)
-    assert cached(server) == 32
+    assert cached(server) == 47
     answer = httpx.post(f"{server.url}/admin/cache/reset", headers=ADDRESS)
     assert answer.status_code == 200
     assert answer.json()["blocks"] >= 3

@@ -13,8 +13,8 @@ import pytest
 from rich.console import Console
 
 from runtime.cli.errors import CommandError, UsageError
-from runtime.cli.load.exchange import Sample
 from runtime.cli.load.report import make_report
+from runtime.cli.load.sample import Sample
 from runtime.cli.loadgen import LoadReport, LoadSpec, Stats, render, run_load
 
 TEMPLATE_TOKENS = 7

@@ -104,7 +104,7 @@ def test_cached_prefixes_are_per_version(llm: LLM) -> None:
                 for output in llm.engine.step():
                     cached[key, round_] = output.cached_tokens
     assert {cached[key, 1] for key in ("", "one@1:a", "two@1:b")} == {0}
-    assert {cached[key, 2] for key in ("", "one@1:a", "two@1:b")} == {48}
+    assert {cached[key, 2] for key in ("", "one@1:a", "two@1:b")} == {63}
 
 
 def test_a_version_that_is_not_loaded_is_refused_before_it_waits(llm: LLM) -> None:

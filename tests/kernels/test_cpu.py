@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 import kernels
 from kernels.cpu import CpuOps
-from kernels.cpu.build import find_compiler, library
-from kernels.cpu.variants import PLAIN, VARIABLE, usable_variants
+from kernels.cpu.build import BuildError, find_compiler, library
+from kernels.cpu.library import load_wanted
+from kernels.cpu.variants import PLAIN, VARIABLE, Variant, usable_variants
 from tests.kernels.rows import random
 
 pytestmark = pytest.mark.skipif(CpuOps.unavailable() is not None, reason=f"cpu kernels: {CpuOps.unavailable()}")
@@ -99,6 +100,23 @@ def test_a_variant_can_be_forced_and_a_wrong_one_is_refused() -> None:
             assert done.stdout.strip() == "plain", done.stderr
         else:
             assert f"{VARIABLE} is 'abacus'; this processor can run: plain" in done.stderr
+
+
+def test_a_compiler_that_does_not_know_the_newest_instructions_makes_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, *slower = usable_variants()[::-1]
+    if not slower or os.environ.get(VARIABLE):
+        pytest.skip("there is one variant only")
+
+    def compiled(variant: Variant) -> object:
+        if variant == first:
+            raise BuildError("unrecognised option")
+        return variant.name
+
+    monkeypatch.setattr("kernels.cpu.library.load", compiled)
+    assert load_wanted() == (slower[0], slower[0].name)
+    monkeypatch.setenv(VARIABLE, first.name)
+    with pytest.raises(BuildError, match="unrecognised option"):
+        load_wanted()
 
 
 def test_without_a_compiler_what_was_built_serves(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import kernels
 from kernels.cpu import CpuOps
 from kernels.cpu.variants import usable_variants
-from kernels.hadamard import turn
+from kernels.hadamard import turn, turn_back
 from kernels.quantised import from_sums, largest_of, quantise_int8
 from tests.kernels.rows import check_broken_rows, check_normed, check_rows_alone, random
 
@@ -33,6 +33,17 @@ def test_the_sums_are_those_of_integers(ops: kernels.Ops, rows: int, inner: int,
     total = integers @ weight.values.numpy().astype(np.int64).T
     expected = total * (most.astype(np.float64) / 127)[:, None] * weight.scales.double().numpy()
     assert torch.allclose(ops.linear(x, ops.prepare(weight)).double(), torch.from_numpy(expected), rtol=1e-5, atol=1e-4)
+
+
+@backends
+@pytest.mark.parametrize("rows", [1, 13])
+def test_bytes_that_are_all_as_large_as_they_get(ops: kernels.Ops, rows: int) -> None:
+    """Every pair of products is as large as there are, of any signs: 16 bits just hold it."""
+    signs, weight = random(rows, 128, seed=1).sign(), quantise_int8(turn_back(random(40, 128, seed=2).sign(), 128))
+    signs[0] = signs[0].abs()
+    assert (weight.values.abs() == 127).all()
+    expected = signs @ weight.values.float().t() * weight.scales
+    assert torch.allclose(ops.linear(turn_back(signs, 128), ops.prepare(weight)), expected, rtol=1e-5, atol=1e-4)
 
 
 @backends
@@ -76,6 +87,17 @@ def test_a_weights_turned_rows_are_off_by_at_most_half_a_step() -> None:
     assert (off.abs() <= quantised.scales.unsqueeze(1) * 0.5001).all()
     assert torch.allclose(off.norm(), (quantised.dequantise() - weight).norm(), rtol=0.2)  # what fills up is left out
     assert torch.equal(quantised.rows(torch.tensor([3, 3])), quantised.dequantise()[[3, 3]])
+
+
+@backends
+@settings(max_examples=15, deadline=None)
+@given(count=st.integers(0, 20), inner=sizes, out=sizes, seed=st.integers(0, 99))
+def test_single_outputs_are_those_of_the_whole_bit_by_bit(
+    ops: kernels.Ops, count: int, inner: int, out: int, seed: int
+) -> None:
+    weight = quantise_int8(random(out, inner, seed=seed))
+    index = torch.randint(out, (count,), generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(ops.prepare(weight).rows(index), weight.dequantise()[index])
 
 
 @backends

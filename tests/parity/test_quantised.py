@@ -1,4 +1,4 @@
-"""The demo model in integers: close to float32 on text that Python ships with, and the same answers in any batch."""
+"""The demo model in integers: close to float32 on text that Python ships with."""
 
 import pydoc_data.topics
 from pathlib import Path
@@ -6,8 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import kernels
-from runtime import LLM, SamplingParams
 from runtime.model_loading import load_decoder
 from runtime.workers.attention import PackedAttention
 from runtime.workers.loading import open_checkpoint
@@ -40,11 +38,3 @@ def exact(demo_model: Path) -> float:
 @pytest.mark.parametrize(("quantization", "most"), [("int8", 0.01), ("int4", 0.06)])
 def test_perplexity_stays_near_float32s(demo_model: Path, exact: float, quantization: str, most: float) -> None:
     assert abs(perplexity(demo_model, quantization) / exact - 1) < most
-
-
-@pytest.mark.skipif(kernels.available()["cpu"] is not None, reason="the reference attends in another order")
-def test_answers_make_sense(demo_model: Path) -> None:
-    llm = LLM(str(demo_model), quantization="int8")
-    question = [{"role": "user", "content": "What is the capital of France?"}]
-    (answer,) = llm.chat(question, SamplingParams(max_tokens=16, temperature=0.0))
-    assert "Paris" in answer.text

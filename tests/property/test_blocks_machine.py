@@ -36,6 +36,10 @@ class BlocksMachine(RuleBasedStateMachine):
         assert match.num_tokens < len(tokens)
         for number, block in enumerate(match.blocks):
             assert self.content[block] == (adapter, tuple(tokens[: (number + 1) * SIZE])), "stale content was found"
+        if match.start_of is not None:
+            whose, content = self.content[match.start_of]
+            assert match.num_tokens % SIZE, "a whole block is shared, not copied"
+            assert (whose, content[: match.num_tokens]) == (adapter, tuple(tokens[: match.num_tokens]))
         if self.manager.can_adopt(match, len(tokens)):
             sequence = Sequence(self.manager.adopt(match, len(tokens)), chain, tokens, adapter)
             self.sequences.append(sequence)

@@ -39,6 +39,9 @@ class ToyTokenizer(Tokenizer):
     def decode(self, ids: list[int], *, skip_special_tokens: bool = True) -> str:  # type: ignore[override]
         return "".join(LETTERS[id] for id in ids)
 
+    def decode_one(self, id: int, *, skip_special_tokens: bool = True) -> str:
+        return LETTERS[id]
+
 
 class ToyExecutor:
     """Executes in whatever thread it is called from, and minds which adapters are there."""

@@ -8,7 +8,7 @@ import msgspec
 from msgspec import Struct
 from rich.table import Table
 
-from runtime.cli.load.exchange import Sample
+from runtime.cli.load.sample import Sample
 from runtime.cli.load.spec import LoadSpec
 
 _MOST_ERRORS = 5

@@ -1,0 +1,95 @@
+"""Linears of `benchmarks.kernels`: weights that are cold, multiplied one after the other without Python in between."""
+
+import copy
+import ctypes
+import time
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from benchmarks.peak import Peaks, compiled
+from kernels import Weight, quantise_int4, quantise_int8, store_bfloat16
+from kernels.cpu import CpuOps
+
+SHAPES = {
+    "qkv": (960, 576),
+    "out": (576, 576),
+    "gate_up": (3072, 576),
+    "down": (576, 1536),
+    "logits": (49152, 576),
+}
+"""SmolLM2-135M's linears, [out, in]."""
+COLD = 1 << 30
+"""Bytes of copies of a weight that are gone through in turn: more than any cache holds."""
+PASS = 0.01
+"""Seconds that one timing takes at least."""
+PASSES = 9
+"""Timings, of which the median counts."""
+
+
+@dataclass(frozen=True)
+class WeightType:
+    """How weights are made, and which of the peaks binds their products."""
+
+    make: Callable[[CpuOps, torch.Tensor], Weight]
+    peak: Callable[[Peaks], float]
+
+
+TYPES = {
+    "float32": WeightType(lambda _, w: w, lambda p: p.floats),
+    "bfloat16": WeightType(lambda _, w: store_bfloat16(w), lambda p: p.floats),
+    "int8": WeightType(lambda ops, w: ops.prepare(quantise_int8(w)), lambda p: p.wide_bytes),
+    "int4": WeightType(lambda ops, w: ops.prepare(quantise_int4(w)), lambda p: p.bytes),
+}
+"""bfloat16 is how weights are stored: products are of float32."""
+
+
+class ColdLinear:
+    """A linear with copies of its weight."""
+
+    def __init__(self, ops: CpuOps, kind: str, shape: str) -> None:
+        self.size = SHAPES[shape]
+        weight = TYPES[kind].make(ops, torch.randn(self.size))
+        self.num_bytes: int = weight.nbytes if isinstance(weight, torch.Tensor) else weight.num_bytes
+        self._library = _library(ops)
+        self._weights = [weight, *(copy.deepcopy(weight) for _ in range(COLD // self.num_bytes))]
+        pairs = [ops.op_of(copied) for copied in self._weights]
+        self._op = ctypes.cast(pairs[0][0], ctypes.c_void_p)  # type: ignore[arg-type]
+        self._count = len(pairs[0][1])
+        self._addresses = array("q", (tensor.data_ptr() for _, tensors in pairs for tensor in tensors))
+        self._next = 0
+
+    def seconds(self, rows: int) -> float:
+        """Of one product with `rows` rows, the median."""
+        out, size = self.size
+        x, y = torch.randn(rows, size), torch.empty(rows, out)
+        self._timed(x, y, 1)
+        calls = max(1, min(len(self._weights), int(PASS / self._timed(x, y, 1))))
+        return sorted(self._timed(x, y, calls) for _ in range(PASSES))[PASSES // 2]
+
+    def _timed(self, x: torch.Tensor, y: torch.Tensor, calls: int) -> float:
+        """Seconds for each of the next weights."""
+        first = self._next if self._next + calls <= len(self._weights) else 0
+        self._next = first + calls
+        address = self._addresses.buffer_info()[0] + first * self._count * self._addresses.itemsize
+        start = time.perf_counter()
+        self._library.multiply_weights(
+            self._op,
+            x.data_ptr(),
+            *x.shape,
+            y.shape[1],
+            address,
+            self._count,
+            calls,
+            y.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return (time.perf_counter() - start) / calls
+
+
+@cache
+def _library(ops: CpuOps) -> ctypes.CDLL:
+    return compiled(ops.variant)
