@@ -94,6 +94,14 @@ INLINE int32_t sum(vi v) {
     return parts[0];
 }
 
+INLINE float maximum(vf v) {
+    float parts[W];
+    store(parts, v);
+    for (int step = W / 2; step > 0; step /= 2)
+        for (int i = 0; i < step; i++) parts[i] = parts[i] > parts[i + step] ? parts[i] : parts[i + step];
+    return parts[0];
+}
+
 // e to the power of x, within 2 ulp; 0 below -87, NaN of NaN. The polynomial is Cephes' expf.
 INLINE vf exp(vf x) {
     const vf low = splat(-87.33654f), high = splat(88.37626f);
