@@ -2,13 +2,146 @@
 //
 // Sums are of integers and exact, so a row's result is the same bit by bit in every batch, on every instruction set
 // whose rounding of the activations is the same.
+#include "amx.h"
 #include "export.h"
 #include "tiles.h"
 
 namespace {
 
+// What was given, and what does not depend on how it is multiplied.
 struct Turned {
     static constexpr int LINES = 8;
+
+    Activations x;
+    const int8_t* values;  // [tiles][groups][LINES][64]: line i holds inputs 4 i to 4 i + 3 of 16 outputs
+    const float* scales;   // [tiles][16]
+    const int32_t* zeros;  // [tiles][16]: the sums that a row of zeros gives, see `dot_biased`
+    long groups;
+
+    static INLINE vi load_line(const int8_t* from) {
+        vi v;
+        std::memcpy(&v, from, sizeof v);
+        return v;
+    }
+
+    // Of W outputs of a tile.
+    const int8_t* lines_of(long tile, int from) const { return values + tile * groups * LINES * 64 + from * 4; }
+
+    // What a row of zeros gives, W outputs of a tile.
+    vi of_zeros(long tile, int from) const {
+        int8_t zero[4];
+        std::memset(zero, BIAS, sizeof zero);
+        vi total = {};
+        for (long line = 0; line < groups * LINES; line++)
+            total = dot_biased(total, four(zero), Biased(load_line(lines_of(tile, from) + line * 64)));
+        return total;
+    }
+
+    // The sums of W outputs from `output` on as floats, for a row of that scale.
+    struct Finish {
+        vi zero;
+        vf scale;
+
+        INLINE vf operator()(vi total, float of_row) const { return to_float(total - zero) * (splat(of_row) * scale); }
+    };
+
+    INLINE Finish finish(long output) const {
+        Finish found{{}, load(scales + output)};
+        std::memcpy(&found.zero, zeros + output, sizeof found.zero);
+        return found;
+    }
+};
+
+#if defined(HAS_AMX)
+// A block of up to two squares of rows times a square each of two tiles.
+struct Format : Turned {
+    using Session = Squares;
+    static constexpr int STEPS = 1, ROWS = 2 * SQUARE_ROWS;
+
+    static constexpr int squares(int rows) { return (rows + SQUARE_ROWS - 1) / SQUARE_ROWS; }
+
+    struct Block {
+        int8_t* bytes;  // [squares][groups / 2][SQUARE_ROWS][64], plus BIAS; what fills the last square is anything
+        float* scales;  // [rows]
+
+        static long size(long groups, int rows) {
+            return squares(rows) * SQUARE * (groups / 2) + rows * static_cast<long>(sizeof(float));
+        }
+
+        Block(char* memory, long groups, int rows)
+            : bytes(reinterpret_cast<int8_t*>(memory)),
+              scales(reinterpret_cast<float*>(bytes + squares(rows) * SQUARE * (groups / 2))) {}
+    };
+
+    void pack(const Block& block, long first, int rows) const {
+        for (int row = 0; row < rows; row++) {
+            int8_t* to = block.bytes + row / SQUARE_ROWS * SQUARE * (groups / 2) + row % SQUARE_ROWS * 64;
+            block.scales[row] = x.quantise_turned(first + row, [&](vi q, long k) INLINE_LAMBDA {
+                store_bytes(q + BIAS, to + k / 64 * SQUARE + k % 64);
+            });
+        }
+    }
+
+    void multiply(int rows, const Block& block, long tile, long other, Next& next, Outputs* result,
+                  Outputs* others) const {
+        alignas(64) int32_t sums[2][ROWS][TILE_OUTPUTS];
+        if (rows > SQUARE_ROWS)
+            multiply<true>(block, tile, other, next, sums);
+        else
+            multiply<false>(block, tile, other, next, sums);
+        write(rows, block, tile, sums[0], result);
+        if (other != tile) write(rows, block, other, sums[1], others);
+    }
+
+   private:
+    // `BOTH` squares of rows.
+    template <bool BOTH>
+    INLINE void multiply(const Block& block, long tile, long other, Next& next,
+                         int32_t (&sums)[2][ROWS][TILE_OUTPUTS]) const {
+        const int8_t *one = lines_of(tile, 0), *two = lines_of(other, 0), *rows = block.bytes;
+        const long below = SQUARE * (groups / 2);
+        Next ahead = next;
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        for (long i = 0; i < groups / 2; i++, one += SQUARE, two += SQUARE, rows += SQUARE) {
+            ahead.step();
+            ahead.step();
+            _tile_loadd(6, one, 64);
+            _tile_loadd(4, rows, 64);
+            _tile_dpbusd(0, 4, 6);
+            _tile_loadd(7, two, 64);
+            _tile_dpbusd(1, 4, 7);
+            if constexpr (BOTH) {
+                _tile_loadd(5, rows + below, 64);
+                _tile_dpbusd(2, 5, 6);
+                _tile_dpbusd(3, 5, 7);
+            }
+        }
+        next = ahead;
+        _tile_stored(0, sums[0], 64);
+        _tile_stored(1, sums[1], 64);
+        if constexpr (BOTH) {
+            _tile_stored(2, sums[0] + SQUARE_ROWS, 64);
+            _tile_stored(3, sums[1] + SQUARE_ROWS, 64);
+        }
+    }
+
+    INLINE void write(int rows, const Block& block, long tile, const int32_t (*sums)[TILE_OUTPUTS],
+                      Outputs* result) const {
+        static_assert(TILE_OUTPUTS == W);
+        const Finish finish = this->finish(tile * TILE_OUTPUTS);
+        for (int r = 0; r < rows; r++) {
+            vi total;
+            std::memcpy(&total, sums[r], sizeof total);
+            store(result[r], finish(total, block.scales[r]));
+        }
+    }
+};
+#else
+struct Format : Turned {
+    struct Session {};
 #if defined(__AVX512F__)
     static constexpr int VECTORS = 2, ROWS = 12;
 #elif defined(__AVXVNNI__)
@@ -35,12 +168,6 @@ struct Turned {
             : bytes(reinterpret_cast<Bytes*>(memory)), scales(reinterpret_cast<float*>(bytes + groups * rows)) {}
     };
 
-    Activations x;
-    const int8_t* values;  // [tiles][groups][LINES][64]: line i holds inputs 4 i to 4 i + 3 of 16 outputs
-    const float* scales;   // [tiles][16]
-    const int32_t* zeros;  // [tiles][16]: the sums that a row of zeros gives, see `dot_biased`
-    long groups;
-
     void pack(const Block& block, long first, int rows) const {
         for (int row = 0; row < rows; row++)
             block.scales[row] = x.quantise_turned(first + row, [&](vi q, long k) INLINE_LAMBDA {
@@ -48,48 +175,36 @@ struct Turned {
             });
     }
 
+    template <int R = ROWS>
+    void multiply(int rows, const Block& block, long tile, long other, Next& next, Outputs* result,
+                  Outputs* others) const {
+        if (rows == R) return multiply_rows<R>(block, tile, other, next, result, others);
+        if constexpr (R > 1) multiply<R - 1>(rows, block, tile, other, next, result, others);
+    }
+
+   private:
     template <int R>
-    __attribute__((noinline)) void multiply(const Block& block, long tile, long other, Next& next, Outputs* result,
-                                            Outputs* others) const {
+    __attribute__((noinline)) void multiply_rows(const Block& block, long tile, long other, Next& next, Outputs* result,
+                                                 Outputs* others) const {
 #pragma GCC unroll 1
         for (int from = 0; from < TILE_OUTPUTS; from += W) {
             if constexpr (VECTORS == 2) {
                 const long tiles[] = {tile, other};
                 Outputs* const results[] = {result, others};
-                multiply<R>(block, tiles, from, next, results);
+                multiply_vectors<R>(block, tiles, from, next, results);
             } else {
                 const long first[] = {tile}, second[] = {other};
                 Outputs *const to_first[] = {result}, *const to_second[] = {others};
-                multiply<R>(block, first, from, next, to_first);
-                if (other != tile) multiply<R>(block, second, from, next, to_second);
+                multiply_vectors<R>(block, first, from, next, to_first);
+                if (other != tile) multiply_vectors<R>(block, second, from, next, to_second);
             }
         }
     }
 
-    // What a row of zeros gives, W outputs of a tile.
-    vi of_zeros(long tile, int from) const {
-        int8_t zero[4];
-        std::memset(zero, BIAS, sizeof zero);
-        vi total = {};
-        for (long line = 0; line < groups * LINES; line++)
-            total = dot_biased(total, four(zero), Biased(load_line(lines_of(tile, from) + line * 64)));
-        return total;
-    }
-
-   private:
-    static INLINE vi load_line(const int8_t* from) {
-        vi v;
-        std::memcpy(&v, from, sizeof v);
-        return v;
-    }
-
-    // Of W outputs of a tile.
-    const int8_t* lines_of(long tile, int from) const { return values + tile * groups * LINES * 64 + from * 4; }
-
     // R rows times W outputs from `from` on of each of N tiles.
     template <int R, int N>
-    INLINE void multiply(const Block& block, const long (&tiles)[N], int from, Next& next,
-                         Outputs* const (&results)[N]) const {
+    INLINE void multiply_vectors(const Block& block, const long (&tiles)[N], int from, Next& next,
+                                 Outputs* const (&results)[N]) const {
         vi total[N][R];
         const int8_t* lines[N];
 #pragma GCC unroll 2
@@ -118,19 +233,14 @@ struct Turned {
         }
         next = ahead;
 #pragma GCC unroll 2
-        for (int n = 0; n < N; n++) finish<R>(block, tiles[n] * TILE_OUTPUTS + from, total[n], results[n], from);
-    }
-
-    template <int R>
-    INLINE void finish(const Block& block, long output, const vi (&total)[R], Outputs* result, int from) const {
-        vi zero;
-        std::memcpy(&zero, zeros + output, sizeof zero);
-        const vf scale = load(scales + output);
+        for (int n = 0; n < N; n++) {
+            const Finish finish = this->finish(tiles[n] * TILE_OUTPUTS + from);
 #pragma GCC unroll 16
-        for (int r = 0; r < R; r++)
-            store(result[r] + from, to_float(total[r] - zero) * (splat(block.scales[r]) * scale));
+            for (int r = 0; r < R; r++) store(results[n][r] + from, finish(total[n][r], block.scales[r]));
+        }
     }
 };
+#endif
 
 }  // namespace
 
@@ -140,7 +250,8 @@ EXPORT void eft_linear_int8(const float* x, long stride, long rows, long in, lon
                             const float* scales, const int32_t* zeros, const float* bias, const float* norm, float eps,
                             const float* residual, float* y, int swiglu, int threads) {
     run_tiles(Linear{rows, in, out, bias, residual, y, swiglu != 0},
-              Turned{{x, stride, in, norm, eps}, values, scales, zeros, (in + TURNED - 1) / TURNED * (TURNED / GROUP)}, threads);
+              Format{{{x, stride, in, norm, eps}, values, scales, zeros, (in + TURNED - 1) / TURNED * (TURNED / GROUP)}},
+              threads);
 }
 
 // zeros [tiles, 16]: what this instruction set gives for a row of zeros, to be taken off the sums of every row.

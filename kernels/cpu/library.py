@@ -51,17 +51,19 @@ def load(variant: Variant) -> ctypes.CDLL:
         function = getattr(kernels, name)
         function.argtypes = [_TYPES[letter] for letter in arguments]
         function.restype = None
+    if not kernels.eft_allowed():
+        raise OSError(f"the system does not let this process use {variant.name}")
     return kernels
 
 
 def load_wanted() -> tuple[Variant, ctypes.CDLL]:
-    """The first of `wanted_variants` that the compiler can make: an older one does not know the newest instructions.
-    Raises as `load` and `wanted_variants` do."""
+    """The first of `wanted_variants` that can be had: an older compiler does not know the newest instructions, and an
+    older system does not let them be used. Raises as `load` and `wanted_variants` do."""
     first, *slower = wanted_variants()
     try:
         return first, load(first)
-    except BuildError:
+    except (BuildError, OSError):
         for variant in slower:
-            with suppress(BuildError):
+            with suppress(BuildError, OSError):
                 return variant, load(variant)
         raise

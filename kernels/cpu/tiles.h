@@ -12,8 +12,9 @@
 //   long groups                                         of 32 inputs, the last one filled with zeros
 //   const ... * values                                  [tiles][groups][LINES][64]
 //   void pack(const Block&, long first, int rows) const                         makes a block of the rows from `first`
-//   template <int R> void multiply(const Block&, long tile, long other, Next&, Outputs* result, Outputs* others) const
-//                                                       R rows times two tiles, or one if both are the same
+//   void multiply(int rows, const Block&, long tile, long other, Next&, Outputs* result, Outputs* others) const
+//                                                       a block times two tiles, or one if both are the same
+//   struct Session                                      that a thread has while it multiplies
 #pragma once
 
 #include "linear.h"
@@ -42,14 +43,6 @@ struct Next {
         other += lines * 64;
     }
 };
-
-// R rows of a block times two tiles, R being what `rows` says.
-template <typename Format, int R = Format::ROWS>
-void multiply_tiles(const Format& format, int rows, const typename Format::Block& block, long tile, long other,
-                    Next& next, Outputs* result, Outputs* others) {
-    if (rows == R) return format.template multiply<R>(block, tile, other, next, result, others);
-    if constexpr (R > 1) multiply_tiles<Format, R - 1>(format, rows, block, tile, other, next, result, others);
-}
 
 // Writes a whole tile's outputs from n on.
 template <bool SWIGLU>
@@ -113,7 +106,7 @@ void run_tiles(const Linear& op, const Format& format, int threads) {
                 const int rows = rows_of(block);
                 const long row = first + begin_of(block);
                 const Block x(packed + block * size, format.groups, rows);
-                multiply_tiles(format, rows, x, tile, other, next, result, others);
+                format.multiply(rows, x, tile, other, next, result, others);
                 finish_tile(op, rows, row, tile, result, others);
                 if (!op.swiglu && other != tile) finish_tile(op, rows, row, other, others, nullptr);
             }
@@ -125,6 +118,7 @@ void run_tiles(const Linear& op, const Format& format, int threads) {
                 const int rows = rows_of(block);
                 format.pack(Block(packed + block * size, format.groups, rows), first + begin_of(block), rows);
             });
+            [[maybe_unused]] const typename Format::Session session;
             ranges.run(compute);
         });
     }

@@ -31,11 +31,13 @@ _AVX512 = Variant(
     ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mprefer-vector-width=512"),
     frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma", "f16c"}),
 )
+_VNNI = Variant("avx512vnni", (*_AVX512.flags, "-mavx512vnni"), _AVX512.needs | {"avx512_vnni"})
 X86 = (
     _AVX2,
     Variant("avxvnni", (*_AVX2.flags, "-mavxvnni"), _AVX2.needs | {"avx_vnni"}),
     _AVX512,
-    Variant("avx512vnni", (*_AVX512.flags, "-mavx512vnni"), _AVX512.needs | {"avx512_vnni"}),
+    _VNNI,
+    Variant("amx", (*_VNNI.flags, "-mamx-tile", "-mamx-int8"), _VNNI.needs | {"amx_tile", "amx_int8"}),
 )
 
 

@@ -102,20 +102,23 @@ def test_a_variant_can_be_forced_and_a_wrong_one_is_refused() -> None:
             assert f"{VARIABLE} is 'abacus'; this processor can run: plain" in done.stderr
 
 
-def test_a_compiler_that_does_not_know_the_newest_instructions_makes_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error", [BuildError("unrecognised option"), OSError("not for this process")], ids=["compiler", "system"]
+)
+def test_where_the_newest_instructions_cannot_be_had_the_next_serve(error, monkeypatch: pytest.MonkeyPatch) -> None:
     first, *slower = usable_variants()[::-1]
     if not slower or os.environ.get(VARIABLE):
         pytest.skip("there is one variant only")
 
     def compiled(variant: Variant) -> object:
         if variant == first:
-            raise BuildError("unrecognised option")
+            raise error
         return variant.name
 
     monkeypatch.setattr("kernels.cpu.library.load", compiled)
     assert load_wanted() == (slower[0], slower[0].name)
     monkeypatch.setenv(VARIABLE, first.name)
-    with pytest.raises(BuildError, match="unrecognised option"):
+    with pytest.raises(type(error), match=str(error)):
         load_wanted()
 
 
