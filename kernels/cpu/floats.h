@@ -30,6 +30,16 @@ INLINE uint16_t to_bfloat16(float value) {
     return static_cast<uint16_t>((wide + 0x7fff + ((wide >> 16) & 1)) >> 16);
 }
 
+// W of them; `to` need not be aligned.
+INLINE void store_bfloat16(vf values, void* to) {
+    using vu = uint32_t __attribute__((vector_size(4 * W)));
+    using vh = uint16_t __attribute__((vector_size(2 * W)));
+    const vu wide = reinterpret_cast<vu>(values);
+    const vu rounded = wide + 0x7fff + ((wide >> 16) & 1);
+    const vh halves = __builtin_convertvector((values == values ? rounded : vu{} + 0x7fc00000) >> 16, vh);
+    std::memcpy(to, &halves, sizeof halves);
+}
+
 // `count` weights as float32: where they lie, or widened into `to`.
 INLINE const float* as_floats(const float* from, long, float*) { return from; }
 

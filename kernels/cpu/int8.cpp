@@ -101,30 +101,30 @@ struct Format : Turned {
         const int8_t *one = lines_of(tile, 0), *two = lines_of(other, 0), *rows = block.bytes;
         const long below = SQUARE * (groups / 2);
         Next ahead = next;
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
+        Squares::clear<0>();
+        Squares::clear<1>();
+        Squares::clear<2>();
+        Squares::clear<3>();
         for (long i = 0; i < groups / 2; i++, one += SQUARE, two += SQUARE, rows += SQUARE) {
             ahead.step();
             ahead.step();
-            _tile_loadd(6, one, 64);
-            _tile_loadd(4, rows, 64);
-            _tile_dpbusd(0, 4, 6);
-            _tile_loadd(7, two, 64);
-            _tile_dpbusd(1, 4, 7);
+            Squares::load<6>(one);
+            Squares::load<4>(rows);
+            Squares::multiply<0, 4, 6>();
+            Squares::load<7>(two);
+            Squares::multiply<1, 4, 7>();
             if constexpr (BOTH) {
-                _tile_loadd(5, rows + below, 64);
-                _tile_dpbusd(2, 5, 6);
-                _tile_dpbusd(3, 5, 7);
+                Squares::load<5>(rows + below);
+                Squares::multiply<2, 5, 6>();
+                Squares::multiply<3, 5, 7>();
             }
         }
         next = ahead;
-        _tile_stored(0, sums[0], 64);
-        _tile_stored(1, sums[1], 64);
+        Squares::store<0>(sums[0]);
+        Squares::store<1>(sums[1]);
         if constexpr (BOTH) {
-            _tile_stored(2, sums[0] + SQUARE_ROWS, 64);
-            _tile_stored(3, sums[1] + SQUARE_ROWS, 64);
+            Squares::store<2>(sums[0] + SQUARE_ROWS);
+            Squares::store<3>(sums[1] + SQUARE_ROWS);
         }
     }
 

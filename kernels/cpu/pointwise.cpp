@@ -4,6 +4,8 @@
 
 #include "attention.h"
 #include "exports.h"
+#include "floats.h"
+#include "int8.h"
 #include "norm.h"
 #include "parallel.h"
 
@@ -61,34 +63,60 @@ INLINE void each(const float* x, long count, float* y, int threads, F&& f) {
 
 // The first 2 * half of x turned in place, first half paired with second; cos, sin [half].
 INLINE void rotate(float* x, const float* cos, const float* sin, long half) {
-    for (long i = 0; i < half; i++) {
+    long i = 0;
+    for (; i + W <= half; i += W) {
+        const vf first = load(x + i), second = load(x + half + i), c = load(cos + i), s = load(sin + i);
+        store(x + i, first * c - second * s);
+        store(x + half + i, second * c + first * s);
+    }
+    for (; i < half; i++) {
         const float first = x[i], second = x[half + i];
         x[i] = first * cos[i] - second * sin[i];
         x[half + i] = second * cos[i] + first * sin[i];
     }
 }
 
+void write_bfloat16(const float* from, long dim, char* to) {
+    long d = 0;
+    for (; d + W <= dim; d += W) store_bfloat16(load(from + d), to + 2 * d);
+    for (; d < dim; d++) {
+        const uint16_t half = to_bfloat16(from[d]);
+        std::memcpy(to + 2 * d, &half, sizeof half);
+    }
+}
+
+void write_int8(const float* from, long dim, char* to) {
+    auto* bytes = reinterpret_cast<int8_t*>(to);
+    vf mosts = {}, brokens = {};
+    long d = 0;
+    for (; d + W <= dim; d += W) {
+        const vf v = load(from + d);
+        mosts = max(mosts, bits(bits(v) & 0x7fffffff));
+        brokens += v - v;
+    }
+    float most = maximum(mosts), broken = sum(brokens);
+    for (; d < dim; d++) {
+        most = std::max(most, std::fabs(from[d]));
+        broken += from[d] - from[d];
+    }
+    // A head that is not finite has such a scale, and so is known for what it is.
+    const float scale = most / 127.0f + broken;
+    const float factor = most > 0.0f && std::isfinite(scale) ? 127.0f / most : 0.0f;
+    std::memcpy(to + dim, &scale, sizeof scale);
+    if (factor == 0.0f) {
+        std::memset(to, 0, static_cast<size_t>(dim));
+        return;
+    }
+    for (d = 0; d + W <= dim; d += W) store_bytes(rounded(load(from + d) * splat(factor)), bytes + d);
+    for (; d < dim; d++) bytes[d] = static_cast<int8_t>(std::nearbyint(from[d] * factor));
+}
+
 // Writes a token's head [dim] into the cache.
 void write_head(const float* from, long dim, int type, char* to) {
-    if (type == FLOAT32) {
-        std::memcpy(to, from, static_cast<size_t>(dim) * sizeof(float));
-    } else if (type == BFLOAT16) {
-        for (long d = 0; d < dim; d++) {
-            const uint16_t half = to_bfloat16(from[d]);
-            std::memcpy(to + 2 * d, &half, sizeof half);
-        }
-    } else {
-        float most = 0.0f, broken = 0.0f;
-        for (long d = 0; d < dim; d++) {
-            most = std::max(most, std::fabs(from[d]));
-            broken += from[d] - from[d];
-        }
-        // A head that is not finite has such a scale, and so is known for what it is.
-        const float scale = most / 127.0f + broken;
-        const float factor = most > 0.0f && std::isfinite(scale) ? 127.0f / most : 0.0f;
-        for (long d = 0; d < dim; d++)
-            to[d] = static_cast<char>(factor > 0.0f ? static_cast<int8_t>(std::nearbyint(from[d] * factor)) : 0);
-        std::memcpy(to + dim, &scale, sizeof scale);
+    switch (type) {
+        case FLOAT32: std::memcpy(to, from, static_cast<size_t>(dim) * sizeof(float)); return;
+        case BFLOAT16: return write_bfloat16(from, dim, to);
+        case INT8: return write_int8(from, dim, to);
     }
 }
 
