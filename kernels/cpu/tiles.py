@@ -161,7 +161,7 @@ class Int4Tiles(GroupTiles):
 
     @classmethod
     def of(cls, weight: Int4Weight) -> "Int4Tiles":
-        return cls(_joined(_lines(weight.packed, HALF), weight.scales, weight.minimums), weight.shape)
+        return cls(_joined(weight.packed, HALF, weight.scales, weight.minimums), weight.shape)
 
     def picked(self, index: Tensor | None) -> Int4Weight:
         scales, minimums = (self._halves_of(index, self.LINES, place) for place in range(2))
@@ -176,7 +176,7 @@ class Int8GroupTiles(GroupTiles):
 
     @classmethod
     def of(cls, weight: Int8GroupWeight) -> "Int8GroupTiles":
-        return cls(_joined(_lines(weight.values, GROUP), weight.scales), weight.shape)
+        return cls(_joined(weight.values, GROUP, weight.scales), weight.shape)
 
     def picked(self, index: Tensor | None) -> Int8GroupWeight:
         values = self._lines_of(index, self.LINES).view(torch.int8)
@@ -231,15 +231,27 @@ def _whole(x: Tensor) -> Tensor:
     return pad(x, (0,) * (2 * x.ndim - 1) + (-len(x) % TILE,))
 
 
+def _turned(x: Tensor, width: int) -> Tensor:
+    """[out, groups * width] bytes → [tiles, groups, width / 4, 16, 4], where they lie."""
+    return _whole(x).view(-1, TILE, x.shape[1] // width, width // 4, 4).permute(0, 2, 3, 1, 4)
+
+
 def _lines(x: Tensor, width: int) -> Tensor:
     """[out, groups * width] bytes → [tiles, groups, width / 4, 16, 4]."""
-    lines = _whole(x).view(-1, TILE, x.shape[1] // width, width // 4, 4).permute(0, 2, 3, 1, 4)
+    lines = _turned(x, width)
     return memory.empty(lines.shape, x.dtype).copy_(lines)
 
 
-def _joined(lines: Tensor, *halves: Tensor) -> Tensor:
-    """Lines [tiles, groups, lines, 16, 4] and float16s [out, groups] → [tiles, groups, bytes]."""
-    return torch.cat((lines.flatten(2).view(torch.uint8), *(_groups(x).view(torch.uint8) for x in halves)), dim=2)
+def _joined(x: Tensor, width: int, *halves: Tensor) -> Tensor:
+    """[out, groups * width] bytes and float16s [out, groups] → [tiles, groups, bytes]: lines, then the others."""
+    lines = _turned(x, width).view(torch.uint8)
+    size = width * TILE
+    joined = memory.empty((*lines.shape[:2], size + len(halves) * 2 * TILE), torch.uint8)
+    joined[:, :, :size].view(lines.shape).copy_(lines)
+    for place, half in enumerate(halves):
+        first = size + place * 2 * TILE
+        joined[:, :, first : first + 2 * TILE].copy_(_groups(half).view(torch.uint8))
+    return joined
 
 
 def _groups(x: Tensor) -> Tensor:
