@@ -19,6 +19,9 @@ REFERENCE = kernels.load("reference")
 EDGE = 2e-5
 """How far float32 weights may move a point, the end of a nucleus or a threshold."""
 
+TINY = float(np.finfo(np.float32).tiny)
+"""Weights below it may be none at all: a point of exactly 0 is then not theirs."""
+
 variants = pytest.mark.parametrize("variant", usable_variants(), ids=lambda variant: variant.name)
 Filters = tuple[float, int, float, float]
 """Temperature, top_k (0: no limit), top_p, min_p."""
@@ -46,8 +49,9 @@ def defined(logits: torch.Tensor, point: float, filters: Filters) -> set[int]:
     total = weights.sum()
     found = set()
     rank = np.arange(len(row))
-    for near_min, near_top, near_point in itertools.product((-EDGE, 0, EDGE), repeat=3):
-        passed = (weights >= min(min_p * (1 + near_min), 1)) & (rank < (top_k or len(row)))
+    edges = (-EDGE, 0, EDGE)
+    for least, near_min, near_top, near_point in itertools.product((0, TINY), edges, edges, edges):
+        passed = (weights >= max(least, min(min_p * (1 + near_min), 1))) & (rank < (top_k or len(row)))
         kept = np.where(passed, weights, 0)
         limited = (top_k and top_k < len(row)) or min_p > 0
         before = np.cumsum(kept) - kept
