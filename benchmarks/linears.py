@@ -6,7 +6,6 @@ import time
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 
@@ -54,7 +53,7 @@ class ColdLinear:
         self.size = SHAPES[shape]
         weight = TYPES[kind].make(ops, torch.randn(self.size))
         self.num_bytes: int = weight.nbytes if isinstance(weight, torch.Tensor) else weight.num_bytes
-        self._library = _library(ops)
+        self._library = compiled(ops.variant)
         self._weights = [weight, *(copy.deepcopy(weight) for _ in range(COLD // self.num_bytes))]
         pairs = [ops.op_of(copied) for copied in self._weights]
         self._op = ctypes.cast(pairs[0][0], ctypes.c_void_p)  # type: ignore[arg-type]
@@ -88,8 +87,3 @@ class ColdLinear:
             torch.get_num_threads(),
         )
         return (time.perf_counter() - start) / calls
-
-
-@cache
-def _library(ops: CpuOps) -> ctypes.CDLL:
-    return compiled(ops.variant)

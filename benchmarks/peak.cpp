@@ -1,8 +1,8 @@
 // What the machine can do at most: reading memory, float32 multiply-adds, products of bytes. One call is one thread's.
 // And a loop around linears, so that what they can do is not measured through Python.
+#include "call_linear.h"
+#include "export.h"
 #include "tile_dots.h"
-
-#define EXPORT extern "C" __attribute__((visibility("default")))
 
 // Reads `bytes`, a multiple of 1024, `times` over; what comes next is left to the hardware to guess.
 EXPORT float read_memory(const char* from, long bytes, long times) {
@@ -45,76 +45,55 @@ EXPORT long multiply_floats(long count, float factor, float* out) {
     return CHAINS * W;
 }
 
-// The same with products of bytes of which each pair or four is added up in 32 bits, as it must be where a whole row has
-// one scale: returns products a count.
+// The same with products of bytes: add(sum, w, x) adds those of a vector. Returns products a count.
+template <typename Add>
+INLINE long multiply_chains(long count, int32_t seed, float* out, Add&& add) {
+    vi acc[CHAINS] = {};
+    vi w = splat(seed), x = splat(seed / 3);
+    for (long i = 0; i < count; i++)
+#pragma GCC unroll 24
+        for (int j = 0; j < CHAINS; j++) {
+            add(acc[j], w, x);
+            KEEP(acc[j]);
+        }
+#pragma GCC unroll 24
+    for (int j = 0; j < CHAINS; j++) *out += static_cast<float>(acc[j][0]);
+    return CHAINS * W * 4;
+}
+
+// Each pair or four is added up in 32 bits, as it must be where a whole row has one scale.
 EXPORT long multiply_wide_bytes(long count, int32_t seed, float* out) {
-    vi acc[CHAINS] = {};
-    vi w = splat(seed), x = splat(seed / 3);
-    for (long i = 0; i < count; i++)
-#pragma GCC unroll 24
-        for (int j = 0; j < CHAINS; j++) {
-            vi& sum = acc[j];
+    return multiply_chains(count, seed, out, [](vi& sum, vi& w, vi& x) INLINE_LAMBDA {
 #if defined(__AVX512VNNI__)
-            sum = (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, (__m512i)x);
+        sum = (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, (__m512i)x);
 #elif defined(__AVXVNNI__)
-            sum = (vi)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)w, (__m256i)x);
+        sum = (vi)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)w, (__m256i)x);
 #elif defined(__AVX2__)
-            sum += fold_pairs(pairs(w, x));
-            KEEP(w);
+        sum += fold_pairs(pairs(w, x));
+        KEEP(w);
 #else
-            sum = dot4(sum, x, Fours(w));
+        sum = dot4(sum, x, Fours(w));
 #endif
-            KEEP(sum);
-        }
-#pragma GCC unroll 24
-    for (int j = 0; j < CHAINS; j++) *out += static_cast<float>(acc[j][0]);
-    return CHAINS * W * 4;
+    });
 }
 
-// The same with products of bytes, as kernels make them whose groups have scales of their own: returns products a count.
+// As kernels make them whose groups have scales of their own.
 EXPORT long multiply_bytes(long count, int32_t seed, float* out) {
-    vi acc[CHAINS] = {};
-    vi w = splat(seed), x = splat(seed / 3);
-    for (long i = 0; i < count; i++)
-#pragma GCC unroll 24
-        for (int j = 0; j < CHAINS; j++) {
-            vi& sum = acc[j];
+    return multiply_chains(count, seed, out, [](vi& sum, vi& w, vi& x) INLINE_LAMBDA {
 #if defined(__AVX512VNNI__)
-            sum = (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, (__m512i)x);
+        sum = (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, (__m512i)x);
 #elif defined(__AVX2__)
-            sum = add_pairs(sum, pairs(w, x));
-            KEEP(w);
+        sum = add_pairs(sum, pairs(w, x));
+        KEEP(w);
 #else
-            sum = dot4(sum, x, Fours(w));
+        sum = dot4(sum, x, Fours(w));
 #endif
-            KEEP(sum);
-        }
-#pragma GCC unroll 24
-    for (int j = 0; j < CHAINS; j++) *out += static_cast<float>(acc[j][0]);
-    return CHAINS * W * 4;
+    });
 }
-
-using One = void (*)(const float*, long, long, long, long, const void*, const float*, const float*, float, const float*,
-                     float*, int, int);
-using Two = void (*)(const float*, long, long, long, long, const void*, const void*, const float*, const float*, float,
-                     const float*, float*, int, int);
-using Three = void (*)(const float*, long, long, long, long, const void*, const void*, const void*, const float*,
-                       const float*, float, const float*, float*, int, int);
 
 // y [rows, out] = x [rows, in] times each of `calls` weights in turn, of `count` tensors each.
 EXPORT void multiply_weights(void* op, const float* x, long rows, long in, long out, const void* const* tensors,
                              long count, long calls, float* y, int threads) {
-    for (const void* const* t = tensors; t < tensors + calls * count; t += count) switch (count) {
-            case 1:
-                reinterpret_cast<One>(op)(x, in, rows, in, out, t[0], nullptr, nullptr, 0.0f, nullptr, y, 0, threads);
-                break;
-            case 2:
-                reinterpret_cast<Two>(op)(x, in, rows, in, out, t[0], t[1], nullptr, nullptr, 0.0f, nullptr, y, 0,
-                                          threads);
-                break;
-            case 3:
-                reinterpret_cast<Three>(op)(x, in, rows, in, out, t[0], t[1], t[2], nullptr, nullptr, 0.0f, nullptr, y, 0,
-                                            threads);
-                break;
-        }
+    for (const void* const* t = tensors; t < tensors + calls * count; t += count)
+        call_linear(op, x, rows, in, out, t, count, nullptr, {}, y, threads);
 }

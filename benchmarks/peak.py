@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -69,6 +70,7 @@ def _rate(work: Callable[[int], int], threads: int) -> float:
     return best
 
 
+@cache
 def compiled(variant: Variant) -> ctypes.CDLL:
     """`peak.cpp`, ready to call. Raises `RuntimeError` without a compiler."""
     compiler = find_compiler()

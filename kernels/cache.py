@@ -31,12 +31,16 @@ def read(blocks: Tensor, dtype: torch.dtype) -> Tensor:
     """Some of a cache, [..., width] → [..., D] in `dtype`."""
     if blocks.dtype is not torch.int8:
         return blocks.to(dtype)
-    scales = blocks[..., -SCALE:].clone(memory_format=torch.contiguous_format).view(torch.float32)
-    return (blocks[..., :-SCALE].float() * scales).to(dtype)
+    return (blocks[..., :-SCALE].float() * _scales(blocks)).to(dtype)
 
 
 def is_finite(blocks: Tensor) -> Tensor:
     """blocks [n, B, G, width] → [n] bool: whether all that a block holds is finite."""
     if blocks.dtype is torch.int8:
-        blocks = blocks[..., -SCALE:].clone(memory_format=torch.contiguous_format).view(torch.float32)
+        blocks = _scales(blocks)
     return blocks.isfinite().flatten(1).all(dim=1)
+
+
+def _scales(blocks: Tensor) -> Tensor:
+    """Those of int8 heads [..., width] → [..., 1] float32: copied, since they may lie at any byte."""
+    return blocks[..., -SCALE:].clone(memory_format=torch.contiguous_format).view(torch.float32)

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "call_linear.h"
 #include "exports.h"
 #include "lora.h"
 #include "norm.h"
@@ -42,35 +43,9 @@ struct Adapter {
     const Factors* const* factors;  // [layers][PLACES], or null where it changes nothing
 };
 
-// What a linear does beside the product; see `Linear` in `linear.h`.
-struct Around {
-    const float* norm = nullptr;
-    float eps = 0.0f;
-    const float* residual = nullptr;
-    int swiglu = 0;
-};
-
-using One = void (*)(const float*, long, long, long, long, const void*, const float*, const float*, float, const float*,
-                     float*, int, int);
-using Two = void (*)(const float*, long, long, long, long, const void*, const void*, const float*, const float*, float,
-                     const float*, float*, int, int);
-using Three = void (*)(const float*, long, long, long, long, const void*, const void*, const void*, const float*,
-                       const float*, float, const float*, float*, int, int);
-
 void multiply(const Weight& w, const float* x, long rows, const Around& around, float* y, int threads) {
     const long out = around.swiglu ? w.out / 2 : w.out;
-    const void* const* t = w.tensors;
-    switch (w.count) {
-        case 1:
-            return reinterpret_cast<One>(w.op)(x, w.in, rows, w.in, out, t[0], w.bias, around.norm, around.eps,
-                                               around.residual, y, around.swiglu, threads);
-        case 2:
-            return reinterpret_cast<Two>(w.op)(x, w.in, rows, w.in, out, t[0], t[1], w.bias, around.norm, around.eps,
-                                               around.residual, y, around.swiglu, threads);
-        case 3:
-            return reinterpret_cast<Three>(w.op)(x, w.in, rows, w.in, out, t[0], t[1], t[2], w.bias, around.norm,
-                                                 around.eps, around.residual, y, around.swiglu, threads);
-    }
+    call_linear(w.op, x, rows, w.in, out, w.tensors, w.count, w.bias, around, y, threads);
 }
 
 constexpr size_t KEPT = 64 << 20;

@@ -231,20 +231,20 @@ def _whole(x: Tensor) -> Tensor:
     return pad(x, (0,) * (2 * x.ndim - 1) + (-len(x) % TILE,))
 
 
-def _turned(x: Tensor, width: int) -> Tensor:
+def _in_lines(x: Tensor, width: int) -> Tensor:
     """[out, groups * width] bytes → [tiles, groups, width / 4, 16, 4], where they lie."""
     return _whole(x).view(-1, TILE, x.shape[1] // width, width // 4, 4).permute(0, 2, 3, 1, 4)
 
 
 def _lines(x: Tensor, width: int) -> Tensor:
     """[out, groups * width] bytes → [tiles, groups, width / 4, 16, 4]."""
-    lines = _turned(x, width)
+    lines = _in_lines(x, width)
     return memory.empty(lines.shape, x.dtype).copy_(lines)
 
 
 def _joined(x: Tensor, width: int, *halves: Tensor) -> Tensor:
     """[out, groups * width] bytes and float16s [out, groups] → [tiles, groups, bytes]: lines, then the others."""
-    lines = _turned(x, width).view(torch.uint8)
+    lines = _in_lines(x, width).view(torch.uint8)
     size = width * TILE
     joined = memory.empty((*lines.shape[:2], size + len(halves) * 2 * TILE), torch.uint8)
     joined[:, :, :size].view(lines.shape).copy_(lines)

@@ -64,11 +64,6 @@ def wanted_variants() -> list[Variant]:
     return [usable[name]]
 
 
-def chosen_variant() -> Variant:
-    """The first of `wanted_variants`."""
-    return wanted_variants()[0]
-
-
 def processor_flags() -> frozenset[str]:
     """What the processor can do and the system lets it; empty where that is not known."""
     if not sys.platform.startswith("linux"):
