@@ -4,12 +4,13 @@ Every step reads all of it, and so many small pages take time to find, in virtua
 """
 
 import mmap
-from contextlib import suppress
 from math import prod
 from threading import Lock
 
 import torch
 from torch import Tensor
+
+from kernels.pages import mapped
 
 CHUNK = 64 << 20
 """Bytes that are asked for at a time. What is not used of them is not taken."""
@@ -30,14 +31,7 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     global _chunk, _used
     with _lock:
         if _chunk is None or _used + size > len(_chunk):
-            _chunk, _used = _mapped(max(size, CHUNK)), 0
+            _chunk, _used = mapped(max(size, CHUNK)), 0
         found = torch.frombuffer(_chunk, dtype=dtype, count=prod(shape), offset=_used)
         _used += -(-size // _LINE) * _LINE
     return found.view(shape)
-
-
-def _mapped(size: int) -> mmap.mmap:
-    memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a kernel without such pages
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return memory

@@ -1,15 +1,14 @@
 """The memory of the paged KV cache: one key and one value tensor a layer, heads as `kernels.cache` has them. Who owns a
 block is not known here."""
 
-import contextlib
 import math
-import mmap
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from kernels import cache
+from kernels.pages import mapped
 
 
 class KVCache:
@@ -68,9 +67,6 @@ def block_bytes(shapes: Sequence[tuple[int, int]], *, block_size: int, dtype: to
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, pinned: bool) -> Tensor:
     if pinned or device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device, pin_memory=pinned)
-    # Mapped, not allocated: the system hands out zero pages when they are first touched, so an idle cache
-    # costs no memory; huge pages make that first touch cheap.
-    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError, AttributeError):  # not every system has huge pages
-        memory.madvise(mmap.MADV_HUGEPAGE)
+    # An idle cache costs no memory.
+    memory = mapped(math.prod(shape) * dtype.itemsize)
     return torch.frombuffer(memory, dtype=dtype).view(shape)
