@@ -18,6 +18,9 @@ from kernels.hadamard import BLOCK, turn, turn_back
 
 LARGEST = 127
 """Of integers, both a weight's and an activation's."""
+FOURS = 254
+"""What the sizes of four weights are at most together, before they are rounded (256 after): inputs i, i + 1, i + 4 and
+i + 5 of eight, i being 0 or 2. So 16 bits hold their products with bytes, for processors that cannot go on in 32."""
 _AT_ONCE = 256
 """Outputs that are quantised together: what lies between would else be the largest tensors of loading a model."""
 _EXACT = 1024
@@ -72,7 +75,7 @@ class Int8Weight(QuantisedWeight):
     """Integers with a scale an output, of the weight's turned rows."""
 
     values: Tensor
-    """[out, ceil(in / 64) * 64] int8, from -127 to 127."""
+    """[out, ceil(in / 64) * 64] int8, from -127 to 127, as `reach_of` scales them."""
     scales: Tensor
     """[out] float32."""
     sums: Tensor
@@ -117,15 +120,16 @@ Weight = Tensor | QuantisedWeight
 
 
 def quantise_int8(weight: Tensor, most: Tensor | None = None) -> Int8Weight:
-    """weight [out, in] in floating point, each output turned and scaled by its largest value. `most` [out] are these,
-    where the weight is a slice of the inputs and so cannot tell."""
+    """weight [out, in] in floating point, each output turned and scaled by what `reach_of` gives. `most` [out] are
+    these, where the weight is a slice of the inputs and so cannot tell."""
     width = -(-weight.shape[1] // BLOCK) * BLOCK
     values = torch.empty(len(weight), width, dtype=torch.int8, device=weight.device)
     scales = torch.empty(len(weight), device=weight.device)
     sums = torch.empty(len(weight), dtype=torch.int32, device=weight.device)
     for first in range(0, len(weight), _AT_ONCE):
         part = slice(first, first + _AT_ONCE)
-        found, scales[part] = quantise_rows(turn(weight[part]), None if most is None else most[part])
+        turned = turn(weight[part])
+        found, scales[part] = quantise_rows(turned, reach_of(turned) if most is None else most[part])
         values[part] = found.to(torch.int8)
         sums[part] = values[part].sum(-1, dtype=torch.int32)
     return Int8Weight(values, scales, sums, weight.shape[1])
@@ -149,6 +153,14 @@ def linear_dequantised(x: Tensor, weight: QuantisedWeight, bias: Tensor | None) 
 def largest_of(x: Tensor) -> Tensor:
     """The size of each row's largest value, [R] float32; not finite for a row that is not."""
     return x.float().abs().amax(-1)
+
+
+def reach_of(turned: Tensor) -> Tensor:
+    """What becomes `LARGEST` of each of a weight's turned rows [R, n], n a multiple of 8, → [R] float32: its largest
+    value, or more where four values would be beyond `FOURS`."""
+    sizes = turned.float().abs()
+    fours = sizes.view(*sizes.shape[:-1], -1, 2, 2, 2).sum((-3, -1)).amax((-2, -1))
+    return torch.maximum(sizes.amax(-1), fours * (LARGEST / FOURS))
 
 
 def int8_sums(turned: Tensor, weight: Int8Weight, most: Tensor) -> Tensor:

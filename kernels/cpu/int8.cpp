@@ -18,22 +18,16 @@ struct Turned {
     const int32_t* zeros;  // [tiles][16]: the sums that a row of zeros gives, see `dot_biased`
     long groups;
 
-    static INLINE vi load_line(const int8_t* from) {
-        vi v;
-        std::memcpy(&v, from, sizeof v);
-        return v;
-    }
-
     // Of W outputs of a tile.
     const int8_t* lines_of(long tile, int from) const { return values + tile * groups * LINES * 64 + from * 4; }
 
     // What a row of zeros gives, W outputs of a tile.
     vi of_zeros(long tile, int from) const {
-        int8_t zero[4];
+        int8_t zero[4 * TOGETHER];
         std::memset(zero, BIAS, sizeof zero);
         vi total = {};
-        for (long line = 0; line < groups * LINES; line++)
-            total = dot_biased(total, four(zero), Biased(load_line(lines_of(tile, from) + line * 64)));
+        for (long line = 0; line < groups * LINES; line += TOGETHER)
+            total = dot_biased(total, zero, Biased(lines_of(tile, from) + line * 64));
         return total;
     }
 
@@ -142,12 +136,14 @@ struct Format : Turned {
 #else
 struct Format : Turned {
     struct Session {};
-#if defined(__AVX512F__)
+#if defined(__AVX512VNNI__)
     static constexpr int VECTORS = 2, ROWS = 12;
+#elif defined(__AVX512F__)
+    static constexpr int VECTORS = 2, ROWS = 9;
 #elif defined(__AVXVNNI__)
     static constexpr int VECTORS = 2, ROWS = 6;
 #elif defined(__AVX2__)
-    static constexpr int VECTORS = 1, ROWS = 11;
+    static constexpr int VECTORS = 1, ROWS = 9;
 #else
     static constexpr int VECTORS = 2, ROWS = 4;
 #endif
@@ -218,13 +214,13 @@ struct Format : Turned {
         for (long group = 0; group < groups; group++) {
             ahead.step();
 #pragma GCC unroll 8
-            for (int i = 0; i < LINES; i++) {
-                const Biased w(load_line(lines[0] + i * 64)), v(load_line(lines[N - 1] + i * 64));
+            for (int i = 0; i < LINES; i += TOGETHER) {
+                const Biased w(lines[0] + i * 64), v(lines[N - 1] + i * 64);
 #pragma GCC unroll 16
                 for (int r = 0; r < R; r++) {
-                    const vi fours = four(rows[r] + 4 * i);
-                    total[0][r] = dot_biased(total[0][r], fours, w);
-                    if constexpr (N == 2) total[1][r] = dot_biased(total[1][r], fours, v);
+                    const int8_t* x = rows[r] + 4 * i;
+                    total[0][r] = dot_biased(total[0][r], x, w);
+                    if constexpr (N == 2) total[1][r] = dot_biased(total[1][r], x, v);
                 }
             }
 #pragma GCC unroll 2

@@ -61,17 +61,12 @@ INLINE vi dot4(vi acc, vi x, const Fours& w) {
 #endif
 }
 
-// The same for `dot_biased`.
-#if defined(__AVX2__) && !defined(__AVXVNNI__) && !defined(__AVX512F__)
-struct Biased {
-    vi size, flips;
-
-    INLINE explicit Biased(vi w)
-        : size((vi)_mm256_abs_epi8((__m256i)w)), flips((vi)_mm256_cmpgt_epi8(_mm256_setzero_si256(), (__m256i)w)) {}
-};
-#else
-using Biased = Fours;
-#endif
+// Four bytes in every lane.
+INLINE vi four(const int8_t* bytes) {
+    int32_t lane;
+    std::memcpy(&lane, bytes, sizeof lane);
+    return splat(lane);
+}
 
 #if defined(__AVXVNNI__)
 constexpr int32_t BIAS = 128;
@@ -80,26 +75,61 @@ constexpr int32_t BIAS = OFFSET;
 #endif
 // What x is stored plus for `dot_biased`.
 
-// As `dot4`, plus what x = 0 gives with these weights, which is not 0. With AVX2 since the complement of a byte is one
-// less than its negative, and where a product needs three instructions anyway, it can be had in more of the processor's
-// ports.
-INLINE vi dot_biased(vi acc, vi x, const Biased& w) {
-#if defined(__AVX512F__) || !defined(__AVX2__)
-    return dot4(acc, x, w);
-#elif defined(__AVXVNNI__)
-    return (vi)_mm256_dpbusd_avx_epi32((__m256i)acc, (__m256i)x, (__m256i)w.sign);
+// `TOGETHER` lines of 64 bytes in tiles of int8 (`tiles.h`), W outputs of them, and `dot_biased`: acc plus their products
+// with x, four bytes for each line, plus what x = 0 gives with these weights, which is not 0.
+#if (defined(__AVX2__) || defined(__AVX512F__)) && !defined(__AVX512VNNI__) && !defined(__AVXVNNI__)
+constexpr int TOGETHER = 2;
+
+// The complement of a byte is one less than its negative, and can be had in more of the processor's ports. It is up to 128
+// in size: times weights whose sizes are 256 together (`reach_of` in `kernels/quantised.py`), it just fits in 16 bits.
+struct Biased {
+    vi sizes[TOGETHER], flips[TOGETHER];
+
+    INLINE explicit Biased(const int8_t* lines) {
+#pragma GCC unroll 2
+        for (int i = 0; i < TOGETHER; i++) {
+            vi w;
+            std::memcpy(&w, lines + i * 64, sizeof w);
+#if defined(__AVX512F__)
+            sizes[i] = (vi)_mm512_abs_epi8((__m512i)w);
+            flips[i] = (vi)_mm512_movm_epi8(_mm512_movepi8_mask((__m512i)w));
 #else
+            sizes[i] = (vi)_mm256_abs_epi8((__m256i)w);
+            flips[i] = (vi)_mm256_cmpgt_epi8(_mm256_setzero_si256(), (__m256i)w);
+#endif
+        }
+    }
+};
+
+INLINE vi dot_biased(vi acc, const int8_t* x, const Biased& w) {
+    const vi first = pairs(w.sizes[0], four(x) ^ w.flips[0]), second = pairs(w.sizes[1], four(x + 4) ^ w.flips[1]);
     // Else GCC adds up the products of a group first, for which registers do not suffice.
-    return opaque(acc + fold_pairs(pairs(w.size, x ^ w.flips)));
+    return opaque(acc + fold_pairs(add_pairs(first, second)));
+}
+#else
+constexpr int TOGETHER = 1;
+
+struct Biased {
+    Fours weights;
+
+    INLINE explicit Biased(const int8_t* line) : weights(loaded(line)) {}
+
+   private:
+    static INLINE vi loaded(const int8_t* line) {
+        vi w;
+        std::memcpy(&w, line, sizeof w);
+        return w;
+    }
+};
+
+INLINE vi dot_biased(vi acc, const int8_t* x, const Biased& w) {
+#if defined(__AVXVNNI__)
+    return (vi)_mm256_dpbusd_avx_epi32((__m256i)acc, (__m256i)four(x), (__m256i)w.weights.sign);
+#else
+    return dot4(acc, four(x), w.weights);
 #endif
 }
-
-// Four bytes in every lane.
-INLINE vi four(const int8_t* bytes) {
-    int32_t lane;
-    std::memcpy(&lane, bytes, sizeof lane);
-    return splat(lane);
-}
+#endif
 
 INLINE vf to_float(vi v) { return __builtin_convertvector(v, vf); }
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kernels import Int4Weight, Int8GroupWeight, Int8Weight, Nf4Weight, Ops, QuantisedWeight, Quantiser, Weight
 from kernels.hadamard import turn
-from kernels.quantised import largest_of, quantise_int8
+from kernels.quantised import quantise_int8, reach_of
 from kernels.sharded import is_exact, split_linear
 from runtime.workers.group import SOLO, Group
 from runtime.workers.split import Split
@@ -85,7 +85,7 @@ class Parameter:
         hold columns of one weight do this together."""
         self._sampled = self.sample()
         if self._columns is not None and quantiser is quantise_int8:
-            self._hold(quantise_int8(self.data, self._group.max(largest_of(turn(self.data)))), ops)
+            self._hold(quantise_int8(self.data, self._group.max(reach_of(turn(self.data)))), ops)
         else:
             self._hold(quantiser(self.data), ops)
 

@@ -12,7 +12,7 @@ import kernels
 from kernels.cpu import CpuOps
 from kernels.cpu.variants import usable_variants
 from kernels.hadamard import turn, turn_back
-from kernels.quantised import from_sums, largest_of, quantise_int8
+from kernels.quantised import from_sums, largest_of, quantise_int8, reach_of
 from tests.kernels.rows import check_broken_rows, check_normed, check_rows_alone, random
 
 REFERENCE = kernels.load("reference")
@@ -37,13 +37,29 @@ def test_the_sums_are_those_of_integers(ops: kernels.Ops, rows: int, inner: int,
 
 @backends
 @pytest.mark.parametrize("rows", [1, 13])
-def test_bytes_that_are_all_as_large_as_they_get(ops: kernels.Ops, rows: int) -> None:
-    """Every pair of products is as large as there are, of any signs: 16 bits just hold it."""
-    signs, weight = random(rows, 128, seed=1).sign(), quantise_int8(turn_back(random(40, 128, seed=2).sign(), 128))
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (2, 2, 0, 0), (0, 0, 2, 2), (2, 0, 0, 2)])
+def test_bytes_that_are_all_as_large_as_they_get(ops: kernels.Ops, sizes: tuple[int, ...], rows: int) -> None:
+    """Any four products that are summed in 16 bits are as large as there are, of any signs: these just hold them."""
+    signs, turned = random(rows, 128, seed=1).sign(), random(40, 128, seed=2).sign()
+    turned *= torch.tensor([sizes[0], sizes[1]] * 2 + [sizes[2], sizes[3]] * 2).repeat(16)
+    weight = quantise_int8(turn_back(turned, 128))
     signs[0] = signs[0].abs()
-    assert (weight.values.abs() == 127).all()
+    assert torch.equal(
+        weight.values.unique(), torch.tensor([-127, 0, 127] if 2 in sizes else [-64, 64], dtype=torch.int8)
+    )
     expected = signs @ weight.values.float().t() * weight.scales
     assert torch.allclose(ops.linear(turn_back(signs, 128), ops.prepare(weight)), expected, rtol=1e-5, atol=1e-4)
+
+
+@settings(max_examples=30, deadline=None)
+@given(inner=sizes, out=sizes, heavy=st.booleans(), seed=st.integers(0, 99))
+def test_four_weights_are_never_too_large_together(inner: int, out: int, heavy: bool, seed: int) -> None:
+    """For activations of -128 to 127 each."""
+    weight = random(out, inner, seed=seed)
+    values = quantise_int8(weight**5 if heavy else weight).values.numpy().astype(np.int64)
+    fours = np.abs(values).reshape(out, -1, 2, 2, 2).sum(axis=(2, 4))
+    assert np.abs(values).max() <= 127
+    assert fours.max() * 128 <= 2**15
 
 
 @backends
@@ -113,7 +129,7 @@ def test_slices_add_up_to_the_very_bits_of_the_whole(
     total = torch.zeros(rows, out, dtype=torch.int32)
     for first, last in pairwise(cuts):
         if last > first:
-            slice_of = quantise_int8(weight[:, first:last], largest_of(turn(weight)))
+            slice_of = quantise_int8(weight[:, first:last], reach_of(turn(weight)))
             assert torch.equal(slice_of.values, whole.values[:, first : -(-last // 64) * 64])
             total += ops.int8_sums(turn(x[:, first:last]), slice_of, largest_of(turned))
     most = largest_of(turned)

@@ -11,7 +11,7 @@ import kernels
 from kernels.cpu import CpuOps
 from kernels.cpu.variants import usable_variants
 from kernels.hadamard import turn
-from kernels.quantised import largest_of, quantise_int8
+from kernels.quantised import largest_of, quantise_int8, reach_of
 from tests.kernels.rows import random
 
 pytestmark = pytest.mark.skipif(CpuOps.unavailable() is not None, reason=f"cpu kernels: {CpuOps.unavailable()}")
@@ -40,7 +40,7 @@ def test_they_are_exact(variant, rows: int, inner: int, out: int, extreme: bool,
 def test_sums_of_a_slice_are_the_references_bit_by_bit(variant, rows: int) -> None:
     whole, weight = random(rows, 256, seed=1), random(77, 256, seed=2)
     whole[0, 200] = float("inf") if rows > 1 else 9.0
-    part = quantise_int8(weight[:, 64:192], largest_of(turn(weight)))
+    part = quantise_int8(weight[:, 64:192], reach_of(turn(weight)))
     turned = turn(whole)
     arguments = (turned[:, 64:192], part, largest_of(turned))
     expected = REFERENCE.int8_sums(*arguments)
