@@ -3,6 +3,8 @@
 // A square of weights is 16 lines as they lie in memory, 64 inputs of 16 outputs; one of activations 64 inputs of 16 rows.
 // Their product, 16 rows of 16 outputs in int32, takes 16 cycles, in which 32 instructions of VNNI do an eighth of it.
 //
+// Squares of bfloat16 are 16 rows of 32, and their products go to float32.
+//
 // Groups of 32 inputs with scales of their own (`groups.h`) gain nothing: the sums of every group leave their square.
 #pragma once
 
@@ -39,20 +41,28 @@ class Squares {
         asm volatile("tilezero %%tmm%c0" : : "i"(I));
     }
 
+    // `stride` bytes from one row to the next.
     template <int I>
-    static INLINE void load(const void* from) {
-        asm volatile("tileloadd (%1,%2), %%tmm%c0" : : "i"(I), "r"(from), "r"(64L) : "memory");
+    static INLINE void load(const void* from, long stride = 64) {
+        asm volatile("tileloadd (%1,%2), %%tmm%c0" : : "i"(I), "r"(from), "r"(stride) : "memory");
     }
 
     template <int I>
-    static INLINE void store(void* to) {
-        asm volatile("tilestored %%tmm%c0, (%1,%2)" : : "i"(I), "r"(to), "r"(64L) : "memory");
+    static INLINE void store(void* to, long stride = 64) {
+        asm volatile("tilestored %%tmm%c0, (%1,%2)" : : "i"(I), "r"(to), "r"(stride) : "memory");
     }
 
     // SUMS += activations, without sign, times weights, with one.
     template <int SUMS, int ACTIVATIONS, int WEIGHTS>
     static INLINE void multiply() {
         asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(SUMS), "i"(ACTIVATIONS), "i"(WEIGHTS));
+    }
+
+    // SUMS [16][16] += a [16][32] times b [16 pairs of rows][16][2], bfloat16. What is added to a sum is the sum of
+    // products at even places plus that of those at odd ones, each one fused multiply-add after the other.
+    template <int SUMS, int A, int B>
+    static INLINE void multiply_bfloat16() {
+        asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(SUMS), "i"(A), "i"(B));
     }
 
    private:

@@ -1,118 +1,11 @@
 // Attention of many tokens of one row: a vector lies along the queries, which are pairs of position and head.
 #include <vector>
 
-#include "attention.h"
+#include "attend_bfloat16.h"
+#include "attend_wide.h"
 #include "scratch.h"
-#include "stored.h"
 
 namespace {
-
-constexpr int MV = 3;
-// Vectors of queries. Three: groups of three heads fill them, and there are registers for them.
-constexpr int LANES = MV * W;
-constexpr int TILE = W == 16 ? 8 : 4;
-// Keys, or features of values, that are multiplied with the queries at a time.
-
-// sum [N][MV] over `count` steps: in step i panel [count][LANES] times factor(i, n).
-template <int N, typename Factor>
-INLINE void multiply(const float* panel, long count, vf (&sum)[N][MV], Factor&& factor) {
-    // Unrolled, the loop is short enough for its end to be foreseen.
-#pragma GCC unroll 4
-    for (long i = 0; i < count; i++) {
-        vf x[MV];
-#pragma GCC unroll 4
-        for (int m = 0; m < MV; m++) x[m] = load(panel + (i * MV + m) * W);
-#pragma GCC unroll 8
-        for (int n = 0; n < N; n++) {
-            const vf one = splat(factor(i, n));
-#pragma GCC unroll 4
-            for (int m = 0; m < MV; m++) sum[n][m] += one * x[m];
-        }
-    }
-}
-
-// A chunk of one key/value head as floats: where they lie, or widened.
-struct Wide {
-    const float* keys[CHUNK];
-    const float* values[CHUNK];
-    float key_scales[CHUNK], value_scales[CHUNK];  // of int8
-
-    // `memory` has room for 2 * CHUNK * dim.
-    void widen(const Attention& op, const Chunk& chunk, long kv_head, float* memory) {
-        const long head = kv_head * head_bytes(op.type, op.dim);
-        widen(op, chunk, op.keys + head, memory, keys, key_scales);
-        widen(op, chunk, op.values + head, memory + CHUNK * op.dim, values, value_scales);
-    }
-
-   private:
-    static void widen(const Attention& op, const Chunk& chunk, const char* cache, float* memory, const float** rows,
-                      float* scales) {
-        for (long i = 0; i < CHUNK; i++) {
-            const char* from = cache + chunk.offsets[i];
-            float* to = memory + std::clamp(i, chunk.from, chunk.to - 1) * op.dim;
-            rows[i] = op.type == FLOAT32 ? reinterpret_cast<const float*>(from) : to;
-            if (op.type == FLOAT32 || i < chunk.from || i >= chunk.to) continue;
-            if (op.type == BFLOAT16) {
-                as_floats(reinterpret_cast<const uint16_t*>(from), op.dim, to);
-            } else {
-                std::memcpy(scales + i, from + op.dim, sizeof(float));
-                long d = 0;
-                for (; d + W <= op.dim; d += W) {
-                    vf run[1];
-                    load_run<INT8>(from + d, run);
-                    store(to + d, run[0]);
-                }
-                for (; d < op.dim; d++) to[d] = static_cast<float>(static_cast<int8_t>(from[d]));
-            }
-        }
-    }
-};
-
-// Those places of a chunk that some of the queries see.
-struct Span {
-    long base, from, to;
-};
-
-// scores [CHUNK][LANES] of the span's keys, and of some around them that mean nothing.
-template <bool SCALED>
-void score(const Span& span, const Wide& wide, const float* queries, long dim, float* scores) {
-    for (long token = span.from / TILE * TILE; token < span.to; token += TILE) {
-        const float* rows[TILE];
-        std::copy(wide.keys + token, wide.keys + token + TILE, rows);
-        vf sum[TILE][MV] = {};
-        multiply<TILE>(queries, dim, sum, [&](long i, int n) INLINE_LAMBDA { return rows[n][i]; });
-#pragma GCC unroll 8
-        for (int n = 0; n < TILE; n++)
-#pragma GCC unroll 4
-            for (int m = 0; m < MV; m++)
-                store(scores + ((token + n) * MV + m) * W,
-                      SCALED ? sum[n][m] * splat(wide.key_scales[token + n]) : sum[n][m]);
-    }
-}
-
-// acc [dim][LANES], N features from `d` on, times `shrink`, plus the values times weights [CHUNK][LANES].
-template <int N>
-INLINE void mix_tile(const Span& span, const Wide& wide, const float* weights, const vf (&shrink)[MV], long d,
-                     float* acc) {
-    vf sum[N][MV];
-#pragma GCC unroll 8
-    for (int n = 0; n < N; n++)
-#pragma GCC unroll 4
-        for (int m = 0; m < MV; m++) sum[n][m] = opaque(load(acc + ((d + n) * MV + m) * W) * shrink[m]);
-    const float* const* rows = wide.values + span.from;
-    multiply<N>(weights + span.from * LANES, span.to - span.from, sum,
-                [&](long i, int n) INLINE_LAMBDA { return rows[i][d + n]; });
-#pragma GCC unroll 8
-    for (int n = 0; n < N; n++)
-#pragma GCC unroll 4
-        for (int m = 0; m < MV; m++) store(acc + ((d + n) * MV + m) * W, sum[n][m]);
-}
-
-void mix(const Span& span, const Wide& wide, const float* weights, const vf (&shrink)[MV], long dim, float* acc) {
-    long d = 0;
-    for (; d + TILE <= dim; d += TILE) mix_tile<TILE>(span, wide, weights, shrink, d, acc);
-    for (; d < dim; d++) mix_tile<1>(span, wide, weights, shrink, d, acc);
-}
 
 // The places in the sequence that each query sees.
 struct Seen {
@@ -262,42 +155,43 @@ struct Tile {
     Queries from;
     Seen seen;
     long begin, end;  // the tokens that one of them sees at least
-    float* queries;   // [dim][LANES]
+    long width;       // of features there is memory for
+    float* queries;   // [width][LANES]
     Sums whole, part;
     bool parted = false;
 
-    static long memory(const Attention& op) { return 3 * op.dim * LANES; }
+    // Floats for `width` features.
+    static long memory(long width) { return 3 * width * LANES; }
 
-    Tile(const Queries& queries_of, float* memory) : from(queries_of), seen(from.seen()), queries(memory) {
+    Tile(const Queries& queries_of, long width, float* memory)
+        : from(queries_of), seen(from.seen()), width(width), queries(memory) {
         const Attention& op = from.op;
         begin = op.first_seen(from.place(0));
         end = from.place(from.some - 1) + 1;
-        whole.acc = memory + op.dim * LANES;
-        part.acc = whole.acc + op.dim * LANES;
-        whole.clear(op.dim);
+        whole.acc = memory + width * LANES;
+        part.acc = whole.acc + width * LANES;
+        whole.clear(width);
         from.pack(queries);
     }
 
-    void attend(const Chunk& chunk, const Wide& wide, float* scores) {
+    template <typename Stored>
+    void attend(const Chunk& chunk, const Stored& stored, float* scores) {
         const Attention& op = from.op;
         const Span span{chunk.base, std::max(chunk.from, begin - chunk.base), std::min(chunk.to, end - chunk.base)};
         if (span.from >= span.to) return;
         if (span.base % PART == 0 && span.base > begin) {
             if (parted) whole.add_part(part, op.dim);
             parted = true;
-            part.clear(op.dim);
+            part.clear(width);
         }
-        if (op.type == INT8)
-            score<true>(span, wide, queries, op.dim, scores);
-        else
-            score<false>(span, wide, queries, op.dim, scores);
+        score(span, stored, queries, op, scores);
         if (op.softcap > 0.0f)
             for (long i = span.from * LANES; i < span.to * LANES; i += W) store(scores + i, op.capped(load(scores + i)));
         seen.hide(span, scores);
         Sums& sums = parted ? part : whole;
         vf shrink[MV];
-        sums.soften(span, op.type == INT8 ? wide.value_scales : nullptr, scores, shrink);
-        mix(span, wide, scores, shrink, op.dim, sums.acc);
+        sums.soften(span, stored.scales(op), scores, shrink);
+        mix(span, stored, scores, shrink, op.dim, sums.acc);
     }
 
     void write() {
@@ -307,22 +201,26 @@ struct Tile {
 };
 
 // Tiles of consecutive queries, so that what is widened is widened once for all of them.
+template <typename Stored>
 void attend(const Queries& all, Scratch& scratch) {
     const Attention& op = all.op;
-    const long count = (all.some + LANES - 1) / LANES, wide_size = 2 * CHUNK * op.dim;
-    float* scores = scratch.floats(static_cast<size_t>(CHUNK * LANES + wide_size + count * Tile::memory(op)));
-    float* widened = scores + CHUNK * LANES;
+    const long count = (all.some + LANES - 1) / LANES, width = Stored::width(op), size = Tile::memory(width);
+    float* scores = scratch.floats(static_cast<size_t>(CHUNK * LANES + Stored::memory(op) + count * size));
+    float* filled = scores + CHUNK * LANES;
     std::vector<Tile> tiles;
     tiles.reserve(static_cast<size_t>(count));
-    for (long done = 0; done < all.some; done += LANES)
-        tiles.emplace_back(Queries{op, all.row, all.kv_head, all.first, all.done + done, std::min<long>(LANES, all.some - done)},
-                           widened + wide_size + done / LANES * Tile::memory(op));
+    for (long done = 0; done < all.some; done += LANES) {
+        const Queries some{op, all.row, all.kv_head, all.first, all.done + done, std::min<long>(LANES, all.some - done)};
+        tiles.emplace_back(some, width, filled + Stored::memory(op) + done / LANES * size);
+        Stored::prepare(op, tiles.back().queries);
+    }
     const long end = tiles.back().end;
-    Wide wide;
+    Stored stored;
+    [[maybe_unused]] const typename Stored::Session session;
     for (long token = tiles.front().begin; token < end; token += CHUNK - token % CHUNK) {
         const Chunk chunk(op, all.row, token, end);
-        wide.widen(op, chunk, all.kv_head, widened);
-        for (Tile& tile : tiles) tile.attend(chunk, wide, scores);
+        stored.fill(op, chunk, all.kv_head, filled);
+        for (Tile& tile : tiles) tile.attend(chunk, stored, scores);
     }
     for (Tile& tile : tiles) tile.write();
 }
@@ -334,5 +232,9 @@ long positions_at_once(const Attention& op, long tiles) { return std::max(1L, ti
 void attend_many(const Attention& op, long row, long first, long count, long kv_head) {
     static thread_local Scratch scratch;
     // More heads than lanes share a key/value head in few models: then they are in several tiles.
-    attend({op, row, kv_head, first, 0, count * op.group()}, scratch);
+    const Queries queries{op, row, kv_head, first, 0, count * op.group()};
+#if defined(HAS_AMX)
+    if (op.type == BFLOAT16) return attend<Bfloat16>(queries, scratch);
+#endif
+    attend<Wide>(queries, scratch);
 }

@@ -79,23 +79,77 @@ INLINE void score_window(const char* from, const long* offsets, const float* q, 
     }
 }
 
+// The same for `ROUNDS`: products with features at even places are added to parts [G][R][0], others to [1].
+template <int TYPE, int R, int G, bool WHOLE>
+INLINE void score_parts(const char* from, const long* offsets, const float* q, long padded, long skip, long place,
+                        vf (&parts)[G][R][2]) {
+#pragma GCC unroll 2
+    for (int g = 0; g < G; g++) {
+        vi turned[TURNED];
+        load_turned(from, offsets + g * W, turned);
+        if constexpr (WHOLE) {
+#pragma GCC unroll 8
+            for (int i = 0; i < TURNED; i++)
+#pragma GCC unroll 2
+                for (int p = 0; p < 2; p++) {
+                    const vf key = unpacked<TYPE>(turned[i], p);
+#pragma GCC unroll 4
+                    for (int r = 0; r < R; r++)
+                        parts[g][r][p] = fused(key, splat(q[r * padded + i * 2 + p]), parts[g][r][p]);
+                }
+        } else {
+            for (long k = skip; k < WINDOW<TYPE>; k++) {
+                const vf key = unpacked<TYPE>(turned[k / 2], static_cast<int>(k % 2));
+                for (int r = 0; r < R; r++) {
+                    vf& part = parts[g][r][(place + k) % 2];
+                    part = fused(key, splat(q[r * padded + k]), part);
+                }
+            }
+        }
+    }
+}
+
+// Adds the sums of PRODUCTS features, and begins new ones.
+template <int R, int G>
+INLINE void add_parts(vf (&parts)[G][R][2], vf (&sum)[G][R]) {
+#pragma GCC unroll 2
+    for (int g = 0; g < G; g++)
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) {
+            sum[g][r] += parts[g][r][0] + parts[g][r][1];
+            parts[g][r][0] = parts[g][r][1] = vf{};
+        }
+}
+
 // scores [R][CHUNK] of G times W keys from place `at` on; q [R][padded] is scaled. Those of `next` will be needed soon.
 template <int TYPE, int R, int G>
 INLINE void score_some(const Heads& heads, const Heads& next, long at, const float* q, long dim, long padded,
                        float* scores) {
     const long* offsets = heads.offsets + at;
     vf sum[G][R] = {};
+    [[maybe_unused]] vf parts[G][R][2] = {};
     long done = 0;
     for (; done + WINDOW<TYPE> <= dim; done += WINDOW<TYPE>) {
         for (long i = at + done * (G * W) / dim; i < at + (done + WINDOW<TYPE>) * (G * W) / dim; i++)
             fetch(next.keys + next.offsets[i], head_bytes(TYPE, dim));
-        score_window<TYPE, R, G, true>(heads.keys + done * BYTES<TYPE>, offsets, q + done, padded, 0, sum);
+        const char* from = heads.keys + done * BYTES<TYPE>;
+        if constexpr (ROUNDS<TYPE>) {
+            score_parts<TYPE, R, G, true>(from, offsets, q + done, padded, 0, done, parts);
+            if ((done + WINDOW<TYPE>) % PRODUCTS == 0) add_parts<R, G>(parts, sum);
+        } else {
+            score_window<TYPE, R, G, true>(from, offsets, q + done, padded, 0, sum);
+        }
     }
     if (done < dim) {
         // The last window ends where the head does, and some of it was done before.
         const long begin = dim - WINDOW<TYPE>;
-        score_window<TYPE, R, G, false>(heads.keys + begin * BYTES<TYPE>, offsets, q + begin, padded, done - begin, sum);
+        const char* from = heads.keys + begin * BYTES<TYPE>;
+        if constexpr (ROUNDS<TYPE>)
+            score_parts<TYPE, R, G, false>(from, offsets, q + begin, padded, done - begin, begin, parts);
+        else
+            score_window<TYPE, R, G, false>(from, offsets, q + begin, padded, done - begin, sum);
     }
+    if constexpr (ROUNDS<TYPE>) add_parts<R, G>(parts, sum);
 #pragma GCC unroll 2
     for (int g = 0; g < G; g++)
 #pragma GCC unroll 4
@@ -143,16 +197,64 @@ INLINE void mix_some(const Chunk& chunk, const Heads& heads, const Heads* next, 
         for (int v = 0; v < N * V; v++) store(acc + r * padded + v * W, sum[r][v]);
 }
 
+// The same for `ROUNDS`: first the tokens at even places of each PRODUCTS, then those at odd ones.
+template <int TYPE, int R, int N>
+INLINE void mix_parts(const Chunk& chunk, const Heads& heads, const Heads* next, long bytes, const float* weights,
+                      long d, float* acc, long padded) {
+    constexpr int V = RUN<TYPE> / W;
+    for (long half = chunk.from / PRODUCTS * PRODUCTS; half < chunk.to; half += PRODUCTS) {
+        vf parts[2][R][N * V];
+#pragma GCC unroll 2
+        for (int part = 0; part < 2; part++) {
+#pragma GCC unroll 4
+            for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+                for (int v = 0; v < N * V; v++) parts[part][r][v] = vf{};
+            const long begin = std::max(half, chunk.from), end = std::min<long>(half + PRODUCTS, chunk.to);
+            for (long i = begin + ((begin ^ part) & 1); i < end; i += 2) {
+                const char* from = heads.values + heads.offsets[i] + d * BYTES<TYPE>;
+                if (next) fetch(next->values + next->offsets[i], bytes);
+                vf weight[R];
+#pragma GCC unroll 4
+                for (int r = 0; r < R; r++) weight[r] = splat(weights[r * CHUNK + i]);
+#pragma GCC unroll 4
+                for (int n = 0; n < N; n++) {
+                    vf value[V];
+                    load_run<TYPE>(from + n * RUN<TYPE> * BYTES<TYPE>, value);
+#pragma GCC unroll 4
+                    for (int v = 0; v < V; v++)
+#pragma GCC unroll 4
+                        for (int r = 0; r < R; r++)
+                            parts[part][r][n * V + v] = fused(weight[r], value[v], parts[part][r][n * V + v]);
+                }
+            }
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+            for (int v = 0; v < N * V; v++) {
+                float* at = acc + r * padded + v * W;
+                store(at, load(at) + (parts[0][r][v] + parts[1][r][v]));
+            }
+    }
+}
+
 template <int TYPE, int R>
 INLINE void mix(const Chunk& chunk, const Heads& heads, const Heads& next, long bytes, const float* weights, long dim,
                 float* acc, long padded) {
-    constexpr int N = (W == 16 ? 4 : 2) * W / RUN<TYPE>;
+    constexpr int N = (ROUNDS<TYPE> && R == MOST ? 2 : W == 16 ? 4 : 2) * W / RUN<TYPE>;
     const Heads* ahead = &next;
     long d = 0;
     for (; d + N * RUN<TYPE> <= dim; d += N * RUN<TYPE>, ahead = nullptr)
-        mix_some<TYPE, R, N>(chunk, heads, ahead, bytes, weights, d, acc + d, padded);
+        if constexpr (ROUNDS<TYPE>)
+            mix_parts<TYPE, R, N>(chunk, heads, ahead, bytes, weights, d, acc + d, padded);
+        else
+            mix_some<TYPE, R, N>(chunk, heads, ahead, bytes, weights, d, acc + d, padded);
     for (; d < dim; d += RUN<TYPE>, ahead = nullptr)
-        mix_some<TYPE, R, 1>(chunk, heads, ahead, bytes, weights, std::min(d, dim - RUN<TYPE>), acc + d, padded);
+        if constexpr (ROUNDS<TYPE>)
+            mix_parts<TYPE, R, 1>(chunk, heads, ahead, bytes, weights, std::min(d, dim - RUN<TYPE>), acc + d, padded);
+        else
+            mix_some<TYPE, R, 1>(chunk, heads, ahead, bytes, weights, std::min(d, dim - RUN<TYPE>), acc + d, padded);
 }
 
 // Scores [R][CHUNK] of a chunk become weights; `acc` [R][padded], what was summed up so far, shrinks to fit.
@@ -180,7 +282,8 @@ INLINE void soften(const Attention& op, const Chunk& chunk, const Scales<TYPE>& 
         for (int r = 0; r < R; r++) {
             const vf weight = exp2(load(scores + r * CHUNK + i) - most[r]);
             sums[r] += weight;
-            store(scores + r * CHUNK + i, scales.of_values(weight, i));
+            const vf factor = scales.of_values(weight, i);
+            store(scores + r * CHUNK + i, ROUNDS<TYPE> ? rounded_to_bfloat16(factor) : factor);
         }
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++) {
@@ -263,6 +366,8 @@ void scale_queries(const Attention& op, const float* from, long count, float* to
     for (long i = 0; i < count; i++, from += op.dim, to += op.padded()) {
         for (long d = 0; d < op.dim; d++) to[d] = from[d] * scale;
         std::fill(to + op.dim, to + op.padded(), 0.0f);
+        if (ROUNDS<BFLOAT16> && op.type == BFLOAT16)
+            for (long d = 0; d < op.padded(); d += W) store(to + d, rounded_to_bfloat16(load(to + d)));
     }
 }
 

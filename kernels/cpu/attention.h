@@ -4,11 +4,15 @@
 // batch: scores are sums in the order of the features, times the scale of an int8 key; weights are added in W sums, by their place in a chunk; values
 // in the order of the tokens; parts one after the other. Chunks and parts begin at multiples of their size. What a
 // token does not see has the weight 0, and adding that changes nothing, so it does not matter how much of it is skipped.
+//
+// With AMX and a cache in bfloat16, queries and weights are rounded to it as well, and sums are made of 32 products at a
+// time as AMX makes them, see `ROUNDS`.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 
+#include "amx.h"
 #include "floats.h"
 #include "simd.h"
 
@@ -54,6 +58,31 @@ struct Attention {
     // What becomes of that product.
     INLINE vf capped(vf product) const { return opaque(splat(softcap * LOG2_E) * tanh(product)); }
 };
+
+// Whether queries and weights are rounded to bfloat16 for a cache of that type. Each score and each sum of values is then
+// a sum over groups of PRODUCTS, of a group's products at even places plus those at odd ones.
+template <int TYPE>
+constexpr bool ROUNDS = false;
+constexpr int PRODUCTS = 32;
+#if defined(HAS_AMX)
+template <>
+inline constexpr bool ROUNDS<BFLOAT16> = true;
+
+// To the nearest bfloat16, what is below the smallest normal number to 0.
+INLINE vf rounded_to_bfloat16(vf v) {
+    return bits((vi)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)v)) << 16);
+}
+
+// Two numbers in each lane's 32 bits, rounded: of `even` in the lower half.
+INLINE vi pairs_of_bfloat16(vf even, vf odd) {
+    const auto one_after_other = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
+    vi lanes;
+    for (int i = 0; i < W; i++) lanes[i] = i | (W + i) << 16;
+    return (vi)_mm512_permutexvar_epi16((__m512i)lanes, one_after_other);
+}
+#else
+INLINE vf rounded_to_bfloat16(vf v) { return v; }
+#endif
 
 // Tokens of a row that are taken at once: those at places `from` to `to` after `base`, a multiple of CHUNK.
 struct Chunk {

@@ -37,7 +37,11 @@ X86 = (
     Variant("avxvnni", (*_AVX2.flags, "-mavxvnni"), _AVX2.needs | {"avx_vnni"}),
     _AVX512,
     _VNNI,
-    Variant("amx", (*_VNNI.flags, "-mamx-tile", "-mamx-int8"), _VNNI.needs | {"amx_tile", "amx_int8"}),
+    Variant(
+        "amx",
+        (*_VNNI.flags, "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16"),
+        _VNNI.needs | {"avx512_bf16", "amx_tile", "amx_int8", "amx_bf16"},
+    ),
 )
 
 
