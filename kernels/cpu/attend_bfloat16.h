@@ -66,26 +66,35 @@ struct Bfloat16 {
 
 constexpr long ROW_BYTES = LANES * 4;
 
+// The squares 0 to MV - 1, of 16 rows and all queries, += a square times `pairs` [PRODUCTS / 2][LANES].
+INLINE void multiply_squares(const void* square, long stride, const float* pairs) {
+    static_assert(MV == 3 && W == SQUARE_ROWS);
+    Squares::load<3>(square, stride);
+    Squares::load<4>(pairs, ROW_BYTES);
+    Squares::multiply_bfloat16<0, 3, 4>();
+    Squares::load<5>(pairs + W, ROW_BYTES);
+    Squares::multiply_bfloat16<1, 3, 5>();
+    Squares::load<6>(pairs + 2 * W, ROW_BYTES);
+    Squares::multiply_bfloat16<2, 3, 6>();
+}
+
+INLINE void store_squares(float* to) {
+    Squares::store<0>(to, ROW_BYTES);
+    Squares::store<1>(to + W, ROW_BYTES);
+    Squares::store<2>(to + 2 * W, ROW_BYTES);
+}
+
 // MV squares of scores at a time.
 inline void score(const Span& span, const Bfloat16& chunk, const float* queries, const Attention&, float* scores) {
-    static_assert(MV == 3 && W == SQUARE_ROWS);
     for (long token = span.from / W * W; token < span.to; token += W) {
         Squares::clear<0>();
         Squares::clear<1>();
         Squares::clear<2>();
         const float* pairs = queries;
         for (long d = 0; d < chunk.features; d += PRODUCTS, pairs += PRODUCTS / 2 * LANES) {
-            Squares::load<3>(chunk.keys + token * chunk.features + d, chunk.features * 2);
-            Squares::load<4>(pairs, ROW_BYTES);
-            Squares::multiply_bfloat16<0, 3, 4>();
-            Squares::load<5>(pairs + W, ROW_BYTES);
-            Squares::multiply_bfloat16<1, 3, 5>();
-            Squares::load<6>(pairs + 2 * W, ROW_BYTES);
-            Squares::multiply_bfloat16<2, 3, 6>();
+            multiply_squares(chunk.keys + token * chunk.features + d, chunk.features * 2, pairs);
         }
-        Squares::store<0>(scores + token * LANES, ROW_BYTES);
-        Squares::store<1>(scores + token * LANES + W, ROW_BYTES);
-        Squares::store<2>(scores + token * LANES + 2 * W, ROW_BYTES);
+        store_squares(scores + token * LANES);
     }
 }
 
@@ -112,17 +121,9 @@ inline void mix(const Span& span, const Bfloat16& chunk, float* weights, const v
         Squares::load<2>(sums + 2 * W, ROW_BYTES);
         for (long half = first; half < span.to; half += PRODUCTS) {
             const float* pairs = weights + half / 2 * LANES;
-            Squares::load<3>(chunk.values + (half * chunk.features + d * PRODUCTS) / 2);
-            Squares::load<4>(pairs, ROW_BYTES);
-            Squares::multiply_bfloat16<0, 3, 4>();
-            Squares::load<5>(pairs + W, ROW_BYTES);
-            Squares::multiply_bfloat16<1, 3, 5>();
-            Squares::load<6>(pairs + 2 * W, ROW_BYTES);
-            Squares::multiply_bfloat16<2, 3, 6>();
+            multiply_squares(chunk.values + (half * chunk.features + d * PRODUCTS) / 2, 64, pairs);
         }
-        Squares::store<0>(sums, ROW_BYTES);
-        Squares::store<1>(sums + W, ROW_BYTES);
-        Squares::store<2>(sums + 2 * W, ROW_BYTES);
+        store_squares(sums);
     }
 }
 #endif

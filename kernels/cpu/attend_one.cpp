@@ -165,6 +165,23 @@ INLINE void score(const Chunk& chunk, const Heads& heads, const Heads& next, con
     if (at < chunk.to) score_some<TYPE, R, 1>(heads, next, at, q, dim, padded, scores);
 }
 
+// sum [R] += N runs of one token's values times its weight for each query, which are CHUNK floats apart.
+template <int TYPE, int R, int N, int V = RUN<TYPE> / W>
+INLINE void add_values(const char* from, const float* weights, vf (&sum)[R][N * V]) {
+    vf weight[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) weight[r] = splat(weights[r * CHUNK]);
+#pragma GCC unroll 4
+    for (int n = 0; n < N; n++) {
+        vf value[V];
+        load_run<TYPE>(from + n * RUN<TYPE> * BYTES<TYPE>, value);
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++)
+#pragma GCC unroll 4
+            for (int r = 0; r < R; r++) sum[r][n * V + v] = fused(weight[r], value[v], sum[r][n * V + v]);
+    }
+}
+
 // acc [R][padded], N runs from feature `d` on, plus values times weights [R][CHUNK].
 template <int TYPE, int R, int N>
 INLINE void mix_some(const Chunk& chunk, const Heads& heads, const Heads* next, long bytes, const float* weights,
@@ -178,18 +195,7 @@ INLINE void mix_some(const Chunk& chunk, const Heads& heads, const Heads* next, 
     for (long i = chunk.from; i < chunk.to; i++) {
         const char* from = heads.values + heads.offsets[i] + d * BYTES<TYPE>;
         if (next) fetch(next->values + next->offsets[i], bytes);
-        vf weight[R];
-#pragma GCC unroll 4
-        for (int r = 0; r < R; r++) weight[r] = splat(weights[r * CHUNK + i]);
-#pragma GCC unroll 4
-        for (int n = 0; n < N; n++) {
-            vf value[V];
-            load_run<TYPE>(from + n * RUN<TYPE> * BYTES<TYPE>, value);
-#pragma GCC unroll 4
-            for (int v = 0; v < V; v++)
-#pragma GCC unroll 4
-                for (int r = 0; r < R; r++) sum[r][n * V + v] += weight[r] * value[v];
-        }
+        add_values<TYPE, R, N>(from, weights + i, sum);
     }
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++)
@@ -214,19 +220,7 @@ INLINE void mix_parts(const Chunk& chunk, const Heads& heads, const Heads* next,
             for (long i = begin + ((begin ^ part) & 1); i < end; i += 2) {
                 const char* from = heads.values + heads.offsets[i] + d * BYTES<TYPE>;
                 if (next) fetch(next->values + next->offsets[i], bytes);
-                vf weight[R];
-#pragma GCC unroll 4
-                for (int r = 0; r < R; r++) weight[r] = splat(weights[r * CHUNK + i]);
-#pragma GCC unroll 4
-                for (int n = 0; n < N; n++) {
-                    vf value[V];
-                    load_run<TYPE>(from + n * RUN<TYPE> * BYTES<TYPE>, value);
-#pragma GCC unroll 4
-                    for (int v = 0; v < V; v++)
-#pragma GCC unroll 4
-                        for (int r = 0; r < R; r++)
-                            parts[part][r][n * V + v] = fused(weight[r], value[v], parts[part][r][n * V + v]);
-                }
+                add_values<TYPE, R, N>(from, weights + i, parts[part]);
             }
         }
 #pragma GCC unroll 4

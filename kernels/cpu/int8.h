@@ -68,6 +68,13 @@ INLINE vi four(const int8_t* bytes) {
     return splat(lane);
 }
 
+// Four bytes each of W outputs.
+INLINE vi load_line(const int8_t* from) {
+    vi v;
+    std::memcpy(&v, from, sizeof v);
+    return v;
+}
+
 #if defined(__AVXVNNI__)
 constexpr int32_t BIAS = 128;
 #else
@@ -88,8 +95,7 @@ struct Biased {
     INLINE explicit Biased(const int8_t* lines) {
 #pragma GCC unroll 2
         for (int i = 0; i < TOGETHER; i++) {
-            vi w;
-            std::memcpy(&w, lines + i * 64, sizeof w);
+            const vi w = load_line(lines + i * 64);
 #if defined(__AVX512F__)
             sizes[i] = (vi)_mm512_abs_epi8((__m512i)w);
             flips[i] = (vi)_mm512_movm_epi8(_mm512_movepi8_mask((__m512i)w));
@@ -112,14 +118,7 @@ constexpr int TOGETHER = 1;
 struct Biased {
     Fours weights;
 
-    INLINE explicit Biased(const int8_t* line) : weights(loaded(line)) {}
-
-   private:
-    static INLINE vi loaded(const int8_t* line) {
-        vi w;
-        std::memcpy(&w, line, sizeof w);
-        return w;
-    }
+    INLINE explicit Biased(const int8_t* line) : weights(load_line(line)) {}
 };
 
 INLINE vi dot_biased(vi acc, const int8_t* x, const Biased& w) {
