@@ -68,13 +68,14 @@ INLINE void score_window(const char* from, const long* offsets, const float* q, 
                 for (int g = 0; g < G; g++) {
                     const vf key = unpacked<TYPE>(turned[g][i], p);
 #pragma GCC unroll 4
-                    for (int r = 0; r < R; r++) sum[g][r] += key * splat(q[r * padded + i * PACKED<TYPE> + p]);
+                    for (int r = 0; r < R; r++)
+                        sum[g][r] = fused(key, splat(q[r * padded + i * PACKED<TYPE> + p]), sum[g][r]);
                 }
     } else {
         for (long k = skip; k < WINDOW<TYPE>; k++)
             for (int g = 0; g < G; g++) {
                 const vf key = unpacked<TYPE>(turned[g][k / PACKED<TYPE>], static_cast<int>(k % PACKED<TYPE>));
-                for (int r = 0; r < R; r++) sum[g][r] += key * splat(q[r * padded + k]);
+                for (int r = 0; r < R; r++) sum[g][r] = fused(key, splat(q[r * padded + k]), sum[g][r]);
             }
     }
 }

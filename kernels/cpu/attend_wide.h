@@ -20,7 +20,7 @@ INLINE void multiply(const float* panel, long count, vf (&sum)[N][MV], Factor&& 
         for (int n = 0; n < N; n++) {
             const vf one = splat(factor(i, n));
 #pragma GCC unroll 4
-            for (int m = 0; m < MV; m++) sum[n][m] += one * x[m];
+            for (int m = 0; m < MV; m++) sum[n][m] = fused(one, x[m], sum[n][m]);
         }
     }
 }

@@ -49,7 +49,7 @@ INLINE void multiply(const float* const (&weights)[OUTPUTS], const float* x, lon
             // Else GCC loads it once for each product, and loads are then what limits.
             const vf w = opaque(loaded(outputs[n] + k));
 #pragma GCC unroll 4
-            for (int r = 0; r < R; r++) acc[n][r] += w * rows[r];
+            for (int r = 0; r < R; r++) acc[n][r] = fused(w, rows[r], acc[n][r]);
         }
     };
     Ahead next = ahead;  // in registers
@@ -78,12 +78,12 @@ INLINE void stream(const T* const (&weights)[OUTPUTS], const float* x, long stri
             prefetch(reinterpret_cast<const char*>(from + k) + FAR);
             const vf w = load_weights(from + k);
 #pragma GCC unroll 4
-            for (int r = 0; r < R; r++) sums[r] += w * load(x + r * stride + k);
+            for (int r = 0; r < R; r++) sums[r] = fused(w, load(x + r * stride + k), sums[r]);
         }
         if (k < in) {
             const vf w = load_first(from + k, in - k);
 #pragma GCC unroll 4
-            for (int r = 0; r < R; r++) sums[r] += w * load_first(x + r * stride + k, in - k);
+            for (int r = 0; r < R; r++) sums[r] = fused(w, load_first(x + r * stride + k, in - k), sums[r]);
         }
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++) acc[n][r] = sums[r];
