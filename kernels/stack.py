@@ -81,7 +81,9 @@ class Layers(ABC):
         caches: Sequence[tuple[Tensor, Tensor]],
         rows: PagedRows,
         adapted: Sequence[AdaptedTokens] = (),
+        wanted: Tensor | None = None,
     ) -> Tensor | None:
-        """hidden [T, hidden] → [T, hidden] after the last layer. cos, sin [tables, T, R / 2]; `caches` are each layer's
-        keys and values [N, B, G, width], into which the new ones are written. No token is in two of `adapted`. None
-        where these cannot be taken at once, and nothing has been done."""
+        """hidden [T, hidden] → [T, hidden] after the last layer, or [n, hidden] of the tokens `wanted` [n] int64,
+        ascending. cos, sin [tables, T, R / 2]; `caches` are each layer's keys and values [N, B, G, width], into which
+        the new ones are written. No token is in two of `adapted`. None where these cannot be taken at once, and nothing
+        has been done."""

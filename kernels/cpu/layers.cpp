@@ -43,6 +43,15 @@ struct Adapter {
     const Factors* const* factors;  // [layers][PLACES], or null where it changes nothing
 };
 
+// The tokens after whose last layer something is done, where these are not all of the batch.
+struct Wanted {
+    const int64_t* tokens;  // ascending
+    int64_t count;
+    const int64_t *tables, *extents;  // of attention, each token as a row of its own
+    const Adapter* adapters;          // of these tokens, by their number among them
+    int64_t adapted;
+};
+
 void multiply(const Weight& w, const float* x, long rows, const Around& around, float* y, int threads) {
     const long out = around.swiglu ? w.out / 2 : w.out;
     call_linear(w.op, x, rows, w.in, out, w.tensors, w.count, w.bias, around, y, threads);
@@ -117,6 +126,19 @@ struct Pass {
         eft_silu_mul(gates, tokens, inner, between, threads);
     }
 
+    // Goes on with these tokens alone: moves rows of x and of queries to where the others were.
+    void keep(const Wanted& wanted, float* x) {
+        for (long i = 0; i < wanted.count; i++) {
+            const long token = wanted.tokens[i];
+            if (token == i) continue;
+            std::copy_n(x + token * hidden, hidden, x + i * hidden);
+            std::copy_n(fused + token * wide(), heads * dim, fused + i * wide());
+        }
+        tokens = wanted.count;
+        adapters = wanted.adapters;
+        adapted = wanted.adapted;
+    }
+
     // Each head of queries or keys in place over its root mean square.
     void normalise_heads(float* x, long count, const float* norm) const {
         if (!norm) return;
@@ -134,12 +156,13 @@ struct Pass {
 }  // namespace
 
 // x [tokens, hidden], changed in place. cos, sin [tables, tokens, half]; the arguments of attention are those of
-// `eft_paged_attention`, caches [layers], of their type; adapters [adapted].
+// `eft_paged_attention`, caches [layers], of their type; adapters [adapted]; `wanted`: a `Wanted`, whose tokens are then
+// the first rows of x and the others anything, or null.
 EXPORT void eft_layers(const void* table, long layers, long hidden, long inner, long heads, long kv_heads, long dim,
                        float eps, float scale, float softcap, const void* caches, int type, float* x, long tokens,
                        const float* cos, const float* sin, long half, const int64_t* slots, const int64_t* tables,
                        long width, const int64_t* extents, long rows, long block_size, const void* adapters,
-                       long adapted, int threads) {
+                       long adapted, const void* wanted, int threads) {
     static thread_local Scratch kept;
     Scratch own;
     Pass pass{static_cast<const Layer*>(table),
@@ -158,6 +181,14 @@ EXPORT void eft_layers(const void* table, long layers, long hidden, long inner, 
         const long angles = std::max<long>(layer.rope, 0) * tokens * half;
         eft_rope_and_cache(q, wide, k, wide, v, wide, cos + angles, sin + angles, layer.rope < 0 ? 0 : half, cache.keys,
                            cache.values, slots, tokens, heads, kv_heads, dim, type, threads);
+        if (const auto* some = static_cast<const Wanted*>(wanted); some && i + 1 == layers) {
+            // Keys and values are all that later tokens see of the others.
+            if (some->count == 0) return;
+            pass.keep(*some, x);
+            tables = some->tables;
+            extents = some->extents;
+            rows = some->count;
+        }
         eft_paged_attention(q, wide, cache.keys, cache.values, tables, width, extents, rows, heads, kv_heads, dim,
                             block_size, scale, layer.window, softcap, pass.mixed, type, threads);
         pass.add(i, OUT, pass.mixed, x);

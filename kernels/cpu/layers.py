@@ -3,7 +3,7 @@
 import ctypes
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -49,11 +49,15 @@ class CpuLayers(Layers):
         caches: Sequence[tuple[Tensor, Tensor]],
         rows: PagedRows,
         adapted: Sequence[AdaptedTokens] = (),
+        wanted: Tensor | None = None,
     ) -> Tensor | None:
         stack, kept = self._stack, self._kept(caches)
         adapters = self._adapter_table(adapted, len(hidden))
         if kept is None or adapters is None or hidden.dtype is not torch.float32 or cos.dtype is not torch.float32:
             return None
+        last = None if wanted is None else _wanted_rows(wanted, rows, adapted)
+        last_adapters = None if last is None else self._adapter_table(last.adapted, len(last.tokens))
+        of_last = None if last is None or last_adapters is None else last.table(last_adapters)
         hidden = hidden.clone(memory_format=torch.contiguous_format)
         cos, sin = cos.contiguous(), sin.contiguous()
         self._lib.eft_layers(
@@ -78,9 +82,10 @@ class CpuLayers(Layers):
             rows.block_size,
             adapters.buffer_info()[0],
             len(adapted),
+            None if of_last is None else of_last.buffer_info()[0],
             torch.get_num_threads(),
         )
-        return hidden
+        return hidden if wanted is None else hidden[: len(wanted)]
 
     def _kept(self, caches: Sequence[tuple[Tensor, Tensor]]) -> "array[int] | None":
         """The addresses of all caches; None where they are of a type that is not ours."""
@@ -106,6 +111,36 @@ class CpuLayers(Layers):
         if adapter not in self._adapters:
             self._adapters[adapter] = _factor_table(adapter, len(self._stack.layers))
         return self._adapters[adapter]
+
+
+class _WantedRows(NamedTuple):
+    """The tokens that the last layer goes on with, each as a row of its own."""
+
+    tokens: Tensor
+    """[n] int64"""
+    tables: Tensor
+    """[n, width] int64"""
+    extents: Tensor
+    """[n, 3] int64, as in `PagedRows`"""
+    adapted: Sequence[AdaptedTokens]
+
+    def table(self, adapters: "array[int]") -> "array[int]":
+        """As `Wanted` in `layers.cpp`, which must not outlive this and `adapters`."""
+        tokens, tables, extents = (tensor.data_ptr() for tensor in self[:3])
+        return array("q", (tokens, len(self.tokens), tables, extents, adapters.buffer_info()[0], len(self.adapted)))
+
+
+def _wanted_rows(tokens: Tensor, rows: PagedRows, adapted: Sequence[AdaptedTokens]) -> _WantedRows:
+    starts, _, contexts = rows.extents.unbind(1)
+    row = torch.searchsorted(starts.contiguous(), tokens, right=True) - 1
+    number = torch.arange(len(tokens))
+    extents = torch.stack([number, torch.ones_like(number), contexts[row] + tokens - starts[row]], 1)
+    chosen = [
+        AdaptedTokens(None if those is None else torch.isin(tokens, those).nonzero().flatten(), adapter)
+        for those, adapter in adapted
+    ]
+    some = [one for one in chosen if one.tokens is None or len(one.tokens)]
+    return _WantedRows(tokens, rows.tables[row], extents, some)
 
 
 def _factor_table(adapter: StackFactors, layers: int) -> "array[int] | None":

@@ -30,7 +30,7 @@ _SIGNATURES: dict[str, str] = {
     "eft_gelu": "plipi",
     "eft_rope_and_cache": "plplplpplpppllllii",
     "eft_paged_attention": "plppplplllllflfpii",
-    "eft_layers": "pllllllfffpiplpplpplpllpli",
+    "eft_layers": "pllllllfffpiplpplpplpllplpi",
     "eft_argmax": "pllppi",
     "eft_sample": "plllppppppi",
 }

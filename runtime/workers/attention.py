@@ -38,10 +38,16 @@ class PagedAttention:
         )
 
     def through(
-        self, layers: Layers, hidden: Tensor, cos: Tensor, sin: Tensor, adapted: Sequence[AdaptedTokens]
+        self,
+        layers: Layers,
+        hidden: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        adapted: Sequence[AdaptedTokens],
+        wanted: Tensor | None,
     ) -> Tensor | None:
         """The same for all layers at once, and what lies between: see `Layers`."""
-        return layers(hidden, cos, sin, self._cache.layers, self._rows, adapted)
+        return layers(hidden, cos, sin, self._cache.layers, self._rows, adapted, wanted)
 
 
 class PackedAttention:

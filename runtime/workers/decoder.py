@@ -81,19 +81,32 @@ class Decoder:
         return Embedding(self.vocabulary.split, size, dtype=dtype, device=device, group=self.group)
 
     def forward(
-        self, token_ids: Tensor, positions: Tensor, attention: Attention, adaptation: Adaptation | None = None
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        attention: Attention,
+        adaptation: Adaptation | None = None,
+        *,
+        wanted: Tensor | None = None,
     ) -> Tensor:
-        """token_ids, positions [T] int64 → hidden states [T, hidden] after the last layer, before the norm."""
+        """token_ids, positions [T] int64 → hidden states [T, hidden] after the last layer, before the norm; or
+        [n, hidden], of the tokens `wanted` [n] int64 alone, in ascending order."""
         hidden = self.embed(token_ids, positions)
         cos, sin = self.angles(positions)
-        if (found := self._at_once(hidden, cos, sin, attention, adaptation)) is not None:
+        if (found := self._at_once(hidden, cos, sin, attention, adaptation, wanted)) is not None:
             return found
         for layer in self.layers:
             hidden = layer(self.ops, hidden, attention, cos, sin, adaptation)
-        return hidden
+        return hidden if wanted is None else hidden[wanted]
 
     def _at_once(
-        self, hidden: Tensor, cos: Tensor, sin: Tensor, attention: Attention, adaptation: Adaptation | None
+        self,
+        hidden: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        attention: Attention,
+        adaptation: Adaptation | None,
+        wanted: Tensor | None,
     ) -> Tensor | None:
         """What all layers make of `hidden`, where the backend runs them in one call: while serving."""
         if not isinstance(attention, PagedAttention) or torch.is_grad_enabled():
@@ -101,7 +114,7 @@ class Decoder:
         adapted = adaptation.adapted if isinstance(adaptation, BatchAdaptation) else ()
         if self._joined is None or (adaptation is not None and not adapted):
             return None
-        return attention.through(self._joined, hidden, cos, sin, adapted)
+        return attention.through(self._joined, hidden, cos, sin, adapted, wanted)
 
     @cached_property
     def _joined(self) -> Layers | None:

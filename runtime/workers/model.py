@@ -54,7 +54,13 @@ class Model(Protocol):
     def layers(self) -> Sequence[Layer]: ...
 
     def forward(
-        self, token_ids: Tensor, positions: Tensor, attention: Attention, adaptation: Adaptation | None = None
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        attention: Attention,
+        adaptation: Adaptation | None = None,
+        *,
+        wanted: Tensor | None = None,
     ) -> Tensor: ...
 
     def logits(self, hidden: Tensor, ops: Ops | None = None) -> Tensor:

@@ -78,8 +78,6 @@ class Worker:
             hidden = self._hidden(batch)
             if not batch.slots:
                 return StepResult(step=step, slots=[], tokens=[])
-            if len(batch.slots) < len(hidden):
-                hidden = hidden[batch.sample_at]
             tokens, broken, scores, candidates = self._sample(hidden, batch)
         kept = proved_right(batch.slots, tokens, {row.slot: row.draft for row in rows if row.draft})
         kept = [index for index in kept if batch.slots[index] not in candidates]
@@ -104,13 +102,15 @@ class Worker:
         )
 
     def _hidden(self, batch: Batch) -> Tensor:
-        """[T, hidden] after the last layer."""
+        """[len(batch.slots), hidden] after the last layer: of the tokens after which one is sampled."""
+        wanted = batch.sample_at if len(batch.slots) < len(batch.token_ids) else None
         if self._graphs is not None and self._graphs.takes(batch):
-            return self._graphs.forward(batch)
+            hidden = self._graphs.forward(batch)
+            return hidden if wanted is None else hidden[wanted]
         decoder = self._decoder
         attention = PagedAttention(decoder.ops, self._cache, batch.paged, decoder.spec)
         adaptation = self.adapters.adaptation(batch.adapters) if self.adapters else None
-        return decoder.forward(batch.token_ids, batch.positions, attention, adaptation)
+        return decoder.forward(batch.token_ids, batch.positions, attention, adaptation, wanted=wanted)
 
     def _sample(
         self, hidden: Tensor, batch: Batch

@@ -23,6 +23,8 @@ pytestmark = pytest.mark.skipif(CpuOps.unavailable() is not None, reason="an op 
 
 BLOCK = 16
 COUNTS, CONTEXTS = [1, 1, 1, 7, 40], [3, 17, 150, 0, 21]
+WANTED = [[], [0, 1, 2, 9], [2, 47, 48, 49], [*range(49)]]
+"""Tokens of that batch: none, each row's last but for the longest, a row's last three and another one, all but one."""
 
 
 def load(tmp_path: Path, family: str, quantization: str = "none") -> Decoder:
@@ -34,7 +36,12 @@ def load(tmp_path: Path, family: str, quantization: str = "none") -> Decoder:
 
 
 def run(
-    decoder: Decoder, adapted: list[AdaptedTokens], dtype: torch.dtype, *, at_once: bool
+    decoder: Decoder,
+    adapted: list[AdaptedTokens],
+    dtype: torch.dtype,
+    *,
+    at_once: bool,
+    wanted: Tensor | None = None,
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     """Hidden states of a mixed batch, over a cache that holds something, and that cache."""
     if not at_once:
@@ -57,21 +64,29 @@ def run(
     adaptation = BatchAdaptation(decoder.ops, adapted) if adapted else None
     with torch.inference_mode():
         attention = PagedAttention(decoder.ops, cache, rows, decoder.spec)
-        hidden = decoder.forward(tokens, torch.cat(places), attention, adaptation)
+        hidden = decoder.forward(tokens, torch.cat(places), attention, adaptation, wanted=wanted)
     assert (decoder.__dict__["_joined"] is not None) == at_once
     return hidden, cache.layers
 
 
 def check(decoder: Decoder, adapted: list[AdaptedTokens], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Both ways agree; the hidden states."""
+    """Both ways agree, and so do the tokens that are wanted alone; the hidden states."""
     one_by_one, written_before = run(decoder, adapted, dtype, at_once=False)
     found, written = run(decoder, adapted, dtype, at_once=True)
     assert found.isfinite().all()
     assert torch.equal(found, one_by_one)
+    same(written, written_before)
+    for wanted in WANTED:
+        some, written = run(decoder, adapted, dtype, at_once=True, wanted=torch.tensor(wanted, dtype=torch.int64))
+        assert torch.equal(some, found[wanted])
+        same(written, written_before)
+    return found
+
+
+def same(written: list[tuple[Tensor, Tensor]], written_before: list[tuple[Tensor, Tensor]]) -> None:
     for both, both_before in zip(written, written_before, strict=True):
         for here, there in zip(both, both_before, strict=True):
             assert torch.equal(here.view(torch.uint8), there.view(torch.uint8))
-    return found
 
 
 FAMILIES = [

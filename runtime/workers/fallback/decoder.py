@@ -61,11 +61,14 @@ class FallbackDecoder:
         attention: Attention,
         adaptation: Adaptation | None = None,
         ops: Ops | None = None,
+        *,
+        wanted: Tensor | None = None,
     ) -> Tensor:
-        """token_ids, positions [T] int64 → hidden states [T, hidden] as the head takes them: after the last norm.
-        `ops` instead of its own."""
+        """token_ids, positions [T] int64 → hidden states [T, hidden] as the head takes them: after the last norm; or
+        [n, hidden], of the tokens `wanted` [n] int64 alone. `ops` instead of its own."""
         with self._as(ops or self.ops, attention, adaptation):
-            return run_base(self._base, token_ids, positions)
+            hidden = run_base(self._base, token_ids, positions)
+        return hidden if wanted is None else hidden[wanted]
 
     def logits(self, hidden: Tensor, ops: Ops | None = None) -> Tensor:
         """hidden [rows, hidden] → [rows, vocab] float32. The head is torch's own: `ops` is for its likes' sake."""
