@@ -7,12 +7,15 @@ EFT_KERNELS_VARIANT=avx2 python -m benchmarks.kernels     another variant
 
 One row is bound by memory (GEMV): bytes of weights a second are to be 75% of what reading alone reaches. From 32 rows
 on linears are bound by arithmetic (GEMM): operations a second are to be 55% of the peak, which for integer weights is
-that of bytes, for int8 with sums of 32 bits. `limit` says whether they are. Copies of a weight are gone through in
-turn, more than any cache holds. Attention is bound by arithmetic for prompts, and by reading the KV cache for rows that
-decode. Use an idle machine.
+that of bytes, for int8 with sums of 32 bits. `limit` says whether they are. What the machine can do is measured right
+before or after each timing, and shares are medians over these pairs: so they hold where others share the machine.
+Copies of a weight are gone through in turn, more than any cache holds. Attention is bound by arithmetic for prompts,
+and by reading the KV cache for rows that decode.
 """
 
 import argparse
+import itertools
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -23,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.linears import COLD, SHAPES, TYPES, ColdLinear
-from benchmarks.peak import Peaks, measure
+from benchmarks.peak import Kind, Machine
 from kernels import cache
 from kernels.cpu import CpuOps
 from kernels.interface import PagedRows
@@ -32,8 +35,10 @@ ROWS = (1, 8, 32, 512)
 READ_LIMIT, PEAK_LIMIT = 0.75, 0.55
 """What linears are to reach: of the read bandwidth, for one row; of the arithmetic peak, from `MANY` rows on."""
 MANY = 32
-MIN_TIME = 0.15
-"""Seconds that one figure is measured for."""
+TURNS = 11
+"""Timings of each figure."""
+PASS = 0.01
+"""Seconds that a timing of attention takes at least."""
 
 
 @dataclass(frozen=True)
@@ -75,21 +80,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"the C++ ops cannot run here: {reason}\n")
         return 1
     ops = CpuOps()
-    peaks = measure(ops.variant, torch.get_num_threads())
+    machine = Machine(ops.variant, torch.get_num_threads())
     console = Console()
     console.print(
-        f"{ops.variant.name}, {torch.get_num_threads()} threads: reads {peaks.read / 1e9:.1f} GB/s, "
-        f"float32 {peaks.floats / 1e9:.0f} GFLOP/s, bytes {peaks.bytes / 1e9:.0f} GOP/s, "
-        f"with sums of 32 bits {peaks.wide_bytes / 1e9:.0f} GOP/s"
+        f"{ops.variant.name}, {torch.get_num_threads()} threads: reads {machine.peak('read') / 1e9:.1f} GB/s, "
+        f"float32 {machine.peak('floats') / 1e9:.0f} GFLOP/s, bytes {machine.peak('bytes') / 1e9:.0f} GOP/s, "
+        f"with sums of 32 bits {machine.peak('wide_bytes') / 1e9:.0f} GOP/s"
     )
     rows = [int(count) for count in options.rows.split(",")]
     table = Table("type", "op", "rows", "µs", "GB/s", "of read", "GOP/s", "of peak", "limit")
     names = options.types.split(",")
     for case in CASES if "attention" in names else ():
-        _add_attention(table, ops, case, peaks)
+        _add_attention(table, ops, case, machine)
     for name in (name for name in names if name != "attention"):
         for shape in options.shapes.split(","):
-            _add_linear(table, ops, name, shape, rows, peaks)
+            _add_linear(table, ops, name, shape, rows, machine)
     console.print(table)
     return 0
 
@@ -102,16 +107,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_linear(table: Table, ops: CpuOps, name: str, shape: str, counts: Sequence[int], peaks: Peaks) -> None:
-    linear, peak = ColdLinear(ops, name, shape), TYPES[name].peak(peaks)
-    out, size = SHAPES[shape]
+def _add_linear(table: Table, ops: CpuOps, name: str, shape: str, counts: Sequence[int], machine: Machine) -> None:
+    linear, (out, size) = ColdLinear(ops, name, shape), SHAPES[shape]
     for rows in counts:
-        _row(
-            table, name, shape, rows, linear.seconds(rows), linear.num_bytes, 2.0 * rows * out * size, peaks.read, peak
-        )
+        work = Work(linear.timer(rows), linear.num_bytes, 2.0 * rows * out * size, TYPES[name].peak)
+        _row(table, name, shape, rows, work, machine)
 
 
-def _add_attention(table: Table, ops: CpuOps, case: AttentionCase, peaks: Peaks) -> None:
+def _add_attention(table: Table, ops: CpuOps, case: AttentionCase, machine: Machine) -> None:
     length = case.context + case.count
     blocks = -(-length // BLOCK)
     tables = torch.arange(case.rows * blocks).view(case.rows, blocks)
@@ -126,10 +129,14 @@ def _add_attention(table: Table, ops: CpuOps, case: AttentionCase, peaks: Peaks)
     ]
     q = torch.randn(case.rows * case.count, HEADS, HEAD_DIM)
     k = v = q[:, :KV_HEADS]
-    seconds = _seconds(lambda turn: ops.paged_attention(q, k, v, *caches[turn % len(caches)], rows, HEAD_DIM**-0.5))
+    turns = itertools.count()
+
+    def attend() -> None:
+        ops.paged_attention(q, k, v, *caches[next(turns) % len(caches)], rows, HEAD_DIM**-0.5)
+
     seen = case.rows * sum(range(case.context + 1, length + 1))
-    operations = 4.0 * seen * HEADS * HEAD_DIM
-    _row(table, "attention", case.name, case.rows, seconds, num_bytes, operations, peaks.read, peaks.floats)
+    work = Work(_timer(attend), num_bytes, 4.0 * seen * HEADS * HEAD_DIM, "floats")
+    _row(table, "attention", case.name, case.rows, work, machine)
 
 
 def _filled(blocks: int, dtype: torch.dtype) -> torch.Tensor:
@@ -138,29 +145,45 @@ def _filled(blocks: int, dtype: torch.dtype) -> torch.Tensor:
     return stored
 
 
-def _row(
-    table: Table,
-    name: str,
-    op: str,
-    rows: int,
-    seconds: float,
-    num_bytes: int,
-    operations: float,
-    read_peak: float,
-    peak: float,
-) -> None:
-    read, done = num_bytes / seconds, operations / seconds
+@dataclass(frozen=True)
+class Work:
+    """Something that is timed."""
+
+    seconds: Callable[[], float]
+    num_bytes: int
+    """That it reads."""
+    operations: float
+    peak: Kind
+    """Of the machine's, which bounds its arithmetic."""
+
+
+def _row(table: Table, name: str, op: str, rows: int, work: Work, machine: Machine) -> None:
+    seconds, of_read, of_peak = _beside(work, machine)
     table.add_row(
         name,
         op,
         str(rows),
         f"{seconds * 1e6:.0f}",
-        f"{read / 1e9:.1f}",
-        f"{read / read_peak:.0%}",
-        f"{done / 1e9:.0f}",
-        f"{done / peak:.0%}",
-        "" if name == "attention" else _verdict(rows, read / read_peak, done / peak),
+        f"{work.num_bytes / seconds / 1e9:.1f}",
+        f"{of_read:.0%}",
+        f"{work.operations / seconds / 1e9:.0f}",
+        f"{of_peak:.0%}",
+        "" if name == "attention" else _verdict(rows, of_read, of_peak),
     )
+
+
+def _beside(work: Work, machine: Machine) -> tuple[float, float, float]:
+    """Medians: its seconds, its share of what the machine reads, and of what that computes, in those moments."""
+    times, of_read, of_peak = [], [], []
+    kinds: tuple[Kind, Kind] = ("read", work.peak)
+    beside = {kind: machine.rate(kind) for kind in kinds}
+    for turn in range(TURNS):
+        times.append(seconds := work.seconds())
+        kind = kinds[turn % 2]
+        beside[kind] = machine.rate(kind)
+        of_read.append(work.num_bytes / seconds / beside["read"])
+        of_peak.append(work.operations / seconds / beside[work.peak])
+    return statistics.median(times), statistics.median(of_read), statistics.median(of_peak)
 
 
 def _verdict(rows: int, of_read: float, of_peak: float) -> str:
@@ -169,17 +192,18 @@ def _verdict(rows: int, of_read: float, of_peak: float) -> str:
     return "held" if (of_read >= READ_LIMIT if rows == 1 else of_peak >= PEAK_LIMIT) else "missed"
 
 
-def _seconds(work: Callable[[int], object]) -> float:
-    """The median of some runs through all weights."""
-    times: list[float] = []
-    turn = 0
-    begin = time.perf_counter()
-    while time.perf_counter() - begin < MIN_TIME or len(times) < 5:
+def _timer(call: Callable[[], None]) -> Callable[[], float]:
+    """Gives the seconds of a call, the mean of some, each time it is called."""
+
+    def timed(calls: int) -> float:
         start = time.perf_counter()
-        work(turn)
-        times.append(time.perf_counter() - start)
-        turn += 1
-    return sorted(times)[len(times) // 2]
+        for _ in range(calls):
+            call()
+        return (time.perf_counter() - start) / calls
+
+    timed(1)
+    calls = max(1, int(PASS / timed(1)))
+    return lambda: timed(calls)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.peak import Peaks, compiled
+from benchmarks.peak import Kind, compiled
 from kernels import Weight, quantise_int4, quantise_int8, store_bfloat16
 from kernels.cpu import CpuOps
 
@@ -25,8 +25,6 @@ COLD = 1 << 30
 """Bytes of copies of a weight that are gone through in turn: more than any cache holds."""
 PASS = 0.01
 """Seconds that one timing takes at least."""
-PASSES = 9
-"""Timings, of which the median counts."""
 
 
 @dataclass(frozen=True)
@@ -34,14 +32,14 @@ class WeightType:
     """How weights are made, and which of the peaks binds their products."""
 
     make: Callable[[CpuOps, torch.Tensor], Weight]
-    peak: Callable[[Peaks], float]
+    peak: Kind
 
 
 TYPES = {
-    "float32": WeightType(lambda _, w: w, lambda p: p.floats),
-    "bfloat16": WeightType(lambda _, w: store_bfloat16(w), lambda p: p.floats),
-    "int8": WeightType(lambda ops, w: ops.prepare(quantise_int8(w)), lambda p: p.wide_bytes),
-    "int4": WeightType(lambda ops, w: ops.prepare(quantise_int4(w)), lambda p: p.bytes),
+    "float32": WeightType(lambda _, w: w, "floats"),
+    "bfloat16": WeightType(lambda _, w: store_bfloat16(w), "floats"),
+    "int8": WeightType(lambda ops, w: ops.prepare(quantise_int8(w)), "wide_bytes"),
+    "int4": WeightType(lambda ops, w: ops.prepare(quantise_int4(w)), "bytes"),
 }
 """bfloat16 is how weights are stored: products are of float32."""
 
@@ -61,13 +59,13 @@ class ColdLinear:
         self._addresses = array("q", (tensor.data_ptr() for _, tensors in pairs for tensor in tensors))
         self._next = 0
 
-    def seconds(self, rows: int) -> float:
-        """Of one product with `rows` rows, the median."""
+    def timer(self, rows: int) -> Callable[[], float]:
+        """Gives seconds of one product with `rows` rows, the mean over some weights, each time it is called."""
         out, size = self.size
         x, y = torch.randn(rows, size), torch.empty(rows, out)
         self._timed(x, y, 1)
         calls = max(1, min(len(self._weights), int(PASS / self._timed(x, y, 1))))
-        return sorted(self._timed(x, y, calls) for _ in range(PASSES))[PASSES // 2]
+        return lambda: self._timed(x, y, calls)
 
     def _timed(self, x: torch.Tensor, y: torch.Tensor, calls: int) -> float:
         """Seconds for each of the next weights."""

@@ -7,11 +7,10 @@ import ctypes
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -20,54 +19,50 @@ from kernels.cpu.variants import Variant
 
 TABLE = 1 << 30
 """Bytes that are read: more than any cache holds."""
+COUNT = 4_000_000
+"""Rounds of a loop of arithmetic."""
 
 
-@dataclass(frozen=True)
-class Peaks:
-    """Of all threads together."""
-
-    read: float
-    """Bytes a second out of memory."""
-    floats: float
-    """float32 operations a second, a multiply-add being two."""
-    bytes: float
-    """8-bit operations a second, a product and its sum being two."""
-    wide_bytes: float
-    """The same where sums are of 32 bits throughout, for which processors without VNNI take an instruction more."""
+Kind = Literal["read", "floats", "bytes", "wide_bytes"]
+"""Bytes a second out of memory; float32 operations, a multiply-add being two; 8-bit operations, a product and its sum
+being two; the same where sums are of 32 bits throughout, for which processors without VNNI take an instruction more."""
 
 
-def measure(variant: Variant, threads: int) -> Peaks:
-    """Takes about two seconds. Raises `RuntimeError` without a compiler."""
-    library = compiled(variant)
-    table = torch.ones(TABLE // 4)
-    part = TABLE // threads // 1024 * 1024
-    sink = ctypes.c_float()
+class Machine:
+    """What all threads do together, a second. Measured anew each time it is asked for, in 10 to 50 ms: a machine that
+    others share is not the same a moment later."""
 
-    def read(thread: int) -> int:
-        library.read_memory(table.data_ptr() + thread * part, part, 1)
+    def __init__(self, variant: Variant, threads: int) -> None:
+        """Raises `RuntimeError` without a compiler."""
+        self._library = compiled(variant)
+        self._threads = threads
+        self._table = torch.ones(TABLE // 4)
+        self._pool = ThreadPoolExecutor(threads)
+        self._sink = ctypes.c_float()
+
+    def rate(self, kind: Kind) -> float:
+        work = {"read": self._read, "floats": self._floats, "bytes": self._bytes, "wide_bytes": self._wide_bytes}[kind]
+        start = time.perf_counter()
+        done = sum(self._pool.map(work, range(self._threads)))
+        return done / (time.perf_counter() - start)
+
+    def peak(self, kind: Kind) -> float:
+        """The best of five."""
+        return max(self.rate(kind) for _ in range(5))
+
+    def _read(self, thread: int) -> int:
+        part = TABLE // self._threads // 1024 * 1024
+        self._library.read_memory(self._table.data_ptr() + thread * part, part, 1)
         return part
 
-    def floats(thread: int) -> int:
-        return 2 * 4_000_000 * int(library.multiply_floats(4_000_000, 0.5, ctypes.byref(sink)))
+    def _floats(self, _: int) -> int:
+        return 2 * COUNT * int(self._library.multiply_floats(COUNT, 0.5, ctypes.byref(self._sink)))
 
-    def products(thread: int) -> int:
-        return 2 * 4_000_000 * int(library.multiply_bytes(4_000_000, 0x01020304, ctypes.byref(sink)))
+    def _bytes(self, _: int) -> int:
+        return 2 * COUNT * int(self._library.multiply_bytes(COUNT, 0x01020304, ctypes.byref(self._sink)))
 
-    def wide(thread: int) -> int:
-        return 2 * 4_000_000 * int(library.multiply_wide_bytes(4_000_000, 0x01020304, ctypes.byref(sink)))
-
-    return Peaks(*(_rate(work, threads) for work in (read, floats, products, wide)))
-
-
-def _rate(work: Callable[[int], int], threads: int) -> float:
-    """The best of five: what `work` returns from all threads, a second."""
-    best = 0.0
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in range(5):
-            start = time.perf_counter()
-            done = sum(pool.map(work, range(threads)))
-            best = max(best, done / (time.perf_counter() - start))
-    return best
+    def _wide_bytes(self, _: int) -> int:
+        return 2 * COUNT * int(self._library.multiply_wide_bytes(COUNT, 0x01020304, ctypes.byref(self._sink)))
 
 
 @cache
