@@ -126,7 +126,8 @@ class Parameter:
 
     def _floats(self) -> Tensor:
         if self.data.is_meta:
-            self.data = torch.empty_like(self.data, device=self._device)
+            # Not `empty_like`: of a tensor on "meta" that imports sympy, most of a second.
+            self.data = torch.empty(self.data.shape, dtype=self.data.dtype, device=self._device)
         return self.data
 
     def _join(self, ops: Ops) -> None:
