@@ -40,7 +40,7 @@ def rows() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     pairs = [(colour, thing) for colour in COLOURS for thing in THINGS]
     random.Random(1).shuffle(pairs)
     made = [(f"A {colour} {thing}.", json.dumps({"thing": thing, "colour": colour})) for colour, thing in pairs]
-    return made[:56], made[56:80]
+    return made[:40], made[56:80]
 
 
 def chat_lines(pairs: list[tuple[str, str]]) -> bytes:

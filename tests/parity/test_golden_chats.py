@@ -11,10 +11,9 @@ import pytest
 import torch
 
 from kernels.cpu import CpuOps
-from runtime.model_loading import load_decoder
 from runtime.workers.attention import PackedAttention
 from runtime.workers.loading import open_checkpoint
-from settings.schema import ModelSettings
+from tests.parity.conftest import QuantisedDemo
 from tests.parity.golden_chats import GOLDEN, QUANTIZATIONS, QUESTIONS, TOKENS, answers
 
 pytestmark = [
@@ -31,15 +30,16 @@ def quantization(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def test_the_answers_kept_are_still_the_likeliest(demo_model: Path, quantization: str) -> None:
+def test_the_answers_kept_are_still_the_likeliest(
+    demo_model: Path, quantised_demo: QuantisedDemo, quantization: str
+) -> None:
     golden = json.loads(GOLDEN.read_text(encoding="utf-8"))[quantization]
     assert list(golden) == list(QUESTIONS)
-    checkpoint = open_checkpoint(str(demo_model))
-    decoder = load_decoder(checkpoint, ModelSettings(model=str(demo_model), quantization=quantization))
+    tokenizer, decoder = open_checkpoint(str(demo_model)).tokenizer, quantised_demo(quantization)
     below = []
     for question, answer in golden.items():
-        prompt = checkpoint.tokenizer.encode_chat([{"role": "user", "content": question}])
-        kept = checkpoint.tokenizer.encode(answer.rstrip(), add_special_tokens=False)
+        prompt = tokenizer.encode_chat([{"role": "user", "content": question}])
+        kept = tokenizer.encode(answer.rstrip(), add_special_tokens=False)
         assert 5 <= len(kept) <= TOKENS
         ids = torch.tensor([*prompt, *kept])
         with torch.inference_mode():

@@ -6,23 +6,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from runtime.model_loading import load_decoder
 from runtime.workers.attention import PackedAttention
+from runtime.workers.decoder import Decoder
 from runtime.workers.loading import open_checkpoint
-from settings.schema import ModelSettings
+from tests.parity.conftest import QuantisedDemo
 
 pytestmark = pytest.mark.real_model
 TOPICS = sorted(pydoc_data.topics.topics)[::4]
 """Twenty of them, 4,371 tokens: with four, chance was half of the difference."""
 
 
-def perplexity(model: Path, quantization: str) -> float:
-    checkpoint = open_checkpoint(str(model))
-    decoder = load_decoder(checkpoint, ModelSettings(model=str(model), quantization=quantization))
+def perplexity(model: Path, decoder: Decoder) -> float:
+    tokenizer = open_checkpoint(str(model)).tokenizer
     losses = []
     with torch.inference_mode():
         for topic in TOPICS:
-            ids = torch.tensor(checkpoint.tokenizer.encode(pydoc_data.topics.topics[topic])[:256])
+            ids = torch.tensor(tokenizer.encode(pydoc_data.topics.topics[topic])[:256])
             attention = PackedAttention(decoder.ops, [len(ids)], decoder.spec)
             hidden = decoder.forward(ids, torch.arange(len(ids)), attention)
             logits = decoder.logits(hidden[:-1])
@@ -31,10 +30,12 @@ def perplexity(model: Path, quantization: str) -> float:
 
 
 @pytest.fixture(scope="module")
-def exact(demo_model: Path) -> float:
-    return perplexity(demo_model, "none")
+def exact(demo_model: Path, quantised_demo: QuantisedDemo) -> float:
+    return perplexity(demo_model, quantised_demo("none"))
 
 
 @pytest.mark.parametrize(("quantization", "most"), [("int8", 0.01), ("int4", 0.06)])
-def test_perplexity_stays_near_float32s(demo_model: Path, exact: float, quantization: str, most: float) -> None:
-    assert abs(perplexity(demo_model, quantization) / exact - 1) < most
+def test_perplexity_stays_near_float32s(
+    demo_model: Path, quantised_demo: QuantisedDemo, exact: float, quantization: str, most: float
+) -> None:
+    assert abs(perplexity(demo_model, quantised_demo(quantization)) / exact - 1) < most

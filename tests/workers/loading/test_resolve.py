@@ -53,15 +53,20 @@ def test_a_chat_template_from_a_file(tiny_model: Path, tmp_path: Path) -> None:
         open_checkpoint(str(tiny_model), chat_template=str(template))
 
 
-def test_opening_a_directory_does_not_import_transformers(tiny_model: Path) -> None:
-    """It takes longer to import than a small model to open. Importing the package needs no torch either."""
+def test_opening_a_directory_and_loading_it_import_nothing_large(tiny_model: Path) -> None:
+    """These take longer to import than a small model to load; sympy comes with some of torch's functions. Importing the
+    package needs no torch either."""
     code = (
         "import sys; from runtime.workers.loading import open_checkpoint\n"
         "assert 'torch' not in sys.modules\n"
-        f"open_checkpoint({str(tiny_model)!r}).tokenizer.encode('newt')\n"
-        "print('transformers' in sys.modules, 'huggingface_hub' in sys.modules)"
+        f"checkpoint = open_checkpoint({str(tiny_model)!r})\n"
+        "checkpoint.tokenizer.encode('newt')\n"
+        "from runtime.model_loading import load_model\n"
+        "from settings.schema import ModelSettings\n"
+        "load_model(checkpoint, ModelSettings(model='tiny'))\n"
+        "print(*(name in sys.modules for name in ('torch', 'transformers', 'huggingface_hub', 'sympy')))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120, cwd=ROOT
     )
-    assert done.stdout.strip() == "False False"
+    assert done.stdout.strip() == "True False False False"

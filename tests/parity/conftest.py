@@ -1,0 +1,25 @@
+"""The demo model in integers, for more than one module: making it takes longer than most of what is asked of it."""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from runtime.model_loading import load_decoder
+from runtime.workers.decoder import Decoder
+from runtime.workers.loading import open_checkpoint
+from settings.schema import ModelSettings
+
+QuantisedDemo = Callable[[str], Decoder]
+"""From `--quantization` to the demo model so."""
+
+
+@pytest.fixture(scope="session")
+def quantised_demo(demo_model: Path) -> QuantisedDemo:
+    @cache
+    def load(quantization: str) -> Decoder:
+        settings = ModelSettings(model=str(demo_model), quantization=quantization)  # type: ignore[arg-type]
+        return load_decoder(open_checkpoint(str(demo_model)), settings)
+
+    return load
