@@ -8,9 +8,10 @@ EFT_KERNELS_VARIANT=avx2 python -m benchmarks.kernels     another variant
 One row is bound by memory (GEMV): bytes of weights a second are to be 75% of what reading alone reaches. From 32 rows
 on linears are bound by arithmetic (GEMM): operations a second are to be 55% of the peak, which for integer weights is
 that of bytes, for int8 with sums of 32 bits. `limit` says whether they are. What the machine can do is measured right
-before or after each timing, and shares are medians over these pairs: so they hold where others share the machine.
-Copies of a weight are gone through in turn, more than any cache holds. Attention is bound by arithmetic for prompts,
-and by reading the KV cache for rows that decode.
+before or after each timing, and shares are medians over these pairs, so that a slower clock or a thread that had to
+wait changes both. Whoever uses the same cores' caches changes one: use an idle machine. Copies of a weight are gone
+through in turn, more than any cache holds. Attention is bound by arithmetic for prompts, and by reading the KV cache
+for rows that decode.
 """
 
 import argparse
