@@ -52,6 +52,18 @@ class PagedRows:
         """Tokens of the longest row, with its context."""
         return max((a + b for a, b in zip(self.counts, self.contexts, strict=True)), default=0)
 
+    def alone(self, tokens: Tensor) -> "PagedRows":
+        """Tokens [n] int64 of the batch, each as a row of its own; they stay in their order."""
+        starts, _, contexts = self.extents.unbind(1)
+        row = torch.searchsorted(starts.contiguous(), tokens, right=True) - 1
+        return PagedRows(
+            slots=self.slots[tokens],
+            counts=[1] * len(tokens),
+            contexts=(contexts[row] + tokens - starts[row]).tolist(),
+            tables=self.tables[row],
+            block_size=self.block_size,
+        )
+
     @cached_property
     def groups(self) -> "PagedGroups":
         """The same rows as padded groups with masks, for backends without kernels of their own."""

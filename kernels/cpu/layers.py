@@ -3,7 +3,7 @@
 import ctypes
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -53,11 +53,11 @@ class CpuLayers(Layers):
     ) -> Tensor | None:
         stack, kept = self._stack, self._kept(caches)
         adapters = self._adapter_table(adapted, len(hidden))
-        if kept is None or adapters is None or hidden.dtype is not torch.float32 or cos.dtype is not torch.float32:
+        last = None if wanted is None else self._wanted(wanted, rows, adapted)
+        if kept is None or adapters is None or (last is None and wanted is not None):
             return None
-        last = None if wanted is None else _wanted_rows(wanted, rows, adapted)
-        last_adapters = None if last is None else self._adapter_table(last.adapted, len(last.tokens))
-        of_last = None if last is None or last_adapters is None else last.table(last_adapters)
+        if hidden.dtype is not torch.float32 or cos.dtype is not torch.float32:
+            return None
         hidden = hidden.clone(memory_format=torch.contiguous_format)
         cos, sin = cos.contiguous(), sin.contiguous()
         self._lib.eft_layers(
@@ -82,7 +82,7 @@ class CpuLayers(Layers):
             rows.block_size,
             adapters.buffer_info()[0],
             len(adapted),
-            None if of_last is None else of_last.buffer_info()[0],
+            None if last is None else last.address,
             torch.get_num_threads(),
         )
         return hidden if wanted is None else hidden[: len(wanted)]
@@ -107,40 +107,40 @@ class CpuLayers(Layers):
             table.extend((*place, factors.buffer_info()[0]))
         return table
 
+    def _wanted(self, tokens: Tensor, rows: PagedRows, adapted: Sequence[AdaptedTokens]) -> "_Wanted | None":
+        some = _adapted_among(tokens, adapted)
+        adapters = self._adapter_table(some, len(tokens))
+        return None if adapters is None else _Wanted(tokens, rows.alone(tokens), some, adapters)
+
     def _factors(self, adapter: StackFactors) -> "array[int] | None":
         if adapter not in self._adapters:
             self._adapters[adapter] = _factor_table(adapter, len(self._stack.layers))
         return self._adapters[adapter]
 
 
-class _WantedRows(NamedTuple):
-    """The tokens that the last layer goes on with, each as a row of its own."""
+class _Wanted:
+    """`Wanted` in `layers.cpp`: the tokens that the last layer goes on with. Holds what it has the addresses of."""
 
-    tokens: Tensor
-    """[n] int64"""
-    tables: Tensor
-    """[n, width] int64"""
-    extents: Tensor
-    """[n, 3] int64, as in `PagedRows`"""
-    adapted: Sequence[AdaptedTokens]
+    def __init__(
+        self, tokens: Tensor, rows: PagedRows, adapted: Sequence[AdaptedTokens], adapters: "array[int]"
+    ) -> None:
+        """`rows` are those of these tokens alone, and so are `adapted`, whose table `adapters` is."""
+        self._held = tokens, rows, adapted, adapters
+        places = tokens.data_ptr(), len(tokens), rows.tables.data_ptr(), rows.extents.data_ptr()
+        self._table = array("q", (*places, adapters.buffer_info()[0], len(adapted)))
 
-    def table(self, adapters: "array[int]") -> "array[int]":
-        """As `Wanted` in `layers.cpp`, which must not outlive this and `adapters`."""
-        tokens, tables, extents = (tensor.data_ptr() for tensor in self[:3])
-        return array("q", (tokens, len(self.tokens), tables, extents, adapters.buffer_info()[0], len(self.adapted)))
+    @property
+    def address(self) -> int:
+        return self._table.buffer_info()[0]
 
 
-def _wanted_rows(tokens: Tensor, rows: PagedRows, adapted: Sequence[AdaptedTokens]) -> _WantedRows:
-    starts, _, contexts = rows.extents.unbind(1)
-    row = torch.searchsorted(starts.contiguous(), tokens, right=True) - 1
-    number = torch.arange(len(tokens))
-    extents = torch.stack([number, torch.ones_like(number), contexts[row] + tokens - starts[row]], 1)
+def _adapted_among(tokens: Tensor, adapted: Sequence[AdaptedTokens]) -> list[AdaptedTokens]:
+    """The same adapters for some of the batch's tokens, by their number among these."""
     chosen = [
         AdaptedTokens(None if those is None else torch.isin(tokens, those).nonzero().flatten(), adapter)
         for those, adapter in adapted
     ]
-    some = [one for one in chosen if one.tokens is None or len(one.tokens)]
-    return _WantedRows(tokens, rows.tables[row], extents, some)
+    return [one for one in chosen if one.tokens is None or len(one.tokens)]
 
 
 def _factor_table(adapter: StackFactors, layers: int) -> "array[int] | None":
