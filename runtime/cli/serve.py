@@ -38,7 +38,6 @@ def serve(
     from runtime import logs
 
     logs.configure(settings.observability)
-    gc.disable()  # see `_serve`
     code: int = uvloop.run(_serve(settings))
     return code
 
@@ -49,14 +48,18 @@ async def _serve(settings: Settings) -> int:
     greetings: list[asyncio.Task[None]] = []  # a task that nobody holds may be collected
 
     def ready(url: str) -> None:
-        # What is there now, a few hundred thousand objects, stays: no collection needs to go through it, neither while
-        # it came into being nor from now on, which would stop every stream for a tenth of a second, nor at the end.
         gc.collect()
         gc.freeze()
         gc.enable()
         greetings.append(asyncio.create_task(_greet(url, settings)))
 
-    return await run_server(settings, on_ready=ready)
+    # What is there once it serves, a few hundred thousand objects, stays: no collection needs to go through it, neither
+    # while it comes into being nor later, which would stop every stream for a tenth of a second, nor at the end.
+    gc.disable()
+    try:
+        return await run_server(settings, on_ready=ready)
+    finally:
+        gc.enable()
 
 
 async def _greet(url: str, settings: Settings) -> None:
