@@ -26,7 +26,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.linears import COLD, SHAPES, TYPES, ColdLinear
+from benchmarks.linears import COLD, SHAPES, TYPES, ColdLinear, repeated
 from benchmarks.peak import Kind, Machine
 from kernels import cache
 from kernels.cpu import CpuOps
@@ -38,8 +38,6 @@ READ_LIMIT, PEAK_LIMIT = 0.75, 0.55
 MANY = 32
 TURNS = 11
 """Timings of each figure."""
-PASS = 0.01
-"""Seconds that a timing of attention takes at least."""
 
 
 @dataclass(frozen=True)
@@ -130,13 +128,16 @@ def _add_attention(table: Table, ops: CpuOps, case: AttentionCase, machine: Mach
     ]
     q = torch.randn(case.rows * case.count, HEADS, HEAD_DIM)
     k = v = q[:, :KV_HEADS]
-    turns = itertools.count()
+    turns = itertools.cycle(range(len(caches)))
 
-    def attend() -> None:
-        ops.paged_attention(q, k, v, *caches[next(turns) % len(caches)], rows, HEAD_DIM**-0.5)
+    def timed(calls: int) -> float:
+        start = time.perf_counter()
+        for _ in range(calls):
+            ops.paged_attention(q, k, v, *caches[next(turns)], rows, HEAD_DIM**-0.5)
+        return (time.perf_counter() - start) / calls
 
     seen = case.rows * sum(range(case.context + 1, length + 1))
-    work = Work(_timer(attend), num_bytes, 4.0 * seen * HEADS * HEAD_DIM, "floats")
+    work = Work(repeated(timed, most=sys.maxsize), num_bytes, 4.0 * seen * HEADS * HEAD_DIM, "floats")
     _row(table, "attention", case.name, case.rows, work, machine)
 
 
@@ -191,20 +192,6 @@ def _verdict(rows: int, of_read: float, of_peak: float) -> str:
     if 1 < rows < MANY:
         return ""
     return "held" if (of_read >= READ_LIMIT if rows == 1 else of_peak >= PEAK_LIMIT) else "missed"
-
-
-def _timer(call: Callable[[], None]) -> Callable[[], float]:
-    """Gives the seconds of a call, the mean of some, each time it is called."""
-
-    def timed(calls: int) -> float:
-        start = time.perf_counter()
-        for _ in range(calls):
-            call()
-        return (time.perf_counter() - start) / calls
-
-    timed(1)
-    calls = max(1, int(PASS / timed(1)))
-    return lambda: timed(calls)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,14 @@ PASS = 0.01
 """Seconds that one timing takes at least."""
 
 
+def repeated(timed: Callable[[int], float], *, most: int) -> Callable[[], float]:
+    """timed(calls) gives the seconds of a call, the mean of so many; what is returned does it with as many as take
+    `PASS`, `most` at most. The first one is left out."""
+    timed(1)
+    calls = max(1, min(most, int(PASS / timed(1))))
+    return lambda: timed(calls)
+
+
 @dataclass(frozen=True)
 class WeightType:
     """How weights are made, and which of the peaks binds their products."""
@@ -63,9 +71,7 @@ class ColdLinear:
         """Gives seconds of one product with `rows` rows, the mean over some weights, each time it is called."""
         out, size = self.size
         x, y = torch.randn(rows, size), torch.empty(rows, out)
-        self._timed(x, y, 1)
-        calls = max(1, min(len(self._weights), int(PASS / self._timed(x, y, 1))))
-        return lambda: self._timed(x, y, calls)
+        return repeated(lambda calls: self._timed(x, y, calls), most=len(self._weights))
 
     def _timed(self, x: torch.Tensor, y: torch.Tensor, calls: int) -> float:
         """Seconds for each of the next weights."""

@@ -8,7 +8,7 @@ import subprocess
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +27,13 @@ Kind = Literal["read", "floats", "bytes", "wide_bytes"]
 """Bytes a second out of memory; float32 operations, a multiply-add being two; 8-bit operations, a product and its sum
 being two; the same where sums are of 32 bits throughout, for which processors without VNNI take an instruction more."""
 
+_LOOPS: dict[Kind, tuple[str, float]] = {
+    "floats": ("multiply_floats", 0.5),
+    "bytes": ("multiply_bytes", 0x01020304),
+    "wide_bytes": ("multiply_wide_bytes", 0x01020304),
+}
+"""Of `peak.cpp`, and what they multiply with."""
+
 
 class Machine:
     """What all threads do together, a second. Measured anew each time it is asked for, in 10 to 50 ms: a machine that
@@ -41,7 +48,7 @@ class Machine:
         self._sink = ctypes.c_float()
 
     def rate(self, kind: Kind) -> float:
-        work = {"read": self._read, "floats": self._floats, "bytes": self._bytes, "wide_bytes": self._wide_bytes}[kind]
+        work = self._read if kind == "read" else partial(self._compute, kind)
         start = time.perf_counter()
         done = sum(self._pool.map(work, range(self._threads)))
         return done / (time.perf_counter() - start)
@@ -55,14 +62,9 @@ class Machine:
         self._library.read_memory(self._table.data_ptr() + thread * part, part, 1)
         return part
 
-    def _floats(self, _: int) -> int:
-        return 2 * COUNT * int(self._library.multiply_floats(COUNT, 0.5, ctypes.byref(self._sink)))
-
-    def _bytes(self, _: int) -> int:
-        return 2 * COUNT * int(self._library.multiply_bytes(COUNT, 0x01020304, ctypes.byref(self._sink)))
-
-    def _wide_bytes(self, _: int) -> int:
-        return 2 * COUNT * int(self._library.multiply_wide_bytes(COUNT, 0x01020304, ctypes.byref(self._sink)))
+    def _compute(self, kind: Kind, _: int) -> int:
+        loop, operand = _LOOPS[kind]
+        return 2 * COUNT * int(getattr(self._library, loop)(COUNT, operand, ctypes.byref(self._sink)))
 
 
 @cache

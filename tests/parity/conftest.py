@@ -1,4 +1,4 @@
-"""The demo model in integers, for more than one module: making it takes longer than most of what is asked of it."""
+"""The demo model as `--quantization` makes it, for more than one module: that takes longer than what is asked of it."""
 
 from collections.abc import Callable
 from functools import cache
