@@ -164,6 +164,8 @@ INLINE void score(const Chunk& chunk, const Heads& heads, const Heads& next, con
     // Two at a time, because sums wait for each other.
     for (; at + W < chunk.to; at += 2 * W) score_some<TYPE, R, 2>(heads, next, at, q, dim, padded, scores);
     if (at < chunk.to) score_some<TYPE, R, 1>(heads, next, at, q, dim, padded, scores);
+    // Another chunk may have more tokens than this one.
+    for (long i = chunk.end_vector(); i < CHUNK; i++) fetch(next.keys + next.offsets[i], head_bytes(TYPE, dim));
 }
 
 // sum [R] += N runs of one token's values times its weight for each query, which are CHUNK floats apart.
@@ -183,10 +185,23 @@ INLINE void add_values(const char* from, const float* weights, vf (&sum)[R][N * 
     }
 }
 
+// Values of the next heads, asked for in passes through a chunk, in each those of every `passes`th token: so memory is
+// busy all the time, and nothing waits for more lines than can be on their way.
+struct Due {
+    const Heads& heads;
+    long bytes, passes, left;
+
+    INLINE void step(long i) {
+        if (--left > 0) return;
+        fetch(heads.values + heads.offsets[i], bytes);
+        left = passes;
+    }
+};
+
 // acc [R][padded], N runs from feature `d` on, plus values times weights [R][CHUNK].
 template <int TYPE, int R, int N>
-INLINE void mix_some(const Chunk& chunk, const Heads& heads, const Heads* next, long bytes, const float* weights,
-                     long d, float* acc, long padded) {
+INLINE void mix_some(const Chunk& chunk, const Heads& heads, Due due, const float* weights, long d, float* acc,
+                     long padded) {
     constexpr int V = RUN<TYPE> / W;
     vf sum[R][N * V];
 #pragma GCC unroll 4
@@ -195,7 +210,7 @@ INLINE void mix_some(const Chunk& chunk, const Heads& heads, const Heads* next, 
         for (int v = 0; v < N * V; v++) sum[r][v] = load(acc + r * padded + v * W);
     for (long i = chunk.from; i < chunk.to; i++) {
         const char* from = heads.values + heads.offsets[i] + d * BYTES<TYPE>;
-        if (next) fetch(next->values + next->offsets[i], bytes);
+        due.step(i);
         add_values<TYPE, R, N>(from, weights + i, sum);
     }
 #pragma GCC unroll 4
@@ -206,8 +221,8 @@ INLINE void mix_some(const Chunk& chunk, const Heads& heads, const Heads* next, 
 
 // The same for `ROUNDS`: first the tokens at even places of each PRODUCTS, then those at odd ones.
 template <int TYPE, int R, int N>
-INLINE void mix_parts(const Chunk& chunk, const Heads& heads, const Heads* next, long bytes, const float* weights,
-                      long d, float* acc, long padded) {
+INLINE void mix_parts(const Chunk& chunk, const Heads& heads, Due due, const float* weights, long d, float* acc,
+                      long padded) {
     constexpr int V = RUN<TYPE> / W;
     for (long half = chunk.from / PRODUCTS * PRODUCTS; half < chunk.to; half += PRODUCTS) {
         vf parts[2][R][N * V];
@@ -220,7 +235,7 @@ INLINE void mix_parts(const Chunk& chunk, const Heads& heads, const Heads* next,
             const long begin = std::max(half, chunk.from), end = std::min<long>(half + PRODUCTS, chunk.to);
             for (long i = begin + ((begin ^ part) & 1); i < end; i += 2) {
                 const char* from = heads.values + heads.offsets[i] + d * BYTES<TYPE>;
-                if (next) fetch(next->values + next->offsets[i], bytes);
+                due.step(i);
                 add_values<TYPE, R, N>(from, weights + i, parts[part]);
             }
         }
@@ -238,18 +253,19 @@ template <int TYPE, int R>
 INLINE void mix(const Chunk& chunk, const Heads& heads, const Heads& next, long bytes, const float* weights, long dim,
                 float* acc, long padded) {
     constexpr int N = (ROUNDS<TYPE> && R == MOST ? 2 : W == 16 ? 4 : 2) * W / RUN<TYPE>;
-    const Heads* ahead = &next;
+    for (long i = chunk.to; i < CHUNK; i++) fetch(next.values + next.offsets[i], bytes);
+    Due due{next, bytes, (dim + N * RUN<TYPE> - 1) / (N * RUN<TYPE>), 1};
     long d = 0;
-    for (; d + N * RUN<TYPE> <= dim; d += N * RUN<TYPE>, ahead = nullptr)
+    for (; d + N * RUN<TYPE> <= dim; d += N * RUN<TYPE>, due.left++)
         if constexpr (ROUNDS<TYPE>)
-            mix_parts<TYPE, R, N>(chunk, heads, ahead, bytes, weights, d, acc + d, padded);
+            mix_parts<TYPE, R, N>(chunk, heads, due, weights, d, acc + d, padded);
         else
-            mix_some<TYPE, R, N>(chunk, heads, ahead, bytes, weights, d, acc + d, padded);
-    for (; d < dim; d += RUN<TYPE>, ahead = nullptr)
+            mix_some<TYPE, R, N>(chunk, heads, due, weights, d, acc + d, padded);
+    for (; d < dim; d += RUN<TYPE>, due.left++)
         if constexpr (ROUNDS<TYPE>)
-            mix_parts<TYPE, R, 1>(chunk, heads, ahead, bytes, weights, std::min(d, dim - RUN<TYPE>), acc + d, padded);
+            mix_parts<TYPE, R, 1>(chunk, heads, due, weights, std::min(d, dim - RUN<TYPE>), acc + d, padded);
         else
-            mix_some<TYPE, R, 1>(chunk, heads, ahead, bytes, weights, std::min(d, dim - RUN<TYPE>), acc + d, padded);
+            mix_some<TYPE, R, 1>(chunk, heads, due, weights, std::min(d, dim - RUN<TYPE>), acc + d, padded);
 }
 
 // Scores [R][CHUNK] of a chunk become weights; `acc` [R][padded], what was summed up so far, shrinks to fit.

@@ -9,6 +9,7 @@
 
 #include "exports.h"
 #include "parallel.h"
+#include "ranges.h"
 #include "scratch.h"
 
 namespace {
@@ -104,7 +105,7 @@ Part part_of(const Attention& op, const Plan& plan, const Task& task) {
     return {task.row, std::max(begin, op.first_seen(last)), std::min(begin + PART, last + 1), task.kv_head, task.kv_end};
 }
 
-// `after`: the task that probably is this thread's next.
+// `after`: the task that is most likely this thread's next.
 void compute(const Attention& op, const Plan& plan, const Task& task, const Task& after, std::atomic<long>* left) {
     if (task.decode < 0) return attend_many(op, task.row, task.first, task.count, task.kv_head);
     const Decode& decode = plan.decodes[static_cast<size_t>(task.decode)];
@@ -131,8 +132,12 @@ EXPORT void eft_paged_attention(const float* q, long q_stride, const char* keys,
     for (size_t i = 0; i < left.size(); i++) left[i].store(plan.decodes[i].tasks, std::memory_order_relaxed);
     const Plan& made = plan;
     const auto count = static_cast<long>(made.tasks.size());
-    for_each(threads, count, [&](long i) {
-        const auto after = static_cast<size_t>(std::min(i + threads, count - 1));
-        compute(op, made, made.tasks[static_cast<size_t>(i)], made.tasks[after], left.data());
+    // Neighbours to each thread: which task is its next must be known for what is asked for to arrive where it is needed.
+    Ranges ranges(count, threads);
+    in_parallel(static_cast<int>(std::min<long>(count, threads)), [&] {
+        ranges.run([&](long i, bool more) {
+            const auto at = static_cast<size_t>(i);
+            compute(op, made, made.tasks[at], made.tasks[more ? at + 1 : at], left.data());
+        });
     });
 }

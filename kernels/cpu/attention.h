@@ -137,7 +137,7 @@ struct Part {
 };
 
 // The heads of a row's only token (decode) against a part, all of which it sees. Leaves `partial_size` floats for each
-// key/value head: not yet divided by the totals. The part `after` will probably be next in this thread.
+// key/value head: not yet divided by the totals. The part `after` is most likely next in this thread.
 void attend_one(const Attention& op, const Part& part, const Part& after, float* partials);
 
 // Sums of values as `attend_one` keeps them, times `one`, to `out` [dim].
