@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.peak import Kind, compiled
-from kernels import Weight, quantise_int4, quantise_int8, store_bfloat16
+from kernels import QUANTISERS, Quantisers, Weight
 from kernels.cpu import CpuOps
 
 SHAPES = {
@@ -37,17 +37,24 @@ def repeated(timed: Callable[[int], float], *, most: int) -> Callable[[], float]
 
 @dataclass(frozen=True)
 class WeightType:
-    """How weights are made, and which of the peaks binds their products."""
+    """How weights are made (None: left as they are), and which of the peaks binds their products."""
 
-    make: Callable[[CpuOps, torch.Tensor], Weight]
+    quantisers: Quantisers | None
     peak: Kind
+
+    def make(self, ops: CpuOps, weight: torch.Tensor, shape: str) -> Weight:
+        """As it is served where it is called `shape`, but for int4's logits, which are int8 there."""
+        if self.quantisers is None:
+            return weight
+        quantise = self.quantisers.expanding if shape == "gate_up" else self.quantisers.layers
+        return ops.prepare(quantise(weight))
 
 
 TYPES = {
-    "float32": WeightType(lambda _, w: w, "floats"),
-    "bfloat16": WeightType(lambda _, w: store_bfloat16(w), "floats"),
-    "int8": WeightType(lambda ops, w: ops.prepare(quantise_int8(w)), "wide_bytes"),
-    "int4": WeightType(lambda ops, w: ops.prepare(quantise_int4(w)), "bytes"),
+    "float32": WeightType(None, "floats"),
+    "bfloat16": WeightType(QUANTISERS["bfloat16"], "floats"),
+    "int8": WeightType(QUANTISERS["int8"], "wide_bytes"),
+    "int4": WeightType(QUANTISERS["int4"], "bytes"),
 }
 """bfloat16 is how weights are stored: products are of float32."""
 
@@ -57,7 +64,7 @@ class ColdLinear:
 
     def __init__(self, ops: CpuOps, kind: str, shape: str) -> None:
         self.size = SHAPES[shape]
-        weight = TYPES[kind].make(ops, torch.randn(self.size))
+        weight = TYPES[kind].make(ops, torch.randn(self.size), shape)
         self.num_bytes: int = weight.nbytes if isinstance(weight, torch.Tensor) else weight.num_bytes
         self._library = compiled(ops.variant)
         self._weights = [weight, *(copy.deepcopy(weight) for _ in range(COLD // self.num_bytes))]

@@ -16,7 +16,7 @@ from kernels.int4 import Int4Weight, quantise_int4
 from kernels.int8_groups import Int8GroupWeight
 from kernels.interface import LoraFactors, LoraSegment, Ops, PagedRows
 from kernels.nf4 import Nf4Weight, quantise_nf4
-from kernels.quantised import Int8Weight, QuantisedWeight, Weight, quantise_int8
+from kernels.quantised import Int8Weight, QuantisedWeight, Weight, quantise_int8, quantise_narrow_int8
 from kernels.reference import ReferenceOps
 from kernels.stack import AdaptedTokens, Layers, LayerStack, LayerWeights, LinearWeights, StackFactors
 
@@ -42,13 +42,25 @@ GroupedWeight = Int4Weight | Int8GroupWeight
 Quantiser = Callable[[Tensor], QuantisedWeight]
 """From a weight [out, in] in floating point."""
 
-QUANTISERS: dict[str, tuple[Quantiser, Quantiser]] = {
-    "int8": (quantise_int8, quantise_int8),
-    "int4": (quantise_int4, quantise_int8),
-    "nf4": (quantise_nf4, quantise_int8),
-    "bfloat16": (store_bfloat16, store_bfloat16),
+
+class Quantisers(NamedTuple):
+    """For weights that bear more or less of it."""
+
+    expanding: Quantiser
+    """For an MLP's gates and ups: half of a layer's weights, and what they get wrong hurts least."""
+    layers: Quantiser
+    """For the layers' other linears."""
+    vocabulary: Quantiser
+    """For embeddings and logits, which four bits hurt most."""
+
+
+QUANTISERS: dict[str, Quantisers] = {
+    "int8": Quantisers(quantise_narrow_int8, quantise_int8, quantise_int8),
+    "int4": Quantisers(quantise_int4, quantise_int4, quantise_int8),
+    "nf4": Quantisers(quantise_nf4, quantise_nf4, quantise_int8),
+    "bfloat16": Quantisers(store_bfloat16, store_bfloat16, store_bfloat16),
 }
-"""By the name of the setting: for the layers' linears, and for embeddings and logits, which four bits hurt most."""
+"""By the name of the setting."""
 
 
 def available() -> dict[str, str | None]:
@@ -99,6 +111,7 @@ __all__ = [
     "PagedRows",
     "QuantisedWeight",
     "Quantiser",
+    "Quantisers",
     "StackFactors",
     "Weight",
     "available",
@@ -106,6 +119,7 @@ __all__ = [
     "load",
     "quantise_int4",
     "quantise_int8",
+    "quantise_narrow_int8",
     "quantise_nf4",
     "store_bfloat16",
 ]

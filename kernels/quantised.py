@@ -21,6 +21,8 @@ LARGEST = 127
 FOURS = 254
 """What the sizes of four weights are at most together, before they are rounded (256 after): inputs i, i + 1, i + 4 and
 i + 5 of eight, i being 0 or 2. So 16 bits hold their products with bytes, for processors that cannot go on in 32."""
+NARROW_FOURS = 126
+"""What the positive ones of them are at most together, and the negative ones, in a narrow weight (128 after)."""
 _AT_ONCE = 256
 """Outputs that are quantised together: what lies between would else be the largest tensors of loading a model."""
 _EXACT = 1024
@@ -81,6 +83,8 @@ class Int8Weight(QuantisedWeight):
     sums: Tensor
     """[out] int32: the sum of each output's values."""
     in_features: int
+    narrow: bool = False
+    """Whether 16 bits hold the products of four values with unsigned bytes too: see `quantise_narrow_int8`."""
 
     @property
     def shape(self) -> torch.Size:
@@ -122,6 +126,16 @@ Weight = Tensor | QuantisedWeight
 def quantise_int8(weight: Tensor, most: Tensor | None = None) -> Int8Weight:
     """weight [out, in] in floating point, each output turned and scaled by what `reach_of` gives. `most` [out] are
     these, where the weight is a slice of the inputs and so cannot tell."""
+    return _quantise(weight, most, narrow=False)
+
+
+def quantise_narrow_int8(weight: Tensor) -> Int8Weight:
+    """The same within `NARROW_FOURS`: half a bit less, and a third faster where bytes are multiplied in 16 bits (AVX2,
+    AVX-512 without VNNI), since activations need not take the weights' signs. For the weights that bear it best."""
+    return _quantise(weight, None, narrow=True)
+
+
+def _quantise(weight: Tensor, most: Tensor | None, *, narrow: bool) -> Int8Weight:
     width = -(-weight.shape[1] // BLOCK) * BLOCK
     values = torch.empty(len(weight), width, dtype=torch.int8, device=weight.device)
     scales = torch.empty(len(weight), device=weight.device)
@@ -129,10 +143,10 @@ def quantise_int8(weight: Tensor, most: Tensor | None = None) -> Int8Weight:
     for first in range(0, len(weight), _AT_ONCE):
         part = slice(first, first + _AT_ONCE)
         turned = turn(weight[part])
-        found, scales[part] = quantise_rows(turned, reach_of(turned) if most is None else most[part])
+        found, scales[part] = quantise_rows(turned, reach_of(turned, narrow=narrow) if most is None else most[part])
         values[part] = found.to(torch.int8)
         sums[part] = values[part].sum(-1, dtype=torch.int32)
-    return Int8Weight(values, scales, sums, weight.shape[1])
+    return Int8Weight(values, scales, sums, weight.shape[1], narrow)
 
 
 def linear_quantised(x: Tensor, weight: QuantisedWeight, bias: Tensor | None) -> Tensor:
@@ -155,12 +169,20 @@ def largest_of(x: Tensor) -> Tensor:
     return x.float().abs().amax(-1)
 
 
-def reach_of(turned: Tensor) -> Tensor:
+def reach_of(turned: Tensor, *, narrow: bool = False) -> Tensor:
     """What becomes `LARGEST` of each of a weight's turned rows [R, n], n a multiple of 8, → [R] float32: its largest
-    value, or more where four values would be beyond `FOURS`."""
-    sizes = turned.float().abs()
-    fours = sizes.view(*sizes.shape[:-1], -1, 2, 2, 2).sum((-3, -1)).amax((-2, -1))
-    return torch.maximum(sizes.amax(-1), fours * (LARGEST / FOURS))
+    value, or more where four values would be beyond `FOURS`, or those of one sign beyond `NARROW_FOURS`."""
+    turned = turned.float()
+    largest = largest_of(turned)
+    if not narrow:
+        return torch.maximum(largest, _fours(turned.abs()) * (LARGEST / FOURS))
+    fours = torch.maximum(_fours(turned.clamp(min=0)), _fours((-turned).clamp(min=0)))
+    return torch.maximum(largest, fours * (LARGEST / NARROW_FOURS))
+
+
+def _fours(sizes: Tensor) -> Tensor:
+    """The largest sum of four in each row [R, n] → [R]; which four these are is said at `FOURS`."""
+    return sizes.view(*sizes.shape[:-1], -1, 2, 2, 2).sum((-3, -1)).amax((-2, -1))
 
 
 def int8_sums(turned: Tensor, weight: Int8Weight, most: Tensor) -> Tensor:

@@ -8,6 +8,9 @@
 
 namespace {
 
+constexpr bool NARROW_HELPS = TOGETHER > 1;
+// Else weights are multiplied in one way, narrow or not.
+
 // What was given, and what does not depend on how it is multiplied.
 struct Turned {
     static constexpr int LINES = 8;
@@ -22,12 +25,13 @@ struct Turned {
     const int8_t* lines_of(long tile, int from) const { return values + tile * groups * LINES * 64 + from * 4; }
 
     // What a row of zeros gives, W outputs of a tile.
+    template <bool NARROW>
     vi of_zeros(long tile, int from) const {
         int8_t zero[4 * TOGETHER];
-        std::memset(zero, BIAS, sizeof zero);
+        std::memset(zero, Biased<NARROW>::BIAS, sizeof zero);
         vi total = {};
         for (long line = 0; line < groups * LINES; line += TOGETHER)
-            total = dot_biased(total, zero, Biased(lines_of(tile, from) + line * 64));
+            total = dot_biased(total, zero, Biased<NARROW>(lines_of(tile, from) + line * 64));
         return total;
     }
 
@@ -48,6 +52,7 @@ struct Turned {
 
 #if defined(HAS_AMX)
 // A block of up to two squares of rows times a square each of two tiles.
+template <bool NARROW>
 struct Format : Turned {
     using Session = Squares;
     static constexpr int STEPS = 1, ROWS = 2 * SQUARE_ROWS;
@@ -71,7 +76,7 @@ struct Format : Turned {
         for (int row = 0; row < rows; row++) {
             int8_t* to = block.bytes + row / SQUARE_ROWS * SQUARE * (groups / 2) + row % SQUARE_ROWS * 64;
             block.scales[row] = x.quantise_turned(first + row, [&](vi q, long k) INLINE_LAMBDA {
-                store_bytes(q + BIAS, to + k / 64 * SQUARE + k % 64);
+                store_bytes(q + Biased<NARROW>::BIAS, to + k / 64 * SQUARE + k % 64);
             });
         }
     }
@@ -134,6 +139,7 @@ struct Format : Turned {
     }
 };
 #else
+template <bool NARROW>
 struct Format : Turned {
     struct Session {};
 #if defined(__AVX512VNNI__)
@@ -143,7 +149,7 @@ struct Format : Turned {
 #elif defined(__AVXVNNI__)
     static constexpr int VECTORS = 2, ROWS = 6;
 #elif defined(__AVX2__)
-    static constexpr int VECTORS = 1, ROWS = 9;
+    static constexpr int VECTORS = NARROW ? 2 : 1, ROWS = NARROW ? 4 : 9;
 #else
     static constexpr int VECTORS = 2, ROWS = 4;
 #endif
@@ -167,7 +173,7 @@ struct Format : Turned {
     void pack(const Block& block, long first, int rows) const {
         for (int row = 0; row < rows; row++)
             block.scales[row] = x.quantise_turned(first + row, [&](vi q, long k) INLINE_LAMBDA {
-                store_bytes(q + BIAS, block.bytes[k / GROUP * rows + row] + k % GROUP);
+                store_bytes(q + Biased<NARROW>::BIAS, block.bytes[k / GROUP * rows + row] + k % GROUP);
             });
     }
 
@@ -215,7 +221,7 @@ struct Format : Turned {
             ahead.step();
 #pragma GCC unroll 8
             for (int i = 0; i < LINES; i += TOGETHER) {
-                const Biased w(lines[0] + i * 64), v(lines[N - 1] + i * 64);
+                const Biased<NARROW> w(lines[0] + i * 64), v(lines[N - 1] + i * 64);
 #pragma GCC unroll 16
                 for (int r = 0; r < R; r++) {
                     const int8_t* x = rows[r] + 4 * i;
@@ -238,6 +244,23 @@ struct Format : Turned {
 };
 #endif
 
+template <bool NARROW>
+void run(const Linear& op, const Activations& x, const int8_t* values, const float* scales, const int32_t* zeros,
+         int threads) {
+    const long groups = (x.in + TURNED - 1) / TURNED * (TURNED / GROUP);
+    run_tiles(op, Format<NARROW && NARROW_HELPS>{{x, values, scales, zeros, groups}}, threads);
+}
+
+template <bool NARROW>
+void add_zeros(const int8_t* values, long tiles, long groups, int32_t* zeros) {
+    const Turned weight{{}, values, nullptr, nullptr, groups};
+    for (long tile = 0; tile < tiles; tile++)
+        for (int from = 0; from < TILE_OUTPUTS; from += W) {
+            const vi total = weight.of_zeros<NARROW>(tile, from);
+            std::memcpy(zeros + tile * TILE_OUTPUTS + from, &total, sizeof total);
+        }
+}
+
 }  // namespace
 
 // As `eft_linear`, with weights [tiles, groups, 8, 64] int8, scales and zeros [tiles, 16] as `eft_int8_zeros` gives them,
@@ -245,17 +268,17 @@ struct Format : Turned {
 EXPORT void eft_linear_int8(const float* x, long stride, long rows, long in, long out, const int8_t* values,
                             const float* scales, const int32_t* zeros, const float* bias, const float* norm, float eps,
                             const float* residual, float* y, int swiglu, int threads) {
-    run_tiles(Linear{rows, in, out, bias, residual, y, swiglu != 0},
-              Format{{{x, stride, in, norm, eps}, values, scales, zeros, (in + TURNED - 1) / TURNED * (TURNED / GROUP)}},
-              threads);
+    run<false>({rows, in, out, bias, residual, y, swiglu != 0}, {x, stride, in, norm, eps}, values, scales, zeros, threads);
+}
+
+// The same with weights that are narrow (`quantise_narrow_int8` in `kernels/quantised.py`).
+EXPORT void eft_linear_int8_narrow(const float* x, long stride, long rows, long in, long out, const int8_t* values,
+                                   const float* scales, const int32_t* zeros, const float* bias, const float* norm,
+                                   float eps, const float* residual, float* y, int swiglu, int threads) {
+    run<true>({rows, in, out, bias, residual, y, swiglu != 0}, {x, stride, in, norm, eps}, values, scales, zeros, threads);
 }
 
 // zeros [tiles, 16]: what this instruction set gives for a row of zeros, to be taken off the sums of every row.
-EXPORT void eft_int8_zeros(const int8_t* values, long tiles, long groups, int32_t* zeros) {
-    const Turned weight{{}, values, nullptr, nullptr, groups};
-    for (long tile = 0; tile < tiles; tile++)
-        for (int from = 0; from < TILE_OUTPUTS; from += W) {
-            const vi total = weight.of_zeros(tile, from);
-            std::memcpy(zeros + tile * TILE_OUTPUTS + from, &total, sizeof total);
-        }
+EXPORT void eft_int8_zeros(const int8_t* values, long tiles, long groups, int32_t* zeros, int narrow) {
+    narrow ? add_zeros<true>(values, tiles, groups, zeros) : add_zeros<false>(values, tiles, groups, zeros);
 }

@@ -75,21 +75,34 @@ INLINE vi load_line(const int8_t* from) {
     return v;
 }
 
-#if defined(__AVXVNNI__)
-constexpr int32_t BIAS = 128;
-#else
-constexpr int32_t BIAS = OFFSET;
-#endif
-// What x is stored plus for `dot_biased`.
-
 // `TOGETHER` lines of 64 bytes in tiles of int8 (`tiles.h`), W outputs of them, and `dot_biased`: acc plus their products
-// with x, four bytes for each line, plus what x = 0 gives with these weights, which is not 0.
+// with x, four bytes for each line, stored plus `BIAS`; plus what x = 0 gives with these weights, which is not 0.
 #if (defined(__AVX2__) || defined(__AVX512F__)) && !defined(__AVX512VNNI__) && !defined(__AVXVNNI__)
 constexpr int TOGETHER = 2;
 
-// The complement of a byte is one less than its negative, and can be had in more of the processor's ports. It is up to 128
-// in size: times weights whose sizes are 256 together (`reach_of` in `kernels/quantised.py`), it just fits in 16 bits.
+// Narrow weights (`quantise_narrow_int8` in `kernels/quantised.py`) as they are: four of them times bytes up to 255 fit in
+// 16 bits.
+template <bool NARROW>
 struct Biased {
+    static constexpr int32_t BIAS = 128;
+
+    vi values[TOGETHER];
+
+    INLINE explicit Biased(const int8_t* lines) {
+#pragma GCC unroll 2
+        for (int i = 0; i < TOGETHER; i++) values[i] = opaque(load_line(lines + i * 64));
+    }
+
+    INLINE vi pairs_with(int i, vi x) const { return pairs(x, values[i]); }
+};
+
+// Others lend their signs to the activations. The complement of a byte is one less than its negative, and can be had in
+// more of the processor's ports. It is up to 128 in size: times weights whose sizes are 256 together (`reach_of`), it
+// just fits.
+template <>
+struct Biased<false> {
+    static constexpr int32_t BIAS = 0;
+
     vi sizes[TOGETHER], flips[TOGETHER];
 
     INLINE explicit Biased(const int8_t* lines) {
@@ -105,23 +118,33 @@ struct Biased {
 #endif
         }
     }
+
+    INLINE vi pairs_with(int i, vi x) const { return pairs(sizes[i], x ^ flips[i]); }
 };
 
-INLINE vi dot_biased(vi acc, const int8_t* x, const Biased& w) {
-    const vi first = pairs(w.sizes[0], four(x) ^ w.flips[0]), second = pairs(w.sizes[1], four(x + 4) ^ w.flips[1]);
+template <bool NARROW>
+INLINE vi dot_biased(vi acc, const int8_t* x, const Biased<NARROW>& w) {
     // Else GCC adds up the products of a group first, for which registers do not suffice.
-    return opaque(acc + fold_pairs(add_pairs(first, second)));
+    return opaque(acc + fold_pairs(add_pairs(w.pairs_with(0, four(x)), w.pairs_with(1, four(x + 4)))));
 }
 #else
 constexpr int TOGETHER = 1;
 
+template <bool NARROW>
 struct Biased {
+#if defined(__AVXVNNI__)
+    static constexpr int32_t BIAS = 128;
+#else
+    static constexpr int32_t BIAS = OFFSET;
+#endif
+
     Fours weights;
 
     INLINE explicit Biased(const int8_t* line) : weights(load_line(line)) {}
 };
 
-INLINE vi dot_biased(vi acc, const int8_t* x, const Biased& w) {
+template <bool NARROW>
+INLINE vi dot_biased(vi acc, const int8_t* x, const Biased<NARROW>& w) {
 #if defined(__AVXVNNI__)
     return (vi)_mm256_dpbusd_avx_epi32((__m256i)acc, (__m256i)four(x), (__m256i)w.weights.sign);
 #else

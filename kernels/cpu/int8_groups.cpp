@@ -4,6 +4,13 @@
 
 namespace {
 
+#if defined(HAS_VNNI)
+constexpr int32_t SHIFT = 128;
+#else
+constexpr int32_t SHIFT = 0;
+#endif
+// What weights come plus, not signed.
+
 struct SignedBytes {
     static constexpr bool MINIMUMS = false;
     static constexpr int LINES = 8;
@@ -13,14 +20,14 @@ struct SignedBytes {
     static INLINE vi fours(const uint8_t* lines, int i) {
         const vi four = load_integers(lines + i * 64);
 #if defined(HAS_VNNI)
-        return four ^ splat(static_cast<int32_t>(0x80808080));  // plus 128: not signed
+        return four ^ splat(static_cast<int32_t>(0x80808080));
 #else
         return four;
 #endif
     }
 
-    // What weights that come plus 128 have too much.
-    static INLINE Sum sum(int32_t of_activations, float) { return -BIAS * of_activations; }
+    // What these weights have too much.
+    static INLINE Sum sum(int32_t of_activations, float) { return -SHIFT * of_activations; }
 
     static INLINE vi start(Sum sum) { return splat(sum); }
 

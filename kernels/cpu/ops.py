@@ -98,7 +98,8 @@ class CpuOps(ReferenceOps):
         lib = self._lib
         match weight:
             case Int8Tiles():
-                return lib.eft_linear_int8, (weight.values, *weight.others)
+                op = lib.eft_linear_int8_narrow if weight.narrow else lib.eft_linear_int8
+                return op, (weight.values, *weight.others)
             case Int4Tiles():
                 return lib.eft_linear_int4, (weight.values, *weight.others)
             case Int8GroupTiles():

@@ -96,13 +96,14 @@ class Int8Tiles(Tiles):
     """[tiles * 16] int32."""
     variant: Variant
     """Whose C++ makes floats of it."""
+    narrow: bool
 
     @classmethod
     def of(cls, weight: Int8Weight, variant: Variant) -> "Int8Tiles":
         values, sums = _lines(weight.values, GROUP), _whole(weight.sums)
         zeros = torch.empty_like(sums)
-        load(variant).eft_int8_zeros(values.data_ptr(), *values.shape[:2], zeros.data_ptr())
-        return cls(values, weight.shape, _whole(weight.scales), zeros, sums, variant)
+        load(variant).eft_int8_zeros(values.data_ptr(), *values.shape[:2], zeros.data_ptr(), weight.narrow)
+        return cls(values, weight.shape, _whole(weight.scales), zeros, sums, variant, weight.narrow)
 
     @property
     def num_bytes(self) -> int:
@@ -128,7 +129,7 @@ class Int8Tiles(Tiles):
 
     def picked(self, index: Tensor | None) -> Int8Weight:
         found = slice(self.size[0]) if index is None else index
-        return Int8Weight(self._bytes(index), self.scales[found], self.sums[found], self.size[1])
+        return Int8Weight(self._bytes(index), self.scales[found], self.sums[found], self.size[1], self.narrow)
 
 
 @dataclass(frozen=True, eq=False)

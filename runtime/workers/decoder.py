@@ -11,7 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from kernels import QUANTISERS, Layers, LayerStack, Ops, QuantisedWeight, Weight
+from kernels import QUANTISERS, Layers, LayerStack, Ops, QuantisedWeight, Quantiser, Quantisers, Weight
 from runtime.workers.adaptation import Adaptation
 from runtime.workers.attention import Attention, PagedAttention
 from runtime.workers.batch_adaptation import BatchAdaptation
@@ -198,7 +198,7 @@ class Decoder:
                     tensor = tensor.dequantise()
                 parameter.fill(part, tensor, self.ops)
                 if quantisers and parameter.data.ndim == 2 and not parameter.missing and not parameter.quantised:
-                    parameter.quantise(self.ops, quantisers[0 if name.startswith("layers.") else 1])
+                    parameter.quantise(self.ops, _quantiser(quantisers, name))
             except KeyError:
                 raise WeightError(f"the checkpoint has {name!r}, which this architecture does not") from None
             except WeightError as error:
@@ -206,3 +206,10 @@ class Decoder:
         lacking = [f"{name} ({', '.join(p.missing)})" for name, p in parameters.items() if p.missing]
         if lacking:
             raise WeightError(f"the checkpoint lacks {len(lacking)} weights, the first: {lacking[0]}")
+
+
+def _quantiser(quantisers: Quantisers, name: str) -> Quantiser:
+    """For a weight by its place in the decoder."""
+    if not name.startswith("layers."):
+        return quantisers.vocabulary
+    return quantisers.expanding if name.endswith(".gate_up.weight") else quantisers.layers

@@ -9,24 +9,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kernels
+from kernels import Quantiser
 from kernels.cpu import CpuOps
 from kernels.cpu.variants import usable_variants
 from kernels.hadamard import turn, turn_back
-from kernels.quantised import from_sums, largest_of, quantise_int8, reach_of
+from kernels.quantised import from_sums, largest_of, quantise_int8, quantise_narrow_int8, reach_of
 from tests.kernels.rows import check_broken_rows, check_normed, check_rows_alone, random
 
 REFERENCE = kernels.load("reference")
 BACKENDS = [REFERENCE, *([] if CpuOps.unavailable() else map(CpuOps, usable_variants()))]
 
 backends = pytest.mark.parametrize("ops", BACKENDS, ids=lambda ops: getattr(ops, "variant", ops).name)
+quantisers = pytest.mark.parametrize("quantise", [quantise_int8, quantise_narrow_int8])
 sizes = st.sampled_from([1, 2, 3, 5, 16, 17, 32, 33, 47, 63, 64, 65, 130, 1500])
 
 
 @backends
+@quantisers
 @settings(max_examples=15, deadline=None)
 @given(rows=st.integers(0, 70), inner=sizes, out=sizes, seed=st.integers(0, 99))
-def test_the_sums_are_those_of_integers(ops: kernels.Ops, rows: int, inner: int, out: int, seed: int) -> None:
-    x, weight = random(rows, inner, seed=seed), quantise_int8(random(out, inner, seed=seed + 1))
+def test_the_sums_are_those_of_integers(
+    ops: kernels.Ops, quantise: Quantiser, rows: int, inner: int, out: int, seed: int
+) -> None:
+    x, weight = random(rows, inner, seed=seed), quantise(random(out, inner, seed=seed + 1))
     turned = turn(x).numpy()
     most = np.abs(turned).max(axis=1)
     integers = np.rint(turned * (np.float32(127) / most)[:, None]).astype(np.int64)
@@ -51,6 +56,23 @@ def test_bytes_that_are_all_as_large_as_they_get(ops: kernels.Ops, sizes: tuple[
     assert torch.allclose(ops.linear(turn_back(signs, 128), ops.prepare(weight)), expected, rtol=1e-5, atol=1e-4)
 
 
+@backends
+@pytest.mark.parametrize("rows", [1, 13])
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (2, 2, 0, 0), (0, 0, 2, 2), (2, 0, 0, 2)])
+def test_bytes_without_a_sign_that_are_all_as_large_as_they_get(
+    ops: kernels.Ops, sizes: tuple[int, ...], rows: int
+) -> None:
+    """The same for narrow weights: any four of them have one sign, and activations are 255 or 1 with their bias."""
+    signs, of_fours = random(rows, 128, seed=1).sign(), random(40, 32, seed=2).sign()
+    turned = of_fours.view(40, 16, 1, 2, 1).expand(-1, -1, 2, -1, 2).reshape(40, 128)
+    turned *= torch.tensor([sizes[0], sizes[1]] * 2 + [sizes[2], sizes[3]] * 2).repeat(16)
+    weight = quantise_narrow_int8(turn_back(turned, 128))
+    signs[0] = signs[0].abs()
+    assert weight.values.to(torch.int32).view(40, -1, 2, 2, 2).sum((2, 4)).abs().min() >= 126
+    expected = signs @ weight.values.float().t() * weight.scales
+    assert torch.allclose(ops.linear(turn_back(signs, 128), ops.prepare(weight)), expected, rtol=1e-5, atol=1e-4)
+
+
 @settings(max_examples=30, deadline=None)
 @given(inner=sizes, out=sizes, heavy=st.booleans(), seed=st.integers(0, 99))
 def test_four_weights_are_never_too_large_together(inner: int, out: int, heavy: bool, seed: int) -> None:
@@ -62,12 +84,30 @@ def test_four_weights_are_never_too_large_together(inner: int, out: int, heavy: 
     assert fours.max() * 128 <= 2**15
 
 
+@settings(max_examples=30, deadline=None)
+@given(inner=sizes, out=sizes, heavy=st.booleans(), seed=st.integers(0, 99))
+def test_four_narrow_weights_of_one_sign_are_never_too_large_together(
+    inner: int, out: int, heavy: bool, seed: int
+) -> None:
+    """For activations of 1 to 255 each."""
+    weight = random(out, inner, seed=seed)
+    found = quantise_narrow_int8(weight**5 if heavy else weight)
+    values = found.values.numpy().astype(np.int64).reshape(out, -1, 2, 2, 2)
+    assert found.narrow
+    assert np.abs(values).max() <= 127
+    for sign in (1, -1):
+        assert (values * sign).clip(min=0).sum(axis=(2, 4)).max() * 255 < 2**15
+
+
 @backends
+@quantisers
 @settings(max_examples=15, deadline=None)
 @given(rows=st.integers(1, 40), inner=sizes, out=sizes, bias=st.booleans(), seed=st.integers(0, 99))
-def test_what_is_fused_with_them(ops: kernels.Ops, rows: int, inner: int, out: int, bias: bool, seed: int) -> None:
+def test_what_is_fused_with_them(
+    ops: kernels.Ops, quantise: Quantiser, rows: int, inner: int, out: int, bias: bool, seed: int
+) -> None:
     x, residual, norm = random(rows, inner, seed=seed), random(rows, out, seed=seed + 1), random(inner, seed=seed + 2)
-    weight, half = (quantise_int8(random(n, inner, seed=seed + 3)) for n in (2 * out, out))
+    weight, half = (quantise(random(n, inner, seed=seed + 3)) for n in (2 * out, out))
     b = random(2 * out, seed=seed + 4) if bias else None
     short = None if b is None else b[:out]
     exact = REFERENCE.linear_add(residual, x, half, short)
@@ -76,14 +116,18 @@ def test_what_is_fused_with_them(ops: kernels.Ops, rows: int, inner: int, out: i
 
 
 @backends
-def test_a_row_is_the_same_bit_by_bit_in_every_batch_and_on_any_number_of_threads(ops: kernels.Ops) -> None:
-    weight = quantise_int8(random(77, 577, seed=2))
+@quantisers
+def test_a_row_is_the_same_bit_by_bit_in_every_batch_and_on_any_number_of_threads(
+    ops: kernels.Ops, quantise: Quantiser
+) -> None:
+    weight = quantise(random(77, 577, seed=2))
     check_rows_alone(ops, ops.prepare(weight), weight)
 
 
 @backends
-def test_rows_that_are_zero_or_not_finite_stay_what_they_are(ops: kernels.Ops) -> None:
-    weight = quantise_int8(random(50, 40, seed=2))
+@quantisers
+def test_rows_that_are_zero_or_not_finite_stay_what_they_are(ops: kernels.Ops, quantise: Quantiser) -> None:
+    weight = quantise(random(50, 40, seed=2))
     check_broken_rows(ops, weight)
     check_broken_rows(ops, ops.prepare(weight))
 

@@ -52,7 +52,7 @@ class FallbackDecoder:
         quantisers = QUANTISERS.get(quantization)
         if quantisers is not None:
             for layer, module in zip(self.layers, self._modules, strict=True):
-                quantise(layer, module, ops, quantisers[0])
+                quantise(layer, module, ops, quantisers.layers)
 
     def forward(
         self,

@@ -147,7 +147,7 @@ def test_int8_ranks_compute_the_very_bits_of_one(name: str, ops: str, tmp_path: 
 def test_ranks_share_weights_with_a_scale_a_group(quantization: str, kept: bool, ops: str, tmp_path: Path) -> None:
     """Each quantises activations by its own slice of them, so the last bits differ. All have whole groups here."""
     make_model(tmp_path, "llama", {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64})
-    quantiser = kernels.QUANTISERS[quantization][0]
+    quantiser = kernels.QUANTISERS[quantization].layers
     form: dict[str, Any] = {"kept": quantiser} if kept else {"quantization": quantization}
     plain = logits(load(tmp_path, SOLO)[0])
     (expected,) = in_ranks(1, lambda group: logits(load(tmp_path, group, ops=ops, **form)[0]))
