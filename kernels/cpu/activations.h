@@ -59,7 +59,7 @@ struct Activations {
         // W groups at a time, so that their largest values, and then their sums, are found together.
         for (long first = 0; first < groups; first += W) {
             const int count = static_cast<int>(std::min<long>(W, groups - first));
-            alignas(64) float kept[W][GROUP], mosts[W];
+            alignas(64) float kept[W][GROUP], mosts[W], factors[W];
             vf largest[W], totals[W];
 #pragma GCC unroll 16
             for (int g = 0; g < W; g++) largest[g] = totals[g] = vf{};  // a loop of `count` would call memset
@@ -75,15 +75,13 @@ struct Activations {
             }
             const vf most = folded(largest, [](vf a, vf b) INLINE_LAMBDA { return bits(larger(bits(a), bits(b))); });
             store(mosts, most);
+            const vf zero = {};
+            store(factors, most > zero && most < splat(INFINITY) ? splat(MOST) / most : zero);
             for (int g = 0; g < count; g++) {
-                const float factor = factor_of(mosts[g]);
-                vi total = {};
+                vi q[GROUP / W], total = {};
 #pragma GCC unroll 8
-                for (int i = 0; i < GROUP; i += W) {
-                    const vi q = integers(load(kept[g] + i), factor);
-                    store_bytes(q, bytes_of(first + g) + i);
-                    total += q;
-                }
+                for (int i = 0; i < GROUP / W; i++) total += q[i] = integers(load(kept[g] + i * W), factors[g]);
+                store_group(q, bytes_of(first + g));
                 totals[g] = bits(total);
             }
             const vf sums = folded(totals, [](vf a, vf b) INLINE_LAMBDA { return bits(bits(a) + bits(b)); });
@@ -92,6 +90,21 @@ struct Activations {
     }
 
    private:
+    // The low bytes of a group's integers, which are from -128 to 127.
+    static INLINE void store_group(const vi (&q)[GROUP / W], int8_t* to) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+        // In each half of these vectors lie fours of every one of q, in turn.
+        const __m256i low = _mm256_packs_epi32((__m256i)q[0], (__m256i)q[1]);
+        const __m256i high = _mm256_packs_epi32((__m256i)q[2], (__m256i)q[3]);
+        const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+        const __m256i all = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order);
+        std::memcpy(to, &all, GROUP);
+#else
+#pragma GCC unroll 8
+        for (int i = 0; i < GROUP / W; i++) store_bytes(q[i], to + i * W);
+#endif
+    }
+
     static INLINE vi larger(vi a, vi b) { return a > b ? a : b; }
 
     // The largest size of some values; not finite if one of them is not: as integers, the bits of numbers without a sign

@@ -10,7 +10,7 @@
 #if defined(__AVX512F__)
 constexpr int FEW_ROWS = 12;
 #else
-constexpr int FEW_ROWS = 6;
+constexpr int FEW_ROWS = 7;
 #endif
 // That are multiplied with weights from memory: as many as the registers have sums for.
 #if defined(__AVX512VNNI__)

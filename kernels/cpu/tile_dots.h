@@ -26,14 +26,26 @@ INLINE vi add_fours(vi acc, vi w, vi x) { return (vi)_mm256_dpbusd_avx_epi32((__
 template <int R>
 INLINE void add_unsigned(const Weights& w, const Bytes* rows, vi (&total)[R]) {
 #if defined(__AVX2__)
-    // Pairs are at most 2 * 15 * 127, so eight of them fit in 16 bits.
+    // Pairs are at most 2 * 15 * 127, so eight of them fit in 16 bits. Half of the weights at a time, else registers do not
+    // suffice for them and the sums.
+    vi sum[R];
+#pragma GCC unroll 2
+    for (int half = 0; half < FOURS; half += FOURS / 2) {
+        vi some[FOURS / 2];
+#pragma GCC unroll 4
+        for (int i = 0; i < FOURS / 2; i++) some[i] = opaque(w.fours[half + i]);
 #pragma GCC unroll 16
-    for (int r = 0; r < R; r++) {
-        vi sum = pairs(w.fours[0], four(rows[r]));
-#pragma GCC unroll 8
-        for (int i = 1; i < FOURS; i++) sum = add_pairs(sum, pairs(w.fours[i], four(rows[r] + 4 * i)));
-        total[r] += fold_pairs(sum);
+        for (int r = 0; r < R; r++) {
+            const int8_t* x = rows[r] + 4 * half;
+            vi products[FOURS / 2];
+#pragma GCC unroll 4
+            for (int i = 0; i < FOURS / 2; i++) products[i] = pairs(some[i], four(x + 4 * i));
+            const vi found = add_pairs(add_pairs(products[0], products[1]), add_pairs(products[2], products[3]));
+            sum[r] = opaque(half == 0 ? found : add_pairs(sum[r], found));
+        }
     }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++) total[r] += fold_pairs(sum[r]);
 #else
     for (int i = 0; i < FOURS; i++)
         for (int r = 0; r < R; r++) total[r] = dot4(total[r], four(rows[r] + 4 * i), Fours(w.fours[i]));
