@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import pages
 from kernels.quantised import QuantisedWeight
 
 
@@ -40,4 +41,6 @@ class BFloat16Weight(QuantisedWeight):
 
 def store_bfloat16(weight: Tensor) -> BFloat16Weight:
     """weight [out, in] in floating point, rounded."""
-    return BFloat16Weight(weight.to(torch.bfloat16).contiguous())
+    if weight.device.type != "cpu":
+        return BFloat16Weight(weight.to(torch.bfloat16).contiguous())
+    return BFloat16Weight(pages.empty(weight.shape, torch.bfloat16).copy_(weight))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kernels.cpu import memory
+from kernels import pages
 from kernels.cpu.library import load
 from kernels.cpu.variants import Variant
 from kernels.int4 import GROUP, HALF, Int4Weight
@@ -240,14 +240,14 @@ def _in_lines(x: Tensor, width: int) -> Tensor:
 def _lines(x: Tensor, width: int) -> Tensor:
     """[out, groups * width] bytes → [tiles, groups, width / 4, 16, 4]."""
     lines = _in_lines(x, width)
-    return memory.empty(lines.shape, x.dtype).copy_(lines)
+    return pages.empty(lines.shape, x.dtype).copy_(lines)
 
 
 def _joined(x: Tensor, width: int, *halves: Tensor) -> Tensor:
     """[out, groups * width] bytes and float16s [out, groups] → [tiles, groups, bytes]: lines, then the others."""
     lines = _in_lines(x, width).view(torch.uint8)
     size = width * TILE
-    joined = memory.empty((*lines.shape[:2], size + len(halves) * 2 * TILE), torch.uint8)
+    joined = pages.empty((*lines.shape[:2], size + len(halves) * 2 * TILE), torch.uint8)
     joined[:, :, :size].view(lines.shape).copy_(lines)
     for place, half in enumerate(halves):
         first = size + place * 2 * TILE

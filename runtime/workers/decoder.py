@@ -191,6 +191,8 @@ class Decoder:
         lacks."""
         quantisers = QUANTISERS.get(quantization)
         parameters = self.parameters()
+        for parameter in parameters.values():
+            parameter.stays = quantisers is None
         for name, part, tensor in tensors:
             try:
                 parameter = parameters[name]

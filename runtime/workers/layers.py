@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import Int4Weight, Int8GroupWeight, Int8Weight, Nf4Weight, Ops, QuantisedWeight, Quantiser, Weight
+from kernels import Int4Weight, Int8GroupWeight, Int8Weight, Nf4Weight, Ops, QuantisedWeight, Quantiser, Weight, pages
 from kernels.hadamard import turn
 from kernels.quantised import quantise_int8, reach_of
 from kernels.sharded import is_exact, split_linear
@@ -60,6 +60,8 @@ class Parameter:
         """Takes memory when the first part comes: so a weight that is quantised at once gives back its own before the
         next one comes."""
         self.quantised: QuantisedWeight | None = None
+        self.stays = False
+        """Whether it will be computed with as it is filled in; then it is in pages of 2 MB."""
         self._sampled: tuple[Tensor, Tensor] | None = None
         self._device = device
         self._held: dict[str, QuantisedWeight] = {}
@@ -127,7 +129,9 @@ class Parameter:
     def _floats(self) -> Tensor:
         if self.data.is_meta:
             # Not `empty_like`: of a tensor on "meta" that imports sympy, most of a second.
-            self.data = torch.empty(self.data.shape, dtype=self.data.dtype, device=self._device)
+            shape, dtype = self.data.shape, self.data.dtype
+            paged = self.stays and self._device.type == "cpu"
+            self.data = pages.empty(shape, dtype) if paged else torch.empty(shape, dtype=dtype, device=self._device)
         return self.data
 
     def _join(self, ops: Ops) -> None:
