@@ -1,6 +1,7 @@
 // All layers of a decoder as Llama has them, one after the other: the same ops as op by op, so the same bits, without a
 // way through Python between any two of them.
 #include <algorithm>
+#include <optional>
 #include <vector>
 
 #include "call_linear.h"
@@ -164,6 +165,7 @@ EXPORT void eft_layers(const void* table, long layers, long hidden, long inner, 
                        long width, const int64_t* extents, long rows, long block_size, const void* adapters,
                        long adapted, const void* wanted, int threads) {
     static thread_local Scratch kept;
+    std::optional<OpsInARow> in_a_row(std::in_place);
     Scratch own;
     Pass pass{static_cast<const Layer*>(table),
               static_cast<const Cache*>(caches),
@@ -193,6 +195,7 @@ EXPORT void eft_layers(const void* table, long layers, long hidden, long inner, 
                             block_size, scale, layer.window, softcap, pass.mixed, type, threads);
         pass.add(i, OUT, pass.mixed, x);
         pass.expand(i, x);
+        if (i + 1 == layers) in_a_row.reset();  // what comes after this one comes from Python
         pass.add(i, DOWN, pass.between, x);
     }
 }

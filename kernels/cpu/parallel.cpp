@@ -14,8 +14,12 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-constexpr auto PATIENCE = std::chrono::microseconds(200);
-// How long to spin before sleeping: more than Python takes from one op of a layer to the next.
+constexpr long PATIENCE = 200;
+// Microseconds to spin before sleeping: more than Python takes from one op of a layer to the next.
+constexpr long PATIENCE_IN_A_ROW = 20;
+// Where one op follows the other at once: who has to wait for longer waits for a thread that does not run, and had better
+// leave the core to those that keep it from running.
+std::atomic<long> patience{PATIENCE};
 
 void relax() {
 #if defined(__x86_64__)
@@ -100,7 +104,8 @@ Pool* pool = nullptr;
 void Awaited::wait(uint32_t wanted, bool other) {
     const auto over = [&](uint32_t now) { return (now == wanted) != other; };
     if (over(value.load())) return;
-    for (const auto end = Clock::now() + PATIENCE; Clock::now() < end;)
+    const std::chrono::microseconds spin(patience.load(std::memory_order_relaxed));
+    for (const auto end = Clock::now() + spin; Clock::now() < end;)
         for (int i = 0; i < 16; i++, relax())
             if (over(value.load(std::memory_order_acquire))) return;
     sleepers.fetch_add(1);
@@ -109,6 +114,10 @@ void Awaited::wait(uint32_t wanted, bool other) {
 }
 
 void Awaited::wake(int most) { futex(value, FUTEX_WAKE, static_cast<uint32_t>(most)); }
+
+OpsInARow::OpsInARow() { patience.store(PATIENCE_IN_A_ROW, std::memory_order_relaxed); }
+
+OpsInARow::~OpsInARow() { patience.store(PATIENCE, std::memory_order_relaxed); }
 
 void call_in_team(int threads, void (*body)(void*), void* data) {
     static const int once = [] {

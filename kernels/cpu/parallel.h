@@ -44,6 +44,14 @@ struct Tasks {
     alignas(64) std::atomic<long> next{0};
 };
 
+// While there is one, ops follow each other at once, so threads that wait for the next one soon sleep.
+struct OpsInARow {
+    OpsInARow();
+    ~OpsInARow();
+    OpsInARow(const OpsInARow&) = delete;
+    OpsInARow& operator=(const OpsInARow&) = delete;
+};
+
 // Calls body(data) in this thread and in those of `threads` - 1 others that come in time.
 void call_in_team(int threads, void (*body)(void*), void* data);
 
