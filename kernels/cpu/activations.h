@@ -44,7 +44,7 @@ struct Activations {
                 store(turned + block + i * W, v[i]);
             }
         }
-        const float most = largest.value() * TURNED_SCALE, factor = factor_of(most) * TURNED_SCALE;
+        const float most = largest.value() * TURNED_SCALE, factor = factors_of(splat(most))[0] * TURNED_SCALE;
         for (long k = 0; k < size; k += W) take(integers(load(turned + k), factor), k);
         return most / MOST;
     }
@@ -75,8 +75,7 @@ struct Activations {
             }
             const vf most = folded(largest, [](vf a, vf b) INLINE_LAMBDA { return bits(larger(bits(a), bits(b))); });
             store(mosts, most);
-            const vf zero = {};
-            store(factors, most > zero && most < splat(INFINITY) ? splat(MOST) / most : zero);
+            store(factors, factors_of(most));
             for (int g = 0; g < count; g++) {
                 vi q[GROUP / W], total = {};
 #pragma GCC unroll 8
@@ -125,7 +124,10 @@ struct Activations {
         }
     };
 
-    static INLINE float factor_of(float most) { return most > 0.0f && most < INFINITY ? MOST / most : 0.0f; }
+    static INLINE vf factors_of(vf most) {
+        const vf zero = {};
+        return most > zero && most < splat(INFINITY) ? splat(MOST) / most : zero;
+    }
 
     static INLINE vi integers(vf v, float factor) { return factor > 0.0f ? rounded(v * splat(factor)) : vi{}; }
 

@@ -97,6 +97,7 @@ class Int8Tiles(Tiles):
     variant: Variant
     """Whose C++ makes floats of it."""
     narrow: bool
+    """As `Int8Weight` says; where that is quicker, a C++ op of its own is."""
 
     @classmethod
     def of(cls, weight: Int8Weight, variant: Variant) -> "Int8Tiles":
