@@ -34,6 +34,8 @@ class Journal:
         self._written: dict[str, int] = {}
         """Job → number of the last event in its log."""
         self._dirty: set[str] = set()
+        self._at_work: str | None = None
+        """The job whose events are being read, unless it was discarded meanwhile."""
         self._wake = asyncio.Event()
 
     def touch(self, job_id: str) -> None:
@@ -52,15 +54,23 @@ class Journal:
     async def flush(self) -> None:
         """Write what is new, as far as the disk takes it."""
         while self._dirty:
-            job_id = self._dirty.pop()
+            job_id = self._at_work = self._dirty.pop()
             path = self._directories.log(job_id)
             if job_id not in self._written:
                 self._written[job_id] = await self._disk.call(last_number, path)
             events = await self._reader.events_after(job_id, self._written[job_id], _BATCH)
-            taken: bool = bool(events) and await self._disk.call(append, path, events)
-            if taken:
+            wanted = bool(events) and self._at_work == job_id
+            if wanted and await self._disk.call(append, path, events):
                 self._written[job_id] = events[-1].number
                 self._dirty.add(job_id)  # there may be more than a batch
+
+    async def discard(self, job_id: str) -> None:
+        """Delete whatever a job has on disk whose row is gone, after what is being written of it."""
+        self._dirty.discard(job_id)
+        self._written.pop(job_id, None)
+        if self._at_work == job_id:
+            self._at_work = None
+        await self._disk.call(self._directories.discard, job_id)
 
 
 def append(path: Path, events: Iterable[JobEvent]) -> bool:

@@ -41,8 +41,8 @@ class JobManager:
         self._max_waiting = max_waiting
         self._disk = Worker()
         self._checkpoints = Checkpoints(self.store, directories, self._disk)
-        self._validation = Validation(self.store, directories, ports.preparer, self._wake_up)
         self._journal = Journal(self.store, directories, self._disk)
+        self._validation = Validation(self.store, directories, self._journal, ports.preparer, self._wake_up)
         self._journaling: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
         self._lane: asyncio.Task[None] | None = None

@@ -8,6 +8,7 @@ from pathlib import Path
 from runtime.errors import RequestError, StorageUnavailable
 from runtime.logs import get_logger
 from runtime.trainer.jobs.directories import JobDirectories
+from runtime.trainer.jobs.journal import Journal
 from runtime.trainer.jobs.ports import PreparedJob, Preparer
 from runtime.trainer.jobs.records import JobError, JobFile
 from runtime.trainer.jobs.store import JobStore, insist
@@ -21,10 +22,16 @@ class Validation:
     waits for fails with it instead."""
 
     def __init__(
-        self, store: JobStore, directories: JobDirectories, preparer: Preparer, on_queued: Callable[[], None]
+        self,
+        store: JobStore,
+        directories: JobDirectories,
+        journal: Journal,
+        preparer: Preparer,
+        on_queued: Callable[[], None],
     ) -> None:
         self._store = store
         self._directories = directories
+        self._journal = journal
         self._preparer = preparer
         self._on_queued = on_queued
         self._reading = Worker()
@@ -84,10 +91,15 @@ class Validation:
         try:
             await self._store.remove(job_id)
         except StorageUnavailable:  # who waits is to hear of it now, and the row must still go
-            task = asyncio.create_task(insist(lambda: self._store.remove(job_id)))
+            task = asyncio.create_task(self._forget_later(job_id))
             self._forgetting.add(task)
             task.add_done_callback(self._forgetting.discard)
-        self._directories.discard(job_id)
+        else:
+            await self._journal.discard(job_id)
+
+    async def _forget_later(self, job_id: str) -> None:
+        await insist(lambda: self._store.remove(job_id))
+        await self._journal.discard(job_id)
 
     async def _accept(self, job_id: str) -> None:
         job = await self._store.get(job_id)

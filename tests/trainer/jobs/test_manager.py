@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from runtime.errors import Conflict, InvalidRequest, StorageUnavailable, TooManyRequests
-from runtime.trainer.jobs.records import JobError
+from runtime.trainer.jobs.records import JobError, JobEvent
 from runtime.trainer.jobs.store import MAX_CRASHES
 from tests.trainer.jobs.fakes import World
 
@@ -170,6 +170,26 @@ async def test_a_wrong_recipe_is_told_and_leaves_nothing(world: World) -> None:
     with pytest.raises(InvalidRequest, match="name"):
         await world.submit("steps: 3")
     assert await world.manager.store.page(after=None, limit=10, states=()) == ([], False)
+    assert list(world.manager.directories.root.iterdir()) == []
+
+
+async def test_a_log_does_not_come_back_after_its_job(world: World) -> None:
+    """The journal has read the events of a job whose recipe then turns out to be wrong."""
+    store, forgotten = world.manager.store, asyncio.Event()
+    world.preparer.hold = True
+    read = store.events_after
+
+    async def read_slowly(job_id: str, after: int, limit: int) -> list[JobEvent]:
+        events = await read(job_id, after, limit)
+        world.preparer.hold = False
+        await forgotten.wait()
+        return events
+
+    store.events_after = read_slowly  # type: ignore[method-assign]
+    with pytest.raises(InvalidRequest, match="name"):
+        await world.submit("steps: 3")
+    forgotten.set()
+    await world.settle()
     assert list(world.manager.directories.root.iterdir()) == []
 
 
