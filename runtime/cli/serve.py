@@ -27,8 +27,10 @@ def serve(
     """Serve until Ctrl-C or SIGTERM. Returns the server's exit code."""
     settings = read_settings(flags, config, model=model).settings
     from runtime.clash import refuse_clash
+    from runtime.workers.memory import share_one_arena
 
     refuse_clash()
+    share_one_arena()
     if "TORCHELASTIC_RUN_ID" in os.environ:  # one of torchrun's processes, of which only the first is the server
         from runtime.ranks.torchrun import follow_torchrun
 
