@@ -55,40 +55,50 @@ struct Activations {
     INLINE void quantise_groups(long row, BytesOf&& bytes_of, Finish&& finish) const {
         const float* from = x + row * stride;
         const float inverse = norm ? inverse_rms(from, in, eps) : 1.0f;
-        const long groups = (in + GROUP - 1) / GROUP;
-        // W groups at a time, so that their largest values, and then their sums, are found together.
-        for (long first = 0; first < groups; first += W) {
-            const int count = static_cast<int>(std::min<long>(W, groups - first));
-            alignas(64) float kept[W][GROUP], mosts[W], factors[W];
-            vf largest[W], totals[W];
-#pragma GCC unroll 16
-            for (int g = 0; g < W; g++) largest[g] = totals[g] = vf{};  // a loop of `count` would call memset
-            for (int g = 0; g < count; g++) {
-                Largest found;
-#pragma GCC unroll 8
-                for (int i = 0; i < GROUP; i += W) {
-                    const vf v = values(from, (first + g) * GROUP + i, inverse);
-                    store(kept[g] + i, v);
-                    found.add(v);
-                }
-                largest[g] = bits(found.most);
-            }
-            const vf most = folded(largest, [](vf a, vf b) INLINE_LAMBDA { return bits(larger(bits(a), bits(b))); });
-            store(mosts, most);
-            store(factors, factors_of(most));
-            for (int g = 0; g < count; g++) {
-                vi q[GROUP / W], total = {};
-#pragma GCC unroll 8
-                for (int i = 0; i < GROUP / W; i++) total += q[i] = integers(load(kept[g] + i * W), factors[g]);
-                store_group(q, bytes_of(first + g));
-                totals[g] = bits(total);
-            }
-            const vf sums = folded(totals, [](vf a, vf b) INLINE_LAMBDA { return bits(bits(a) + bits(b)); });
-            for (int g = 0; g < count; g++) finish(first + g, mosts[g] / MOST, bits(sums)[g]);
-        }
+        const long whole = in / GROUP;
+        const auto quantise = [&](auto&& of) INLINE_LAMBDA {
+            long first = 0;
+            for (; first + W <= whole; first += W) quantise_some<W>(first, of, bytes_of, finish);
+            for (; first + 2 <= whole; first += 2) quantise_some<2>(first, of, bytes_of, finish);
+            if (first < whole) quantise_some<1>(first, of, bytes_of, finish);
+        };
+        if (norm)
+            quantise([&](long k) INLINE_LAMBDA { return load(from + k) * splat(inverse) * load(norm + k); });
+        else
+            quantise([&](long k) INLINE_LAMBDA { return load(from + k); });
+        if (whole * GROUP < in)
+            quantise_some<1>(whole, [&](long k) INLINE_LAMBDA { return values(from, k, inverse); }, bytes_of, finish);
     }
 
    private:
+    // COUNT groups from `first` on, W at most; of(k) gives W features from feature k on. Their largest values, and then
+    // their sums, are found together.
+    template <int COUNT, typename Of, typename BytesOf, typename Finish>
+    static INLINE void quantise_some(long first, Of&& of, BytesOf&& bytes_of, Finish&& finish) {
+        vf largest[W] = {}, totals[W] = {};
+#pragma GCC unroll 16
+        for (int g = 0; g < COUNT; g++) {
+            Largest found;
+#pragma GCC unroll 8
+            for (int i = 0; i < GROUP; i += W) found.add(of((first + g) * GROUP + i));
+            largest[g] = bits(found.most);
+        }
+        const vf most = folded(largest, [](vf a, vf b) INLINE_LAMBDA { return bits(larger(bits(a), bits(b))); });
+        const vf scales = most / splat(MOST), factors = factors_of(most);
+#pragma GCC unroll 16
+        for (int g = 0; g < COUNT; g++) {
+            vi q[GROUP / W], total = {};
+#pragma GCC unroll 8
+            for (int i = 0; i < GROUP / W; i++)
+                total += q[i] = integers(of((first + g) * GROUP + i * W), factors[g]);
+            store_group(q, bytes_of(first + g));
+            totals[g] = bits(total);
+        }
+        const vi sums = bits(folded(totals, [](vf a, vf b) INLINE_LAMBDA { return bits(bits(a) + bits(b)); }));
+#pragma GCC unroll 16
+        for (int g = 0; g < COUNT; g++) finish(first + g, scales[g], sums[g]);
+    }
+
     // The low bytes of a group's integers, which are from -128 to 127.
     static INLINE void store_group(const vi (&q)[GROUP / W], int8_t* to) {
 #if defined(__AVX2__) && !defined(__AVX512F__)

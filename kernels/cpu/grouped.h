@@ -1,8 +1,8 @@
 // Linears whose weights are in groups (`groups.h`). Every output adds up its groups in the same order, so a row's result is
 // the same bit by bit in every batch.
 //
-// A few rows: weights go from memory straight into the products. More rows: each two tiles are unpacked once, and meet all
-// rows while they lie in the cache.
+// A few rows: weights go from memory straight into the products. More rows: each tile or two are unpacked once, and meet
+// all rows while they lie in the cache.
 #pragma once
 
 #include "groups.h"
@@ -19,6 +19,9 @@ constexpr int BLOCK_ROWS = 6, BLOCK_VECTORS = 2;
 constexpr int BLOCK_ROWS = FEW_ROWS, BLOCK_VECTORS = 1;
 #endif
 // Of unpacked weights: rows and vectors of outputs that are multiplied at once.
+
+constexpr int PACKING_APART = 2;
+// Threads at most that pack all rows each, with many rows too: two do so sooner than one fetches what the other packed.
 
 constexpr long FAR_AHEAD = 4096;
 // Bytes from what a few rows read to what they ask for: further than the hardware looks, which stops at the end of a page.
@@ -53,33 +56,29 @@ void multiply_stored(int rows, const Format& format, const typename Format::Bloc
     if constexpr (R > 1) multiply_stored<R - 1>(rows, format, block, tile, result);
 }
 
-// Two tiles, unpacked.
+// A tile or two, unpacked.
 template <typename Format>
 class Panels {
    public:
     using Block = typename Format::Block;
     using Unpacked = typename Format::Unpacked;
 
-    Panels(Scratch& scratch, const Format& format)
+    Panels(Scratch& scratch, const Format& format, bool both)
         : format_(format),
           size_(format.groups * Unpacked::SIZE),
-          memory_(reinterpret_cast<uint8_t*>(scratch.bytes(static_cast<size_t>(2 * PARTS * size_)))) {}
+          parts_(both ? 2 * PARTS : PARTS),
+          memory_(reinterpret_cast<uint8_t*>(scratch.bytes(static_cast<size_t>(parts_ * size_)))) {}
 
     void unpack(long tile, long other) const {
-        for (int part = 0; part < PARTS; part++) {
-            format_.unpack(tile, part, memory_ + part * size_);
-            format_.unpack(other, part, memory_ + (PARTS + part) * size_);
-        }
+        for (int part = 0; part < parts_; part++)
+            format_.unpack(part < PARTS ? tile : other, part % PARTS, memory_ + part * size_);
     }
 
-    // Calls of `multiply_vectors` that a block takes.
-    static constexpr int CALLS = 2 * PARTS / BLOCK_VECTORS;
-
-    // `results` = a block of rows times both.
+    // `results` = a block of rows times each of them.
     template <int R = BLOCK_ROWS>
     void multiply(int rows, const Block& block, Next& next, Outputs (&results)[2][BLOCK_ROWS]) const {
         if (rows == R)
-            for (int call = 0; call < CALLS; call++) multiply_vectors<R>(block, call * BLOCK_VECTORS, next, results);
+            for (int part = 0; part < parts_; part += BLOCK_VECTORS) multiply_vectors<R>(block, part, next, results);
         else if constexpr (R > 1)
             multiply<R - 1>(rows, block, next, results);
     }
@@ -101,6 +100,7 @@ class Panels {
 
     const Format& format_;
     const long size_;
+    const int parts_;
     uint8_t* const memory_;
 };
 
@@ -132,44 +132,58 @@ void run_many(const Linear& op, const Format& format, int threads) {
     using Block = typename Format::Block;
     static thread_local Scratch scratch;
     const long tiles = (op.out + TILE_OUTPUTS - 1) / TILE_OUTPUTS;
-    // Two tiles at once: of gates and their ups, or neighbours, the last one perhaps alone.
-    const long twos = op.swiglu ? tiles : (tiles + 1) / 2;
-    const auto tile_of = [&](long two) { return op.swiglu ? two : 2 * two; };
-    const auto other_of = [&](long two) { return op.swiglu ? two + tiles : std::min(2 * two + 1, tiles - 1); };
+    // A task is a tile; or two, of gates and their ups, or neighbours where it takes two to fill a block's vectors, the
+    // last one perhaps twice.
+    const bool both = op.swiglu || BLOCK_VECTORS > PARTS;
+    const bool neighbours = both && !op.swiglu;
+    const long tasks = neighbours ? (tiles + 1) / 2 : tiles;
+    const auto tile_of = [&](long task) { return neighbours ? 2 * task : task; };
+    const auto other_of = [&](long task) { return neighbours ? std::min(2 * task + 1, tiles - 1) : task + tiles; };
     const auto weights = [&](long tile) { return reinterpret_cast<const char*>(format.at(tile, 0)); };
     const long size = (Block::size(format.groups, BLOCK_ROWS) + 63) / 64 * 64;
     const long most = std::max(PANEL_BYTES / size, 1L) * BLOCK_ROWS;
     for (long first = 0; first < op.rows; first += most) {
         const long count = std::min(op.rows - first, most);
         const long blocks = (count + BLOCK_ROWS - 1) / BLOCK_ROWS;
-        char* packed = scratch.bytes(static_cast<size_t>(blocks * size));
+        const size_t bytes = static_cast<size_t>(blocks * size);
+        const bool apart = threads <= PACKING_APART;
+        char* shared = apart ? nullptr : scratch.bytes(bytes);
         // Blocks of about the same size: a few rows of a last one would cost as much as many.
         const auto begin_of = [&](long block) { return count * block / blocks; };
         const auto rows_of = [&](long block) { return static_cast<int>(begin_of(block + 1) - begin_of(block)); };
-        const auto packed_at = [&](long block) {
+        const auto packed_at = [&](char* packed, long block) {
             return Block(packed + block * size, format.groups, rows_of(block));
         };
-        const long lines = (format.tile_bytes() + 63) / 64;
-        const long steps = blocks * format.groups * Panels<Format>::CALLS;
+        const auto pack = [&](char* packed, long block) {
+            format.pack(packed_at(packed, block), first + begin_of(block), rows_of(block));
+        };
+        // Of a tile alone its halves are asked for side by side.
+        const long lines = (format.tile_bytes() / (both ? 1 : 2) + 63) / 64;
+        const long steps = blocks * format.groups * ((both ? 2 : 1) * PARTS / BLOCK_VECTORS);
         Phase packing(blocks);
-        Ranges ranges(twos, threads);
+        Ranges ranges(tasks, threads);
         in_parallel(threads, [&] {
-            packing.run([&](long block) { format.pack(packed_at(block), first + begin_of(block), rows_of(block)); });
-            static thread_local Scratch unpacked;
-            const Panels<Format> panels(unpacked, format);
-            ranges.run([&](long two, bool more) {
-                const long tile = tile_of(two), other = other_of(two);
+            static thread_local Scratch own, unpacked;
+            char* packed = apart ? own.bytes(bytes) : shared;
+            if (apart)
+                for (long block = 0; block < blocks; block++) pack(packed, block);
+            else
+                packing.run([&](long block) { pack(packed, block); });
+            const Panels<Format> panels(unpacked, format, both);
+            ranges.run([&](long task, bool more) {
+                const long tile = tile_of(task), other = other_of(task);
                 panels.unpack(tile, other);
-                Next next{weights(tile_of(two + 1)), weights(other_of(two + 1)), (lines + steps - 1) / steps};
-                const char* end = next.tile + format.tile_bytes();
+                const char* ahead = weights(tile_of(task + 1));
+                const char* end = ahead + lines * 64;
+                Next next{ahead, both ? weights(other_of(task + 1)) : end, (lines + steps - 1) / steps};
                 alignas(64) Outputs results[2][BLOCK_ROWS];
                 for (long block = 0; block < blocks; block++) {
                     if (!more || next.tile >= end) next.lines = 0;
                     const int rows = rows_of(block);
                     const long row = first + begin_of(block);
-                    panels.multiply(rows, packed_at(block), next, results);
+                    panels.multiply(rows, packed_at(packed, block), next, results);
                     finish_tile(op, rows, row, tile, results[0], results[1]);
-                    if (!op.swiglu && other != tile) finish_tile(op, rows, row, other, results[1], nullptr);
+                    if (neighbours && other != tile) finish_tile(op, rows, row, other, results[1], nullptr);
                 }
             });
         });

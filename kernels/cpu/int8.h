@@ -173,8 +173,14 @@ INLINE void store_bytes(vi integers, int8_t* to) {
 
 // x to the nearest integer, halves to even; below 2^22 in size.
 INLINE vi rounded(vf x) {
+#if defined(__AVX512F__)
+    return (vi)_mm512_maskz_cvtps_epi32(0xffff, (__m512)x);
+#elif defined(__AVX2__)
+    return (vi)_mm256_cvtps_epi32((__m256)x);
+#else
     // Not fused with the product that x is: that would round once instead of twice, and not as the reference does.
     x = opaque(x);
     const vf magic = splat(12582912.0f);
     return bits(x + magic) - bits(magic);
+#endif
 }

@@ -211,6 +211,20 @@ INLINE void transpose(vf (&rows)[W]) {
         for (int i = 0; i < W; i++) rows[i] = next[i];
     }
 }
+
+// Lane i of the result is what `add` makes of all lanes of rows[i], two vectors at a time.
+template <int N = W, typename Add>
+INLINE vf folded(const vf (&rows)[N], Add&& add) {
+    if constexpr (N == 1) {
+        return rows[0];
+    } else {
+        vf half[N / 2];
+#pragma GCC unroll 8
+        for (int i = 0; i < N / 2; i++)
+            half[i] = add(interleave<false>(rows[i], rows[i + N / 2]), interleave<true>(rows[i], rows[i + N / 2]));
+        return folded<N / 2>(half, add);
+    }
+}
 #else
 // Element j of lane l, of four elements each, becomes number order(l, j) of a's elements and then b's.
 template <typename Order>
@@ -257,21 +271,39 @@ INLINE void transpose(vf (&rows)[W]) {
 #endif
     }
 }
-#endif
 
-// Lane i of the result is what `add` makes of all lanes of rows[i], two vectors at a time. Changes rows.
-template <typename Add>
-INLINE vf folded(vf (&rows)[W], Add&& add) {
-#pragma GCC unroll 4
-    for (int n = W; n > 1; n /= 2) {
-#pragma GCC unroll 8
-        for (int i = 0; i < n / 2; i++)
-            rows[i] = add(interleave<false>(rows[i], rows[i + n / 2]), interleave<true>(rows[i], rows[i + n / 2]));
-    }
-    return rows[0];
+// Those that `order` picks, and those `apart` from them.
+template <typename Order, typename Add>
+INLINE vf added(vf a, vf b, Order&& order, int apart, Add&& add) {
+    return add(picked(a, b, order), picked(a, b, [&](int l, int j) INLINE_LAMBDA { return order(l, j) + apart; }));
 }
 
-// The sum of each row: lane i of the result is the sum over rows[i]. Changes rows.
-INLINE vf sums(vf (&rows)[W]) {
+// Lane i of the result is what `add` makes of all lanes of rows[i]; in the order in which `transpose` goes.
+template <typename Add>
+INLINE vf folded(const vf (&rows)[W], Add&& add) {
+    vf half[W / 2], quarter[W / 4];
+#pragma GCC unroll 8
+    for (int i = 0; i < W / 2; i++) {
+        const auto ones = [](int l, int j) INLINE_LAMBDA { return 4 * l + j / 2 + j % 2 * W; };
+        half[i] = added(rows[2 * i], rows[2 * i + 1], ones, 2, add);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < W / 4; i++) {
+        const auto pairs = [](int l, int j) INLINE_LAMBDA { return 4 * l + j % 2 + j / 2 * W; };
+        quarter[i] = added(half[2 * i], half[2 * i + 1], pairs, 2, add);
+    }
+    // Lane l of quarter[i] now holds what features 4 l to 4 l + 3 of rows 4 i to 4 i + 3 make.
+#if defined(__AVX512F__)
+    const auto even = [](int l, int j) INLINE_LAMBDA { return l % 2 * 8 + l / 2 * W + j; };
+    return added(added(quarter[0], quarter[1], even, 4, add), added(quarter[2], quarter[3], even, 4, add), even, 4, add);
+#else
+    const auto first = [](int l, int j) INLINE_LAMBDA { return l * W + j; };
+    return added(quarter[0], quarter[1], first, 4, add);
+#endif
+}
+#endif
+
+// The sum of each row: lane i of the result is the sum over rows[i].
+INLINE vf sums(const vf (&rows)[W]) {
     return folded(rows, [](vf a, vf b) INLINE_LAMBDA { return a + b; });
 }
