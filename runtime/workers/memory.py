@@ -11,7 +11,7 @@ def share_one_arena() -> bool:
     """Have all threads to come allocate where the first one does. False without glibc.
 
     Belongs before the first thread: those that have an arena of their own keep it, later ones then take turns with
-    all that there are, and what a job takes depends on which thread met whose holes (217 to 281 MB; 216 to 235 so).
+    all that there are, and what a job takes depends on which thread met whose holes (217 to 281 MB; 207 to 241 so).
     """
     return _set({_M_ARENA_MAX: 1})
 

@@ -250,6 +250,11 @@ class World:
                 assert not job.ended, f"{job.state}: {job.error}"
                 await self.manager.feed.until(ticket, 0.1)
 
+    async def statuses(self, job_id: str) -> list[str]:
+        """Those that the job's events tell of, in their order."""
+        _, events = await self.manager.store.events(job_id, after=0, limit=1000)
+        return [event.data["status"] for event in events if "status" in event.data]
+
     async def step(self, count: int = 1) -> None:
         """Let the run take steps, and what it reports be stored."""
         for _ in range(count):
