@@ -234,40 +234,46 @@ INLINE vf picked(vf a, vf b, Order&& order) {
     return __builtin_shuffle(a, b, from);
 }
 
+// The orders that `transpose` and `folded` pick in: elements of a and b in turn, two of each in turn,
+// and lanes, the even ones or the first. The rest of the elements are 2, 2 and 4 from them.
+constexpr auto BY_ONES = [](int l, int j) INLINE_LAMBDA { return 4 * l + j / 2 + j % 2 * W; };
+constexpr auto BY_TWOS = [](int l, int j) INLINE_LAMBDA { return 4 * l + j % 2 + j / 2 * W; };
+#if defined(__AVX512F__)
+constexpr auto BY_LANES = [](int l, int j) INLINE_LAMBDA { return l % 2 * 8 + l / 2 * W + j; };
+#else
+constexpr auto BY_LANES = [](int l, int j) INLINE_LAMBDA { return l * W + j; };
+#endif
+
 // With AVX it takes fewer instructions within lanes of four first, and then by whole lanes.
 INLINE void transpose(vf (&rows)[W]) {
     vf half[W], quarter[W];
 #pragma GCC unroll 8
     for (int i = 0; i < W; i += 2) {
-        const auto ones = [](int l, int j) INLINE_LAMBDA { return 4 * l + j / 2 + j % 2 * W; };
-        half[i] = picked(rows[i], rows[i + 1], ones);
-        half[i + 1] = picked(rows[i], rows[i + 1], [&](int l, int j) INLINE_LAMBDA { return ones(l, j) + 2; });
+        half[i] = picked(rows[i], rows[i + 1], BY_ONES);
+        half[i + 1] = picked(rows[i], rows[i + 1], [&](int l, int j) INLINE_LAMBDA { return BY_ONES(l, j) + 2; });
     }
 #pragma GCC unroll 4
     for (int i = 0; i < W; i += 4)
 #pragma GCC unroll 2
         for (int k = 0; k < 2; k++) {
-            const auto pairs = [](int l, int j) INLINE_LAMBDA { return 4 * l + j % 2 + j / 2 * W; };
             const vf a = half[i + k], b = half[i + k + 2];
-            quarter[i + 2 * k] = picked(a, b, pairs);
-            quarter[i + 2 * k + 1] = picked(a, b, [&](int l, int j) INLINE_LAMBDA { return pairs(l, j) + 2; });
+            quarter[i + 2 * k] = picked(a, b, BY_TWOS);
+            quarter[i + 2 * k + 1] = picked(a, b, [&](int l, int j) INLINE_LAMBDA { return BY_TWOS(l, j) + 2; });
         }
     // Lane l of quarter[4 r + c] now holds feature 4 l + c of rows 4 r to 4 r + 3.
 #pragma GCC unroll 4
     for (int c = 0; c < 4; c++) {
 #if defined(__AVX512F__)
-        const auto even = [](int l, int j) INLINE_LAMBDA { return l % 2 * 8 + l / 2 * W + j; };
-        const auto odd = [&](int l, int j) INLINE_LAMBDA { return even(l, j) + 4; };
-        const vf a = picked(quarter[c], quarter[4 + c], even), b = picked(quarter[8 + c], quarter[12 + c], even);
+        const auto odd = [&](int l, int j) INLINE_LAMBDA { return BY_LANES(l, j) + 4; };
+        const vf a = picked(quarter[c], quarter[4 + c], BY_LANES), b = picked(quarter[8 + c], quarter[12 + c], BY_LANES);
         const vf d = picked(quarter[c], quarter[4 + c], odd), e = picked(quarter[8 + c], quarter[12 + c], odd);
-        rows[c] = picked(a, b, even);
+        rows[c] = picked(a, b, BY_LANES);
         rows[8 + c] = picked(a, b, odd);
-        rows[4 + c] = picked(d, e, even);
+        rows[4 + c] = picked(d, e, BY_LANES);
         rows[12 + c] = picked(d, e, odd);
 #else
-        const auto first = [](int l, int j) INLINE_LAMBDA { return l * W + j; };
-        rows[c] = picked(quarter[c], quarter[4 + c], first);
-        rows[4 + c] = picked(quarter[c], quarter[4 + c], [&](int l, int j) INLINE_LAMBDA { return first(l, j) + 4; });
+        rows[c] = picked(quarter[c], quarter[4 + c], BY_LANES);
+        rows[4 + c] = picked(quarter[c], quarter[4 + c], [&](int l, int j) INLINE_LAMBDA { return BY_LANES(l, j) + 4; });
 #endif
     }
 }
@@ -283,22 +289,15 @@ template <typename Add>
 INLINE vf folded(const vf (&rows)[W], Add&& add) {
     vf half[W / 2], quarter[W / 4];
 #pragma GCC unroll 8
-    for (int i = 0; i < W / 2; i++) {
-        const auto ones = [](int l, int j) INLINE_LAMBDA { return 4 * l + j / 2 + j % 2 * W; };
-        half[i] = added(rows[2 * i], rows[2 * i + 1], ones, 2, add);
-    }
+    for (int i = 0; i < W / 2; i++) half[i] = added(rows[2 * i], rows[2 * i + 1], BY_ONES, 2, add);
 #pragma GCC unroll 4
-    for (int i = 0; i < W / 4; i++) {
-        const auto pairs = [](int l, int j) INLINE_LAMBDA { return 4 * l + j % 2 + j / 2 * W; };
-        quarter[i] = added(half[2 * i], half[2 * i + 1], pairs, 2, add);
-    }
+    for (int i = 0; i < W / 4; i++) quarter[i] = added(half[2 * i], half[2 * i + 1], BY_TWOS, 2, add);
     // Lane l of quarter[i] now holds what features 4 l to 4 l + 3 of rows 4 i to 4 i + 3 make.
 #if defined(__AVX512F__)
-    const auto even = [](int l, int j) INLINE_LAMBDA { return l % 2 * 8 + l / 2 * W + j; };
-    return added(added(quarter[0], quarter[1], even, 4, add), added(quarter[2], quarter[3], even, 4, add), even, 4, add);
+    const vf low = added(quarter[0], quarter[1], BY_LANES, 4, add), high = added(quarter[2], quarter[3], BY_LANES, 4, add);
+    return added(low, high, BY_LANES, 4, add);
 #else
-    const auto first = [](int l, int j) INLINE_LAMBDA { return l * W + j; };
-    return added(quarter[0], quarter[1], first, 4, add);
+    return added(quarter[0], quarter[1], BY_LANES, 4, add);
 #endif
 }
 #endif
