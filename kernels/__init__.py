@@ -10,15 +10,25 @@ import torch
 from torch import Tensor
 
 from kernels import triton
+from kernels.batch import LoraFactors, LoraSegment, PagedRows
 from kernels.bfloat16 import BFloat16Weight, store_bfloat16
 from kernels.cpu import CpuOps
 from kernels.int4 import Int4Weight, quantise_int4
 from kernels.int8_groups import Int8GroupWeight
-from kernels.interface import LoraFactors, LoraSegment, Ops, PagedRows
+from kernels.interface import Ops
 from kernels.nf4 import Nf4Weight, quantise_nf4
 from kernels.quantised import Int8Weight, QuantisedWeight, Weight, quantise_int8, quantise_narrow_int8
 from kernels.reference import ReferenceOps
-from kernels.stack import AdaptedTokens, Layers, LayerStack, LayerWeights, LinearWeights, StackFactors
+from kernels.stack import (
+    AdaptedTokens,
+    ForwardContext,
+    ForwardLayers,
+    LayerStack,
+    LayerWeights,
+    LinearWeights,
+    PagedContext,
+    StackFactors,
+)
 
 
 class Backend(NamedTuple):
@@ -37,17 +47,17 @@ BACKENDS: dict[str, Backend] = {
 """From slowest to fastest."""
 
 GroupedWeight = Int4Weight | Int8GroupWeight
-"""What checkpoints may hold already: such parts of a fused weight are joined."""
+"""Formats that checkpoints may hold already: parts of a fused weight in them are joined."""
 
 Quantiser = Callable[[Tensor], QuantisedWeight]
-"""From a weight [out, in] in floating point."""
+"""Makes a quantised weight from one [out, in] in floating point."""
 
 
 class Quantisers(NamedTuple):
-    """For weights that bear more or less of it."""
+    """Quantisers for weights that tolerate more or less error."""
 
     expanding: Quantiser
-    """For an MLP's gates and ups: half of a layer's weights, and what they get wrong hurts least."""
+    """For an MLP's gates and ups: half of a layer's weights, and their errors hurt least."""
     layers: Quantiser
     """For the layers' other linears."""
     vocabulary: Quantiser
@@ -64,7 +74,7 @@ QUANTISERS: dict[str, Quantisers] = {
 
 
 def available() -> dict[str, str | None]:
-    """Every backend, and why it cannot be used here (None: it can)."""
+    """Every backend → the reason why it cannot be used here (None: it can)."""
     return {name: backend.unavailable() for name, backend in BACKENDS.items()}
 
 
@@ -96,18 +106,20 @@ __all__ = [
     "AdaptedTokens",
     "BFloat16Weight",
     "Backend",
+    "ForwardContext",
+    "ForwardLayers",
     "GroupedWeight",
     "Int4Weight",
     "Int8GroupWeight",
     "Int8Weight",
     "LayerStack",
     "LayerWeights",
-    "Layers",
     "LinearWeights",
     "LoraFactors",
     "LoraSegment",
     "Nf4Weight",
     "Ops",
+    "PagedContext",
     "PagedRows",
     "QuantisedWeight",
     "Quantiser",

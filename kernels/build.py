@@ -5,7 +5,8 @@ Run when Eft is installed. Without a compiler it says so and succeeds: the refer
 
 import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from kernels.cpu.build import BuildError, find_compiler, library
 from kernels.cpu.variants import all_variants
@@ -14,18 +15,28 @@ from kernels.cpu.variants import all_variants
 def main() -> int:
     """Exit code 1 when a compiler is there and fails."""
     if find_compiler() is None:
-        sys.stderr.write("eft: no C++ compiler (g++ or clang++), so the slower reference ops will serve\n")
+        _say("no C++ compiler (g++ or clang++), so the slower reference ops will serve")
         return 0
+    variants = all_variants()
+    names = ", ".join(variant.name for variant in variants)
+    _say(f"compiling C++ kernels for {names}; once, and it may take minutes")
     failed = 0
+    start = time.monotonic()
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        builds = {variant: pool.submit(library, variant) for variant in all_variants()}
-    for variant, build in builds.items():
-        try:
-            sys.stderr.write(f"eft: kernels for {variant.name}: {build.result()}\n")
-        except BuildError as error:
-            failed = 1
-            sys.stderr.write(f"eft: kernels for {variant.name}: {error}\n")
+        builds = {pool.submit(library, variant): variant.name for variant in variants}
+        for done, build in enumerate(as_completed(builds), start=1):
+            try:
+                outcome = str(build.result())
+            except BuildError as error:
+                failed = 1
+                outcome = str(error)
+            _say(f"{done} of {len(builds)} after {time.monotonic() - start:.0f} s: {builds[build]}: {outcome}")
     return failed
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"eft: {text}\n")
+    sys.stderr.flush()
 
 
 if __name__ == "__main__":

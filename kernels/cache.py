@@ -1,4 +1,4 @@
-"""What a KV cache holds of a token's head: float32, bfloat16, or int8 with a scale of its own.
+"""Storage of a token's head in a KV cache: float32, bfloat16, or int8 with a scale of its own.
 
 An int8 head [head_dim] takes head_dim + 4 bytes: integers from -127 to 127, then the scale as a float32. So a cache is
 one tensor in any type, and a block is copied as a whole.
@@ -35,12 +35,12 @@ def read(blocks: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def is_finite(blocks: Tensor) -> Tensor:
-    """blocks [n, B, G, width] → [n] bool: whether all that a block holds is finite."""
+    """blocks [n, B, G, width] → [n] bool: True if all values of the block are finite."""
     if blocks.dtype is torch.int8:
         blocks = _scales(blocks)
     return blocks.isfinite().flatten(1).all(dim=1)
 
 
 def _scales(blocks: Tensor) -> Tensor:
-    """Those of int8 heads [..., width] → [..., 1] float32: copied, since they may lie at any byte."""
+    """Scales of int8 heads [..., width] → [..., 1] float32: copied, since they may lie at any byte."""
     return blocks[..., -SCALE:].clone(memory_format=torch.contiguous_format).view(torch.float32)

@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 
 BLOCK = 64
 SCALE = 0.125
-"""What makes the matrix its own inverse: one over the root of `BLOCK`."""
+"""Factor that makes the matrix its own inverse: one over the root of `BLOCK`."""
 
 
 def turn(x: Tensor) -> Tensor:
@@ -25,5 +25,5 @@ def turn(x: Tensor) -> Tensor:
 
 
 def turn_back(x: Tensor, size: int) -> Tensor:
-    """What `turn` had of x [..., size], but for rounding."""
+    """Undo `turn`, but for rounding: x [..., ceil(size / 64) * 64] → [..., size]."""
     return turn(x)[..., :size]

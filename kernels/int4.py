@@ -126,7 +126,7 @@ def quantise_int4(weight: Tensor) -> Int4Weight:
     out, size = weight.shape
     groups = -(-size // GROUP)
     padding = groups * GROUP - size
-    # What the last group is padded with is its first value: a zero would widen its range.
+    # The last group is padded with its first value: a zero would widen its range.
     flat = torch.cat((weight, weight[:, -1:].expand(out, padding)), dim=1).reshape(-1, GROUP)
     values = torch.empty(flat.shape, dtype=torch.uint8, device=weight.device)
     scales, minimums = (torch.empty(len(flat), dtype=torch.float16, device=weight.device) for _ in range(2))

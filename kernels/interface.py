@@ -7,99 +7,12 @@ Ops without "in place" in their docstring are differentiable in the reference ba
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from itertools import accumulate
-from typing import TYPE_CHECKING, NamedTuple
 
-import torch
 from torch import Tensor
 
-from kernels.groups import PagedGroups, group_rows
+from kernels.batch import LoraFactors, LoraSegment, PagedRows
 from kernels.quantised import Int8Weight, QuantisedWeight, Weight
-from kernels.several import SeveralTokens, pick_several
-from kernels.tiles import QueryTiles, cut_rows
-
-if TYPE_CHECKING:
-    from kernels.stack import Layers, LayerStack
-
-
-@dataclass(frozen=True, eq=False)
-class PagedRows:
-    """How a flat batch lies over the paged cache: built once a step, used in every layer.
-
-    Rows of one token come first, in order of their context, so that those that are alike lie together.
-    """
-
-    slots: Tensor
-    """[T] int64: block_id * B + offset of every token's place in the cache."""
-    counts: list[int]
-    """Tokens of each row, next to each other in the batch; their sum is T."""
-    contexts: list[int]
-    """Tokens of each row before these, in the cache already."""
-    tables: Tensor
-    """[R, width] int64 block ids; past a row's own blocks any valid ids."""
-    block_size: int
-
-    @cached_property
-    def extents(self) -> Tensor:
-        """[R, 3] int64: each row's first token in the batch, its count, its context."""
-        starts = list(accumulate(self.counts, initial=0))[:-1]
-        return torch.tensor([*zip(starts, self.counts, self.contexts, strict=True)], dtype=torch.int64).view(-1, 3)
-
-    @cached_property
-    def longest(self) -> int:
-        """Tokens of the longest row, with its context."""
-        return max((a + b for a, b in zip(self.counts, self.contexts, strict=True)), default=0)
-
-    def alone(self, tokens: Tensor) -> "PagedRows":
-        """Tokens [n] int64 of the batch, each as a row of its own; they stay in their order."""
-        starts, _, contexts = self.extents.unbind(1)
-        row = torch.searchsorted(starts.contiguous(), tokens, right=True) - 1
-        return PagedRows(
-            slots=self.slots[tokens],
-            counts=[1] * len(tokens),
-            contexts=(contexts[row] + tokens - starts[row]).tolist(),
-            tables=self.tables[row],
-            block_size=self.block_size,
-        )
-
-    @cached_property
-    def groups(self) -> "PagedGroups":
-        """The same rows as padded groups with masks, for backends without kernels of their own."""
-        return group_rows(self)
-
-    @cached_property
-    def tiles(self) -> "QueryTiles":
-        """The same rows on their device, for kernels that run there."""
-        return cut_rows(self)
-
-    @cached_property
-    def several(self) -> "SeveralTokens":
-        """Those of several tokens, of which there must be one, apart from the others."""
-        return pick_several(self)
-
-
-@dataclass(frozen=True, eq=False)
-class LoraFactors:
-    """One adapter's low-rank factors for one linear, all its adapted parts together. Built when it is loaded."""
-
-    a: Tensor
-    """[R, in]: every part's A, one below the other, R the sum of their ranks; so one product shrinks for all."""
-    b: tuple[Tensor, ...]
-    """Every part's B, each [out of the part, its rank]."""
-    columns: tuple[int, ...]
-    """Where each part begins in the linear's output."""
-    scales: Tensor
-    """[R]: the scale of the part that each row of `a` belongs to."""
-
-
-class LoraSegment(NamedTuple):
-    """The tokens of a batch that one adapter is for."""
-
-    tokens: Tensor | None
-    """[n] int64, ascending indices into the flat batch; None: all of it."""
-    factors: LoraFactors
+from kernels.stack import ContextT, ForwardLayers, LayerStack
 
 
 class Ops(ABC):
@@ -107,23 +20,27 @@ class Ops(ABC):
 
     name: str
 
+    batch_invariant = False
+    """True if a row's result is the same bits for any batch and any number of threads, except in `moe`."""
+
     @classmethod
     @abstractmethod
     def unavailable(cls) -> str | None:
-        """Why this backend cannot run here, or None when it can."""
+        """Reason why this backend cannot run here, or None when it can."""
 
     def prepare(self, weight: QuantisedWeight) -> QuantisedWeight:
-        """The same weight as this backend likes it to lie: once, when it is loaded. Any backend takes the result."""
+        """The same weight in this backend's layout. Called once, when it is loaded. Any backend takes the result."""
         return weight
 
     def prepare_lora(self, factors: LoraFactors) -> LoraFactors:
-        """The same factors as this backend likes them to lie: once, when an adapter is loaded. Any backend takes the
+        """The same factors in this backend's layout. Called once, when an adapter is loaded. Any backend takes the
         result."""
         return factors
 
-    def join_layers(self, stack: "LayerStack") -> "Layers | None":
-        """The layers as one call, once all weights are there; None where this backend runs them op by op."""
-        return None
+    def fuse_layers(self, stack: LayerStack, layer_by_layer: ForwardLayers[ContextT]) -> ForwardLayers[ContextT]:
+        """The pass through a model's layers, once all weights are there: `layer_by_layer`, which is made of these ops,
+        or where the backend has one, `kernels.stack.FusedLayers`."""
+        return layer_by_layer
 
     @abstractmethod
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
@@ -224,8 +141,8 @@ class Ops(ABC):
         softcap: float = 0.0,
     ) -> Tensor:
         """Causal grouped-query attention of q [T, H, D] over each row's cached tokens, the new ones
-        (k, v [T, G, D], already in the cache too) included → [T, H, D] (arXiv:2309.06180). What is attended to is
-        what the cache holds, in its type.
+        (k, v [T, G, D], already in the cache too) included → [T, H, D] (arXiv:2309.06180). Keys and
+        values are those of the cache, in its type.
 
         With a window a token sees that many tokens, itself included. A softcap c above 0 turns every scaled score
         s into c * tanh(s / c)."""

@@ -1,6 +1,6 @@
 """Memory in pages of 2 MB, where the system has them.
 
-Every step reads all weights, and so many small pages take time to find, in virtual machines twice.
+Every step reads all weights. Their many small pages would take time to look up, in virtual machines twice.
 """
 
 import mmap
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 CHUNK = 64 << 20
-"""Bytes that are asked for at a time. What is not used of them is not taken."""
+"""Bytes that are mapped at a time. Unused ones take no memory."""
 SMALL = 64 << 10
 """Bytes below which a tensor is left to torch."""
 _LINE = 64
@@ -25,10 +25,10 @@ _used = 0
 def mapped(size: int) -> mmap.mmap:
     """`size` bytes of zeros of this process's own.
 
-    Mapped, not allocated: the system hands out pages when they are first touched, so what is not used costs no memory;
+    Mapped, not allocated: the system hands out pages when they are first touched, so unused ones cost no memory;
     large ones make that first touch cheap, and are found faster.
     """
-    # Shared memory, which is what mmap gives when it is not told otherwise, has small pages only.
+    # Shared memory, which is mmap's default, has small pages only.
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError, AttributeError):  # not every system has large pages
         memory.madvise(mmap.MADV_HUGEPAGE)

@@ -1,4 +1,4 @@
-"""Weights that are not floats: what all of them have, and int8 with a scale an output.
+"""Weights that are not floats: their common interface, and int8 with a scale an output.
 
 Activations become bytes with one scale a token, found when they come: value = integer * scale. A token's outliers would
 leave too little of a byte for the rest, so both sides are turned first (`kernels.hadamard`): in SmolLM2 that keeps
@@ -17,14 +17,14 @@ from torch import Tensor
 from kernels.hadamard import BLOCK, turn, turn_back
 
 LARGEST = 127
-"""Of integers, both a weight's and an activation's."""
-FOURS = 254
-"""What the sizes of four weights are at most together, before they are rounded (256 after): inputs i, i + 1, i + 4 and
-i + 5 of eight, i being 0 or 2. So 16 bits hold their products with bytes, for processors that cannot go on in 32."""
-NARROW_FOURS = 126
-"""What the positive ones of them are at most together, and the negative ones, in a narrow weight (128 after)."""
+"""Largest integer, both a weight's and an activation's."""
+MAX_QUAD_SIZE = 254
+"""Largest sum of the sizes of four weights before they are rounded (256 after): inputs i, i + 1, i + 4 and i + 5 of
+eight, i being 0 or 2. So 16 bits hold their products with bytes, for processors that cannot continue in 32."""
+MAX_NARROW_QUAD_SIZE = 126
+"""Largest sum of the positive ones of them, and of the negative ones, in a narrow weight (128 after)."""
 _AT_ONCE = 256
-"""Outputs that are quantised together: what lies between would else be the largest tensors of loading a model."""
+"""Outputs that are quantised together: else the intermediate values would be the largest tensors of loading a model."""
 _EXACT = 1024
 """Products of bytes that float32 sums without rounding: 1024 * 127 * 127 < 2^24."""
 
@@ -40,12 +40,12 @@ class QuantisedWeight(ABC):
     @property
     @abstractmethod
     def device(self) -> torch.device:
-        """Where its values are."""
+        """Device of its values."""
 
     @property
     @abstractmethod
     def num_bytes(self) -> int:
-        """Memory that it takes."""
+        """Memory that it takes, in bytes."""
 
     @abstractmethod
     def dequantise(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -68,7 +68,7 @@ class QuantisedWeight(ABC):
         return x
 
     def factor(self, dtype: torch.dtype) -> Tensor:
-        """What is quickest to have in floating point of the weight, [out, width of `turned`]."""
+        """The form of the weight that is quickest to make in floating point, [out, width of `turned`]."""
         return self.dequantise(dtype)
 
 
@@ -84,7 +84,7 @@ class Int8Weight(QuantisedWeight):
     """[out] int32: the sum of each output's values."""
     in_features: int
     narrow: bool = False
-    """Whether 16 bits hold the products of four values with unsigned bytes too: see `quantise_narrow_int8`."""
+    """True if 16 bits hold the products of four values with unsigned bytes too: see `quantise_narrow_int8`."""
 
     @property
     def shape(self) -> torch.Size:
@@ -120,18 +120,19 @@ class Int8Weight(QuantisedWeight):
 
 
 Weight = Tensor | QuantisedWeight
-"""What a linear multiplies with."""
+"""Weight of a linear."""
 
 
 def quantise_int8(weight: Tensor, most: Tensor | None = None) -> Int8Weight:
-    """weight [out, in] in floating point, each output turned and scaled by what `reach_of` gives. `most` [out] are
-    these, where the weight is a slice of the inputs and so cannot tell."""
+    """weight [out, in] in floating point, each output turned and scaled by `reach_of`. `most` [out] are the
+    results of `reach_of` for the whole weight, where this one is a slice of its inputs."""
     return _quantise(weight, most, narrow=False)
 
 
 def quantise_narrow_int8(weight: Tensor) -> Int8Weight:
-    """The same within `NARROW_FOURS`: half a bit less, and a third faster where bytes are multiplied in 16 bits (AVX2,
-    AVX-512 without VNNI), since activations need not take the weights' signs. For the weights that bear it best."""
+    """The same within `MAX_NARROW_QUAD_SIZE`: half a bit less, and a third faster where bytes are multiplied in 16 bits
+    (AVX2, AVX-512 without VNNI), since activations need not take the weights' signs. For the weights that lose the
+    least by it."""
     return _quantise(weight, None, narrow=True)
 
 
@@ -150,7 +151,7 @@ def _quantise(weight: Tensor, most: Tensor | None, *, narrow: bool) -> Int8Weigh
 
 
 def linear_quantised(x: Tensor, weight: QuantisedWeight, bias: Tensor | None) -> Tensor:
-    """`Ops.linear`; with gradients to x where they are wanted, as if by the dequantised weight."""
+    """`Ops.linear`; with gradients to x where required, as if by the dequantised weight."""
     if torch.is_grad_enabled() and x.requires_grad:
         return linear_dequantised(x, weight, bias)
     y = weight.multiply(x.float())
@@ -170,18 +171,19 @@ def largest_of(x: Tensor) -> Tensor:
 
 
 def reach_of(turned: Tensor, *, narrow: bool = False) -> Tensor:
-    """What becomes `LARGEST` of each of a weight's turned rows [R, n], n a multiple of 8, → [R] float32: its largest
-    value, or more where four values would be beyond `FOURS`, or those of one sign beyond `NARROW_FOURS`."""
+    """The value that becomes `LARGEST` in each of a weight's turned rows [R, n], n a multiple of 8, → [R] float32: the
+    largest value, or more where four values would be beyond `MAX_QUAD_SIZE`, or with `narrow` values of one sign beyond
+    `MAX_NARROW_QUAD_SIZE`."""
     turned = turned.float()
     largest = largest_of(turned)
     if not narrow:
-        return torch.maximum(largest, _fours(turned.abs()) * (LARGEST / FOURS))
+        return torch.maximum(largest, _fours(turned.abs()) * (LARGEST / MAX_QUAD_SIZE))
     fours = torch.maximum(_fours(turned.clamp(min=0)), _fours((-turned).clamp(min=0)))
-    return torch.maximum(largest, fours * (LARGEST / NARROW_FOURS))
+    return torch.maximum(largest, fours * (LARGEST / MAX_NARROW_QUAD_SIZE))
 
 
 def _fours(sizes: Tensor) -> Tensor:
-    """The largest sum of four in each row [R, n] → [R]; which four these are is said at `FOURS`."""
+    """The largest sum of four in each row [R, n] → [R]; `MAX_QUAD_SIZE` says which four these are."""
     return sizes.view(*sizes.shape[:-1], -1, 2, 2, 2).sum((-3, -1)).amax((-2, -1))
 
 
@@ -196,7 +198,7 @@ def int8_sums(turned: Tensor, weight: Int8Weight, most: Tensor) -> Tensor:
 
 
 def from_sums(sums: Tensor, weight: Int8Weight, most: Tensor) -> Tensor:
-    """What `int8_sums` [R, out] of whole rows amount to, [R, out] float32. `most` [R]: their largest turned values."""
+    """Products from the `int8_sums` [R, out] of whole rows, [R, out] float32. `most` [R]: the largest turned values."""
     return sums.float() * ((most / LARGEST).unsqueeze(1) * weight.scales)
 
 

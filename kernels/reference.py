@@ -7,17 +7,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import cache
-from kernels.interface import LoraSegment, Ops, PagedRows
+from kernels.batch import LoraSegment, PagedRows
+from kernels.interface import Ops
 from kernels.quantised import Int8Weight, QuantisedWeight, Weight, int8_sums, linear_quantised
 from kernels.sampling import sample
 
 TRANSPOSED = range(12, 37)
-"""For so few rows MKL computes the transposed product a fifth faster, until a weight is as large as a vocabulary."""
+"""Numbers of rows for which MKL computes the transposed product a fifth faster, but for weights as large as a
+vocabulary's."""
 LARGE = 1 << 24
 
 
 class ReferenceOps(Ops):
-    """Every op as torch spells it."""
+    """Every op in plain torch."""
 
     name = "reference"
 
@@ -204,7 +206,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, 
 
 
 def _windowed(mask: Tensor, window: int | None) -> Tensor:
-    """A causal mask [..., keys] without what lies a window or more before a token: what that far on is causal too."""
+    """A causal mask [..., keys] without tokens a window or more before: the mask moved by a window marks those."""
     if window is None or window >= mask.shape[-1]:
         return mask
     return mask & ~F.pad(mask[..., window:], (0, window))

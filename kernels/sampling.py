@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 FIRST_LOOK = 1024
-"""How many of the likeliest tokens to sort before all of them; nearly always they hold the nucleus."""
+"""Number of the likeliest tokens to sort before all of them; nearly always they hold the nucleus."""
 
 
 def sample(logits: Tensor, uniform: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
     """See `kernels.interface.Ops.sample`."""
     logits = logits / temperature.unsqueeze(1)
     tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
-    # Which of the two ways a row goes depends on its own parameters only, never on its neighbours.
+    # The choice between the two ways depends on a row's own parameters only, never on its neighbours.
     filtered = (top_k < logits.shape[1]) | (top_p < 1.0) | (min_p > 0.0)
     if bool((~filtered).any()):
         free = ~filtered
@@ -42,7 +42,7 @@ def _sample_filtered(logits: Tensor, uniform: Tensor, top_k: Tensor, top_p: Tens
 
 
 def _keep(probs: Tensor, vocab: int, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> tuple[Tensor, Tensor]:
-    """Zero what the filters drop, and say of each row whether nothing beyond these columns could be kept.
+    """Zero what the filters drop, and return for each row True if nothing beyond these columns could be kept.
 
     probs [R, n]: the n likeliest of `vocab` tokens in descending order, as shares of the whole.
     """

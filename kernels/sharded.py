@@ -1,9 +1,9 @@
 """Linears whose inputs are split over ranks: each holds a slice of the weight's columns, and all add up.
 
-How a weight format does that is decided here. In floating point the products are added. int8 quantises a token by the
-largest value of its whole row and adds integers, so any number of ranks gives the same bits as one, as long as each
-holds whole blocks of what is turned together (`kernels.hadamard`). A new format
-whose products can be added as they are needs nothing here.
+This module decides how each weight format does that. In floating point the products are added. int8 quantises a token
+by the largest value of its whole row and adds integers, so any number of ranks gives the same bits as one, as long as
+each holds whole blocks of what is turned together (`kernels.hadamard`). A new format whose products can be added as
+they are needs nothing here.
 """
 
 from typing import Protocol
@@ -17,7 +17,7 @@ from kernels.quantised import Int8Weight, Weight, from_sums, largest_of
 
 
 class Collective(Protocol):
-    """What the ranks do together. Both give every rank the same bits, and may change x in place."""
+    """Operations of all ranks together. Both give every rank the same bits, and may change x in place."""
 
     def sum(self, x: Tensor) -> Tensor:
         """x, any shape, added up over the ranks. Differentiable."""
@@ -36,5 +36,5 @@ def split_linear(ops: Ops, x: Tensor, weight: Weight, ranks: Collective) -> Tens
 
 
 def is_exact(weight: Weight, x: Tensor) -> bool:
-    """Whether `split_linear` has the sum in integers, so that nothing may be added to a rank's share before."""
+    """True if `split_linear` adds in integers, so that nothing may be added to a rank's share before."""
     return isinstance(weight, Int8Weight) and not (torch.is_grad_enabled() and x.requires_grad)

@@ -1,14 +1,19 @@
-"""All layers of a decoder as Llama has them, for backends that run them at once: then a step costs one call, and not
-six a layer."""
+"""All layers of a decoder as Llama has them, for backends that run them in one call: then a step costs one call, and
+not six a layer.
+
+`Ops.fuse_layers` chooses: it gets the pass through all layers one by one, and returns that or one that is fused. What
+both need of a step, besides the hidden states, is a `ForwardContext`; its `PagedContext` is what serving adds.
+"""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
-from kernels.interface import LoraFactors, PagedRows
+from kernels.batch import LoraFactors, PagedRows
 from kernels.quantised import Weight
 
 PLACES = ("qkv", "out", "gate_up", "down")
@@ -38,7 +43,7 @@ class LayerWeights:
     window: int | None
     """Tokens that a token attends to; None: all before it."""
     rope: int | None
-    """Which of the tables of angles turns queries and keys; None: none does."""
+    """Index of the table of angles that turns queries and keys; None: none does."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,9 +53,9 @@ class LayerStack:
     kv_heads: int
     head_dim: int
     eps: float
-    """Of all norms."""
+    """Epsilon of all norms."""
     scale: float
-    """Of attention scores, and `softcap` what they are bent to stay below (0: not), as in `Ops.paged_attention`."""
+    """Factor of attention scores; `softcap` bounds them smoothly (0: not at all), as in `Ops.paged_attention`."""
     softcap: float
 
 
@@ -69,21 +74,63 @@ class AdaptedTokens(NamedTuple):
     adapter: StackFactors
 
 
-class Layers(ABC):
-    """A `LayerStack` that is ready to run: gives the bits that the same ops give one by one."""
+@dataclass(frozen=True, eq=False)
+class PagedContext:
+    """A batch of serving, as all layers see it."""
+
+    caches: Sequence[tuple[Tensor, Tensor]]
+    """Each layer's keys and values [N, B, G, width], into which the new ones are written."""
+    rows: PagedRows
+    adapted: Sequence[AdaptedTokens] = ()
+    """No token is in two of these."""
+
+
+class ForwardContext(Protocol):
+    """A batch of T tokens, as all layers see it."""
+
+    @property
+    def cos(self) -> Tensor:
+        """[tables, T, R / 2], as `sin`: for each table of angles, those of the tokens' positions."""
+
+    @property
+    def sin(self) -> Tensor: ...
+
+    @property
+    def logits_indices(self) -> Tensor | None:
+        """[n] int64, ascending: the tokens whose hidden states are needed after the last layer. None: all."""
+
+    @property
+    def paged(self) -> PagedContext | None:
+        """None for attention without a cache, or adapters that the ops do not apply, as in training."""
+
+
+ContextT = TypeVar("ContextT", bound=ForwardContext)
+
+ForwardLayers = Callable[[Tensor, ContextT], Tensor]
+"""A pass through all layers: hidden [T, hidden] → [T, hidden] after the last one, or [n, hidden] of the context's
+`logits_indices`."""
+
+
+class FusedLayers(ABC, Generic[ContextT]):
+    """A `LayerStack` that is ready to run in one call, and gives the bits that the same ops give one by one."""
+
+    def __init__(self, layer_by_layer: ForwardLayers[ContextT]) -> None:
+        """`layer_by_layer`: the same layers for batches that cannot be fused."""
+        self._layer_by_layer = layer_by_layer
+
+    def __call__(self, hidden: Tensor, context: ContextT) -> Tensor:
+        """A `ForwardLayers`."""
+        paged = context.paged
+        if paged is None or torch.is_grad_enabled() or not self.takes(hidden, context.cos, paged):
+            return self._layer_by_layer(hidden, context)
+        return self.forward_fused(hidden, context.cos, context.sin, paged, context.logits_indices)
 
     @abstractmethod
-    def __call__(
-        self,
-        hidden: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        caches: Sequence[tuple[Tensor, Tensor]],
-        rows: PagedRows,
-        adapted: Sequence[AdaptedTokens] = (),
-        wanted: Tensor | None = None,
-    ) -> Tensor | None:
-        """hidden [T, hidden] → [T, hidden] after the last layer, or [n, hidden] of the tokens `wanted` [n] int64,
-        ascending. cos, sin [tables, T, R / 2]; `caches` are each layer's keys and values [N, B, G, width], into which
-        the new ones are written. No token is in two of `adapted`. None where these cannot be taken at once, and nothing
-        has been done."""
+    def takes(self, hidden: Tensor, cos: Tensor, paged: PagedContext) -> bool:
+        """True if types and devices of these, and the adapters' layouts, are those of the fused layers."""
+
+    @abstractmethod
+    def forward_fused(
+        self, hidden: Tensor, cos: Tensor, sin: Tensor, paged: PagedContext, logits_indices: Tensor | None
+    ) -> Tensor:
+        """All layers in one call, for a batch that `takes` is true for. Shapes are `ForwardContext`'s."""

@@ -17,14 +17,14 @@ from kernels.reference import ReferenceOps
 
 @dataclass(frozen=True, eq=False)
 class TokenLosses:
-    """Of R rows that each predict a token."""
+    """Losses of R rows that each predict a token."""
 
     loss: Tensor
     """[R] float32, nats."""
     correct: Tensor
-    """[R] bool: whether the target was the likeliest token."""
+    """[R] bool: True where the target was the likeliest token."""
     grad: Tensor | None
-    """[R, in]: of the sum of losses times a share, with respect to the rows; None where no share was given."""
+    """[R, in]: gradient of the sum of losses times shares with respect to the rows; None without shares."""
 
 
 class TrainingOps(ReferenceOps):
@@ -34,11 +34,11 @@ class TrainingOps(ReferenceOps):
 
     @property
     def packs(self) -> bool:
-        """Whether `packed_attention` of many sequences is one piece of work, and not one for each."""
+        """True if `packed_attention` of many sequences is one piece of work, and not one for each."""
         return False
 
     def fuses_loss(self, hidden: Tensor) -> bool:
-        """Whether `linear_cross_entropy` of such rows keeps the logits out of memory, and so is to be used."""
+        """True if `linear_cross_entropy` of such rows keeps the logits out of memory, and so should be used."""
         return False
 
     def linear_cross_entropy(
@@ -46,22 +46,23 @@ class TrainingOps(ReferenceOps):
         hidden: Tensor,
         weight: Weight,
         targets: Tensor,
-        share: float | None,
+        shares: Tensor | None,
         *,
         scale: float = 1.0,
         softcap: float = 0.0,
     ) -> TokenLosses:
-        """Cross-entropy of softmax(logits) with targets [R], and its gradient times `share`, without autograd.
+        """Cross-entropy of softmax(logits) with targets [R], and the gradient of its sum over the rows, each times its
+        share ([R] float32), without autograd.
 
         hidden [R, in], normed already; weight [vocab, in]; a logit is scale times their product, and with a softcap c
-        above 0 it is c * tanh(logit / c). Without a share there is no gradient.
+        above 0 it is c * tanh(logit / c). Without shares there is no gradient.
         """
-        leaf = hidden.detach().requires_grad_(share is not None)
-        with torch.set_grad_enabled(share is not None):
+        leaf = hidden.detach().requires_grad_(shares is not None)
+        with torch.set_grad_enabled(shares is not None):
             logits = self.linear(leaf, weight).float() * scale
             logits = softcap * torch.tanh(logits / softcap) if softcap else logits
             loss = F.cross_entropy(logits, targets, reduction="none")
-        grad = None if share is None else torch.autograd.grad(loss.sum() * share, leaf)[0]
+        grad = None if shares is None else torch.autograd.grad((loss * shares).sum(), leaf)[0]
         return TokenLosses(loss.detach(), logits.argmax(-1) == targets, grad)
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:

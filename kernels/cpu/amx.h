@@ -1,11 +1,14 @@
-// Intel's AMX: registers of 16 rows of 64 bytes, here squares, since tiles are of weights.
+// Intel's AMX: tile registers of 16 rows of 64 bytes. Where "tile" alone would be a tile of weights (`tile_gemm.h`),
+// they are called AMX tiles.
 //
-// A square of weights is 16 lines as they lie in memory, 64 inputs of 16 outputs; one of activations 64 inputs of 16 rows.
-// Their product, 16 rows of 16 outputs in int32, takes 16 cycles, in which 32 instructions of VNNI do an eighth of it.
+// An AMX tile of weights is 16 lines as they lie in memory, 64 inputs of 16 outputs; one of activations 64 inputs of 16
+// rows. Their product, 16 rows of 16 outputs in int32, takes 16 cycles, in which 32 instructions of VNNI do an eighth
+// of it.
 //
-// Squares of bfloat16 are 16 rows of 32, and their products go to float32.
+// Tiles of bfloat16 are 16 rows of 32, and their products go to float32.
 //
-// Groups of 32 inputs with scales of their own (`groups.h`) gain nothing: the sums of every group leave their square.
+// Groups of 32 inputs with scales of their own (`group_weights.h`) gain nothing: the sums of every group leave their
+// AMX tile.
 #pragma once
 
 #if defined(__AMX_INT8__)
@@ -15,25 +18,25 @@
 
 #include "simd.h"
 
-constexpr int SQUARE = 1024;
-// Bytes.
-constexpr int SQUARE_ROWS = 16;
+// Size of an AMX tile: bytes, and rows of 64 bytes.
+constexpr int AMX_TILE_BYTES = 1024;
+constexpr int AMX_TILE_ROWS = 16;
 
-// While a thread has this, it has eight squares. Threads without any cost the system less.
-class Squares {
+// While a thread has this object, it can use eight AMX tiles. Threads without them cost the system less.
+class AmxTiles {
    public:
-    Squares() {
+    AmxTiles() {
         alignas(64) Shapes shapes = {};
         shapes.palette = 1;
         for (int i = 0; i < 8; i++) {
             shapes.bytes[i] = 64;
-            shapes.rows[i] = SQUARE_ROWS;
+            shapes.rows[i] = AMX_TILE_ROWS;
         }
         asm volatile("ldtilecfg %0" : : "m"(shapes));
     }
-    ~Squares() { asm volatile("tilerelease"); }
-    Squares(const Squares&) = delete;
-    Squares& operator=(const Squares&) = delete;
+    ~AmxTiles() { asm volatile("tilerelease"); }
+    AmxTiles(const AmxTiles&) = delete;
+    AmxTiles& operator=(const AmxTiles&) = delete;
 
     // GCC's intrinsics do not say that they read memory, and want numbers that are written out.
     template <int I>

@@ -4,6 +4,9 @@ A library's name holds a digest of the sources, the flags and the compiler, so a
 It is written beside a temporary name and renamed: several processes may build at once. It goes into this
 package where that can be written, else into the user's cache.
 
+Every library also holds the digest of the declarations that it was compiled from (`declarations.py`). A file with
+another digest, whatever its name says, is compiled again, or refused where there is no compiler.
+
 With `EFT_KERNELS_SANITIZE=1` the same sources are compiled to check themselves (`.ci/sanitize`).
 """
 
@@ -16,6 +19,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from kernels.cpu.declarations import declared, holds
 from kernels.cpu.variants import Variant
 
 HERE = Path(__file__).resolve().parent
@@ -28,27 +32,28 @@ SANITIZE = "EFT_KERNELS_SANITIZE"
 CHECKS = (
     "-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all",
 )  # fmt: skip
-"""What that adds, over `FLAGS`; the process must have loaded AddressSanitizer's runtime before all else."""
+"""Flags of that build, beside `FLAGS`; the process must have loaded AddressSanitizer's runtime before all else."""
 TIMEOUT = 300.0
 """Seconds for one variant; it usually takes five, and thirty with `CHECKS`."""
 
 
 class BuildError(RuntimeError):
-    """The kernels are not compiled, and cannot be: why."""
+    """The kernels are not compiled, and cannot be; the message gives the reason."""
 
 
 def library(variant: Variant) -> Path:
     """The compiled variant, compiled now if it is not there. Raises `BuildError`."""
     compiler = find_compiler()
     if compiler is None:
-        # Without a compiler, whatever was built of these very sources will do.
+        # Without a compiler, any build of these same sources will do.
         for folder in _folders():
             for found in sorted(folder.glob(f"{_stem(variant)}-*.so")):
-                return found
+                if holds(found, declared().digest):
+                    return found
         raise BuildError("not compiled, and there is no C++ compiler (g++ or clang++, or name one in CXX)")
     name = f"{_stem(variant)}-{_digest(_version(compiler))}.so"
     for folder in _folders():
-        if (folder / name).is_file():
+        if (folder / name).is_file() and holds(folder / name, declared().digest):
             return folder / name
     return _compile(compiler, variant, _writable_folder() / name)
 
@@ -74,13 +79,14 @@ def _sanitised() -> bool:
 
 
 def _family(variant: Variant) -> str:
-    """What the names of all builds of a variant begin with."""
+    """Prefix of the names of all builds of a variant."""
     return f"sanitised-{variant.name}" if _sanitised() else variant.name
 
 
 def _stem(variant: Variant) -> str:
     texts = [path.read_bytes() for path in [*sources(), *sorted(HERE.glob("*.h"))]]
-    return f"{_family(variant)}-{platform.machine()}-{_digest(*texts, ' '.join(flags(variant)).encode())}"
+    texts += [declared().checks.encode(), " ".join(flags(variant)).encode()]
+    return f"{_family(variant)}-{platform.machine()}-{_digest(*texts)}"
 
 
 def _digest(*parts: bytes) -> str:
@@ -103,7 +109,7 @@ def _folders() -> Iterator[Path]:
 
 
 def _cache() -> Path:
-    """Where Eft keeps what it can make again: $EFT_CACHE_DIR, else `eft` under $XDG_CACHE_HOME or ~/.cache."""
+    """Eft's folder of files that can be made again: $EFT_CACHE_DIR, else `eft` under $XDG_CACHE_HOME or ~/.cache."""
     if own := os.environ.get("EFT_CACHE_DIR"):
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "eft"
@@ -123,7 +129,9 @@ def _writable_folder() -> Path:
 def _compile(compiler: str, variant: Variant, target: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as folder:
         out = Path(folder) / target.name
-        command = [compiler, *flags(variant), *map(str, sources()), "-o", str(out)]
+        checks = Path(folder) / "checks.cpp"
+        checks.write_text(declared().checks, encoding="utf-8")
+        command = [compiler, *flags(variant), f"-I{HERE}", str(checks), *map(str, sources()), "-o", str(out)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT)
         except (OSError, subprocess.SubprocessError) as error:

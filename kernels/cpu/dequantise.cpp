@@ -1,16 +1,15 @@
 // Weights as the floats that they stand for.
 #include <algorithm>
 
-#include "export.h"
-#include "hadamard.h"
-#include "int8.h"
-#include "nf4.h"
-#include "parallel.h"
+#include "exports.h"
+#include "int8_dot.h"
+#include "nf4_weights.h"
+#include "row_transforms.h"
+#include "threading.h"
 
-// Weights as for `eft_linear_nf4` to y [out, in], each the product of a code and a scale.
-EXPORT void eft_dequantise_nf4(const uint8_t* values, const float* scales, long out, long in, float* y, int threads) {
+void eft_dequantise_nf4(const uint8_t* values, const float* scales, long out, long in, float* y, int threads) {
     const Nf4Tiles weight{values, scales, (in + NF4_BLOCK - 1) / NF4_BLOCK};
-    for_each(threads, (out + W - 1) / W, [&](long unit) {
+    parallel_for(threads, (out + W - 1) / W, [&](long unit) {
         const CodeTable table;
         const long rows = std::min<long>(W, out - unit * W);
         float* to = y + unit * W * in;
@@ -34,32 +33,31 @@ EXPORT void eft_dequantise_nf4(const uint8_t* values, const float* scales, long 
     });
 }
 
-// Outputs `index` [count], from 0 on, of weights as for `eft_linear_int8`, turned back: y [count, in].
-EXPORT void eft_int8_rows(const int8_t* values, const float* scales, long in, const int64_t* index, long count, float* y,
+void eft_int8_rows(const int8_t* values, const float* scales, long in, const int64_t* index, long count, float* y,
                           int threads) {
-    constexpr long OUTPUTS = 16, LINES = TURNED / 4;  // of a tile; of a block of 64 inputs, which are two groups
-    const long blocks = (in + TURNED - 1) / TURNED;
-    for_each(threads, count, [&](long i) {
+    constexpr long OUTPUTS = 16, LINES = HADAMARD_SIZE / 4;  // of a tile; of a block of 64 inputs, which are two groups
+    const long blocks = (in + HADAMARD_SIZE - 1) / HADAMARD_SIZE;
+    parallel_for(threads, count, [&](long i) {
         const long row = index[i];
         const int8_t* from = values + row / OUTPUTS * blocks * LINES * OUTPUTS * 4 + row % OUTPUTS * 4;
         const vf scale = splat(scales[row]);
-        for (long first = 0; first < in; first += TURNED, from += LINES * OUTPUTS * 4) {
-            alignas(64) int8_t bytes[TURNED];
+        for (long first = 0; first < in; first += HADAMARD_SIZE, from += LINES * OUTPUTS * 4) {
+            alignas(64) int8_t bytes[HADAMARD_SIZE];
             for (long line = 0; line < LINES; line++) std::memcpy(bytes + line * 4, from + line * OUTPUTS * 4, 4);
-            vf v[TURNED_VECTORS];
+            vf v[HADAMARD_VECTORS];
 #pragma GCC unroll 16
-            for (int k = 0; k < TURNED_VECTORS; k++) {
+            for (int k = 0; k < HADAMARD_VECTORS; k++) {
                 vb some;
                 std::memcpy(&some, bytes + k * W, sizeof some);
                 // Rounded before it is added to others, as it is where all are dequantised.
                 v[k] = opaque(to_float(__builtin_convertvector(some, vi)) * scale);
             }
-            turn(v);
-            alignas(64) float turned[TURNED];
+            hadamard(v);
+            alignas(64) float rotated[HADAMARD_SIZE];
 #pragma GCC unroll 16
-            for (int k = 0; k < TURNED_VECTORS; k++) store(turned + k * W, v[k] * splat(TURNED_SCALE));
-            const long most = std::min<long>(TURNED, in - first);
-            std::memcpy(y + i * in + first, turned, static_cast<size_t>(most) * sizeof(float));
+            for (int k = 0; k < HADAMARD_VECTORS; k++) store(rotated + k * W, v[k] * splat(HADAMARD_SCALE));
+            const long most = std::min<long>(HADAMARD_SIZE, in - first);
+            std::memcpy(y + i * in + first, rotated, static_cast<size_t>(most) * sizeof(float));
         }
     });
 }

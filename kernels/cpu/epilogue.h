@@ -1,11 +1,11 @@
-// What the linears of all weight formats share.
+// The size of a linear and what follows its product (bias, SwiGLU, residual), for all weight formats.
 #pragma once
 
 #include <algorithm>
 
 #include "simd.h"
 
-struct Linear {
+struct GemmProblem {
     long rows, in, out;
     const float* bias;      // or null
     const float* residual;  // [rows][out], or null
@@ -13,11 +13,11 @@ struct Linear {
     bool swiglu;            // the weight is [2 * out][in]: gates, then ups
 };
 
-constexpr long PANEL_BYTES = 1 << 20;
-// Packed rows of so many bytes at most are computed with at a time, to stay in the second-level cache.
+// Bytes of packed rows that are multiplied at a time, at most: they stay in the second-level cache.
+constexpr long MAX_PACKED_BYTES = 1 << 20;
 
-// What becomes of W outputs of one row from n on; `up` is what the weight's second half gave, with `op.swiglu`.
-INLINE vf finished(const Linear& op, long row, long n, vf value, vf up) {
+// The results for W outputs of one row from n on; with `op.swiglu` `up` is the product of the weight's second half.
+INLINE vf apply_epilogue(const GemmProblem& op, long row, long n, vf value, vf up) {
     if (op.bias) value += load(op.bias + n);
     if (op.swiglu) {
         if (op.bias) up += load(op.bias + op.out + n);
@@ -27,7 +27,7 @@ INLINE vf finished(const Linear& op, long row, long n, vf value, vf up) {
 }
 
 // The same for the last outputs, fewer than W.
-INLINE void finish_rest(const Linear& op, long row, long n, int count, vf value, vf up) {
+INLINE void store_tail(const GemmProblem& op, long row, long n, int count, vf value, vf up) {
     float values[W], ups[W];
     for (int i = 0; i < W; i++) {
         const bool biased = op.bias && i < count;

@@ -6,11 +6,11 @@
 // work with 576 features in AVX-512.
 #pragma once
 
-#include "floats.h"
+#include "bfloat16.h"
 
-constexpr int OUTPUTS = W / 2;
-constexpr int ROWS = 3;
-// Of a tile: as many sums as the registers hold beside a vector of each row.
+// Size of a tile: as many sums as the registers hold beside a vector of each row.
+constexpr int OUTPUTS_PER_TILE = W / 2;
+constexpr int ROWS_PER_TILE = 3;
 
 using vhalf = float __attribute__((vector_size(W * 2)));
 
@@ -22,8 +22,8 @@ INLINE vf load_first(const T* from, long count) {
     return load_weights(some);
 }
 
-// What is needed next, asked for in small portions: a few cache lines in each step of a product.
-struct Ahead {
+// Prefetches what is needed next in small portions: a few cache lines in each step of a product.
+struct Prefetcher {
     const char* from;
     long lines;
 
@@ -33,26 +33,27 @@ struct Ahead {
     }
 };
 
-// acc += R rows times OUTPUTS outputs, for features k to `end`. For weights that are in the cache, or asked for.
+// acc += R rows times OUTPUTS_PER_TILE outputs, for features k to `end`. For weights that are in the cache, or asked
+// for.
 template <int R>
-INLINE void multiply(const float* const (&weights)[OUTPUTS], const float* x, long stride, long k, long end,
-                     Ahead& ahead, vf (&acc)[OUTPUTS][R]) {
-    const float* outputs[OUTPUTS];
+INLINE void multiply(const float* const (&weights)[OUTPUTS_PER_TILE], const float* x, long stride, long k, long end,
+                     Prefetcher& ahead, vf (&acc)[OUTPUTS_PER_TILE][R]) {
+    const float* outputs[OUTPUTS_PER_TILE];
 #pragma GCC unroll 8
-    for (int n = 0; n < OUTPUTS; n++) outputs[n] = weights[n];
+    for (int n = 0; n < OUTPUTS_PER_TILE; n++) outputs[n] = weights[n];
     const auto step = [&](auto&& loaded) INLINE_LAMBDA {
         vf rows[R];
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++) rows[r] = loaded(x + r * stride + k);
 #pragma GCC unroll 8
-        for (int n = 0; n < OUTPUTS; n++) {
+        for (int n = 0; n < OUTPUTS_PER_TILE; n++) {
             // Else GCC loads it once for each product, and loads are then what limits.
             const vf w = opaque(loaded(outputs[n] + k));
 #pragma GCC unroll 4
-            for (int r = 0; r < R; r++) acc[n][r] = fused(w, rows[r], acc[n][r]);
+            for (int r = 0; r < R; r++) acc[n][r] = fmadd(w, rows[r], acc[n][r]);
         }
     };
-    Ahead next = ahead;  // in registers
+    Prefetcher next = ahead;  // in registers
     for (; k + W <= end; k += W) {
         next.step();
         step([](const float* from) INLINE_LAMBDA { return load(from); });
@@ -61,45 +62,47 @@ INLINE void multiply(const float* const (&weights)[OUTPUTS], const float* x, lon
     if (k < end) step([&](const float* from) INLINE_LAMBDA { return load_first(from, end - k); });
 }
 
-constexpr long FAR = 2048;
-// Bytes from what is read to what is asked for: further than the hardware looks, which stops at the end of a page.
+// Bytes from what is read to what is prefetched: further than the hardware's prefetcher, which stops at the end of a
+// page.
+constexpr long PREFETCH_BYTES = 2048;
 
-// acc = R rows times OUTPUTS outputs, one output after the other. For weights that come from memory.
+// acc = R rows times OUTPUTS_PER_TILE outputs, one output after the other. For weights that come from memory.
 template <int R, typename T>
-INLINE void stream(const T* const (&weights)[OUTPUTS], const float* x, long stride, long in, vf (&acc)[OUTPUTS][R]) {
+INLINE void multiply_from_memory(const T* const (&weights)[OUTPUTS_PER_TILE], const float* x, long stride, long in,
+                                 vf (&acc)[OUTPUTS_PER_TILE][R]) {
 #pragma GCC unroll 8
-    for (int n = 0; n < OUTPUTS; n++) {
+    for (int n = 0; n < OUTPUTS_PER_TILE; n++) {
         vf sums[R];
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++) sums[r] = vf{};
         const T* from = weights[n];
         long k = 0;
         for (; k + W <= in; k += W) {
-            prefetch(reinterpret_cast<const char*>(from + k) + FAR);
+            prefetch(reinterpret_cast<const char*>(from + k) + PREFETCH_BYTES);
             const vf w = load_weights(from + k);
 #pragma GCC unroll 4
-            for (int r = 0; r < R; r++) sums[r] = fused(w, load(x + r * stride + k), sums[r]);
+            for (int r = 0; r < R; r++) sums[r] = fmadd(w, load(x + r * stride + k), sums[r]);
         }
         if (k < in) {
             const vf w = load_first(from + k, in - k);
 #pragma GCC unroll 4
-            for (int r = 0; r < R; r++) sums[r] = fused(w, load_first(x + r * stride + k, in - k), sums[r]);
+            for (int r = 0; r < R; r++) sums[r] = fmadd(w, load_first(x + r * stride + k, in - k), sums[r]);
         }
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++) acc[n][r] = sums[r];
     }
 }
 
-// Adds up the lanes: OUTPUTS numbers of each row, W floats from those of the row before.
+// Adds up the lanes: OUTPUTS_PER_TILE numbers of each row, W floats from those of the row before.
 template <int R>
-INLINE void add_lanes(const vf (&acc)[OUTPUTS][R], float* to) {
+INLINE void sum_lanes(const vf (&acc)[OUTPUTS_PER_TILE][R], float* to) {
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++) {
-        vf sums[OUTPUTS];
+        vf sums[OUTPUTS_PER_TILE];
 #pragma GCC unroll 8
-        for (int n = 0; n < OUTPUTS; n++) sums[n] = acc[n][r];
+        for (int n = 0; n < OUTPUTS_PER_TILE; n++) sums[n] = acc[n][r];
 #pragma GCC unroll 4
-        for (int n = OUTPUTS; n > 1; n /= 2)
+        for (int n = OUTPUTS_PER_TILE; n > 1; n /= 2)
 #pragma GCC unroll 8
             for (int i = 0; i < n / 2; i++)
                 sums[i] = interleave<false>(sums[i], sums[i + n / 2]) + interleave<true>(sums[i], sums[i + n / 2]);

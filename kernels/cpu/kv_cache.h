@@ -3,17 +3,20 @@
 #pragma once
 
 #include "attention.h"
-#include "floats.h"
+#include "bfloat16.h"
 
-// Features that 32 bits hold, and of how many the sums of values are kept together: those that are read at once.
+// Features in 32 bits.
 template <int TYPE>
-constexpr int PACKED = TYPE == FLOAT32 ? 1 : TYPE == BFLOAT16 ? 2 : 4;
+constexpr int VALUES_PER_LANE = TYPE == FLOAT32    ? 1
+                                : TYPE == BFLOAT16 ? 2
+                                                   : 4;
+// Features that are read at once, whose sums of values lie together.
 template <int TYPE>
-constexpr int RUN = TYPE == BFLOAT16 ? 2 * W : W;
+constexpr int RUN_FEATURES = TYPE == BFLOAT16 ? 2 * W : W;
 
 // Bytes of one feature.
 template <int TYPE>
-constexpr long BYTES = 4 / PACKED<TYPE>;
+constexpr long FEATURE_BYTES = 4 / VALUES_PER_LANE<TYPE>;
 
 // Feature `i` of those in 32 bits, without an int8 head's scale.
 template <int TYPE>
@@ -23,10 +26,10 @@ INLINE vf unpacked(vi packed, int i) {
     return __builtin_convertvector((i == 3 ? packed : packed << (24 - 8 * i)) >> 24, vf);
 }
 
-// RUN features of one token, in the order in which the sums of values are kept: of bfloat16 those at even places, then
-// those at odd ones, which takes no shuffling.
+// RUN_FEATURES features of one token, in the order in which the sums of values are kept: of bfloat16 those at even
+// places, then those at odd ones, which takes no shuffling.
 template <int TYPE>
-INLINE void load_run(const char* from, vf (&to)[RUN<TYPE> / W]) {
+INLINE void load_run(const char* from, vf (&to)[RUN_FEATURES<TYPE> / W]) {
     if constexpr (TYPE == INT8) {
         using vb = int8_t __attribute__((vector_size(W)));
         vb bytes;
@@ -41,7 +44,7 @@ INLINE void load_run(const char* from, vf (&to)[RUN<TYPE> / W]) {
     } else {
         vi packed;
         std::memcpy(&packed, from, sizeof packed);
-        for (int i = 0; i < RUN<TYPE> / W; i++) to[i] = unpacked<TYPE>(packed, i);
+        for (int i = 0; i < RUN_FEATURES<TYPE> / W; i++) to[i] = unpacked<TYPE>(packed, i);
     }
 }
 
@@ -55,7 +58,7 @@ INLINE void load_run(const char* from, vf (&to)[RUN<TYPE> / W]) {
 
 #if defined(__AVX__)
 // In every 128 bits: rows[i][j] becomes rows[j][i].
-INLINE void turn_lanes(vf (&rows)[4]) {
+INLINE void transpose_lanes(vf (&rows)[4]) {
     const vf a = OF_LANES(unpacklo_ps, rows[0], rows[1]), b = OF_LANES(unpackhi_ps, rows[0], rows[1]);
     const vf c = OF_LANES(unpacklo_ps, rows[2], rows[3]), d = OF_LANES(unpackhi_ps, rows[2], rows[3]);
     rows[0] = PAIRS_OF_LANES(unpacklo_pd, a, c);
@@ -70,23 +73,25 @@ INLINE vf halves(const char* a, const char* b) {
     const __m512i low = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)a));
     return (vf)_mm512_inserti64x4(low, _mm256_loadu_si256((const __m256i*)b), 1);
 #else
-    return (vf)_mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps((const float*)a)), _mm_loadu_ps((const float*)b), 1);
+    return (vf)_mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps((const float*)a)),
+                                    _mm_loadu_ps((const float*)b), 1);
 #endif
 }
 #endif
 
-// Half a vector of 32 bits each of W rows, turned: `to[i]` holds those at place i. Row r is at `from` + offsets[r].
+// Half a vector of 32 bits each of W rows, transposed: `to[i]` holds those at place i. Row r is at `from` + offsets[r].
+// TRANSPOSED is the number of 32-bit places of each row that are loaded at once.
 #if defined(__AVX__)
-constexpr int TURNED = W / 2;
+constexpr int TRANSPOSED = W / 2;
 
-INLINE void load_turned(const char* from, const long* offsets, vi (&to)[TURNED]) {
+INLINE void load_transposed(const char* from, const long* offsets, vi (&to)[TRANSPOSED]) {
     vf rows[W / 8][4];
 #pragma GCC unroll 2
     for (int quad = 0; quad < W / 8; quad++) {
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i++)
             rows[quad][i] = halves(from + offsets[8 * quad + i], from + offsets[8 * quad + 4 + i]);
-        turn_lanes(rows[quad]);
+        transpose_lanes(rows[quad]);
     }
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
@@ -99,9 +104,9 @@ INLINE void load_turned(const char* from, const long* offsets, vi (&to)[TURNED])
     }
 }
 #else
-constexpr int TURNED = W;
+constexpr int TRANSPOSED = W;
 
-INLINE void load_turned(const char* from, const long* offsets, vi (&to)[TURNED]) {
+INLINE void load_transposed(const char* from, const long* offsets, vi (&to)[TRANSPOSED]) {
     vf rows[W];
     for (int i = 0; i < W; i++) std::memcpy(&rows[i], from + offsets[i], sizeof rows[i]);
     transpose(rows);
@@ -109,6 +114,6 @@ INLINE void load_turned(const char* from, const long* offsets, vi (&to)[TURNED])
 }
 #endif
 
-// Features that `load_turned` loads.
+// Features that `load_transposed` loads.
 template <int TYPE>
-constexpr int WINDOW = TURNED * PACKED<TYPE>;
+constexpr int WINDOW_FEATURES = TRANSPOSED * VALUES_PER_LANE<TYPE>;

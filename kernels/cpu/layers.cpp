@@ -2,152 +2,124 @@
 // way through Python between any two of them.
 #include <algorithm>
 #include <optional>
+#include <type_traits>
 #include <vector>
 
-#include "call_linear.h"
 #include "exports.h"
-#include "lora.h"
-#include "norm.h"
-#include "parallel.h"
+#include "row_transforms.h"
 #include "scratch.h"
+#include "threading.h"
 
 namespace {
 
-// As `kernels/cpu/layers.py` writes them.
-struct Weight {
-    void* op;  // one of the linears
-    int64_t in, out;
-    int64_t count;  // of its tensors
-    const void* tensors[3];
-    const float* bias;  // or null
+constexpr int NUM_PLACES = std::extent_v<decltype(LayerView::linears)>;
+static_assert(DOWN + 1 == NUM_PLACES);
+
+// Ops that are fused with a linear: a norm of its input, SwiGLU and a residual. See `LinearFunction`.
+struct Epilogue {
+    const float* norm = nullptr;
+    float eps = 0.0f;
+    const float* residual = nullptr;
+    int swiglu = 0;
 };
 
-enum Place { QKV, OUT, GATE_UP, DOWN, PLACES };
-
-struct Layer {
-    Weight linears[PLACES];
-    const float *attention_norm, *mlp_norm;  // [hidden]
-    const float *q_norm, *k_norm;            // [dim], or null
-    int64_t window;                          // or 0
-    int64_t rope;                            // which of the tables of angles; -1: none
-    int64_t fuses;                           // whether the op of gate and up takes `swiglu`
-};
-
-struct Cache {
-    char *keys, *values;
-};
-
-// An adapter, and the tokens of the batch that it is for.
-struct Adapter {
-    const int64_t* tokens;  // or null: all of them
-    int64_t count;
-    const Factors* const* factors;  // [layers][PLACES], or null where it changes nothing
-};
-
-// The tokens after whose last layer something is done, where these are not all of the batch.
-struct Wanted {
-    const int64_t* tokens;  // ascending
-    int64_t count;
-    const int64_t *tables, *extents;  // of attention, each token as a row of its own
-    const Adapter* adapters;          // of these tokens, by their number among them
-    int64_t adapted;
-};
-
-void multiply(const Weight& w, const float* x, long rows, const Around& around, float* y, int threads) {
-    const long out = around.swiglu ? w.out / 2 : w.out;
-    call_linear(w.op, x, rows, w.in, out, w.tensors, w.count, w.bias, around, y, threads);
+void multiply(const LinearView& w, const float* x, long rows, const Epilogue& fused, float* y, int threads) {
+    const long out = fused.swiglu ? w.out_features / 2 : w.out_features;
+    w.function(x, w.in_features, rows, w.in_features, out, w.values, w.scales, w.zero_sums, w.bias, fused.norm,
+               fused.eps, fused.residual, y, fused.swiglu, threads);
 }
 
-constexpr size_t KEPT = 64 << 20;
-// Bytes of memory that stay for the next call.
+// Bytes of memory at most that a thread keeps for its next call.
+constexpr size_t MAX_KEPT_BYTES = 64 << 20;
 
 // One pass through all layers.
-struct Pass {
-    const Layer* layers;
-    const Cache* caches;
-    const Adapter* adapters;
-    long adapted;
+struct LayersPass {
+    const LayerView* layers;
+    const CacheView* caches;
+    const AdapterTokens* adapters;
+    long num_adapters;
     long hidden, inner, heads, kv_heads, dim, tokens;
     float eps;
     int threads;
-    std::vector<Segment> segments = {};
-    float *fused = nullptr, *mixed = nullptr, *gates = nullptr, *between = nullptr, *normed = nullptr;
+    std::vector<LoraTokens> segments = {};
+    float *fused = nullptr, *attended = nullptr, *gates = nullptr, *mlp_inner = nullptr, *normed = nullptr;
 
-    long wide() const { return (heads + 2 * kv_heads) * dim; }
+    long qkv_width() const { return (heads + 2 * kv_heads) * dim; }
 
-    void lay_out(Scratch& kept, Scratch& own) {
-        const long sizes[] = {wide(), heads * dim, 2 * inner, inner, hidden};
+    void allocate(Scratch& kept, Scratch& own) {
+        const long sizes[] = {qkv_width(), heads * dim, 2 * inner, inner, hidden};
         long all = 0;
         for (long size : sizes) all += size;
         const auto bytes = static_cast<size_t>(tokens * all) * sizeof(float);
-        float* memory = reinterpret_cast<float*>((bytes > KEPT ? own : kept).bytes(bytes));
-        float** places[] = {&fused, &mixed, &gates, &between, &normed};
+        float* memory = reinterpret_cast<float*>((bytes > MAX_KEPT_BYTES ? own : kept).bytes(bytes));
+        float** places[] = {&fused, &attended, &gates, &mlp_inner, &normed};
         for (int i = 0; i < 5; i++) {
             *places[i] = memory;
             memory += tokens * sizes[i];
         }
     }
 
-    // Whether an adapter changes this linear; if so, `segments` are those that do.
-    bool adapts(long layer, Place place) {
+    // True if an adapter changes this linear; then `segments` are those that do.
+    bool has_lora(long layer, LinearPlace place) {
         segments.clear();
-        for (long i = 0; i < adapted; i++)
-            if (const Factors* factors = adapters[i].factors[layer * PLACES + place])
+        for (long i = 0; i < num_adapters; i++)
+            if (const LoraView* factors = adapters[i].factors[layer * NUM_PLACES + place])
                 segments.push_back({adapters[i].tokens, adapters[i].count, factors});
         return !segments.empty();
     }
 
     // y += what adapters make of x.
-    void adapt(const Weight& w, const float* x, float* y) const {
-        eft_lora_apply(x, w.in, w.in, y, w.out, segments.data(), static_cast<long>(segments.size()), threads);
+    void add_lora(const LinearView& w, const float* x, float* y) const {
+        eft_lora_apply(x, w.in_features, w.in_features, y, w.out_features, segments.data(),
+                       static_cast<long>(segments.size()), threads);
     }
 
     // y = x's norm times the weight, and what adapters add.
-    void project(long layer, Place place, const float* x, const float* norm, float* y) {
-        const Weight& w = layers[layer].linears[place];
-        if (!adapts(layer, place)) return multiply(w, x, tokens, {norm, eps}, y, threads);
+    void norm_linear(long layer, LinearPlace place, const float* x, const float* norm, float* y) {
+        const LinearView& w = layers[layer].linears[place];
+        if (!has_lora(layer, place)) return multiply(w, x, tokens, {norm, eps}, y, threads);
         eft_rms_norm(x, hidden, tokens, hidden, norm, 0.0f, eps, normed, threads);
         multiply(w, normed, tokens, {}, y, threads);
-        adapt(w, normed, y);
+        add_lora(w, normed, y);
     }
 
     // y += x times the weight, and what adapters add.
-    void add(long layer, Place place, const float* x, float* y) {
-        const Weight& w = layers[layer].linears[place];
+    void linear_add(long layer, LinearPlace place, const float* x, float* y) {
+        const LinearView& w = layers[layer].linears[place];
         multiply(w, x, tokens, {nullptr, 0.0f, y}, y, threads);
-        if (adapts(layer, place)) adapt(w, x, y);
+        if (has_lora(layer, place)) add_lora(w, x, y);
     }
 
-    // The MLP's inner values of x, into `between`.
-    void expand(long layer, const float* x) {
-        const Layer& one = layers[layer];
-        if (one.fuses && !adapts(layer, GATE_UP))
-            return multiply(one.linears[GATE_UP], x, tokens, {one.mlp_norm, eps, nullptr, 1}, between, threads);
-        project(layer, GATE_UP, x, one.mlp_norm, gates);
-        eft_silu_mul(gates, tokens, inner, between, threads);
+    // The MLP's inner values of x, into `mlp_inner`.
+    void norm_swiglu(long layer, const float* x) {
+        const LayerView& one = layers[layer];
+        if (one.fuses_swiglu && !has_lora(layer, GATE_UP))
+            return multiply(one.linears[GATE_UP], x, tokens, {one.mlp_norm, eps, nullptr, 1}, mlp_inner, threads);
+        norm_linear(layer, GATE_UP, x, one.mlp_norm, gates);
+        eft_silu_mul(gates, tokens, inner, mlp_inner, threads);
     }
 
     // Goes on with these tokens alone: moves rows of x and of queries to where the others were.
-    void keep(const Wanted& wanted, float* x) {
-        for (long i = 0; i < wanted.count; i++) {
-            const long token = wanted.tokens[i];
+    void keep(const OutputTokens& outputs, float* x) {
+        for (long i = 0; i < outputs.count; i++) {
+            const long token = outputs.tokens[i];
             if (token == i) continue;
             std::copy_n(x + token * hidden, hidden, x + i * hidden);
-            std::copy_n(fused + token * wide(), heads * dim, fused + i * wide());
+            std::copy_n(fused + token * qkv_width(), heads * dim, fused + i * qkv_width());
         }
-        tokens = wanted.count;
-        adapters = wanted.adapters;
-        adapted = wanted.adapted;
+        tokens = outputs.count;
+        adapters = outputs.adapters;
+        num_adapters = outputs.num_adapters;
     }
 
     // Each head of queries or keys in place over its root mean square.
     void normalise_heads(float* x, long count, const float* norm) const {
         if (!norm) return;
-        constexpr long SHARE = 8;
-        for_each(threads, (tokens + SHARE - 1) / SHARE, [&](long task) {
-            for (long token = task * SHARE; token < std::min(tokens, (task + 1) * SHARE); token++)
+        constexpr long TASK_TOKENS = 8;  // enough work to be worth its claim
+        parallel_for(threads, (tokens + TASK_TOKENS - 1) / TASK_TOKENS, [&](long task) {
+            for (long token = task * TASK_TOKENS; token < std::min(tokens, (task + 1) * TASK_TOKENS); token++)
                 for (long head = 0; head < count; head++) {
-                    float* at = x + token * wide() + head * dim;
+                    float* at = x + token * qkv_width() + head * dim;
                     normalise(at, dim, norm, 0.0f, eps, at);
                 }
         });
@@ -156,46 +128,42 @@ struct Pass {
 
 }  // namespace
 
-// x [tokens, hidden], changed in place. cos, sin [tables, tokens, half]; the arguments of attention are those of
-// `eft_paged_attention`, caches [layers], of their type; adapters [adapted]; `wanted`: a `Wanted`, whose tokens are then
-// the first rows of x and the others anything, or null.
-EXPORT void eft_layers(const void* table, long layers, long hidden, long inner, long heads, long kv_heads, long dim,
-                       float eps, float scale, float softcap, const void* caches, int type, float* x, long tokens,
-                       const float* cos, const float* sin, long half, const int64_t* slots, const int64_t* tables,
-                       long width, const int64_t* extents, long rows, long block_size, const void* adapters,
-                       long adapted, const void* wanted, int threads) {
+void eft_layers(const LayerView* layers, long num_layers, long hidden, long inner, long heads, long kv_heads,
+                long head_dim, float eps, float scale, float softcap, const CacheView* caches, int cache_type, float* x,
+                long tokens, const float* cos, const float* sin, long half, const int64_t* slots, const int64_t* tables,
+                long table_width, const int64_t* extents, long rows, long block_size, const AdapterTokens* adapters,
+                long num_adapters, const OutputTokens* outputs, int threads) {
     static thread_local Scratch kept;
-    std::optional<OpsInARow> in_a_row(std::in_place);
+    std::optional<ShortSpinScope> short_spin(std::in_place);
     Scratch own;
-    Pass pass{static_cast<const Layer*>(table),
-              static_cast<const Cache*>(caches),
-              static_cast<const Adapter*>(adapters),
-              adapted, hidden, inner, heads, kv_heads, dim, tokens, eps, threads};
-    pass.lay_out(kept, own);
-    const long wide = pass.wide();
-    float *q = pass.fused, *k = q + heads * dim, *v = k + kv_heads * dim;
-    for (long i = 0; i < layers; i++) {
-        const Layer& layer = pass.layers[i];
-        const Cache& cache = pass.caches[i];
-        pass.project(i, QKV, x, layer.attention_norm, pass.fused);
+    LayersPass pass{layers, caches,   adapters, num_adapters, hidden, inner,
+                    heads,  kv_heads, head_dim, tokens,       eps,    threads};
+    pass.allocate(kept, own);
+    const long qkv_width = pass.qkv_width();
+    float *q = pass.fused, *k = q + heads * head_dim, *v = k + kv_heads * head_dim;
+    for (long i = 0; i < num_layers; i++) {
+        const LayerView& layer = layers[i];
+        const CacheView& cache = caches[i];
+        pass.norm_linear(i, QKV, x, layer.attention_norm, pass.fused);
         pass.normalise_heads(q, heads, layer.q_norm);
         pass.normalise_heads(k, kv_heads, layer.k_norm);
         const long angles = std::max<long>(layer.rope, 0) * tokens * half;
-        eft_rope_and_cache(q, wide, k, wide, v, wide, cos + angles, sin + angles, layer.rope < 0 ? 0 : half, cache.keys,
-                           cache.values, slots, tokens, heads, kv_heads, dim, type, threads);
-        if (const auto* some = static_cast<const Wanted*>(wanted); some && i + 1 == layers) {
+        eft_rope_and_cache(q, qkv_width, k, qkv_width, v, qkv_width, cos + angles, sin + angles,
+                           layer.rope < 0 ? 0 : half, cache.keys, cache.values, slots, tokens, heads, kv_heads,
+                           head_dim, cache_type, threads);
+        if (outputs && i + 1 == num_layers) {
             // Keys and values are all that later tokens see of the others.
-            if (some->count == 0) return;
-            pass.keep(*some, x);
-            tables = some->tables;
-            extents = some->extents;
-            rows = some->count;
+            if (outputs->count == 0) return;
+            pass.keep(*outputs, x);
+            tables = outputs->tables;
+            extents = outputs->extents;
+            rows = outputs->count;
         }
-        eft_paged_attention(q, wide, cache.keys, cache.values, tables, width, extents, rows, heads, kv_heads, dim,
-                            block_size, scale, layer.window, softcap, pass.mixed, type, threads);
-        pass.add(i, OUT, pass.mixed, x);
-        pass.expand(i, x);
-        if (i + 1 == layers) in_a_row.reset();  // what comes after this one comes from Python
-        pass.add(i, DOWN, pass.between, x);
+        eft_paged_attention(q, qkv_width, cache.keys, cache.values, tables, table_width, extents, rows, heads, kv_heads,
+                            head_dim, block_size, scale, layer.window, softcap, pass.attended, cache_type, threads);
+        pass.linear_add(i, OUT, pass.attended, x);
+        pass.norm_swiglu(i, x);
+        if (i + 1 == num_layers) short_spin.reset();  // what comes after this one comes from Python
+        pass.linear_add(i, DOWN, pass.mlp_inner, x);
     }
 }

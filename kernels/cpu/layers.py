@@ -1,137 +1,148 @@
 """All layers in one call of the C++ op `eft_layers`."""
 
 import ctypes
-from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from kernels.batch import PagedRows
+from kernels.cpu.declarations import Kernels, declared
 from kernels.cpu.library import address
 from kernels.cpu.lora import LoraLayout
 from kernels.cpu.tiles import TILE, Tiles
-from kernels.interface import PagedRows
 from kernels.quantised import Weight
-from kernels.stack import PLACES, AdaptedTokens, Layers, LayerStack, LayerWeights, LinearWeights, StackFactors
+from kernels.stack import (
+    PLACES,
+    AdaptedTokens,
+    ContextT,
+    ForwardLayers,
+    FusedLayers,
+    LayerStack,
+    LayerWeights,
+    PagedContext,
+    StackFactors,
+)
 
-CACHE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
-"""What the KV cache may hold, and its number in `attention.h`."""
-_TENSORS = 3
-"""That a weight has at most."""
+_DECLARED = declared()
+_STRUCTS = _DECLARED.structs
+_LayerView, _CacheView, _LoraView = _STRUCTS["LayerView"], _STRUCTS["CacheView"], _STRUCTS["LoraView"]
+_AdapterTokens, _OutputTokens = _STRUCTS["AdapterTokens"], _STRUCTS["OutputTokens"]
 
-OpOf = Callable[[Weight], tuple[Any, tuple[Tensor, ...]]]
-"""The C++ linear for a weight, and the tensors that it takes."""
+CACHE_TYPES = {
+    dtype: _DECLARED.enums["CacheType"][name]
+    for dtype, name in {torch.float32: "FLOAT32", torch.bfloat16: "BFLOAT16", torch.int8: "INT8"}.items()
+}
+"""Types that the KV cache may hold, each with its number in `exports.h`."""
+assert [*map(str.lower, _DECLARED.enums["LinearPlace"])] == [*PLACES]
+
+OpOf = Callable[[Weight], tuple[Any, tuple[int, int, int]]]
+"""The C++ linear for a weight, and the addresses of its values, scales and sums for a row of zeros (0: it has none)."""
 
 
-class CpuLayers(Layers):
-    """Holds what the C++ op has the addresses of."""
+class CpuLayers(FusedLayers[ContextT]):
+    """The layers for the C++ op. Keeps the tensors alive whose addresses the op has."""
 
-    def __init__(self, stack: LayerStack, lib: ctypes.CDLL, op_of: OpOf) -> None:
+    def __init__(self, stack: LayerStack, lib: Kernels, op_of: OpOf, layer_by_layer: ForwardLayers[ContextT]) -> None:
         """For weights that all have a C++ linear, and norms and biases in float32 on the CPU."""
+        super().__init__(layer_by_layer)
         self._lib = lib
         self._stack = stack
-        self._table = array("q")
-        for layer in stack.layers:
-            self._table.extend(_layer(layer, op_of))
+        self._layers = (_LayerView * len(stack.layers))()
+        for view, layer in zip(self._layers, stack.layers, strict=True):
+            _fill(view, layer, op_of)
         self._caches: Sequence[tuple[Tensor, Tensor]] = ()
-        self._addresses = array("q")
-        self._adapters: WeakKeyDictionary[StackFactors, array[int] | None] = WeakKeyDictionary()
+        self._cache_views: Any = None
+        self._adapters: WeakKeyDictionary[StackFactors, Any] = WeakKeyDictionary()
         qkv, _, gate_up, _ = (linear.weight for linear in stack.layers[0].linears)
         self._sizes = (qkv.shape[1], gate_up.shape[0] // 2, stack.heads, stack.kv_heads, stack.head_dim)
 
-    def __call__(
-        self,
-        hidden: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        caches: Sequence[tuple[Tensor, Tensor]],
-        rows: PagedRows,
-        adapted: Sequence[AdaptedTokens] = (),
-        wanted: Tensor | None = None,
-    ) -> Tensor | None:
-        stack, kept = self._stack, self._kept(caches)
-        adapters = self._adapter_table(adapted, len(hidden))
-        last = None if wanted is None else self._wanted(wanted, rows, adapted)
-        if kept is None or adapters is None or (last is None and wanted is not None):
-            return None
+    def takes(self, hidden: Tensor, cos: Tensor, paged: PagedContext) -> bool:
         if hidden.dtype is not torch.float32 or cos.dtype is not torch.float32:
-            return None
+            return False
+        return self._keeps(paged.caches) and all(self._factors(adapter) is not None for _, adapter in paged.adapted)
+
+    def forward_fused(
+        self, hidden: Tensor, cos: Tensor, sin: Tensor, paged: PagedContext, logits_indices: Tensor | None
+    ) -> Tensor:
+        stack, rows, adapted = self._stack, paged.rows, paged.adapted
+        adapters = self._adapter_table(adapted, len(hidden))
+        # Keeps alive what the struct points to.
+        outputs, held = (None, None) if logits_indices is None else self._outputs(logits_indices, rows, adapted)
         hidden = hidden.clone(memory_format=torch.contiguous_format)
         cos, sin = cos.contiguous(), sin.contiguous()
+        size, inner, heads, kv_heads, head_dim = self._sizes
         self._lib.eft_layers(
-            self._table.buffer_info()[0],
-            len(stack.layers),
-            *self._sizes,
-            stack.eps,
-            stack.scale,
-            stack.softcap,
-            kept.buffer_info()[0],
-            CACHE_TYPES[caches[0][0].dtype],
-            hidden.data_ptr(),
-            len(hidden),
-            cos.data_ptr(),
-            sin.data_ptr(),
-            cos.shape[2],
-            rows.slots.data_ptr(),
-            rows.tables.data_ptr(),
-            rows.tables.shape[1],
-            rows.extents.data_ptr(),
-            len(rows.counts),
-            rows.block_size,
-            adapters.buffer_info()[0],
-            len(adapted),
-            None if last is None else last.address,
-            torch.get_num_threads(),
+            layers=self._layers,
+            num_layers=len(stack.layers),
+            hidden=size,
+            inner=inner,
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            eps=stack.eps,
+            scale=stack.scale,
+            softcap=stack.softcap,
+            caches=self._cache_views,
+            cache_type=CACHE_TYPES[paged.caches[0][0].dtype],
+            x=hidden.data_ptr(),
+            tokens=len(hidden),
+            cos=cos.data_ptr(),
+            sin=sin.data_ptr(),
+            half=cos.shape[2],
+            slots=rows.slots.data_ptr(),
+            tables=rows.tables.data_ptr(),
+            table_width=rows.tables.shape[1],
+            extents=rows.extents.data_ptr(),
+            rows=len(rows.counts),
+            block_size=rows.block_size,
+            adapters=adapters,
+            num_adapters=len(adapted),
+            outputs=outputs,
+            threads=torch.get_num_threads(),
         )
-        return hidden if wanted is None else hidden[: len(wanted)]
+        del held
+        return hidden if logits_indices is None else hidden[: len(logits_indices)]
 
-    def _kept(self, caches: Sequence[tuple[Tensor, Tensor]]) -> "array[int] | None":
-        """The addresses of all caches; None where they are of a type that is not ours."""
+    def _keeps(self, caches: Sequence[tuple[Tensor, Tensor]]) -> bool:
+        """Keep an array of `CacheView`. False where the C++ op does not support the caches' type or device."""
         if caches is not self._caches:
             if any(cache.dtype not in CACHE_TYPES or cache.device.type != "cpu" for both in caches for cache in both):
-                return None
+                return False
+            self._cache_views = (_CacheView * len(caches))(*(_CacheView(k.data_ptr(), v.data_ptr()) for k, v in caches))
             self._caches = caches
-            self._addresses = array("q", (cache.data_ptr() for both in caches for cache in both))
-        return self._addresses
+        return True
 
-    def _adapter_table(self, adapted: Sequence[AdaptedTokens], total: int) -> "array[int] | None":
-        """What `Adapter` in `layers.cpp` is; None where factors are not as the C++ op reads them."""
-        table = array("q")
-        for tokens, adapter in adapted:
+    def _adapter_table(self, adapted: Sequence[AdaptedTokens], total: int) -> Any:
+        """Array of `AdapterTokens`, for a batch of `total` tokens, of factors that the C++ op can read."""
+        table = (_AdapterTokens * len(adapted))()
+        for entry, (tokens, adapter) in zip(table, adapted, strict=True):
             factors = self._factors(adapter)
-            if factors is None:
-                return None
-            place = (0, total) if tokens is None else (tokens.data_ptr(), len(tokens))
-            table.extend((*place, factors.buffer_info()[0]))
+            assert factors is not None
+            entry.tokens, entry.count = (None, total) if tokens is None else (tokens.data_ptr(), len(tokens))
+            entry.factors = factors
         return table
 
-    def _wanted(self, tokens: Tensor, rows: PagedRows, adapted: Sequence[AdaptedTokens]) -> "_Wanted | None":
-        some = _adapted_among(tokens, adapted)
-        adapters = self._adapter_table(some, len(tokens))
-        return None if adapters is None else _Wanted(tokens, rows.alone(tokens), some, adapters)
+    def _outputs(self, tokens: Tensor, rows: PagedRows, adapted: Sequence[AdaptedTokens]) -> tuple[Any, Any]:
+        """`OutputTokens`, and what must live as long."""
+        some, alone = _adapted_among(tokens, adapted), rows.alone(tokens)
+        outputs = _OutputTokens(
+            tokens=tokens.data_ptr(),
+            count=len(tokens),
+            tables=alone.tables.data_ptr(),
+            extents=alone.extents.data_ptr(),
+            adapters=self._adapter_table(some, len(tokens)),
+            num_adapters=len(some),
+        )
+        return outputs, (alone, some)
 
-    def _factors(self, adapter: StackFactors) -> "array[int] | None":
+    def _factors(self, adapter: StackFactors) -> Any:
+        """Array of pointers to `LoraView` by layer and place; None where the C++ op cannot read the factors."""
         if adapter not in self._adapters:
             self._adapters[adapter] = _factor_table(adapter, len(self._stack.layers))
         return self._adapters[adapter]
-
-
-class _Wanted:
-    """`Wanted` in `layers.cpp`: the tokens that the last layer goes on with. Holds what it has the addresses of."""
-
-    def __init__(
-        self, tokens: Tensor, rows: PagedRows, adapted: Sequence[AdaptedTokens], adapters: "array[int]"
-    ) -> None:
-        """`rows` are those of these tokens alone, and so are `adapted`, whose table `adapters` is."""
-        self._held = tokens, rows, adapted, adapters
-        places = tokens.data_ptr(), len(tokens), rows.tables.data_ptr(), rows.extents.data_ptr()
-        self._table = array("q", (*places, adapters.buffer_info()[0], len(adapted)))
-
-    @property
-    def address(self) -> int:
-        return self._table.buffer_info()[0]
 
 
 def _adapted_among(tokens: Tensor, adapted: Sequence[AdaptedTokens]) -> list[AdaptedTokens]:
@@ -143,33 +154,24 @@ def _adapted_among(tokens: Tensor, adapted: Sequence[AdaptedTokens]) -> list[Ada
     return [one for one in chosen if one.tokens is None or len(one.tokens)]
 
 
-def _factor_table(adapter: StackFactors, layers: int) -> "array[int] | None":
-    table = array("q", bytes(8 * layers * len(PLACES)))
+def _factor_table(adapter: StackFactors, layers: int) -> Any:
+    table = (ctypes.POINTER(_LoraView) * (layers * len(PLACES)))()
     for (layer, name), factors in adapter.places.items():
         if not isinstance(factors, LoraLayout):
             return None
-        table[layer * len(PLACES) + PLACES.index(name)] = factors.address
+        table[layer * len(PLACES) + PLACES.index(name)] = factors.view
     return table
 
 
-def _layer(layer: LayerWeights, op_of: OpOf) -> Iterator[int]:
-    """As `Layer` in `layers.cpp`."""
-    for linear in layer.linears:
-        yield from _linear(linear, op_of)
-    for norm in (layer.attention_norm, layer.mlp_norm, layer.q_norm, layer.k_norm):
-        yield address(norm)
-    gate_up = layer.linears[2].weight
-    yield layer.window or 0
-    yield -1 if layer.rope is None else layer.rope
-    yield not isinstance(gate_up, Tiles) or gate_up.shape[0] % (2 * TILE) == 0
-
-
-def _linear(linear: LinearWeights, op_of: OpOf) -> Iterator[int]:
-    """As `Weight` in `layers.cpp`."""
-    op, tensors = op_of(linear.weight)
-    yield ctypes.cast(op, ctypes.c_void_p).value or 0
-    yield linear.weight.shape[1]
-    yield linear.weight.shape[0]
-    yield len(tensors)
-    yield from (*(tensor.data_ptr() for tensor in tensors), *(0 for _ in range(_TENSORS - len(tensors))))
-    yield address(linear.bias)
+def _fill(view: Any, layer: LayerWeights, op_of: OpOf) -> None:
+    """Write a layer into a `LayerView`."""
+    for entry, linear in zip(view.linears, layer.linears, strict=True):
+        entry.function, (entry.values, entry.scales, entry.zero_sums) = op_of(linear.weight)
+        entry.out_features, entry.in_features = linear.weight.shape
+        entry.bias = address(linear.bias)
+    for name in ("attention_norm", "mlp_norm", "q_norm", "k_norm"):
+        setattr(view, name, address(getattr(layer, name)))
+    gate_up = layer.linears[PLACES.index("gate_up")].weight
+    view.window = layer.window or 0
+    view.rope = -1 if layer.rope is None else layer.rope
+    view.fuses_swiglu = not isinstance(gate_up, Tiles) or gate_up.shape[0] % (2 * TILE) == 0

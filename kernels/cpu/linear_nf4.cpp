@@ -1,27 +1,28 @@
 // y = x W^T with weights in four-bit NormalFloat: blocks of 64 inputs, value = CODE[q] * scale. Products are of floats.
 //
-// Every output adds up, block by block, scale * (the sum of CODE[q] * x in the order of the inputs), whatever the batch.
-// Few rows: weights go from memory through a look-up straight into the products. Many rows: each task looks its weights
-// up once, as floats that lie in the cache from row to row.
-#include "export.h"
-#include "linear.h"
-#include "nf4.h"
-#include "norm.h"
-#include "parallel.h"
+// Every output adds up, block by block, scale * (the sum of CODE[q] * x in the order of the inputs), whatever the
+// batch. Few rows: weights go from memory through a look-up straight into the products. Many rows: each task looks its
+// weights up once, as floats that lie in the cache from row to row.
+#include "epilogue.h"
+#include "exports.h"
+#include "nf4_weights.h"
+#include "row_transforms.h"
 #include "scratch.h"
+#include "threading.h"
 
 namespace {
 
-constexpr int UNITS = 4;
 // Vectors of outputs that one row is multiplied with at a time: sums enough to keep the processor busy.
+constexpr int UNITS_AT_ONCE = 4;
+// Rows that are multiplied at once: as many sums as the registers hold. Up to this number look weights up as they use
+// them.
 #if defined(__AVX512F__)
-constexpr int AT_ONCE = 12;
+constexpr int ROWS_AT_ONCE = 12;
 #else
-constexpr int AT_ONCE = 6;
+constexpr int ROWS_AT_ONCE = 6;
 #endif
-// Rows that are multiplied at once; so few look weights up as they use them.
 
-struct Nf4 {
+struct Nf4Operands {
     const float* x;
     long stride;  // floats from one row to the next
     const float* norm;  // or null
@@ -30,7 +31,7 @@ struct Nf4 {
 };
 
 // Rows of x, normalised where a norm comes first, input by input: [inputs][rows], with zeros up to a whole block.
-void prepare(const Nf4& from, long first, long rows, long in, float* to) {
+void transpose_rows(const Nf4Operands& from, long first, long rows, long in, float* to) {
     for (long r = 0; r < rows; r++) {
         const float* x = from.x + (first + r) * from.stride;
         const float inverse = from.norm ? inverse_rms(x, in, from.eps) : 1.0f;
@@ -39,7 +40,8 @@ void prepare(const Nf4& from, long first, long rows, long in, float* to) {
     std::fill(to + in * rows, to + from.weight.blocks * NF4_BLOCK * rows, 0.0f);
 }
 
-// ROWS prepared rows times COUNT units of outputs. `codes(block, use)` calls use(k, codes) for every input k of a block.
+// ROWS prepared rows times COUNT units of outputs. `codes(block, use)` calls use(k, codes) for every input k of a
+// block.
 template <int ROWS, int COUNT, typename Codes>
 INLINE void multiply(const Nf4Tiles& weight, const float* x, const long (&units)[COUNT], Codes&& codes,
                      vf (&total)[ROWS][COUNT]) {
@@ -58,30 +60,30 @@ INLINE void multiply(const Nf4Tiles& weight, const float* x, const long (&units)
             for (int r = 0; r < ROWS; r++) {
                 const vf value = splat(x[(block * NF4_BLOCK + k) * ROWS + r]);
 #pragma GCC unroll 4
-                for (int u = 0; u < COUNT; u++) acc[r][u] = fused(w[u], value, acc[r][u]);
+                for (int u = 0; u < COUNT; u++) acc[r][u] = fmadd(w[u], value, acc[r][u]);
             }
         });
 #pragma GCC unroll 4
         for (int u = 0; u < COUNT; u++) {
             const vf scale = weight.scales_of(units[u], block);
 #pragma GCC unroll 16
-            for (int r = 0; r < ROWS; r++) total[r][u] = fused(acc[r][u], scale, total[r][u]);
+            for (int r = 0; r < ROWS; r++) total[r][u] = fmadd(acc[r][u], scale, total[r][u]);
         }
     }
 }
 
 // Writes a unit's outputs, those of gates with their ups.
-INLINE void finish(const Linear& op, long row, long unit, vf value, vf up) {
+INLINE void finish(const GemmProblem& op, long row, long unit, vf value, vf up) {
     const long n = unit * W;
     if (n + W <= op.out)
-        store(op.y + row * op.out + n, finished(op, row, n, value, up));
+        store(op.y + row * op.out + n, apply_epilogue(op, row, n, value, up));
     else if (n < op.out)
-        finish_rest(op, row, n, static_cast<int>(op.out - n), value, up);
+        store_tail(op, row, n, static_cast<int>(op.out - n), value, up);
 }
 
 // The units from `first` on, COUNT in all: with SwiGLU half of them are of ups, `ups` units further.
 template <int COUNT>
-INLINE void choose(const Linear& op, long first, long last, long ups, long (&units)[COUNT]) {
+INLINE void pick_units(const GemmProblem& op, long first, long last, long ups, long (&units)[COUNT]) {
     for (int u = 0; u < COUNT; u++) {
         const int each = op.swiglu ? u % (COUNT / 2) : u;
         units[u] = std::min(first + each, last - 1) + (op.swiglu && u >= COUNT / 2 ? ups : 0);
@@ -89,7 +91,7 @@ INLINE void choose(const Linear& op, long first, long last, long ups, long (&uni
 }
 
 template <int ROWS, int COUNT>
-INLINE void finish_all(const Linear& op, long row, long first, long last, const vf (&total)[ROWS][COUNT]) {
+INLINE void finish_all(const GemmProblem& op, long row, long first, long last, const vf (&total)[ROWS][COUNT]) {
     const int own = op.swiglu ? COUNT / 2 : COUNT;
     for (int u = 0; u < own && first + u < last; u++)
         for (int r = 0; r < ROWS; r++)
@@ -98,14 +100,14 @@ INLINE void finish_all(const Linear& op, long row, long first, long last, const 
 
 // ROWS rows from memory: COUNT is the units that are multiplied at a time.
 template <int ROWS>
-__attribute__((noinline)) void few_rows(const Linear& op, const Nf4Tiles& weight, const float* x, long first,
+__attribute__((noinline)) void few_rows(const GemmProblem& op, const Nf4Tiles& weight, const float* x, long first,
                                         long last, long ups) {
-    constexpr int COUNT = ROWS <= 2 ? UNITS : 2;
+    constexpr int COUNT = ROWS <= 2 ? UNITS_AT_ONCE : 2;
     const int step = op.swiglu ? COUNT / 2 : COUNT;
     const CodeTable table;
     for (; first < last; first += step) {
         long units[COUNT];
-        choose(op, first, last, ups, units);
+        pick_units(op, first, last, ups, units);
         vf total[ROWS][COUNT];
         multiply<ROWS, COUNT>(weight, x, units, [&](long block, auto&& use) INLINE_LAMBDA {
 #pragma GCC unroll 1
@@ -126,15 +128,16 @@ __attribute__((noinline)) void few_rows(const Linear& op, const Nf4Tiles& weight
     }
 }
 
-template <int ROWS = AT_ONCE>
-void few_rows(long rows, const Linear& op, const Nf4Tiles& weight, const float* x, long first, long last, long ups) {
+template <int ROWS = ROWS_AT_ONCE>
+void few_rows(long rows, const GemmProblem& op, const Nf4Tiles& weight, const float* x, long first, long last,
+              long ups) {
     if (rows == ROWS) return few_rows<ROWS>(op, weight, x, first, last, ups);
     if constexpr (ROWS > 1) few_rows<ROWS - 1>(rows, op, weight, x, first, last, ups);
 }
 
 // ROWS rows from `row` on, times two units whose codes are in `panel` [inputs][2].
 template <int ROWS>
-__attribute__((noinline)) void many_rows(const Linear& op, const Nf4Tiles& weight, const float* x,
+__attribute__((noinline)) void many_rows(const GemmProblem& op, const Nf4Tiles& weight, const float* x,
                                          const float* panel, long row, long first, long last, const long (&units)[2]) {
     vf total[ROWS][2];
     multiply<ROWS, 2>(weight, x, units, [&](long block, auto&& use) INLINE_LAMBDA {
@@ -145,8 +148,8 @@ __attribute__((noinline)) void many_rows(const Linear& op, const Nf4Tiles& weigh
     finish_all(op, row, first, last, total);
 }
 
-template <int ROWS = AT_ONCE>
-void many_rows(long rows, const Linear& op, const Nf4Tiles& weight, const float* x, const float* panel, long row,
+template <int ROWS = ROWS_AT_ONCE>
+void many_rows(long rows, const GemmProblem& op, const Nf4Tiles& weight, const float* x, const float* panel, long row,
                long first, long last, const long (&units)[2]) {
     if (rows == ROWS) return many_rows<ROWS>(op, weight, x, panel, row, first, last, units);
     if constexpr (ROWS > 1) many_rows<ROWS - 1>(rows, op, weight, x, panel, row, first, last, units);
@@ -165,29 +168,30 @@ void look_up(const Nf4Tiles& weight, const long (&units)[2], float* panel) {
             }
 }
 
-void run(const Linear& op, const Nf4& from, int threads) {
+void run(const GemmProblem& op, const Nf4Operands& from, int threads) {
     static thread_local Scratch scratch;
     const Nf4Tiles& weight = from.weight;
     const long size = weight.blocks * NF4_BLOCK;
     const long units = (op.out + W - 1) / W, ups = units;
-    const long most = std::max(PANEL_BYTES / (size * static_cast<long>(sizeof(float)) * AT_ONCE), 1L) * AT_ONCE;
+    const long most =
+        std::max(MAX_PACKED_BYTES / (size * static_cast<long>(sizeof(float)) * ROWS_AT_ONCE), 1L) * ROWS_AT_ONCE;
     for (long begin = 0; begin < op.rows; begin += most) {
         const long count = std::min(most, op.rows - begin);
-        const bool few = count <= AT_ONCE;
+        const bool few = count <= ROWS_AT_ONCE;
         float* x = scratch.floats(static_cast<size_t>(count * size));
-        Linear part = op;
+        GemmProblem part = op;
         part.rows = count;
         part.y += begin * op.out;
         if (part.residual) part.residual += begin * op.out;
         // Neighbouring outputs go to the same thread, which reads on where it was.
         const long at_once = op.swiglu ? 1 : 2;
-        const long share = few ? std::max(1L, units / (UNITS * 8L * threads)) * UNITS : at_once;
-        Phase preparing((count + AT_ONCE - 1) / AT_ONCE);
-        Tasks work((units + share - 1) / share);
+        const long share = few ? std::max(1L, units / (UNITS_AT_ONCE * 8L * threads)) * UNITS_AT_ONCE : at_once;
+        Phase transposing((count + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE);
+        TaskQueue work((units + share - 1) / share);
         in_parallel(threads, [&] {
-            preparing.run([&](long group) {
-                const long row = group * AT_ONCE;
-                prepare(from, begin + row, std::min<long>(AT_ONCE, count - row), op.in, x + row * size);
+            transposing.run([&](long group) {
+                const long row = group * ROWS_AT_ONCE;
+                transpose_rows(from, begin + row, std::min<long>(ROWS_AT_ONCE, count - row), op.in, x + row * size);
             });
             static thread_local Scratch codes;
             long task;
@@ -197,13 +201,13 @@ void run(const Linear& op, const Nf4& from, int threads) {
                     few_rows(count, part, weight, x, first, last, ups);
                     continue;
                 }
-                long chosen[2];
-                choose(op, first, last, ups, chosen);
+                long picked[2];
+                pick_units(op, first, last, ups, picked);
                 float* panel = codes.floats(static_cast<size_t>(size * 2 * W));
-                look_up(weight, chosen, panel);
-                for (long row = 0; row < count; row += AT_ONCE)
-                    many_rows(std::min<long>(AT_ONCE, count - row), part, weight, x + row * size, panel, row, first, last,
-                              chosen);
+                look_up(weight, picked, panel);
+                for (long row = 0; row < count; row += ROWS_AT_ONCE)
+                    many_rows(std::min<long>(ROWS_AT_ONCE, count - row), part, weight, x + row * size, panel, row,
+                              first, last, picked);
             }
         });
     }
@@ -211,11 +215,11 @@ void run(const Linear& op, const Nf4& from, int threads) {
 
 }  // namespace
 
-// As `eft_linear`, with weights [tiles, blocks, 8, 64] of packed codes and scales [tiles, blocks, 16], a tile being 16
-// outputs: the rest of the last one is zero. With `swiglu` out is a multiple of 16.
-EXPORT void eft_linear_nf4(const float* x, long stride, long rows, long in, long out, const uint8_t* values,
-                           const float* scales, const float* bias, const float* norm, float eps, const float* residual,
-                           float* y, int swiglu, int threads) {
-    const Nf4Tiles weight{values, scales, (in + NF4_BLOCK - 1) / NF4_BLOCK};
-    run(Linear{rows, in, out, bias, residual, y, swiglu != 0}, Nf4{x, stride, norm, eps, weight}, threads);
+void eft_linear_nf4(const float* x, long x_stride, long rows, long in, long out, const void* values,
+                    const void* scales, const void*, const float* bias, const float* norm, float eps,
+                    const float* residual, float* y, int swiglu, int threads) {
+    const Nf4Tiles weight{static_cast<const uint8_t*>(values), static_cast<const float*>(scales),
+                          (in + NF4_BLOCK - 1) / NF4_BLOCK};
+    run(GemmProblem{rows, in, out, bias, residual, y, swiglu != 0}, Nf4Operands{x, x_stride, norm, eps, weight},
+        threads);
 }

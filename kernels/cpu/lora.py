@@ -1,38 +1,41 @@
 """Adapters' factors as the C++ op reads them, and its call for a mixed batch."""
 
-from array import array
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from kernels.interface import LoraFactors, LoraSegment
+from kernels.batch import LoraFactors, LoraSegment
+from kernels.cpu.declarations import declared
+
+_STRUCTS = declared().structs
+_LoraPart, _LoraView, _LoraTokens = _STRUCTS["LoraPart"], _STRUCTS["LoraView"], _STRUCTS["LoraTokens"]
 
 
 @dataclass(frozen=True, eq=False)
 class LoraLayout(LoraFactors):
     """Factors whose every B lies rank by rank, so that one vector holds many outputs."""
 
-    layout: "array[int]"
-    """What `Factors` in `lora.cpp` is: addresses of `a` and `scales`, all ranks, parts, and of each part the address
-    of its B, its rank, outputs and first column."""
-    address: int
-    """Of `layout`."""
+    view: Any
+    """Pointer to the `LoraView` of these tensors; keeps its parts alive, but not the tensors."""
 
     @classmethod
     def of(cls, factors: LoraFactors) -> "LoraLayout":
         """For float32 on the CPU."""
         a, scales = factors.a.contiguous(), factors.scales.contiguous()
-        turned = [b.t().contiguous() for b in factors.b]
-        layout = array("q", (a.data_ptr(), scales.data_ptr(), len(a), len(turned)))
-        for b, column in zip(turned, factors.columns, strict=True):
-            layout.extend((b.data_ptr(), *b.shape, column))
-        address, _ = layout.buffer_info()
-        return cls(a, tuple(b.t() for b in turned), factors.columns, scales, layout, address)
+        transposed = [b.t().contiguous() for b in factors.b]
+        parts = (_LoraPart * len(transposed))()
+        for part, b, column in zip(parts, transposed, factors.columns, strict=True):
+            part.b, part.column = b.data_ptr(), column
+            part.rank, part.out_features = b.shape
+        view = _LoraView(a=a.data_ptr(), scales=scales.data_ptr(), rank=len(a), parts=parts, num_parts=len(parts))
+        return cls(a, tuple(b.t() for b in transposed), factors.columns, scales, ctypes.pointer(view))
 
 
 def suits(factors: LoraFactors) -> bool:
-    """Whether the C++ op can take these."""
+    """True if the C++ op can take these factors."""
     return all(
         tensor.dtype is torch.float32 and tensor.device.type == "cpu" and not tensor.requires_grad
         for tensor in (factors.a, factors.scales, *factors.b)
@@ -48,11 +51,11 @@ def laid_out(segments: Sequence[LoraSegment]) -> Sequence[LoraSegment] | None:
     return [LoraSegment(segment.tokens, LoraLayout.of(segment.factors)) for segment in segments]
 
 
-def segment_table(tokens: int, segments: Sequence[LoraSegment]) -> "array[int]":
-    """What `Segment` in `lora.cpp` is, for a batch of so many tokens and segments that are `laid_out`."""
-    table = array("q")
-    for segment in segments:
-        factors, own = segment.factors, segment.tokens
+def segment_table(tokens: int, segments: Sequence[LoraSegment]) -> Any:
+    """Array of `LoraTokens`, for a batch of `tokens` tokens and segments that are `laid_out`."""
+    table: Any = (_LoraTokens * len(segments))()
+    for index, (own, factors) in enumerate(segments):
         assert isinstance(factors, LoraLayout)
-        table.extend((0, tokens, factors.address) if own is None else (own.data_ptr(), len(own), factors.address))
+        # A tuple, in the order of the fields, is faster than setting them one by one.
+        table[index] = (None, tokens, factors.view) if own is None else (own.data_ptr(), own.shape[0], factors.view)
     return table

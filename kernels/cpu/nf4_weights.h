@@ -1,14 +1,14 @@
 // Codes of four-bit NormalFloat as they lie in tiles of 16 outputs, and the numbers that they stand for.
 //
-// A line holds eight inputs of 16 outputs, 32 bits each. Of two neighbouring inputs the first is in the high half of its
-// byte, as bitsandbytes has them.
+// A line holds eight inputs of 16 outputs, 32 bits each. Of two neighbouring inputs the first is in the high half of
+// its byte, as bitsandbytes has them.
 #pragma once
 
 #include "simd.h"
 
+// Inputs with one scale, and lines of 64 bytes that hold them for 16 outputs.
 constexpr int NF4_BLOCK = 64;
 constexpr int NF4_LINES = 8;
-// Of a block.
 
 // Source: bitsandbytes, as `CODE` in nf4.py.
 alignas(64) constexpr float NF4_CODE[16] = {
@@ -20,7 +20,7 @@ alignas(64) constexpr float NF4_CODE[16] = {
 // The code's numbers, in registers where there are any for it.
 class CodeTable {
    public:
-    // Those of input i, from 0 to 7, of a line.
+    // The numbers of input i, from 0 to 7, of a line.
     INLINE vf look_up(vi line, int i) const {
         const int shift = 4 * (i ^ 1);
 #if defined(__AVX512F__)
@@ -30,7 +30,8 @@ class CodeTable {
         // The low three bits choose in each half, and the fourth one, as a sign, the half.
         const __m256i place = (__m256i)(line >> shift);
         const __m256 half = (__m256)(line << (28 - shift));
-        return (vf)_mm256_blendv_ps(_mm256_permutevar8x32_ps(low_, place), _mm256_permutevar8x32_ps(high_, place), half);
+        return (vf)_mm256_blendv_ps(_mm256_permutevar8x32_ps(low_, place), _mm256_permutevar8x32_ps(high_, place),
+                                    half);
 #else
         vf found;
         for (int lane = 0; lane < W; lane++) found[lane] = NF4_CODE[(line[lane] >> shift) & 15];

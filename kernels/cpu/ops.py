@@ -1,4 +1,4 @@
-"""The CPU backend: C++ where inputs are float32 on the CPU and no gradient is wanted, else the reference."""
+"""The CPU backend: C++ where inputs are float32 on the CPU and need no gradient, else the reference."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from kernels.batch import LoraFactors, LoraSegment, PagedRows
 from kernels.bfloat16 import BFloat16Weight
 from kernels.cpu.build import BuildError
 from kernels.cpu.layers import CACHE_TYPES, CpuLayers
@@ -13,16 +14,16 @@ from kernels.cpu.library import address, load, load_wanted
 from kernels.cpu.lora import LoraLayout, laid_out, segment_table, suits
 from kernels.cpu.tiles import TILE, Int4Tiles, Int8GroupTiles, Int8Tiles, Nf4Tiles, Tiles, tiled
 from kernels.cpu.variants import Variant
-from kernels.interface import LoraFactors, LoraSegment, PagedRows
 from kernels.quantised import Int8Weight, QuantisedWeight, Weight, quantise_rows
 from kernels.reference import ReferenceOps
-from kernels.stack import LayerStack, LayerWeights
+from kernels.stack import ContextT, ForwardLayers, LayerStack, LayerWeights
 
 
 class CpuOps(ReferenceOps):
     """Training goes through the reference: these ops have no gradients."""
 
     name = "cpu"
+    batch_invariant = True
 
     def __init__(self, variant: Variant | None = None) -> None:
         """Without a `variant` the fastest one. Raises `BuildError`, `OSError` or `ValueError` when it cannot be had."""
@@ -41,9 +42,9 @@ class CpuOps(ReferenceOps):
     def prepare(self, weight: QuantisedWeight) -> QuantisedWeight:
         return tiled(weight, self.variant) if weight.device.type == "cpu" else weight
 
-    def join_layers(self, stack: LayerStack) -> CpuLayers | None:
+    def fuse_layers(self, stack: LayerStack, layer_by_layer: ForwardLayers[ContextT]) -> ForwardLayers[ContextT]:
         suited = all(_suits(layer) for layer in stack.layers)
-        return CpuLayers(stack, self._lib, self.op_of) if suited else None
+        return CpuLayers(stack, self._lib, self.op_of, layer_by_layer) if suited else layer_by_layer
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         if not _fits(x, weight):
@@ -80,7 +81,16 @@ class CpuOps(ReferenceOps):
         rows, size = x.shape
         out = weight.shape[0] // 2 if swiglu else weight.shape[0]
         y = torch.empty(rows, out)
-        arguments = (
+        op, (values, scales, zero_sums) = self.op_of(weight)
+        op(
+            x.data_ptr(),
+            x.stride(0),
+            rows,
+            size,
+            out,
+            values,
+            scales,
+            zero_sums,
             address(bias),
             address(norm),
             eps,
@@ -89,27 +99,25 @@ class CpuOps(ReferenceOps):
             swiglu,
             torch.get_num_threads(),
         )
-        op, tensors = self.op_of(weight)
-        op(x.data_ptr(), x.stride(0), rows, size, out, *(tensor.data_ptr() for tensor in tensors), *arguments)
         return y
 
-    def op_of(self, weight: Weight) -> tuple[Callable[..., None], tuple[Tensor, ...]]:
-        """The op for a weight that `_fits`, and the tensors that it takes."""
+    def op_of(self, weight: Weight) -> tuple[Callable[..., None], tuple[int, int, int]]:
+        """The op for a weight that `_fits`, and the addresses of its values, scales and sums for a row of zeros."""
         lib = self._lib
         match weight:
             case Int8Tiles():
                 op = lib.eft_linear_int8_narrow if weight.narrow else lib.eft_linear_int8
-                return op, (weight.values, *weight.others)
+                return op, (weight.values.data_ptr(), weight.scales.data_ptr(), weight.zeros.data_ptr())
             case Int4Tiles():
-                return lib.eft_linear_int4, (weight.values, *weight.others)
+                return lib.eft_linear_int4, (weight.values.data_ptr(), 0, 0)
             case Int8GroupTiles():
-                return lib.eft_linear_int8_groups, (weight.values, *weight.others)
+                return lib.eft_linear_int8_groups, (weight.values.data_ptr(), 0, 0)
             case Nf4Tiles():
-                return lib.eft_linear_nf4, (weight.values, *weight.others)
+                return lib.eft_linear_nf4, (weight.values.data_ptr(), weight.scales.data_ptr(), 0)
             case BFloat16Weight():
-                return lib.eft_linear_bfloat16, (weight.values,)
+                return lib.eft_linear_bfloat16, (weight.values.data_ptr(), 0, 0)
         assert isinstance(weight, Tensor)
-        return lib.eft_linear, (weight,)
+        return lib.eft_linear_float32, (weight.data_ptr(), 0, 0)
 
     def int8_sums(self, turned: Tensor, weight: Int8Weight, most: Tensor) -> Tensor:
         if not (_ours(turned) and weight.device.type == "cpu" and weight.values.stride(1) == 1):
@@ -121,7 +129,7 @@ class CpuOps(ReferenceOps):
         """x [R, in] int8 times the weight's integers transposed → [R, out] int32."""
         x = x.contiguous()
         y = torch.empty(len(x), len(weight.values), dtype=torch.int32)
-        self._lib.eft_int8_products(
+        self._lib.eft_int8_matmul(
             x.data_ptr(),
             *x.shape,
             weight.values.data_ptr(),
@@ -148,7 +156,7 @@ class CpuOps(ReferenceOps):
             x.shape[1],
             y.data_ptr(),
             y.stride(0),
-            table.buffer_info()[0],
+            table,
             len(ours),
             torch.get_num_threads(),
         )
@@ -319,14 +327,14 @@ class CpuOps(ReferenceOps):
 
 
 def _fits(x: Tensor, weight: Weight) -> bool:
-    """Whether there is a C++ linear for these."""
+    """True if there is a C++ linear for these."""
     if isinstance(weight, QuantisedWeight):
         return isinstance(weight, Tiles | BFloat16Weight) and _ours(x)
     return weight.is_contiguous() and _ours(x, weight)
 
 
 def _suits(layer: LayerWeights) -> bool:
-    """Whether all of a layer can be computed in C++."""
+    """True if all of a layer can be computed in C++."""
     norms = (layer.attention_norm, layer.mlp_norm, layer.q_norm, layer.k_norm)
     vectors = [x for x in (*norms, *(linear.bias for linear in layer.linears)) if x is not None]
     return all(_fits(vectors[0], linear.weight) for linear in layer.linears) and all(
@@ -339,7 +347,7 @@ def _cached(cache: Tensor) -> bool:
 
 
 def _ours(*tensors: Tensor) -> bool:
-    """Whether the C++ ops can take these: float32 on the CPU, and nobody wants a gradient."""
+    """True if the C++ ops can take these: float32 on the CPU, without a gradient."""
     wants_grad = torch.is_grad_enabled()
     for x in tensors:
         if x.dtype is not torch.float32 or x.device.type != "cpu" or (wants_grad and x.requires_grad):

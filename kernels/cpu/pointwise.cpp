@@ -3,24 +3,24 @@
 #include <cmath>
 
 #include "attention.h"
+#include "bfloat16.h"
 #include "exports.h"
-#include "floats.h"
-#include "int8.h"
-#include "norm.h"
-#include "parallel.h"
+#include "int8_dot.h"
+#include "row_transforms.h"
+#include "threading.h"
 
 namespace {
 
-constexpr long SMALL = 16384;
-// Below so many floats waking the other threads takes longer than the work.
+// Floats below which waking the other threads takes longer than the work.
+constexpr long MIN_PARALLEL_FLOATS = 16384;
 
-INLINE int threads_for(long floats, int threads) { return floats < SMALL ? 1 : threads; }
+INLINE int threads_for(long floats, int threads) { return floats < MIN_PARALLEL_FLOATS ? 1 : threads; }
 
 // Calls body(row) for every row of `size` floats; a task has enough of them to be worth its claim.
 template <typename Body>
 void for_rows(int threads, long rows, long size, Body&& body) {
-    const long share = std::max(1L, SMALL / 4 / std::max(size, 1L));
-    for_each(threads_for(rows * size, threads), (rows + share - 1) / share, [&](long task) {
+    const long share = std::max(1L, MIN_PARALLEL_FLOATS / 4 / std::max(size, 1L));
+    parallel_for(threads_for(rows * size, threads), (rows + share - 1) / share, [&](long task) {
         const long end = std::min(rows, (task + 1) * share);
         for (long row = task * share; row < end; row++) body(row);
     });
@@ -51,11 +51,11 @@ INLINE void gated(const float* x, long rows, long inner, float* y, int threads, 
 
 // y = f(x), both [count].
 template <typename F>
-INLINE void each(const float* x, long count, float* y, int threads, F&& f) {
-    constexpr long SHARE = SMALL / 4;
-    for_each(threads_for(count, threads), (count + SHARE - 1) / SHARE, [&](long task) {
-        const long end = std::min(count, (task + 1) * SHARE);
-        long i = task * SHARE;
+INLINE void map_floats(const float* x, long count, float* y, int threads, F&& f) {
+    constexpr long TASK_FLOATS = MIN_PARALLEL_FLOATS / 4;
+    parallel_for(threads_for(count, threads), (count + TASK_FLOATS - 1) / TASK_FLOATS, [&](long task) {
+        const long end = std::min(count, (task + 1) * TASK_FLOATS);
+        long i = task * TASK_FLOATS;
         for (; i + W <= end; i += W) store(y + i, f(load(x + i)));
         for (; i < end; i++) y[i] = f(splat(x[i]))[0];
     });
@@ -87,20 +87,20 @@ void write_bfloat16(const float* from, long dim, char* to) {
 
 void write_int8(const float* from, long dim, char* to) {
     auto* bytes = reinterpret_cast<int8_t*>(to);
-    vf mosts = {}, brokens = {};
+    vf mosts = {}, nonfinites = {};
     long d = 0;
     for (; d + W <= dim; d += W) {
         const vf v = load(from + d);
         mosts = max(mosts, bits(bits(v) & 0x7fffffff));
-        brokens += v - v;
+        nonfinites += v - v;
     }
-    float most = maximum(mosts), broken = sum(brokens);
+    float most = maximum(mosts), nonfinite = sum(nonfinites);
     for (; d < dim; d++) {
         most = std::max(most, std::fabs(from[d]));
-        broken += from[d] - from[d];
+        nonfinite += from[d] - from[d];
     }
     // A head that is not finite has such a scale, and so is known for what it is.
-    const float scale = most / 127.0f + broken;
+    const float scale = most / 127.0f + nonfinite;
     const float factor = most > 0.0f && std::isfinite(scale) ? 127.0f / most : 0.0f;
     std::memcpy(to + dim, &scale, sizeof scale);
     if (factor == 0.0f) {
@@ -122,15 +122,13 @@ void write_head(const float* from, long dim, int type, char* to) {
 
 }  // namespace
 
-// y [rows, size] = x over its root mean square, times weight [size] plus `one`, which is 0 or 1.
-EXPORT void eft_rms_norm(const float* x, long stride, long rows, long size, const float* weight, float one, float eps,
+void eft_rms_norm(const float* x, long stride, long rows, long size, const float* weight, float one, float eps,
                          float* y, int threads) {
     for_rows(threads, rows, size,
              [&](long row) { normalise(x + row * stride, size, weight, one, eps, y + row * size); });
 }
 
-// y [rows, size] = x less its mean, over its standard deviation, times weight, plus bias, each [size] or null.
-EXPORT void eft_layer_norm(const float* x, long stride, long rows, long size, const float* weight, const float* bias,
+void eft_layer_norm(const float* x, long stride, long rows, long size, const float* weight, const float* bias,
                            float eps, float* y, int threads) {
     for_rows(threads, rows, size, [&](long row) {
         const float* from = x + row * stride;
@@ -146,34 +144,30 @@ EXPORT void eft_layer_norm(const float* x, long stride, long rows, long size, co
     });
 }
 
-// x [rows, 2 * inner], gate then up, to y [rows, inner].
-EXPORT void eft_silu_mul(const float* x, long rows, long inner, float* y, int threads) {
+void eft_silu_mul(const float* x, long rows, long inner, float* y, int threads) {
     gated(x, rows, inner, y, threads, [](vf v) INLINE_LAMBDA { return silu(v); });
 }
 
-EXPORT void eft_gelu_mul(const float* x, long rows, long inner, int tanh, float* y, int threads) {
+void eft_gelu_mul(const float* x, long rows, long inner, int tanh, float* y, int threads) {
     if (tanh)
         gated(x, rows, inner, y, threads, [](vf v) INLINE_LAMBDA { return gelu_tanh(v); });
     else
         gated(x, rows, inner, y, threads, [](vf v) INLINE_LAMBDA { return gelu(v); });
 }
 
-// Of `count` numbers.
-EXPORT void eft_gelu(const float* x, long count, int tanh, float* y, int threads) {
+void eft_gelu(const float* x, long count, int tanh, float* y, int threads) {
     if (tanh)
-        each(x, count, y, threads, [](vf v) INLINE_LAMBDA { return gelu_tanh(v); });
+        map_floats(x, count, y, threads, [](vf v) INLINE_LAMBDA { return gelu_tanh(v); });
     else
-        each(x, count, y, threads, [](vf v) INLINE_LAMBDA { return gelu(v); });
+        map_floats(x, count, y, threads, [](vf v) INLINE_LAMBDA { return gelu(v); });
 }
 
-// Turns the first 2 * half dimensions of q [tokens, heads, dim] and k [tokens, kv_heads, dim] in place by cos, sin
-// [tokens, half], and writes k and v into the caches at slots [tokens]. Strides are floats from one token to the next.
-EXPORT void eft_rope_and_cache(float* q, long q_stride, float* k, long k_stride, const float* v, long v_stride,
+void eft_rope_and_cache(float* q, long q_stride, float* k, long k_stride, const float* v, long v_stride,
                                const float* cos, const float* sin, long half, char* keys, char* values,
                                const int64_t* slots, long tokens, long heads, long kv_heads, long dim, int type,
                                int threads) {
     const long wide = kv_heads * head_bytes(type, dim);
-    for_each(threads_for(tokens * (heads + 2 * kv_heads) * dim, threads), tokens, [&](long token) {
+    parallel_for(threads_for(tokens * (heads + 2 * kv_heads) * dim, threads), tokens, [&](long token) {
         const float *c = cos + token * half, *s = sin + token * half;
         for (long head = 0; head < heads; head++) rotate(q + token * q_stride + head * dim, c, s, half);
         for (long head = 0; head < kv_heads; head++) rotate(k + token * k_stride + head * dim, c, s, half);
@@ -185,24 +179,23 @@ EXPORT void eft_rope_and_cache(float* q, long q_stride, float* k, long k_stride,
     });
 }
 
-// The index of each row's largest of `size` logits (the first one of equals), and its value; of a NaN, if there is one.
-EXPORT void eft_argmax(const float* logits, long rows, long size, int64_t* index, float* value, int threads) {
-    for_each(threads_for(rows * size, threads), rows, [&](long row) {
+void eft_argmax(const float* logits, long rows, long size, int64_t* index, float* value, int threads) {
+    parallel_for(threads_for(rows * size, threads), rows, [&](long row) {
         const float* line = logits + row * size;
         vf most = splat(line[0]);
-        vf broken = {};
+        vf nonfinite = {};
         long i = 0;
         for (; i + W <= size; i += W) {
             const vf v = load(line + i);
             most = max(v, most);
-            broken += v - v;  // not 0 where v is NaN or infinite
+            nonfinite += v - v;  // not 0 where v is NaN or infinite
         }
         float best = line[0];
         for (int lane = 0; lane < W; lane++) best = std::max(best, most[lane]);
         for (; i < size; i++) best = std::max(best, line[i]);
         long at = 0;
         while (at < size && line[at] != best) at++;
-        if (sum(broken) != 0.0f || at == size)
+        if (sum(nonfinite) != 0.0f || at == size)
             for (long j = 0; j < size; j++)
                 if (line[j] != line[j]) {
                     at = j;

@@ -4,12 +4,12 @@
 #include <cstdlib>
 #include <new>
 
+// AddressSanitizer finds only accesses outside of an allocation: there every op gets one that fits.
 #if defined(__SANITIZE_ADDRESS__)
 constexpr bool KEEP = false;
 #else
 constexpr bool KEEP = true;
 #endif
-// AddressSanitizer sees only what lies outside of an allocation: there every op gets one that fits.
 
 class Scratch {
    public:

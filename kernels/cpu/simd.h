@@ -11,6 +11,7 @@
 #include <arm_neon.h>
 #endif
 
+// Floats in a vector.
 #if defined(__AVX512F__)
 constexpr int W = 16;
 #elif defined(__AVX__)
@@ -18,7 +19,6 @@ constexpr int W = 8;
 #else
 constexpr int W = 4;
 #endif
-// W: floats in a vector.
 
 using vf = float __attribute__((vector_size(W * 4)));
 using vi = int32_t __attribute__((vector_size(W * 4)));
@@ -27,8 +27,7 @@ using vi = int32_t __attribute__((vector_size(W * 4)));
 
 #define INLINE_LAMBDA __attribute__((always_inline))
 
-constexpr int LINE = 16;
-// Floats in a cache line.
+constexpr int FLOATS_PER_CACHE_LINE = 16;
 
 INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
@@ -64,7 +63,7 @@ INLINE V opaque(V x) {
 }
 
 // a * b + c, rounded once where the processor can: where the compiler might fuse one of two places that must agree.
-INLINE vf fused(vf a, vf b, vf c) {
+INLINE vf fmadd(vf a, vf b, vf c) {
 #if defined(__AVX512F__)
     return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined(__FMA__)
@@ -214,7 +213,7 @@ INLINE void transpose(vf (&rows)[W]) {
 
 // Lane i of the result is what `add` makes of all lanes of rows[i], two vectors at a time.
 template <int N = W, typename Add>
-INLINE vf folded(const vf (&rows)[N], Add&& add) {
+INLINE vf reduce_rows(const vf (&rows)[N], Add&& add) {
     if constexpr (N == 1) {
         return rows[0];
     } else {
@@ -222,7 +221,7 @@ INLINE vf folded(const vf (&rows)[N], Add&& add) {
 #pragma GCC unroll 8
         for (int i = 0; i < N / 2; i++)
             half[i] = add(interleave<false>(rows[i], rows[i + N / 2]), interleave<true>(rows[i], rows[i + N / 2]));
-        return folded<N / 2>(half, add);
+        return reduce_rows<N / 2>(half, add);
     }
 }
 #else
@@ -234,7 +233,7 @@ INLINE vf picked(vf a, vf b, Order&& order) {
     return __builtin_shuffle(a, b, from);
 }
 
-// The orders that `transpose` and `folded` pick in: elements of a and b in turn, two of each in turn,
+// The orders that `transpose` and `reduce_rows` pick in: elements of a and b in turn, two of each in turn,
 // and lanes, the even ones or the first. The rest of the elements are 2, 2 and 4 from them.
 constexpr auto BY_ONES = [](int l, int j) INLINE_LAMBDA { return 4 * l + j / 2 + j % 2 * W; };
 constexpr auto BY_TWOS = [](int l, int j) INLINE_LAMBDA { return 4 * l + j % 2 + j / 2 * W; };
@@ -265,7 +264,8 @@ INLINE void transpose(vf (&rows)[W]) {
     for (int c = 0; c < 4; c++) {
 #if defined(__AVX512F__)
         const auto odd = [&](int l, int j) INLINE_LAMBDA { return BY_LANES(l, j) + 4; };
-        const vf a = picked(quarter[c], quarter[4 + c], BY_LANES), b = picked(quarter[8 + c], quarter[12 + c], BY_LANES);
+        const vf a = picked(quarter[c], quarter[4 + c], BY_LANES),
+                 b = picked(quarter[8 + c], quarter[12 + c], BY_LANES);
         const vf d = picked(quarter[c], quarter[4 + c], odd), e = picked(quarter[8 + c], quarter[12 + c], odd);
         rows[c] = picked(a, b, BY_LANES);
         rows[8 + c] = picked(a, b, odd);
@@ -273,12 +273,13 @@ INLINE void transpose(vf (&rows)[W]) {
         rows[12 + c] = picked(d, e, odd);
 #else
         rows[c] = picked(quarter[c], quarter[4 + c], BY_LANES);
-        rows[4 + c] = picked(quarter[c], quarter[4 + c], [&](int l, int j) INLINE_LAMBDA { return BY_LANES(l, j) + 4; });
+        rows[4 + c] =
+            picked(quarter[c], quarter[4 + c], [&](int l, int j) INLINE_LAMBDA { return BY_LANES(l, j) + 4; });
 #endif
     }
 }
 
-// Those that `order` picks, and those `apart` from them.
+// The sum by `add` of the elements that `order` picks and of those `apart` from them.
 template <typename Order, typename Add>
 INLINE vf added(vf a, vf b, Order&& order, int apart, Add&& add) {
     return add(picked(a, b, order), picked(a, b, [&](int l, int j) INLINE_LAMBDA { return order(l, j) + apart; }));
@@ -286,7 +287,7 @@ INLINE vf added(vf a, vf b, Order&& order, int apart, Add&& add) {
 
 // Lane i of the result is what `add` makes of all lanes of rows[i]; in the order in which `transpose` goes.
 template <typename Add>
-INLINE vf folded(const vf (&rows)[W], Add&& add) {
+INLINE vf reduce_rows(const vf (&rows)[W], Add&& add) {
     vf half[W / 2], quarter[W / 4];
 #pragma GCC unroll 8
     for (int i = 0; i < W / 2; i++) half[i] = added(rows[2 * i], rows[2 * i + 1], BY_ONES, 2, add);
@@ -294,7 +295,8 @@ INLINE vf folded(const vf (&rows)[W], Add&& add) {
     for (int i = 0; i < W / 4; i++) quarter[i] = added(half[2 * i], half[2 * i + 1], BY_TWOS, 2, add);
     // Lane l of quarter[i] now holds what features 4 l to 4 l + 3 of rows 4 i to 4 i + 3 make.
 #if defined(__AVX512F__)
-    const vf low = added(quarter[0], quarter[1], BY_LANES, 4, add), high = added(quarter[2], quarter[3], BY_LANES, 4, add);
+    const vf low = added(quarter[0], quarter[1], BY_LANES, 4, add),
+             high = added(quarter[2], quarter[3], BY_LANES, 4, add);
     return added(low, high, BY_LANES, 4, add);
 #else
     return added(quarter[0], quarter[1], BY_LANES, 4, add);
@@ -304,5 +306,5 @@ INLINE vf folded(const vf (&rows)[W], Add&& add) {
 
 // The sum of each row: lane i of the result is the sum over rows[i].
 INLINE vf sums(const vf (&rows)[W]) {
-    return folded(rows, [](vf a, vf b) INLINE_LAMBDA { return a + b; });
+    return reduce_rows(rows, [](vf a, vf b) INLINE_LAMBDA { return a + b; });
 }

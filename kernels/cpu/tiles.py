@@ -1,6 +1,6 @@
 """Weights in integers as the C++ ops read them: tiles of 16 outputs, four inputs of each of them next to each other.
 
-A vector then holds the same inputs of many outputs, and memory is read from beginning to end (`tiles.h`).
+A vector then holds the same inputs of many outputs, and memory is read from beginning to end (`tile_gemm.h`).
 """
 
 from abc import abstractmethod
@@ -47,7 +47,7 @@ class Tiles(QuantisedWeight):
     @property
     @abstractmethod
     def others(self) -> tuple[Tensor, ...]:
-        """What the C++ op takes after the values: scales and so on, [tiles, ..., 16]."""
+        """Tensors that the C++ op takes after the values: scales and so on, [tiles, ..., 16]."""
 
     @abstractmethod
     def picked(self, index: Tensor | None) -> QuantisedWeight:
@@ -91,19 +91,19 @@ class Int8Tiles(Tiles):
     scales: Tensor
     """[tiles * 16] float32."""
     zeros: Tensor
-    """[tiles * 16] int32: what the variant's products amount to for a row of zeros; taken off those of every row."""
+    """[tiles * 16] int32: the variant's products for a row of zeros, to be subtracted from those of every row."""
     sums: Tensor
     """[tiles * 16] int32."""
     variant: Variant
-    """Whose C++ makes floats of it."""
+    """Variant whose C++ op dequantises it."""
     narrow: bool
-    """As `Int8Weight` says; where that is quicker, a C++ op of its own is."""
+    """As in `Int8Weight`. Where it is faster, there is a separate C++ op for it."""
 
     @classmethod
     def of(cls, weight: Int8Weight, variant: Variant) -> "Int8Tiles":
         values, sums = _lines(weight.values, GROUP), _whole(weight.sums)
         zeros = torch.empty_like(sums)
-        load(variant).eft_int8_zeros(values.data_ptr(), *values.shape[:2], zeros.data_ptr(), weight.narrow)
+        load(variant).eft_int8_zero_sums(values.data_ptr(), *values.shape[:2], zeros.data_ptr(), weight.narrow)
         return cls(values, weight.shape, _whole(weight.scales), zeros, sums, variant, weight.narrow)
 
     @property
@@ -150,7 +150,7 @@ class GroupTiles(Tiles):
         return parts[index // TILE, :, :, index % TILE].flatten(1)
 
     def _halves_of(self, index: Tensor | None, lines: int, place: int) -> Tensor:
-        """[T, groups] float16: those after `place` others."""
+        """[T, groups] float16: the kind that comes after `place` others."""
         first = (lines * 4 + place * 2) * TILE
         return self._from_groups(self.values[:, :, first : first + 2 * TILE].view(torch.float16), index)
 
@@ -192,7 +192,7 @@ class Nf4Tiles(Tiles):
     scales: Tensor
     """[tiles, blocks, 16] float32."""
     variant: Variant
-    """Whose C++ makes floats of it."""
+    """Variant whose C++ op dequantises it."""
 
     @classmethod
     def of(cls, weight: Nf4Weight, variant: Variant) -> "Nf4Tiles":

@@ -18,13 +18,13 @@ class Variant:
 
     name: str
     flags: tuple[str, ...]
-    """Of the compiler."""
+    """Arguments of the compiler."""
     needs: frozenset[str]
     """Flags of the processor, as Linux names them."""
 
 
 PLAIN = Variant("plain", (), frozenset())
-"""Whatever every processor of the architecture has: SSE2 on x86-64, NEON on aarch64."""
+"""Instructions that every processor of the architecture has: SSE2 on x86-64, NEON on aarch64."""
 _AVX2 = Variant("avx2", ("-mavx2", "-mfma", "-mf16c"), frozenset({"avx2", "fma", "f16c"}))
 _AVX512 = Variant(
     "avx512",
@@ -46,19 +46,19 @@ X86 = (
 
 
 def all_variants() -> list[Variant]:
-    """Those of this architecture, from slowest to fastest."""
+    """Variants of this architecture, from slowest to fastest."""
     return [PLAIN, *X86] if platform.machine() in ("x86_64", "AMD64") else [PLAIN]
 
 
 def usable_variants() -> list[Variant]:
-    """Those that this processor can run, from slowest to fastest."""
+    """Variants that this processor can run, from slowest to fastest."""
     flags = processor_flags()
     return [variant for variant in all_variants() if variant.needs <= flags]
 
 
 def wanted_variants() -> list[Variant]:
-    """The one that the environment names, else all that can run here, from the fastest on. Raises `ValueError` when the
-    one that is named cannot run here."""
+    """The variant that the environment names, else all that can run here, fastest first. Raises `ValueError` when the
+    named one cannot run here."""
     usable = {variant.name: variant for variant in usable_variants()}
     name = os.environ.get(VARIABLE)
     if not name:
@@ -69,7 +69,7 @@ def wanted_variants() -> list[Variant]:
 
 
 def processor_flags() -> frozenset[str]:
-    """What the processor can do and the system lets it; empty where that is not known."""
+    """Features that the processor has and the system permits; empty where they are unknown."""
     if not sys.platform.startswith("linux"):
         return frozenset()
     try:

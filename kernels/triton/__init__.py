@@ -1,33 +1,14 @@
 """The ops in Triton, for GPUs: one source, compiled for the device when it is first used.
 
 With `TRITON_INTERPRET=1` in the environment before Triton is imported they run on the CPU, slowly: for tests. Triton is
-optional, and imported only when this backend is asked for.
+optional, and imported only when this backend is loaded.
 """
-
-import os
-from importlib.util import find_spec
-
-import torch
 
 from kernels.interface import Ops
 from kernels.training import TrainingOps
+from kernels.triton.availability import unavailable
 
-INTERPRETED = ("1", "true", "on", "yes", "y")
-"""What Triton takes for yes, in any case."""
-
-
-def unavailable() -> str | None:
-    """Why these ops cannot run here, or None when they can."""
-    if find_spec("triton") is None:
-        return "triton is not installed"
-    if not (torch.cuda.is_available() or interpreted()):
-        return "there is no CUDA device, and TRITON_INTERPRET=1 is not set"
-    return None
-
-
-def interpreted() -> bool:
-    """Whether Triton runs its kernels in Python, on the CPU."""
-    return os.environ.get("TRITON_INTERPRET", "").lower() in INTERPRETED
+__all__ = ["load", "training_ops", "unavailable"]
 
 
 def load() -> Ops:

@@ -1,4 +1,5 @@
-"""Activations in bytes, as the reference makes them: a turned row with one scale, or a scale for each group of 32."""
+"""Activations in bytes, as the reference makes them: a rotated row (`kernels.hadamard`) with one scale, or groups of 32
+with a scale each."""
 
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ LARGEST = tl.constexpr(127.0)
 
 @triton.jit
 def _integers(wide, largest, broken):
-    """Values as whole numbers, by their largest size and whether one is no number; and the scale."""
+    """Values as whole numbers, and their scale, by their largest size; `broken` is above 0 if one is not a number."""
     usable = (largest > 0.0) & (largest < float("inf")) & (broken == 0)
     factor = tl.div_rn(LARGEST, tl.where(usable, largest, 1.0))
     values = tl.where(usable, nearest(wide * factor), 0.0)
@@ -26,7 +27,7 @@ def _integers(wide, largest, broken):
 
 
 @triton.jit
-def _turn(x, BLOCK: tl.constexpr):
+def _hadamard(x, BLOCK: tl.constexpr):
     """`kernels.hadamard.turn` of x [BLOCK], a power of two from 64 on."""
     for stage in tl.static_range(6):
         # The distance is 32 >> stage; a constant cannot get a value twice.
@@ -37,10 +38,10 @@ def _turn(x, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _quantise_turned(x, stride, values, scales, size, padded, BLOCK: tl.constexpr):
+def _quantise_rotated(x, stride, values, scales, size, padded, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
-    wide = _turn(tl.load(x + row * stride + at, mask=at < size, other=0.0).to(tl.float32), BLOCK)
+    wide = _hadamard(tl.load(x + row * stride + at, mask=at < size, other=0.0).to(tl.float32), BLOCK)
     largest = tl.max(tl.abs(wide), axis=0)
     broken = tl.sum((wide != wide).to(tl.int32), axis=0)
     integers, scale = _integers(wide, largest, broken)
@@ -64,8 +65,8 @@ def _quantise_groups(x, stride, values, sums, scales, size, padded, num_groups, 
 
 
 @dataclass(frozen=True, eq=False)
-class Turned:
-    """R rows, turned."""
+class RotatedRows:
+    """R rows, rotated (`kernels.hadamard`), as integers."""
 
     values: Tensor
     """[R, ceil(in / 64) * 64] int8."""
@@ -73,19 +74,21 @@ class Turned:
     """[R] float32."""
 
 
-def turned(x: Tensor) -> Turned:
+def quantise_rotated(x: Tensor) -> RotatedRows:
     x = rows(x)
     count, size = x.shape
     padded = -(-size // TURNED) * TURNED
-    found = Turned(torch.empty(count, padded, dtype=torch.int8, device=x.device), torch.empty(count, device=x.device))
-    _quantise_turned[(count,)](
+    found = RotatedRows(
+        torch.empty(count, padded, dtype=torch.int8, device=x.device), torch.empty(count, device=x.device)
+    )
+    _quantise_rotated[(count,)](
         x, x.stride(0), found.values, found.scales, size, padded, BLOCK=power(size, TURNED), enable_fp_fusion=False
     )
     return found
 
 
 @dataclass(frozen=True, eq=False)
-class Grouped:
+class GroupedRows:
     """R rows, filled up with zeros to whole groups."""
 
     values: Tensor
@@ -96,11 +99,11 @@ class Grouped:
     """[R, groups] float32."""
 
 
-def grouped(x: Tensor) -> Grouped:
+def quantise_grouped(x: Tensor) -> GroupedRows:
     x = rows(x)
     count, size = x.shape
     groups = -(-size // GROUP)
-    found = Grouped(
+    found = GroupedRows(
         torch.empty(count, groups * GROUP, dtype=torch.int8, device=x.device),
         torch.empty(count, groups, device=x.device),
         torch.empty(count, groups, device=x.device),

@@ -10,17 +10,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.interface import PagedRows
-from kernels.tiles import TOKENS
+from kernels.batch import TILE_TOKENS, PagedRows
 from kernels.triton.launch import heads, power
 from kernels.triton.rope import scales_of
 
 SPLIT = 256
 """Tokens of a part of the context."""
 KEYS = 32
-"""Of them, those that are attended to at once."""
-LEAST = 16
-"""Rows and columns of a product at least."""
+"""Tokens of a part that are attended to at once."""
+MIN_TILE = 16
+"""Fewest rows and columns of a product."""
 
 
 @triton.jit
@@ -83,7 +82,7 @@ def _decode(
     num_kv, group, dim, width, block_size, scale, window, softcap, num_parts,
     M: tl.constexpr, D: tl.constexpr, SPLIT: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """One part of one row's context, for the query heads that share a key: to be put together by `_join`."""
+    """One part of one row's context, for the query heads that share a key: to be merged by `_merge_splits`."""
     row, kv, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     position = tl.load(extents + row * 3 + 2)
     if (part * SPLIT <= position) & (part * SPLIT + SPLIT > position - window + 1):
@@ -103,7 +102,7 @@ def _decode(
 
 
 @triton.jit
-def _join(bests, mixes, extents, out, num_heads, dim, window, num_parts, D: tl.constexpr, SPLIT: tl.constexpr):
+def _merge_splits(bests, mixes, extents, out, num_heads, dim, window, num_parts, D: tl.constexpr, SPLIT: tl.constexpr):
     """The parts of one row and head, from the first to the last."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     position = tl.load(extents + row * 3 + 2)
@@ -175,23 +174,24 @@ def paged_attention(
     group, tiles, seen = num_heads // num_kv, rows.tiles, window or 1 << 40
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     cache = (k_cache, v_cache, scales_of(k_cache), scales_of(v_cache))
-    options = {"D": power(dim, LEAST), "SPLIT": SPLIT, "KEYS": KEYS}
+    options = {"D": power(dim, MIN_TILE), "SPLIT": SPLIT, "KEYS": KEYS}
     if tiles.singles:
         parts = triton.cdiv(tiles.longest, SPLIT)
         bests = torch.empty(tiles.singles, num_heads, parts, 2, device=q.device)
         mixes = torch.empty(tiles.singles, num_heads, parts, dim, device=q.device)
         _decode[(tiles.singles, num_kv, parts)](
             q, q.stride(0), rows.tables, rows.tables.stride(0), tiles.extents, *cache, bests, mixes,
-            num_kv, group, dim, width, rows.block_size, scale, seen, softcap, parts, M=power(group, LEAST), **options,
+            num_kv, group, dim, width, rows.block_size, scale, seen, softcap, parts,
+            M=power(group, MIN_TILE), **options,
         )  # fmt: skip
-        _join[(tiles.singles, num_heads)](
+        _merge_splits[(tiles.singles, num_heads)](
             bests, mixes, tiles.extents, out, num_heads, dim, seen, parts, D=options["D"], SPLIT=SPLIT
         )
     if len(tiles.tiles):
-        size = power(TOKENS * group, LEAST)
+        size = power(TILE_TOKENS * group, MIN_TILE)
         _prefill[(len(tiles.tiles), num_kv)](
             q, q.stride(0), tiles.tiles, rows.tables, rows.tables.stride(0), tiles.extents, *cache, out,
             num_kv, group, dim, width, rows.block_size, scale, seen, softcap,
-            TOKENS=TOKENS, M=size, num_warps=4 if size < 128 else 8, **options,
+            TOKENS=TILE_TOKENS, M=size, num_warps=4 if size < 128 else 8, **options,
         )  # fmt: skip
     return out

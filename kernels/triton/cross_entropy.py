@@ -1,8 +1,8 @@
 """Cross-entropy of a linear over a large vocabulary, with its gradient, and without the logits in memory.
 
-The vocabulary is gone through twice in chunks of `CHUNK`: once for each row's largest logit and the sum of
-exponentials, then, where it is wanted, for the gradient, chunk by chunk. Products are cuBLAS's; what lies between
-them is here, one program a row (as in arXiv:2410.10989, which cuts up the rows instead).
+The vocabulary is read twice in chunks of `CHUNK`: once for each row's largest logit and the sum of
+exponentials, then, where required, for the gradient, chunk by chunk. Products are cuBLAS's; the steps between
+them are here, one program a row (as in arXiv:2410.10989, which cuts up the rows instead).
 """
 
 import torch
@@ -52,32 +52,32 @@ def _fold(logits, targets, first, bests, totals, at_targets, size, scale, softca
 
 
 @triton.jit
-def _gradient(logits, targets, first, bests, totals, size, weight, scale, softcap, BLOCK: tl.constexpr):
-    """A chunk's logits, overwritten by the gradient of `weight` times the loss."""
+def _gradient(logits, targets, first, bests, totals, shares, size, scale, softcap, BLOCK: tl.constexpr):
+    """A chunk's logits, overwritten by the gradient of each row's share times its loss."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     place = logits + row * size + at
     x, slope = _capped(tl.load(place, mask=inside, other=0.0).to(tl.float32), scale, softcap)
-    share = tl.exp(x - tl.load(bests + row)) / tl.load(totals + row)
-    share = tl.where(at == tl.load(targets + row) - first, share - 1.0, share)
-    tl.store(place, (share * weight * slope).to(logits.dtype.element_ty), mask=inside)
+    change = tl.exp(x - tl.load(bests + row)) / tl.load(totals + row)
+    change = tl.where(at == tl.load(targets + row) - first, change - 1.0, change)
+    tl.store(place, (change * tl.load(shares + row) * slope).to(logits.dtype.element_ty), mask=inside)
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Weight, targets: Tensor, share: float | None, *, scale: float = 1.0, softcap: float = 0.0
+    hidden: Tensor, weight: Weight, targets: Tensor, shares: Tensor | None, *, scale: float = 1.0, softcap: float = 0.0
 ) -> TokenLosses:
     """`TrainingOps.linear_cross_entropy`."""
     count, vocab = len(hidden), weight.shape[0]
     bests = torch.full((count,), -torch.inf, device=hidden.device)
     totals, at_targets = torch.zeros_like(bests), torch.zeros_like(bests)
     if not count:
-        return TokenLosses(bests, bests > 0, None if share is None else torch.zeros_like(hidden))
+        return TokenLosses(bests, bests > 0, None if shares is None else torch.zeros_like(hidden))
     for first in range(0, vocab, CHUNK):
         logits = F.linear(hidden, _rows(weight, first, hidden.dtype))
         _fold[(count,)](logits, targets, first, bests, totals, at_targets, logits.shape[1], scale, softcap, BLOCK=BLOCK)
     losses, correct = bests + totals.log() - at_targets, at_targets == bests
-    if share is None:
+    if shares is None:
         return TokenLosses(losses, correct, None)
     grad = torch.zeros(hidden.shape, device=hidden.device)
     for first in range(0, vocab, CHUNK):
@@ -85,7 +85,7 @@ def linear_cross_entropy(
         logits = F.linear(hidden, part)
         size = logits.shape[1]
         _gradient[(count, triton.cdiv(size, BLOCK))](
-            logits, targets, first, bests, totals, size, share, scale, softcap, BLOCK=BLOCK
+            logits, targets, first, bests, totals, shares, size, scale, softcap, BLOCK=BLOCK
         )
         grad += logits @ part
     return TokenLosses(losses, correct, grad.to(hidden.dtype))

@@ -1,17 +1,17 @@
-"""What all kernels share: which tensors they take, and the sizes of blocks."""
+"""Helpers of all kernels: the tensors that they take, and the sizes of blocks."""
 
 import torch
 from torch import Tensor
 
-from kernels.triton import interpreted
+from kernels.triton.availability import interpreted
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 DEVICE = "cpu" if interpreted() else "cuda"
-"""Where tensors must be. Read once, as Triton does when a kernel is defined."""
+"""Device on which tensors must be. Read once, as Triton does when a kernel is defined."""
 
 
 def takes(*tensors: Tensor) -> bool:
-    """Whether the kernels can take these: floats on their device, and nobody wants a gradient."""
+    """True if the kernels can take these: floats on their device, without a gradient."""
     wants_grad = torch.is_grad_enabled()
     return all(x.dtype in FLOATS and x.device.type == DEVICE and not (wants_grad and x.requires_grad) for x in tensors)
 

@@ -11,11 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.interface import LoraSegment
+from kernels.batch import LoraSegment
 from kernels.triton.launch import power, rows
 
 TOKENS, INNER, OUT = 16, 64, 64
-"""Of a tile: tokens, inputs that are summed at once, and outputs."""
+"""Sizes of a tile: tokens, inputs that are summed at once, and outputs."""
 
 
 @triton.jit
@@ -27,8 +27,8 @@ def _token(tokens, at, inside):
 
 
 @triton.jit
-def _shrink(x, stride, segments, narrow, size, width, TOKENS: tl.constexpr, INNER: tl.constexpr, RANK: tl.constexpr):
-    """narrow [segment's first row + token, rank] = scales * (x A^T), in float32."""
+def _shrink(x, stride, segments, shrunk, size, width, TOKENS: tl.constexpr, INNER: tl.constexpr, RANK: tl.constexpr):
+    """shrunk [segment's first row + token, rank] = scales * (x A^T), in float32."""
     entry = segments + tl.program_id(0) * 6
     tokens, count, start = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
     element = x.dtype.element_ty
@@ -48,14 +48,14 @@ def _shrink(x, stride, segments, narrow, size, width, TOKENS: tl.constexpr, INNE
             total = tl.dot(inputs, factors, total, input_precision="ieee")
         total *= tl.load(scales + rank, mask=rank < ranks, other=0.0).to(tl.float32)[None, :]
         tl.store(
-            narrow + (start + at)[:, None] * width + rank[None, :], total,
+            shrunk + (start + at)[:, None] * width + rank[None, :], total,
             mask=(at < count)[:, None] & (rank < ranks)[None, :],
         )  # fmt: skip
 
 
 @triton.jit
-def _expand(narrow, parts, y, stride, step, width, TOKENS: tl.constexpr, OUT: tl.constexpr, RANK: tl.constexpr):
-    """y [token, column of the part and on] += narrow B^T, one part of one segment."""
+def _expand(shrunk, parts, y, stride, step, width, TOKENS: tl.constexpr, OUT: tl.constexpr, RANK: tl.constexpr):
+    """y [token, column of the part and on] += shrunk B^T, one part of one segment."""
     entry = parts + tl.program_id(0) * 8
     tokens, count, start = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
     b = tl.load(entry + 3).to(tl.pointer_type(y.dtype.element_ty))
@@ -66,7 +66,7 @@ def _expand(narrow, parts, y, stride, step, width, TOKENS: tl.constexpr, OUT: tl
         at, rank = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS), tl.arange(0, RANK)
         out = tl.program_id(2) * OUT + tl.arange(0, OUT)
         here = (at < count)[:, None] & (rank < ranks)[None, :]
-        inputs = tl.load(narrow + (start + at)[:, None] * width + first_rank + rank[None, :], mask=here, other=0.0)
+        inputs = tl.load(shrunk + (start + at)[:, None] * width + first_rank + rank[None, :], mask=here, other=0.0)
         there = (rank < ranks)[:, None] & (out < size)[None, :]
         factors = tl.load(b + out[None, :] * ranks + rank[:, None], mask=there, other=0.0).to(tl.float32)
         place = _token(tokens, at, at < count)[:, None] * stride + (column + out)[None, :] * step
@@ -77,7 +77,7 @@ def _expand(narrow, parts, y, stride, step, width, TOKENS: tl.constexpr, OUT: tl
 
 
 def fits(x: Tensor, y: Tensor, segments: Sequence[LoraSegment]) -> bool:
-    """Whether all factors are of the type of x and y, and in one piece."""
+    """True if all factors are of the type of x and y, and in one piece."""
     return x.dtype is y.dtype and all(
         tensor.dtype is x.dtype and tensor.is_contiguous()
         for segment in segments
@@ -104,16 +104,16 @@ def lora_apply(x: Tensor, y: Tensor, segments: Sequence[LoraSegment]) -> Tensor:
             first += rank
     # One copy to the device for both tables.
     numbers = torch.tensor([n for entry in (*shrinking, *expanding) for n in entry], dtype=torch.int64).to(x.device)
-    narrow_width = max(entry[5] for entry in shrinking)
-    narrow = torch.empty(starts[-1], narrow_width, device=x.device)
+    shrunk_width = max(entry[5] for entry in shrinking)
+    shrunk = torch.empty(starts[-1], shrunk_width, device=x.device)
     tiles = triton.cdiv(max(counts), TOKENS)
     _shrink[(len(shrinking), tiles)](
-        x, x.stride(0), numbers, narrow, x.shape[1], narrow_width,
-        TOKENS=TOKENS, INNER=INNER, RANK=power(narrow_width, 16),
+        x, x.stride(0), numbers, shrunk, x.shape[1], shrunk_width,
+        TOKENS=TOKENS, INNER=INNER, RANK=power(shrunk_width, 16),
     )  # fmt: skip
     widest, rank = max(entry[6] for entry in expanding), max(entry[4] for entry in expanding)
     _expand[(len(expanding), tiles, triton.cdiv(widest, OUT))](
-        narrow, numbers[6 * len(shrinking) :], y, y.stride(0), y.stride(1), narrow_width,
+        shrunk, numbers[6 * len(shrinking) :], y, y.stride(0), y.stride(1), shrunk_width,
         TOKENS=TOKENS, OUT=OUT, RANK=power(rank, 16),
     )  # fmt: skip
     return y

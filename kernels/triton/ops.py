@@ -1,4 +1,4 @@
-"""The Triton backend: its kernels where tensors are on the GPU and no gradient is wanted, else the reference.
+"""The Triton backend: its kernels where tensors are on the GPU and need no gradient, else the reference.
 
 Rows of several tokens are attended to by flash-attn where that is installed and can read the cache.
 """
@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels import triton as package
-from kernels.interface import LoraSegment, PagedRows
+from kernels.batch import LoraSegment, PagedRows
 from kernels.quantised import Weight
 from kernels.reference import ReferenceOps
 from kernels.triton import attention, lora, norms, pointwise, quantised, rope, sampling
+from kernels.triton.availability import unavailable
 from kernels.triton.flash import FlashAttention
 from kernels.triton.launch import takes
 
@@ -29,7 +29,7 @@ class TritonOps(ReferenceOps):
 
     @classmethod
     def unavailable(cls) -> str | None:
-        return package.unavailable()
+        return unavailable()
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         if not (isinstance(weight, quantised.TAKEN) and takes(x)):
@@ -119,5 +119,5 @@ class TritonOps(ReferenceOps):
 
 
 def cached(stored: Tensor, head_dim: int) -> bool:
-    """Whether the kernels can read this cache: the scale behind an int8 head must lie where a float32 may."""
+    """True if the kernels can read this cache: the scale behind an int8 head must lie where a float32 may."""
     return stored.dtype in CACHE_TYPES and (stored.dtype is not torch.int8 or head_dim % 4 == 0)

@@ -13,10 +13,10 @@ from torch import Tensor
 from kernels.int4 import GROUP, HALF, Int4Weight
 from kernels.int8_groups import Int8GroupWeight
 from kernels.quantised import Int8Weight
-from kernels.triton.activations import grouped, turned
+from kernels.triton.activations import quantise_grouped, quantise_rotated
 
 ROWS, OUT, INNER = 16, 64, 64
-"""Of a tile: rows and outputs of a product, and inputs that are summed at once."""
+"""Sizes of a tile: rows and outputs of a product, and inputs that are summed at once."""
 
 
 @triton.jit
@@ -96,13 +96,13 @@ def linear(x: Tensor, weight: TAKEN, bias: Tensor | None) -> Tensor:
     options = {"BIAS": bias is not None, "ROWS": ROWS, "OUT": OUT, "enable_fp_fusion": False}
     added = y if bias is None else bias
     if isinstance(weight, Int8Weight):
-        row = turned(x)
+        row = quantise_rotated(x)
         _int8[grid](
             row.values, row.scales, weight.values, weight.scales, added, y, count, out, row.values.shape[1],
             INNER=INNER, **options,
         )  # fmt: skip
         return y
-    a = grouped(x)
+    a = quantise_grouped(x)
     four = isinstance(weight, Int4Weight)
     values, minimums = (weight.packed, weight.minimums) if isinstance(weight, Int4Weight) else (weight.values, y)
     assert values.shape[1] == a.sums.shape[1] * (HALF if four else GROUP)

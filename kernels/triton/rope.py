@@ -26,8 +26,8 @@ def _store(stored, place, width, at, inside, x, factor):
 
 @triton.jit
 def _store_scale(stored, scales, place, width, largest):
-    """The scale of a head, behind it in a cache of integers. Returns what makes the largest size 127; 0 where that is
-    not a number to scale by."""
+    """The scale of a head, behind it in a cache of integers. Returns the factor that makes the largest size 127; 0
+    where that is not a number to scale by."""
     if stored.dtype.element_ty == tl.int8:
         tl.store(scales + place * (width // 4) + width // 4 - 1, tl.div_rn(largest, LARGEST))
     usable = (largest > 0.0) & (largest < float("inf"))
@@ -35,26 +35,26 @@ def _store_scale(stored, scales, place, width, largest):
 
 
 @triton.jit
-def _turn(base, cos, sin, dim, half, k_cache, k_scales, place, width, is_key, HALF: tl.constexpr, REST: tl.constexpr):
-    """Turn the head at `base`, and store it if it is a key."""
+def _rotate(base, cos, sin, dim, half, k_cache, k_scales, place, width, is_key, HALF: tl.constexpr, REST: tl.constexpr):
+    """Rotate the head at `base`, and store it if it is a key."""
     pair = tl.arange(0, HALF)
-    turned = pair < half
-    first = tl.load(base + pair, mask=turned, other=0.0).to(tl.float32)
-    second = tl.load(base + half + pair, mask=turned, other=0.0).to(tl.float32)
-    c = tl.load(cos + pair, mask=turned, other=0.0).to(tl.float32)
-    s = tl.load(sin + pair, mask=turned, other=0.0).to(tl.float32)
+    rotated = pair < half
+    first = tl.load(base + pair, mask=rotated, other=0.0).to(tl.float32)
+    second = tl.load(base + half + pair, mask=rotated, other=0.0).to(tl.float32)
+    c = tl.load(cos + pair, mask=rotated, other=0.0).to(tl.float32)
+    s = tl.load(sin + pair, mask=rotated, other=0.0).to(tl.float32)
     low = (first * c - second * s).to(base.dtype.element_ty)
     high = (second * c + first * s).to(base.dtype.element_ty)
-    tl.store(base + pair, low, mask=turned)
-    tl.store(base + half + pair, high, mask=turned)
+    tl.store(base + pair, low, mask=rotated)
+    tl.store(base + half + pair, high, mask=rotated)
     if is_key:
         at = 2 * half + tl.arange(0, REST)
         rest = tl.load(base + at, mask=at < dim, other=0.0).to(tl.float32)
         low_wide, high_wide = low.to(tl.float32), high.to(tl.float32)
         largest = _larger(_largest(low_wide), _larger(_largest(high_wide), _largest(rest)))
         factor = _store_scale(k_cache, k_scales, place, width, largest)
-        _store(k_cache, place, width, pair, turned, low_wide, factor)
-        _store(k_cache, place, width, half + pair, turned, high_wide, factor)
+        _store(k_cache, place, width, pair, rotated, low_wide, factor)
+        _store(k_cache, place, width, half + pair, rotated, high_wide, factor)
         _store(k_cache, place, width, at, at < dim, rest, factor)
 
 
@@ -79,13 +79,13 @@ def _rope_and_cache(
     cos += token * half
     sin += token * half
     if head < num_heads:
-        _turn(
+        _rotate(
             q + token * q_stride + head * dim, cos, sin, dim, half, k_cache, k_scales, place, width, False, HALF, REST
         )
     elif head < num_heads + num_kv:
         kv = head - num_heads
         base = k + token * k_stride + kv * dim
-        _turn(base, cos, sin, dim, half, k_cache, k_scales, place + kv, width, True, HALF, REST)
+        _rotate(base, cos, sin, dim, half, k_cache, k_scales, place + kv, width, True, HALF, REST)
     else:
         other = head - num_heads - num_kv
         _copy(v + token * v_stride + other * dim, dim, v_cache, v_scales, place + other, width, BLOCK)
@@ -118,7 +118,7 @@ def rope_and_cache(
     v_cache: Tensor,
     slots: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """`Ops.rope_and_cache`; q and k are turned where they lie."""
+    """`Ops.rope_and_cache`; q and k are rotated where they lie."""
     q, k, v = heads(q), heads(k), heads(v)
     tokens, num_heads, dim = q.shape
     num_kv, half = k.shape[1], cos.shape[1]

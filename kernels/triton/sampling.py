@@ -117,7 +117,7 @@ def _in_order_of_ids(probs, vocab, uniform, BLOCK: tl.constexpr):
 
 @triton.jit
 def _filtered(probs, vocab, uniform, top_k, top_p, min_p, BLOCK: tl.constexpr):
-    """With filters. What they leave is: every token above `end`, and the first `ties` of those that have that key."""
+    """With filters. They leave every token above `end`, and the first `ties` of the tokens with that key."""
     top = _key_at_rank(probs, vocab, 1, BLOCK)
     least = tl.maximum((min_p * top.to(tl.float32, bitcast=True)).to(tl.int32, bitcast=True), 1)
     kept, count = _from(probs, vocab, least, BLOCK)

@@ -42,11 +42,11 @@ class TritonTrainingOps(TrainingOps):
         hidden: Tensor,
         weight: Weight,
         targets: Tensor,
-        share: float | None,
+        shares: Tensor | None,
         *,
         scale: float = 1.0,
         softcap: float = 0.0,
     ) -> TokenLosses:
         if not takes(hidden):
-            return super().linear_cross_entropy(hidden, weight, targets, share, scale=scale, softcap=softcap)
-        return linear_cross_entropy(hidden, weight, targets, share, scale=scale, softcap=softcap)
+            return super().linear_cross_entropy(hidden, weight, targets, shares, scale=scale, softcap=softcap)
+        return linear_cross_entropy(hidden, weight, targets, shares, scale=scale, softcap=softcap)
