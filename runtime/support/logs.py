@@ -1,8 +1,8 @@
 """Logging: readable on a terminal, one JSON object a line otherwise.
 
-Our own events and those of the libraries (uvicorn, asyncio) come out in the same form, on standard
-error. What clients send can neither start a new line nor steer a terminal, and a sink that cannot be
-written to (disk full, closed pipe) loses lines, never requests. Prompts and outputs are never logged.
+Our own events and the libraries' (uvicorn, asyncio) have the same form, on standard error. Client data can neither
+start a new line nor control a terminal. A sink that cannot be written to (disk full, closed pipe) loses lines, never
+requests. Prompts and outputs are never logged.
 """
 
 import logging
@@ -15,7 +15,16 @@ from structlog.typing import EventDict, FilteringBoundLogger, Processor, Wrapped
 from settings.schema import ObservabilitySettings
 
 MAX_VALUE = 500
-"""Characters of one logged value; what clients send can be megabytes."""
+"""Largest number of characters of one logged value; client data can be megabytes."""
+
+if not structlog.is_configured():
+    # For scripts, which never call `configure`: structlog's own default shows the local variables of a traceback.
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.dev.ConsoleRenderer(colors=False, exception_formatter=structlog.dev.plain_traceback),
+        ]
+    )
 
 
 def configure(settings: ObservabilitySettings, stream: TextIO | None = None) -> None:
@@ -79,14 +88,13 @@ def _redirect_standard_library(output: "_Sink", shared: list[Processor], final: 
     )
     root = logging.getLogger()
     root.handlers[:] = [handler]
-    root.setLevel(max(level, logging.WARNING))  # libraries tell us of trouble, not of their day
-    # One bad request line is the client's trouble: it is answered and counted, and a flood of them
-    # must not fill the log.
+    root.setLevel(max(level, logging.WARNING))  # libraries log problems alone, not routine
+    # A bad request line is the client's fault: it is answered and counted, and a flood of them must not fill the log.
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
 
 
 class _Sink:
-    """A text stream whose failures are nobody's problem."""
+    """A text stream whose failures are ignored."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream

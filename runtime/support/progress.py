@@ -16,7 +16,7 @@ class Bar:
         self._tokens = 0
 
     def advance(self, tokens: int) -> None:
-        """One more request is finished, with so many generated tokens."""
+        """Count one more finished request, with `tokens` generated tokens."""
         self._tokens += tokens
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, advance=1, tokens=self._tokens)
@@ -24,7 +24,7 @@ class Bar:
 
 @contextmanager
 def progress_bar(label: str, *, total: int, show: bool) -> Iterator[Bar]:
-    """A bar on stderr for `total` requests while the block runs."""
+    """Context with a bar on stderr for `total` requests."""
     if not show:
         yield Bar(None, None)
         return

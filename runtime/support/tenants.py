@@ -1,4 +1,4 @@
-"""Whose request it is, as far as scheduling and logs need to know: a label, from which no key can be had back."""
+"""The tenant of a request, for scheduling and logs: a label from which the API key cannot be recovered."""
 
 import hashlib
 from collections.abc import Iterable

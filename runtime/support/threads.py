@@ -1,4 +1,4 @@
-"""Heavy work apart from the engine's thread, each piece on a thread that ends with it.
+"""Heavy work outside the engine's thread, each piece on a thread that ends with it.
 
 The engine computes with a team of OpenMP threads as large as the machine. A second thread that uses torch gets a team
 of its own, and as long as both exist there are more threads than cores: libgomp then puts waiting threads to sleep
@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-def run_apart(function: Callable[..., T], *args: Any) -> T:
-    """The result of `function(*args)`, or what it raises. Waits for it; a signal interrupts the wait alone."""
+def run_in_fresh_thread(function: Callable[..., T], *args: Any) -> T:
+    """The result of `function(*args)`, or its error. Blocks until then; a signal interrupts the wait alone."""
     found: list[Callable[[], T]] = []
 
     def work() -> None:
@@ -29,8 +29,8 @@ def run_apart(function: Callable[..., T], *args: Any) -> T:
     return found[0]()
 
 
-async def call_apart(function: Callable[..., T], *args: Any) -> T:
-    """The same from a coroutine. When the caller is cancelled, the function still runs to its end."""
+async def call_in_fresh_thread(function: Callable[..., T], *args: Any) -> T:
+    """As `run_in_fresh_thread`, from a coroutine. When the caller is cancelled, the function still runs to its end."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[Callable[[], T]] = loop.create_future()
 
@@ -40,7 +40,7 @@ async def call_apart(function: Callable[..., T], *args: Any) -> T:
 
     def work() -> None:
         outcome = _outcome(function, *args)
-        with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+        with contextlib.suppress(RuntimeError):  # the loop has ended in the meantime
             loop.call_soon_threadsafe(settle, outcome)
 
     threading.Thread(target=work, name="apart", daemon=True).start()
@@ -48,7 +48,7 @@ async def call_apart(function: Callable[..., T], *args: Any) -> T:
 
 
 def _outcome(function: Callable[..., T], *args: Any) -> Callable[[], T]:
-    """Calls the function; what is returned gives its result, or raises its error."""
+    """Call the function; calling the returned one gives its result, or raises its error."""
     try:
         result = function(*args)
     except Exception as error:
@@ -59,3 +59,33 @@ def _outcome(function: Callable[..., T], *args: Any) -> Callable[[], T]:
 
         return fail
     return lambda: result
+
+
+# -- worker thread ---------------------------------------------------------------------------------
+#
+# Blocking work off the event loop, in the order of the calls.
+
+
+class WorkerThread:
+    """Runs one call after the other, outside the event loop and the engine's thread."""
+
+    def __init__(self) -> None:
+        self._turn = asyncio.Lock()
+        self._running: set[asyncio.Future[Any]] = set()
+
+    async def call(self, function: Callable[..., T], *args: Any) -> T:
+        """The result of `function(*args)`. When the caller is cancelled, the function still runs to its end, and later
+        calls wait for it."""
+        task = asyncio.ensure_future(self._in_turn(function, *args))
+        self._running.add(task)
+        task.add_done_callback(self._ended)
+        return await asyncio.shield(task)
+
+    async def _in_turn(self, function: Callable[..., T], *args: Any) -> T:
+        async with self._turn:
+            return await call_in_fresh_thread(function, *args)
+
+    def _ended(self, task: asyncio.Future[Any]) -> None:
+        self._running.discard(task)
+        if not task.cancelled():
+            task.exception()  # callers that still wait get the error; asyncio must not log it

@@ -1,14 +1,29 @@
-"""Refuses to run beside another package that is imported as `kernels`.
+"""The version of Eft: from the installed distribution, else from the source tree's pyproject.toml."""
 
-Hugging Face has a distribution of that name, with an import package of that name. Whichever of the
-two comes first on the path hides the other, and what breaks then says nothing of the cause.
-"""
-
+import functools
 import importlib.metadata
 import importlib.util
+import tomllib
 from pathlib import Path
 
-_OURS = Path(__file__).resolve().parent.parent / "kernels"
+
+@functools.cache
+def version() -> str:
+    try:
+        return importlib.metadata.version("eft-server")
+    except importlib.metadata.PackageNotFoundError:
+        pyproject = Path(__file__).resolve().parents[2] / "pyproject.toml"
+        return str(tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]["version"])
+
+
+# -- clash -----------------------------------------------------------------------------------------
+#
+# Refusal to run beside another package that is imported as `kernels`.
+#
+# Hugging Face has a distribution of that name, with an import package of that name. The first of the two on the path
+# hides the other, and the errors that follow do not name the cause.
+
+_OURS = Path(__file__).resolve().parents[2] / "kernels"
 
 
 class PackageClash(Exception):
@@ -16,7 +31,7 @@ class PackageClash(Exception):
 
 
 def find_clash() -> str | None:
-    """What is wrong and the way out, or None when `import kernels` can only mean ours."""
+    """The problem and its remedy, or None when `import kernels` can only mean ours."""
     try:
         version = importlib.metadata.version("kernels")
     except importlib.metadata.PackageNotFoundError:
