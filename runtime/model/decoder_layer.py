@@ -1,22 +1,44 @@
-"""One layer of the decoder. Its two halves, `project` and `finish`, work token by token: training slices them, the
-second one in three parts."""
+"""One layer of the decoder: a single `forward`, for every architecture, backend and adapter.
+
+Its four parts are stages of training too (`runtime.trainer.stages`). Each works token by token, so training cuts them
+into slices.
+"""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from kernels import LayerWeights, LinearWeights, Ops
-from runtime.workers.adaptation import Adaptation
-from runtime.workers.attention import Attention
-from runtime.workers.group import SOLO, Group
-from runtime.workers.heads import Heads
-from runtime.workers.layers import Linear, Parameter, RowLinear
-from runtime.workers.mlp import MLP, DenseMLP, Experts
-from runtime.workers.norms import NORMS, Identity, Norm, PerHeadLayerNorm, RMSNorm, SplitRMSNorm
-from runtime.workers.spec import LINEARS, DecoderSpec
-from runtime.workers.split import Split
+from kernels import LayerWeights, LinearWeights, Ops, PagedContext
+from runtime.model.attention import Attention
+from runtime.model.group import SOLO, Group
+from runtime.model.layers import Adapt, Linear, Parameter, RowLinear
+from runtime.model.lora import Adaptation
+from runtime.model.mlp import MLP, DenseMLP, Experts
+from runtime.model.norms import NORMS, Identity, Norm, PerHeadLayerNorm, SplitRMSNorm
+from runtime.model.spec import LINEARS, DecoderSpec
+from runtime.model.split import Heads, Split
+
+
+@dataclass(frozen=True, eq=False)
+class LayerContext:
+    """A batch of T tokens, as all layers see it."""
+
+    attention: Attention
+    cos: Tensor
+    """[tables, T, R / 2], as `sin`: see `Decoder.angles`."""
+    sin: Tensor
+    adaptation: Adaptation | None = None
+    logits_indices: Tensor | None = None
+    """[n] int64, ascending: the tokens whose hidden states are needed after the last layer. None: all."""
+
+    @property
+    def paged(self) -> PagedContext | None:
+        """See `kernels.stack.ForwardContext`."""
+        adapted = () if self.adaptation is None else self.adaptation.adapted
+        return None if adapted is None else self.attention.paged(adapted)
 
 
 class DecoderLayer:
@@ -52,72 +74,60 @@ class DecoderLayer:
             "out": self._out,
             **self.mlp.linears,
         }
-        """Those of `LINEARS` that this layer has."""
+        """The linears of this layer, a subset of `LINEARS`."""
         self._norms: dict[str, Norm] = _norms(spec, heads, dtype, device, group)
-        norm = self._norms["mlp_norm"]
-        self._swiglu = norm if isinstance(norm, RMSNorm) and self._is_plain() else None
-        """The norm of a layer as Llama has it: backends have ops for its second half."""
+        self._adds_as_is = not spec.post_norm and spec.residual_scale == 1.0
+        """True if outputs are added to the residual stream as they are."""
 
-    def __call__(
-        self, ops: Ops, hidden: Tensor, attention: Attention, cos: Tensor, sin: Tensor, adaptation: Adaptation | None
-    ) -> Tensor:
-        """hidden [T, hidden] → the same; cos, sin: see `Decoder.angles`."""
+    def forward(self, ops: Ops, hidden: Tensor, context: LayerContext) -> Tensor:
+        """hidden [T, hidden] → [T, hidden]."""
+        adaptation = context.adaptation
         q, k, v = self.project(ops, hidden, adaptation)
-        return self.finish(ops, hidden, attention(self.index, q, k, v, cos, sin), adaptation)
+        mixed = context.attention(self.index, q, k, v, context.cos, context.sin)
+        attended = self._begin_mix(ops, hidden, mixed, adaptation)
+        if self._spec.parallel:
+            inner = self.expand(ops, hidden, adaptation)  # between ranks, during the all-reduce of what is attended
+            residual = attended()
+        else:
+            residual = attended()
+            inner = self.expand(ops, residual, adaptation)
+        return self.contract(ops, residual, inner, adaptation)
 
     def project(self, ops: Ops, hidden: Tensor, adaptation: Adaptation | None) -> tuple[Tensor, Tensor, Tensor]:
-        """hidden [T, hidden] → this rank's q [T, H, D], k and v [T, G, D], before rope. Token by token: T may be any
-        part."""
-        norm = self._norms["attention_norm"]
-        if adaptation is None and self._fuses:
-            fused = norm.then_linear(ops, hidden, *self.linears["qkv"].tensors)
-        else:
-            fused = self._linear("qkv", ops, norm(ops, hidden), adaptation)
-        q, k, v = self._by_head(fused)
+        """The first part: hidden [T, hidden] → this rank's q [T, H, D], k and v [T, G, D], before rope."""
+        norm, adapt = self._norms["attention_norm"], self._adapt("qkv", adaptation)
+        q, k, v = self._by_head(norm.norm_linear(ops, hidden, self.linears["qkv"], adapt))
         if self._spec.qk_norm == "none":
             return q, k, v
         return self._qk_norm("q_norm", ops, q), self._qk_norm("k_norm", ops, k), v
 
-    def finish(self, ops: Ops, hidden: Tensor, mixed: Tensor, adaptation: Adaptation | None) -> Tensor:
-        """What attention found [T, H, D], and the layer's input [T, hidden] → its output. Token by token too."""
-        if adaptation is None and self._swiglu is not None and self._fuses:
-            hidden = self._out.add(ops, hidden, mixed.flatten(1))
-            norm_weight, eps = self._swiglu.weight.data, self._swiglu.eps
-            inner = ops.norm_swiglu(hidden, norm_weight, eps, *self.linears["gate_up"].tensors)
-            return self.linears["down"].add(ops, hidden, inner)
-        if adaptation is not None and self._swiglu is not None and self._group.size == 1:
-            return self._adapted(ops, hidden, mixed.flatten(1), adaptation)
-        attention = self._attended(ops, mixed, adaptation)
-        if self._spec.parallel:
-            inner = self.expand(ops, hidden, adaptation)
-            residual = hidden + attention()
-        else:
-            residual = hidden + attention()
-            inner = self.expand(ops, residual, adaptation)
-        return self.contract(ops, residual, inner, adaptation)
-
-    def _adapted(self, ops: Ops, hidden: Tensor, mixed: Tensor, adaptation: Adaptation) -> Tensor:
-        """`finish` of a layer as Llama has it, with adapters: the residual stream is added by the linears, so adapters
-        add to the stream itself."""
-        added = adaptation(self.index, "out", mixed, self._out.add(ops, hidden, mixed))
-        inner = self.expand(ops, added, adaptation)
-        down = self.linears["down"]
-        return adaptation(self.index, "down", inner, down.add(ops, added, inner))
-
     def mix(self, ops: Ops, hidden: Tensor, mixed: Tensor, adaptation: Adaptation | None) -> Tensor:
-        """First part of `finish`: with what attention found, [T, hidden]."""
-        return hidden + self._attended(ops, mixed, adaptation)()
+        """The second part: the layer's input with attention's output `mixed` [T, H, D] added through a linear, the
+        residual stream [T, hidden]."""
+        return self._begin_mix(ops, hidden, mixed, adaptation)()
 
-    def expand(self, ops: Ops, seen: Tensor, adaptation: Adaptation | None) -> Tensor:
-        """Second part: the MLP up to its inner activations. `seen` [T, hidden] is what `mix` gave, or in a parallel
-        layer what it was given."""
+    def expand(self, ops: Ops, residual: Tensor, adaptation: Adaptation | None) -> Tensor:
+        """The third part: the MLP up to its inner activations, [T, any]. `residual` [T, hidden] is the result of `mix`,
+        or in a parallel layer the layer's input."""
         norm = self._norms["attention_norm" if self._spec.shared_norm else "mlp_norm"]
-        return self.mlp.expand(ops, norm(ops, seen), lambda name, x: self._linear(name, ops, x, adaptation))
+        return self.mlp.expand(ops, norm, residual, self._adapt("gate_up", adaptation))
 
     def contract(self, ops: Ops, residual: Tensor, inner: Tensor, adaptation: Adaptation | None) -> Tensor:
-        """Last part: the MLP's output added to what `mix` gave, [T, hidden]."""
-        out = self.mlp.contract(ops, inner, lambda name, x: self._linear(name, ops, x, adaptation))
-        return residual + self._scaled(self._norms["mlp_post_norm"](ops, out))
+        """The last part: the MLP's output added to the result of `mix`, [T, hidden]."""
+        adapt = self._adapt("down", adaptation)
+        if self._adds_as_is:
+            return self.mlp.contract_add(ops, residual, inner, adapt)
+        return residual + self._scaled(self._norms["mlp_post_norm"](ops, self.mlp.contract(ops, inner, adapt)))
+
+    def _begin_mix(
+        self, ops: Ops, hidden: Tensor, mixed: Tensor, adaptation: Adaptation | None
+    ) -> Callable[[], Tensor]:
+        """Begin `mix`; calling the result returns the residual stream. Between ranks the all-reduce runs meanwhile."""
+        x, adapt = mixed.flatten(1), self._adapt("out", adaptation)
+        if self._adds_as_is:
+            return self._out.begin_residual_add(ops, hidden, x, adapt)
+        arrives = self._out.begin(ops, x, adapt)
+        return lambda: hidden + self._scaled(self._norms["attention_post_norm"](ops, arrives()))
 
     @property
     def parameters(self) -> dict[str, Parameter]:
@@ -127,43 +137,32 @@ class DecoderLayer:
         return named | {f"{name}.{key}": p for name, norm in self._norms.items() for key, p in norm.parameters.items()}
 
     @property
-    def weights(self) -> LayerWeights | None:
-        """All of them, where the layer is as Llama has it."""
-        spec, attention_norm, mlp_norm = self._spec, self._norms["attention_norm"], self._swiglu
-        if mlp_norm is None or not isinstance(attention_norm, RMSNorm) or self._group.size > 1 or spec.qkv == "grouped":
-            return None
-        if spec.qk_norm not in ("none", "head"):
-            return None
-        heads = [norm for name in ("q_norm", "k_norm") if isinstance(norm := self._norms.get(name), RMSNorm)]
-        q_norm, k_norm = [norm.weight.data for norm in heads] or (None, None)
+    def is_llama(self) -> bool:
+        """True for a layer as `kernels.LayerWeights` describes it, held by one rank."""
+        spec = self._spec
+        plain = spec.norm == "rms" and spec.pre_norm and not (spec.shared_norm or spec.parallel)
+        heads = spec.qkv != "grouped" and spec.qk_norm in ("none", "head")
+        return plain and heads and self._adds_as_is and self.mlp.is_swiglu and self._group.size == 1
+
+    @property
+    def weights(self) -> LayerWeights:
+        """All weights of a layer that `is_llama`."""
+        assert self.is_llama
+        norms = {name: norm.parameters["weight"].data for name, norm in self._norms.items() if norm.parameters}
         qkv, out, gate_up, down = (LinearWeights(*self.linears[name].tensors) for name in LINEARS)
-        layer = spec.layers[self.index]
+        layer = self._spec.layers[self.index]
         return LayerWeights(
-            attention_norm=attention_norm.weight.data,
-            q_norm=q_norm,
-            k_norm=k_norm,
-            mlp_norm=mlp_norm.weight.data,
+            attention_norm=norms["attention_norm"],
+            q_norm=norms.get("q_norm"),
+            k_norm=norms.get("k_norm"),
+            mlp_norm=norms["mlp_norm"],
             linears=(qkv, out, gate_up, down),
             window=layer.window,
             rope=layer.rope,
         )
 
-    def _attended(self, ops: Ops, mixed: Tensor, adaptation: Adaptation | None) -> Callable[[], Tensor]:
-        """What attention adds to the residual stream, begun: where the MLP does not wait for it, ranks compute that
-        its inner part while their parts come together. To be called once."""
-        adapt = None if adaptation is None else partial(adaptation, self.index, "out")
-        arrives = self._out.later(ops, mixed.flatten(1), adapt)
-        return lambda: self._scaled(self._norms["attention_post_norm"](ops, arrives()))
-
-    @property
-    def _fuses(self) -> bool:
-        """Whether a norm and what follows it may be one op: between ranks, gradients come together in between."""
-        return self._group.size == 1 or not torch.is_grad_enabled()
-
-    def _is_plain(self) -> bool:
-        spec = self._spec
-        added_as_is = not (spec.post_norm or spec.parallel) and spec.residual_scale == 1.0
-        return added_as_is and isinstance(self.mlp, DenseMLP) and self.mlp.is_swiglu
+    def _adapt(self, name: str, adaptation: Adaptation | None) -> Adapt | None:
+        return None if adaptation is None else partial(adaptation, self.index, name)
 
     def _by_head(self, fused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         spec = self._spec
@@ -179,10 +178,6 @@ class DecoderLayer:
 
     def _scaled(self, x: Tensor) -> Tensor:
         return x if self._spec.residual_scale == 1.0 else x * self._spec.residual_scale
-
-    def _linear(self, name: str, ops: Ops, x: Tensor, adaptation: Adaptation | None) -> Tensor:
-        linear = self.linears[name]
-        return linear(ops, x) if adaptation is None else linear(ops, x, partial(adaptation, self.index, name))
 
 
 def _norms(spec: DecoderSpec, heads: Heads, dtype: torch.dtype, device: torch.device, group: Group) -> dict[str, Norm]:
@@ -210,7 +205,7 @@ def _norms(spec: DecoderSpec, heads: Heads, dtype: torch.dtype, device: torch.de
 def _over_all(
     norm: Callable[[int], Norm], held: Split, spec: DecoderSpec, dtype: torch.dtype, device: torch.device, group: Group
 ) -> Norm:
-    """A norm over values that ranks hold parts of."""
+    """Norm over values that are split over ranks."""
     if group.size == 1:
         return norm(held.full)
     if spec.norm != "rms":

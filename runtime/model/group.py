@@ -1,7 +1,7 @@
-"""What ranks of tensor parallelism do together (arXiv:1909.08053), differentiable where training needs it.
+"""Collectives of tensor-parallel ranks (Megatron-LM, arXiv:1909.08053), differentiable where training needs it.
 
-A rank knows its number and how many there are, and calls the same collectives in the same order as the others. How
-bytes travel is not known here: see `runtime.ranks.collectives`. One rank alone is a group too, for which all of this is
+A rank has its number and the size of the group, and calls the same collectives in the same order as the others. The
+transport of bytes is in `runtime.workers.parallel.collectives`. One rank alone is a group too, whose collectives do
 nothing.
 """
 
@@ -21,77 +21,79 @@ class Group(ABC):
     size: int = 1
 
     @abstractmethod
-    def add_up(self, x: Tensor) -> Tensor:
+    def all_reduce(self, x: Tensor) -> Tensor:
         """x, contiguous, summed over the ranks. May be done in place; no gradient."""
 
-    def add_up_later(self, x: Tensor) -> Callable[[], Tensor]:
-        """Begin `add_up`; what is returned waits for it. Meanwhile x belongs to it, and others may be begun."""
-        return partial(self.add_up, x)
+    def all_reduce_later(self, x: Tensor) -> Callable[[], Tensor]:
+        """Begin `all_reduce`; calling the result waits for its end. Until then x must not be used; more may be
+        begun."""
+        return partial(self.all_reduce, x)
 
     @abstractmethod
     def max(self, x: Tensor) -> Tensor:
         """The largest over the ranks of each element of x. May be done in place; no gradient."""
 
     @abstractmethod
-    def collect(self, x: Tensor) -> list[Tensor]:
+    def gather(self, x: Tensor) -> list[Tensor]:
         """Every rank's x, of one shape on all, in the order of the ranks. No gradient."""
 
     # -- with gradients ------------------------------------------------------------------------
 
-    def enter(self, x: Tensor) -> Tensor:
-        """x, alike on all ranks, on its way into what is split: the gradients of the ranks add up."""
+    def copy_to_tp(self, x: Tensor) -> Tensor:
+        """x, equal on all ranks, as the input of a split operation: in the backward pass the gradients are summed."""
         if self.size == 1 or not _wants_grad(x):
             return x
-        entered: Tensor = _Enter.apply(x, self)  # type: ignore[no-untyped-call]
-        return entered
+        copied: Tensor = _CopyToTP.apply(x, self)  # type: ignore[no-untyped-call]
+        return copied
 
     def sum(self, x: Tensor) -> Tensor:
-        """The sum of all ranks' x, for what is alike on all ranks from here on: each gets the whole gradient."""
+        """The sum of all ranks' x, for a computation that is alike on all ranks from here on: each gets the whole
+        gradient."""
         if self.size == 1:
             return x
         if not _wants_grad(x):
-            return self.add_up(x.contiguous())
-        summed: Tensor = _Sum.apply(x, self)  # type: ignore[no-untyped-call]
+            return self.all_reduce(x.contiguous())
+        summed: Tensor = _AllReduce.apply(x, self)  # type: ignore[no-untyped-call]
         return summed
 
     def sum_later(self, x: Tensor) -> Callable[[], Tensor]:
-        """Begin `sum`, as far as that is possible; what is returned gives it."""
+        """Begin `sum`, as far as possible; calling the result returns the sum."""
         if self.size == 1:
             return lambda: x
-        return partial(self.sum, x) if _wants_grad(x) else self.add_up_later(x.contiguous())
+        return partial(self.sum, x) if _wants_grad(x) else self.all_reduce_later(x.contiguous())
 
     def share(self, x: Tensor) -> Tensor:
-        """The sum of all ranks' x, for what is split from here on."""
-        return self.enter(self.sum(x))
+        """The sum of all ranks' x, for a computation that is split over ranks from here on."""
+        return self.copy_to_tp(self.sum(x))
 
-    def join(self, x: Tensor) -> Tensor:
-        """x [..., n] of all ranks, one beside the other: [..., size * n], alike on all ranks from here on."""
+    def all_gather(self, x: Tensor) -> Tensor:
+        """x [..., n] of all ranks, concatenated: [..., size * n], alike on all ranks from here on."""
         if self.size == 1:
             return x
         if not _wants_grad(x):
-            return torch.cat(self.collect(x.contiguous()), dim=-1)
-        joined: Tensor = _Join.apply(x, self)  # type: ignore[no-untyped-call]
-        return joined
+            return torch.cat(self.gather(x.contiguous()), dim=-1)
+        gathered: Tensor = _AllGather.apply(x, self)  # type: ignore[no-untyped-call]
+        return gathered
 
 
-class Solo(Group):
+class SingleRank(Group):
     """One rank that holds everything."""
 
-    def add_up(self, x: Tensor) -> Tensor:
+    def all_reduce(self, x: Tensor) -> Tensor:
         return x
 
     def max(self, x: Tensor) -> Tensor:
         return x
 
-    def collect(self, x: Tensor) -> list[Tensor]:
+    def gather(self, x: Tensor) -> list[Tensor]:
         return [x]
 
 
-SOLO = Solo()
+SOLO = SingleRank()
 
 
-class Member(Solo):
-    """A rank of so many without the others: for shapes alone, where nothing is computed."""
+class UnconnectedRank(SingleRank):
+    """One of `size` ranks without the others: for shapes alone, where nothing is computed."""
 
     def __init__(self, size: int, rank: int = 0) -> None:
         self.size = size
@@ -102,7 +104,7 @@ def _wants_grad(x: Tensor) -> bool:
     return torch.is_grad_enabled() and x.requires_grad
 
 
-class _Enter(torch.autograd.Function):
+class _CopyToTP(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
         ctx.group = group
@@ -111,24 +113,24 @@ class _Enter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (grad,) = grads
-        return ctx.group.add_up(grad.clone(memory_format=torch.contiguous_format)), None
+        return ctx.group.all_reduce(grad.clone(memory_format=torch.contiguous_format)), None
 
 
-class _Sum(torch.autograd.Function):
+class _AllReduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        return group.add_up(x.clone(memory_format=torch.contiguous_format))
+        return group.all_reduce(x.clone(memory_format=torch.contiguous_format))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         return grads[0], None
 
 
-class _Join(torch.autograd.Function):
+class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
         ctx.rank, ctx.width = group.rank, x.shape[-1]
-        return torch.cat(group.collect(x.contiguous()), dim=-1)
+        return torch.cat(group.gather(x.contiguous()), dim=-1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:

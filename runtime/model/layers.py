@@ -1,7 +1,7 @@
-"""What the decoder's layers are made of: plain tensors plus how a checkpoint's tensors fill them.
+"""Building blocks of the decoder's layers: plain tensors, and their filling from a checkpoint's tensors.
 
-A fused layer (query, key and value; gate and up) is filled part by part. What a layer needs to know
-to be split over ranks, or to have an adapter added, belongs here, not in the decoder.
+A fused layer (query, key and value; gate and up) is filled part by part. The data for splitting a layer over ranks, or
+for adding an adapter, belongs here, not in the decoder.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,18 +16,18 @@ from kernels import Int4Weight, Int8GroupWeight, Int8Weight, Nf4Weight, Ops, Qua
 from kernels.hadamard import turn
 from kernels.quantised import quantise_int8, reach_of
 from kernels.sharded import is_exact, split_linear
-from runtime.workers.group import SOLO, Group
-from runtime.workers.split import Split
+from runtime.model.group import SOLO, Group
+from runtime.model.split import Split
 
 Parts = Mapping[str, int | Split]
-"""A weight's parts by name: the rows of each, and which of them are held here (a number: all)."""
+"""A weight's parts by name: the number of rows, all held here, or a `Split` with the rows that are held here."""
 
 Adapt = Callable[[Tensor, Tensor], Tensor]
-"""From a linear's input and output to what an adapter makes of the output; see `adaptation.Adaptation`."""
+"""(input, output) of a linear → the adapted output; see `runtime.model.lora.Adaptation`."""
 
 
 SAMPLES = 256
-"""Values of each weight that say which one it is: to look at them all would take as long as loading them."""
+"""Number of values of each weight in its fingerprint: reading all values would take as long as loading them."""
 
 
 class WeightError(ValueError):
@@ -35,8 +35,8 @@ class WeightError(ValueError):
 
 
 class Parameter:
-    """One weight tensor, made of named parts along its first dimension. Of each a rank may hold some rows, and of
-    these some columns."""
+    """One weight tensor, made of named parts along its first dimension. A rank may hold some rows of each part, and
+    some columns of these."""
 
     def __init__(
         self,
@@ -48,8 +48,8 @@ class Parameter:
         columns: Split | None = None,
         group: Group = SOLO,
     ) -> None:
-        """`shape` is that of one whole row (empty for a vector), `columns` what is held of it. `group` are those who
-        hold the other columns."""
+        """Describe the weight, without memory. `shape` is that of one whole row (empty for a vector), `columns` the
+        part of it that is held. The other ranks of `group` hold the other columns."""
         self.parts = {name: Split.whole(part) if isinstance(part, int) else part for name, part in parts.items()}
         self._shape = shape
         self._columns = columns
@@ -57,17 +57,17 @@ class Parameter:
         held = shape if columns is None else (columns.size,)
         rows = sum(part.size for part in self.parts.values())
         self.data = torch.empty((rows, *held), dtype=dtype, device="meta")
-        """Takes memory when the first part comes: so a weight that is quantised at once gives back its own before the
-        next one comes."""
+        """Allocated when the first part is filled: a weight that is quantised at once frees its memory before the next
+        one is allocated."""
         self.quantised: QuantisedWeight | None = None
         self.stays = False
-        """Whether it will be computed with as it is filled in; then it is in pages of 2 MB."""
+        """True if the weight is used in the form in which it is filled; then it is in pages of 2 MB."""
         self._sampled: tuple[Tensor, Tensor] | None = None
         self._device = device
         self._held: dict[str, QuantisedWeight] = {}
-        """Parts that came in integers, until all are there."""
+        """Parts filled in integers, kept until all parts are filled."""
         self.starts: dict[str, int] = {}
-        """First row here of each part."""
+        """First row of each part in `data`."""
         self._missing = set(self.parts)
         start = 0
         for name, part in self.parts.items():
@@ -76,15 +76,15 @@ class Parameter:
 
     @classmethod
     def of(cls, data: Tensor) -> "Parameter":
-        """A weight that is there already."""
+        """A parameter of an existing tensor."""
         parameter = cls({"": len(data)}, tuple(data.shape[1:]), data.dtype, data.device)
         parameter.data = data
         parameter._missing.clear()
         return parameter
 
     def quantise(self, ops: Ops, quantiser: Quantiser) -> None:
-        """Hold the weight [out, in] as the quantiser makes it from now on, and no longer in floating point. Ranks that
-        hold columns of one weight do this together."""
+        """Replace the weight [out, in] in floating point by the quantiser's result. Ranks that hold columns of one
+        weight call this together."""
         self._sampled = self.sample()
         if self._columns is not None and quantiser is quantise_int8:
             self._hold(quantise_int8(self.data, self._group.max(reach_of(turn(self.data)))), ops)
@@ -92,7 +92,7 @@ class Parameter:
             self._hold(quantiser(self.data), ops)
 
     def _hold(self, weight: QuantisedWeight, ops: Ops) -> None:
-        exact = self._columns is not None and isinstance(weight, Int8Weight)  # as `kernels.sharded` wants it
+        exact = self._columns is not None and isinstance(weight, Int8Weight)  # as `kernels.sharded` requires
         self.quantised = weight if exact else ops.prepare(weight)
         self.data = torch.empty(0, dtype=self.data.dtype, device=self._device)
 
@@ -102,9 +102,9 @@ class Parameter:
         return self.data if self.quantised is None else self.quantised
 
     def fill(self, part: str, value: Weight, ops: Ops) -> None:
-        """Take one whole part, of which only what is held here is read. Those in integers are kept, if all parts have
-        them in one form and can be cut where ranks do, and else made float. Raises `WeightError` where it is of
-        another shape, and `KeyError` for a part that there is not."""
+        """Fill one part from its whole tensor, of which only the share of this rank is read. Integers are kept if all
+        parts have one form and can be cut at the ranks' borders; else they become floats. Raises `WeightError` for a
+        wrong shape, and `KeyError` for an unknown part."""
         split = self.parts[part]
         expected = self.shape_of(part)
         if expected != value.shape:
@@ -135,7 +135,7 @@ class Parameter:
         return self.data
 
     def _join(self, ops: Ops) -> None:
-        """One weight of all parts: in integers, if all of them are in the same."""
+        """Join all parts into one weight: in integers, if all parts have the same form."""
         parts = [self._held.get(name) for name in self.parts]
         joined = join([part for part in parts if part is not None]) if None not in parts else None
         if joined is None:
@@ -146,7 +146,7 @@ class Parameter:
         self._held.clear()
 
     def shape_of(self, part: str) -> torch.Size:
-        """What is expected of a part: its whole shape."""
+        """Expected shape of a part's whole tensor."""
         return torch.Size((self.parts[part].full, *self._shape))
 
     @property
@@ -157,8 +157,8 @@ class Parameter:
     # -- seen as a whole -----------------------------------------------------------------------
 
     def sample(self) -> tuple[Tensor, Tensor]:
-        """Some values of the whole weight at equal distances, as they were before it was quantised: [n] float32, 0
-        where they are on other ranks, and which are here [n] bool."""
+        """Some values of the whole weight at equal distances, from before it was quantised: [n] float32, 0 for values
+        of other ranks, and a mask [n] bool of the values that are held here."""
         if self._sampled is not None:
             return self._sampled
         numel = sum(part.full for part in self.parts.values()) * self._width
@@ -183,9 +183,10 @@ class Parameter:
 
 
 JOINABLE = (Int4Weight, Int8GroupWeight, Nf4Weight)
-"""Kinds of weights that checkpoints hold. All of their tensors go by output first, most by input next."""
+"""Kinds of weights that checkpoints hold. The first dimension of all of their tensors is the output, the next of most
+the input."""
 LARGEST_GROUP = 64
-"""Inputs with one scale: with a multiple of them in a row no group is filled up."""
+"""Largest number of inputs that share a scale: with a multiple of it in a row no group is padded."""
 
 
 def moved(weight: QuantisedWeight, device: torch.device) -> QuantisedWeight:
@@ -194,7 +195,7 @@ def moved(weight: QuantisedWeight, device: torch.device) -> QuantisedWeight:
 
 
 def cut(weight: QuantisedWeight, rows: Split, columns: Split | None) -> QuantisedWeight | None:
-    """What a rank holds of a weight; None where its columns end within a group that has one scale."""
+    """A rank's share of a weight; None where its columns end within a group that has one scale."""
     if rows.is_whole and columns is None:
         return weight
     if not isinstance(weight, JOINABLE):
@@ -216,7 +217,7 @@ def cut(weight: QuantisedWeight, rows: Split, columns: Split | None) -> Quantise
 
 
 def join(weights: list[QuantisedWeight]) -> QuantisedWeight | None:
-    """Weights of the same inputs, the outputs of one after those of another; None where they are of different kinds."""
+    """Concatenate weights of the same inputs along their outputs; None where they are of different kinds."""
     first = weights[0]
     if len(weights) == 1:
         return first
@@ -238,7 +239,7 @@ def _with(weight: QuantisedWeight, tensors: dict[str, Any]) -> QuantisedWeight:
 
 class Linear:
     """x [T, in] → [T, out], with one or more output parts fused into one weight [out, in]. Ranks that split it hold
-    some of each part's outputs ("column parallel" in arXiv:1909.08053): all see the same x."""
+    some of each part's outputs ("column parallel" in arXiv:1909.08053): all get the same x."""
 
     def __init__(
         self,
@@ -251,7 +252,7 @@ class Linear:
         group: Group = SOLO,
     ) -> None:
         self.in_features = in_features
-        """Of the whole."""
+        """Inputs of the whole linear."""
         self.inputs = Split.whole(in_features)
         self.group = group
         self.weight = self._weight(parts, dtype, device)
@@ -262,12 +263,12 @@ class Linear:
 
     @property
     def outputs(self) -> dict[str, Split]:
-        """What is held of each part's outputs."""
+        """The held outputs of each part."""
         return self.weight.parts
 
     @property
     def parts(self) -> dict[str, int]:
-        """Outputs of each whole part, in the order in which they lie in the weight."""
+        """Number of outputs of each whole part, in the order of the weight's rows."""
         return {name: part.full for name, part in self.outputs.items()}
 
     @property
@@ -280,23 +281,30 @@ class Linear:
         return {"weight": self.weight} if self.bias is None else {"weight": self.weight, "bias": self.bias}
 
     def __call__(self, ops: Ops, x: Tensor, adapt: Adapt | None = None) -> Tensor:
-        """x as this rank holds it."""
-        x = self.group.enter(x)
+        """x, as this rank holds it → y, this rank's outputs; `adapt` changes y."""
+        x = self.group.copy_to_tp(x)
         y = ops.linear(x, *self.tensors)
         return y if adapt is None else adapt(x, y)
 
-    def add(self, ops: Ops, residual: Tensor, x: Tensor) -> Tensor:
-        """residual [T, out] plus this of x."""
-        return ops.linear_add(residual, x, *self.tensors)
+    def residual_add(self, ops: Ops, residual: Tensor, x: Tensor, adapt: Adapt | None = None) -> Tensor:
+        """residual [T, out] plus the linear's output for x; `adapt` changes the sum, since what adapters do is add."""
+        y = ops.linear_add(residual, x, *self.tensors)
+        return y if adapt is None else adapt(x, y)
+
+    @property
+    def fuses_norm(self) -> bool:
+        """True if the linear and the norm before it may be one op. With several ranks, gradients are reduced between
+        the two."""
+        return self.group.size == 1 or not torch.is_grad_enabled()
 
     def lora(self, part: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """What a rank holds of an adapter's factors a [rank, in] and b [out of the part, rank]."""
+        """This rank's share of an adapter's factors a [rank, in] and b [out of the part, rank]."""
         return self.inputs.pick(a, 1), self.outputs[part].pick(b)
 
 
 class RowLinear(Linear):
-    """A linear that ranks split by its inputs ("row parallel"): each sees its slice of x, the outputs are added up,
-    and then the bias, once."""
+    """A linear that ranks split by its inputs ("row parallel"): each gets its slice of x. The outputs are summed, and
+    the bias is added once."""
 
     def __init__(
         self,
@@ -317,30 +325,36 @@ class RowLinear(Linear):
         return Parameter(parts, (self.in_features,), dtype, device, columns=columns, group=self.group)
 
     def __call__(self, ops: Ops, x: Tensor, adapt: Adapt | None = None) -> Tensor:
-        if self.group.size == 1:
-            return super().__call__(ops, x, adapt)
-        weight, bias = self.tensors
-        if adapt is None:
-            y = split_linear(ops, x, weight, self.group)
-        elif is_exact(weight, x):
-            # The first rank's share is the sum itself: where no adapter changes a row, adding zeros keeps its bits.
-            y = split_linear(ops, x, weight, self.group)
-            y = self.group.sum(adapt(x, y if self.group.rank == 0 else torch.zeros_like(y)))
-        else:
-            y = self.group.sum(adapt(x, ops.linear(x, weight)))
-        return y if bias is None else y + bias
+        return self.begin(ops, x, adapt)()
 
-    def later(self, ops: Ops, x: Tensor, adapt: Adapt | None = None) -> Callable[[], Tensor]:
-        """Begin a call; what is returned gives its result. Between the two, sums are on their way."""
+    def begin(self, ops: Ops, x: Tensor, adapt: Adapt | None = None) -> Callable[[], Tensor]:
+        """Begin a call; calling the result returns its output. The all-reduce runs in between, unless the ranks add
+        integers."""
+        if self.group.size == 1:
+            return partial(_given, super().__call__(ops, x, adapt))
         weight, bias = self.tensors
-        if self.group.size == 1 or is_exact(weight, x):
-            return partial(_given, self(ops, x, adapt))
-        y = ops.linear(x, weight)
-        arrives = self.group.sum_later(y if adapt is None else adapt(x, y))
+        if is_exact(weight, x):
+            y = split_linear(ops, x, weight, self.group)
+            if adapt is not None:
+                # The first rank's share is the sum itself: where no adapter changes a row, adding zeros keeps its bits.
+                y = self.group.sum(adapt(x, y if self.group.rank == 0 else torch.zeros_like(y)))
+            arrives: Callable[[], Tensor] = partial(_given, y)
+        else:
+            y = ops.linear(x, weight)
+            arrives = self.group.sum_later(y if adapt is None else adapt(x, y))
         return arrives if bias is None else lambda: arrives() + bias
 
-    def add(self, ops: Ops, residual: Tensor, x: Tensor) -> Tensor:
-        return super().add(ops, residual, x) if self.group.size == 1 else residual + self(ops, x)
+    def residual_add(self, ops: Ops, residual: Tensor, x: Tensor, adapt: Adapt | None = None) -> Tensor:
+        return self.begin_residual_add(ops, residual, x, adapt)()
+
+    def begin_residual_add(
+        self, ops: Ops, residual: Tensor, x: Tensor, adapt: Adapt | None = None
+    ) -> Callable[[], Tensor]:
+        """Begin `residual_add`, as `begin`."""
+        if self.group.size == 1:
+            return partial(_given, super().residual_add(ops, residual, x, adapt))
+        arrives = self.begin(ops, x, adapt)
+        return lambda: residual + arrives()
 
 
 def _given(y: Tensor) -> Tensor:

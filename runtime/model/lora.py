@@ -1,17 +1,21 @@
-"""The nouns of low-rank adaptation (LoRA, arXiv:2106.09685): what an adapter is, apart from who applies it.
+"""Low-rank adaptation (LoRA, arXiv:2106.09685): an adapter, and the interface through which it changes the decoder.
 
 An adapter adds `scale * (x A^T) B^T` to the output of some linears. Ours are fused (query, key and value; gate
 and up), and an adapter is made for their parts, so everything here is by part.
 """
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from kernels import AdaptedTokens, LoraSegment, Ops
+
 
 @dataclass(frozen=True)
 class LoraShape:
-    """What of an adapter is not a weight. Names and meaning as in PEFT's `adapter_config.json`."""
+    """An adapter's hyper-parameters. Names and meaning as in PEFT's `adapter_config.json`."""
 
     rank: int
     alpha: float
@@ -38,12 +42,12 @@ class LoraPart:
 
 
 LoraLayers = dict[tuple[int, str], list[LoraPart]]
-"""(layer index, linear name) → the parts of that linear which are adapted, in the order of `Linear.parts`."""
+"""(layer index, linear name) → the adapted parts of that linear, in the order of `Linear.parts`."""
 
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """One adapter's weights, and how they were made."""
+    """One adapter's weights and hyper-parameters."""
 
     shape: LoraShape
     layers: LoraLayers
@@ -52,3 +56,34 @@ class Adapter:
     def rank(self) -> int:
         """The largest of its parts' ranks."""
         return max(len(part.a) for parts in self.layers.values() for part in parts)
+
+
+class Adaptation(ABC):
+    """The change that adapters make to a decoder: called after every linear, as attention is called in every layer.
+
+    Serving applies each row's own adapter (`BatchAdaptation`). Training applies the adapter in training. A base model
+    has none.
+    """
+
+    adapted: Sequence[AdaptedTokens] | None = None
+    """The same for a backend that runs all layers in one call; None where that cannot say it, as in training."""
+
+    @abstractmethod
+    def __call__(self, layer: int, linear: str, x: Tensor, y: Tensor) -> Tensor:
+        """From the layer's index, the linear's name (`decoder.LINEARS`), its input x [T, in] and its output y [T, out],
+        to which a residual stream may have been added, to the adapted output, [T, out]. May change y in place."""
+
+
+class BatchAdaptation(Adaptation):
+    """Every row's own adapter, in one step of serving. Changes outputs in place; not for training."""
+
+    def __init__(self, ops: Ops, adapted: Sequence[AdaptedTokens]) -> None:
+        self._ops = ops
+        self.adapted: Sequence[AdaptedTokens] = adapted
+
+    def __call__(self, layer: int, linear: str, x: Tensor, y: Tensor) -> Tensor:
+        place = (layer, linear)
+        segments = [
+            LoraSegment(tokens, adapter.places[place]) for tokens, adapter in self.adapted if place in adapter.places
+        ]
+        return self._ops.lora_apply(x, y, segments) if segments else y

@@ -1,4 +1,4 @@
-"""What an adapter must fit: the base model's linears as a checkpoint names them, and which weights those are."""
+"""The base model of an adapter: its linears as a checkpoint names them, and a fingerprint of its weights."""
 
 from dataclasses import dataclass, fields, is_dataclass
 from hashlib import blake2b
@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from runtime.workers.decoder import Decoder
-from runtime.workers.model import Model
-from runtime.workers.models.family import Family
+from runtime.model.decoder import Decoder
+from runtime.model.families.family import Family
+from runtime.model.model import Model
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Target:
     """One linear of a layer that an adapter may change."""
 
     linear: str
-    """The decoder's, in which this may be one of several parts."""
+    """Name of the decoder's linear, in which this may be one of several parts."""
     part: str
     start: int
     """First column of the part in the linear's output."""
@@ -26,25 +26,26 @@ class Target:
 
 @dataclass(frozen=True)
 class LoraBase:
-    """One base model, seen by adapters."""
+    """One base model, as adapters need it."""
 
     name: str
     fingerprint: str
-    """Equal for the same weights in whatever type they are held; other weights, another fingerprint."""
+    """Digest of the weights: equal for the same weights held in any type, different for other weights."""
     layers: str
-    """What the full names of its linears begin with, as PEFT writes them: `model.layers`."""
+    """Prefix of the full names of its linears, as PEFT writes them: `model.layers`."""
     num_layers: int
     targets: dict[str, Target]
-    """By the name within a layer, such as `self_attn.q_proj`."""
+    """Name within a layer, such as `self_attn.q_proj` → the linear."""
 
     @classmethod
     def of(cls, decoder: Decoder, family: type[Family], name: str) -> "LoraBase":
-        """The base that `decoder` is, or has a share of, of that architecture. All its ranks at once."""
+        """The base of which `decoder` is the whole or a rank's share, of the architecture `family`. Called on all ranks
+        together."""
         return cls.described(decoder, family, name, fingerprint(decoder))
 
     @classmethod
     def described(cls, decoder: Decoder, family: type[Family], name: str, fingerprint: str) -> "LoraBase":
-        """The same of a decoder whose weights are elsewhere, and known by their fingerprint."""
+        """As `of`, for a decoder whose weights are elsewhere and have this fingerprint."""
         targets = {}
         for module, (linear_name, part) in family.LORA_TARGETS.items():
             linear = decoder.layers[0].linears[linear_name]
@@ -60,7 +61,7 @@ class LoraBase:
 
     @property
     def places(self) -> dict[str, tuple[str, str]]:
-        """By the name within a layer → the decoder's (linear, part)."""
+        """Name within a layer → the decoder's (linear, part)."""
         return {name: (target.linear, target.part) for name, target in self.targets.items()}
 
     @property
@@ -76,19 +77,20 @@ def fingerprint(decoder: Model) -> str:
     samples = [parameter.sample() for _, parameter in named]
     values = torch.cat([found for found, _ in samples]).to(torch.bfloat16).float().to(decoder.device)
     here = torch.cat([held for _, held in samples]).to(decoder.device)
-    for other, held in zip(decoder.group.collect(values), decoder.group.collect(here.float()), strict=True):
+    for other, held in zip(decoder.group.gather(values), decoder.group.gather(here.float()), strict=True):
         values = torch.where(here, values, other)
         here = here | (held > 0)
     values = values.cpu() + 0.0  # -0.0 is 0.0 in some of the forms
-    digest = blake2b(repr(_told(decoder.spec)).encode(), digest_size=16, person=b"eft-base")
+    digest = blake2b(repr(_non_defaults(decoder.spec)).encode(), digest_size=16, person=b"eft-base")
     for (name, _), sample in zip(named, torch.split(values, [len(found) for found, _ in samples]), strict=True):
         digest.update(name.encode() + sample.to(torch.bfloat16).view(torch.int16).numpy().tobytes())
     return digest.hexdigest()
 
 
-def _told(value: Any) -> Any:
-    """A spec without what is as by default: a field that a later release adds changes nothing for older models."""
+def _non_defaults(value: Any) -> Any:
+    """The fields of a spec that differ from their defaults: a field added by a later release changes nothing for older
+    models."""
     if not is_dataclass(value):
-        return tuple(map(_told, value)) if isinstance(value, tuple) else value
+        return tuple(map(_non_defaults, value)) if isinstance(value, tuple) else value
     differing = [field for field in fields(value) if getattr(value, field.name) != field.default]
-    return type(value).__name__, *((field.name, _told(getattr(value, field.name))) for field in differing)
+    return type(value).__name__, *((field.name, _non_defaults(getattr(value, field.name))) for field in differing)

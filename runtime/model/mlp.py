@@ -1,21 +1,21 @@
 """The MLPs of the decoder: dense, or a mixture of experts.
 
-An MLP has `linears`, which adapters may change, so it runs them through what it is handed, and `parameters`, all
-its weights by name. It maps x [T, hidden] to the same shape, token by token, in two parts. Ranks share out the inner
-values, those of every expert too.
+An MLP has `linears`, which adapters may change, and `parameters`, all its weights by name. It maps x [T, hidden] to the
+same shape, token by token, in two parts: `expand`, with the norm before it, and `contract`. Ranks split the inner
+values, also those of every expert.
 """
 
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from kernels import Ops
-from runtime.workers.group import SOLO, Group
-from runtime.workers.layers import Linear, Parameter, RowLinear
-from runtime.workers.spec import DecoderSpec, ExpertsSpec
-from runtime.workers.split import Split
+from runtime.model.group import SOLO, Group
+from runtime.model.layers import Adapt, Linear, Parameter, RowLinear
+from runtime.model.norms import Norm
+from runtime.model.spec import DecoderSpec, ExpertsSpec
+from runtime.model.split import Split
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -25,10 +25,7 @@ ACTIVATIONS = {
     "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
-"""What Hugging Face configs call the activations, and which of ours each is."""
-
-Run = Callable[[str, Tensor], Tensor]
-"""Runs one of the layer's linears by name, and what an adapter adds to it."""
+"""Hugging Face's name of an activation → our name."""
 
 
 class MLP(Protocol):
@@ -37,11 +34,19 @@ class MLP(Protocol):
     @property
     def parameters(self) -> dict[str, Parameter]: ...
 
-    def expand(self, ops: Ops, x: Tensor, run: Run) -> Tensor:
-        """The first part: x [T, hidden] → what `contract` wants, [T, any]."""
+    @property
+    def is_swiglu(self) -> bool:
+        """True for down(silu(gate) * up)."""
 
-    def contract(self, ops: Ops, inner: Tensor, run: Run) -> Tensor:
-        """The rest: → [T, hidden]."""
+    def expand(self, ops: Ops, norm: Norm, x: Tensor, adapt: Adapt | None) -> Tensor:
+        """The first part: x [T, hidden], not normed yet → the input of `contract`, [T, any]. `adapt` is for
+        `gate_up`."""
+
+    def contract(self, ops: Ops, inner: Tensor, adapt: Adapt | None) -> Tensor:
+        """The second part: inner [T, any] → [T, hidden]. `adapt` is for `down`."""
+
+    def contract_add(self, ops: Ops, residual: Tensor, inner: Tensor, adapt: Adapt | None) -> Tensor:
+        """residual [T, hidden] plus `contract`."""
 
 
 class DenseMLP:
@@ -72,20 +77,26 @@ class DenseMLP:
             for key, parameter in linear.parameters.items()
         }
 
-    def expand(self, ops: Ops, x: Tensor, run: Run) -> Tensor:
-        inner = run("gate_up", x)
+    def expand(self, ops: Ops, norm: Norm, x: Tensor, adapt: Adapt | None) -> Tensor:
+        gate_up = self.linears["gate_up"]
         if self.is_swiglu:
-            return ops.silu_mul(inner)
-        tanh = self._activation == "gelu_tanh"
+            return norm.norm_swiglu(ops, x, gate_up, adapt)
+        inner, tanh = norm.norm_linear(ops, x, gate_up, adapt), self._activation == "gelu_tanh"
         return ops.gelu_mul(inner, tanh=tanh) if self._gated else ops.gelu(inner, tanh=tanh)
 
-    def contract(self, ops: Ops, inner: Tensor, run: Run) -> Tensor:
-        return run("down", inner)
+    def contract(self, ops: Ops, inner: Tensor, adapt: Adapt | None) -> Tensor:
+        return self.linears["down"](ops, inner, adapt)
+
+    def contract_add(self, ops: Ops, residual: Tensor, inner: Tensor, adapt: Adapt | None) -> Tensor:
+        return self.linears["down"].residual_add(ops, residual, inner, adapt)
 
 
 class Experts:
-    """Every token goes through the few experts that a router gives the most weight, and through the shared one
-    where there is one (arXiv:2401.04088, arXiv:2401.06066). Adapters do not change it."""
+    """Mixture of experts: every token passes through the few experts to which a router gives the most weight, and
+    through the shared one where there is one (arXiv:2401.04088, arXiv:2401.06066). Adapters do not change it."""
+
+    is_swiglu = False
+    """Each expert is one, the mixture is not."""
 
     def __init__(
         self,
@@ -97,7 +108,9 @@ class Experts:
         group: Group = SOLO,
     ) -> None:
         if (activation := _activation(spec)) != "silu":
-            raise ValueError(f"activation {activation!r} is not supported in a mixture of experts; supported is: silu")
+            raise ValueError(
+                f"hidden_act: activation {activation!r} is not supported in a mixture of experts; supported is: silu"
+            )
         self._spec = experts
         self._group = group
         self.linears: dict[str, Linear] = {}
@@ -121,23 +134,26 @@ class Experts:
             self.parameters["shared_down.weight"] = self._shared_down
             self.parameters["shared_gate.weight"] = self._shared_gate
 
-    def expand(self, ops: Ops, x: Tensor, run: Run) -> Tensor:
-        """Nothing: which expert expands a token is known only when all is done."""
-        return x
+    def expand(self, ops: Ops, norm: Norm, x: Tensor, adapt: Adapt | None) -> Tensor:
+        """The normed x: `contract` routes the tokens and does the rest of the computation."""
+        return norm(ops, x)
 
-    def contract(self, ops: Ops, inner: Tensor, run: Run) -> Tensor:
+    def contract(self, ops: Ops, inner: Tensor, adapt: Adapt | None) -> Tensor:
         x = inner
         scores = ops.linear(x, self.router.data).float().softmax(-1)
         shares, chosen = scores.topk(self._spec.per_token, dim=-1)
         if self._spec.normalise:
             shares = shares / shares.sum(-1, keepdim=True)
-        count, hidden, enter = self._spec.count, x.shape[1], self._group.enter
+        count, hidden, enter = self._spec.count, x.shape[1], self._group.copy_to_tp
         gate_up, down = self.gate_up.data.view(count, -1, hidden), self.down.data.view(count, hidden, -1)
         mixed = ops.moe(enter(x), chosen, enter(shares.to(x.dtype)), gate_up, down)
         return self._group.sum(mixed + self._shared(ops, x) if self._spec.shared_size else mixed)
 
+    def contract_add(self, ops: Ops, residual: Tensor, inner: Tensor, adapt: Adapt | None) -> Tensor:
+        return residual + self.contract(ops, inner, adapt)
+
     def _shared(self, ops: Ops, x: Tensor) -> Tensor:
-        enter = self._group.enter
+        enter = self._group.copy_to_tp
         inner = ops.silu_mul(ops.linear(enter(x), self._shared_gate_up.data))
         return enter(ops.linear(x, self._shared_gate.data).sigmoid()) * ops.linear(inner, self._shared_down.data)
 

@@ -1,6 +1,7 @@
 """The norms of the decoder: each has `parameters`, by name, and maps x [T, size] to the same shape.
 
-`then_linear` is what nearly always follows a norm: backends do both at once where the norm is RMSNorm.
+A norm also runs together with the linear after it (`norm_linear`, `norm_swiglu`): backends fuse these where the norm is
+RMSNorm and no adapter needs the normed values.
 """
 
 from abc import ABC, abstractmethod
@@ -8,10 +9,10 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from kernels import Ops, Weight
-from runtime.workers.group import Group
-from runtime.workers.layers import Parameter
-from runtime.workers.split import Split
+from kernels import Ops
+from runtime.model.group import Group
+from runtime.model.layers import Adapt, Linear, Parameter
+from runtime.model.split import Split
 
 
 class Norm(ABC):
@@ -22,9 +23,13 @@ class Norm(ABC):
     @abstractmethod
     def __call__(self, ops: Ops, x: Tensor) -> Tensor: ...
 
-    def then_linear(self, ops: Ops, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
-        """`linear` of the normed x [T, size], with weight [out, size] and bias [out] → [T, out]."""
-        return ops.linear(self(ops, x), weight, bias)
+    def norm_linear(self, ops: Ops, x: Tensor, linear: Linear, adapt: Adapt | None = None) -> Tensor:
+        """The linear's output for the normed x: [T, size] → [T, out]."""
+        return linear(ops, self(ops, x), adapt)
+
+    def norm_swiglu(self, ops: Ops, x: Tensor, linear: Linear, adapt: Adapt | None = None) -> Tensor:
+        """`Ops.silu_mul` of `norm_linear`: [T, size] → [T, out / 2]."""
+        return ops.silu_mul(self.norm_linear(ops, x, linear, adapt))
 
 
 class RMSNorm(Norm):
@@ -38,8 +43,15 @@ class RMSNorm(Norm):
     def __call__(self, ops: Ops, x: Tensor) -> Tensor:
         return ops.rms_norm(x, self.weight.data, self.eps)
 
-    def then_linear(self, ops: Ops, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
-        return ops.norm_linear(x, self.weight.data, self.eps, weight, bias)
+    def norm_linear(self, ops: Ops, x: Tensor, linear: Linear, adapt: Adapt | None = None) -> Tensor:
+        if adapt is not None or not linear.fuses_norm:
+            return super().norm_linear(ops, x, linear, adapt)
+        return ops.norm_linear(x, self.weight.data, self.eps, *linear.tensors)
+
+    def norm_swiglu(self, ops: Ops, x: Tensor, linear: Linear, adapt: Adapt | None = None) -> Tensor:
+        if adapt is not None or not linear.fuses_norm:
+            return super().norm_swiglu(ops, x, linear, adapt)
+        return ops.norm_swiglu(x, self.weight.data, self.eps, *linear.tensors)
 
 
 class RMSNormPlusOne(Norm):
@@ -78,13 +90,13 @@ class Identity(Norm):
 
 
 class SplitRMSNorm(Norm):
-    """`RMSNorm` of values [T, size] that ranks hold parts of: their squares are added up over all of them."""
+    """`RMSNorm` of values [T, size] that are split over ranks: the squares are summed over all ranks."""
 
     def __init__(self, held: Split, eps: float, *, dtype: torch.dtype, device: torch.device, group: Group) -> None:
         self.eps = eps
         self._group = group
         self._counted = held.full * held.copies(group.size)
-        """Values on all ranks: where heads are copied, more than there are."""
+        """Number of values on all ranks: where heads are copied, more than the full size."""
         self.weight = Parameter({"": held}, (), dtype, device)
         self.parameters = {"weight": self.weight}
 
@@ -95,7 +107,7 @@ class SplitRMSNorm(Norm):
 
 
 class PerHeadLayerNorm(Norm):
-    """A layer norm of every head with a weight of its own and no bias, of x [T * heads, head_dim]; `heads` are those
+    """A layer norm of every head with a weight of its own and no bias, of x [T * heads, head_dim]; `heads` are the ones
     that are held here."""
 
     def __init__(self, heads: Split, head_dim: int, eps: float, *, dtype: torch.dtype, device: torch.device) -> None:
@@ -116,4 +128,4 @@ NORMS: dict[str, type[RMSNorm] | type[RMSNormPlusOne] | type[LayerNorm]] = {
     "rms_plus_one": RMSNormPlusOne,
     "layer": LayerNorm,
 }
-"""By `DecoderSpec.norm`."""
+"""Value of `DecoderSpec.norm` → class."""

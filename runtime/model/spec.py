@@ -1,10 +1,10 @@
-"""What distinguishes one architecture's decoder from another's, as data. An architecture's file fills it in."""
+"""A decoder's architecture as data. Each architecture's file fills it in."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 from kernels.stack import PLACES
-from runtime.workers.rope import RopeSpec
+from runtime.model.rope import RopeSpec
 
 LINEARS = PLACES
 """A layer's linears that adapters may change; each may be fused of parts (`Linear.parts`)."""
@@ -12,12 +12,12 @@ LINEARS = PLACES
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """How one layer differs from the others of its model."""
+    """The properties in which the layers of a model differ."""
 
     window: int | None = None
-    """How many tokens a token attends to, itself included; None: all that come before it."""
+    """Number of tokens that a token attends to, itself included; None: all tokens up to it."""
     rope: int | None = 0
-    """Which of `DecoderSpec.ropes` turns its queries and keys; None: none does."""
+    """Index in `DecoderSpec.ropes` of the rope of queries and keys; None: no rope."""
     moe: bool = False
     """Its MLP is a mixture of experts, `DecoderSpec.experts`, and not a dense one."""
 
@@ -29,11 +29,11 @@ class ExpertsSpec:
     count: int
     per_token: int
     intermediate_size: int
-    """Of one expert."""
+    """Intermediate size of one expert."""
     normalise: bool
     """The shares of the chosen experts add up to 1."""
     shared_size: int = 0
-    """Intermediate size of an expert that sees every token, behind a gate of its own; 0: there is none."""
+    """Intermediate size of a shared expert for every token, behind a gate of its own; 0: none."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,13 @@ class DecoderSpec:
     out_bias: bool = False
     mlp_bias: bool = False
     qkv: Literal["parts", "fused", "grouped"] = "parts"
-    """How the checkpoint stores the query, key and value projections: as three tensors; as one, all rows of q,
-    then of k, then of v; or as one, by key/value head: the rows of its query heads, then its k, then its v."""
+    """The checkpoint's layout of the query, key and value projections: as three tensors; as one, all rows of q, then of
+    k, then of v; or as one, by key/value head: the rows of its query heads, then its k, then its v."""
     qk_norm: Literal["none", "head", "projection", "per_head"] = "none"
     """A norm of queries and keys before rope: over each head with one weight for all heads; over the whole
     projection; or over each head with a weight for every head."""
     attention_scale: float | None = None
-    """What attention scores are multiplied by; None: head_dim to the power of -1/2."""
+    """Factor of attention scores; None: head_dim to the power of -1/2."""
     softcap: float = 0.0
     """Attention scores are squashed to between this and its negative by tanh; 0: they are not."""
 
@@ -74,25 +74,25 @@ class DecoderSpec:
     gate_up_fused: bool = False
     """The checkpoint stores gate and up as one tensor, gate first."""
     activation: str = "silu"
-    """As a Hugging Face config names it; see `mlp.ACTIVATIONS`."""
+    """Name of the activation in a Hugging Face config; see `mlp.ACTIVATIONS`."""
     experts: ExpertsSpec | None = None
     """The mixture in the layers that are `LayerSpec.moe`."""
 
     norm: Literal["rms", "rms_plus_one", "layer"] = "rms"
     pre_norm: bool = True
-    """Attention and MLP see the normed residual stream."""
+    """The input of attention and of the MLP is the normed residual stream."""
     post_norm: bool = False
-    """What attention and MLP give is normed before it is added to the residual stream."""
+    """The outputs of attention and MLP are normed before they are added to the residual stream."""
     parallel: bool = False
-    """Attention and MLP both see the layer's input, and not one the other's output."""
+    """Attention and MLP both get the layer's input; the MLP does not get attention's output."""
     shared_norm: bool = False
-    """The MLP sees what attention sees: one norm for both. Only in parallel layers."""
+    """Attention and MLP have the same input: one norm for both. Only in parallel layers."""
 
     learned_positions: bool = False
     """A learned embedding of its position is added to every token's."""
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
-    """What attention and MLP give is multiplied by this before it is added."""
+    """Factor of the outputs of attention and MLP before they are added to the residual stream."""
     logit_scale: float = 1.0
     logit_softcap: float = 0.0
     """Logits are squashed to between this and its negative by tanh; 0: they are not."""
@@ -103,21 +103,31 @@ class DecoderSpec:
 
     @property
     def window(self) -> int | None:
-        """How many tokens any layer looks back at, the token itself included; None: one of them sees all."""
+        """Largest number of tokens that any layer attends to, the token itself included; None: some layer attends to
+        all."""
         windows = [layer.window for layer in self.layers]
         return None if None in windows else max(window for window in windows if window is not None)
 
     @property
     def kv_shapes(self) -> tuple[tuple[int, int], ...]:
-        """Of every layer in the cache: key/value heads, and their size."""
+        """(kv_heads, head_dim) of every layer in the cache."""
         return ((self.num_kv_heads, self.head_dim),) * self.num_layers
 
     @property
     def scale(self) -> float:
-        """What attention scores are multiplied by."""
+        """Factor of attention scores."""
         return float(self.head_dim**-0.5) if self.attention_scale is None else self.attention_scale
 
     @property
+    def sizes(self) -> str:
+        """The configuration's numbers that determine the shapes of weights, for messages."""
+        return (
+            f" (vocab_size {self.vocab_size}, hidden_size {self.hidden_size}, intermediate_size "
+            f"{self.intermediate_size}, {self.num_heads} heads, {self.num_kv_heads} key/value heads, head_dim "
+            f"{self.head_dim})"
+        )
+
+    @property
     def max_context(self) -> int:
-        """Longest context that can be asked for: some rope scalings reach past `max_position`."""
+        """Longest supported context, in tokens: some rope scalings reach past `max_position`."""
         return max([self.max_position, *(rope.reach for rope in self.ropes)])

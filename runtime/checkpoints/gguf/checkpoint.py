@@ -1,7 +1,7 @@
 """GGUF files, the format of llama.cpp: weights, configuration and tokenizer in one file.
 
-Quantised weights are turned into float32 while they are read, or those of the simple formats kept as they are; floats
-are views of the mapped file.
+Quantised weights become float32 while they are read, or are kept as they are if their format is simple. Floats are
+views of the mapped file.
 """
 
 from __future__ import annotations
@@ -12,15 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from runtime.workers.loading.checkpoint import Checkpoint
-from runtime.workers.loading.errors import ModelLoadError
-from runtime.workers.loading.gguf_blocks import FORMATS, Bytes, Floats, dequantise, type_name
-from runtime.workers.loading.gguf_container import GgufFile, TensorInfo
-from runtime.workers.loading.gguf_metadata import Metadata
-from runtime.workers.loading.gguf_models import GgufFamily, Source, find_family
-from runtime.workers.loading.gguf_models.rope import FACTORS
-from runtime.workers.loading.gguf_tokenizer import load_tokenizer
-from runtime.workers.loading.mapped import drop_pages
+from runtime.checkpoints.checkpoint import Checkpoint
+from runtime.checkpoints.gguf.blocks import FORMATS, Bytes, Floats, dequantise, type_name
+from runtime.checkpoints.gguf.container import GgufFile, Metadata, TensorInfo, generation_of
+from runtime.checkpoints.gguf.families import GgufFamily, Source, find_family
+from runtime.checkpoints.gguf.families.family import FACTORS
+from runtime.checkpoints.gguf.tokenizer import load_tokenizer
+from runtime.checkpoints.safetensors_files import drop_pages
+from runtime.model.config import ModelLoadError
 
 if TYPE_CHECKING:
     import torch
@@ -28,8 +27,11 @@ if TYPE_CHECKING:
     from kernels import GroupedWeight, Weight
 
 
+COMPUTED = (".attn_rot_embd.weight", ".rope_freqs.weight", ".attn_rot_embd")
+"""Ends of the names of tables that older files have in every layer, and that llama.cpp leaves out as well."""
+
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-"""Formats that torch has as they are."""
+"""Formats that torch supports directly → torch's name."""
 
 
 def open_gguf(path: Path, *, name: str | None = None, chat_template: str | None = None) -> Checkpoint:
@@ -41,6 +43,8 @@ def open_gguf(path: Path, *, name: str | None = None, chat_template: str | None 
     metadata = Metadata(file.fields, path)
     if (metadata.integer("split.count") or 1) > 1:
         raise ModelLoadError(f"{path} is a part of a split model: join the parts with llama-gguf-split --merge.")
+    for name in [name for name in file.tensors if name.endswith(COMPUTED)]:
+        del file.tensors[name]
     family = find_family(metadata, set(file.tensors))
     for info in file.tensors.values():
         _check(info, file, family)
@@ -53,11 +57,12 @@ def open_gguf(path: Path, *, name: str | None = None, chat_template: str | None 
         tokenizer=load_tokenizer(metadata, config["vocab_size"], chat_template=chat_template),
         reader=lambda: _tensors(file, family, config),
         blocks_reader=lambda: _tensors(file, family, config, keep=True),
+        generation=generation_of(metadata),
     )
 
 
 def _check(info: TensorInfo, file: GgufFile, family: GgufFamily) -> None:
-    """Everything that could go wrong while the tensor is read, found out before."""
+    """Check a tensor before it is read. Raises `ModelLoadError` for everything that could fail then."""
     if info.name not in FACTORS and not family.knows(info.name):
         raise ModelLoadError(f"{file.path}: {family.architecture} has no tensor {info.name!r}.")
     if info.type not in FORMATS:
@@ -81,7 +86,7 @@ def _check(info: TensorInfo, file: GgufFile, family: GgufFamily) -> None:
 
 
 def _tensor(info: TensorInfo, file: GgufFile) -> torch.Tensor:
-    """Floats as they lie in the file, a view of it; blocks as float32."""
+    """The tensor: floats as a view of the file, blocks as float32."""
     import torch
 
     if (name := FLOATS.get(FORMATS[info.type].name)) is None:
@@ -102,7 +107,7 @@ def _bytes(info: TensorInfo, file: GgufFile) -> Bytes:
 def _tensors(
     file: GgufFile, family: GgufFamily, config: dict[str, Any], *, keep: bool = False
 ) -> Iterator[tuple[str, Weight]]:
-    """`keep`: matrices in Q4_0, Q4_1 and Q8_0 as they are."""
+    """Names and weights in Hugging Face's form. `keep`: matrices in Q4_0, Q4_1 and Q8_0 stay in integers."""
     for info in file.tensors.values():
         try:
             weight = _kept(info, file) if keep else None
@@ -116,6 +121,6 @@ def _tensors(
 
 
 def _kept(info: TensorInfo, file: GgufFile) -> GroupedWeight | None:
-    from runtime.workers.loading.gguf_kept import kept  # needs torch
+    from runtime.checkpoints.gguf.kept import kept  # needs torch
 
     return kept(info, _bytes(info, file))

@@ -1,19 +1,19 @@
-"""The container of a GGUF file: metadata, and where each tensor lies. Knows nothing of models.
+"""The container of a GGUF file: metadata and the location of each tensor. Independent of models.
 
-Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian. Written
-here rather than taken from the `gguf` package, because that one makes a numpy array for every string of the
-vocabulary (seconds at start-up, against hundredths), and trusts the sizes that a file claims: every size
-here is checked against what is left of the file before it is used.
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian. We do not use the
+`gguf` package: it makes a numpy array for every string of the vocabulary (seconds at start-up, against hundredths), and
+trusts the sizes that a file claims. Here every size is checked against the rest of the file before it is used.
 """
 
 import mmap
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from runtime.workers.loading.errors import ModelLoadError
+from runtime.model.config import ModelLoadError, read_optional_json_object
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -21,16 +21,16 @@ MAX_DIMENSIONS = 4
 DEFAULT_ALIGNMENT = 32
 STRING, ARRAY = 8, 9
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-"""GGUF's number of a value type, and the `struct` code of it."""
+"""GGUF's number of a value type → its `struct` code."""
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor is."""
+    """Location, shape and type of a tensor."""
 
     name: str
     shape: tuple[int, ...]
-    """Outermost dimension first, as in torch; the file has it the other way round."""
+    """Outermost dimension first, as in torch; the file has the reverse order."""
     type: int
     """GGML's number of the block format."""
     offset: int
@@ -45,11 +45,12 @@ class GgufFile:
     """A mapped GGUF file. The map lives as long as anything refers to it."""
 
     def __init__(self, path: Path) -> None:
-        """Raises `ModelLoadError` when the file is absent, not GGUF, cut off or inconsistent."""
+        """Map the file and read its header. Raises `ModelLoadError` when it is absent, not GGUF, cut off or
+        inconsistent."""
         self.path = path
         try:
             with path.open("rb") as file:
-                # Private, so that torch may believe that it can write; nothing does.
+                # Private: torch requires a writable buffer. Nothing writes to it.
                 self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         except (OSError, ValueError) as error:  # an empty file cannot be mapped: ValueError
             raise ModelLoadError(f"Cannot read the GGUF file {path}: {error}") from error
@@ -94,7 +95,7 @@ def _tensor_info(cursor: "_Cursor") -> tuple[str, tuple[int, ...], int, int]:
 
 
 class _Cursor:
-    """Reads forward; whatever does not fit in the rest of the file is an error."""
+    """Forward reader; raises `ModelLoadError` for values that do not fit in the rest of the file."""
 
     def __init__(self, data: mmap.mmap, path: Path) -> None:
         self.at = 0
@@ -105,7 +106,7 @@ class _Cursor:
         return ModelLoadError(f"{self._path} is damaged near byte {self.at}: {reason}.")
 
     def expect(self, count: int, size: int, what: str) -> None:
-        """Refuse a count of things of at least `size` bytes that the file is too short for."""
+        """Refuse `count` things of at least `size` bytes each where the rest of the file is too short for them."""
         left = len(self._data) - self.at
         if count * size > left:
             raise self.error(f"{count} {what} are announced, but only {left} bytes follow; is it cut off?")
@@ -148,3 +149,132 @@ class _Cursor:
         if item_type in SCALARS:
             return list(self.numbers(SCALARS[item_type], count))
         raise self.error(f"arrays of value type {item_type} are not supported")
+
+
+# -- pieces ----------------------------------------------------------------------------------------
+#
+# Sentencepiece's scored pieces as the ranked merges of a BPE.
+#
+# Sentencepiece joins the neighbours that make the piece with the best score. A BPE joins by rank. The results are the
+# same when every way to make a piece out of two others is a merge, ranked by the piece's score.
+
+
+def merges_of_pieces(scores: Mapping[str, float]) -> list[tuple[str, str]]:
+    """Merges, the best first, for pieces with their scores (higher is better)."""
+    found: list[tuple[float, int, tuple[str, str]]] = []
+    for piece, score in scores.items():
+        for cut in range(len(piece) - 1, 0, -1):
+            left, right = piece[:cut], piece[cut:]
+            if left in scores and right in scores:
+                found.append((-score, -cut, (left, right)))
+    found.sort(key=lambda entry: entry[:2])
+    return [pair for _, _, pair in found]
+
+
+# -- metadata --------------------------------------------------------------------------------------
+#
+# Typed look-ups in the metadata of a GGUF file.
+
+T = TypeVar("T")
+
+# The keys of a generation_config.json that llama.cpp's converters keep.
+_GENERATION = {
+    "general.sampling.temp": "temperature",
+    "general.sampling.top_p": "top_p",
+    "general.sampling.top_k": "top_k",
+    "general.sampling.min_p": "min_p",
+    "general.sampling.penalty_repeat": "repetition_penalty",
+}
+
+
+class Metadata:
+    """The key-value pairs of a file. An absent value is None; one of the wrong type raises `ModelLoadError`.
+
+        A key that starts with a dot belongs to the model's architecture: `.block_count` is
+    `llama.block_count`.
+    """
+
+    def __init__(self, fields: dict[str, Any], path: Path) -> None:
+        self._fields = fields
+        self.path = path
+        self.architecture = ""
+        self.architecture = self.require(self.text("general.architecture"), "general.architecture")
+
+    def integer(self, key: str) -> int | None:
+        value = self._get(key)
+        if value is None or (isinstance(value, int) and not isinstance(value, bool)):
+            return value
+        raise self.error(key, f"must be an integer, got {_brief(value)}")
+
+    def size(self, key: str) -> int:
+        """A required integer above 0. Raises `ModelLoadError`."""
+        value = self.require(self.integer(key), key)
+        if value < 1:
+            raise self.error(key, f"must be at least 1, got {value}")
+        return value
+
+    def number(self, key: str) -> float | None:
+        value = self._get(key)
+        if value is None:
+            return None
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+        raise self.error(key, f"must be a number, got {_brief(value)}")
+
+    def flag(self, key: str) -> bool | None:
+        value = self._get(key)
+        if value is None or isinstance(value, bool):
+            return value
+        raise self.error(key, f"must be true or false, got {_brief(value)}")
+
+    def text(self, key: str) -> str | None:
+        value = self._get(key)
+        if value is None or isinstance(value, str):
+            return value
+        raise self.error(key, f"must be a string, got {_brief(value)}")
+
+    def texts(self, key: str) -> list[str] | None:
+        value = self._list(key)
+        if value is not None and not all(isinstance(item, str) for item in value):
+            raise self.error(key, "must be strings")
+        return value
+
+    def numbers(self, key: str) -> list[float] | None:
+        """An array of numbers, integers or not."""
+        value = self._list(key)
+        if value is not None and not all(isinstance(item, int | float) for item in value):
+            raise self.error(key, "must be numbers")
+        return value
+
+    def require(self, value: T | None, key: str) -> T:
+        if value is None:
+            raise self.error(key, "is missing")
+        return value
+
+    def error(self, key: str, reason: str) -> ModelLoadError:
+        return ModelLoadError(f"{self.path}: {self._full(key)} {reason}.")
+
+    def _list(self, key: str) -> list[Any] | None:
+        value = self._get(key)
+        if value is None or isinstance(value, list):
+            return value
+        raise self.error(key, f"must be an array, got {_brief(value)}")
+
+    def _get(self, key: str) -> Any:
+        return self._fields.get(self._full(key))
+
+    def _full(self, key: str) -> str:
+        return self.architecture + key if key.startswith(".") else key
+
+
+def generation_of(metadata: Metadata) -> dict[str, Any]:
+    """The generation config of a GGUF file: the one beside it, else the keys in it. Raises `ModelLoadError`."""
+    if beside := read_optional_json_object(metadata.path.parent / "generation_config.json"):
+        return beside
+    found = {name: metadata.number(key) for key, name in _GENERATION.items()}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _brief(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else text[:40] + "…"

@@ -5,14 +5,14 @@ import torch
 from numpy.typing import NDArray
 
 from kernels import GroupedWeight, Int4Weight, Int8GroupWeight
-from runtime.workers.loading.gguf_blocks import FORMATS, Bytes
-from runtime.workers.loading.gguf_container import TensorInfo
+from runtime.checkpoints.gguf.blocks import FORMATS, Bytes
+from runtime.checkpoints.gguf.container import TensorInfo
 
 Q4_0, Q4_1, Q8_0 = 2, 3, 8
 
 
 def kept(info: TensorInfo, data: Bytes) -> GroupedWeight | None:
-    """A matrix as it is; None for what is in another format, or has values that the ops do not take."""
+    """A matrix in integers, unchanged; None for another format, or for values that the ops do not take."""
     if info.type not in (Q4_0, Q4_1, Q8_0) or len(info.shape) != 2:
         return None
     out, size = info.shape

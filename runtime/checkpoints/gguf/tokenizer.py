@@ -7,16 +7,21 @@ from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers,
 from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
 
-from runtime.tokenizer import Tokenizer
-from runtime.workers.loading.errors import ModelLoadError
-from runtime.workers.loading.gguf_metadata import Metadata
-from runtime.workers.loading.gguf_pieces import merges_of_pieces
+from runtime.checkpoints.gguf.container import Metadata, merges_of_pieces
+from runtime.model.config import ModelLoadError
+from runtime.support.logs import get_logger
+from runtime.text.tokenizer import Tokenizer
+
+_log = get_logger(__name__)
 
 KEY = "tokenizer.ggml."
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
-"""Kinds of token. The others are never matched as a whole: 5 is unused, 6 is a single byte."""
+"""Kinds of token. Tokens of other kinds are never matched as a whole: 5 is unused, 6 is a single byte."""
 
 ROLES = ("bos", "eos", "eot", "eom", "unknown", "padding")
+NEEDED = ("bos", "eos")
+"""Required tokens: without them texts begin or end differently from the model's training. For the other tokens
+llama.cpp warns where no token has their id, and continues without them; so do we."""
 
 _WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -46,9 +51,10 @@ WORDS = {
     "falcon": FALCON,
 }
 SUPPORTED = (*DIGITS_NAMES, *WORDS, *GPT2_NAMES)
-"""Values of `tokenizer.ggml.pre`: how text is cut into words before the merges; the expressions are llama.cpp's."""
+"""Values of `tokenizer.ggml.pre`, the rule that cuts text into words before the merges; the expressions are
+llama.cpp's."""
 WHOLE_WORDS = (*LLAMA3_NAMES, "tekken")
-"""A word that is a token is not merged from its parts; and a BOS comes first."""
+"""Values with which a word that is a token is not merged from its parts, and a BOS comes first."""
 
 
 def load_tokenizer(metadata: Metadata, vocab_size: int, *, chat_template: str | None = None) -> Tokenizer:
@@ -92,6 +98,10 @@ def _backend(metadata: Metadata, tokens: list[str], kinds: list[float], ids: dic
     else:
         raise metadata.error(KEY + "model", f"is {model!r}; supported are: gpt2, llama")
     kind_of = dict(zip(tokens, kinds, strict=True))
+    for role in ("bos", "eos", "eot", "eom"):
+        # Some converters list the ends of turns as ordinary added tokens, which clients could then write.
+        if (id := ids[role]) is not None and kinds[id] == USER_DEFINED:
+            kind_of[tokens[id]] = CONTROL
     special = [text for text, kind in kind_of.items() if text and kind in (UNKNOWN, CONTROL)]
     whole = [text for text, kind in kind_of.items() if text and kind == USER_DEFINED]
     backend.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in special])
@@ -167,22 +177,22 @@ def _sentencepiece(metadata: Metadata, tokens: list[str], kinds: list[float], un
 def _add_around(
     backend: Backend, metadata: Metadata, tokens: list[str], ids: dict[str, int | None], add_bos: bool
 ) -> None:
-    """Make `encode` put a BOS and an EOS around a text, where the model wants them."""
+    """Make `encode` put a BOS before a text, where the model requires it. It never puts an EOS after it, also with
+    `add_eos_token`: a prompt that has ended cannot be continued."""
     asked = metadata.flag(KEY + "add_bos_token")
     bos = ids["bos"] if (add_bos if asked is None else asked) else None
-    eos = ids["eos"] if metadata.flag(KEY + "add_eos_token") else None
-    before = [] if bos is None else [(tokens[bos], bos)]
-    after = [] if eos is None else [(tokens[eos], eos)]
-    if before or after:
+    if bos is not None:
         backend.post_processor = processors.TemplateProcessing(
-            single=[*(text for text, _ in before), "$A", *(text for text, _ in after)],
-            special_tokens=list(dict.fromkeys(before + after)),
+            single=[tokens[bos], "$A"], special_tokens=[(tokens[bos], bos)]
         )
 
 
 def _id(metadata: Metadata, role: str, num_tokens: int) -> int | None:
     key = f"{KEY}{role}_token_id"
     id = metadata.integer(key)
-    if id is not None and not 0 <= id < num_tokens:
+    if id is None or 0 <= id < num_tokens:
+        return id
+    if role in NEEDED:
         raise metadata.error(key, f"is {id}, and there are {num_tokens} tokens")
-    return id
+    _log.warning("token_id_ignored", file=str(metadata.path), key=key, id=id, tokens=num_tokens)
+    return None

@@ -2,8 +2,8 @@
 
 Four bits: `weight` [n / 2, 1] uint8, two values a byte, the first in the high half: indices into `quant_map` [16], to
 be multiplied by `absmax`, one for each block. With double quantisation absmax is itself indices, into
-`nested_quant_map`, times `nested_absmax`, plus an offset. What else there is to know is JSON in a tensor. nf4 in
-blocks of 64 is ours; the rest becomes floating point.
+`nested_quant_map`, times `nested_absmax`, plus an offset. Further parameters are JSON in a tensor. nf4 in blocks of 64
+is our own format; the rest becomes floating point.
 
 Eight bits: `weight` [out, in] int8, and `SCB` [out], the largest value of each row. They become groups of
 32 inputs that have the scale of their row.
@@ -20,14 +20,14 @@ from torch import Tensor
 from kernels import Int8GroupWeight, Nf4Weight, Weight
 from kernels.int4 import GROUP
 from kernels.nf4 import BLOCK, CODE
-from runtime.workers.loading.quantised.scheme import Scheme
+from runtime.checkpoints.quantised.scheme import Scheme
 
 STATE = ".weight.quant_state.bitsandbytes__"
 FOUR_BITS = (".weight", ".weight.absmax", ".weight.quant_map", ".weight.nested_absmax", ".weight.nested_quant_map")
 
 
 def scheme(config: Mapping[str, Any]) -> Scheme:
-    """Raises `ValueError` for what is not supported."""
+    """The scheme for a quantisation config. Raises `ValueError` for what is not supported."""
     if config.get("load_in_8bit") or config.get("_load_in_8bit"):
         return Scheme("bitsandbytes", (".SCB",), (".weight", ".SCB", ".weight_format"), _read_eight)
     if not (config.get("load_in_4bit") or config.get("_load_in_4bit")):
@@ -68,7 +68,7 @@ def _read_four(tensors: Mapping[str, Tensor]) -> Weight:
 
 
 def _is_ours(told: Mapping[str, Any], table: Tensor, shape: tuple[int, ...]) -> bool:
-    """Blocks of 64 that end with the rows, and the very numbers of nf4."""
+    """True for our own format: blocks of 64 that end with the rows, and exactly the values of nf4."""
     blocks = told["blocksize"] == BLOCK and shape[1] % BLOCK == 0
     return blocks and bool(torch.equal(table.float(), torch.tensor(CODE)))
 

@@ -1,4 +1,4 @@
-"""Which scheme a config.json asks for, and going through a checkpoint linear by linear."""
+"""Storage schemes of linears in integers, and iteration over a checkpoint linear by linear."""
 
 from __future__ import annotations
 
@@ -6,51 +6,29 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from runtime.workers.loading.errors import ModelLoadError
+from runtime.model.config import ModelLoadError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from kernels import Weight
-    from runtime.workers.loading.safetensors_files import WeightFiles
+    from runtime.checkpoints.safetensors_files import WeightFiles
 
 Config = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """One way to store a linear."""
+    """One storage scheme of linears."""
 
     name: str
     marks: tuple[str, ...]
-    """Ends of names that only a linear's tensors have. The first that is there tells of one."""
+    """Ends of names that only a linear's tensors have. The first one that is present identifies a linear."""
     ends: tuple[str, ...]
-    """Ends of the names of all its tensors; those that are not there are left out."""
+    """Ends of the names of all its tensors; absent ones are left out."""
     read: Callable[[Mapping[str, Tensor]], Weight]
-    """By end → the weight [out, in]. Raises `ValueError`."""
-
-
-def find_scheme(config: Config) -> Scheme | None:
-    """The scheme of a model's config.json; None: floating point. Raises `ModelLoadError` naming what is supported."""
-    given = config.get("quantization_config")
-    if not given:
-        return None
-    if not isinstance(given, dict):
-        raise ModelLoadError(f"config.json: quantization_config must be an object, got {type(given).__name__}.")
-    # Imported where they are used: each needs torch.
-    from runtime.workers.loading.quantised import awq, bitsandbytes, gptq
-
-    schemes = {"gptq": gptq.scheme, "awq": awq.scheme, "bitsandbytes": bitsandbytes.scheme}
-    method = given.get("quant_method")
-    if method not in schemes:
-        raise ModelLoadError(
-            f"Weights quantised with {method!r} cannot be loaded; supported are: {', '.join(schemes)}, the float32, "
-            "float16 and bfloat16 checkpoints of a model, and GGUF files."
-        )
-    try:
-        return schemes[method](given)
-    except ValueError as error:
-        raise ModelLoadError(f"config.json: quantization_config: {error}.") from None
+    """Function of the tensors, by end → the weight [out, in]. Raises `ValueError`, or torch's errors for tensors that
+    do not fit together."""
 
 
 def weights(files: WeightFiles, scheme: Scheme) -> Iterator[tuple[str, Weight]]:
@@ -64,7 +42,7 @@ def weights(files: WeightFiles, scheme: Scheme) -> Iterator[tuple[str, Weight]]:
             tensors = {end: opened.read(base + end) for end in scheme.ends if base + end in known}
             try:
                 yield f"{base}.weight", scheme.read(tensors)
-            except ValueError as error:
+            except (ValueError, LookupError, TypeError, ArithmeticError, RuntimeError) as error:
                 raise ModelLoadError(f"{base}: not a linear of {scheme.name}: {error}.") from error
         elif not _is_part(name, scheme, known):
             yield name, opened.read(name)
@@ -72,6 +50,6 @@ def weights(files: WeightFiles, scheme: Scheme) -> Iterator[tuple[str, Weight]]:
 
 
 def _is_part(name: str, scheme: Scheme, known: set[str]) -> bool:
-    """Whether a tensor belongs to a linear that another one tells of."""
+    """True if a tensor belongs to a linear that another tensor identifies."""
     bases = (name.removesuffix(end) for end in scheme.ends if name.endswith(end))
     return any(base + mark in known for base in bases for mark in scheme.marks)

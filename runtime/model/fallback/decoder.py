@@ -1,30 +1,37 @@
-"""A causal LM of transformers with the interface of `runtime.workers.decoder.Decoder`."""
+"""A causal LM of transformers with the interface of `runtime.model.decoder.Decoder`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kernels import QUANTISERS, Ops
-from runtime.workers.adaptation import Adaptation
-from runtime.workers.attention import Attention
-from runtime.workers.fallback.frames import Handed, LayerCall, replaced
-from runtime.workers.fallback.interface import Attend, attending
-from runtime.workers.fallback.linears import Running, quantise, take_over
-from runtime.workers.fallback.probe import LENGTHS, Anatomy, alike, facts, packed, run_base, stands
-from runtime.workers.fallback.spec import fallback_spec
-from runtime.workers.group import SOLO
-from runtime.workers.layers import Linear, Parameter
-from runtime.workers.vocabulary import Vocabulary
+from kernels import QUANTISERS, AdaptedTokens, Ops
+from runtime.model.attention import Attention
+from runtime.model.fallback.linears import (
+    Attend,
+    FallbackPass,
+    Handed,
+    LayerCall,
+    attending,
+    quantise,
+    replaced,
+    take_over,
+)
+from runtime.model.fallback.probe import LENGTHS, Anatomy, alike, facts, packed, run_base, stands
+from runtime.model.fallback.spec import fallback_spec
+from runtime.model.group import SOLO
+from runtime.model.layers import Linear, Parameter
+from runtime.model.lora import Adaptation
+from runtime.model.split import Vocabulary
 
 Stage = Callable[[Tensor], Tensor]
-"""hidden [T, hidden] → the same."""
+"""hidden [T, hidden] → [T, hidden]."""
 
 
 class FallbackDecoder:
-    """transformers' modules with our attention and our linears. Differentiable in what adapters add."""
+    """transformers' modules with our attention and our linears. Differentiable with respect to adapters."""
 
     def __init__(self, model: Any, anatomy: Anatomy, ops: Ops, *, max_len: int, quantization: str = "none") -> None:
         self.spec = fallback_spec(model, anatomy)
@@ -39,16 +46,16 @@ class FallbackDecoder:
         self._model = model
         self._base: nn.Module = getattr(model, anatomy.base)
         self._modules = list(model.get_submodule(anatomy.layers))
-        self._running = Running()
+        self._running = FallbackPass()
         self.layers = [take_over(layer, index, self._running) for index, layer in enumerate(self._modules)]
         self._frame, self._stands = stands(model, anatomy)
         self._handed = Handed()
         self._head = replaced(model, anatomy.base, self._handed)
         self.targets = self._adaptable()
-        """The linears that adapters may change, by their names within a layer: every layer has them, and they see
-        every token once."""
+        """Names within a layer of the linears that adapters may change: every layer has them, and each gets every token
+        once."""
         self.separable = self._is_separable()
-        """Layers can be run one by one: each needs nothing but the hidden states of the one before."""
+        """True if layers can run one by one: each needs only the hidden states of the previous one."""
         quantisers = QUANTISERS.get(quantization)
         if quantisers is not None:
             for layer, module in zip(self.layers, self._modules, strict=True):
@@ -62,16 +69,21 @@ class FallbackDecoder:
         adaptation: Adaptation | None = None,
         ops: Ops | None = None,
         *,
-        wanted: Tensor | None = None,
+        logits_indices: Tensor | None = None,
     ) -> Tensor:
-        """token_ids, positions [T] int64 → hidden states [T, hidden] as the head takes them: after the last norm; or
-        [n, hidden], of the tokens `wanted` [n] int64 alone. `ops` instead of its own."""
+        """token_ids, positions [T] int64 → hidden states [T, hidden] as the head takes them: after the last norm. With
+        `logits_indices` [n] int64: [n, hidden] of these tokens alone. `ops` replaces the decoder's own."""
         with self._as(ops or self.ops, attention, adaptation):
             hidden = run_base(self._base, token_ids, positions)
-        return hidden if wanted is None else hidden[wanted]
+        return hidden if logits_indices is None else hidden[logits_indices]
+
+    def normed(self, hidden: Tensor) -> Tensor:
+        """Result of `forward` as it is: transformers' own norm was applied there."""
+        return hidden
 
     def logits(self, hidden: Tensor, ops: Ops | None = None) -> Tensor:
-        """hidden [rows, hidden] → [rows, vocab] float32. The head is torch's own: `ops` is for its likes' sake."""
+        """hidden [rows, hidden] → [rows, vocab] float32. The head is torch's own: `ops` is unused, for the interface
+        alone."""
         self._handed.hidden = hidden
         try:
             rows = torch.zeros(1, len(hidden), dtype=torch.int64, device=self.device)
@@ -80,9 +92,14 @@ class FallbackDecoder:
         finally:
             self._handed.hidden = None
 
-    def own_logits(self, hidden: Tensor, ops: Ops | None = None) -> Tensor:
-        """There is one rank."""
+    def local_logits(self, hidden: Tensor, ops: Ops | None = None) -> Tensor:
+        """As `logits`: there is only one rank."""
         return self.logits(hidden, ops)
+
+    @property
+    def batch_variance(self) -> str | None:
+        """As `Decoder.batch_variance`."""
+        return "it runs in transformers"
 
     def parameters(self) -> dict[str, Parameter]:
         """Every weight by its name in transformers' model."""
@@ -95,7 +112,7 @@ class FallbackDecoder:
     # -- in pieces, for training ---------------------------------------------------------------
 
     def embed(self, token_ids: Tensor, positions: Tensor) -> tuple[Tensor, list[LayerCall]]:
-        """What the first layer sees [T, hidden], and what else each layer is handed."""
+        """Input of the first layer [T, hidden], and the further arguments of each layer."""
         run_base(self._frame, token_ids, positions)
         first = self._stands[0].seen
         calls = [stand.call for stand in self._stands if stand.call is not None]
@@ -106,14 +123,15 @@ class FallbackDecoder:
     def run_layer(
         self, index: int, hidden: Tensor, call: LayerCall, ops: Ops, attention: Attention, adaptation: Adaptation | None
     ) -> Tensor:
-        """One layer: hidden [T, hidden] → the same; `call` is `embed`'s."""
+        """One layer: hidden [T, hidden] → [T, hidden]; `call` is from `embed`."""
         with self._as(ops, attention, adaptation):
             out = self._modules[index](hidden.unsqueeze(0), *call.args, **call.options)
         found: Tensor = (out[0] if isinstance(out, tuple) else out)[0]
         return found
 
     def finish(self, hidden: Tensor) -> Tensor:
-        """What the last layer gave for some tokens, [R, hidden] → the hidden states that the head takes."""
+        """Output of the last layer for some tokens, [R, hidden] → the hidden states that the head takes, [R,
+        hidden]."""
         self._stands[-1].gives = hidden.unsqueeze(0)
         try:
             none = torch.zeros(len(hidden), dtype=torch.int64, device=self.device)
@@ -195,6 +213,9 @@ class _Packed:
         spec = self._spec
         options = {"sliding_window": spec.layers[layer].window, "softcap": spec.softcap}
         return packed(q, k, v, list(LENGTHS), facts(q, k, v, spec.scale, options))
+
+    def paged(self, adapted: Sequence[AdaptedTokens]) -> None:
+        return None
 
 
 def _probe_batch(device: torch.device) -> tuple[Tensor, Tensor]:

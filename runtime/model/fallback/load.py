@@ -1,4 +1,4 @@
-"""From a model directory to a transformers model that attends by our function."""
+"""Loader of a model directory into a transformers model with our attention function."""
 
 import contextlib
 import json
@@ -10,11 +10,12 @@ import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from kernels import Ops
-from runtime.workers.fallback.decoder import FallbackDecoder
-from runtime.workers.fallback.interface import NAME
-from runtime.workers.fallback.probe import examine
-from runtime.workers.layers import WeightError
-from runtime.workers.lora_base import LoraBase, Target, fingerprint
+from runtime.model.config import architectures
+from runtime.model.fallback.decoder import FallbackDecoder
+from runtime.model.fallback.linears import NAME
+from runtime.model.fallback.probe import examine
+from runtime.model.layers import WeightError
+from runtime.model.lora_base import LoraBase, Target, fingerprint
 
 GROWING = ("dynamic", "longrope")
 """Rope scalings that depend on the longest sequence of a batch."""
@@ -30,7 +31,7 @@ def load_fallback(
     device: torch.device,
     quantization: str = "none",
 ) -> FallbackDecoder:
-    """Raises `WeightError` with the reason why a model cannot be served."""
+    """Load and probe the model in `directory`. Raises `WeightError` with the reason why it cannot be served."""
     kind = _class(config)
     if kind._is_stateful or not kind._supports_attention_backend:
         why = "keeps a state that is not attention" if kind._is_stateful else "does not use its attention interface"
@@ -49,14 +50,14 @@ def load_fallback(
         decoder = FallbackDecoder(model, examine(model), ops, max_len=max_len or 0, quantization=quantization)
     except WeightError:
         raise
-    except Exception as error:  # whatever that model's own code raises on a plain batch
+    except Exception as error:  # the model's own code may raise anything on a plain batch
         raise WeightError(f"{kind.__name__} of transformers fails on a few tokens: {error}") from error
     decoder.max_len = decoder.max_len or decoder.spec.max_position
     return decoder
 
 
 def lora_base(model: FallbackDecoder, name: str) -> LoraBase:
-    """What adapters for a model must fit: they may change the linears that every layer has."""
+    """Base model of adapters: they may change the linears that every layer has."""
     targets = {
         module: Target(module, "", 0, linear.in_features, linear.parts[""]) for module, linear in model.targets.items()
     }
@@ -64,12 +65,12 @@ def lora_base(model: FallbackDecoder, name: str) -> LoraBase:
 
 
 def _class(config: dict[str, Any]) -> Any:
-    names = config.get("architectures") or []
+    names = architectures(config)
     known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     for name in names:
         if name in known and (kind := getattr(transformers, name, None)) is not None:
             return kind
-    asked = ", ".join(map(str, names)) or "none named in config.json"
+    asked = ", ".join(names) or "none named in config.json"
     raise WeightError(
         f"architecture not supported: {asked}. It is neither one of ours (`eft models list`) nor a causal "
         f"language model of transformers {transformers.__version__}"
@@ -84,16 +85,17 @@ def _read(kind: Any, directory: Path, dtype: torch.dtype) -> Any:
                 dtype=dtype,
                 attn_implementation=NAME,
                 local_files_only=True,
+                trust_remote_code=False,
                 use_safetensors=True,
                 output_loading_info=True,
             )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # the model's configuration or code may raise anything for an unexpected value
         raise WeightError(f"transformers cannot load {kind.__name__}: {error}") from error
     for what in ("missing_keys", "mismatched_keys"):
         if told[what]:
             raise WeightError(f"the checkpoint lacks {len(told[what])} weights, the first: {min(map(str, told[what]))}")
     text = model.config.get_text_config()
-    if getattr(text, "output_router_logits", False):  # for a loss that nobody asks for here
+    if getattr(text, "output_router_logits", False):  # for a loss that is not used here
         text.output_router_logits = False
     return model.eval().requires_grad_(False)
 
@@ -116,7 +118,7 @@ def _check_rope(model: Any, max_len: int | None) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Any:
-    """Without transformers' progress bars and reports on stderr: what is wrong is raised."""
+    """Context without transformers' progress bars and reports on stderr: problems are raised."""
     from transformers.utils import logging
 
     told: Any = logging

@@ -1,8 +1,8 @@
-"""What a transformers model is, found out by running it on a few tokens; and whether we can serve it.
+"""Probe of a transformers model: run it on a few tokens to find its structure, and to check that we can serve it.
 
-Two short sequences in one flat batch must give what each gives alone with transformers' own attention. A model that
-mixes tokens elsewhere (state, convolutions), counts positions by itself, or has an attention that is more than scores,
-softmax and values, does not.
+Two short sequences in one flat batch must give the same as each alone with transformers' own attention. A model fails
+if it mixes tokens elsewhere (state, convolutions), counts positions by itself, or has an attention that is more than
+scores, softmax and values.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,18 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from kernels.reference import ReferenceOps
-from runtime.workers.fallback.frames import Stand, replaced
-from runtime.workers.fallback.interface import NAME, attending
-from runtime.workers.layers import WeightError
+from runtime.model.fallback.linears import NAME, Stand, attending, replaced
+from runtime.model.layers import WeightError
 
 LENGTHS = (5, 7)
 ROUNDING = 0.05
-"""How far apart hidden states that are meant to be equal may be, as a share of their length: bfloat16 stays below it,
-and whatever is missing goes far above."""
+"""Largest distance of equal hidden states, as a share of their length. bfloat16 stays below it; a missing operation
+goes far above."""
 SINKS = ("s_aux", "sinks")
-"""What modules call keys that are learned, and no token's."""
+"""Attributes of modules for learned keys, which belong to no token."""
 SMALL = 4
-"""Window to find out with who has one."""
+"""Window for the probe that finds the layers with a window, in tokens."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class AttentionFacts:
     heads: int
     kv_heads: int
     head_dim: int
-    """Of queries and keys."""
+    """Head size of queries and keys."""
     value_dim: int
     scale: float
     softcap: float
@@ -44,15 +43,15 @@ class AttentionFacts:
 
 @dataclass(frozen=True, eq=False)
 class Anatomy:
-    """Where things are in a model."""
+    """Paths of a model's parts."""
 
     base: str
-    """The attribute that holds the model without its head."""
+    """Attribute that holds the model without its head."""
     layers: str
-    """The layers' path in the whole model, such as `model.layers`."""
+    """Path of the layers in the whole model, such as `model.layers`."""
     attention: tuple[AttentionFacts, ...]
     gives_tuple: bool
-    """A layer gives a tuple, of which the hidden states are the first."""
+    """True if a layer returns a tuple, hidden states first."""
 
     @property
     def layers_in_base(self) -> str:
@@ -60,7 +59,7 @@ class Anatomy:
 
 
 def examine(model: Any) -> Anatomy:
-    """Raises `WeightError` saying why a model cannot be served."""
+    """Probe a model. Raises `WeightError` with the reason why it cannot be served."""
     ids = _some_tokens(model)
     calls: list[tuple[nn.Module, AttentionFacts]] = []
     sinks: set[str] = set()
@@ -101,7 +100,7 @@ def examine(model: Any) -> Anatomy:
 
 
 def facts(q: Tensor, k: Tensor, v: Tensor, scale: float, options: Mapping[str, Any]) -> AttentionFacts:
-    """Of one call of the attention function."""
+    """Facts of one call of the attention function."""
     return AttentionFacts(
         q.shape[1],
         k.shape[1],
@@ -130,7 +129,7 @@ def run_base(base: nn.Module, token_ids: Tensor, positions: Tensor) -> Tensor:
 
 
 def alike(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors [T, n] are equal but for rounding."""
+    """True if two tensors [T, n] are equal but for rounding."""
     if a.shape != b.shape:
         return False
     apart, lengths = (a.float() - b.float()).norm(dim=-1), b.float().norm(dim=-1)
@@ -138,7 +137,7 @@ def alike(a: Tensor, b: Tensor) -> bool:
 
 
 def stands(model: Any, anatomy: Anatomy) -> tuple[nn.Module, list[Stand]]:
-    """The base model with stands for its layers, and these."""
+    """The base model with stand-ins for its layers, and the stand-ins."""
     base, layers = getattr(model, anatomy.base), model.get_submodule(anatomy.layers)
     instead = [Stand(layer) for layer in layers]
     for one in instead:
@@ -153,7 +152,7 @@ def _some_tokens(model: Any) -> Tensor:
 
 
 def _layers_path(model: Any, modules: list[nn.Module]) -> str:
-    """What the names of attention modules have in common before the layer's number."""
+    """Common prefix of the attention modules' names before the layer's number."""
     names = {module: name for name, module in model.named_modules()}
     found = [names[module].split(".") for module in modules]
     numbered = [(".".join(parts[:place]), parts[place]) for parts in found if (place := _number(parts)) < len(parts)]
@@ -166,12 +165,13 @@ def _layers_path(model: Any, modules: list[nn.Module]) -> str:
 
 
 def _number(parts: list[str]) -> int:
-    """Where a layer's number stands in a name."""
+    """Index of a layer's number in a name."""
     return next((place for place, part in enumerate(parts) if part.isdecimal()), len(parts))
 
 
 def _with_windows(model: Any, anatomy: Anatomy) -> Anatomy:
-    """Windows that only masks tell of: with a small one, who gets a mask that is not simply causal?"""
+    """Add windows that show only in masks: with a small window set, a layer that has one gets a mask that is not
+    causal. Raises `WeightError` where the setting is no window of tokens."""
     config = model.config.get_text_config()
     window = getattr(config, "sliding_window", None)
     frame, instead = stands(model, anatomy)
@@ -201,7 +201,7 @@ def _with_windows(model: Any, anatomy: Anatomy) -> Anatomy:
 
 
 def _mask(stand: Stand) -> Tensor | None:
-    """The mask [T, T] that a layer was handed, True where a token is seen."""
+    """The mask [T, T] of a layer's call, True where a token is seen."""
     assert stand.call is not None
     for value in (*stand.call.args, *stand.call.options.values()):
         if isinstance(value, Tensor) and value.ndim == 4 and value.shape[-1] == value.shape[-2] == sum(LENGTHS):
@@ -211,7 +211,7 @@ def _mask(stand: Stand) -> Tensor | None:
 
 @contextmanager
 def _eager(model: Any) -> Iterator[None]:
-    """transformers' own attention, until the end of the block."""
+    """Context with transformers' own attention."""
     model.set_attn_implementation("eager")
     try:
         yield

@@ -1,14 +1,14 @@
-"""A transformers model in the terms in which the rest of us knows decoders."""
+"""A transformers model as a `DecoderSpec`."""
 
 from dataclasses import dataclass
 from typing import Any
 
-from runtime.workers.fallback.probe import Anatomy
-from runtime.workers.layers import WeightError
-from runtime.workers.spec import DecoderSpec, LayerSpec
+from runtime.model.fallback.probe import Anatomy
+from runtime.model.layers import WeightError
+from runtime.model.spec import DecoderSpec, LayerSpec
 
 LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
-"""Names that configs have for the longest sequence."""
+"""Keys of configs for the longest sequence, in tokens."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class FallbackSpec(DecoderSpec):
 
 
 def fallback_spec(model: Any, anatomy: Anatomy) -> FallbackSpec:
-    """Raises `WeightError` where the config does not say how long sequences may be."""
+    """Spec of a probed model. Raises `WeightError` where the config has no longest sequence."""
     config = model.config.get_text_config()
     first = anatomy.attention[0]
     longest = next((value for name in LENGTHS if (value := getattr(config, name, None))), None)
@@ -34,9 +34,12 @@ def fallback_spec(model: Any, anatomy: Anatomy) -> FallbackSpec:
         raise WeightError(
             f"layers have different soft caps ({', '.join(map(str, sorted(caps)))}), which is not supported"
         )
-    hidden = model.get_input_embeddings().weight.shape[1]
+    inputs, hidden = model.get_input_embeddings().weight.shape
+    outputs = model.get_output_embeddings().weight.shape[0]
+    if inputs < outputs:
+        raise WeightError(f"it makes logits of {outputs} tokens, and its embedding has {inputs} rows")
     return FallbackSpec(
-        vocab_size=model.get_output_embeddings().weight.shape[0],
+        vocab_size=outputs,
         hidden_size=getattr(config, "hidden_size", hidden),
         intermediate_size=getattr(config, "intermediate_size", None) or 4 * hidden,
         num_heads=first.heads,

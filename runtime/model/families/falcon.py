@@ -3,9 +3,10 @@
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from runtime.workers.models.family import Family, lora_targets, positive
-from runtime.workers.models.llama import Llama
-from runtime.workers.spec import DecoderSpec
+from runtime.model.config import MAX_COUNT, flag, integer, optional_integer
+from runtime.model.families.family import Family, activation, eps, lora_targets
+from runtime.model.families.llama import Llama
+from runtime.model.spec import DecoderSpec
 
 
 class Falcon(Family):
@@ -32,20 +33,26 @@ class Falcon(Family):
 
     @classmethod
     def spec(cls, config: dict[str, Any]) -> DecoderSpec:
-        if config.get("alibi"):
+        if flag(config, "alibi", False):
             raise ValueError("Falcon with alibi is not supported; supported is: Falcon with rope (alibi: false)")
-        new = bool(config.get("new_decoder_architecture", False))
-        parallel = new or bool(config.get("parallel_attn", True))
-        groups = config.get("num_kv_heads") if new or not config.get("multi_query", True) else 1
+        new = flag(config, "new_decoder_architecture", False)
+        parallel = new or flag(config, "parallel_attn", True)
+        groups = (
+            optional_integer(config, "num_kv_heads", at_most=MAX_COUNT)
+            if new or not flag(config, "multi_query", True)
+            else 1
+        )
+        named = config.get("activation")
         own = {
-            "intermediate_size": config.get("ffn_hidden_size") or 4 * positive(config, "hidden_size"),
-            "hidden_act": config.get("activation") or "gelu",
+            "intermediate_size": optional_integer(config, "ffn_hidden_size") or 4 * integer(config, "hidden_size"),
+            "hidden_act": "gelu" if named is None else activation(config, "activation", "gelu", gated=False),
             "num_key_value_heads": groups,
         }
-        bias = bool(config.get("bias", False))
+        bias = flag(config, "bias", False)
+        norms = optional_integer(config, "num_ln_in_parallel_attn", at_most=2)
         return replace(
             Llama.spec({"tie_word_embeddings": True} | config | own),
-            norm_eps=config.get("layer_norm_epsilon", 1e-5),
+            norm_eps=eps(config, "layer_norm_epsilon", 1e-5),
             qkv="grouped",
             qkv_bias=bias,
             out_bias=bias,
@@ -53,5 +60,5 @@ class Falcon(Family):
             gated=False,
             norm="layer",
             parallel=parallel,
-            shared_norm=parallel and not (new and config.get("num_ln_in_parallel_attn") in (None, 2)),
+            shared_norm=parallel and not (new and norms in (None, 2)),
         )

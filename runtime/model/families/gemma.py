@@ -1,17 +1,25 @@
-"""Gemma 2 and 3 (text): local and global attention in turns, norms before and after, GeGLU, soft caps."""
+"""Gemma 2 and 3 (text): alternating local and global attention, norms before and after, GeGLU, soft caps."""
 
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from runtime.workers.models.family import Layers, by_type, lora_targets, positive
-from runtime.workers.models.llama import ATTENTION, MLP, Llama
-from runtime.workers.models.qwen import QK_NORMS
-from runtime.workers.rope import RopeSpec
-from runtime.workers.spec import DecoderSpec
+from runtime.model.config import MIN_FACTOR, integer, number, optional_integer, optional_number, table
+from runtime.model.families.family import Layers, activation, by_type, lora_targets, num_layers
+from runtime.model.families.llama import ATTENTION, MLP, Llama
+from runtime.model.families.qwen import QK_NORMS
+from runtime.model.rope import MIN_THETA, RopeSpec
+from runtime.model.spec import DecoderSpec
+
+GELU = "gelu_pytorch_tanh"
+
+
+def softcap(config: dict[str, Any], key: str) -> float:
+    """A soft cap of the config; 0 for none, where the key is null or 0."""
+    return 0.0 if config[key] == 0 else optional_number(config, key, at_least=MIN_FACTOR) or 0.0
 
 
 class Gemma2(Llama):
-    """Scores and logits squashed by tanh; every second layer sees a window (arXiv:2408.00118)."""
+    """Scores and logits squashed by tanh; every second layer has a window (arXiv:2408.00118)."""
 
     LAYER: ClassVar = {
         **ATTENTION,
@@ -23,32 +31,33 @@ class Gemma2(Llama):
     }
     LORA_TARGETS: ClassVar = lora_targets(LAYER)
     EVERY: ClassVar = 2
-    """Each so many layers one has no window, where the config does not say which."""
+    """Period in layers: the last of each period has no window, where the config does not list the layers' types."""
     DEFAULTS: ClassVar[dict[str, Any]] = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
 
     @classmethod
     def spec(cls, config: dict[str, Any]) -> DecoderSpec:
-        if config.get("use_bidirectional_attention"):
+        if config.get("use_bidirectional_attention") not in (None, False):
             raise ValueError("use_bidirectional_attention is not supported: tokens are generated one after the other")
         shared = {"head_dim": 256, "sliding_window": 4096, "tie_word_embeddings": True, "query_pre_attn_scalar": 256}
         config = shared | cls.DEFAULTS | config
+        named = config.get("hidden_activation")
         return replace(
             super().spec(config | {"rope_parameters": None, "rope_scaling": None}),
             layers=cls.attention_layers(config),
             ropes=cls.ropes(config),
-            activation=config.get("hidden_activation") or "gelu_pytorch_tanh",
+            activation=GELU if named is None else activation(config, "hidden_activation", GELU),
             norm="rms_plus_one",
             post_norm=True,
-            attention_scale=float(config["query_pre_attn_scalar"]) ** -0.5,
-            softcap=config["attn_logit_softcapping"] or 0.0,
-            logit_softcap=config["final_logit_softcapping"] or 0.0,
-            embedding_scale=float(positive(config, "hidden_size")) ** 0.5,
+            attention_scale=number(config, "query_pre_attn_scalar", at_least=MIN_FACTOR) ** -0.5,
+            softcap=softcap(config, "attn_logit_softcapping"),
+            logit_softcap=softcap(config, "final_logit_softcapping"),
+            embedding_scale=float(integer(config, "hidden_size")) ** 0.5,
         )
 
     @classmethod
     def attention_layers(cls, config: dict[str, Any]) -> Layers:
-        every = config.get("sliding_window_pattern") or cls.EVERY
-        return by_type(config, [(index + 1) % every != 0 for index in range(positive(config, "num_hidden_layers"))])
+        every = optional_integer(config, "sliding_window_pattern") or cls.EVERY
+        return by_type(config, [(index + 1) % every != 0 for index in range(num_layers(config))])
 
     @classmethod
     def ropes(cls, config: dict[str, Any]) -> tuple[RopeSpec, ...]:
@@ -78,10 +87,14 @@ class Gemma3(Gemma2):
 
     @classmethod
     def ropes(cls, config: dict[str, Any]) -> tuple[RopeSpec, ...]:
-        given = config.get("rope_parameters") or {}
-        local = given.get("sliding_attention") or {"rope_theta": config.get("rope_local_base_freq", 10000.0)}
-        old = {"rope_theta": config.get("rope_theta", 1e6), **(config.get("rope_scaling") or {})}
+        """Ropes by kind of layer, as in transformers 5, or as before it: one scaled, and a local one that never is."""
+        given = table(config, "rope_parameters")
         pure = config | {"rope_scaling": None}
-        return tuple(
-            RopeSpec.from_config(pure | {"rope_parameters": one}) for one in (given.get("full_attention") or old, local)
-        )
+        local = table(given, "sliding_attention") or {
+            "rope_theta": number(config, "rope_local_base_freq", 10000.0, at_least=MIN_THETA)
+        }
+        whole = table(given, "full_attention") or {
+            "rope_theta": optional_number(config, "rope_theta", at_least=MIN_THETA) or 1e6,
+            **table(config, "rope_scaling"),
+        }
+        return tuple(RopeSpec.from_config(pure | {"rope_parameters": one}) for one in (whole, local))

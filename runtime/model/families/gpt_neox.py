@@ -3,10 +3,11 @@
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from runtime.workers.models.family import Family, lora_targets
-from runtime.workers.models.llama import Llama
-from runtime.workers.rope import RopeSpec
-from runtime.workers.spec import DecoderSpec
+from runtime.model.config import flag, number
+from runtime.model.families.family import Family, activation, eps, lora_targets
+from runtime.model.families.llama import Llama
+from runtime.model.rope import MIN_THETA, RopeSpec
+from runtime.model.spec import DecoderSpec
 
 
 class GPTNeoX(Family):
@@ -28,16 +29,17 @@ class GPTNeoX(Family):
         "embed_out.weight": "head.weight",
         "lm_head.weight": "head.weight",
     }
-    UNUSED: ClassVar = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
     LORA_TARGETS: ClassVar = lora_targets(LAYER)
 
     @classmethod
     def spec(cls, config: dict[str, Any]) -> DecoderSpec:
-        theta, partial = config.get("rotary_emb_base", 10000.0), config.get("rotary_pct", 0.25)
-        bias = bool(config.get("attention_bias", True))
+        theta = number(config, "rotary_emb_base", 10000.0, at_least=MIN_THETA)
+        partial = number(config, "rotary_pct", 0.25, at_least=0.0, at_most=1.0)
+        bias = flag(config, "attention_bias", True)
+        own = {"hidden_act": activation(config, "hidden_act", "gelu", gated=False), "num_key_value_heads": None}
         return replace(
-            Llama.spec({"hidden_act": "gelu"} | config | {"num_key_value_heads": None}),
-            norm_eps=config.get("layer_norm_eps", 1e-5),
+            Llama.spec(config | own),
+            norm_eps=eps(config, "layer_norm_eps", 1e-5),
             ropes=(RopeSpec.from_config(config, theta=theta, partial=partial),),
             qkv="grouped",
             qkv_bias=bias,
@@ -45,5 +47,5 @@ class GPTNeoX(Family):
             mlp_bias=True,
             gated=False,
             norm="layer",
-            parallel=bool(config.get("use_parallel_residual", True)),
+            parallel=flag(config, "use_parallel_residual", True),
         )

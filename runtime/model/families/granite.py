@@ -3,8 +3,9 @@
 from dataclasses import replace
 from typing import Any
 
-from runtime.workers.models.llama import Llama
-from runtime.workers.spec import DecoderSpec
+from runtime.model.config import MIN_FACTOR, number
+from runtime.model.families.llama import Llama
+from runtime.model.spec import DecoderSpec
 
 
 class Granite(Llama):
@@ -14,8 +15,8 @@ class Granite(Llama):
     def spec(cls, config: dict[str, Any]) -> DecoderSpec:
         return replace(
             super().spec(config),
-            attention_scale=float(config.get("attention_multiplier", 1.0)),
-            embedding_scale=float(config.get("embedding_multiplier", 1.0)),
-            residual_scale=float(config.get("residual_multiplier", 1.0)),
-            logit_scale=1.0 / float(config.get("logits_scaling", 1.0)),
+            attention_scale=number(config, "attention_multiplier", 1.0, at_least=MIN_FACTOR),
+            embedding_scale=number(config, "embedding_multiplier", 1.0, at_least=MIN_FACTOR),
+            residual_scale=number(config, "residual_multiplier", 1.0, at_least=0.0),
+            logit_scale=1.0 / number(config, "logits_scaling", 1.0, at_least=MIN_FACTOR),
         )

@@ -1,10 +1,11 @@
-"""Llama 2, 3 and 3.x, SmolLM2, TinyLlama, Yi: everything that calls itself LlamaForCausalLM."""
+"""Llama 2, 3 and 3.x, SmolLM2, TinyLlama, Yi: every model with the architecture LlamaForCausalLM."""
 
 from typing import Any, ClassVar
 
-from runtime.workers.models.family import Family, alike, lora_targets, positive
-from runtime.workers.rope import RopeSpec
-from runtime.workers.spec import DecoderSpec
+from runtime.model.config import MAX_COUNT, count, flag, integer, optional_integer
+from runtime.model.families.family import Family, activation, alike, eps, head_dim, lora_targets
+from runtime.model.rope import RopeSpec
+from runtime.model.spec import DecoderSpec
 
 ATTENTION = {
     "self_attn.q_proj": ("qkv", "q"),
@@ -31,22 +32,22 @@ class Llama(Family):
 
     @classmethod
     def spec(cls, config: dict[str, Any]) -> DecoderSpec:
-        heads, hidden = positive(config, "num_attention_heads"), positive(config, "hidden_size")
-        bias = bool(config.get("attention_bias", False))
+        heads, hidden = count(config, "num_attention_heads"), integer(config, "hidden_size")
+        bias = flag(config, "attention_bias", False)
         return DecoderSpec(
-            vocab_size=config["vocab_size"],
+            vocab_size=integer(config, "vocab_size"),
             hidden_size=hidden,
-            intermediate_size=config["intermediate_size"],
+            intermediate_size=integer(config, "intermediate_size"),
             num_heads=heads,
-            num_kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or hidden // heads,
-            max_position=config.get("max_position_embeddings", 2048),
-            norm_eps=config.get("rms_norm_eps", 1e-6),
-            tied=bool(config.get("tie_word_embeddings", False)),
+            num_kv_heads=optional_integer(config, "num_key_value_heads", at_most=MAX_COUNT) or heads,
+            head_dim=head_dim(config, hidden, heads),
+            max_position=integer(config, "max_position_embeddings", 2048, at_least=2),
+            norm_eps=eps(config, "rms_norm_eps", 1e-6),
+            tied=flag(config, "tie_word_embeddings", False),
             layers=alike(config),
             ropes=(RopeSpec.from_config(config),),
             qkv_bias=bias,
             out_bias=bias,
-            mlp_bias=bool(config.get("mlp_bias", False)),
-            activation=config.get("hidden_act", "silu"),
+            mlp_bias=flag(config, "mlp_bias", False),
+            activation=activation(config, "hidden_act", "silu"),
         )

@@ -3,9 +3,10 @@
 from dataclasses import replace
 from typing import Any
 
-from runtime.workers.models.family import alike, by_type, positive
-from runtime.workers.models.llama import Llama
-from runtime.workers.spec import DecoderSpec
+from runtime.model.config import optional_integer
+from runtime.model.families.family import alike, by_type, num_layers
+from runtime.model.families.llama import Llama
+from runtime.model.spec import DecoderSpec
 
 
 class Mistral(Llama):
@@ -13,13 +14,15 @@ class Mistral(Llama):
 
     @classmethod
     def spec(cls, config: dict[str, Any]) -> DecoderSpec:
-        return replace(super().spec(config), layers=alike(config, window=config.get("sliding_window", 4096)))
+        return replace(
+            super().spec(config), layers=alike(config, window=optional_integer(config, "sliding_window", 4096))
+        )
 
 
 class Ministral(Llama):
-    """The config says which layers have the window."""
+    """The config lists the layers that have the window."""
 
     @classmethod
     def spec(cls, config: dict[str, Any]) -> DecoderSpec:
         config = {"sliding_window": 4096} | config
-        return replace(super().spec(config), layers=by_type(config, [True] * positive(config, "num_hidden_layers")))
+        return replace(super().spec(config), layers=by_type(config, [True] * num_layers(config)))

@@ -3,9 +3,10 @@
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from runtime.workers.models.family import Family, lora_targets, positive
-from runtime.workers.models.llama import ATTENTION, NORMS, Llama
-from runtime.workers.spec import DecoderSpec, ExpertsSpec, LayerSpec
+from runtime.model.config import count, integer, optional_integer
+from runtime.model.families.family import Family, lora_targets, num_layers
+from runtime.model.families.llama import ATTENTION, NORMS, Llama
+from runtime.model.spec import DecoderSpec, ExpertsSpec, LayerSpec
 
 
 class Mixtral(Family):
@@ -24,14 +25,15 @@ class Mixtral(Family):
     @classmethod
     def spec(cls, config: dict[str, Any]) -> DecoderSpec:
         config = {"rope_theta": 1e6, "rms_norm_eps": 1e-5} | config
-        layer = LayerSpec(window=config.get("sliding_window"), moe=True)
+        layer = LayerSpec(window=optional_integer(config, "sliding_window"), moe=True)
+        experts = count(config, "num_local_experts", 8)
         return replace(
             Llama.spec(config),
-            layers=(layer,) * positive(config, "num_hidden_layers"),
+            layers=(layer,) * num_layers(config),
             experts=ExpertsSpec(
-                count=config.get("num_local_experts", 8),
-                per_token=config.get("num_experts_per_tok", 2),
-                intermediate_size=config["intermediate_size"],
+                count=experts,
+                per_token=count(config, "num_experts_per_tok", 2),
+                intermediate_size=integer(config, "intermediate_size"),
                 normalise=True,
             ),
         )

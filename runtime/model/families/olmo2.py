@@ -3,9 +3,9 @@
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from runtime.workers.models.llama import ATTENTION, MLP, Llama
-from runtime.workers.models.qwen import QK_NORMS
-from runtime.workers.spec import DecoderSpec
+from runtime.model.families.llama import ATTENTION, MLP, Llama
+from runtime.model.families.qwen import QK_NORMS
+from runtime.model.spec import DecoderSpec
 
 
 class Olmo2(Llama):

@@ -1,12 +1,13 @@
-"""Phi-3, 3.5 and 4: Llama with fused checkpoint tensors, longrope, and heads that may be turned in part."""
+"""Phi-3, 3.5 and 4: Llama with fused checkpoint tensors, longrope, and partial rotary embeddings."""
 
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from runtime.workers.models.family import Family, alike, lora_targets
-from runtime.workers.models.llama import NORMS, Llama
-from runtime.workers.rope import RopeSpec
-from runtime.workers.spec import DecoderSpec
+from runtime.model.config import optional_integer, table
+from runtime.model.families.family import Family, alike, lora_targets
+from runtime.model.families.llama import NORMS, Llama
+from runtime.model.rope import RopeSpec
+from runtime.model.spec import DecoderSpec
 
 
 class Phi3(Family):
@@ -26,7 +27,7 @@ class Phi3(Family):
         config = {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096} | config
         return replace(
             Llama.spec(config | {"rope_scaling": None, "rope_parameters": None}),
-            layers=alike(config, window=config.get("sliding_window")),
+            layers=alike(config, window=optional_integer(config, "sliding_window")),
             ropes=(RopeSpec.from_config(_longrope(config)),),
             qkv="fused",
             gate_up_fused=True,
@@ -36,7 +37,7 @@ class Phi3(Family):
 def _longrope(config: dict[str, Any]) -> dict[str, Any]:
     """The config with the early checkpoints' other names for longrope replaced."""
     key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
-    scaling = dict(config.get(key) or {})
+    scaling = table(config, key)
     if scaling.get("rope_type", scaling.get("type")) in ("su", "yarn"):
         scaling["rope_type"] = "longrope"
     return config | {key: scaling or None}

@@ -3,9 +3,10 @@
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from runtime.workers.models.family import Layers, by_type, positive
-from runtime.workers.models.llama import Llama
-from runtime.workers.spec import DecoderSpec
+from runtime.model.config import flag, integer
+from runtime.model.families.family import Layers, by_type, num_layers
+from runtime.model.families.llama import Llama
+from runtime.model.spec import DecoderSpec
 
 QK_NORMS = {"self_attn.q_norm": ("q_norm", ""), "self_attn.k_norm": ("k_norm", "")}
 
@@ -31,6 +32,6 @@ class Qwen3(Llama):
 
 def qwen_layers(config: dict[str, Any]) -> Layers:
     """Layers with a window from the `max_window_layers`th on, where the config turns windows on at all."""
-    config = config if config.get("use_sliding_window") else config | {"sliding_window": None}
-    first = config.get("max_window_layers", 28)
-    return by_type(config, [index >= first for index in range(positive(config, "num_hidden_layers"))])
+    config = config if flag(config, "use_sliding_window", False) else config | {"sliding_window": None}
+    first = integer(config, "max_window_layers", 28, at_least=0)
+    return by_type(config, [index >= first for index in range(num_layers(config))])

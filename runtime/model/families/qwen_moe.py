@@ -3,10 +3,11 @@
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from runtime.workers.models.family import Family, Layers, alike, by_type, lora_targets, positive
-from runtime.workers.models.llama import ATTENTION, MLP, NORMS, Llama
-from runtime.workers.models.qwen import QK_NORMS
-from runtime.workers.spec import DecoderSpec, ExpertsSpec
+from runtime.model.config import ConfigError, count, flag, integer, items, optional_integer
+from runtime.model.families.family import Family, Layers, alike, by_type, lora_targets, num_layers
+from runtime.model.families.llama import ATTENTION, MLP, NORMS, Llama
+from runtime.model.families.qwen import QK_NORMS
+from runtime.model.spec import DecoderSpec, ExpertsSpec
 
 EXPERTS = {
     "mlp.gate": ("router", ""),
@@ -17,8 +18,8 @@ EXPERTS = {
 
 
 class Qwen2Moe(Family):
-    """Experts, and one more that sees every token (arXiv:2407.10671). Adapters change attention only: MLPs
-    differ from layer to layer."""
+    """Experts, and a shared one for every token (arXiv:2407.10671). Adapters change attention only: MLPs differ from
+    layer to layer."""
 
     LAYER: ClassVar = {
         **ATTENTION,
@@ -34,16 +35,16 @@ class Qwen2Moe(Family):
 
     @classmethod
     def spec(cls, config: dict[str, Any]) -> DecoderSpec:
-        sliding = bool(config.get("use_sliding_window"))
+        sliding = flag(config, "use_sliding_window", False)
         config = config if sliding else config | {"sliding_window": None}
-        last = config.get("max_window_layers", 28)
-        count = positive(config, "num_hidden_layers")
+        last = integer(config, "max_window_layers", 28, at_least=0)
+        windows = [sliding and index % 2 == 0 and index < last for index in range(num_layers(config))]
         return replace(
             Llama.spec(config),
-            qkv_bias=config.get("qkv_bias", True),
+            qkv_bias=flag(config, "qkv_bias", True),
             out_bias=False,
-            layers=sparse(by_type(config, [sliding and i % 2 == 0 and i < last for i in range(count)]), config),
-            experts=_experts(config, shared_size=config["shared_expert_intermediate_size"]),
+            layers=sparse(by_type(config, windows), config),
+            experts=_experts(config, shared_size=integer(config, "shared_expert_intermediate_size")),
         )
 
 
@@ -55,7 +56,7 @@ class Qwen3Moe(Family):
 
     @classmethod
     def spec(cls, config: dict[str, Any]) -> DecoderSpec:
-        window = config.get("sliding_window") if config.get("use_sliding_window") else None
+        window = optional_integer(config, "sliding_window") if flag(config, "use_sliding_window", False) else None
         return replace(
             Llama.spec(config),
             qk_norm="head",
@@ -65,18 +66,25 @@ class Qwen3Moe(Family):
 
 
 def sparse(layers: Layers, config: dict[str, Any]) -> Layers:
-    """The same layers, every `decoder_sparse_step`th with experts, but for those in `mlp_only_layers`."""
-    step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or []
+    """The same layers, every `decoder_sparse_step`th with experts, except the layers in `mlp_only_layers`."""
+    step, dense = integer(config, "decoder_sparse_step", 1), items(config, "mlp_only_layers") or []
+    if not all(isinstance(index, int) for index in dense):
+        raise ConfigError("mlp_only_layers", dense, "a list of layers' numbers")
     return tuple(
         replace(layer, moe=index not in dense and (index + 1) % step == 0) for index, layer in enumerate(layers)
     )
 
 
 def _experts(config: dict[str, Any], shared_size: int = 0) -> ExpertsSpec:
+    # transformers 5 writes Qwen3's number under the first of these names.
+    names = [name for name in ("num_local_experts", "num_experts") if config.get(name) is not None]
+    if not names:
+        raise ValueError("num_experts (or num_local_experts) must be an integer above 0, and is missing")
+    experts = count(config, names[0])
     return ExpertsSpec(
-        count=config.get("num_local_experts") or config["num_experts"],  # transformers 5 writes Qwen3's as the first
-        per_token=config["num_experts_per_tok"],
-        intermediate_size=config["moe_intermediate_size"],
-        normalise=bool(config.get("norm_topk_prob", False)),
+        count=experts,
+        per_token=count(config, "num_experts_per_tok"),
+        intermediate_size=integer(config, "moe_intermediate_size"),
+        normalise=flag(config, "norm_topk_prob", False),
         shared_size=shared_size,
     )

@@ -3,9 +3,11 @@
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from runtime.workers.models.llama import Llama
-from runtime.workers.rope import RopeSpec
-from runtime.workers.spec import DecoderSpec
+from runtime.model.config import flag
+from runtime.model.families.family import eps
+from runtime.model.families.llama import Llama
+from runtime.model.rope import RopeSpec
+from runtime.model.spec import DecoderSpec
 
 
 class StableLm(Llama):
@@ -20,13 +22,13 @@ class StableLm(Llama):
 
     @classmethod
     def spec(cls, config: dict[str, Any]) -> DecoderSpec:
-        parallel = bool(config.get("use_parallel_residual", False))
+        parallel = flag(config, "use_parallel_residual", False)
         return replace(
             super().spec(config),
-            norm_eps=config.get("layer_norm_eps", 1e-5),
+            norm_eps=eps(config, "layer_norm_eps", 1e-5),
             ropes=(RopeSpec.from_config(config, partial=0.25),),
-            qkv_bias=bool(config.get("use_qkv_bias", False)),
-            qk_norm="per_head" if config.get("qk_layernorm") else "none",
+            qkv_bias=flag(config, "use_qkv_bias", False),
+            qk_norm="per_head" if flag(config, "qk_layernorm", False) else "none",
             norm="layer",
             parallel=parallel,
             shared_norm=parallel,

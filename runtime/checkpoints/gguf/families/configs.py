@@ -1,19 +1,18 @@
-"""A `config.json` for each family, out of a file's metadata. What the file does not say is what llama.cpp assumes."""
+"""A `config.json` for each family, from a file's metadata. Absent values are llama.cpp's defaults."""
 
 from typing import Any
 
-from runtime.workers.loading.gguf_models.rope import rope_scaling
-from runtime.workers.loading.gguf_models.source import Source, shortest
+from runtime.checkpoints.gguf.families.family import Source, rope_scaling
 
 Config = dict[str, Any]
 
 GEMMA2_27B, GEMMA3_27B = 46, 62
-"""Layers of the two Gemmas whose scores are scaled by hidden size over heads, and not by the size of a head. The file
-does not say; llama.cpp goes by the size of the model."""
+"""Number of layers of the two Gemmas whose scores are scaled by hidden size over heads, and not by the size of a head.
+The file has no key for it; llama.cpp decides by the size of the model."""
 
 
 def llama(source: Source) -> Config:
-    """Also for those that only add to it."""
+    """Llama, and the base of families that only add to it."""
     size, dims = source.head_dim, source.metadata.integer(".rope.dimension_count")
     if dims is not None and dims != size:
         raise source.metadata.error(
@@ -47,7 +46,7 @@ def granite(source: Source) -> Config:
 
 
 def smollm3(source: Source) -> Config:
-    """Every fourth layer without rope."""
+    """Llama with every fourth layer without rope."""
     return llama(source) | {"no_rope_layer_interval": 4}
 
 
@@ -103,8 +102,8 @@ def gemma3(source: Source) -> Config:
     metadata = source.metadata
     config = _gemma(source, GEMMA3_27B)
     return config | {
-        "rope_local_base_freq": shortest(metadata.number(".rope.freq_base_swa") or 10000.0),
-        "rope_theta": shortest(metadata.number(".rope.freq_base") or 1e6),
+        "rope_local_base_freq": source.number(".rope.freq_base_swa", 10000.0),
+        "rope_theta": source.number(".rope.freq_base", 1e6),
         "final_logit_softcapping": metadata.number(".final_logit_softcapping"),
     }
 
@@ -183,7 +182,7 @@ def _common(source: Source) -> Config:
         "num_key_value_heads": source.kv_heads,
         "head_dim": size,
         "max_position_embeddings": metadata.size(".context_length"),
-        "rope_theta": shortest(metadata.number(".rope.freq_base") or 10000.0),
+        "rope_theta": source.number(".rope.freq_base", 10000.0),
         "rope_scaling": rope_scaling(source),
         "tie_word_embeddings": not source.has("output.weight"),
     }
@@ -198,7 +197,7 @@ def _ids(source: Source) -> Config:
 
 
 def _experts(source: Source) -> Config:
-    """Qwen's: every layer has them."""
+    """Qwen's experts: every layer has them."""
     return llama(source) | {
         "use_sliding_window": False,
         "num_experts": source.metadata.size(".expert_count"),
@@ -217,7 +216,7 @@ def _gemma(source: Source, wide: int) -> Config:
 
 
 def _partial(source: Source) -> float:
-    """The share of a head that rope turns."""
+    """Share of a head that rope rotates."""
     size = source.head_dim
     dims = source.metadata.integer(".rope.dimension_count") or size
     if dims > size:

@@ -1,12 +1,11 @@
-"""The families of GGUF files that there are, by `general.architecture`."""
+"""The supported families of GGUF files, by `general.architecture`."""
 
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from runtime.workers.loading.errors import ModelLoadError
-from runtime.workers.loading.gguf_models import configs
-from runtime.workers.loading.gguf_models.family import GgufFamily
-from runtime.workers.loading.gguf_models.rows import (
+from runtime.checkpoints.gguf.families import configs
+from runtime.checkpoints.gguf.families.family import (
+    GgufFamily,
     as_row,
     by_group,
     by_head,
@@ -15,9 +14,10 @@ from runtime.workers.loading.gguf_models.rows import (
     less_one,
     transposed,
 )
+from runtime.model.config import ModelLoadError
 
 if TYPE_CHECKING:
-    from runtime.workers.loading.gguf_metadata import Metadata
+    from runtime.checkpoints.gguf.container import Metadata
 
 OUTSIDE = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -50,7 +50,7 @@ LLAMA = GgufFamily(
     undo=HEADS,
 )
 PLAIN = replace(LLAMA, undo={})
-"""Llama's names, and rows as they were."""
+"""Llama's names, with rows in Hugging Face's order."""
 MIXTRAL = replace(
     LLAMA,
     architecture="MixtralForCausalLM",
@@ -209,7 +209,7 @@ SUPPORTED = tuple(FAMILIES)
 
 
 def find_family(metadata: "Metadata", tensors: set[str]) -> GgufFamily:
-    """Raises `ModelLoadError` naming what there is."""
+    """The family of a file. Raises `ModelLoadError` naming the supported ones."""
     name = metadata.architecture
     if name not in FAMILIES:
         raise ModelLoadError(

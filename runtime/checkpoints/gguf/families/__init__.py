@@ -1,0 +1,9 @@
+"""GGUF's architectures in Hugging Face's terms: configuration, tensor names, order of rows.
+
+The conversions of llama.cpp's convert_hf_to_gguf.py, which made the files, are undone.
+"""
+
+from runtime.checkpoints.gguf.families.families import SUPPORTED, find_family
+from runtime.checkpoints.gguf.families.family import ROPE_FACTORS, GgufFamily, Source
+
+__all__ = ["ROPE_FACTORS", "SUPPORTED", "GgufFamily", "Source", "find_family"]

@@ -1,0 +1,227 @@
+"""`adapter_config.json`: the fields that we use, and the ones that we refuse because they change the meaning of the
+weights."""
+
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from itertools import accumulate
+from time import monotonic
+from typing import Any, Generic, TypeVar
+
+import msgspec
+import regex
+from msgspec import Struct, field
+
+from runtime.errors import InvalidRequest
+from runtime.model.lora import LoraShape
+
+# -- names -----------------------------------------------------------------------------------------
+#
+# The two files of an adapter.
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+FILES = (CONFIG, WEIGHTS)
+
+
+# -- errors ----------------------------------------------------------------------------------------
+#
+# The error of reading an adapter.
+
+
+class AdapterInvalid(InvalidRequest):
+    """An adapter's files are broken, unsafe, or do not fit the base model. The message names files, never folders: it
+    goes to the sender of the adapter."""
+
+    default_code = "invalid_adapter"
+
+
+# -- patterns --------------------------------------------------------------------------------------
+#
+# `rank_pattern` and `alpha_pattern`: values of single modules, by the end of a module's name or a regular expression.
+#
+# PEFT takes the first key for which `(.*\.)?(key)$` matches. Keys come from the author of an adapter, and there may be
+# as many of them as modules. So names are looked up, and expressions run with the interpreter's lock released and for a
+# bounded time.
+
+V = TypeVar("V")
+
+MAX_KEYS = 8192
+"""Largest number of keys, more than any model has linears: tools that choose ranks write a key for every linear."""
+MAX_EXPRESSIONS = 64
+MAX_KEY_CHARACTERS = 200
+MAX_QUANTIFIERS = 3
+MATCH_SECONDS, TOTAL_SECONDS = 0.05, 1.0
+
+_NAME = re.compile(r"[\w\-]+(\.[\w\-]+)*")
+_QUANTIFIED_GROUP = re.compile(r"\)[*+?{]")
+
+
+class ModulePattern(Generic[V]):
+    """The keys of one pattern, ready for look-ups."""
+
+    def __init__(self, name: str, values: Mapping[str, V]) -> None:
+        """Compile the keys. Raises `AdapterInvalid` naming a key that is no expression, or whose match could take for
+        ever."""
+        self._name = name
+        self._values = values
+        order = {key: index for index, key in enumerate(values)}
+        if len(order) > MAX_KEYS:
+            raise AdapterInvalid(f"{CONFIG}: {name} must have at most {MAX_KEYS} keys, got {len(order)}.")
+        self._names = {key: order[key] for key in values if _NAME.fullmatch(key)}
+        expressions = [key for key in values if key not in self._names]
+        if len(expressions) > MAX_EXPRESSIONS:
+            raise AdapterInvalid(
+                f"{CONFIG}: {name} must have at most {MAX_EXPRESSIONS} keys that are regular expressions and no names, "
+                f"got {len(expressions)}, such as {expressions[0][:MAX_KEY_CHARACTERS]!r}."
+            )
+        self._expressions = [(order[key], key, _compiled(name, key)) for key in expressions]
+        self._seconds = 0.0
+
+    def get(self, module: str, default: V) -> V:
+        """The value of the first key that matches, else `default`. Raises `AdapterInvalid` where that takes too
+        long."""
+        if not self._values:
+            return default
+        found = [(self._names[end], end) for end in ends(module) if end in self._names]
+        first = min(found, default=None)
+        for index, key, expression in self._expressions:
+            if first is not None and index > first[0]:
+                break
+            if self._matches(expression, key, module):
+                return self._values[key]
+        return default if first is None else self._values[first[1]]
+
+    def _matches(self, expression: "regex.Pattern[str]", key: str, module: str) -> bool:
+        began = monotonic()
+        try:
+            found = expression.match(module, timeout=MATCH_SECONDS, concurrent=True) is not None
+        except TimeoutError:
+            found, self._seconds = False, TOTAL_SECONDS
+        self._seconds += monotonic() - began
+        if self._seconds > TOTAL_SECONDS:
+            raise AdapterInvalid(f"{CONFIG}: {self._name} has the key {key!r}, which takes too long to match.")
+        return found
+
+
+def ends(module: str) -> Iterator[str]:
+    """A module's whole name, and without its first parts."""
+    parts = module.split(".")
+    return accumulate(reversed(parts), lambda end, part: f"{part}.{end}")
+
+
+def _compiled(name: str, key: str) -> "regex.Pattern[str]":
+    quantifiers = sum(map(key.count, "*+?{"))
+    if len(key) > MAX_KEY_CHARACTERS or _QUANTIFIED_GROUP.search(key) or quantifiers > MAX_QUANTIFIERS:
+        raise AdapterInvalid(
+            f"{CONFIG}: {name} has the key {key[:100]!r}, too complex an expression: at most {MAX_KEY_CHARACTERS} "
+            f"characters, {MAX_QUANTIFIERS} repetitions, and no repeated group."
+        )
+    whole = rf"(.*\.)?({key})$"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about syntax whose meaning may change
+            # As PEFT compiles it. Flags such as (?i) are allowed at the beginning alone; in `whole` they are not at the
+            # beginning.
+            re.compile(key)
+            re.compile(whole)
+            return regex.compile(whole)
+    except (re.error, regex.error, OverflowError, RecursionError, ValueError) as error:
+        raise AdapterInvalid(f"{CONFIG}: {name} has the key {key[:100]!r}, no regular expression: {error}.") from None
+
+
+_UNIMPORTANT = frozenset({
+    "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "lora_dropout", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+    "fan_in_fan_out", "qalora_group_size", "ensure_weight_tying", "runtime_config", "exclude_modules", "layers_pattern",
+})  # fmt: skip
+"""Ignored keys: about training, files, or the base's storage of its weights (`fan_in_fan_out`), not about the effect of
+these weights. Every other unknown key that is set is refused: ignoring a feature of a later PEFT would give wrong
+answers."""
+
+_PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
+"""Initialisations that leave the base's weights unchanged. With others (PiSSA, OLoRA, CorDA, LoftQ) the adapter is for
+a changed base."""
+
+_NEUTRAL: tuple[object, ...] = (None, False, "", [], {})
+_NULLABLE = frozenset({"rank_pattern", "alpha_pattern", "target_modules", "layers_to_transform"})
+"""Keys for which null counts as absent."""
+MAX_ALPHA = 1e6
+"""Largest alpha: with more, finite weights give infinite outputs."""
+SHOWN_CHARACTERS = 200
+
+
+class AdapterConfig(Struct, frozen=True, kw_only=True):
+    """The fields of PEFT's `LoraConfig` that determine the effect of the weights."""
+
+    peft_type: str = "LORA"
+    r: int = 8
+    lora_alpha: float = 8
+    use_rslora: bool = False
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    target_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    bias: str = "none"
+    init_lora_weights: bool | str = True
+
+    @property
+    def shape(self) -> LoraShape:
+        return LoraShape(self.r, self.lora_alpha, self.use_rslora, self.rank_pattern, self.alpha_pattern)
+
+
+def parse_config(data: bytes) -> AdapterConfig:
+    """The configuration in `data`, JSON. Raises `AdapterInvalid` for malformed or unsupported values."""
+    try:
+        raw = msgspec.json.decode(data, type=dict[str, Any])
+        given = {key: value for key, value in raw.items() if value is not None or key not in _NULLABLE}
+        config = msgspec.convert(given, AdapterConfig)
+    except RecursionError:
+        raise AdapterInvalid(f"{CONFIG} is nested too deep.") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise AdapterInvalid(f"{CONFIG} cannot be read: {_brief(str(error))}.") from None
+    _refuse(raw, config)
+    ModulePattern("rank_pattern", config.rank_pattern)
+    ModulePattern("alpha_pattern", config.alpha_pattern)
+    for name, rank in (("r", config.r), *_entries("rank_pattern", config.rank_pattern)):
+        if rank < 1:
+            raise AdapterInvalid(f"{CONFIG}: {name} must be at least 1, got {_brief(rank)}.")
+    for name, alpha in (("lora_alpha", config.lora_alpha), *_entries("alpha_pattern", config.alpha_pattern)):
+        if not 0 < alpha <= MAX_ALPHA:
+            raise AdapterInvalid(f"{CONFIG}: {name} must be above 0 and at most {MAX_ALPHA:g}, got {_brief(alpha)}.")
+    if isinstance(config.target_modules, list) and len(config.target_modules) > MAX_KEYS:
+        raise AdapterInvalid(
+            f"{CONFIG}: target_modules must have at most {MAX_KEYS} entries, got {len(config.target_modules)}."
+        )
+    return config
+
+
+def _entries(name: str, pattern: Mapping[str, float]) -> Iterator[tuple[str, float]]:
+    return ((f"{name}[{_brief(key)}]", value) for key, value in pattern.items())
+
+
+def _brief(value: object) -> str:
+    """A value of the file, cut to the length of a message."""
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "…"
+
+
+def _refuse(raw: dict[str, Any], config: AdapterConfig) -> None:
+    if config.peft_type != "LORA":
+        raise AdapterInvalid(f"{CONFIG}: peft_type is {_brief(repr(config.peft_type))}; only LORA is supported.")
+    if raw.get("use_dora"):
+        raise AdapterInvalid(f"{CONFIG}: use_dora (DoRA) is not supported; only plain LoRA is.")
+    if config.bias != "none":
+        raise AdapterInvalid(
+            f"{CONFIG}: bias is {_brief(repr(config.bias))}; adapters may not change biases: it must be 'none'."
+        )
+    if config.init_lora_weights not in _PLAIN_INITS:
+        raise AdapterInvalid(
+            f"{CONFIG}: init_lora_weights is {_brief(repr(config.init_lora_weights))}, which changes the base model's "
+            "weights. "
+            "Convert the adapter with PEFT's save_pretrained(path_initial_model_for_weight_conversion=…) first."
+        )
+    known = _UNIMPORTANT.union(AdapterConfig.__struct_fields__)
+    wrong = sorted(name for name, value in raw.items() if name not in known and value not in _NEUTRAL)
+    if wrong:
+        raise AdapterInvalid(f"{CONFIG}: {_brief(wrong[0])} is set, and is not supported.")

@@ -1,0 +1,245 @@
+"""Reader of an adapter's weights from its files, checked against the base model."""
+
+import os
+import re
+import stat
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from runtime.checkpoints.peft.config import (
+    CONFIG,
+    WEIGHTS,
+    AdapterConfig,
+    AdapterInvalid,
+    ModulePattern,
+    ends,
+    parse_config,
+)
+from runtime.model.lora import Adapter, LoraLayers, LoraPart, LoraShape
+from runtime.model.lora_base import LoraBase, Target
+from runtime.support.durable import TOO_MANY_FILES, fresh_directory, write_file
+
+# -- files -----------------------------------------------------------------------------------------
+#
+# Reading an adapter's files from an untrusted folder: plain files of a bounded size, no links.
+
+MAX_CONFIG = 1 << 20
+"""Largest size of an adapter_config.json, in bytes."""
+
+
+def read_config(directory: Path) -> bytes:
+    """The bytes of the configuration. Raises `AdapterInvalid`, and `OSError` when out of descriptors."""
+    return _read(directory, CONFIG, MAX_CONFIG)
+
+
+def read_weights(directory: Path, limit: int) -> bytes:
+    """The bytes of the weights, at most `limit`. Raises as `read_config`.
+
+    Read, not mapped: a mapped file that shrinks kills the process.
+    """
+    if not (directory / WEIGHTS).exists() and (directory / "adapter_model.bin").exists():
+        raise AdapterInvalid(
+            f"The adapter's weights are a pickle (adapter_model.bin), which can run any code when it is loaded. "
+            f"Save it again with PEFT's save_pretrained(safe_serialization=True), which writes {WEIGHTS}."
+        )
+    return _read(directory, WEIGHTS, limit)
+
+
+def _read(directory: Path, name: str, limit: int) -> bytes:
+    try:
+        # These flags neither follow a link nor wait for the other end of a pipe.
+        descriptor = os.open(directory / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise AdapterInvalid(f"The adapter has no {name}.") from None
+    except OSError as error:
+        if error.errno in TOO_MANY_FILES:  # not the adapter's fault
+            raise
+        if (directory / name).is_symlink():
+            raise AdapterInvalid(f"The adapter's {name} is a link; it must be a plain file.") from None
+        raise AdapterInvalid(f"The adapter's {name} cannot be read: {error.strerror}.") from None
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise AdapterInvalid(f"The adapter's {name} is not a plain file.")
+    with open(descriptor, "rb") as file:
+        if status.st_size > limit:
+            raise AdapterInvalid(f"The adapter's {name} has {status.st_size} bytes; at most {limit} can be right.")
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise AdapterInvalid(f"The adapter's {name} has more than {limit} bytes.")
+    return data
+
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_HEADER = 4 << 20
+"""Generous limit for names and shapes in the file, in bytes."""
+
+Module = tuple[int, str]
+"""(layer index, name within the layer)."""
+
+
+def read_adapter(directory: Path, base: LoraBase, *, max_rank: int) -> Adapter:
+    """The adapter in `directory`, float32 on the CPU. Raises `AdapterInvalid` where it does not fit the base or
+    `max_rank`."""
+    files = read_files(directory, base, max_rank=max_rank)
+    config = parse_config(files[CONFIG])
+    _check_rank(max([config.r, *config.rank_pattern.values()]), max_rank)
+    try:
+        tensors = load(files[WEIGHTS])
+    except (SafetensorError, ValueError, RuntimeError, KeyError, OverflowError) as error:
+        raise AdapterInvalid(f"{WEIGHTS} is truncated or no safetensors file: {error}.") from None
+    pairs = _pairs(tensors, base)
+    _check_targets(config, pairs, base)
+    ranks = ModulePattern("rank_pattern", config.rank_pattern)
+    alphas = ModulePattern("alpha_pattern", config.alpha_pattern)
+    layers: LoraLayers = defaultdict(list)
+    for (layer, name), pair in sorted(pairs.items(), key=lambda item: (item[0][0], base.targets[item[0][1]].start)):
+        target = base.targets[name]
+        module = f"{base.layers}.{layer}.{name}"
+        rank, alpha = ranks.get(module, config.r), alphas.get(module, config.lora_alpha)
+        layers[layer, target.linear].append(_part(module, target, pair, rank, config.shape.scale(rank, alpha)))
+    return Adapter(config.shape, dict(layers))
+
+
+def read_files(directory: Path, base: LoraBase, *, max_rank: int) -> dict[str, bytes]:
+    """The bytes of both files, by name. The weights are limited to the size of an adapter for `base`. Raises
+    `AdapterInvalid`."""
+    limit = 4 * base.widest * max_rank + _HEADER
+    return {CONFIG: read_config(directory), WEIGHTS: read_weights(directory, limit)}
+
+
+def _check_rank(rank: int, limit: int) -> None:
+    if rank > limit:
+        raise AdapterInvalid(f"The adapter's rank is {rank}; the setting adapters.max_lora_rank allows {limit}.")
+
+
+def _pairs(tensors: dict[str, Tensor], base: LoraBase) -> dict[Module, dict[str, Tensor]]:
+    """Both factors of every module in the file."""
+    pairs: dict[Module, dict[str, Tensor]] = defaultdict(dict)
+    pattern = re.compile(rf"(?:base_model\.model\.)?{re.escape(base.layers)}\.(\d{{1,6}})\.(.+)\.lora_(A|B)\.weight")
+    for name, tensor in tensors.items():
+        match = pattern.fullmatch(name)
+        if match is None or match[2] not in base.targets:
+            raise AdapterInvalid(
+                f"{WEIGHTS} has {name[:200]!r}, which is for no linear of this model. There are, in each layer: "
+                f"{', '.join(base.targets)}."
+            )
+        if int(match[1]) >= base.num_layers:
+            raise AdapterInvalid(f"{WEIGHTS} has {name!r}, but this model has {base.num_layers} layers.")
+        if tensor.dtype not in _DTYPES:
+            raise AdapterInvalid(f"{WEIGHTS}: {name} is {tensor.dtype}; float32, float16 or bfloat16 is needed.")
+        factor = pairs[int(match[1]), match[2]]
+        if match[3] in factor:
+            raise AdapterInvalid(f"{WEIGHTS} has {name!r} twice.")
+        factor[match[3]] = tensor
+    if not pairs:
+        raise AdapterInvalid(f"{WEIGHTS} holds no weights.")
+    for (layer, name), factors in pairs.items():
+        if len(factors) != 2:
+            lacking = "B" if "A" in factors else "A"
+            raise AdapterInvalid(f"{WEIGHTS} lacks lora_{lacking} of {base.layers}.{layer}.{name}.")
+    return pairs
+
+
+def _check_targets(config: AdapterConfig, pairs: dict[Module, dict[str, Tensor]], base: LoraBase) -> None:
+    """Check that a list of targets names real modules. A regular expression is not run: the tensors in the file decide.
+    Raises `AdapterInvalid`."""
+    if not isinstance(config.target_modules, list):
+        return
+    modules = [f"{base.layers}.{layer}.{name}" for layer in range(base.num_layers) for name in base.targets]
+    known = {end for module in modules for end in ends(module)}
+    for target in config.target_modules:
+        if target not in known:
+            raise AdapterInvalid(
+                f"{CONFIG}: target_modules has {target[:200]!r}, which this model does not have or which cannot be "
+                f"adapted. There are: {', '.join(name.rpartition('.')[2] for name in base.targets)}."
+            )
+    targets = set(config.target_modules)
+    for layer, name in pairs:
+        module = f"{base.layers}.{layer}.{name}"
+        if targets.isdisjoint(ends(module)):
+            raise AdapterInvalid(f"{WEIGHTS} has weights for {module}, which target_modules of {CONFIG} leaves out.")
+
+
+def _part(module: str, target: Target, pair: dict[str, Tensor], rank: int, scale: float) -> LoraPart:
+    expected = {"A": [rank, target.in_features], "B": [target.out_features, rank]}
+    factors = {}
+    for name, shape in expected.items():
+        tensor = pair[name]
+        if list(tensor.shape) != shape:
+            raise AdapterInvalid(
+                f"{WEIGHTS}: {module}.lora_{name}.weight: expected shape {shape}, got {list(tensor.shape)}."
+            )
+        factors[name] = tensor.float().contiguous()
+        if not bool(factors[name].isfinite().all()):
+            raise AdapterInvalid(f"{WEIGHTS}: {module}.lora_{name}.weight has values that are not finite numbers.")
+    return LoraPart(target.part, factors["A"], factors["B"], scale)
+
+
+# -- writing ---------------------------------------------------------------------------------------
+#
+# Writer of an adapter's weights to a folder that PEFT itself loads.
+
+
+def write_adapter(
+    directory: Path,
+    layers: LoraLayers,
+    shape: LoraShape,
+    base: LoraBase,
+    *,
+    dropout: float = 0.0,
+    base_name: str | None = None,
+) -> None:
+    """Write an adapter to `directory`, which must not exist: after a crash it is there and whole, or not there.
+
+    `dropout` is only recorded. So is `base_name`, by which PEFT finds the base model; default: its served name. Raises
+    `ValueError` where the weights do not match `shape`, and `OSError`.
+    """
+    tensors, ranks = {}, ModulePattern("rank_pattern", shape.rank_pattern)
+    for (layer, linear), parts in layers.items():
+        for part in parts:
+            module = base.module(layer, linear, part.part)
+            rank = ranks.get(module, shape.rank)
+            if part.a.shape[0] != rank or part.b.shape[1] != rank:
+                raise ValueError(f"{module} has rank {part.a.shape[0]}, but the shape says {rank}")
+            tensors[f"base_model.model.{module}.lora_A.weight"] = part.a.detach().cpu().contiguous()
+            tensors[f"base_model.model.{module}.lora_B.weight"] = part.b.detach().cpu().contiguous()
+    config = _config(layers, shape, base, dropout, base_name or base.name)
+    with fresh_directory(directory) as partial:
+        write_file(partial / CONFIG, msgspec.json.format(msgspec.json.encode(config)))
+        write_file(partial / WEIGHTS, save(tensors, metadata={"format": "pt"}))
+
+
+def _config(layers: LoraLayers, shape: LoraShape, base: LoraBase, dropout: float, base_name: str) -> dict[str, Any]:
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_name,
+        "inference_mode": True,
+        "r": shape.rank,
+        "lora_alpha": shape.alpha,
+        "lora_dropout": dropout,
+        "use_rslora": shape.rslora,
+        "rank_pattern": shape.rank_pattern,
+        "alpha_pattern": shape.alpha_pattern,
+        "target_modules": _targets(layers, base),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "use_dora": False,
+        "modules_to_save": None,
+    }
+
+
+def _targets(layers: LoraLayers, base: LoraBase) -> list[str]:
+    """Short names (`q_proj`) where every layer has the same ones, else every module's full name."""
+    modules = {base.module(layer, linear, part.part) for (layer, linear), parts in layers.items() for part in parts}
+    short = {module.rpartition(".")[2] for module in modules}
+    return sorted(short if len(modules) == len(short) * base.num_layers else modules)

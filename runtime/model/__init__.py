@@ -1,0 +1,1 @@
+"""The decoder and its parts. `families/` has one file per architecture, `fallback/` runs transformers' own modules."""

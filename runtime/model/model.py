@@ -1,0 +1,108 @@
+"""Interface of a model for serving and training (our decoder, or transformers' own modules), its device, its cache."""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from kernels import Ops
+from runtime.model.attention import Attention, KVCache
+from runtime.model.config import ModelLoadError
+from runtime.model.group import Group
+from runtime.model.layers import Linear, Parameter
+from runtime.model.lora import Adaptation
+from runtime.model.spec import DecoderSpec
+from runtime.model.split import Vocabulary
+
+
+class Layer(Protocol):
+    @property
+    def index(self) -> int: ...
+
+    @property
+    def linears(self) -> Mapping[str, Linear]: ...
+
+
+class Model(Protocol):
+    """See `runtime.model.decoder.Decoder`, where each of these is described."""
+
+    @property
+    def spec(self) -> DecoderSpec: ...
+
+    @property
+    def ops(self) -> Ops: ...
+
+    @property
+    def max_len(self) -> int: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def group(self) -> Group: ...
+
+    @property
+    def vocabulary(self) -> Vocabulary: ...
+
+    @property
+    def kv_shapes(self) -> tuple[tuple[int, int], ...]: ...
+
+    @property
+    def layers(self) -> Sequence[Layer]: ...
+
+    @property
+    def batch_variance(self) -> str | None: ...
+
+    def forward(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        attention: Attention,
+        adaptation: Adaptation | None = None,
+        *,
+        logits_indices: Tensor | None = None,
+    ) -> Tensor: ...
+
+    def normed(self, hidden: Tensor) -> Tensor:
+        """`hidden` [rows, hidden], rows of the result of `forward` → the same after the last norm."""
+        ...
+
+    def logits(self, hidden: Tensor, ops: Ops | None = None) -> Tensor:
+        """`hidden` has rows of the result of `forward`."""
+        ...
+
+    def local_logits(self, hidden: Tensor, ops: Ops | None = None) -> Tensor: ...
+
+    def parameters(self) -> dict[str, Parameter]: ...
+
+
+def make_cache(model: Model, num_blocks: int, block_size: int, device: torch.device, dtype: torch.dtype) -> KVCache:
+    """A KV cache for the model, on `device`: the model's own, or the CPU beside it."""
+    return KVCache(
+        model.kv_shapes,
+        num_blocks=num_blocks,
+        block_size=block_size,
+        dtype=dtype,
+        device=device,
+        pinned=device.type == "cpu" and model.device.type == "cuda",
+    )
+
+
+def make_device(name: str, *, local_rank: int | None = None) -> torch.device:
+    """The device for the setting `model.device`. With several GPUs, `local_rank`, a rank's number on its node, picks
+    one. Raises `ModelLoadError` for an unknown device, or for CUDA where torch finds none."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and local_rank is not None:
+        name = f"cuda:{local_rank}"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ModelLoadError(f"model.device must be auto, cpu, cuda or cuda:N, got {name!r}.") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ModelLoadError(f"model.device is {name!r}, but torch finds no CUDA device here.")
+    return device
