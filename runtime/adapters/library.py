@@ -1,44 +1,58 @@
-"""Adapters by name: publish, resolve, promote, roll back, delete. Belongs to the event loop; files and rows are
-dealt with on other threads.
-"""
+"""Adapters by name: publish, resolve, promote, roll back, delete. Event loop only; work on files and rows
+runs on other threads."""
 
 import asyncio
 import contextlib
 import functools
 import random
-import shutil
+import uuid
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from pathlib import Path
 from sqlite3 import Connection
 from typing import Any, Concatenate, ParamSpec, TypeVar
 from weakref import WeakValueDictionary
 
-from runtime.errors import AdaptersBusy, AdapterUnavailable, Conflict, InvalidRequest, NotFound
-from runtime.logs import get_logger
-from runtime.trainer.adapters import store
-from runtime.trainer.adapters.files import Source, sweep
-from runtime.trainer.adapters.memory import AdapterHost, LoadedVersions
-from runtime.trainer.adapters.names import check_name, split_version
-from runtime.trainer.adapters.offers import Offers
-from runtime.trainer.adapters.publishing import Publisher
-from runtime.trainer.adapters.records import AdapterRecord, Canary, Catalogue, Version
-from runtime.trainer.database import Database
+from runtime.adapters import store
+from runtime.adapters.card import Card, Cards
+from runtime.adapters.publishing import Offers, VersionPublisher
+from runtime.adapters.resolver import AdapterResolver, AdapterSources
+from runtime.adapters.store import (
+    AdapterRecord,
+    Canary,
+    Catalogue,
+    NameRecord,
+    NameTaken,
+    Version,
+    canonical,
+    check_name,
+    clashes,
+    split_version,
+)
+from runtime.adapters.versions import AdapterHost, LoadedVersions, NamesMirror, Source, sweep, write_missing_record
+from runtime.errors import AdaptersBusy, AdapterUnavailable, Conflict, InvalidRequest, NotFound, StorageUnavailable
+from runtime.support.database import Database
+from runtime.support.durable import PARTIAL, make_directory, reason, remove
+from runtime.support.logs import get_logger
 
 P = ParamSpec("P")
 T = TypeVar("T")
 Records = list[AdapterRecord]
+Names = list[NameRecord]
+INCOMING = ".incoming"
+"""Folder beside those of the adapters, whose names never begin with a dot."""
+
 _log = get_logger("adapters")
 
 
 def _exclusive(
     method: Callable[Concatenate["AdapterLibrary", str, P], Coroutine[Any, Any, T]],
 ) -> Callable[Concatenate["AdapterLibrary", str, P], Coroutine[Any, Any, T]]:
-    """One change of a name at a time, each to its end: whoever asked for it may leave meanwhile."""
+    """Run one change of a name at a time, each to its end, also when its caller is cancelled."""
 
     @functools.wraps(method)
     async def alone(self: "AdapterLibrary", name: str, /, *args: P.args, **kwargs: P.kwargs) -> T:
         async def work() -> T:
-            async with self._locks.setdefault(name, asyncio.Lock()):
+            async with self._locks.setdefault(canonical(name), asyncio.Lock()):
                 return await method(self, name, *args, **kwargs)
 
         task = asyncio.ensure_future(work())
@@ -53,38 +67,70 @@ class AdapterLibrary:
     """All adapters of one state directory. Made by `open`."""
 
     def __init__(
-        self, database: Database, directory: Path, host: AdapterHost, *, max_loaded: int, max_rank: int
+        self,
+        database: Database,
+        directory: Path,
+        host: AdapterHost,
+        *,
+        max_loaded: int,
+        max_rank: int,
+        sources: AdapterSources,
     ) -> None:
         self._database = database
+        self._state = directory
         self._root = directory / "adapters"
         self._host = host
         self._loaded = LoadedVersions(host, most=max_loaded)
-        self._publisher = Publisher(self._root, host.lora_base, self._loaded, max_rank=max_rank)
+        self._publisher = VersionPublisher(self._root, host.lora_base, self._loaded, max_rank=max_rank)
         self._offers = Offers(host.lora_base, max_rank=max_rank)
+        self._cards = Cards()
+        self._mirror = NamesMirror(self._root)
         self._max_loaded = max_loaded
         self._catalogue = Catalogue()
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._tasks: set[asyncio.Future[Any]] = set()
+        self._resolver = AdapterResolver(
+            sources, make_folder=self.make_incoming, publish=lambda name, folder: self.publish(name, folder, new=True)
+        )
 
     @classmethod
     async def open(
-        cls, database: Database, directory: Path, host: AdapterHost, *, max_loaded: int, max_rank: int
+        cls,
+        database: Database,
+        directory: Path,
+        host: AdapterHost,
+        *,
+        max_loaded: int,
+        max_rank: int,
+        sources: AdapterSources | None = None,
     ) -> "AdapterLibrary":
-        """Read the rows, delete what crashes left behind, and load what was published, newest first.
+        """Read the rows, clean up the leftovers of crashes, and load the published versions, newest first.
 
-        `database` was made with `store.SCHEMA` among its schemas. Raises `StorageUnavailable`.
+        `database` was made with `store.SCHEMA` among its schemas. `sources`: where unknown adapters are looked for;
+        default: nowhere. With a frozen database, nothing on the disk is changed.
+        Raises `StorageUnavailable`.
         """
-        library = cls(database, directory, host, max_loaded=max_loaded, max_rank=max_rank)
-        await library._change(lambda connection: None)
-        live = [library.directory(v) for record in library.list() for v in record.versions.values()]
-        if swept := await asyncio.to_thread(sweep, library._root, live):
-            _log.info("adapter_leftovers_deleted", folders=swept)
+        sources = sources or AdapterSources()
+        library = cls(database, directory, host, max_loaded=max_loaded, max_rank=max_rank, sources=sources)
+        deleted = await library._change(store.deleted_versions)
+        library._check_base()
+        if database.frozen is None:
+            await asyncio.to_thread(library._clear_up, deleted)
         await library._load_published()
+        await library._cards.read(
+            (version.key, library.directory(version)) for one in library.list() for version in one.versions.values()
+        )
         return library
 
     async def close(self) -> None:
-        """Wait for changes that are under way. The database is its owner's to close."""
+        """Wait for running changes. The owner of the database closes it."""
+        await self._resolver.close()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    @property
+    def frozen(self) -> str | None:
+        """Reason why the library is read-only; None where it is not."""
+        return self._database.frozen
 
     # -- asking --------------------------------------------------------------------------------
 
@@ -93,7 +139,7 @@ class AdapterLibrary:
         return [*self._catalogue.adapters.values()]
 
     def checkpoints(self) -> Sequence[Version]:
-        """What running jobs have so far, each with a name of its own as its id."""
+        """Checkpoints of running jobs, each with a name of its own as its id."""
         return self._offers.list()
 
     def get(self, name: str) -> AdapterRecord:
@@ -104,10 +150,10 @@ class AdapterLibrary:
         return record
 
     def resolve(self, model: str) -> Version | None:
-        """The version that a request for `model` (a name, an alias, `name@3` or `name:3`, a running job's
-        `name:ckpt-step-20`) gets; None for none.
+        """The version for a request for `model` (a name, an alias, `name@3` or `name:3`, a running job's
+        `name:ckpt-step-20`); None where there is none.
 
-        With a canary, two calls may differ.
+                With a canary, two calls may differ.
         """
         if (offered := self._offers.find(model)) is not None:
             return offered
@@ -123,23 +169,47 @@ class AdapterLibrary:
         version = record.versions.get(number)
         return version if version is not None and self.fits(version) else None
 
+    async def look_for(self, model: str) -> None:
+        """Publish the adapter `model` if the library does not know it, and the settings `adapters.resolve_folder` or
+        `resolve_hub` lead to one. Raises `AdapterUnavailable`, `StorageUnavailable`."""
+        catalogue = self._catalogue
+        if catalogue.find(model) is not None or self._offers.find(model) is not None or self.frozen is not None:
+            return
+        if catalogue.namesake(model) is None and not clashes(model, self._host.model_name):
+            await self._resolver.look_for(model)
+
     def fits(self, version: Version) -> bool:
-        """Was it made for the base model that is served?"""
+        """True if the version was made for the served base model."""
         return version.base == self._host.lora_base.fingerprint
+
+    def is_name(self, model: str) -> bool:
+        """True for an adapter's name and for an alias, False for the id of one version."""
+        return self._catalogue.find(model) is not None
 
     def is_loaded(self, version: Version) -> bool:
         return version.key in self._loaded
 
+    def card(self, version: Version) -> Card:
+        """The version's card."""
+        return self._cards.of(version.key)
+
     def directory(self, version: Version) -> Path:
-        """Where its files are."""
+        """The folder of the version's files."""
         return self._offers.directory(version.id) or self._publisher.directory(version.name, version.number)
 
     async def ready(self, version: Version) -> None:
-        """Have a version in memory, so that a request submitted before the next await finds it there.
-        Raises `AdaptersBusy`, `AdapterUnavailable`."""
+        """Load a version into memory, so that a request submitted before the next await finds it there. Raises
+        `AdaptersBusy`, `AdapterUnavailable`."""
         await self._loaded.ensure(version, self.directory(version))
 
     # -- publishing ----------------------------------------------------------------------------
+
+    def make_incoming(self) -> Path:
+        """A fresh folder for files on their way to `publish`. The caller removes it; what a crash leaves of it is
+        deleted at the next start, as the rest of an unfinished version. Blocks. Raises `OSError`."""
+        folder = self._root / INCOMING / f"0{PARTIAL}{uuid.uuid4().hex}"
+        make_directory(folder)
+        return folder
 
     @_exclusive
     async def publish(
@@ -152,24 +222,24 @@ class AdapterLibrary:
         step: int | None = None,
         metrics: dict[str, Any] | None = None,
     ) -> Version:
-        """Add a version from a folder (or from what writes one), and point `name` to it.
+        """Add a version from a folder (or from a function that writes one), and point `name` to it.
 
-        `new`: the name must not be there yet. Raises `InvalidRequest` for the name, `AdapterInvalid` for the
+                `new`: the name must not be there yet. Raises `InvalidRequest` for the name, `AdapterInvalid` for the
         files, `Conflict`, and `StorageUnavailable` when they cannot be stored; nothing has changed then.
         """
-        self._check_free(name, "name")
+        self.check_free(name, "name")
         if new and name in self._catalogue.adapters:
             raise Conflict(f"There is an adapter {name!r} already.", param="name")
         return await self._publish(name, source, job=job, step=step, metrics=metrics or {})
 
     @_exclusive
     async def load_external(self, name: str, path: Path, *, inplace: bool) -> Version:
-        """What `/v1/load_lora_adapter` does: publish the adapter in `path` under `name`.
+        """Publish the adapter in `path` under `name`, for `/v1/load_lora_adapter`.
 
-        A name that is served already is an `InvalidRequest` unless `inplace`. One that was unloaded is served
-        again, as the same version when the files are the same.
+        Raises `InvalidRequest` for a name that is already served, unless `inplace`. An unloaded name is served again,
+        as the same version when the files are the same.
         """
-        self._check_free(name, "lora_name")
+        self.check_free(name, "lora_name")
         record = self._catalogue.adapters.get(name)
         if record is not None and record.served and not inplace:
             raise InvalidRequest(
@@ -191,19 +261,21 @@ class AdapterLibrary:
             raise
         finally:
             self._host.metrics.on_publish(outcome)
+        await self._cards.read([(version.key, self.directory(version))])
         _log.info("adapter_published", adapter=version.id, rank=version.rank, job=version.job, step=version.step)
         return version
 
     async def offer(self, name: str, job: str, folders: Mapping[int, Path]) -> None:
-        """Let what a running job has so far be asked for: PEFT's files by step, those that are not among them no
-        longer. Requests that run keep what they have in memory."""
+        """Make the checkpoints of a running job available to requests: folders of PEFT's files by step, in place of the
+        job's earlier ones. Running requests keep their adapters in memory."""
         await self._release(await self._offers.replace(name, job, folders))
+        await self._cards.read((version.key, self.directory(version)) for version in self._offers.list())
 
     # -- pointers ------------------------------------------------------------------------------
 
     @_exclusive
     async def load(self, name: str) -> Version:
-        """Serve a name that was unloaded, and have its version in memory. Raises `NotFound`, `Conflict`."""
+        """Serve an unloaded name, and load its version into memory. Raises `NotFound`, `Conflict`."""
         return await self._serve(self._fitting(self._named(name), None))
 
     async def _serve(self, version: Version) -> Version:
@@ -213,7 +285,7 @@ class AdapterLibrary:
 
     @_exclusive
     async def unload(self, name: str) -> None:
-        """Serve a name no more, and free its memory once nobody uses it. Its versions stay. Raises `NotFound`."""
+        """Stop serving a name, and free its memory after the last use. Its versions stay. Raises `NotFound`."""
         record = self._named(name)
         await self._change(lambda connection: store.set_served(connection, name, served=False))
         await self._release(record.versions.values())
@@ -229,7 +301,7 @@ class AdapterLibrary:
 
     @_exclusive
     async def rollback(self, name: str) -> Version:
-        """Point a name to the version before. Raises `NotFound`, and `Conflict` where there is none."""
+        """Point a name to its previous version. Raises `NotFound`, and `Conflict` where there is none."""
         record = self._named(name)
         number = await self._database.call(lambda connection: store.previous_number(connection, name))
         if number is None:
@@ -242,23 +314,27 @@ class AdapterLibrary:
 
     @_exclusive
     async def set_alias(self, alias: str, name: str) -> None:
-        """Let `alias` mean `name`, whatever it meant before. Raises `InvalidRequest`, `Conflict`, `NotFound`."""
+        """Point `alias` to `name`, in place of an earlier target. Raises `InvalidRequest`, `Conflict`, `NotFound`."""
         check_name(alias, base=self._host.model_name, param="alias")
         self._named(name)
+        if (known := self._catalogue.namesake(alias)) is not None:
+            what = "an adapter's own name" if known in self._catalogue.adapters else "an alias"
+            raise Conflict(f"{known!r} is {what}: {alias!r} would be the same in other letters.", param="alias")
         if alias in self._catalogue.adapters:
             raise Conflict(f"{alias!r} is an adapter's own name.", param="alias")
         await self._change(lambda connection: store.set_alias(connection, alias, name))
 
     @_exclusive
     async def delete_alias(self, alias: str, name: str) -> None:
-        """Raises `NotFound` where `alias` does not mean `name`."""
+        """Delete an alias. Raises `NotFound` where `alias` does not point to `name`."""
         if self._catalogue.aliases.get(alias) != name:
             raise NotFound(f"{name[:200]!r} has no alias {alias[:200]!r}.", param="alias")
         await self._change(lambda connection: store.delete_alias(connection, alias))
 
     @_exclusive
     async def set_canary(self, name: str, number: int, weight: float) -> None:
-        """Give a version a share of the requests for its name; 0 takes it back. Raises `NotFound`, `Conflict`."""
+        """Give a version a share of the requests for its name, from 0 to 1; 0 ends the canary. Raises `NotFound`,
+        `Conflict`."""
         record = self._named(name)
         if not 0.0 <= weight <= 1.0:
             raise InvalidRequest(f"weight must be from 0 to 1, got {weight:g}.", param="weight")
@@ -273,7 +349,7 @@ class AdapterLibrary:
 
     @_exclusive
     async def delete(self, name: str, *, drain: bool = False) -> None:
-        """Delete a name and all its versions. Requests that run keep what they have in memory.
+        """Delete a name and all its versions. Running requests keep their adapters in memory.
 
         Raises `NotFound`, and `Conflict` while it is in use, unless `drain`.
         """
@@ -296,13 +372,34 @@ class AdapterLibrary:
 
     # -- parts ---------------------------------------------------------------------------------
 
-    def _check_free(self, name: str, param: str) -> None:
+    def check_free(self, name: str, param: str) -> None:
+        """Raise `InvalidRequest` or `Conflict` where no version can be published under `name`. Any thread."""
         check_name(name, base=self._host.model_name, param=param)
         if name in self._catalogue.aliases:
             raise Conflict(f"{name!r} is an alias of {self._catalogue.aliases[name]!r}.", param=param)
+        known = None if name in self._catalogue.adapters else self._catalogue.namesake(name)
+        if known is not None:
+            what = "an alias" if known in self._catalogue.aliases else "an adapter"
+            raise Conflict(
+                f"There is {what} {known!r}, and {name!r} differs in the case of letters alone: use that name, or "
+                "another one.",
+                param=param,
+            )
+
+    def _check_base(self) -> None:
+        """Raise `NameTaken` where an adapter, alias or version has the name of the served model."""
+        base = self._host.model_name
+        for name in (*self._catalogue.adapters, *self._catalogue.aliases):
+            if clashes(name, base):
+                what = "alias" if name in self._catalogue.aliases else "adapter"
+                raise NameTaken(
+                    f"the model is served as {base!r}, and the state directory has an {what} {name!r}, which requests "
+                    "would mean by the same name. Serve the model under another name (--served-model-name), or, served "
+                    f"so, take the {what} away first (eft adapters {'unalias' if what == 'alias' else 'delete'} {name})"
+                )
 
     def _named(self, name: str) -> AdapterRecord:
-        """As `get`, but an alias does not count: what changes an adapter must name it."""
+        """As `get`, but without aliases: a change of an adapter must name it."""
         if name not in self._catalogue.adapters:
             raise NotFound(f"There is no adapter {name[:200]!r}.", param="name")
         return self._catalogue.adapters[name]
@@ -320,7 +417,7 @@ class AdapterLibrary:
         return version
 
     async def _prepared(self, version: Version) -> None:
-        """In memory if there is room; surely readable."""
+        """Load a version into memory if there is room; in any case check that it is readable."""
         with contextlib.suppress(AdaptersBusy):
             await self.ready(version)
 
@@ -336,20 +433,31 @@ class AdapterLibrary:
     async def _discard(self, versions: Collection[Version]) -> None:
         await self._release(versions)
         for version in versions:
-            await asyncio.to_thread(shutil.rmtree, self.directory(version), ignore_errors=True)
+            await asyncio.to_thread(remove, self.directory(version))
+
+    def _clear_up(self, deleted: Sequence[tuple[str, int]]) -> None:
+        live = {self.directory(v): v for record in self.list() for v in record.versions.values()}
+        try:
+            sweep(self._state, self._root, live, {self._publisher.directory(*version) for version in deleted})
+            for directory, version in live.items():
+                write_missing_record(directory, version)
+        except OSError as error:
+            _log.error("cannot_clear_up_adapters", reason=reason(error))
 
     async def _load_published(self) -> None:
         served = [record.version for record in self.list() if record.served and self.fits(record.version)]
         for version in sorted(served, key=lambda version: -version.created)[: self._max_loaded]:
-            with contextlib.suppress(AdapterUnavailable):  # logged; a request for it is told
+            with contextlib.suppress(AdapterUnavailable, StorageUnavailable):  # logged; requests for it get the error
                 await self.ready(version)
 
     async def _change(self, work: Callable[[Connection], T]) -> T:
-        """One transaction, and the catalogue as it is after it."""
+        """Run one transaction, and read the catalogue after it."""
 
-        def transaction(connection: Connection) -> tuple[T, Catalogue]:
+        def transaction(connection: Connection) -> tuple[T, Catalogue, Names]:
             result = work(connection)
-            return result, store.read_catalogue(connection)
+            return result, store.read_catalogue(connection), store.read_names(connection)
 
-        result, self._catalogue = await self._database.call(transaction)
+        result, self._catalogue, names = await self._database.call(transaction)
+        if self.frozen is None:
+            await self._mirror.write(names)
         return result

@@ -1,0 +1,229 @@
+"""Versions on the disk and in memory: their folders, the records beside their files, and the ones that are loaded."""
+
+import asyncio
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+
+from runtime.adapters.card import read_card, write_card
+from runtime.adapters.store import NameRecord, Version
+from runtime.checkpoints.peft import FILES, AdapterInvalid, read_adapter, read_files
+from runtime.errors import AdaptersBusy, AdapterUnavailable
+from runtime.metrics import Metrics
+from runtime.model.lora_base import LoraBase
+from runtime.support.durable import (
+    PARTIAL,
+    TOO_MANY_FILES,
+    fresh_directory,
+    make_directory,
+    reason,
+    remove,
+    replace_file,
+    storage_unavailable,
+    write_file,
+)
+from runtime.support.logs import get_logger
+from runtime.support.state_directory import LostFound
+
+Source = Path | Callable[[Path], None]
+"""A folder with an adapter's files, or a function that writes them to a folder that does not exist yet."""
+
+RECORD = "version.json"
+"""File beside the others in a version's folder: a copy of its row, for the case that the row is lost."""
+
+_log = get_logger("adapters")
+
+
+def stage(
+    source: Source, directory: Path, base: LoraBase, describe: Callable[[int, str], bytes], *, max_rank: int
+) -> None:
+    """Bring an adapter's files to `directory`, checked and on the disk. Blocks.
+
+    The files are copied, so that later changes of the source do not affect serving. `describe` makes the folder's
+    record from the rank and the digest. Raises `AdapterInvalid`, and `OSError` when the disk is full or `directory`
+    exists.
+    """
+    written = None
+    if not isinstance(source, Path):
+        written = directory.with_name(f"{directory.name}{PARTIAL}written")
+        source(written)
+    try:
+        with fresh_directory(directory) as partial:
+            files = read_files(written or _folder(source), base, max_rank=max_rank)
+            for name, data in files.items():
+                write_file(partial / name, data)
+            write_card(partial, read_card(written or _folder(source)))
+            rank = read_adapter(partial, base, max_rank=max_rank).rank
+            write_file(partial / RECORD, describe(rank, digest_of(files)))
+    finally:
+        if written is not None:
+            remove(written)
+
+
+def _folder(source: Source) -> Path:
+    if not isinstance(source, Path) or not source.is_dir():
+        raise AdapterInvalid("The adapter must be a folder, as PEFT's save_pretrained writes it.")
+    return source
+
+
+def digest(directory: Path) -> str:
+    """SHA-256 over the files' names and contents, in hexadecimal. Raises `OSError`."""
+    return digest_of({name: (directory / name).read_bytes() for name in FILES})
+
+
+def digest_of(files: Mapping[str, bytes]) -> str:
+    """As `digest`, for contents of files by name."""
+    total = hashlib.sha256()
+    for name in FILES:
+        data = files[name]
+        total.update(f"{name}\0{len(data)}\0".encode() + data)
+    return total.hexdigest()
+
+
+def versions(root: Path) -> list[Path]:
+    """The folders of all versions, finished or not: `name/number` below the root. Everything else there is ignored."""
+    return [
+        path
+        for path in sorted(root.glob("*/*"))
+        if path.name.partition(PARTIAL)[0].isdigit() and path.is_dir() and not path.is_symlink()
+    ]
+
+
+def sweep(state: Path, root: Path, live: Collection[Path], deleted: Collection[Path]) -> None:
+    """Move versions without a row to lost+found. Delete versions whose rows mark them as deleted, and unfinished ones,
+    which their names show."""
+    lost = LostFound(state)
+    for directory in versions(root):
+        if directory in live:
+            continue
+        if directory in deleted or PARTIAL in directory.name:
+            remove(directory)
+            _log.info("adapter_leftover_deleted", folder=f"{directory.parent.name}/{directory.name}")
+        else:
+            lost.keep(directory)
+
+
+# -- records ---------------------------------------------------------------------------------------
+#
+# Copies of rows beside the files, for the case that the database is lost (`recovery`).
+
+NAMES = ".names.json"
+"""File in the folder of all adapters; no adapter's name begins with a dot."""
+
+
+class NamesMirror:
+    """The file with the meaning of names, rewritten after each change. Event loop only."""
+
+    def __init__(self, root: Path) -> None:
+        self._path = root / NAMES
+        self._wanted = b""
+        self._written = b""
+        self._lock = asyncio.Lock()
+
+    async def write(self, names: list[NameRecord]) -> None:
+        """Write the names, or newer ones, to the disk. A failure is logged."""
+        self._wanted = msgspec.json.format(msgspec.json.encode(names))
+        async with self._lock:
+            data = self._wanted
+            if data == self._written or not (names or self._written):
+                return
+            try:
+                await asyncio.to_thread(self._replace, data)
+            except OSError as error:
+                _log.warning("cannot_write_adapter_names", reason=reason(error))
+            else:
+                self._written = data
+
+    def _replace(self, data: bytes) -> None:
+        make_directory(self._path.parent)
+        replace_file(self._path, data)
+
+
+def write_missing_record(directory: Path, version: Version) -> None:
+    """Write the record that a version's folder of an older Eft lacks. Raises `OSError`."""
+    if directory.is_dir() and not (directory / RECORD).exists():
+        write_file(directory / RECORD, msgspec.json.format(msgspec.json.encode(version)))
+
+
+# -- memory ----------------------------------------------------------------------------------------
+#
+# The versions in memory: a bounded number, each loaded at its first request.
+
+_log = get_logger("adapters")
+
+
+class AdapterHost(Protocol):
+    """Interface of the engine's service, which applies adapters."""
+
+    model_name: str
+    lora_base: LoraBase
+    metrics: Metrics
+
+    async def load_adapter(self, key: str, directory: str) -> None: ...
+
+    async def unload_adapter(self, key: str) -> None: ...
+
+    def adapter_in_use(self, key: str) -> bool: ...
+
+
+class LoadedVersions:
+    """The loaded versions. Event loop only. After `ensure`, and until the caller next awaits, the version is loaded: a
+    request that is submitted at once finds it."""
+
+    def __init__(self, host: AdapterHost, *, most: int) -> None:
+        self._host = host
+        self._most = most
+        self._loaded: OrderedDict[str, None] = OrderedDict()
+        """Keys of versions, least recently used first."""
+        self._one_at_a_time = asyncio.Lock()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._loaded
+
+    def __len__(self) -> int:
+        return len(self._loaded)
+
+    async def ensure(self, version: Version, directory: Path) -> None:
+        """Load a version into memory. Raises `AdaptersBusy`, `AdapterUnavailable`."""
+        if version.key not in self._loaded:
+            async with self._one_at_a_time:
+                if version.key not in self._loaded:
+                    await self._load(version, directory)
+                self._loaded.move_to_end(version.key)
+            return
+        self._loaded.move_to_end(version.key)
+
+    async def release(self, key: str) -> None:
+        """Release a version; the engine keeps it as long as requests run on it."""
+        async with self._one_at_a_time:
+            if key in self._loaded:
+                del self._loaded[key]
+                await self._host.unload_adapter(key)
+
+    async def _load(self, version: Version, directory: Path) -> None:
+        while len(self._loaded) >= self._most:
+            await self._make_room()
+        try:
+            if await asyncio.to_thread(digest, directory) != version.sha256:
+                raise AdapterInvalid("its files were changed")
+            await self._host.load_adapter(version.key, str(directory))
+        except (OSError, AdapterInvalid) as error:
+            if isinstance(error, OSError) and error.errno in TOO_MANY_FILES:  # not a fault of the files
+                raise storage_unavailable(f"{version.id} cannot be loaded now", error) from error
+            _log.error("adapter_unavailable", adapter=version.id, reason=str(error))
+            raise AdapterUnavailable(f"{version.id} cannot be loaded: its files are missing or damaged.") from error
+        self._loaded[version.key] = None
+
+    async def _make_room(self) -> None:
+        victim = next((key for key in self._loaded if not self._host.adapter_in_use(key)), None)
+        if victim is None:
+            raise AdaptersBusy(
+                f"All {self._most} adapter versions in memory are answering requests, and the setting "
+                "adapters.max_loaded allows no more. Try again later."
+            )
+        del self._loaded[victim]
+        await self._host.unload_adapter(victim)
