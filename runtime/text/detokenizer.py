@@ -1,8 +1,56 @@
-"""Token ids to text, token by token: whole characters only, and stop strings across token borders."""
+"""Token ids to text, token by token: whole characters only, and stop strings across token borders.
 
-from runtime.tokenizer import Tokenizer
+The cost of one token depends neither on the length of the output nor on the contents of the stop strings.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+from runtime.text.tokenizer import Tokenizer
 
 REPLACEMENT = "\ufffd"
+
+MAX_UNREAD = 32
+"""Largest number of tokens that wait for the rest of a character. A character has four bytes at most, so more tokens
+cannot complete it."""
+
+
+class StopStrings:
+    """Matcher of partial stop strings at the end of a request's text. It reads each character once per stop string."""
+
+    def __init__(self, strings: Sequence[str]) -> None:
+        self._strings = [(text, _failures(text)) for text in strings]
+        self._matched = [0] * len(strings)
+        """For each stop string, the number of its first characters that end the text."""
+
+    @property
+    def held(self) -> int:
+        """Number of characters at the end of the text that could become a stop string."""
+        return max(self._matched, default=0)
+
+    def add(self, new: str) -> None:
+        """Add text. A string that is complete in it counts only for the part that it shares with the next one."""
+        for index, (text, failures) in enumerate(self._strings):
+            matched = self._matched[index]
+            for char in new:
+                while matched and text[matched] != char:
+                    matched = failures[matched - 1]
+                matched += text[matched] == char
+                if matched == len(text):
+                    matched = failures[matched - 1]
+            self._matched[index] = matched
+
+
+@lru_cache(maxsize=256)
+def _failures(text: str) -> tuple[int, ...]:
+    """For each beginning of `text`, the longest shorter one that it ends with (Knuth, Morris and Pratt, 1977)."""
+    found, matched = [0], 0
+    for char in text[1:]:
+        while matched and text[matched] != char:
+            matched = found[matched - 1]
+        matched += text[matched] == char
+        found.append(matched)
+    return tuple(found)
 
 
 class Detokenizer:
@@ -23,6 +71,7 @@ class Detokenizer:
         self._tokenizer = tokenizer
         self._skip_special = skip_special_tokens
         self._stop = stop
+        self._stops = StopStrings(stop)
         self._include_stop = include_stop
         # The last few prompt tokens are context: whether a token starts with a space, or whether
         # bytes join to a character, depends on what is before it.
@@ -30,10 +79,10 @@ class Detokenizer:
         self._prefix = 0
         self._read = len(self._ids)
         self._before: str | None = None
-        """The text of the ids from `_prefix` to `_read`, once it was asked for."""
+        """Text of the ids from `_prefix` to `_read`, cached at its first use."""
         self._pending = ""
         self.stopped_by: str | None = None
-        """The stop string that was found; nothing is to be added after that."""
+        """The stop string that was found, else None. After it, `add` must not be called."""
 
     def add(self, token_id: int, *, may_stop: bool = True) -> str:
         """The text that this token completes, possibly empty. Sets `stopped_by` when a stop string is there.
@@ -41,13 +90,13 @@ class Detokenizer:
         With `may_stop` false (before `min_tokens`) a stop string passes as text.
         """
         self._ids.append(token_id)
-        self._pending += self._decode_new()
+        new = self._decode_new()
+        self._pending += new
         if not self._stop:
             return self._take(len(self._pending))
-        if not may_stop:
-            return self._take(len(self._pending) - self._held())
+        self._stops.add(new)
         found = min(
-            ((at, text) for text in self._stop if (at := self._pending.find(text)) >= 0),
+            ((at, text) for text in self._stop if may_stop and (at := self._pending.find(text)) >= 0),
             default=None,
         )
         if found is None:
@@ -58,18 +107,22 @@ class Detokenizer:
         return shown
 
     def flush(self) -> str:
-        """What was held back, at the end of a request that no stop string ended. Half a character
-        comes out as U+FFFD, as it does when all ids are decoded at once."""
+        """The text that was held back, at the end of a request that no stop string ended. Half a character becomes
+        U+FFFD, as when all ids are decoded at once."""
         if self.stopped_by is not None:
             return ""
         tail = self._decode(self._prefix)[len(self._text_before()) :]
         return self._take(len(self._pending)) + tail
 
     def _decode_new(self) -> str:
-        """The text between what was read and the newest id; empty while that ends in half a character."""
+        """The text from the last read id to the newest; empty while it ends in half a character."""
         before = self._text_before()
         text = self._decode(self._prefix)
-        if len(text) <= len(before) or text.endswith(REPLACEMENT):
+        if text.endswith(REPLACEMENT) or len(text) < len(before):
+            if len(self._ids) - self._read < MAX_UNREAD:
+                return ""
+        elif text == before:
+            self._ids.pop()  # it has no text, and does not affect later text
             return ""
         self._prefix, self._read, self._before = self._read, len(self._ids), None
         return text[len(before) :]
@@ -86,12 +139,7 @@ class Detokenizer:
         return self._tokenizer.decode(ids, skip_special_tokens=self._skip_special)
 
     def _held(self) -> int:
-        """How many characters at the end of the pending text could be the start of a stop string."""
-        longest = min(len(self._pending), max(map(len, self._stop)) - 1)
-        for size in range(longest, 0, -1):
-            if any(text.startswith(self._pending[-size:]) for text in self._stop):
-                return size
-        return 0
+        return self._stops.held
 
     def _take(self, count: int) -> str:
         taken, self._pending = self._pending[:count], self._pending[count:]

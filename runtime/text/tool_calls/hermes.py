@@ -1,0 +1,44 @@
+"""Hermes and Qwen 2.5 and 3: `<tool_call>{"name": …, "arguments": {…}}</tool_call>`, one for each call."""
+
+from collections.abc import Sequence
+
+from runtime.text.grammar.source import GrammarBuilder
+from runtime.text.tool_calls.format import Tool, ToolFormat
+from runtime.text.tool_calls.json_calls import JsonCallParser, call_rule
+from runtime.text.tool_calls.reader import Reading, ToolParser
+
+BEGIN, END = "<tool_call>", "</tool_call>"
+
+
+class HermesFormat(ToolFormat):
+    name = "hermes"
+    aliases = ("qwen", "qwen2.5", "qwen3", "granite4", "longcat")
+    marker = BEGIN
+    marks = (END,)
+
+    def detects(self, template: str) -> bool:
+        return BEGIN in template
+
+    def parser(self, tools: Sequence[Tool]) -> ToolParser:
+        return HermesParser([tool.name for tool in tools])
+
+    def marked(self, builder: GrammarBuilder, tools: Sequence[Tool], *, parallel: bool) -> str:
+        space = builder.rule("BREAK", r"/[ \n]{1,2}/")
+        return f"{space}? {call_rule(builder, tools)} {space}? {builder.marker(END)}"
+
+
+class HermesParser(JsonCallParser):
+    """Parser of the format. The end of the last call may be missing: models leave it out at the end of the answer."""
+
+    def _read(self) -> Reading[None]:
+        while marker := (yield from self._until_marker([BEGIN])):
+            calls = self.num_calls
+            space = yield from self._skip_space()
+            rest = yield from self._object_call()
+            if rest is not None:
+                self._content((marker + space if self.num_calls == calls else "") + rest)
+                continue
+            space = yield from self._skip_space()
+            end = yield from self._expect(END)
+            if end != END:
+                self._content(space + end)

@@ -1,0 +1,60 @@
+"""Llama 3: the whole answer is `{"name": …, "parameters": {…}}`, or several of these with semicolons between."""
+
+from collections.abc import Sequence
+
+from runtime.text.grammar.source import GrammarBuilder
+from runtime.text.tool_calls.format import Tool, ToolFormat
+from runtime.text.tool_calls.json_calls import JsonCallParser, call_rule
+from runtime.text.tool_calls.reader import Reading, ToolParser
+
+TAG = "<|python_tag|>"
+
+
+class LlamaFormat(ToolFormat):
+    name = "llama3_json"
+    aliases = ("llama", "llama4_json")
+    marker = TAG
+
+    def detects(self, template: str) -> bool:
+        return TAG in template or ('"parameters"' in template and '{"name"' in template)
+
+    def parser(self, tools: Sequence[Tool]) -> ToolParser:
+        return LlamaParser([tool.name for tool in tools])
+
+    def calls(self, builder: GrammarBuilder, tools: Sequence[Tool], *, parallel: bool) -> str:
+        call = call_rule(builder, tools, key="parameters")
+        return f'{call} ("; " {call})*' if parallel else call
+
+    def answer(self, builder: GrammarBuilder, tools: Sequence[Tool], *, parallel: bool) -> str:
+        """An answer that begins as a call does is one."""
+        text = builder.rule("TEXT", rf"{builder.any_text} & ~/(?s:\s*\{{\s*\"name\".*)/")
+        tag = f"({builder.marker(TAG)})? " if builder.is_special(TAG) else ""
+        return f"{text} | {tag}{self.calls(builder, tools, parallel=parallel)}"
+
+
+class LlamaParser(JsonCallParser):
+    """Parser of the format. Calls are at the beginning of the answer, or after the tag."""
+
+    def _read(self) -> Reading[None]:
+        self._content((yield from self._skip_space()))
+        yield from self._calls("")
+        while tag := (yield from self._until_marker([TAG])):
+            yield from self._calls(tag + (yield from self._skip_space()))
+
+    def _calls(self, before: str) -> Reading[None]:
+        """Read calls, if there are any. `before` is content if there are none."""
+        while True:
+            tag = "" if before else (yield from self._expect(TAG))
+            before += tag + ((yield from self._skip_space()) if tag else "")
+            calls = self.num_calls
+            rest = yield from self._object_call()
+            if rest is not None:
+                self._content((before if self.num_calls == calls else "") + rest)
+                return
+            before = yield from self._skip_space()
+            separator = yield from self._next()
+            if separator != ";":
+                self._unread(separator)
+                self._content(before)
+                return
+            before += separator + (yield from self._skip_space())
