@@ -13,7 +13,7 @@ LONGEST, SHORTEST = 4, 2
 """Tokens at the end that are searched for: first many, then fewer."""
 
 MEMORY = 0.8
-"""How much of the acceptance so far a new draft leaves standing."""
+"""Weight of the acceptance so far in its running mean; a new draft has the rest."""
 
 PAUSE = 64
 """Tokens without drafts after acceptance has fallen too low."""
@@ -23,12 +23,12 @@ _ITEM = array("i").itemsize
 
 @dataclass(frozen=True, slots=True)
 class Speculation:
-    """When to draft, and how much."""
+    """Rules for when to draft, and how much."""
 
     num_tokens: int
     """Longest draft."""
     max_running: int
-    """With more sequences running nobody drafts: a large batch has no idle arithmetic to spend."""
+    """Most running sequences with which drafts are made: a larger batch has no idle arithmetic to spend."""
     min_acceptance: float
     """Share of drafted tokens that must prove right, from 0 to 1."""
 
@@ -58,7 +58,7 @@ class Drafter:
         return []
 
     def learn(self, num_drafted: int, num_accepted: int, num_tokens: int) -> None:
-        """So many of a draft proved right; the sequence now has `num_tokens`."""
+        """Take in that `num_accepted` tokens of a draft proved right; the sequence now has `num_tokens`."""
         share = num_accepted / num_drafted
         self._acceptance = MEMORY * self._acceptance + (1 - MEMORY) * share
         if self._acceptance < self._rules.min_acceptance:
@@ -66,7 +66,7 @@ class Drafter:
             self._acceptance = 1.0
 
     def _find(self, length: int) -> int | None:
-        """Where the last earlier occurrence of the last `length` tokens ends."""
+        """Position at which the last earlier occurrence of the last `length` tokens ends."""
         pattern = bytes(self._bytes[-length * _ITEM :])
         end = len(self._bytes) - _ITEM
         while (at := self._bytes.rfind(pattern, 0, end)) >= 0:

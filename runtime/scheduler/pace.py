@@ -1,16 +1,17 @@
-"""How fast things go here, learned from the steps themselves: what deadlines and Retry-After are reckoned with."""
+"""Measured speed of steps, prompts and outputs: the basis of deadlines and Retry-After."""
 
 import math
+from dataclasses import asdict, dataclass
 
-MEMORY = 30.0
-"""Seconds after which an observation counts for a third."""
+# An observation counts for a third (1/e) after this time.
+RATE_DECAY_SECONDS = 30.0
 
-LEARNING = 0.1
-"""Weight of a new observation in a running mean."""
+# Weight of a new observation in the running means.
+EMA_WEIGHT = 0.1
 
 
 class Rate:
-    """An amount per second, over about the last `MEMORY` seconds."""
+    """An amount per second, over about the last `RATE_DECAY_SECONDS`."""
 
     def __init__(self) -> None:
         self._start: float | None = None
@@ -20,15 +21,15 @@ class Rate:
     def add(self, amount: float, now: float) -> None:
         if self._start is None:
             self._start = self._last = now
-        self._sum = self._sum * math.exp((self._last - now) / MEMORY) + amount
+        self._sum = self._sum * math.exp((self._last - now) / RATE_DECAY_SECONDS) + amount
         self._last = now
 
     def per_second(self, now: float) -> float:
-        """0 until something was seen for some time."""
+        """0 until observations cover some time."""
         if self._start is None or now <= self._start:
             return 0.0
-        decayed = self._sum * math.exp((self._last - now) / MEMORY)
-        return decayed / (MEMORY * -math.expm1((self._start - now) / MEMORY))
+        decayed = self._sum * math.exp((self._last - now) / RATE_DECAY_SECONDS)
+        return decayed / (RATE_DECAY_SECONDS * -math.expm1((self._start - now) / RATE_DECAY_SECONDS))
 
 
 class Mean:
@@ -38,11 +39,11 @@ class Mean:
         self.value: float | None = None
 
     def add(self, value: float) -> None:
-        self.value = value if self.value is None else self.value + LEARNING * (value - self.value)
+        self.value = value if self.value is None else self.value + EMA_WEIGHT * (value - self.value)
 
 
 class Pace:
-    """What steps, prompts and outputs take."""
+    """Running means of the time of steps, the rate of prompts and the length of outputs."""
 
     def __init__(self) -> None:
         self._step_seconds = Mean()
@@ -52,11 +53,12 @@ class Pace:
 
     @property
     def step_seconds(self) -> float:
-        """What a step usually takes; 0 until there was one."""
+        """Usual time of a step, in seconds; 0 before the first."""
         return self._step_seconds.value or 0.0
 
     def on_step(self, num_tokens: int, num_rows: int, seconds: float) -> None:
-        """A step of `num_rows` computed `num_tokens`. One with more tokens than rows tells how fast prompts go."""
+        """A step of `num_rows` computed `num_tokens`. One with more than two tokens a row measures the rate of
+        prompts."""
         if seconds <= 0 or not num_rows:
             return
         self._step_seconds.add(seconds)
@@ -67,13 +69,13 @@ class Pace:
         self._admitted.add(num_tokens, now)
 
     def on_output(self, num_tokens: int) -> None:
-        """A request came to its own end after so many tokens."""
+        """A request came to its own end after `num_tokens` of output."""
         self._output_tokens.add(num_tokens)
 
     def seconds_for(self, num_prompt: int, least_output: int, most_output: int) -> float:
-        """How long a request would take that starts now: its prompt, then a step for each token.
+        """Seconds that a request would take if it started now: its prompt, then a step for each token.
 
-        Outputs are taken to be as long as they usually are, within the bounds. 0 as long as nothing is known.
+        Assumes outputs of the usual length, within the bounds. 0 before the first measurement.
         """
         if self._step_seconds.value is None:
             return 0.0
@@ -83,6 +85,36 @@ class Pace:
         return prompt + (output - 1) * self._step_seconds.value
 
     def seconds_to_admit(self, num_tokens: float, now: float) -> float | None:
-        """How long it will be until so many tokens have left the queue; None while nothing is known."""
+        """Seconds until `num_tokens` have left the queue; None before the first measurement."""
         rate = self._admitted.per_second(now)
         return num_tokens / rate if rate > 0 else None
+
+
+# -- counts ----------------------------------------------------------------------------------------
+#
+# Counts of the scheduler since its start, for metrics.
+
+
+@dataclass(slots=True)
+class SchedulerCounts:
+    """Counters that only rise."""
+
+    preemptions: int = 0
+    prefix_queries: int = 0
+    """Tokens of admitted requests, new or resumed."""
+    prefix_hits: int = 0
+    """Tokens of `prefix_queries` whose KV was there already: cached, or shared with another choice of the same
+    prompt."""
+    drafted: int = 0
+    accepted: int = 0
+    """Drafted tokens that proved right."""
+
+    swapped_out: int = 0
+    """Blocks of preempted sequences copied to host memory."""
+    swapped_in: int = 0
+    """Blocks copied back from there. Blocks still cached, or of requests that ended meanwhile, are not copied."""
+
+    def since(self, earlier: "SchedulerCounts") -> "SchedulerCounts":
+        """Increase of each counter since `earlier`."""
+        before = asdict(earlier)
+        return SchedulerCounts(**{name: value - before[name] for name, value in asdict(self).items()})

@@ -1,86 +1,197 @@
-"""Makes a step's plan: who goes on, who takes whose place, who comes in."""
+"""A step's plan: which running requests continue, which are preempted, which waiting ones are admitted."""
 
 import contextlib
-from typing import Protocol
+from collections.abc import Iterable
+from typing import NamedTuple, Protocol
 
-from runtime.blocks import BlockManager
-from runtime.messages import FinishReason, Move
-from runtime.scheduler.counts import Counts
+from runtime.blocks import BlockTable
+from runtime.messages import Admission, FinishReason, Move, Row, StepPlan
 from runtime.scheduler.drafts import Drafter, Speculation
-from runtime.scheduler.entry import take_entry
-from runtime.scheduler.keeping import Keeping
-from runtime.scheduler.pace import Pace
-from runtime.scheduler.planning import Planning
-from runtime.scheduler.policies import Policy
-from runtime.scheduler.preemption import Preemption
+from runtime.scheduler.pace import SchedulerCounts
 from runtime.scheduler.queue import Queue
-from runtime.scheduler.request import Request, State
-from runtime.scheduler.running import Running
+from runtime.scheduler.request import Request, RequestState
+from runtime.scheduler.running import PreemptionBackend, RunningRequests, VictimSelection, allocate
+from runtime.support.failpoints import failpoint
+from runtime.support.logs import get_logger
+from settings.schema import SchedulerSettings
+
+# -- plans -----------------------------------------------------------------------------------------
+#
+# A step's plan while it is being made: rows can still be withdrawn when their request is preempted.
+
+
+class SlotLease(NamedTuple):
+    """A request's hold on its slot: the request, and the table that it had when the row was planned."""
+
+    request: Request
+    table: BlockTable
+
+    @property
+    def expired(self) -> bool:
+        """The request has ended or was preempted since: results for it are dropped."""
+        return self.request.table is not self.table
+
+
+class Planning:
+    """Rows within a budget of tokens, and the data that workers need before they compute them."""
+
+    def __init__(self, step: int, budget: int, *, alone: bool = False) -> None:
+        """`alone`: the plan is committed before the next one is made, so its rows may give any number of tokens."""
+        self.step = step
+        self.budget = budget
+        """Tokens that may still be added."""
+        self._alone = alone
+        self._rows: dict[int, Row] = {}
+        self._leases: dict[int, SlotLease] = {}
+        self._admitted: dict[int, Admission] = {}
+        self._moves: list[Move] = []
+
+    def move(self, moves: Iterable[Move]) -> None:
+        """Copy blocks, after all copies that were planned before. Never withdrawn: a copy that has become useless
+        does no harm, as the next owner of its target writes to it later."""
+        self._moves += moves
+
+    def admit(self, request: Request) -> None:
+        """Send the workers a request that has just been given its slot and its table."""
+        assert request.slot is not None
+        assert request.table is not None
+        request.num_sent_blocks = len(request.table.blocks)
+        request.num_sent_tokens = len(request.tokens)
+        self._admitted[request.slot] = Admission(
+            slot=request.slot,
+            token_ids=list(request.tokens),
+            prompt_len=request.prompt_len,
+            block_ids=list(request.table.blocks),
+            params=request.params,
+            seed=request.seed,
+            suppressed_ids=request.suppressed_ids,
+            adapter=request.submission.adapter,
+            num_logprobs=request.num_logprobs,
+            prompt_logprobs=request.params.prompt_logprobs if request.scores_prompt else None,
+            bad_word_ids=request.bad_word_ids,
+            pooling=request.submission.pooling,
+            candidates=request.candidates,
+            grammar=request.submission.grammar,
+        )
+
+    def add(self, request: Request, count: int, draft: list[int]) -> None:
+        """Plan `count` of the tokens that the request has to compute, and then those of `draft`. They are booked as if
+        they were done; the commit of the step settles the result."""
+        slot, table, start = request.slot, request.table, request.num_computed
+        assert slot is not None
+        assert table is not None
+        new_blocks: list[int] = []
+        if request.num_sent_blocks < (known := len(table.blocks)):
+            new_blocks, request.num_sent_blocks = table.blocks[request.num_sent_blocks :], known
+        total = count + len(draft)
+        sample = start + count == len(request.tokens) + request.num_pending
+        new_token_ids: list[int] = []
+        if request.submission.beams is not None:
+            new_token_ids, request.num_sent_tokens = request.tokens[request.num_sent_tokens :], len(request.tokens)
+        elif request.submission.pooling is None:
+            request.num_pending += sample
+        self._rows[slot] = Row(
+            slot=slot,
+            start=start,
+            count=total,
+            sample=sample,
+            new_blocks=new_blocks,
+            draft=draft,
+            new_token_ids=new_token_ids,
+            forces=sample and self._alone and request.may_be_forced,
+        )
+        self._leases[slot] = SlotLease(request, table)
+        request.num_computed = start + total
+        self.budget -= total
+
+    def withdraw(self, request: Request) -> None:
+        """The request is about to lose its slot. What was planned for it is not to happen."""
+        slot = request.slot
+        assert slot is not None
+        row = self._rows.pop(slot, None)
+        self._leases.pop(slot, None)
+        if row is not None:
+            self.budget += row.count
+        self._admitted.pop(slot, None)
+
+    @property
+    def num_rows(self) -> int:
+        return len(self._rows)
+
+    @property
+    def leases(self) -> dict[int, SlotLease]:
+        """Leases by the slots of the rows."""
+        return self._leases
+
+    def done(self) -> StepPlan:
+        return StepPlan(
+            step=self.step,
+            admitted=list(self._admitted.values()),
+            rows=list(self._rows.values()),
+            moves=self._moves,
+        )
+
 
 INTERNAL_ERROR = "An internal error ended this request; the others go on."
 
+log = get_logger(__name__)
+
 
 class End(Protocol):
-    """How the planner ends a request that cannot or need not go on."""
+    """Ends a request that cannot continue, or need not."""
 
     def __call__(self, request: Request, reason: FinishReason, error: str | None = None) -> None: ...
 
 
 class Planner:
-    """Works on the scheduler's queue and running requests. Keeps nothing from one step to the next."""
+    """Makes plans from the scheduler's queue and running requests. Holds no state between steps."""
 
     def __init__(
         self,
-        blocks: BlockManager,
-        policy: Policy,
         queue: Queue,
-        running: Running,
+        running: RunningRequests,
+        settings: SchedulerSettings,
         *,
-        budget: int,
-        chunk: int,
-        preemption: Preemption,
-        keeping: Keeping,
+        backend: PreemptionBackend,
         speculation: Speculation | None,
-        pace: Pace,
-        counts: Counts,
+        counts: SchedulerCounts,
         end: End,
     ) -> None:
-        """`budget`: tokens a step; `chunk`: tokens of one request a step."""
-        self._blocks = blocks
-        self._policy = policy
         self._queue = queue
+        self._policy = queue.policy
+        self._pace = queue.pace
         self._running = running
-        self._budget = budget
-        self._chunk = chunk
-        self._preemption = preemption
-        self._keeping = keeping
+        self._blocks = running.blocks
+        self._budget = settings.max_batched_tokens
+        self._chunk = min(settings.max_prefill_chunk or self._budget, self._budget)
+        self._victims = VictimSelection(queue.policy, settings.max_preemptions)
+        self._backend = backend
         self._speculation = speculation
-        self._pace = pace
         self._counts = counts
         self._end = end
 
     def plan(self, step: int, now: float, *, guess: bool, idle: bool) -> Planning:
-        """Those who run go on, then those who wait come in, until the budget, the slots or the blocks are used up.
-        Without `guess` nobody drafts. `idle`: nothing is in flight."""
-        planning = Planning(step, self._budget)
+        """Continue running requests, then admit waiting ones, until the budget, the slots or the blocks are used up.
+        Without `guess` there are no drafts. `idle`: no step is in flight."""
+        planning = Planning(step, self._budget, alone=guess)
         if self._policy.preemptive:
-            self._take_places(planning, now)
-        self._go_on(planning, self._speculation if guess else None)
-        while planning.budget > 0 and (head := self._head(now)) is not None and self._let_in(head, planning, now):
+            self._replace_outranked(planning, now)
+        self._continue_running(planning, self._speculation if guess else None)
+        while planning.budget > 0 and (head := self._head(now)) is not None and self._try_admit(head, planning, now):
             self._add(head, planning)
         if idle and not planning.num_rows:
-            self._clear_the_way(planning, now)
+            self._break_deadlock(planning, now)
         return planning
 
-    # -- who goes on ---------------------------------------------------------------------------
+    # -- running requests ---------------------------------------------------------------------------
 
-    def _go_on(self, planning: Planning, speculation: Speculation | None) -> None:
-        """Rows for those that run. A next token goes before a prompt, and of prompts the better ranked one,
-        then the shorter one: a long prompt in chunks fills what is left, instead of holding up all others."""
+    def _continue_running(self, planning: Planning, speculation: Speculation | None) -> None:
+        """Add rows for running requests. Decoding goes before prompts, and prompts go by rank, then by length: a long
+        prompt in chunks fills what is left of the budget, instead of delaying all others."""
         size = self._blocks.block_size
         behind: list[Request] = []
         for request in list(self._running.requests):
-            if request.state is not State.RUNNING:  # preempted for one before it
+            if request.state is not RequestState.RUNNING:  # preempted by an earlier one
                 continue
             wanted = request.num_wanted
             if wanted != 1:
@@ -90,36 +201,56 @@ class Planner:
             if planning.budget == 0:
                 return
             assert request.table is not None
-            if request.num_computed < len(request.table.blocks) * size or self._make_room(request, planning):
-                planning.add(request, 1, self._draft(request, planning, speculation) if speculation else [])
+            try:
+                if request.num_computed < len(request.table.blocks) * size or self._make_room(request, planning):
+                    planning.add(request, 1, self._draft(request, planning, speculation) if speculation else [])
+            except Exception:
+                self._fail(request, planning)
         behind.sort(key=lambda request: (self._policy.rank(request), request.num_wanted))
         for request in behind:
-            if request.state is State.RUNNING and planning.budget > 0:
+            if request.state is RequestState.RUNNING and planning.budget > 0 and self._has_room(request, planning):
                 self._add(request, planning)
 
     def _add(self, request: Request, planning: Planning) -> None:
-        """As much of what the request wants as one step gives it."""
-        planning.add(request, min(request.num_wanted, self._chunk, planning.budget), [])
+        """Add as many of the request's tokens as one step allows."""
+        try:
+            planning.add(request, min(request.num_wanted, self._chunk, planning.budget), [])
+        except Exception:
+            self._fail(request, planning)
+
+    def _fail(self, request: Request, planning: Planning | None = None) -> None:
+        """End a request that cannot be planned, and only that one. Called while its exception is handled."""
+        log.exception("planning_failed", request_id=request.submission.request_id)
+        if planning is not None and request.state is RequestState.RUNNING:
+            planning.withdraw(request)
+        self._end(request, "error", INTERNAL_ERROR)
+
+    def _has_room(self, request: Request, planning: Planning) -> bool:
+        """True if there are blocks for all tokens of a running request: a prompt has them since its admission, forced
+        tokens may need more."""
+        assert request.table is not None
+        try:
+            enough = request.length <= len(request.table.blocks) * self._blocks.block_size
+            return enough or self._make_room(request, planning)
+        except Exception:
+            self._fail(request, planning)
+            return False
 
     def _make_room(self, request: Request, planning: Planning) -> bool:
-        """Blocks for all tokens of a running request, preempting others; False when it had to go itself."""
+        """Allocate blocks for all tokens of a running request, preempting others; False if it was preempted itself."""
         assert request.table is not None
         while not self._blocks.can_grow(request.table, request.length):
-            victim = self._preemption.victim(self._running.requests)
+            victim = self._victims.victim(self._running.requests)
             self._preempt(victim, planning)
             if victim is request:
                 return False
-        try:
-            self._blocks.grow(request.table, request.length)
-        except Exception:
-            planning.withdraw(request)
-            self._end(request, "error", INTERNAL_ERROR)
-            return False
+        self._blocks.grow(request.table, request.length)
         return True
 
     def _draft(self, request: Request, planning: Planning, rules: Speculation) -> list[int]:
-        """Guesses at what follows, as many as the budget leaves to spare and blocks are free for."""
-        unfit = request.submission.scored or request.submission.beams or request.num_pending
+        """Draft tokens, as many as the budget and the free blocks allow."""
+        submission = request.submission
+        unfit = submission.beams or submission.pooling or request.num_pending
         if unfit or len(self._running) > rules.max_running or request.table is None:
             return []
         if request.drafter is None:
@@ -128,77 +259,95 @@ class Planner:
         spare = min(planning.budget - len(self._running), request.max_len - length - 1)
         draft = request.drafter.propose(request.tokens, spare)
         if draft and self._blocks.can_grow(request.table, length + len(draft)):
-            with contextlib.suppress(Exception):  # then there is less to guess; nothing is owed
+            with contextlib.suppress(Exception):  # then the draft is shorter
                 self._blocks.grow(request.table, length + len(draft))
         return draft[: len(request.table.blocks) * self._blocks.block_size - length]
 
-    # -- who comes in --------------------------------------------------------------------------
+    # -- admission --------------------------------------------------------------------------
 
     def _head(self, now: float) -> Request | None:
-        """The one that should come in next. Those that are not worth starting are ended on the way."""
-        while (head := self._queue.head()) is not None and self._policy.hopeless(head, now, self._pace):
-            self._end(head, "timeout")
-        return head
+        """The waiting request to admit next. Requests that the policy sheds are ended on the way."""
+        while (head := self._queue.head()) is not None:
+            try:
+                if not self._policy.should_shed(head, now, self._pace):
+                    return head
+                self._end(head, "timeout")
+            except Exception:
+                self._fail(head)
+        return None
 
-    def _let_in(self, request: Request, planning: Planning, now: float) -> bool:
-        """Give a waiting request a slot and blocks; False when one of the two is not there."""
+    def _try_admit(self, request: Request, planning: Planning, now: float) -> bool:
+        """Give a waiting request a slot and blocks; False when either is lacking."""
         if self._running.full:
             return False
         try:
-            entry = take_entry(self._blocks, request, self._preemption.tokens_to_hold(request))
+            return self._admit(request, planning, now)
         except Exception:
-            self._end(request, "error", INTERNAL_ERROR)
+            self._fail(request, planning)
             return False
-        if entry is None:
+
+    def _admit(self, request: Request, planning: Planning, now: float) -> bool:
+        """Move a waiting request to a free slot, if there are blocks for it."""
+        failpoint("planner.enter", request.submission.request_id)
+        allocation = allocate(self._blocks, request, self._victims.tokens_to_hold(request))
+        if allocation is None:
             return False
-        self._queue.remove(request)
+        first = request.state is RequestState.WAITING
+        try:
+            allocation, moves = self._backend.restore(request, allocation)
+            self._queue.remove(request)
+            self._running.enter(request, allocation)
+        except Exception:
+            self._blocks.free(allocation.table, forget=True)
+            raise
         self._pace.on_admission(len(request.tokens), now)
-        first = request.state is State.WAITING
         if not (first and request.is_branch):
             self._counts.prefix_queries += len(request.tokens)
-            self._counts.prefix_hits += entry.num_computed
+            self._counts.prefix_hits += allocation.num_computed
         if first and not request.is_branch:
-            request.timing.cached_tokens = entry.num_computed
+            request.timing.cached_tokens = allocation.num_computed
             self._policy.served(request, request.prompt_len, 0)
-        planning.move(Move("copy", source, target) for source, target in entry.copies)
-        entry, moves = self._keeping.restore(request, entry)
+        planning.move(Move("copy", source, target) for source, target in allocation.copies)
         planning.move(moves)
-        self._running.enter(request, entry)
         planning.admit(request)
         return True
 
-    # -- who gives way -------------------------------------------------------------------------
+    # -- preemption -------------------------------------------------------------------------
 
-    def _take_places(self, planning: Planning, now: float) -> None:
-        """Let those come in who may take the places of others, as long as that gives them room."""
+    def _replace_outranked(self, planning: Planning, now: float) -> None:
+        """Admit waiting requests in place of running ones that they outrank, where that makes enough room."""
         while (head := self._head(now)) is not None:
-            victims = self._preemption.outranked(head, self._running.requests)
+            try:
+                victims = self._victims.outranked(head, self._running.requests)
+            except Exception:
+                self._fail(head, planning)
+                continue
             held = sum(len(victim.table.held) for victim in victims if victim.table is not None)
-            wanted = self._blocks.blocks_for(self._preemption.tokens_to_hold(head))
+            wanted = self._blocks.blocks_for(self._victims.tokens_to_hold(head))
             if not victims or wanted > self._blocks.num_free + held:
                 return
-            while not self._let_in(head, planning, now):
+            while not self._try_admit(head, planning, now):
                 if head.finished or not victims:
                     return
                 self._preempt(victims.pop(), planning)
 
-    def _clear_the_way(self, planning: Planning, now: float) -> None:
-        """Nobody can go on. Where that is because beams keep slots or blocks while they wait for a sibling that
-        does not get in, they give them up, one by one: what they have told is not lost."""
-        idle = sorted((r for r in self._running.requests if r.answered), key=self._preemption.standing)
+    def _break_deadlock(self, planning: Planning, now: float) -> None:
+        """Resolve a deadlock of beams, some of which wait for a sibling and hold slots or blocks that it needs. They
+        are preempted one by one; their candidates are not lost."""
+        idle = sorted((r for r in self._running.requests if r.awaiting_expansion), key=self._victims.standing)
         while idle and (head := self._head(now)) is not None:
             self._preempt(idle.pop(), planning, counts=False)
-            if self._let_in(head, planning, now):
+            if self._try_admit(head, planning, now):
                 self._add(head, planning)
                 return
 
     def _preempt(self, request: Request, planning: Planning, *, counts: bool = True) -> None:
-        """Take slot and blocks away. What was computed stays findable, so resuming is mostly cached.
-        With `counts` it comes closer to the number after which nobody may do that to it."""
+        """Take slot and blocks away. Full blocks stay in the prefix cache, so resuming is mostly cached. `counts`: it
+        counts towards the cap on preemptions."""
         planning.withdraw(request)
-        planning.move(self._keeping.keep(request))
+        planning.move(self._backend.save(request))
         self._running.leave(request)
-        request.move(State.PREEMPTED)
+        request.move(RequestState.PREEMPTED)
         request.forget_progress()
         request.timing.preemptions += counts
         self._counts.preemptions += 1

@@ -1,43 +1,142 @@
-"""Those that wait: in the policy's order, or for another request's prompt."""
+"""The waiting requests: their order, the queue's limits, their deadlines.
 
+`Queue` holds all requests that wait: in the policy's order, as followers of another choice of the same prompt, or as
+beams that wait for their search. `Deadlines` has the requests whose time is up.
+"""
+
+import itertools
+import math
 from collections.abc import Iterator
+from heapq import heapify, heappop, heappush
 
-from runtime.scheduler.admission import Admission
-from runtime.scheduler.followers import Followers, same_prompt
+from runtime.errors import TooManyRequests
 from runtime.scheduler.pace import Pace
 from runtime.scheduler.policies import Policy
 from runtime.scheduler.request import Request
+from settings.schema import SchedulerSettings
+
+MIN_RETRY_SECONDS, MAX_RETRY_SECONDS = 1, 120
+"""Bounds of Retry-After in a 429."""
+
+MAX_FINISHED_ENTRIES = 64
+"""Entries of finished requests that the heap may hold before it is rebuilt."""
+
+
+class Followers:
+    """Choices of one prompt (`n`): the first computes it, the others wait here and then share its blocks."""
+
+    def __init__(self) -> None:
+        self._of: dict[int, dict[int, Request]] = {}
+        """Leader's id → its followers by id."""
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Request]:
+        for followers in self._of.values():
+            yield from followers.values()
+
+    def leads(self, request: Request) -> bool:
+        return request.id in self._of
+
+    def add(self, request: Request, leader: Request) -> None:
+        request.source = leader
+        self._of.setdefault(leader.id, {})[request.id] = request
+        self._count += 1
+
+    def release(self, leader: Request) -> list[Request]:
+        """Take the followers of `leader` out, in order of arrival."""
+        followers = list(self._of.pop(leader.id, {}).values())
+        self._count -= len(followers)
+        return followers
+
+    def remove(self, request: Request) -> bool:
+        """Remove a follower that ends while it waits; False when it is not here."""
+        leader = request.source
+        followers = self._of.get(leader.id) if leader else None
+        if leader is None or followers is None or followers.pop(request.id, None) is None:
+            return False
+        self._count -= 1
+        if not followers:
+            del self._of[leader.id]
+        return True
+
+
+def same_prompt(one: Request, other: Request) -> bool:
+    """True if the prompts of both have the same KV."""
+    a, b = one.submission, other.submission
+    return (a.prompt_ids, a.adapter, a.cache_salt) == (b.prompt_ids, b.adapter, b.cache_salt)
+
+
+class Deadlines:
+    """All unfinished requests that have a deadline, whatever the policy."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, int, Request]] = []
+        self._entries = itertools.count()
+
+    def add(self, request: Request, num_requests: int) -> None:
+        """`num_requests` are not finished; when most entries are of finished ones, those go."""
+        deadline = request.submission.deadline
+        if deadline is None:
+            return
+        if len(self._heap) > 2 * num_requests + MAX_FINISHED_ENTRIES:
+            self._heap = [entry for entry in self._heap if not entry[2].finished]
+            heapify(self._heap)
+        heappush(self._heap, (deadline, next(self._entries), request))
+
+    def passed(self, now: float) -> Iterator[Request]:
+        """Requests whose deadline has passed, each once. O(1) when there are none."""
+        while self._heap and self._heap[0][0] <= now:
+            request = heappop(self._heap)[2]
+            if not request.finished:
+                yield request
 
 
 class Queue:
     """The policy's queue, and beside it the followers, which join it once their leader's prompt is computed."""
 
-    def __init__(self, policy: Policy, admission: Admission, pace: Pace) -> None:
-        self._policy = policy
-        self._admission = admission
-        self._pace = pace
+    def __init__(self, policy: Policy, settings: SchedulerSettings, pace: Pace) -> None:
+        self.policy = policy
+        self._max_waiting = settings.max_waiting
+        self._max_tokens = settings.max_waiting_tokens
+        self.pace = pace
         self._followers = Followers()
-        self._aside: dict[str, Request] = {}
-        """Beams that have lost their blocks, and have nothing to compute until their search goes on."""
+        self._aside: dict[int, Request] = {}
+        """Beams that have lost their blocks, and have nothing to compute until their search continues."""
         self._num_tokens = 0
 
     def __len__(self) -> int:
-        return len(self._policy) + self.num_deferred
+        return len(self.policy) + self.num_deferred
 
     def __iter__(self) -> Iterator[Request]:
-        yield from self._policy
+        yield from self.policy
         yield from self._followers
         yield from self._aside.values()
 
     @property
     def num_deferred(self) -> int:
-        """Those that wait for another one, not for a slot or blocks."""
+        """Requests that wait for another request, not for a slot or blocks."""
         return len(self._followers) + len(self._aside)
 
-    def check_room(self, num_tokens: int, now: float, *, at_least: int = 0) -> None:
-        """Raise `TooManyRequests` when a prompt of so many tokens is more than the queue takes.
-        `at_least` so many requests wait, known here or not yet."""
-        self._admission.check(num_tokens, max(len(self), at_least), self._num_tokens, self._pace, now)
+    def check_room(self, num_tokens: int, now: float, *, num_waiting: int) -> None:
+        """Raise `TooManyRequests` when the queue has no room for prompts of `num_tokens`, or for a sequence more than
+        `num_waiting`.
+
+        A prompt over the limit on tokens is let into an empty queue: it can run, so it must be able to wait.
+        """
+        waiting, most = self._num_tokens, self._max_tokens
+        if num_waiting and waiting + num_tokens > most:
+            what = f"{waiting} prompt tokens are waiting, and {num_tokens} more would exceed {most}"
+        elif num_waiting >= self._max_waiting:
+            what = f"{num_waiting} requests are waiting, of at most {self._max_waiting}"
+        else:
+            return
+        # Half of the queue, not one place: others were sent away too, and come back for the same place.
+        seconds = self.pace.seconds_to_admit(waiting / 2, now) or MIN_RETRY_SECONDS
+        retry_after = min(max(math.ceil(seconds), MIN_RETRY_SECONDS), MAX_RETRY_SECONDS)
+        raise TooManyRequests(f"The queue is full: {what}. Try again later.", retry_after=retry_after)
 
     def add(self, request: Request, leader: Request | None) -> None:
         """A new request; `leader` is the one of which it is a fork."""
@@ -49,33 +148,33 @@ class Queue:
         self.push(request)
 
     def push(self, request: Request) -> None:
-        if request.answered:
+        if request.awaiting_expansion:
             self._aside[request.id] = request
             return
-        self._policy.push(request)
+        self.policy.push(request)
         self._num_tokens += len(request.tokens)
 
     def remove(self, request: Request) -> None:
-        """It comes in, or it ends here."""
+        """The request is admitted, or ends while it waits."""
         if self._aside.pop(request.id, None) is None and not self._followers.remove(request):
-            self._policy.remove(request)
+            self.policy.remove(request)
             self._num_tokens -= len(request.tokens)
 
     def recall(self, request: Request) -> None:
-        """A beam goes on."""
+        """Queue a beam whose search continues."""
         if self._aside.pop(request.id, None) is not None:
             self.push(request)
 
     def head(self) -> Request | None:
-        """The one that should come in next."""
-        return self._policy.peek()
+        """The request to admit next."""
+        return self.policy.peek()
 
     def release(self, leader: Request) -> None:
-        """The prompt of `leader` is computed, or never will be: whoever waited for it queues up."""
+        """Queue the followers of `leader`: its prompt is computed, or never will be."""
         if self._followers.leads(leader):
             for follower in self._followers.release(leader):
                 self.push(follower)
 
     def check_integrity(self) -> None:
         """Raise `AssertionError` when the count of tokens is wrong."""
-        assert self._num_tokens == sum(len(r.tokens) for r in self._policy), "waiting tokens are miscounted"
+        assert self._num_tokens == sum(len(r.tokens) for r in self.policy), "waiting tokens are miscounted"

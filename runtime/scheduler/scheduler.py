@@ -1,11 +1,10 @@
 """The token-step scheduler.
 
-There is no prefill phase and no decode phase. Every request has tokens that are known and tokens
-that are computed, and each step lets some requests catch up by some tokens, within a budget.
-A step is `schedule` (a plan), then `commit` (what came of it). The next one may be planned in between: a plan
-books its rows as if they were done, and what its result says of a request that has ended meanwhile, or has
-lost its blocks, is dropped. That is safe because steps are executed in the order of their plans: whoever gets a
-block writes to it after all who had it before. Knows neither tensors nor text.
+There is no prefill phase and no decode phase. Every request has a number of tokens and a number of computed ones, and
+each step lets some requests catch up by some tokens, within a budget. A step is `schedule` (a plan), then `commit` (its
+result). The next one may be planned in between: a plan books its rows as if they were done, and results for a request
+that has ended meanwhile, or has lost its blocks, are dropped. That is safe because steps are executed in the order of
+their plans: the next owner of a block writes to it after all previous owners. Deals in ints, not in tensors or text.
 """
 
 import itertools
@@ -13,37 +12,40 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, ValuesView
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from msgspec.structs import replace
 
 from runtime.blocks import BlockManager, SwapSpace
 from runtime.errors import Conflict
-from runtime.messages import FinishReason, Row, StepPlan, StepResult
-from runtime.scheduler.admission import Admission
-from runtime.scheduler.counts import Counts
-from runtime.scheduler.deadlines import Deadlines
+from runtime.messages import FinishReason, Row, StepPlan, StepResult, TokenLogprob, new_sequence_id
 from runtime.scheduler.drafts import Speculation
-from runtime.scheduler.keeping import Keeping, Recompute, Swap
-from runtime.scheduler.pace import Pace
-from runtime.scheduler.planner import Planner
-from runtime.scheduler.planning import Stay
+from runtime.scheduler.pace import Pace, SchedulerCounts
+from runtime.scheduler.planner import INTERNAL_ERROR, Planner, SlotLease
 from runtime.scheduler.policies import Policy
-from runtime.scheduler.preemption import Preemption
-from runtime.scheduler.queue import Queue
-from runtime.scheduler.request import Request, State
-from runtime.scheduler.running import Running
+from runtime.scheduler.queue import Deadlines, Queue
+from runtime.scheduler.request import Request, RequestState
+from runtime.scheduler.running import PreemptionBackend, Recompute, RunningRequests, Swap
+from runtime.support.failpoints import failpoint
+from runtime.support.logs import get_logger
+from settings.schema import SchedulerSettings
+
+log = get_logger(__name__)
 
 
 @dataclass(slots=True)
 class Committed:
-    """What a step added to one request: new tokens, or its end without one."""
+    """A step's addition to one request: new tokens, or its end without one."""
 
     request: Request
     tokens: list[int]
     error: str | None = None
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    """One for each of `tokens`, where they are asked for."""
     candidates: list[tuple[int, float]] | None = None
     """A beam's likeliest next tokens, and their log-probabilities."""
+    pooled: list[float] | None = None
+    """The pooled hidden states of a request that wants nothing else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +54,9 @@ class Flight:
 
     step: int
     planned: float
-    """When."""
-    stays: dict[int, Stay]
-    """Whom each slot's row is for."""
+    """Time of the plan, of the scheduler's clock."""
+    leases: dict[int, SlotLease]
+    """Slot → the request that its row is for."""
 
 
 class Scheduler:
@@ -64,49 +66,41 @@ class Scheduler:
         self,
         blocks: BlockManager,
         policy: Policy,
+        settings: SchedulerSettings,
         *,
-        max_batched_tokens: int,
-        max_running: int,
-        max_waiting: int,
-        max_waiting_tokens: int | None = None,
-        max_prefill_chunk: int | None = None,
-        max_preemptions: int = 4,
         speculation: Speculation | None = None,
         sliding_window: int | None = None,
         swap: SwapSpace | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`sliding_window`: a token attends to so many at most, itself included; None for all before it.
-        `swap`: where the KV of those that are preempted is kept; None: it is computed again."""
+        """`sliding_window`: most tokens that a token attends to, itself included; None for all before it.
+        `swap`: host memory for the KV of preempted requests; None: it is recomputed."""
         self.blocks = blocks
         self.policy = policy
-        self.counts = Counts()
+        self.counts = SchedulerCounts()
         self._window = sliding_window
         self._speculation = speculation
         self._clock = clock
         self._pace = Pace()
-        self.waiting = Queue(policy, Admission(max_waiting, max_waiting_tokens), self._pace)
-        self._running = Running(blocks, max_running)
-        self._keeping: Keeping = Recompute() if swap is None else Swap(swap, blocks.block_size, self.counts)
+        self.waiting = Queue(policy, settings, self._pace)
+        self._running = RunningRequests(blocks, settings.max_running)
+        self._backend: PreemptionBackend = Recompute() if swap is None else Swap(swap, blocks.block_size, self.counts)
         self._planner = Planner(
-            blocks,
-            policy,
             self.waiting,
             self._running,
-            budget=max_batched_tokens,
-            chunk=min(max_prefill_chunk or max_batched_tokens, max_batched_tokens),
-            preemption=Preemption(policy, max_preemptions),
-            keeping=self._keeping,
+            settings,
+            backend=self._backend,
             speculation=speculation,
-            pace=self._pace,
             counts=self.counts,
             end=self._end,
         )
         self._deadlines = Deadlines()
-        self._requests: dict[str, Request] = {}
+        self._requests: dict[int, Request] = {}
         self._arrivals = itertools.count()
         self._ended: list[Committed] = []
         """Requests that the scheduler itself has ended since the last commit."""
+        self._num_fresh = 0
+        """Requests that were queued since the last plan."""
         self._step = 0
         self._flights: deque[Flight] = deque()
         self._last_commit = -math.inf
@@ -121,12 +115,12 @@ class Scheduler:
 
     @property
     def running(self) -> ValuesView[Request]:
-        """In order of admission."""
+        """Running requests, in order of admission."""
         return self._running.requests
 
     @property
     def step_seconds(self) -> float:
-        """What a step usually takes; 0 until there was one."""
+        """Usual time of a step, in seconds; 0 before the first."""
         return self._pace.step_seconds
 
     @property
@@ -135,41 +129,52 @@ class Scheduler:
 
     @property
     def num_swapped(self) -> int:
-        """Blocks in host memory that preempted sequences are kept in."""
-        return self._keeping.num_held
+        """Blocks in host memory that hold the KV of preempted sequences."""
+        return self._backend.num_held
 
-    def get(self, request_id: str) -> Request | None:
+    def get(self, request_id: int) -> Request | None:
         return self._requests.get(request_id)
 
-    def check_room(self, num_tokens: int, *, num_requests: int = 0) -> None:
-        """Raise `TooManyRequests` when the queue does not take a prompt of so many tokens. `num_requests`: how
-        many there are, if the caller knows of some on their way here. Callable from any thread: it only reads."""
-        self.waiting.check_room(num_tokens, self._clock(), at_least=num_requests - self._running.num_slots)
+    def check_room(self, num_tokens: int, *, count: int = 1, num_requests: int | None = None) -> None:
+        """Raise `TooManyRequests` when the queue does not take `count` sequences with prompts of `num_tokens` in all.
+        `num_requests`: number of all sequences that a caller on another thread has, including those on their way here.
+        With it, sequences that no plan has looked at yet do not count as far as there are free slots, which they may
+        get at once. Callable from any thread: it only reads."""
+        num_waiting = len(self.waiting) + count - 1
+        if num_requests is not None:
+            coming = max(0, num_requests - len(self._requests))
+            num_waiting += coming - min(self._num_fresh + coming + count - 1, self._running.num_free)
+        self.waiting.check_room(num_tokens, self._clock(), num_waiting=num_waiting)
 
     def submit(self, request: Request) -> None:
         """Queue a request. Raises `TooManyRequests` when the queue is full, `Conflict` for an id in use."""
         self.check_room(len(request.tokens))
+        self.enqueue(request)
+
+    def enqueue(self, request: Request) -> None:
+        """Queue a request for which `check_room` has found room. Raises `Conflict` for an id in use."""
         if request.id in self._requests:
-            raise Conflict(f"A request with id {request.id!r} is already running.", param="request_id")
+            raise Conflict(f"Sequence {request.id} is already running.", param="request_id")
         submission = request.submission
         request.order = next(self._arrivals)
         request.chain = self.blocks.chain(adapter=submission.adapter, salt=submission.cache_salt)
         self.waiting.add(request, self._requests.get(submission.fork_of))
         self._requests[request.id] = request
+        self._num_fresh += 1
         self._deadlines.add(request, len(self._requests))
 
     def finish(self, request: Request, reason: FinishReason, *, stop_reason: str | int | None = None) -> None:
-        """End a request in whatever state it is, and take back all that it holds. Ending it twice is fine."""
+        """End a request in any state, and free all that it holds. Ending it twice is fine."""
         if request.finished:
             return
-        was_running = request.state is State.RUNNING
+        was_running = request.state is RequestState.RUNNING
         request.end(reason, stop_reason, self._clock())
         if was_running:
             self._running.leave(request, forget=reason == "error")
         else:
             self.waiting.remove(request)
-        del self._requests[request.id]
-        self._keeping.drop(request)
+        self._requests.pop(request.id, None)
+        self._backend.drop(request)
         self.waiting.release(request)
         if reason in ("stop", "length"):
             self._pace.on_output(request.num_generated)
@@ -177,16 +182,16 @@ class Scheduler:
     # -- beams ---------------------------------------------------------------------------------
 
     def extend(self, request: Request, token: int) -> None:
-        """A beam that has told its candidates goes on with `token`."""
+        """Continue with `token` a beam that has given its candidates."""
         request.tokens.append(token)
-        request.answered = False
+        request.awaiting_expansion = False
         self.waiting.recall(request)
         self.policy.served(request, 0, 1)
 
-    def branch(self, source: Request, request_id: str, token: int) -> Request:
+    def branch(self, source: Request, token: int) -> Request:
         """A new beam: all of `source`, whose blocks it shares, and then `token`. It has the rank of its search, and
         no limit on the queue applies."""
-        submission = replace(source.submission, request_id=request_id)
+        submission = replace(source.submission, id=new_sequence_id())
         beam = Request(submission, seed=source.seed, max_len=source.max_len)
         beam.stop_ids = source.stop_ids
         beam.tokens = [*source.tokens, token]
@@ -194,7 +199,7 @@ class Scheduler:
         beam.order = source.order
         beam.chain = source.chain.copy() if source.chain else None
         self.waiting.push(beam)
-        self._requests[request_id] = beam
+        self._requests[beam.id] = beam
         self._deadlines.add(beam, len(self._requests))
         self.policy.served(beam, 0, 1)
         return beam
@@ -203,59 +208,77 @@ class Scheduler:
 
     @property
     def guesses(self) -> bool:
-        """Would the next plan look for drafts? It needs every token for that, so nothing should be in flight."""
+        """True if the next plan would look for drafts. It needs every token for that, so nothing should be in
+        flight."""
         rules = self._speculation
         return rules is not None and len(self._running) <= rules.max_running
 
     def schedule(self, *, ahead: bool = False) -> StepPlan:
-        """Plan the next step. Without rows there is nothing to compute, but `commit` may have ends to tell.
+        """Plan the next step. Without rows there is nothing to compute, but `commit` may have ends to report.
 
-        `ahead`: another plan may be made before this one is committed. So it has no drafts, of which nobody
-        knows how many tokens they give. Plans are committed in their order; one that is left out, because the
-        caller was interrupted, never will be.
+        `ahead`: another plan may be made before this one is committed. So it has no drafts, as the number of tokens
+        that they give is open until then. Plans are committed in their order; a plan that is skipped because the caller
+        was interrupted is never committed.
         """
+        failpoint("scheduler.plan")
         now = self._clock()
         for late in self._deadlines.passed(now):
             self._end(late, "timeout")
         self._step += 1
+        self._num_fresh = 0
         planning = self._planner.plan(self._step, now, guess=not ahead, idle=not self._flights)
-        self._flights.append(Flight(self._step, now, planning.stays))
+        self._flights.append(Flight(self._step, now, planning.leases))
         return planning.done()
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[Committed]:
-        """Book what a step computed and sampled. Tells of new tokens, and of requests that the scheduler has
-        ended: the late and the failed. All other ends are the engine's."""
+        """Book what a step computed and sampled. Returns new tokens, and requests that the scheduler has ended: the
+        late and the failed. All other ends are the engine's."""
         while (flight := self._flights.popleft()).step != plan.step:
             pass
+        failpoint("scheduler.commit")
         now = self._clock()
         self._pace.on_step(plan.num_tokens, len(plan.rows), now - max(flight.planned, self._last_commit))
         self._last_commit = now
         for slot, error in result.failed.items():
-            self._fail(flight.stays[slot], error)
-        committed, self._ended = self._ended, []
+            self._fail(flight.leases[slot], error)
+        committed: list[Committed] = []
         sampled: dict[int, list[int]] = {}
         for slot, token in zip(result.slots, result.tokens, strict=True):
             sampled.setdefault(slot, []).append(token)
-        stays, candidates, logprobs = flight.stays, result.candidates, result.logprobs
+        leases, candidates, logprobs = flight.leases, result.candidates, result.logprobs
+        scored = result.prompt_logprobs
         for row in plan.rows:
             slot = row.slot
-            if (stay := stays[slot]).over:
+            if (lease := leases[slot]).expired:
                 continue
-            request, tokens = stay.request, sampled.get(slot, [])
-            self._book(request, row, tokens, now)
-            if slot in candidates:
-                request.answered = True
+            request, tokens = lease.request, sampled.get(slot, [])
+            try:
+                self._book(request, row, tokens, now)
+                if slot in scored:  # a prompt that is computed again, after a preemption, begins at its start
+                    request.prompt_logprobs += scored[slot][len(request.prompt_logprobs) - row.start :]
+            except Exception:
+                log.exception("booking_failed", request_id=request.submission.request_id)
+                self._fail(lease, INTERNAL_ERROR)
+                continue
+            if slot in result.pooled:
+                committed.append(Committed(request, [], pooled=result.pooled[slot]))
+            elif slot in candidates:
+                request.awaiting_expansion = True
                 committed.append(Committed(request, [], candidates=candidates[slot]))
             elif tokens:
-                if logprobs:
-                    request.cumulative_logprob += logprobs.get(slot, 0.0)
-                committed.append(Committed(request, tokens))
-        return committed
+                if forced := result.forced.get(slot):
+                    request.tokens += forced
+                    self.policy.served(request, 0, len(forced))
+                    tokens = tokens + forced
+                committed.append(Committed(request, tokens, logprobs=logprobs.get(slot, [])))
+        ended, self._ended = self._ended, []
+        return ended + committed
 
     def _book(self, request: Request, row: Row, tokens: list[int], now: float) -> None:
         """`row` was computed and gave `tokens`: one, or with a draft one more than proved right."""
         assert request.table is not None
         assert request.chain is not None
+        failpoint("scheduler.book", request.submission.request_id)
         if request.timing.scheduled is None:
             request.timing.scheduled = now
         request.num_written = row.start + row.count
@@ -274,11 +297,31 @@ class Scheduler:
         if self.waiting.num_deferred and request.num_written >= request.prompt_len:
             self.waiting.release(request)
 
-    def _fail(self, stay: Stay, error: str) -> None:
-        """A row could not be computed. What lies in its blocks may be garbage, whoever has them now."""
-        self.blocks.forget(stay.table)
-        if not stay.request.finished:
-            self._end(stay.request, "error", error)
+    def _fail(self, lease: SlotLease, error: str) -> None:
+        """A row could not be computed. Its blocks may hold garbage, even if another request has them now."""
+        self.blocks.forget(lease.table)
+        if not lease.request.finished:
+            self._end(lease.request, "error", error)
+
+    def abandon(self, *, waiting: bool = False) -> list[Committed]:
+        """End every running request with an error, and with `waiting` all others too, after planning or booking has
+        failed in a way that no single request explains. What steps in flight compute is dropped, every block and slot
+        is free again and nothing is cached, whatever state the failure left them in."""
+        lost = list(self._requests.values()) if waiting else list(self._running.requests)
+        for request in lost:
+            try:
+                self.finish(request, "error")
+            except Exception:
+                log.exception("abandoning_failed", request_id=request.submission.request_id)
+                request.fail()
+                self._requests.pop(request.id, None)
+        for request in self._requests.values():
+            self._backend.drop(request)  # copies to host memory that the failed plan held were never made
+        self._flights.clear()
+        self._running.clear()
+        self.blocks.clear()
+        ended, self._ended = self._ended, []
+        return ended + [Committed(request, [], INTERNAL_ERROR) for request in lost]
 
     def _learn(self, request: Request, row: Row, num_accepted: int) -> None:
         assert request.drafter is not None
@@ -287,14 +330,14 @@ class Scheduler:
         self.counts.accepted += num_accepted
 
     def _end(self, request: Request, reason: FinishReason, error: str | None = None) -> None:
-        """End a request that the engine believes to go on; the next commit tells of it."""
+        """End a request that still runs for the engine; the next commit reports it."""
         self.finish(request, reason)
         self._ended.append(Committed(request, [], error))
 
     def check_integrity(self) -> None:
         """Raise `AssertionError` when slots, queues and tables disagree."""
         self._running.check_integrity()
-        self._keeping.check_integrity()
+        self._backend.check_integrity()
         self.waiting.check_integrity()
         places = [*self._running.requests, *self.waiting]
         assert len(places) == len(set(places)), "a request is in two places"

@@ -2,11 +2,9 @@
 
 from collections.abc import Callable, Mapping
 
-from runtime.scheduler.policies.deadline import EarliestDeadline
 from runtime.scheduler.policies.fair import Fair
-from runtime.scheduler.policies.fcfs import FirstComeFirstServed
 from runtime.scheduler.policies.interface import Policy
-from runtime.scheduler.policies.priority import Priority
+from runtime.scheduler.policies.ranked import BackgroundLast, EarliestDeadline, FirstComeFirstServed, Priority
 
 POLICIES: dict[str, Callable[[], Policy]] = {
     "fcfs": FirstComeFirstServed,
@@ -23,4 +21,4 @@ def make_policy(name: str, *, weights: Mapping[str, float] | None = None) -> Pol
     return Fair(weights) if name == "fair" else POLICIES[name]()
 
 
-__all__ = ["POLICIES", "Fair", "Policy", "make_policy"]
+__all__ = ["POLICIES", "BackgroundLast", "Fair", "Policy", "make_policy"]

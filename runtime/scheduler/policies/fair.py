@@ -2,10 +2,10 @@
 Models", OSDI 2024 (arXiv:2401.00588).
 
 Each tenant has a counter of the service it got: prompt tokens, and output tokens at twice the price, divided by the
-tenant's weight. The next request comes from the tenant with the lowest counter. One that comes back from
-idleness is lifted to the lowest counter of those that wait, so that nobody saves up service by being away.
-Between two tenants that always have requests waiting, the difference in service stays within a bound that does
-not depend on time, however unequal their load.
+tenant's weight. The next request comes from the tenant with the lowest counter. A tenant that returns from idleness is
+lifted to the lowest counter of the waiting tenants, so that no tenant saves up service by being away. Between two
+tenants that always have requests waiting, the difference in service stays within a bound that does not depend on time,
+however unequal their load.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,7 +17,7 @@ from runtime.scheduler.policies.ranked import Ranked
 from runtime.scheduler.request import Request
 
 OUTPUT_PRICE = 2.0
-"""Of an output token, in prompt tokens: the paper's, and about what APIs charge."""
+"""Price of an output token, in prompt tokens: the paper's, and about what APIs charge."""
 
 
 class Fair:
@@ -29,7 +29,7 @@ class Fair:
         """`weights`: tenant → share relative to the others; 1 for those not named."""
         self._weights = dict(weights or {})
         self._queues: dict[str, Ranked] = {}
-        """Of the tenants that have requests waiting."""
+        """Queues of the tenants that have requests waiting."""
         self._counters: dict[str, float] = {}
         self._heap: list[tuple[float, str]] = []
         """One entry for each of `_queues`; its counter may be out of date, and is then too low."""
@@ -47,7 +47,7 @@ class Fair:
     def outranks(self, waiting: Request, running: Request) -> bool:
         return False
 
-    def hopeless(self, request: Request, now: float, pace: Pace) -> bool:
+    def should_shed(self, request: Request, now: float, pace: Pace) -> bool:
         return False
 
     def served(self, request: Request, num_prompt: int, num_generated: int) -> None:
@@ -97,6 +97,7 @@ class Fair:
             heapify(self._heap)
 
     def _lift(self, tenant: str) -> None:
-        """Bring one that was idle up to those that wait, or to where the last one was when nobody does."""
+        """Lift an idle tenant to the lowest counter of the waiting ones, or to the last chosen tenant's when none
+        waits."""
         lowest = min(map(self.counter, self._queues), default=self._floor)
         self._counters[tenant] = max(self.counter(tenant), lowest)
