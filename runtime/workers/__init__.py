@@ -1,1 +1,1 @@
-"""What computes a step: the executor, the rank worker, the decoder and its weights."""
+"""Computation of a step: the executor, the rank worker, the decoder and its weights."""

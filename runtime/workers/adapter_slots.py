@@ -8,18 +8,17 @@ import torch
 from torch import Tensor
 
 from kernels import AdaptedTokens, LoraFactors, StackFactors
-from runtime.failpoints import failpoint
-from runtime.workers.batch_adaptation import BatchAdaptation
-from runtime.workers.layers import Linear
-from runtime.workers.loading.peft import read_adapter
-from runtime.workers.lora import Adapter, LoraPart
-from runtime.workers.lora_base import LoraBase
-from runtime.workers.model import Model
+from runtime.checkpoints.peft import read_adapter
+from runtime.model.layers import Linear
+from runtime.model.lora import Adapter, BatchAdaptation, LoraPart
+from runtime.model.lora_base import LoraBase
+from runtime.model.model import Model
+from runtime.support.failpoints import failpoint
 
 
 @dataclass(frozen=True)
 class AdapterTokens:
-    """Which tokens of a batch are for one adapter version."""
+    """Tokens of a batch that are for one adapter version."""
 
     key: str
     tokens: Tensor | None
@@ -58,7 +57,7 @@ class AdapterSlots:
         self._loaded[key] = factors
 
     def unload(self, key: str) -> None:
-        """Let an adapter's memory go. No row may need it any more. Unknown keys are fine."""
+        """Release an adapter's memory. No row may need it any more. Unknown keys are fine."""
         with self._lock:
             self._prepared.pop(key, None)
         self._loaded.pop(key, None)
@@ -68,7 +67,7 @@ class AdapterSlots:
         return list(self._loaded)
 
     def adaptation(self, tokens: list[AdapterTokens]) -> BatchAdaptation | None:
-        """What changes the decoder for one batch; None where all of it is for the base."""
+        """Change to the decoder for one batch; None where all of it is for the base."""
         if not tokens:
             return None
         return BatchAdaptation(

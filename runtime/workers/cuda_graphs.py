@@ -13,30 +13,29 @@ from torch import Tensor
 
 from kernels import PagedRows
 from kernels.nf4 import Nf4Weight
-from runtime.workers.attention import PagedAttention
+from runtime.model.attention import KVCache, PagedAttention
+from runtime.model.decoder import Decoder
 from runtime.workers.batch import Batch
-from runtime.workers.decoder import Decoder
-from runtime.workers.kv_cache import KVCache
 
 STEP = 8
-"""From here on numbers of rows are padded to a multiple of it, below to a power of two."""
+"""Rows are padded to a multiple of this number from here on, and to a power of two below."""
 MOST = 256
-"""Rows of a graph at most: beyond, computing takes longer than launching."""
+"""Most rows of a graph: beyond, computing takes longer than launching."""
 
 Work = Callable[[], Tensor]
 Recorder = Callable[[Work], Work]
-"""From work over tensors that stay where they are to what does it again."""
+"""Converts work over tensors at fixed addresses into a call that repeats it."""
 
 
 def padded(rows: int) -> int:
-    """The number of rows that the graph for so many has."""
+    """Number of rows of the graph for a batch of `rows` rows."""
     if rows <= STEP:
         return 1 << (rows - 1).bit_length()
     return -(-rows // STEP) * STEP
 
 
 def unsuited(decoder: Decoder) -> str | None:
-    """Why this decoder's steps cannot be recorded; None: they can."""
+    """Reason why this decoder's steps cannot be recorded; None if they can."""
     if decoder.device.type != "cuda" or decoder.ops.name != "triton":
         return "only the Triton kernels on CUDA find all that changes from step to step in tensors"
     if decoder.group.size > 1:
@@ -68,14 +67,14 @@ class DecodeGraphs:
         self._graphs: dict[int, _Graph] = {}
 
     def takes(self, batch: Batch) -> bool:
-        """Whether all rows are of one token, for the base, and few enough."""
+        """True if all rows are of one token, for the base, and few enough."""
         return not batch.adapters and len(batch.paged.counts) == len(batch.token_ids) <= MOST
 
     def forward(self, batch: Batch) -> Tensor:
         """`Decoder.forward` for a batch that it takes. The result is overwritten by the next call."""
         count = len(batch.token_ids)
         size = padded(count)
-        # What fills up repeats the last row: it writes the same keys and values to the same place.
+        # Padding repeats the last row: it writes the same keys and values to the same place.
         index = torch.arange(size, device=batch.token_ids.device).clamp_(max=count - 1)
         graph = self._graphs.get(size)
         if graph is None:
@@ -85,7 +84,7 @@ class DecodeGraphs:
         return graph.replay()[:count]
 
     def _new(self, batch: Batch, index: Tensor) -> _Graph:
-        """Recording runs the step, so the graph's inputs are this batch's from the beginning."""
+        """Record a graph. Recording runs the step, so the graph's inputs are this batch's from the beginning."""
         size, device, block = len(index), index.device, self._cache.block_size
         rows = PagedRows(
             slots=torch.empty(size, dtype=torch.int64, device=device),
@@ -110,7 +109,7 @@ class DecodeGraphs:
 
 
 def _record(work: Work) -> Work:
-    """Once as it is, on a stream beside, which compiles the kernels; then into a graph."""
+    """Run the work once on another stream, which compiles the kernels; then record it into a graph."""
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

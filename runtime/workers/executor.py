@@ -1,44 +1,55 @@
-"""Where a plan is executed: in this process, or by ranks in others (`runtime.ranks`), which take the same messages."""
+"""Execution of plans: in this process, or by ranks in other processes (`runtime.workers.parallel`), which take the same
+messages; in the caller's thread, or on one beside it while the caller plans on (`Pipeline`).
+"""
 
+import weakref
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable
-from typing import Protocol
+from concurrent.futures import Future
+from functools import partial
+from queue import SimpleQueue
+from threading import Thread
+from typing import Protocol, TypeVar
 
 from msgspec.structs import replace
 
-from runtime.messages import Row, StepPlan, StepResult
+from runtime.messages import Row, StepPlan, StepResult, TokenLogprob
+from runtime.support.logs import get_logger
 from runtime.workers.adapter_slots import AdapterSlots
 from runtime.workers.worker import Worker
 
+log = get_logger(__name__)
+
 
 class Executor(Protocol):
-    """Runs step plans. A row that fails is in the result's `failed`; what it raises, nothing can go on after."""
+    """Runs step plans. A row that fails is in the result's `failed`; nothing can continue after an exception."""
 
     def execute(self, plan: StepPlan) -> StepResult: ...
 
     def prepare_adapter(self, key: str, directory: str) -> None:
-        """Read an adapter version's files and check them. From any thread; changes nothing yet.
+        """Read an adapter version's files and check them. Callable from any thread; changes nothing yet.
         Raises `AdapterInvalid`."""
 
     def load_adapter(self, key: str) -> None:
         """Serve what was prepared under `key`, from the next step on."""
 
     def unload_adapter(self, key: str) -> None:
-        """Let its memory go. Nothing in a later plan may name it."""
+        """Release its memory. Nothing in a later plan may name it."""
 
     @property
     def lost(self) -> bool:
-        """Whether the workers are gone: nothing can be done before `recover`. From any thread."""
+        """True if the workers are lost: nothing can be done before `recover`. Callable from any thread."""
 
     def recover(self) -> None:
         """Make new workers, with the adapters that were loaded and an empty cache. Raises `WorkersLost` where that is
         hopeless."""
 
     def on_loss(self, notify: Callable[[], None]) -> None:
-        """Have `notify` called, from any thread, when the workers are lost while nobody asks for anything."""
+        """Have `notify` called, from any thread, when the workers are lost while no call is under way."""
 
     def close(self) -> None:
-        """End the workers. Nothing may be asked for any more."""
+        """End the workers. No other call may follow."""
 
 
 class WorkersLost(RuntimeError):
@@ -46,7 +57,7 @@ class WorkersLost(RuntimeError):
 
 
 class AllRowsFailed(RuntimeError):
-    """Not one row of a step could be computed, alone or together."""
+    """No row of a step could be computed, alone or in the batch."""
 
 
 class RowByRow(ABC):
@@ -54,7 +65,8 @@ class RowByRow(ABC):
 
     def __init__(self) -> None:
         self._behind: set[int] = set()
-        """Slots whose sequence misses a token, as its row failed. A plan made before that was known may go on."""
+        """Slots whose sequence misses a token, as its row failed. A plan made before the failure may still have rows
+        for them."""
 
     @abstractmethod
     def _batch(self, plan: StepPlan, rows: list[Row]) -> StepResult:
@@ -84,26 +96,41 @@ class RowByRow(ABC):
         slots: list[int] = []
         tokens: list[int] = []
         failed: dict[int, str] = {}
-        logprobs: dict[int, float] = {}
+        logprobs: dict[int, list[TokenLogprob]] = {}
+        prompt_logprobs: dict[int, list[TokenLogprob]] = {}
         candidates: dict[int, list[tuple[int, float]]] = {}
+        pooled: dict[int, list[float]] = {}
+        forced: dict[int, list[int]] = {}
         for row in rows:
             try:
                 result = self._row(step, row)
             except WorkersLost:
                 raise
             except Exception:
+                log.exception("row_failed", step=step, slot=row.slot)
                 failed[row.slot] = "An internal error ended this request; the others go on."
                 continue
             slots += result.slots
             tokens += result.tokens
             failed |= result.failed
             logprobs |= result.logprobs
+            prompt_logprobs |= result.prompt_logprobs
             candidates |= result.candidates
+            pooled |= result.pooled
+            forced |= result.forced
         if len(failed) == len(rows):
             self._behind |= failed.keys()
             raise AllRowsFailed(f"every row of step {step} failed") from cause
         return StepResult(
-            step=step, slots=slots, tokens=tokens, failed=failed, logprobs=logprobs, candidates=candidates
+            step=step,
+            slots=slots,
+            tokens=tokens,
+            failed=failed,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            forced=forced,
+            candidates=candidates,
+            pooled=pooled,
         )
 
 
@@ -148,3 +175,79 @@ class InProcessExecutor(RowByRow):
 
     def close(self) -> None:
         return
+
+
+# -- pipeline --------------------------------------------------------------------------------------
+#
+# Plans on their way through the executor: in the caller's thread, or on one beside it while the caller plans on.
+#
+# All that touches the worker goes through here in the order in which it comes, so that what a plan relies on
+# (blocks that others gave back, an adapter, a token that the plan before it samples) is there when it runs.
+
+
+T = TypeVar("T")
+
+Inbox = SimpleQueue[Callable[[], None] | None]
+
+
+class Pipeline:
+    """Executes plans in their order. Belongs to one thread."""
+
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
+        self._results: deque[Future[StepResult]] = deque()
+        self._thread: ComputeThread | None = None
+
+    def submit(self, plan: StepPlan, *, beside: bool) -> None:
+        """Execute a plan: `beside` the caller, which continues at once, or in place when nothing is in flight."""
+        self._results.append(self._run(partial(self._executor.execute, plan), beside=beside or bool(self._results)))
+
+    def collect(self) -> StepResult:
+        """The result of the oldest plan that was not collected yet; waits for it. Raises what the executor raises."""
+        return self._results.popleft().result()
+
+    def discard(self) -> None:
+        """Wait for what is in flight and drop its results."""
+        while self._results:
+            self._results.popleft().exception()
+
+    def in_order(self, work: Callable[[], T]) -> T:
+        """The result of `work`, done after all plans that were submitted before. Raises what it raises."""
+        return self._run(work, beside=bool(self._results)).result()
+
+    def _run(self, work: Callable[[], T], *, beside: bool) -> Future[T]:
+        future: Future[T] = Future()
+        task = partial(_settle, future, work)
+        if beside:
+            self._thread = self._thread or ComputeThread()
+            self._thread.run(task)
+        else:
+            task()
+        return future
+
+
+class ComputeThread:
+    """Runs tasks one after the other. Ends when no reference to it is left; never keeps the process from ending."""
+
+    def __init__(self) -> None:
+        self._inbox: Inbox = SimpleQueue()
+        Thread(target=_serve, args=(self._inbox,), name="compute", daemon=True).start()
+        weakref.finalize(self, self._inbox.put, None)
+
+    def run(self, task: Callable[[], None]) -> None:
+        self._inbox.put(task)
+
+
+def _serve(inbox: Inbox) -> None:
+    while (task := inbox.get()) is not None:
+        task()
+        del task  # it holds the worker, and the next one may never come
+
+
+def _settle(future: Future[T], work: Callable[[], T]) -> None:
+    try:
+        result = work()
+    except BaseException as error:  # the caller that waits for it is in another thread
+        future.set_exception(error)
+    else:
+        future.set_result(result)

@@ -1,83 +1,132 @@
-"""From logits to tokens, row by row: suppressed ids, greedy or sampled, and rows that are not finite."""
+"""Sampling of tokens from logits, row by row: suppressed ids, greedy or sampled, log-probabilities, broken rows."""
 
 import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from kernels import Ops
-from runtime.messages import Admission
-from runtime.workers.vocabulary import Vocabulary
+from runtime.messages import Admission, TokenLogprob
+from runtime.model.split import Vocabulary
+from runtime.workers.logit_rules import LogitRules
 
 _MASK = 2**64 - 1
 
+NOT_FINITE = "The model's output was not a finite number."
+EXCLUDED = "No token may follow: allowed_token_ids, logit_bias, bad_words and min_tokens exclude all of them."
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """Result of sampling the rows of a step."""
+
+    tokens: list[int]
+    """One for each row; of a row with candidates or without a token it means nothing."""
+    broken: dict[int, str]
+    """Index of each row that has no token → the reason."""
+    logprobs: dict[int, TokenLogprob] = field(default_factory=dict)
+    """Index of each row whose sequence asks for them."""
+    candidates: dict[int, list[tuple[int, float]]] = field(default_factory=dict)
+    """Slot of each row that samples nothing → its likeliest tokens with their log-probabilities."""
+
 
 class Sampler:
-    """Keeps each slot's sampling parameters; a token depends on its row's logits, seed and position only."""
+    """Keeps each slot's sampling parameters; a token depends on its row's logits, its sequence, seed and position
+    only."""
 
     def __init__(self, ops: Ops, vocabulary: Vocabulary) -> None:
         self._ops = ops
         self._vocabulary = vocabulary
         self._slots: dict[int, Admission] = {}
+        self._rules = LogitRules(vocabulary.split.full)
+        self._ruled: set[int] = set()
+        """Slots with rules; the others cost nothing."""
+        self._whole: set[int] = set()
+        """Slots whose rows need the logits of all ranks, not only the largest."""
+        self._suppressed: dict[int, tuple[Tensor, Tensor]] = {}
+        """Slot → the ids in `suppressed_ids` and this rank's columns of them, once they were needed."""
 
     def admit(self, admission: Admission) -> None:
-        self._slots[admission.slot] = admission
+        slot = admission.slot
+        self._slots[slot] = admission
+        self._suppressed.pop(slot, None)
+        if admission.has_rules:
+            self._rules.admit(admission)
+            self._ruled.add(slot)
+        elif slot in self._ruled:
+            self._rules.forget(slot)
+            self._ruled.discard(slot)
+        special = admission.num_logprobs is not None or admission.candidates or admission.grammar
+        if special or slot in self._ruled or not admission.params.greedy:
+            self._whole.add(slot)
+        else:
+            self._whole.discard(slot)
 
-    def likeliest(self, logits: Tensor, slots: list[int], lengths: list[int]) -> tuple[list[int], list[int]] | None:
+    def argmax(self, logits: Tensor, slots: list[int], lengths: list[int]) -> Sampled | None:
         """As a call, from the logits of this rank's own tokens [R, own]: the ranks exchange two numbers a row. None
         where that is not enough, and then `logits` are as they were."""
-        rows = [self._slots[slot] for slot in slots]
-        if any(row.scored or row.candidates or not row.params.greedy for row in rows):
+        if not self._whole.isdisjoint(slots):
             return None
         self._suppress(logits, slots, lengths, own=True)
-        best, tokens = self._vocabulary.likeliest(*self._ops.argmax(logits))
-        return tokens.tolist(), _not_finite(best)
+        best, tokens = self._vocabulary.argmax(*self._ops.argmax(logits))
+        return Sampled(tokens.tolist(), _broken(best))
 
-    def __call__(self, logits: Tensor, slots: list[int], lengths: list[int]) -> tuple[list[int], list[int]]:
-        """logits [R, vocab] float32 (changed in place); for each row its slot, and the length of its
-        sequence before the token. Returns the tokens, and the indices of rows whose logits are NaN."""
+    def __call__(
+        self,
+        logits: Tensor,
+        slots: list[int],
+        lengths: list[int],
+        sequences: Mapping[int, Sequence[int]],
+        mask: Callable[[Tensor], None] | None = None,
+    ) -> Sampled:
+        """logits [R, vocab] float32 (changed in place); for each row its slot, and the length of its sequence before
+        the token. `sequences`: the tokens of each slot. `mask` excludes tokens that its caller does not allow: it is
+        given the logits once the model's own log-probabilities are taken, and changes them in place."""
         rows = [self._slots[slot] for slot in slots]
+        # Before anything is changed: what is reported is the model's own.
+        reported = [index for index, row in enumerate(rows) if row.num_logprobs is not None]
+        scores = logits[reported].log_softmax(-1) if reported else None
+        searching = [index for index, row in enumerate(rows) if row.candidates]
+        if searching:  # as in transformers, a search adds up log-probabilities that rules have changed
+            logits[searching] = logits[searching].log_softmax(-1)
         self._suppress(logits, slots, lengths, own=False)
-        best, tokens = self._ops.argmax(logits)
-        broken = _not_finite(best)
-        sampled = [i for i, row in enumerate(rows) if not row.params.greedy and i not in broken]
+        if mask is not None:
+            mask(logits)
+        if not self._ruled.isdisjoint(slots):
+            self._rules.apply(logits, slots, lengths, sequences)
+        best, chosen = self._ops.argmax(logits)
+        broken = _broken(best)
+        sampled = [i for i, row in enumerate(rows) if not (row.params.greedy or row.candidates or i in broken)]
         if sampled:
             index_tensor = torch.tensor(sampled, device=logits.device)
             # A copy of all rows would take as long as sampling them.
-            wanted = logits if len(sampled) == len(rows) else logits[index_tensor]
-            tokens[index_tensor] = self._sample(wanted, [rows[i] for i in sampled], [lengths[i] for i in sampled])
-        return tokens.tolist(), broken
-
-    def candidates(self, logits: Tensor, slots: list[int], lengths: list[int]) -> dict[int, list[tuple[int, float]]]:
-        """Slot of each row that samples nothing → its likeliest tokens with their log-probabilities.
-        Arguments as in a call, before it."""
-        searching = [index for index, slot in enumerate(slots) if self._slots[slot].candidates]
-        found = {}
-        for index in searching:
-            row = self._slots[slots[index]]
-            scores = logits[index].log_softmax(-1)
-            if row.suppressed_ids and lengths[index] - row.prompt_len < row.params.min_tokens:
-                scores[row.suppressed_ids] = float("-inf")
-            best = scores.topk(min(row.candidates, len(scores)))
-            found[slots[index]] = list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-        return found
-
-    def logprobs(self, logits: Tensor, slots: list[int], tokens: list[int]) -> dict[int, float]:
-        """Index of each row whose sequence is scored → log-probability of its token, before temperature.
-        Arguments as in a call, after it."""
-        scored = [index for index, slot in enumerate(slots) if self._slots[slot].scored]
-        if not scored:
-            return {}
-        rows = logits[scored].log_softmax(-1)
-        picked = rows.gather(1, torch.tensor([tokens[i] for i in scored], device=logits.device).unsqueeze(1))
-        return dict(zip(scored, picked.flatten().tolist(), strict=True))
+            picked = logits if len(sampled) == len(rows) else logits[index_tensor]
+            chosen[index_tensor] = self._sample(picked, [rows[i] for i in sampled], [lengths[i] for i in sampled])
+        tokens = self._vocabulary.agree(chosen.tolist(), logits.device)
+        logprobs: list[TokenLogprob] = []
+        if scores is not None:
+            most = [rows[index].num_logprobs or 0 for index in reported]
+            logprobs = token_logprobs(scores, [tokens[index] for index in reported], most)
+        candidates = {slots[index]: _candidates(logits[index], rows[index].candidates) for index in searching}
+        return Sampled(tokens, broken, dict(zip(reported, logprobs, strict=True)), candidates)
 
     def _suppress(self, logits: Tensor, slots: list[int], lengths: list[int], *, own: bool) -> None:
         for index, (slot, length) in enumerate(zip(slots, lengths, strict=True)):
             row = self._slots[slot]
-            if row.suppressed_ids and length - row.prompt_len < row.params.min_tokens:
-                columns = self._vocabulary.own(row.suppressed_ids) if own else row.suppressed_ids
-                logits[index, columns] = float("-inf")
+            if not row.grammar and _suppresses(row, length):  # in the mask of a grammar
+                logits[index].index_fill_(0, self._columns(row, logits.device, own=own), -math.inf)
+
+    def _columns(self, row: Admission, device: torch.device, *, own: bool) -> Tensor:
+        """Columns of the ids that a row must not sample. Made once for each sequence, not at every step."""
+        if row.slot not in self._suppressed:
+            known = self._vocabulary.known(row.suppressed_ids)
+            lists = known, self._vocabulary.own(known)
+            everywhere, here = (torch.tensor(ids, dtype=torch.int64, device=device) for ids in lists)
+            self._suppressed[row.slot] = everywhere, here
+        everywhere, here = self._suppressed[row.slot]
+        return here if own else everywhere
 
     def _sample(self, logits: Tensor, rows: list[Admission], lengths: list[int]) -> Tensor:
         vocab, device = logits.shape[1], logits.device
@@ -93,9 +142,38 @@ class Sampler:
         )
 
 
-def _not_finite(best: Tensor) -> list[int]:
-    """Indices. Of so few numbers this takes less time than a call of torch does."""
-    return [index for index, value in enumerate(best.tolist()) if not math.isfinite(value)]
+def _suppresses(row: Admission, length: int) -> bool:
+    """True if a sequence of this length must not end with its next token."""
+    return bool(row.suppressed_ids) and length - row.prompt_len < row.params.min_tokens
+
+
+def _broken(best: Tensor) -> dict[int, str]:
+    """Rows without a token, by their largest logits. For few numbers this takes less time than a call of torch."""
+    return {
+        index: EXCLUDED if value == -math.inf else NOT_FINITE
+        for index, value in enumerate(best.tolist())
+        if not math.isfinite(value)
+    }
+
+
+def _candidates(scores: Tensor, count: int) -> list[tuple[int, float]]:
+    """The likeliest tokens of one row [vocab], likeliest first, with their scores."""
+    best = scores.topk(min(count, len(scores)))
+    return list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+
+
+def token_logprobs(scores: Tensor, tokens: Sequence[int], most: Sequence[int]) -> list[TokenLogprob]:
+    """Log-probabilities of `tokens` in the rows of `scores` [R, vocab], which are such, and of the likeliest tokens
+    beside them: of each row as many as `most` says."""
+    ids = torch.tensor(tokens, device=scores.device).unsqueeze(1)
+    own = scores.gather(1, ids)
+    ranks = (scores > own).sum(-1) + 1
+    best = scores.topk(min(max(most), scores.shape[1]), dim=-1)
+    rows = zip(own.flatten().tolist(), ranks.tolist(), best.indices.tolist(), best.values.tolist(), most, strict=True)
+    return [
+        TokenLogprob(logprob, rank, list(zip(top[:count], values[:count], strict=True)))
+        for logprob, rank, top, values, count in rows
+    ]
 
 
 def uniform(seed: int, position: int) -> float:
@@ -110,3 +188,32 @@ def _splitmix(value: int) -> int:
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
     return value ^ (value >> 31)
+
+
+# -- draft verification ----------------------------------------------------------------------------
+#
+# Choice of the tokens sampled along a draft that are kept.
+#
+# The first token of a row is sampled after tokens that are certain, the next one after the draft's first guess, and
+# so on. Each draws with the number that belongs to its own position, so a token stands exactly when every guess
+# before it is what was sampled there: the output is the one that would have come without a draft, token by token (a
+# special case of arXiv:2211.17192, in which the draft's distribution has one point).
+
+
+def accept_drafts(slots: list[int], tokens: list[int], drafts: Mapping[int, list[int]]) -> list[int]:
+    """Indices of the tokens that stand. `slots` and `tokens` go by position within each slot; a slot without a
+    draft has one token, which stands."""
+    if not drafts:
+        return list(range(len(slots)))
+    kept: list[int] = []
+    seen: dict[int, int] = {}
+    wrong: set[int] = set()
+    for index, (slot, token) in enumerate(zip(slots, tokens, strict=True)):
+        if slot in wrong:
+            continue
+        kept.append(index)
+        place = seen[slot] = seen.get(slot, -1) + 1
+        draft = drafts.get(slot, [])
+        if place < len(draft) and token != draft[place]:
+            wrong.add(slot)
+    return kept

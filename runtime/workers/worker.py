@@ -1,21 +1,41 @@
-"""One rank: weights, cache, and what it remembers of every running sequence. It plans nothing."""
+"""One rank: weights, cache, and the state of every running sequence. It plans nothing."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
-from runtime.failpoints import failpoint
-from runtime.messages import Row, StepPlan, StepResult
+from runtime.messages import Admission, Row, StepPlan, StepResult, TokenLogprob
+from runtime.model.attention import KVCache, PagedAttention
+from runtime.model.decoder import Decoder
+from runtime.model.model import Model
+from runtime.support.failpoints import failpoint
+from runtime.text.grammar import GrammarCompiler
 from runtime.workers.adapter_slots import AdapterSlots
-from runtime.workers.attention import PagedAttention
-from runtime.workers.batch import Batch, build_batch
+from runtime.workers.batch import Batch, build_batch, execute_moves
 from runtime.workers.cuda_graphs import DecodeGraphs, unsuited
-from runtime.workers.decoder import Decoder
-from runtime.workers.kv_cache import KVCache
-from runtime.workers.model import Model
-from runtime.workers.moves import execute_moves
-from runtime.workers.sampler import Sampler
-from runtime.workers.verify import proved_right
+from runtime.workers.grammar_masks import GrammarMasks, Masks
+from runtime.workers.pooler import Pooler
+from runtime.workers.sampler import NOT_FINITE, Sampled, Sampler, accept_drafts, token_logprobs
+
+SCORED_AT_ONCE = 64
+"""Tokens of prompts whose logits are in memory together."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptToken:
+    """A token of a prompt whose log-probability is due."""
+
+    slot: int
+    index: int
+    """Index in the batch of the token before it."""
+    token: int
+    count: int
+    """Number of the likeliest tokens that are reported beside it."""
 
 
 class Worker:
@@ -30,8 +50,10 @@ class Worker:
         max_len: int,
         host: KVCache | None = None,
         adapters: AdapterSlots | None = None,
+        grammars: Callable[[], GrammarCompiler] | None = None,
     ) -> None:
-        """`host`: a pool in host memory for the KV of sequences that are preempted."""
+        """`host`: a pool in host memory for the KV of sequences that are preempted. `grammars` gives the compiler of
+        the model's tokenizer; without it no sequence may have a grammar."""
         self._decoder = decoder
         self._cache = cache
         self._host = host
@@ -39,11 +61,17 @@ class Worker:
         if isinstance(decoder, Decoder) and unsuited(decoder) is None:
             self._graphs = DecodeGraphs(decoder, cache, max_len=max_len)
         self._sampler = Sampler(decoder.ops, decoder.vocabulary)
+        self._special: set[int] = set()
+        """Slots whose sequence is pooled or has a grammar; the others cost nothing for it."""
+        self._pooler = Pooler()
+        self._grammars = None if grammars is None else GrammarMasks(grammars, decoder.spec.vocab_size, decoder.device)
         self.adapters = adapters
         """None: this worker serves the base alone."""
         self._tokens: dict[int, list[int]] = {}
         self._adapted: dict[int, str] = {}
         """The adapter of each slot that is not for the base."""
+        self._scored: dict[int, Admission] = {}
+        """Slots whose prompts' log-probabilities are asked for."""
         self._tables = np.zeros((max_running, -(-max_len // cache.block_size)), dtype=np.int64)
         self._num_blocks = [0] * max_running
 
@@ -60,71 +88,190 @@ class Worker:
             self._num_blocks[admission.slot] = 0
             self._append_blocks(admission.slot, admission.block_ids)
             self._sampler.admit(admission)
+            self._scored.pop(admission.slot, None)
+            if admission.prompt_logprobs is not None:
+                self._scored[admission.slot] = admission
+            special = admission.pooling is not None or bool(admission.grammar)
+            if special or admission.slot in self._special:
+                self._admit_special(admission)
+                (self._special.add if special else self._special.discard)(admission.slot)
             self._adapted.pop(admission.slot, None)
             if admission.adapter:
                 self._adapted[admission.slot] = admission.adapter
         for row in plan.rows:
             self._append_blocks(row.slot, row.new_blocks)
 
+    def _admit_special(self, admission: Admission) -> None:
+        self._pooler.admit(admission)
+        if self._grammars is not None:
+            self._grammars.admit(admission)
+
     def compute(self, step: int, rows: list[Row]) -> StepResult:
-        """Run the decoder over rows whose sequences are known, and sample where a token is due."""
+        """Run the decoder over rows of admitted sequences, and sample where a token is due."""
         for row in rows:
             failpoint("worker.row", row.slot)
-            if ends_with := row.draft or row.told:
+            if ends_with := row.draft or row.new_token_ids:
                 self._tokens[row.slot][row.start + row.count - len(ends_with) :] = ends_with
         cache = self._cache
         with torch.inference_mode():
-            batch = build_batch(rows, self._tokens, self._tables, cache.block_size, self._decoder.device, self._adapted)
-            hidden = self._hidden(batch)
-            if not batch.slots:
-                return StepResult(step=step, slots=[], tokens=[])
-            tokens, broken, scores, candidates = self._sample(hidden, batch)
-        kept = proved_right(batch.slots, tokens, {row.slot: row.draft for row in rows if row.draft})
+            batch = build_batch(
+                rows,
+                self._tokens,
+                self._tables,
+                cache.block_size,
+                self._decoder.device,
+                self._adapted,
+                vocab_size=self._decoder.spec.vocab_size,
+                pooled=self._pooler if self._special else (),
+            )
+            due = self._due_in_prompts(batch)
+            masking = None
+            if self._grammars is not None and self._special:
+                masking = self._grammars.begin(rows, self._tokens, batch.slots)
+            try:
+                everything = self._forward(batch, None) if batch.pooled else None
+                hidden, of_prompts = self._hidden(batch, due, everything)
+                prompt_logprobs = self._score_prompts(of_prompts, due)
+            finally:  # it reads what the caller may change
+                masks = None if masking is None else masking.result()
+            result = self._sampled(step, hidden, prompt_logprobs, batch, rows, masks)
+            return result if everything is None else self._with_pooled(result, everything, batch)
+
+    def _sampled(
+        self,
+        step: int,
+        hidden: Tensor,
+        prompt_logprobs: dict[int, list[TokenLogprob]],
+        batch: Batch,
+        rows: list[Row],
+        masks: Masks | None,
+    ) -> StepResult:
+        """Result of sampling after `hidden` [len(batch.slots), hidden]."""
+        if not batch.slots:
+            return StepResult(step=step, slots=[], tokens=[], prompt_logprobs=prompt_logprobs)
+        sampled = self._sample(hidden, batch, masks)
+        tokens, candidates = sampled.tokens, sampled.candidates
+        kept = accept_drafts(batch.slots, tokens, {row.slot: row.draft for row in rows if row.draft})
         kept = [index for index in kept if batch.slots[index] not in candidates]
-        logprobs: dict[int, float] = {}
+        logprobs: dict[int, list[TokenLogprob]] = {}
         for index in kept:
             slot = batch.slots[index]
             self._tokens[slot][batch.lengths[index] :] = [tokens[index]]
-            if index in scores:
-                logprobs[slot] = logprobs.get(slot, 0.0) + scores[index]
+            if index in sampled.logprobs:
+                logprobs.setdefault(slot, []).append(sampled.logprobs[index])
         failed = {}
-        for index in broken:
+        for index, reason in sampled.broken.items():
             slot = batch.slots[index]
-            cache.clear_broken(self._tables[slot, : self._num_blocks[slot]].tolist())
-            failed[slot] = "The model's output was not a finite number."
+            if reason is NOT_FINITE:
+                self._clear_broken(slot)
+            failed[slot] = reason
+        if masks is not None:
+            failed |= masks.failed
         return StepResult(
             step=step,
             slots=[batch.slots[index] for index in kept],
             tokens=[tokens[index] for index in kept],
             failed=failed,
             logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            forced=self._forced(rows, failed),
             candidates=candidates,
         )
 
-    def _hidden(self, batch: Batch) -> Tensor:
-        """[len(batch.slots), hidden] after the last layer: of the tokens after which one is sampled."""
-        wanted = batch.sample_at if len(batch.slots) < len(batch.token_ids) else None
+    def _forced(self, rows: list[Row], failed: Mapping[int, str]) -> dict[int, list[int]]:
+        """Tokens that grammars force, by slot: they join the sequences here."""
+        forced = {}
+        for row in rows:
+            if row.forces and row.slot not in failed and self._grammars is not None and row.slot in self._grammars:
+                tokens = self._tokens[row.slot]
+                if found := self._grammars.forced(row.slot, tokens):
+                    tokens += found
+                    forced[row.slot] = found
+        return forced
+
+    def _with_pooled(self, result: StepResult, hidden: Tensor, batch: Batch) -> StepResult:
+        """The result with the vectors of the prompts that are complete. The last thing of a step: pooling is not to be
+        done twice. `hidden` [T, hidden]: of all tokens."""
+        index = torch.tensor(self._pooler.wanted(batch.pooled), dtype=torch.int64, device=hidden.device)
+        pooled = self._pooler.add(batch.pooled, self._decoder.normed(hidden[index]))
+        failed = dict(result.failed)
+        for slot, vector in pooled.items():
+            if not all(map(math.isfinite, vector)):
+                self._clear_broken(slot)
+                failed[slot] = NOT_FINITE
+        return replace(result, failed=failed, pooled={slot: v for slot, v in pooled.items() if slot not in failed})
+
+    def _clear_broken(self, slot: int) -> None:
+        self._cache.clear_broken(self._tables[slot, : self._num_blocks[slot]].tolist())
+
+    def _hidden(self, batch: Batch, due: list[PromptToken], everything: Tensor | None) -> tuple[Tensor, Tensor]:
+        """[len(batch.slots), hidden] after the last layer: of the tokens after which one is sampled. And
+        [len(due), hidden]: of the tokens before those in `due`. `everything`: of all tokens, where it was computed."""
+        device = batch.logits_indices.device
+        if everything is not None:
+            places = torch.tensor([token.index for token in due], dtype=torch.int64, device=device)
+            return everything[batch.logits_indices], everything[places]
+        if due:
+            return self._hidden_of_both(batch, due)
+        logits_indices = batch.logits_indices if len(batch.slots) < len(batch.token_ids) else None
+        hidden = self._forward(batch, logits_indices)
+        return hidden, hidden[:0]
+
+    def _hidden_of_both(self, batch: Batch, due: list[PromptToken]) -> tuple[Tensor, Tensor]:
+        sampled = batch.logits_indices.tolist()
+        places = sorted([*sampled, *(token.index for token in due)])
+        found = {place: number for number, place in enumerate(places)}
+        device = batch.logits_indices.device
+        hidden = self._forward(batch, torch.tensor(places, device=device))
+        sampling = torch.tensor([found[place] for place in sampled], dtype=torch.int64, device=device)
+        return hidden[sampling], hidden[torch.tensor([found[token.index] for token in due], device=device)]
+
+    def _forward(self, batch: Batch, logits_indices: Tensor | None) -> Tensor:
         if self._graphs is not None and self._graphs.takes(batch):
             hidden = self._graphs.forward(batch)
-            return hidden if wanted is None else hidden[wanted]
+            return hidden if logits_indices is None else hidden[logits_indices]
         decoder = self._decoder
         attention = PagedAttention(decoder.ops, self._cache, batch.paged, decoder.spec)
-        adaptation = self.adapters.adaptation(batch.adapters) if self.adapters else None
-        return decoder.forward(batch.token_ids, batch.positions, attention, adaptation, wanted=wanted)
+        adaptation = self.adapters.adaptation(batch.adapters) if self.adapters and batch.adapters else None
+        return decoder.forward(batch.token_ids, batch.positions, attention, adaptation, logits_indices=logits_indices)
 
-    def _sample(
-        self, hidden: Tensor, batch: Batch
-    ) -> tuple[list[int], list[int], dict[int, float], dict[int, list[tuple[int, float]]]]:
-        """Tokens, indices of rows that are no numbers, log-probabilities by index of those that want them, and
-        candidates by slot."""
-        logits, vocabulary = self._decoder.own_logits(hidden), self._decoder.vocabulary
-        if (found := self._sampler.likeliest(logits, batch.slots, batch.lengths)) is not None:
-            return *found, {}, {}
-        logits = vocabulary.join(logits)
-        candidates = self._sampler.candidates(logits, batch.slots, batch.lengths)
-        tokens, broken = self._sampler(logits, batch.slots, batch.lengths)
-        tokens = vocabulary.agree(tokens, logits.device)
-        return tokens, broken, self._sampler.logprobs(logits, batch.slots, tokens), candidates
+    def _sample(self, hidden: Tensor, batch: Batch, masks: Masks | None) -> Sampled:
+        logits, vocabulary = self._decoder.local_logits(hidden), self._decoder.vocabulary
+        if (found := self._sampler.argmax(logits, batch.slots, batch.lengths)) is not None:
+            return found
+        mask = None if masks is None else masks.apply
+        return self._sampler(vocabulary.join(logits), batch.slots, batch.lengths, self._tokens, mask)
+
+    # -- log-probabilities of prompts ----------------------------------------------------------
+
+    def _due_in_prompts(self, batch: Batch) -> list[PromptToken]:
+        """The tokens of prompts whose log-probabilities are asked for, and which this batch's tokens predict."""
+        if not self._scored:
+            return []
+        due: list[PromptToken] = []
+        first = 0
+        for row in batch.rows:
+            if (scored := self._scored.get(row.slot)) is not None:
+                end = min(row.start + row.count, scored.prompt_len - 1)
+                tokens = self._tokens[row.slot]
+                due += [
+                    PromptToken(row.slot, first + place - row.start, tokens[place + 1], scored.prompt_logprobs or 0)
+                    for place in range(row.start, end)
+                ]
+            first += row.count
+        return due
+
+    def _score_prompts(self, hidden: Tensor, due: list[PromptToken]) -> dict[int, list[TokenLogprob]]:
+        """Slot → one for each of its tokens in `due`, which are those that the rows of `hidden` predict."""
+        found: dict[int, list[TokenLogprob]] = {}
+        for start in range(0, len(due), SCORED_AT_ONCE):
+            part = due[start : start + SCORED_AT_ONCE]
+            local = self._decoder.local_logits(hidden[start : start + SCORED_AT_ONCE])
+            scores = self._decoder.vocabulary.join(local).log_softmax(-1)
+            scored = token_logprobs(scores, [one.token for one in part], [one.count for one in part])
+            for one, logprob in zip(part, scored, strict=True):
+                found.setdefault(one.slot, []).append(logprob)
+        return found
 
     def _append_blocks(self, slot: int, blocks: list[int]) -> None:
         start = self._num_blocks[slot]

@@ -1,7 +1,7 @@
 """The group of ranks over torch.distributed: gloo between CPUs, NCCL between GPUs.
 
-NCCL has a stream of its own, on which a sum runs beside what the device computes. torch has the ops that need a result
-wait for it on the device, so the CPU goes on to launch what follows.
+NCCL has a stream of its own, on which a sum runs beside what the device computes. With torch, ops that need a result
+wait for it on the device, so the CPU continues and launches what follows.
 """
 
 from collections.abc import Callable
@@ -12,13 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from runtime.workers.group import Group
+from runtime.model.group import Group
 
 T = TypeVar("T")
 
 
 class CollectiveFailed(RuntimeError):
-    """The ranks did not come together: another one has died or hangs. This one is of no use any more."""
+    """A rendezvous or a collective failed: another rank has died or hangs. This rank is unusable from now on."""
 
 
 class TorchGroup(Group):
@@ -29,7 +29,7 @@ class TorchGroup(Group):
         self.size = size
 
     @classmethod
-    def meet(cls, store: str, rank: int, size: int, device: torch.device, timeout: float) -> "TorchGroup":
+    def rendezvous(cls, store: str, rank: int, size: int, device: torch.device, timeout: float) -> "TorchGroup":
         """Wait until all ranks are there. `store` is an init method of torch.distributed. Raises
         `CollectiveFailed`."""
         nccl = device.type == "cuda"
@@ -45,11 +45,11 @@ class TorchGroup(Group):
         )
         return cls(rank, size)
 
-    def add_up(self, x: Tensor) -> Tensor:
+    def all_reduce(self, x: Tensor) -> Tensor:
         _checked(lambda: dist.all_reduce(x, dist.ReduceOp.SUM))
         return x
 
-    def add_up_later(self, x: Tensor) -> Callable[[], Tensor]:
+    def all_reduce_later(self, x: Tensor) -> Callable[[], Tensor]:
         work = _checked(lambda: dist.all_reduce(x, dist.ReduceOp.SUM, async_op=True))
         assert work is not None
 
@@ -63,7 +63,7 @@ class TorchGroup(Group):
         _checked(lambda: dist.all_reduce(x, dist.ReduceOp.MAX))
         return x
 
-    def collect(self, x: Tensor) -> list[Tensor]:
+    def gather(self, x: Tensor) -> list[Tensor]:
         found = [torch.empty_like(x) for _ in range(self.size)]
         _checked(lambda: dist.all_gather(found, x))
         return found

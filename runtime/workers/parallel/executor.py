@@ -5,28 +5,28 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from runtime.failpoints import failpoint
-from runtime.logs import get_logger
+from runtime.checkpoints.peft import AdapterInvalid, read_adapter
 from runtime.messages import Row, StepPlan, StepResult
-from runtime.ranks.crew import Crew
-from runtime.ranks.launchers import Launcher
-from runtime.ranks.messages import (
+from runtime.model.config import ModelLoadError
+from runtime.model.lora_base import LoraBase
+from runtime.support.failpoints import failpoint
+from runtime.support.logs import get_logger
+from runtime.workers.executor import RowByRow, WorkersLost
+from runtime.workers.parallel.launchers import Launcher
+from runtime.workers.parallel.messages import (
     Allocate,
     Compute,
     Failed,
-    Load,
     LoadAdapter,
-    Loaded,
+    LoadModel,
     Message,
+    ModelLoaded,
     Reply,
     Step,
     Stepped,
     UnloadAdapter,
 )
-from runtime.workers.executor import RowByRow, WorkersLost
-from runtime.workers.loading.errors import ModelLoadError
-from runtime.workers.loading.peft import AdapterInvalid, read_adapter
-from runtime.workers.lora_base import LoraBase
+from runtime.workers.parallel.rank_group import RankGroup
 
 LOAD_TIMEOUT = 1800.0
 """Seconds that ranks get to read their weights."""
@@ -36,14 +36,14 @@ log = get_logger("ranks")
 
 
 class AllFailed(RuntimeError):
-    """All ranks say that what they were asked for raised."""
+    """A message raised on all ranks."""
 
 
 class DistributedExecutor(RowByRow):
-    """For one thread at a time, but for `prepare_adapter`, `lost` and `close`."""
+    """Executor over a group of ranks. For one thread at a time, except `prepare_adapter`, `lost` and `close`."""
 
-    def __init__(self, launch: Launcher, load: Load, *, timeout: float) -> None:
-        """Start the ranks and have them load their weights. `timeout`: seconds that they get for anything else.
+    def __init__(self, launch: Launcher, load: LoadModel, *, timeout: float) -> None:
+        """Start the ranks and have them load their weights. `timeout`: seconds that they get for any other message.
         Raises `ModelLoadError`."""
         super().__init__()
         self._launch = launch
@@ -55,38 +55,42 @@ class DistributedExecutor(RowByRow):
         """Directories of what is loaded, by key."""
         self._prepared: dict[str, str] = {}
         self._closed = False
-        self.base: LoraBase | None = None
-        """What adapters must fit."""
-        self.crew, self.loaded = self._start()
+        self._base: LoraBase | None = None
+        """The base model as adapters see it: they must fit it."""
+        self.ranks, self.loaded = self._start()
 
     def allocate(self, message: Allocate) -> None:
         """Make the caches: the last thing before plans can be executed."""
         self._allocate = message
-        self._all(self.crew, message)
+        self._all(self.ranks, message)
 
     # -- steps ---------------------------------------------------------------------------------
 
     def _batch(self, plan: StepPlan, rows: list[Row]) -> StepResult:
         skipped = [row.slot for row in plan.rows if row not in rows]
-        return self._result(self.crew, self.crew.ask(Step(plan, skipped)))
+        return self._result(self.ranks, self.ranks.ask(Step(plan, skipped)))
 
     def _row(self, step: int, row: Row) -> StepResult:
-        return self._result(self.crew, self.crew.ask(Compute(step, [row])))
+        return self._result(self.ranks, self.ranks.ask(Compute(step, [row])))
 
     # -- adapters ------------------------------------------------------------------------------
 
+    def set_adapter_base(self, base: LoraBase) -> None:
+        """Set the model that later adapters must fit, once the ranks have loaded it."""
+        self._base = base
+
     def prepare_adapter(self, key: str, directory: str) -> None:
-        """The ranks read it when it is loaded; that it can be is found out here."""
+        """Check an adapter version here; the ranks read it when it is loaded."""
         failpoint("adapters.prepare", key)
-        assert self.base is not None
-        read_adapter(Path(directory), self.base, max_rank=self._load.max_lora_rank)
+        assert self._base is not None
+        read_adapter(Path(directory), self._base, max_rank=self._load.max_lora_rank)
         self._prepared[key] = directory
 
     def load_adapter(self, key: str) -> None:
         directory = self._prepared.pop(key)
         failpoint("adapters.load", key)
         try:
-            self._all(self.crew, LoadAdapter(key, directory))
+            self._all(self.ranks, LoadAdapter(key, directory))
         except AllFailed as error:
             raise AdapterInvalid(f"The ranks cannot read the adapter: {error}.") from error
         self._adapters[key] = directory
@@ -95,13 +99,13 @@ class DistributedExecutor(RowByRow):
         self._prepared.pop(key, None)
         if self._adapters.pop(key, None) is not None:
             with contextlib.suppress(WorkersLost):  # new ones will not have it
-                self._all(self.crew, UnloadAdapter(key))
+                self._all(self.ranks, UnloadAdapter(key))
 
     # -- loss ----------------------------------------------------------------------------------
 
     @property
     def lost(self) -> bool:
-        return self.crew.lost
+        return self.ranks.lost
 
     def on_loss(self, notify: Callable[[], None]) -> None:
         self._notify = notify
@@ -110,7 +114,7 @@ class DistributedExecutor(RowByRow):
         if not self._launch.restarts:
             raise WorkersLost("a rank was lost, and those who started the ranks must start them again")
         for left in reversed(range(TRIES)):
-            self.crew.end()
+            self.ranks.end()
             try:
                 self._again()
             except (WorkersLost, ModelLoadError) as error:
@@ -122,21 +126,21 @@ class DistributedExecutor(RowByRow):
 
     def close(self) -> None:
         self._closed = True
-        self.crew.end()
+        self.ranks.end()
         self._launch.clean()
 
     def _again(self) -> None:
         began = time.monotonic()
         self._behind.clear()
-        self.crew, _ = self._start()
+        self.ranks, _ = self._start()
         if self._closed:
-            self.crew.end()
+            self.ranks.end()
             raise WorkersLost("the server ends")
         assert self._allocate is not None
-        self._all(self.crew, self._allocate)
+        self._all(self.ranks, self._allocate)
         for key, directory in list(self._adapters.items()):
             try:
-                self._all(self.crew, LoadAdapter(key, directory))
+                self._all(self.ranks, LoadAdapter(key, directory))
             except AllFailed as error:
                 log.error("adapter_not_reloaded", adapter=key, reason=str(error))
                 del self._adapters[key]
@@ -146,46 +150,49 @@ class DistributedExecutor(RowByRow):
 
     def ask_alike(self, message: Message, key: Callable[[Reply], object]) -> Reply:
         """The first rank's answer, where `key` of all answers is equal. Raises `AllFailed`, `WorkersLost`."""
-        return self._agreed(self.crew, self.crew.ask(message), key)
+        return self._agreed(self.ranks, self.ranks.ask(message), key)
 
-    def _start(self) -> tuple[Crew, list[Loaded]]:
-        crew = Crew(self._launch, self._timeout, lambda: self._notify())
+    def _start(self) -> tuple[RankGroup, list[ModelLoaded]]:
+        ranks = RankGroup(self._launch, self._timeout, lambda: self._notify())
         try:
-            replies = crew.ask(self._load, LOAD_TIMEOUT)
+            replies = ranks.ask(self._load, LOAD_TIMEOUT)
         except WorkersLost as lost:
-            crew.end()
+            ranks.end()
             raise ModelLoadError(f"{self._load.name}: while it was loaded, {lost}.") from lost
         finally:
             self._launch.clean()
-        loaded = [reply for reply in replies if isinstance(reply, Loaded)]
+        loaded = [reply for reply in replies if isinstance(reply, ModelLoaded)]
         if len(loaded) == len(replies):
-            return crew, loaded
-        crew.end()
+            return ranks, loaded
+        ranks.end()
         raise ModelLoadError(next(reply.message for reply in replies if isinstance(reply, Failed)))
 
-    def _all(self, crew: Crew, message: Message) -> None:
-        self._agreed(crew, crew.ask(message))
+    def _all(self, ranks: RankGroup, message: Message) -> None:
+        self._agreed(ranks, ranks.ask(message))
 
-    def _result(self, crew: Crew, replies: list[Reply]) -> StepResult:
-        reply = self._agreed(crew, replies, _sampled)
+    def _result(self, ranks: RankGroup, replies: list[Reply]) -> StepResult:
+        reply = self._agreed(ranks, replies, _sampled)
         if not isinstance(reply, Stepped):
-            raise crew.give_up(f"a rank answered {type(reply).__name__} to a step")
+            raise ranks.give_up(f"a rank answered {type(reply).__name__} to a step")
         return reply.result
 
-    def _agreed(self, crew: Crew, replies: list[Reply], key: Callable[[Reply], object] = lambda reply: reply) -> Reply:
-        """What all ranks say. Raises `AllFailed` where that is a failure, and `WorkersLost` where they differ."""
+    def _agreed(
+        self, ranks: RankGroup, replies: list[Reply], key: Callable[[Reply], object] = lambda reply: reply
+    ) -> Reply:
+        """Common answer of all ranks. Raises `AllFailed` if it is a failure, and `WorkersLost` if the answers
+        differ."""
         failed = [reply for reply in replies if isinstance(reply, Failed)]
         if len(failed) == len(replies):
             raise AllFailed(f"{failed[0].kind}: {failed[0].message}")
         if failed:
-            raise crew.give_up(f"a rank failed alone: {failed[0].kind}: {failed[0].message}")
+            raise ranks.give_up(f"a rank failed alone: {failed[0].kind}: {failed[0].message}")
         if any(key(reply) != key(replies[0]) for reply in replies):
-            raise crew.give_up("the ranks do not agree")
+            raise ranks.give_up("the ranks do not agree")
         return replies[0]
 
 
 def _sampled(reply: Reply) -> object:
-    """What ranks must agree on to go on: scores may differ in a bit between devices."""
+    """Part of an answer in which ranks must agree. Scores are left out: they may differ in a bit between devices."""
     if isinstance(reply, Stepped):
-        return reply.result.slots, reply.result.tokens, reply.result.failed
+        return reply.result.slots, reply.result.tokens, reply.result.failed, reply.result.forced
     return type(reply)

@@ -1,16 +1,18 @@
 """Starting all ranks of one node as children of this process."""
 
+import ctypes
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from runtime.ranks.crew import Member
-from runtime.ranks.link import Link
-from runtime.ranks.messages import Hello, encode
+from runtime.workers.parallel.link import Link
+from runtime.workers.parallel.messages import Hello, encode
+from runtime.workers.parallel.rank_group import RankProcess
 from settings.schema import ObservabilitySettings
 
 LOOPBACK = "lo" if sys.platform.startswith("linux") else "lo0"
@@ -20,7 +22,7 @@ _KEPT = (
     "CUDA_VISIBLE_DEVICES", "CUDA_HOME", "EFT_FAILPOINTS", "EFT_CACHE_DIR", "EFT_KERNELS_VARIANT",
 )  # fmt: skip
 _KEPT_BEGINNINGS = ("XDG_", "HF_", "NCCL_", "GLOO_")
-"""What ranks see of the environment: no keys, and no settings, which they are told."""
+"""Environment variables that ranks get. Keys are left out, and so are settings, which ranks get in messages."""
 
 
 class NodeLauncher:
@@ -39,7 +41,7 @@ class NodeLauncher:
         self._observability = observability
         self._folder: Path | None = None
 
-    def __call__(self) -> list[Member]:
+    def __call__(self) -> list[RankProcess]:
         self.clean()
         self._folder = Path(tempfile.mkdtemp(prefix="eft-ranks-"))
         return [self._member(rank, self._folder / "store") for rank in range(self.size)]
@@ -49,7 +51,7 @@ class NodeLauncher:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
 
-    def _member(self, rank: int, store: Path) -> Member:
+    def _member(self, rank: int, store: Path) -> RankProcess:
         hello = Hello(
             rank=rank,
             size=self.size,
@@ -62,12 +64,12 @@ class NodeLauncher:
         return start_rank(hello, environment(self._threads, self._interface))
 
 
-def start_rank(hello: Hello, environment: dict[str, str]) -> Member:
+def start_rank(hello: Hello, environment: dict[str, str]) -> RankProcess:
     """A rank as a child of the calling thread, greeted."""
     ours, theirs = socket.socketpair()
     with theirs:
         process = subprocess.Popen(
-            [sys.executable, "-m", "runtime.ranks", str(theirs.fileno()), str(os.getpid())],
+            [sys.executable, "-m", "runtime.workers.parallel", str(theirs.fileno()), str(os.getpid())],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=2,  # ours is for what a command prints
@@ -75,13 +77,32 @@ def start_rank(hello: Hello, environment: dict[str, str]) -> Member:
         )
     link = Link(ours)
     link.send(encode(hello))
-    return Member(hello.rank, link, ours.fileno(), process)
+    return RankProcess(hello.rank, link, ours.fileno(), process)
 
 
 def environment(threads: int, interface: str | None) -> dict[str, str]:
-    """Of a rank that computes on so many threads, and reaches the others over that interface, if one is named."""
+    """Environment variables of a rank that computes on `threads` threads and reaches the others over `interface`, if
+    given."""
     kept = {name: value for name, value in os.environ.items() if name in _KEPT or name.startswith(_KEPT_BEGINNINGS)}
-    here = str(Path(__file__).parents[2])
+    here = str(Path(__file__).parents[3])
     paths = [here, *filter(None, [kept.get("PYTHONPATH")])]
     named = {} if interface is None else {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
     return kept | named | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(threads)}
+
+
+# -- lifeline --------------------------------------------------------------------------------------
+#
+# A process that ends when its parent does, however that ends, and whatever this one is doing.
+
+_PR_SET_PDEATHSIG = 1  # from linux/prctl.h
+
+
+def die_with(parent: int) -> None:
+    """Have the system kill this process when the thread of process `parent` that made it ends. Exits at once when it
+    has ended already. Elsewhere than on Linux the closed link is the only sign, which a stuck process does not read."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # meant for the parent, which first lets requests finish
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        sys.exit(1)

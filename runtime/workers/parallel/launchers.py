@@ -1,17 +1,17 @@
-"""Who starts the ranks: this process, or torchrun."""
+"""Launchers of ranks: this process, or torchrun."""
 
 import os
 from typing import Protocol
 
-from runtime.ranks.crew import Member
-from runtime.ranks.launch import NodeLauncher
-from runtime.ranks.torchrun import Torchrun, TorchrunLauncher
-from runtime.workers.loading.errors import ModelLoadError
+from runtime.model.config import ModelLoadError
+from runtime.workers.parallel.launch import NodeLauncher
+from runtime.workers.parallel.rank_group import RankProcess
+from runtime.workers.parallel.torchrun import Torchrun, TorchrunLauncher
 from settings.schema import Settings
 
 PATIENCE = 1800.0
 """Seconds that a rank waits for others beyond the timeout, since some load their weights faster; the engine's process
-ends those that hang long before."""
+ends ranks that hang long before."""
 
 
 class Launcher(Protocol):
@@ -21,10 +21,10 @@ class Launcher(Protocol):
     per_node: int
     """Ranks of one node, which on CPUs share its memory."""
     restarts: bool
-    """Whether it can be called again, after a group was lost."""
+    """True if it can be called again, after a group was lost."""
 
-    def __call__(self) -> list[Member]:
-        """In a thread that lives as long as the ranks are to. Raises `ModelLoadError`."""
+    def __call__(self) -> list[RankProcess]:
+        """Start the ranks, in a thread that must live as long as they do. Raises `ModelLoadError`."""
 
     def clean(self) -> None:
         """Remove what ranks needed to meet. Called when they have, and at the end."""
@@ -51,5 +51,5 @@ def launcher(settings: Settings, size: int) -> Launcher:
 
 
 def usable_cores() -> int:
-    """Those that this process may use."""
+    """Number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

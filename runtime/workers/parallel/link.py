@@ -16,7 +16,7 @@ class LinkClosed(ConnectionError):
 
 
 class Link:
-    """Not for two threads at once."""
+    """One end of a stream. For one thread at a time."""
 
     def __init__(self, stream: socket.socket) -> None:
         self._stream = stream

@@ -1,53 +1,58 @@
-"""What the engine's process and the ranks say to each other, encoded with msgspec.
+"""Messages between the engine's process and the ranks, encoded with msgspec.
 
 Every message goes to all ranks, and each of them answers it with one `Reply`, in order. Ranks that work answer alike.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 from msgspec import Struct
+from safetensors.torch import load, save
+from torch import Tensor
 
+from runtime.events import RunEvent
 from runtime.messages import Row, StepPlan, StepResult
-from runtime.trainer.events import RunEvent
 from runtime.trainer.slices import Slice
-from runtime.trainer.snapshot import Progress
+from runtime.trainer.snapshot import Restored, RunProgress, Snapshot
 from settings.schema import ModelSettings, ObservabilitySettings
 
 
 class Hello(Struct, frozen=True, kw_only=True, tag=True):
-    """The first message: who you are, and where you meet the others."""
+    """The first message: the rank's number, and where the group meets."""
 
     rank: int
     size: int
     local_rank: int
-    """Among the ranks of this node: which GPU is yours."""
+    """Rank within this node: the index of its GPU."""
     store: str
-    """Where the group meets: `file://…`, or `env://` under torchrun."""
+    """URL where the group meets: `file://…`, or `env://` under torchrun."""
     threads: int
     timeout: float
     """Seconds after which a rank that waits for the others gives up by itself; the engine is to be faster."""
     observability: ObservabilitySettings
 
 
-class Load(Struct, frozen=True, kw_only=True, tag=True):
-    """Read your share of the weights."""
+class LoadModel(Struct, frozen=True, kw_only=True, tag=True):
+    """Read the rank's share of the weights."""
 
     model: ModelSettings
     name: str
-    """What the model is called in the API."""
+    """Name of the model in the API."""
     max_lora_rank: int
 
 
 class Allocate(Struct, frozen=True, kw_only=True, tag=True):
-    """Make the KV cache."""
+    """Make the KV cache, and what computes with it."""
 
     num_blocks: int
     block_size: int
     kv_cache_dtype: str
-    """As in the settings, but for "auto"."""
+    """Name of a type, as in the setting `cache.kv_cache_dtype`; never "auto"."""
     max_running: int
     max_len: int
+    eos_ids: tuple[int, ...] = ()
+    """Ids that end an output, for grammars."""
 
 
 class Step(Struct, frozen=True, tag=True):
@@ -79,7 +84,7 @@ class UnloadAdapter(Struct, frozen=True, tag=True):
 class Tensors(Struct, frozen=True):
     """A snapshot of training (`trainer.snapshot.Snapshot`): its groups as safetensors files."""
 
-    progress: Progress
+    progress: RunProgress
     parameters: bytes
     optimizer: bytes
     best: bytes | None
@@ -89,18 +94,18 @@ class StartRun(Struct, frozen=True, kw_only=True, tag=True):
     """Begin to train. One run at a time."""
 
     spec: bytes
-    """A `trainer.spec.RunSpec`, encoded."""
+    """A `trainer.sliced_run.RunSpec`, encoded."""
     feed: bytes
     """A `trainer.feed.Feed`, encoded."""
     restored: Tensors | None
 
 
 class Advance(Struct, frozen=True, tag=True):
-    """Do so much of the slice that you asked for."""
+    """Compute `granted` of the slice that the rank has requested."""
 
     granted: int
     pause: bool
-    """Whether to stand still at the end of the step."""
+    """True to pause at the end of the step."""
 
 
 class TakeSnapshot(Struct, frozen=True, tag=True):
@@ -110,7 +115,7 @@ class TakeSnapshot(Struct, frozen=True, tag=True):
 
 
 class CloseRun(Struct, frozen=True, tag=True):
-    """Let the run go, if there is one."""
+    """Release the run, if there is one."""
 
 
 class Stop(Struct, frozen=True, tag=True):
@@ -119,7 +124,7 @@ class Stop(Struct, frozen=True, tag=True):
 
 Message = (
     Hello
-    | Load
+    | LoadModel
     | Allocate
     | Step
     | Compute
@@ -134,10 +139,10 @@ Message = (
 
 
 class Done(Struct, frozen=True, tag=True):
-    """It was done."""
+    """The message was carried out."""
 
 
-class Loaded(Struct, frozen=True, tag=True):
+class ModelLoaded(Struct, frozen=True, tag=True):
     """The weights are there."""
 
     fingerprint: str
@@ -150,28 +155,28 @@ class Stepped(Struct, frozen=True, tag=True):
 
 
 class Advanced(Struct, frozen=True, kw_only=True, tag=True):
-    """Where a training run is now."""
+    """Position of a training run after a slice."""
 
     wanted: Slice | None
     """The next slice; None: the run has ended."""
     paused: bool
     events: list[RunEvent]
-    """What happened since the last answer."""
+    """Events since the last answer."""
 
 
 class Captured(Struct, frozen=True, tag=True):
     snapshot: Tensors | None
-    """None on all ranks but the first."""
+    """None on all ranks except the first."""
 
 
 class Failed(Struct, frozen=True, tag=True):
-    """It raised, and left the rank as it was. `kind` is the exception's class."""
+    """The message raised, and left the rank unchanged. `kind` is the exception's class."""
 
     kind: str
     message: str
 
 
-Reply = Done | Loaded | Stepped | Advanced | Captured | Failed
+Reply = Done | ModelLoaded | Stepped | Advanced | Captured | Failed
 
 _messages: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
 _replies: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
@@ -187,3 +192,32 @@ def decode_message(data: bytes) -> Message:
 def decode_reply(data: bytes) -> Any:
     """Raises `msgspec.MsgspecError`."""
     return _replies.decode(data)
+
+
+# -- snapshots -------------------------------------------------------------------------------------
+#
+# Snapshots of training as bytes, to go from a rank to the engine's process and back.
+
+
+def pack(snapshot: Snapshot | Restored) -> Tensors:
+    """A snapshot as bytes."""
+    return Tensors(
+        progress=snapshot.progress,
+        parameters=_file(snapshot.parameters),
+        optimizer=_file(snapshot.optimizer),
+        best=None if snapshot.best is None else _file(snapshot.best),
+    )
+
+
+def unpack(tensors: Tensors) -> Restored:
+    """The snapshot of what `pack` gave."""
+    return Restored(
+        progress=tensors.progress,
+        parameters=load(tensors.parameters),
+        optimizer=load(tensors.optimizer),
+        best=None if tensors.best is None else load(tensors.best),
+    )
+
+
+def _file(tensors: Mapping[str, Tensor]) -> bytes:
+    return save({name: tensor.contiguous() for name, tensor in tensors.items()})

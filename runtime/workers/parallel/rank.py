@@ -1,30 +1,49 @@
-"""One rank: does what the engine's messages say, one after the other, until its link closes."""
+"""One rank: carries out the engine's messages, one after the other, until its link closes."""
 
+import functools
 import os
 import sys
+from pathlib import Path
 from typing import NoReturn
 
+import msgspec
 import psutil
 import torch
 
-from runtime import logs
-from runtime.assembly import CACHE_DTYPES, make_cache
+from runtime.checkpoints import Checkpoint, open_checkpoint
+from runtime.checkpoints.model_loading import load_decoder
+from runtime.events import RunEvent
 from runtime.messages import StepPlan, StepResult
-from runtime.model_loading import load_decoder
-from runtime.ranks.collectives import CollectiveFailed, TorchGroup
-from runtime.ranks.link import Link, LinkClosed
-from runtime.ranks.messages import (
+from runtime.model.attention import CACHE_DTYPES
+from runtime.model.decoder import Decoder
+from runtime.model.families import find_model
+from runtime.model.group import Group
+from runtime.model.lora import LoraLayers
+from runtime.model.lora_base import LoraBase
+from runtime.model.model import make_cache, make_device
+from runtime.support import logs
+from runtime.support.memory import keep_freed_memory
+from runtime.text.grammar import GrammarCompiler
+from runtime.trainer.batches import ExampleFeed
+from runtime.trainer.run import TrainingRun
+from runtime.trainer.sliced_run import RunSpec
+from runtime.workers.adapter_slots import AdapterSlots
+from runtime.workers.parallel.collectives import CollectiveFailed, TorchGroup
+from runtime.workers.parallel.link import Link, LinkClosed
+from runtime.workers.parallel.messages import (
     Advance,
+    Advanced,
     Allocate,
+    Captured,
     CloseRun,
     Compute,
     Done,
     Failed,
     Hello,
-    Load,
     LoadAdapter,
-    Loaded,
+    LoadModel,
     Message,
+    ModelLoaded,
     Reply,
     StartRun,
     Step,
@@ -34,17 +53,79 @@ from runtime.ranks.messages import (
     UnloadAdapter,
     decode_message,
     encode,
+    pack,
+    unpack,
 )
-from runtime.ranks.rank_training import RankTraining
-from runtime.workers.adapter_slots import AdapterSlots
-from runtime.workers.decoder import Decoder
-from runtime.workers.device import make_device
-from runtime.workers.group import Group
-from runtime.workers.loading import open_checkpoint
-from runtime.workers.lora_base import LoraBase
-from runtime.workers.memory import keep_freed_memory
-from runtime.workers.models import find_model
 from runtime.workers.worker import Worker
+
+# -- rank training ---------------------------------------------------------------------------------
+#
+# A rank's side of a training run.
+
+
+class RankTraining:
+    """Training on one rank: at most one run at a time."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self._run: TrainingRun | None = None
+        self._events: list[RunEvent] = []
+
+    def start(self, message: StartRun) -> Advanced:
+        """Raises `ValueError` for a snapshot of another run."""
+        self.close()
+        feed = msgspec.msgpack.decode(message.feed, type=ExampleFeed)
+        self._run = TrainingRun(
+            self._decoder,
+            msgspec.msgpack.decode(message.spec, type=RunSpec),
+            feed.epoch,
+            feed.test,
+            self._events.append,
+            _written_elsewhere,
+            restored=None if message.restored is None else unpack(message.restored),
+        )
+        return self._state(self._run)
+
+    def advance(self, message: Advance) -> Advanced:
+        """Compute one slice."""
+        run = self._running
+        if message.pause:
+            run.pause()
+        else:
+            run.resume()
+        wanted = run.pacer.peek()
+        if wanted is not None:
+            run.pacer.do(wanted.kind, message.granted)
+        return self._state(run)
+
+    def snapshot(self, step: int) -> Captured:
+        """Raises `KeyError` for a step without a snapshot."""
+        snapshot = self._running.take_snapshot(step)
+        return Captured(pack(snapshot) if self._decoder.group.rank == 0 else None)
+
+    def close(self) -> None:
+        """Release a run."""
+        if self._run is not None:
+            self._run.pacer.close()
+            self._run = None
+        self._events.clear()
+
+    @property
+    def _running(self) -> TrainingRun:
+        if self._run is None:
+            raise RuntimeError("no run was started")
+        return self._run
+
+    def _state(self, run: TrainingRun) -> Advanced:
+        wanted = run.pacer.peek()
+        events, paused = list(self._events), run.paused
+        self._events.clear()
+        return Advanced(wanted=wanted, paused=paused, events=events)
+
+
+def _written_elsewhere(directory: Path, layers: LoraLayers) -> None:
+    raise AssertionError("adapters are written by the engine's process")
+
 
 log = logs.get_logger("rank")
 
@@ -77,29 +158,30 @@ def _follow(link: Link) -> int:
 
 
 class Rank:
-    """What one rank holds: its share of the model, then the worker that computes with it."""
+    """State of one rank: its share of the model, then the worker that computes with it."""
 
     def __init__(self, hello: Hello) -> None:
         self._hello = hello
+        self._checkpoint: Checkpoint | None = None
         self._decoder: Decoder | None = None
         self._slots: AdapterSlots | None = None
         self._worker: Worker | None = None
         self._training: RankTraining | None = None
 
     def answer(self, message: Message) -> Reply:
-        """Do what a message says. Raises `CollectiveFailed`; what else goes wrong is in the answer."""
+        """Carry out a message. Raises `CollectiveFailed`; any other failure is in the answer."""
         try:
             return self._do(message)
         except CollectiveFailed:
             raise
         except Exception as error:
-            if self._hello.rank == 0 and not isinstance(message, Load | LoadAdapter):
+            if self._hello.rank == 0 and not isinstance(message, LoadModel | LoadAdapter):
                 log.exception("rank_failed", message=type(message).__name__)
             return Failed(type(error).__name__, str(error))
 
     def _do(self, message: Message) -> Reply:
         match message:
-            case Load():
+            case LoadModel():
                 return self._load(message)
             case Allocate():
                 self._allocate(message)
@@ -149,9 +231,10 @@ class Rank:
         assert self._training is not None, "loaded first"
         return self._training
 
-    def _load(self, message: Load) -> Loaded:
+    def _load(self, message: LoadModel) -> ModelLoaded:
         settings = message.model
         checkpoint = open_checkpoint(settings.model, revision=settings.revision, chat_template=settings.chat_template)
+        self._checkpoint = checkpoint
         device = make_device(settings.device, local_rank=self._hello.local_rank)
         self._decoder = load_decoder(checkpoint, settings, self._meet(device), device=device)
         self._training = RankTraining(self._decoder)
@@ -160,20 +243,29 @@ class Rank:
         free = int(psutil.virtual_memory().available)
         if device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(device)
-        return Loaded(base.fingerprint, free)
+        return ModelLoaded(base.fingerprint, free)
 
     def _meet(self, device: torch.device) -> Group:
         hello = self._hello
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        return TorchGroup.meet(hello.store, hello.rank, hello.size, device, hello.timeout)
+        return TorchGroup.rendezvous(hello.store, hello.rank, hello.size, device, hello.timeout)
 
     def _allocate(self, message: Allocate) -> None:
         decoder, dtype = self.decoder, CACHE_DTYPES[message.kv_cache_dtype]
         cache = make_cache(decoder, message.num_blocks, message.block_size, decoder.device, dtype)
         self._worker = Worker(
-            self.decoder, cache, max_running=message.max_running, max_len=message.max_len, adapters=self.slots
+            self.decoder,
+            cache,
+            max_running=message.max_running,
+            max_len=message.max_len,
+            adapters=self.slots,
+            grammars=functools.cache(lambda: self._grammars(message.eos_ids)),
         )
+
+    def _grammars(self, eos_ids: tuple[int, ...]) -> GrammarCompiler:
+        assert self._checkpoint is not None, "loaded first"
+        return GrammarCompiler(self._checkpoint.tokenizer.sized(self.decoder.spec.vocab_size), eos_ids)
 
 
 def end(code: int) -> NoReturn:

@@ -1,4 +1,4 @@
-"""Started ranks, asked together: every message goes to all of them, and all answer, or the whole group is lost."""
+"""Started ranks as one group: every message goes to all of them, and all answer, or the whole group is lost."""
 
 import contextlib
 import select
@@ -9,13 +9,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from runtime.logs import get_logger
-from runtime.ranks.link import Link, LinkClosed
-from runtime.ranks.messages import Message, Reply, Stop, decode_reply, encode
+from runtime.support.logs import get_logger
 from runtime.workers.executor import WorkersLost
+from runtime.workers.parallel.link import Link, LinkClosed
+from runtime.workers.parallel.messages import Message, Reply, Stop, decode_reply, encode
 
 GRACE = 5.0
-"""Seconds that ranks get to end by themselves when they are told to."""
+"""Seconds that ranks get to end by themselves on request."""
 
 _HANGUP = getattr(select, "POLLRDHUP", 0)
 
@@ -23,7 +23,7 @@ log = get_logger("ranks")
 
 
 @dataclass(frozen=True)
-class Member:
+class RankProcess:
     """One rank, as the engine's process sees it."""
 
     number: int
@@ -31,22 +31,22 @@ class Member:
     stream: int
     """Descriptor of the link, to watch."""
     process: subprocess.Popen[bytes] | None
-    """None: it runs on another node, or was started by somebody else."""
+    """None: it runs on another node, or another process started it."""
 
 
-class Crew:
+class RankGroup:
     """A thread of its own starts the ranks and watches over them: a rank ends when the thread that started it does.
 
     `send` and `receive` are for one thread, the engine's.
     """
 
-    def __init__(self, start: Callable[[], list[Member]], timeout: float, on_loss: Callable[[], None]) -> None:
-        """`start` makes the ranks, and raises what keeps it from that. A rank that has not answered after `timeout`
+    def __init__(self, start: Callable[[], list[RankProcess]], timeout: float, on_loss: Callable[[], None]) -> None:
+        """`start` makes the ranks, and raises the error that prevents it. A rank that has not answered after `timeout`
         seconds is lost. `on_loss` is called from any thread, once."""
         self._start = start
         self._timeout = timeout
         self._on_loss = on_loss
-        self._members: list[Member] = []
+        self._members: list[RankProcess] = []
         self._reason: str | None = None
         self._ending = False
         self._lock = threading.Lock()
@@ -109,7 +109,7 @@ class Crew:
         return WorkersLost(self._reason)
 
     def end(self) -> None:
-        """Tell the ranks to end, and end those that do not."""
+        """Send `Stop` to the ranks, and kill any that do not end."""
         with self._lock:
             self._ending = True
         deadline = time.monotonic() + GRACE
@@ -146,13 +146,13 @@ class Crew:
                 if not self._ending and not self.lost:
                     self.give_up(self._why(gone))
 
-    def _lose(self, member: Member, error: Exception, seconds: float) -> WorkersLost:
+    def _lose(self, member: RankProcess, error: Exception, seconds: float) -> WorkersLost:
         if isinstance(error, TimeoutError):
             return self.give_up(f"rank {member.number} did not answer within {seconds:g} s")
         return self.give_up(self._why(member))
 
-    def _why(self, gone: Member) -> str:
-        """One that was killed is the cause; others end because it is gone."""
+    def _why(self, gone: RankProcess) -> str:
+        """A rank that was killed is the cause; the others end because it is gone."""
         ends = {member.number: _exit_code(member) for member in self._members}
         killed = next((number for number, code in ends.items() if code is not None and code < 0), gone.number)
         code = ends[killed]
@@ -169,7 +169,7 @@ class Crew:
                 member.process.wait()
 
 
-def _exit_code(member: Member) -> int | None:
+def _exit_code(member: RankProcess) -> int | None:
     if member.process is None:
         return None
     try:

@@ -1,6 +1,6 @@
 """A training run on ranks: all of them do the same slices; the engine's process says how much of each.
 
-When the ranks are lost, the run goes on from its newest snapshot with those that come after them.
+When the ranks are lost, the run continues from its newest snapshot with the next ones.
 """
 
 import time
@@ -9,17 +9,26 @@ from contextlib import contextmanager, suppress
 
 import msgspec
 
-from runtime.ranks.executor import AllFailed, DistributedExecutor
-from runtime.ranks.messages import Advance, Advanced, Captured, CloseRun, Message, StartRun, TakeSnapshot, Tensors
-from runtime.ranks.snapshots import pack, unpack
-from runtime.trainer.events import CheckpointEvent, FailedEvent, FinishedEvent, PausedEvent, RunEvent
-from runtime.trainer.feed import Feed
+from runtime.events import CheckpointEvent, FailedEvent, FinishedEvent, PausedEvent, RunEvent
+from runtime.trainer.batches import ExampleFeed
 from runtime.trainer.lora import layers_of
-from runtime.trainer.sliced_run import MakeRun, SlicedRun, WriteAdapter
+from runtime.trainer.sliced_run import MakeRun, RunSpec, SlicedRun, WriteAdapter
 from runtime.trainer.slices import Slice, Slices
 from runtime.trainer.snapshot import Restored, Snapshot
-from runtime.trainer.spec import RunSpec
 from runtime.workers.executor import WorkersLost
+from runtime.workers.parallel.executor import AllFailed, DistributedExecutor
+from runtime.workers.parallel.messages import (
+    Advance,
+    Advanced,
+    Captured,
+    CloseRun,
+    Message,
+    StartRun,
+    TakeSnapshot,
+    Tensors,
+    pack,
+    unpack,
+)
 
 
 def make_run_on_ranks(executor: DistributedExecutor) -> MakeRun:
@@ -27,7 +36,7 @@ def make_run_on_ranks(executor: DistributedExecutor) -> MakeRun:
 
     def make(
         spec: RunSpec,
-        feed: Feed,
+        feed: ExampleFeed,
         on_event: Callable[[RunEvent], None],
         write_adapter: WriteAdapter,
         restored: Restored | None,
@@ -44,7 +53,7 @@ class RemoteRun(SlicedRun):
         self,
         executor: DistributedExecutor,
         spec: RunSpec,
-        feed: Feed,
+        feed: ExampleFeed,
         on_event: Callable[[RunEvent], None],
         write_adapter: WriteAdapter,
         restored: Restored | None,
@@ -59,6 +68,10 @@ class RemoteRun(SlicedRun):
         self._write_adapter = write_adapter
         self._step = 0 if restored is None else restored.progress.step
         super().__init__(on_event, time.monotonic)
+        if restored is not None:
+            self.pacer.learn(restored.progress.rates)
+        # Only the ranks keep the time of the next snapshot: they pause while too many snapshots are not taken yet.
+        self._waits_for_disk = True
 
     @property
     def step(self) -> int:
@@ -78,7 +91,7 @@ class RemoteRun(SlicedRun):
             return
 
     def _run(self) -> Slices:
-        crew = self._executor.crew
+        ranks = self._executor.ranks
         with self._closing():
             try:
                 at = self._ask(self._start)
@@ -88,7 +101,7 @@ class RemoteRun(SlicedRun):
                 return
             while at.wanted is not None:
                 granted = yield at.wanted
-                if self._executor.crew is not crew:
+                if self._executor.ranks is not ranks:
                     raise WorkersLost("these are other ranks than the run began on")
                 at = self._ask(Advance(granted, self._pause_asked))
 
@@ -107,7 +120,7 @@ class RemoteRun(SlicedRun):
             reply = self._executor.ask_alike(TakeSnapshot(event.step), type)
             if not isinstance(reply, Captured) or reply.snapshot is None:
                 raise TypeError("the first rank has no snapshot")
-            self._snapshots[event.step] = self._unpacked(reply.snapshot)
+            self._snapshots.append(self._unpacked(reply.snapshot))
             if not isinstance(event, FinishedEvent):
                 self._start = msgspec.structs.replace(self._start, restored=reply.snapshot)
         self._on_event(event)
@@ -115,7 +128,7 @@ class RemoteRun(SlicedRun):
     def _unpacked(self, tensors: Tensors) -> Snapshot:
         restored = unpack(tensors)
         return Snapshot(
-            progress=restored.progress,
+            progress=msgspec.structs.replace(restored.progress, rates=self.pacer.rates),
             parameters=restored.parameters,
             optimizer=restored.optimizer,
             best=restored.best,

@@ -19,26 +19,25 @@ import msgspec
 import psutil
 from msgspec import Struct
 
-from runtime.ranks.crew import Member
-from runtime.ranks.launch import LOOPBACK, environment, start_rank
-from runtime.ranks.lifeline import die_with
-from runtime.ranks.link import Link, LinkClosed
-from runtime.ranks.messages import Hello, encode
-from runtime.workers.loading.errors import ModelLoadError
+from runtime.model.config import ModelLoadError
+from runtime.workers.parallel.launch import LOOPBACK, die_with, environment, start_rank
+from runtime.workers.parallel.link import Link, LinkClosed
+from runtime.workers.parallel.messages import Hello, encode
+from runtime.workers.parallel.rank_group import RankProcess
 from settings.schema import ObservabilitySettings, ParallelSettings
 
 ARRIVAL = 300.0
 """Seconds in which all ranks must have found the server."""
 GREETING = 5.0
-"""Seconds in which who connects must have said who it is."""
+"""Seconds in which a connection must have identified itself."""
 _VARIABLES = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT",
     "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_USE_AGENT_STORE",
 )  # fmt: skip
 
 
-class Arrival(Struct, frozen=True):
-    """What a rank says first to the server."""
+class RankArrival(Struct, frozen=True):
+    """First message of a rank to the server."""
 
     token: str
     rank: int
@@ -47,7 +46,7 @@ class Arrival(Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Torchrun:
-    """What torchrun tells one of its processes."""
+    """The values that torchrun gives to one of its processes."""
 
     rank: int
     size: int
@@ -81,7 +80,7 @@ class Torchrun:
         )
 
     def interface(self, settings: ParallelSettings) -> str | None:
-        """Which one the ranks are to use; None: whichever leads to the others."""
+        """Network interface for the ranks; None: any that leads to the other ranks."""
         return settings.interface or (LOOPBACK if self.size == self.local_size else None)
 
     def store(self) -> Any:
@@ -114,7 +113,7 @@ class TorchrunLauncher:
         self._patience = patience
         self._observability = observability
 
-    def __call__(self) -> list[Member]:
+    def __call__(self) -> list[RankProcess]:
         """Start this process's own rank, and wait for the others. Raises `ModelLoadError`."""
         torchrun, token = self._torchrun, secrets.token_hex(16)
         kept = {name: os.environ[name] for name in _VARIABLES}
@@ -138,18 +137,18 @@ class TorchrunLauncher:
     def clean(self) -> None:
         return
 
-    def _welcome(self, stream: socket.socket, token: str) -> Member | None:
-        """None for somebody who is no rank of this group."""
+    def _welcome(self, stream: socket.socket, token: str) -> RankProcess | None:
+        """None for a connection from no rank of this group."""
         link, descriptor = Link(stream), stream.fileno()
         try:
-            arrival = msgspec.msgpack.decode(link.receive(time.monotonic() + GREETING, most=1024), type=Arrival)
+            arrival = msgspec.msgpack.decode(link.receive(time.monotonic() + GREETING, most=1024), type=RankArrival)
             if not hmac.compare_digest(arrival.token, token) or not 0 < arrival.rank < self.size:
                 raise LinkClosed("a stranger")
             link.send(encode(self._hello(arrival.rank, arrival.local_rank)))
         except (LinkClosed, TimeoutError, msgspec.MsgspecError):
             link.close()
             return None
-        return Member(arrival.rank, link, descriptor, None)
+        return RankProcess(arrival.rank, link, descriptor, None)
 
     def _hello(self, rank: int, local_rank: int) -> Hello:
         return Hello(
@@ -172,16 +171,16 @@ def follow_torchrun(settings: ParallelSettings) -> None:
     die_with(os.getppid())
     if (interface := torchrun.interface(settings)) is not None:
         os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = interface
-    from runtime.ranks.rank import end, follow
+    from runtime.workers.parallel.rank import end, follow
 
     host, port, token = torchrun.store().get(torchrun.run).decode().split()
     link = Link(socket.create_connection((host, int(port)), timeout=ARRIVAL))
-    link.send(encode(Arrival(token, torchrun.rank, torchrun.local_rank)))
+    link.send(encode(RankArrival(token, torchrun.rank, torchrun.local_rank)))
     end(follow(link))
 
 
 def _own_address(interface: str | None, master: str) -> str:
-    """The IPv4 address of an interface, else the one under which the others know this node."""
+    """The IPv4 address of an interface, else the address at which the others reach this node."""
     if interface is None:
         return socket.gethostbyname(master)
     for address in psutil.net_if_addrs().get(interface, []):

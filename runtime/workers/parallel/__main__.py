@@ -1,0 +1,23 @@
+"""`python -m runtime.workers.parallel DESCRIPTOR PARENT`: a rank that process PARENT has started.
+
+It is driven over a socket.
+"""
+
+import socket
+import sys
+
+from runtime.support.memory import share_one_arena
+from runtime.workers.parallel.launch import die_with
+
+
+def main() -> None:
+    descriptor, parent = map(int, sys.argv[1:])
+    die_with(parent)
+    share_one_arena()
+    from runtime.workers.parallel.link import Link
+    from runtime.workers.parallel.rank import end, follow  # after `die_with`: this imports torch, which takes a while
+
+    end(follow(Link(socket.socket(fileno=descriptor))))
+
+
+main()
