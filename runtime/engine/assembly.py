@@ -1,4 +1,4 @@
-"""From settings to a working engine: has the model loaded, sizes the cache, puts the parts together."""
+"""Assembly of an engine from settings: loads the model, sizes the cache, connects the parts."""
 
 from dataclasses import dataclass
 
@@ -6,53 +6,60 @@ import psutil
 import torch
 
 from runtime.blocks import BlockManager, SwapSpace
-from runtime.engine import Engine
-from runtime.hooks import Hooks
+from runtime.checkpoints import Checkpoint, open_checkpoint
+from runtime.checkpoints.generation_config import sampling_defaults
+from runtime.checkpoints.model_loading import base_of, describe_decoder, load_model, tokenizer_of
+from runtime.engine.engine import Engine
+from runtime.engine.hooks import Hooks
+from runtime.messages import SamplingDefaults
 from runtime.metrics import Metrics
-from runtime.model_loading import base_of, describe_decoder, load_model
+from runtime.model.attention import CACHE_DTYPES, block_bytes
+from runtime.model.config import ModelLoadError
+from runtime.model.families import find_model
+from runtime.model.group import UnconnectedRank
+from runtime.model.lora_base import LoraBase
+from runtime.model.model import Model, make_cache, make_device
 from runtime.scheduler import Scheduler, Speculation
-from runtime.scheduler.policies import make_policy
-from runtime.tenants import tenant_weights
+from runtime.scheduler.policies import BackgroundLast, make_policy
+from runtime.support.memory import keep_freed_memory, return_freed_memory
+from runtime.support.tenants import tenant_weights
+from runtime.text.grammar import GrammarCompiler
 from runtime.trainer.run import make_run_on
 from runtime.trainer.sliced_run import MakeRun
 from runtime.workers.adapter_slots import AdapterSlots
-from runtime.workers.determinism import obstacle
-from runtime.workers.device import make_device
 from runtime.workers.executor import Executor, InProcessExecutor
-from runtime.workers.group import Member
-from runtime.workers.kv_cache import KVCache, block_bytes
-from runtime.workers.loading import Checkpoint, open_checkpoint
-from runtime.workers.loading.errors import ModelLoadError
-from runtime.workers.lora_base import LoraBase
-from runtime.workers.memory import keep_freed_memory, return_freed_memory
-from runtime.workers.model import Model
-from runtime.workers.models import find_model
 from runtime.workers.worker import Worker
 from settings.schema import CacheSettings, ParallelSettings, SchedulerSettings, Settings
 
-CACHE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 DEFAULT_CONTEXTS = 4
-"""Without a setting the cache holds so many full contexts, if a quarter of the free memory does."""
+"""Full contexts that the cache holds without a setting, if they fit in a quarter of the free memory."""
 
 
 @dataclass(frozen=True)
 class Assembled:
-    """An engine, and what the outside wants to know of its model."""
+    """An engine, and the facts about its model that other components need."""
 
     engine: Engine
     model_name: str
     block_size: int
     num_blocks: int
     decoder: Model
-    """Without weights, where other processes have them."""
+    """The model; without weights where other processes hold them."""
     lora_base: LoraBase
-    """What adapters must fit."""
+    """The base model as adapters see it: they must fit it."""
     make_run: MakeRun
     """Makes training runs on the same weights."""
+    sampling_defaults: SamplingDefaults
+    """Values of the sampling fields that a request leaves out."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding: token ids from 0 to below it are valid in prompts, stop ids and outputs."""
+        return self.decoder.spec.vocab_size
 
 
 def assemble(settings: Settings) -> Assembled:
-    """Load the model and build the engine. Raises `ModelLoadError` with what is wrong and what would work."""
+    """Load the model and build the engine. Raises `ModelLoadError` with the error and a remedy."""
     return_freed_memory()
     if settings.model.threads:
         torch.set_num_threads(settings.model.threads)
@@ -66,12 +73,13 @@ def assemble(settings: Settings) -> Assembled:
     decoder = load_model(checkpoint, settings.model, device=device)
     keep_freed_memory()
     cache = _plan_cache(settings, decoder, _free_bytes(device))
-    if settings.model.deterministic and (reason := obstacle(decoder)) is not None:
+    if settings.model.deterministic and (reason := decoder.batch_variance) is not None:
         raise ModelLoadError(f"model.deterministic cannot be promised for {name}: {reason}.")
     dtype = cache_dtype(settings, decoder)
     lora_base = base_of(decoder, checkpoint, name)
     slots = AdapterSlots(lora_base, decoder, max_rank=settings.adapters.max_lora_rank)
     cpu, host_blocks = torch.device("cpu"), cache.num_host_blocks
+    grammars = _grammars(settings, checkpoint, decoder)
     worker = Worker(
         decoder,
         make_cache(decoder, cache.num_blocks, cache.block_size, device, dtype),
@@ -79,17 +87,19 @@ def assemble(settings: Settings) -> Assembled:
         max_len=cache.max_len,
         host=make_cache(decoder, host_blocks, cache.block_size, cpu, dtype) if host_blocks else None,
         adapters=slots,
+        grammars=lambda: grammars,
     )
     executor = InProcessExecutor(worker)
-    return _assembled(settings, checkpoint, executor, decoder, lora_base, cache, make_run_on(decoder), device)
+    run = make_run_on(decoder, whole=settings.model.deterministic)
+    return _assembled(settings, checkpoint, grammars, executor, decoder, lora_base, cache, run, device)
 
 
 def _assemble_ranks(settings: Settings, checkpoint: Checkpoint, name: str, size: int) -> Assembled:
-    """With the model in `size` other processes."""
-    from runtime.ranks.executor import DistributedExecutor
-    from runtime.ranks.launchers import launcher
-    from runtime.ranks.messages import Allocate, Load
-    from runtime.ranks.remote_run import make_run_on_ranks
+    """Build the engine with the model in `size` other processes."""
+    from runtime.workers.parallel.executor import DistributedExecutor
+    from runtime.workers.parallel.launchers import launcher
+    from runtime.workers.parallel.messages import Allocate, LoadModel
+    from runtime.workers.parallel.remote_run import make_run_on_ranks
 
     if settings.scheduler.preemption_mode != "recompute":
         raise ModelLoadError(
@@ -100,13 +110,14 @@ def _assemble_ranks(settings: Settings, checkpoint: Checkpoint, name: str, size:
         raise ModelLoadError(f"model.deterministic is promised for one rank alone, and parallel.tp is {size}.")
     launch = launcher(settings, size)
     device = make_device(settings.model.device)
-    shapes = describe_decoder(checkpoint, settings.model, Member(size))
-    load = Load(model=settings.model, name=name, max_lora_rank=settings.adapters.max_lora_rank)
+    shapes = describe_decoder(checkpoint, settings.model, UnconnectedRank(size))
+    load = LoadModel(model=settings.model, name=name, max_lora_rank=settings.adapters.max_lora_rank)
     executor = DistributedExecutor(launch, load, timeout=settings.parallel.rank_timeout)
     try:
         loaded = executor.loaded
         sharing = 1 if device.type == "cuda" else launch.per_node
         cache = _plan_cache(settings, shapes, min(one.free_bytes for one in loaded) // sharing)
+        grammars = _grammars(settings, checkpoint, shapes)
         lora_base = LoraBase.described(shapes, find_model(checkpoint.config), name, loaded[0].fingerprint)
         executor.allocate(
             Allocate(
@@ -115,19 +126,20 @@ def _assemble_ranks(settings: Settings, checkpoint: Checkpoint, name: str, size:
                 kv_cache_dtype=str(cache_dtype(settings, shapes)).removeprefix("torch."),
                 max_running=settings.scheduler.max_running,
                 max_len=cache.max_len,
+                eos_ids=grammars.eos_ids,
             )
         )
-        executor.base = lora_base
+        executor.set_adapter_base(lora_base)
         make_run = make_run_on_ranks(executor)
-        return _assembled(settings, checkpoint, executor, shapes, lora_base, cache, make_run, device)
+        return _assembled(settings, checkpoint, grammars, executor, shapes, lora_base, cache, make_run, device)
     except BaseException:
         executor.close()
         raise
 
 
 def tensor_parallel(settings: ParallelSettings) -> int:
-    """How many ranks share the model. Raises `ModelLoadError` where torchrun started another number of them."""
-    from runtime.ranks.torchrun import Torchrun
+    """Number of ranks that share the model. Raises `ModelLoadError` where torchrun started another number of them."""
+    from runtime.workers.parallel.torchrun import Torchrun
 
     torchrun = Torchrun.here()
     if torchrun is not None and settings.tp not in (None, torchrun.size):
@@ -141,7 +153,7 @@ class _Cache:
     num_host_blocks: int
     block_size: int
     max_len: int
-    """Longest sequence that context and blocks can hold."""
+    """Longest sequence that context and blocks can hold, in tokens."""
 
 
 def _plan_cache(settings: Settings, decoder: Model, free: int) -> _Cache:
@@ -151,9 +163,26 @@ def _plan_cache(settings: Settings, decoder: Model, free: int) -> _Cache:
     return _Cache(num_blocks, _num_host_blocks(settings, decoder), block_size, min(context, num_blocks * block_size))
 
 
+def _grammars(settings: Settings, checkpoint: Checkpoint, decoder: Model) -> GrammarCompiler:
+    """Compiler of grammars for the model's tokenizer and all ids that end an output."""
+    tokenizer, defaults = tokenizer_of(checkpoint, decoder), _defaults(settings, checkpoint, decoder)
+    return GrammarCompiler(tokenizer, tuple(dict.fromkeys((*tokenizer.eos_ids, *defaults.eos_ids))))
+
+
+def _defaults(settings: Settings, checkpoint: Checkpoint, decoder: Model) -> SamplingDefaults:
+    model = settings.model
+    defaults = sampling_defaults(checkpoint.generation, model.generation_config, model.override_generation_config)
+    if wrong := [id for id in defaults.eos_ids if id >= decoder.spec.vocab_size]:
+        raise ModelLoadError(
+            f"eos_token_id must be below {decoder.spec.vocab_size}, the model's vocabulary, got {wrong}."
+        )
+    return defaults
+
+
 def _assembled(
     settings: Settings,
     checkpoint: Checkpoint,
+    grammars: GrammarCompiler,
     executor: Executor,
     decoder: Model,
     lora_base: LoraBase,
@@ -161,7 +190,8 @@ def _assembled(
     make_run: MakeRun,
     device: torch.device,
 ) -> Assembled:
-    """`device`: that of this process or of its ranks."""
+    """`device`: the device of this process or of its ranks."""
+    defaults = _defaults(settings, checkpoint, decoder)
     scheduler = make_scheduler(
         settings.scheduler, settings.cache, cache.num_blocks, decoder.spec.window, cache.num_host_blocks
     )
@@ -178,25 +208,16 @@ def _assembled(
     engine = Engine(
         scheduler,
         executor,
-        checkpoint.tokenizer,
+        grammars.tokenizer,
         metrics,
         max_len=cache.max_len,
         asynchronous=_asynchronous(settings.scheduler.asynchronous, device),
         hooks=Hooks.installed(),
+        vocab_size=decoder.spec.vocab_size,
+        eos_ids=defaults.eos_ids,
+        grammars=grammars,
     )
-    return Assembled(engine, lora_base.name, cache.block_size, cache.num_blocks, decoder, lora_base, make_run)
-
-
-def make_cache(decoder: Model, num_blocks: int, block_size: int, device: torch.device, dtype: torch.dtype) -> KVCache:
-    """A KV cache for the decoder, on its device or in the memory beside it."""
-    return KVCache(
-        decoder.kv_shapes,
-        num_blocks=num_blocks,
-        block_size=block_size,
-        dtype=dtype,
-        device=device,
-        pinned=device.type == "cpu" and decoder.device.type == "cuda",
-    )
+    return Assembled(engine, lora_base.name, cache.block_size, cache.num_blocks, decoder, lora_base, make_run, defaults)
 
 
 def make_scheduler(
@@ -206,8 +227,8 @@ def make_scheduler(
     window: int | None = None,
     num_host_blocks: int = 0,
 ) -> Scheduler:
-    """The scheduler and its block pool. `window`: how many tokens back the model looks at most; `num_host_blocks`:
-    those in host memory that preempted sequences are kept in."""
+    """The scheduler and its block pool. `window`: most tokens that the model attends to; `num_host_blocks`:
+    blocks in host memory for the KV of preempted sequences."""
     speculation = None
     if settings.speculative_tokens is not None:
         speculation = Speculation(
@@ -215,13 +236,8 @@ def make_scheduler(
         )
     return Scheduler(
         BlockManager(num_blocks, cache.block_size, prefix_caching=cache.prefix_caching),
-        make_policy(settings.policy, weights=tenant_weights(settings.fair_weights)),
-        max_batched_tokens=settings.max_batched_tokens,
-        max_prefill_chunk=settings.max_prefill_chunk,
-        max_running=settings.max_running,
-        max_waiting=settings.max_waiting,
-        max_waiting_tokens=settings.max_waiting_tokens,
-        max_preemptions=settings.max_preemptions,
+        BackgroundLast(make_policy(settings.policy, weights=tenant_weights(settings.fair_weights))),
+        settings,
         speculation=speculation,
         sliding_window=window,
         swap=SwapSpace(num_host_blocks) if num_host_blocks else None,
@@ -229,7 +245,8 @@ def make_scheduler(
 
 
 def _asynchronous(mode: str, device: torch.device) -> bool:
-    """On a CPU planning and computing share the cores, and there is nothing to be gained."""
+    """True if steps are planned ahead. "auto" does so on CUDA only: on a CPU, planning and computing share the
+    cores."""
     return mode == "on" or (mode == "auto" and device.type == "cuda")
 
 
@@ -245,12 +262,12 @@ def _bytes_of_block(settings: Settings, decoder: Model) -> int:
 
 
 def cache_dtype(settings: Settings, decoder: Model) -> torch.dtype:
-    """What the setting `cache.kv_cache_dtype` means for a model."""
+    """Data type of a model's KV cache, from the setting `cache.kv_cache_dtype`."""
     return CACHE_DTYPES.get(settings.kv_cache_dtype, decoder.dtype)
 
 
 def _num_host_blocks(settings: Settings, decoder: Model) -> int:
-    """0 where what is preempted is computed again."""
+    """Number of blocks in host memory; 0 where preempted KV is recomputed."""
     if settings.scheduler.preemption_mode == "recompute":
         return 0
     size, memory = _bytes_of_block(settings, decoder), settings.cache.swap_memory
@@ -260,7 +277,7 @@ def _num_host_blocks(settings: Settings, decoder: Model) -> int:
 
 
 def _num_blocks(settings: Settings, decoder: Model, context: int, free: int) -> int:
-    """`free`: bytes that this rank could have, a quarter of which is taken at most."""
+    """`free`: bytes available to this rank; at most a quarter of them is taken."""
     cache, size = settings.cache, _bytes_of_block(settings, decoder)
     if cache.num_blocks is not None:
         return cache.num_blocks

@@ -1,31 +1,38 @@
 """The step loop: schedule, execute, deliver. Asynchronously the next step is scheduled while one is executed.
 
-`Engine` is synchronous and belongs to one thread. `runtime.service` runs it beside an event loop, and
-`runtime.llm` drives it from a script; neither knows what happens inside a step. Knows no HTTP.
+`Engine` is synchronous and belongs to one thread. `runtime.engine.service` runs it beside an event loop, and
+`runtime.llm` drives it from a script; neither depends on what happens inside a step. Independent of HTTP.
 """
 
 import copy
 import random
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from runtime.beams import BeamSearches
-from runtime.delivery import Delivery
-from runtime.errors import AdapterUnavailable, ContextLengthExceeded, InvalidRequest
-from runtime.hooks import Hooks
-from runtime.messages import FinishReason, Output, StepPlan, StepResult, Submission
+from runtime.engine.beams import BeamSearches
+from runtime.engine.delivery import Delivery
+from runtime.engine.hooks import Hooks
+from runtime.errors import AdapterUnavailable, ContextLengthExceeded, InvalidRequest, TooManyRequests
+from runtime.messages import FinishReason, Output, SamplingParams, StepPlan, StepResult, Submission, check_ids
 from runtime.metrics import Metrics
 from runtime.scheduler import Committed, Request, Scheduler
-from runtime.tokenizer import Tokenizer
-from runtime.workers.executor import AllRowsFailed, Executor, WorkersLost
-from runtime.workers.pipeline import Pipeline
+from runtime.support.failpoints import failpoint
+from runtime.support.logs import get_logger
+from runtime.text.grammar import GrammarCompiler
+from runtime.text.tokenizer import Tokenizer
+from runtime.workers.executor import AllRowsFailed, Executor, Pipeline, WorkersLost
 
 MAX_FAILED_STEPS = 3
-"""So many steps in a row without one row computed, and the engine gives up."""
+"""Steps in a row without one row computed, after which the engine gives up if its probe fails as well."""
 
+PROBE = "engine probe"
+"""Label of the request that the engine itself makes after a failed step: one token after one token, on the base model.
+If it succeeds, the fault lies in the requests, not in the engine."""
 
 LOST = "A process that computes the model was lost; the request can be sent again."
+
+log = get_logger(__name__)
 
 
 class Engine:
@@ -41,16 +48,25 @@ class Engine:
         max_len: int,
         asynchronous: bool = False,
         hooks: Hooks | None = None,
+        vocab_size: int | None = None,
+        eos_ids: tuple[int, ...] = (),
+        grammars: GrammarCompiler | None = None,
     ) -> None:
         """`max_len` is the longest sequence, prompt and output, that context and block pool can hold.
-        `asynchronous`: plan a step while the one before it runs on a thread of its own."""
+        `asynchronous`: plan a step while the one before it runs on a thread of its own. `vocab_size`: rows of the
+        model's embedding, all of which are valid as input; default: the tokenizer's. `eos_ids`: ids that end an output
+        besides the tokenizer's."""
         self.scheduler = scheduler
+        self.vocab_size = tokenizer.vocab_size if vocab_size is None else vocab_size
+        self.eos_ids = tuple(dict.fromkeys((*tokenizer.eos_ids, *eos_ids)))
+        self.grammars = GrammarCompiler(tokenizer, self.eos_ids) if grammars is None else grammars
+        """Compiler of the grammars of submissions, for callers: they hand over what compiles."""
         self.max_len = max_len
         self._executor = executor
         self._pipeline = Pipeline(executor)
         self._asynchronous = asynchronous
         self._flights: deque[StepPlan] = deque()
-        """Plans that are made and not delivered, in their order."""
+        """Plans that are made and not delivered, oldest first."""
         self.tokenizer = tokenizer
         self.metrics = metrics
         self._hooks = hooks or Hooks()
@@ -61,8 +77,14 @@ class Engine:
         self._adapters: set[str] = set()
         """Keys that new requests may name."""
         self._leaving: set[str] = set()
-        """Keys that no new request may name, in memory for those that still run."""
+        """Keys that no new request may name, kept in memory for requests that still run."""
         self._failed_steps = 0
+        self._probe: int | None = None
+        """Id of the probe that is under way."""
+        self._probe_failed = False
+        """The last probe ended with an error."""
+        self._abandoned = False
+        """The last plan was given up as a whole."""
         self._seen = copy.copy(scheduler.counts)
 
     # -- the loop ------------------------------------------------------------------------------
@@ -71,35 +93,94 @@ class Engine:
         """One step: what it added to each request. Empty when there is nothing to do.
 
         Asynchronously the step that is planned here stays in flight, and what is delivered is the one before.
-        Not `ahead`: nothing is in flight afterwards, so that the caller can have the worker to himself.
+        Not `ahead`: nothing is in flight afterwards, so that the caller can use the worker alone.
         """
         ahead = ahead and self._asynchronous and not self.scheduler.guesses
         outputs = [] if ahead else self.settle()
-        plan = self.scheduler.schedule(ahead=ahead)
+        try:
+            plan = self.scheduler.schedule(ahead=ahead)
+        except Exception:
+            return outputs + self._abandon("planning_failed")
         self._flights.append(plan)
         if not plan.empty:
             self._pipeline.submit(plan, beside=ahead)
-        return outputs + self._deliver(leave=1 if ahead and not plan.empty else 0)
+        outputs += self._deliver(leave=1 if ahead and not plan.empty else 0)
+        return outputs
 
     def settle(self) -> list[Output]:
         """Wait for what is in flight, and deliver it."""
         return self._deliver(leave=0)
 
     def _deliver(self, *, leave: int) -> list[Output]:
-        """What the steps in flight added, the oldest first, but for the last `leave` of them."""
+        """Additions of the steps in flight, the oldest first, except the last `leave` of them."""
         outputs: list[Output] = []
         while len(self._flights) > leave:
             plan = self._flights.popleft()
-            for item in self.scheduler.commit(plan, self._result(plan)):
+            result = self._result(plan)
+            try:
+                committed = self.scheduler.commit(plan, result)
+            except Exception:
+                outputs += self._abandon("booking_failed")
+                break
+            self._abandoned = False
+            if len(result.failed) < len(plan.rows):
+                self._failed_steps, self._probe_failed = 0, False
+            for item in committed:
                 outputs += self._outputs(item)
-            self.observe(plan.num_tokens)
-            if self._failed_steps >= MAX_FAILED_STEPS:
-                raise AllRowsFailed(f"{self._failed_steps} steps in a row failed")
+            self.observe()
+            self._give_up_or_probe()
         return outputs
 
     def _outputs(self, item: Committed) -> list[Output]:
-        searches = item.request.submission.beams is not None
-        return self._beams.deliver(item) if searches else [self.delivery.deliver(item)]
+        """Outputs of an item for its client. An exception ends its request, and no other."""
+        request = item.request
+        if request.id == self._probe:
+            self._on_probe(item)
+            return []
+        searches = request.submission.beams is not None
+        try:
+            failpoint("engine.deliver", request.submission.request_id)
+            return self._beams.deliver(item) if searches else [self.delivery.deliver(item)]
+        except Exception:
+            log.exception("delivery_failed", request_id=request.submission.request_id)
+            return self._beams.fail(item) if searches else [self.delivery.fail(item)]
+
+    # -- failures that no single row explains ----------------------------------------------------
+
+    def _abandon(self, event: str) -> list[Output]:
+        """End all running requests and, if that did not help the last time, all waiting ones too. Called while an
+        exception from planning or booking is handled."""
+        log.exception(event, running=len(self.scheduler.running), waiting=len(self.scheduler.waiting))
+        self._flights.clear()
+        self._pipeline.discard()
+        outputs: list[Output] = []
+        for item in self.scheduler.abandon(waiting=self._abandoned):
+            outputs += self._outputs(item)
+        self._abandoned = True
+        self._failed_steps += 1
+        self.observe()
+        self._give_up_or_probe()
+        return outputs
+
+    def _give_up_or_probe(self) -> None:
+        """After a step: find out whether the engine or a request is to blame for one that failed as a whole.
+        Raises `AllRowsFailed` when it is the engine."""
+        if not self._failed_steps:
+            return
+        if self._failed_steps >= MAX_FAILED_STEPS and self._probe_failed:
+            raise AllRowsFailed(f"{self._failed_steps} steps in a row failed, the engine's own probe among them")
+        if self._probe is None:
+            params = SamplingParams(max_tokens=1, temperature=0.0)
+            probe = Request(
+                Submission(request_id=PROBE, prompt_ids=[0], params=params, arrival=time.monotonic()), seed=0, max_len=2
+            )
+            self._probe = probe.id
+            self.scheduler.enqueue(probe)
+
+    def _on_probe(self, item: Committed) -> None:
+        self._probe = None
+        self._probe_failed = not item.tokens
+        self.scheduler.finish(item.request, "length" if item.tokens else "error")
 
     @property
     def busy(self) -> bool:
@@ -107,7 +188,7 @@ class Engine:
 
     @property
     def first_tokens_due(self) -> bool:
-        """Is there a request that has no token yet?"""
+        """True if some request has no token yet."""
         scheduler = self.scheduler
         return len(scheduler.waiting) > 0 or any(request.num_generated == 0 for request in scheduler.running)
 
@@ -115,7 +196,8 @@ class Engine:
 
     @property
     def lost(self) -> bool:
-        """Whether the workers are gone. What waits may go on once there are new ones. From any thread."""
+        """True if the workers are lost. Waiting requests may continue once there are new ones. Callable from any
+        thread."""
         return self._executor.lost
 
     def on_loss(self, notify: Callable[[], None]) -> None:
@@ -144,58 +226,87 @@ class Engine:
     # -- requests ------------------------------------------------------------------------------
 
     def prepare(self, submission: Submission) -> Submission:
-        """What hooks make of a submission, checked. To be called once, before `submit`; raises what `check`
-        raises, and any `RequestError` with which a hook rejects it."""
-        submission = self._hooks.submit(submission)
-        self.check(submission)
-        return submission
+        """Apply the hooks to a checked submission. Call it once, before `submit_all`. Raises what `check` raises of one
+        that a hook has changed, and any `RequestError` with which a hook rejects it."""
+        prepared = self._hooks.submit(submission)
+        if prepared is not submission:
+            self.check(prepared)
+        return prepared
 
     def check(self, submission: Submission) -> None:
-        """Raise `InvalidRequest` or `ContextLengthExceeded` for what can never run."""
-        prompt, vocab = submission.prompt_ids, self.tokenizer.vocab_size
+        """Raise `InvalidRequest` or `ContextLengthExceeded` for a prompt that can never run. For submissions that were
+        not made by the API, which has checked its own; those have no other check behind it."""
+        prompt, params = submission.prompt_ids, submission.params
         if not prompt:
             raise InvalidRequest("The prompt is empty: it must have at least one token.", param="prompt")
-        if not 0 <= min(prompt) <= max(prompt) < vocab:
-            wrong = min(prompt) if min(prompt) < 0 else max(prompt)
-            raise InvalidRequest(f"Token ids must be from 0 to {vocab - 1}, got {wrong}.", param="prompt")
-        wanted = submission.params.max_tokens or 1
-        if len(prompt) + wanted > self.max_len:
+        num_output = 0 if submission.pooling is not None else params.max_tokens or 1
+        if len(prompt) + num_output > self.max_len:
             raise ContextLengthExceeded(
                 f"This server holds at most {self.max_len} tokens of a sequence; the prompt has {len(prompt)} "
-                f"and max_tokens asks for {wanted} more. Shorten the prompt or lower max_tokens.",
+                f"and max_tokens asks for {num_output} more. Shorten the prompt or lower max_tokens.",
                 param="max_tokens" if len(prompt) < self.max_len else "prompt",
             )
+        check_ids(prompt, self.vocab_size, "prompt")
 
     def submit(self, submission: Submission) -> None:
-        """Queue a sequence. Raises what `check` and `Scheduler.submit` raise."""
+        """Check and queue a sequence. Raises what `check`, `Scheduler.check_room` and `submit_all` raise."""
         self.check(submission)
+        self.check_room([submission])
+        self.submit_all([submission])
+
+    def check_room(self, submissions: Sequence[Submission], *, num_requests: int | None = None) -> None:
+        """Raise `TooManyRequests` when the queue has no room for the sequences of a request; `num_requests` as
+        `Scheduler.check_room` has it. From any thread."""
+        prompts = {id(one.prompt_ids): len(one.prompt_ids) for one in submissions}  # choices share their prompt
+        try:
+            self.scheduler.check_room(sum(prompts.values()), count=len(submissions), num_requests=num_requests)
+        except TooManyRequests:
+            self.metrics.on_rejection("queue_full")
+            raise
+
+    def submit_all(self, submissions: Sequence[Submission]) -> None:
+        """Queue the sequences of a request, all or none. They were checked, and there was room for them. Raises
+        `AdapterUnavailable`."""
+        begun: list[int] = []
+        try:
+            for submission in submissions:
+                self._begin(submission)
+                begun.append(submission.id)
+        except Exception:
+            for name in begun:
+                self.abort(name)
+            raise
+
+    def _begin(self, submission: Submission) -> None:
         if submission.adapter and submission.adapter not in self._adapters:
             raise AdapterUnavailable("The adapter version that this request was for is not loaded any more.")
         params = submission.params
-        most = params.max_tokens or self.max_len
+        most = 0 if submission.pooling is not None else params.max_tokens or self.max_len
         request = Request(
             submission,
             seed=params.seed if params.seed is not None else random.getrandbits(63),
             max_len=min(self.max_len, len(submission.prompt_ids) + most),
-            eos_ids=self.tokenizer.eos_ids,
+            eos_ids=self.eos_ids,
+            bad_word_ids=self.tokenizer.bad_word_ids(params.bad_words) if params.bad_words else None,
         )
         request.timing.arrival = submission.arrival or time.monotonic()
+        self.scheduler.enqueue(request)
         try:
-            self.scheduler.submit(request)
+            self.delivery.begin(request)
+            if submission.beams is not None:
+                self._beams.begin(request, submission.beams)
         except Exception:
-            self.metrics.on_rejection("queue_full")
+            self.scheduler.finish(request, "error")
+            self.delivery.withdraw(request)
             raise
         if submission.adapter:
             self._adapter_uses[submission.adapter] += 1
-        self.delivery.begin(request)
-        if submission.beams is not None:
-            self._beams.begin(request, submission.beams)
 
-    def abort(self, request_id: str, reason: FinishReason = "abort") -> None:
-        """End a request wherever it is; its slot and blocks are free at once. Unknown ids are fine."""
-        request = self.scheduler.get(request_id)
-        if request_id in self._beams:
-            self._beams.end(request_id, reason)
+    def abort(self, sequence: int, reason: FinishReason = "abort") -> None:
+        """End a sequence in any state; its slot and blocks are free at once. Unknown ids are fine."""
+        request = self.scheduler.get(sequence)
+        if sequence in self._beams:
+            self._beams.end(sequence, reason)
         elif request is not None:
             self.delivery.finish(request, reason)
 
@@ -237,32 +348,35 @@ class Engine:
     # -- parts of a step -----------------------------------------------------------------------
 
     def _result(self, plan: StepPlan) -> StepResult:
-        """What came of the oldest plan in flight; rows that failed are in it."""
+        """Result of the oldest plan in flight, failed rows included."""
         if plan.empty:
             return StepResult(step=plan.step, slots=[], tokens=[])
         try:
-            result = self._pipeline.collect()
+            return self._pipeline.collect()
         except WorkersLost as lost:
             return StepResult(
                 step=plan.step, slots=[], tokens=[], failed={row.slot: f"{LOST} ({lost})" for row in plan.rows}
             )
-        except AllRowsFailed:
+        except Exception:
+            log.exception("step_failed", step=plan.step, rows=len(plan.rows))
             self._failed_steps += 1
             failed = {row.slot: "An internal error ended this request." for row in plan.rows}
             return StepResult(step=plan.step, slots=[], tokens=[], failed=failed)
-        if len(result.failed) < len(plan.rows):
-            self._failed_steps = 0
-        return result
 
-    def observe(self, num_tokens: int = 0) -> None:
-        """Bring the gauges and counters up to date, after a step of `num_tokens` or after aborts."""
+    def observe(self) -> None:
+        """Bring the gauges and counters up to date, after a step or after aborts. Never raises."""
+        try:
+            self._observe()
+        except Exception:
+            log.exception("metrics_failed")
+
+    def _observe(self) -> None:
         scheduler, metrics = self.scheduler, self.metrics
         metrics.on_step(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
             deferred=scheduler.waiting.num_deferred,
             kv_usage=scheduler.blocks.usage,
-            tokens=num_tokens,
         )
         metrics.on_adapter_step(
             running={r.submission.adapter for r in scheduler.running if r.submission.adapter}

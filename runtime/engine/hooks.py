@@ -1,7 +1,7 @@
-"""Custom processing of requests: other packages' code that sees requests come, begin and end.
+"""Custom processing of requests: code of other packages that is called when requests arrive, begin and end.
 
 A hook is a class that an installed package names under the entry point group `eft.hooks`; docs/hooks.md has an
-example. What a hook raises is the error of the request that it was called for, and of no other.
+example. An exception from a hook is the error of the request that it was called for, and of no other.
 """
 
 import copy
@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 
 from runtime.errors import EngineFailure, RequestError
-from runtime.logs import get_logger
 from runtime.messages import RequestTiming, Submission
+from runtime.support.logs import get_logger
 
 GROUP = "eft.hooks"
 
@@ -25,7 +25,7 @@ class Hook:
     """
 
     def on_submit(self, submission: Submission) -> Submission:
-        """A sequence is about to be queued. Return it, or another one with the same `request_id`; raise a
+        """A sequence is about to be queued. Return it, or a changed copy (`msgspec.structs.replace`); raise a
         `runtime.errors.RequestError` to reject it with that status and message."""
         return submission
 
@@ -44,7 +44,7 @@ class Hooks:
 
     @classmethod
     def installed(cls) -> "Hooks":
-        """Those of all installed packages. Raises `RuntimeError` naming the one that cannot be loaded."""
+        """The hooks of all installed packages. Raises `RuntimeError` naming the one that cannot be loaded."""
         hooks = []
         for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
             try:
@@ -52,18 +52,18 @@ class Hooks:
             except Exception as error:
                 raise RuntimeError(f"the hook {entry.name!r} ({entry.value}) cannot be loaded: {error}") from error
             if not isinstance(hook, Hook):
-                raise RuntimeError(f"the hook {entry.name!r} ({entry.value}) is not a runtime.hooks.Hook")
+                raise RuntimeError(f"the hook {entry.name!r} ({entry.value}) is not a runtime.engine.hooks.Hook")
             _log.info("hook_loaded", hook=entry.name)
             hooks.append((entry.name, hook))
         return cls(hooks)
 
     def submit(self, submission: Submission) -> Submission:
-        """What the hooks make of a submission. Raises what a hook rejects it with, or `EngineFailure`."""
+        """Apply the hooks to a submission. Raises the error with which a hook rejects it, or `EngineFailure`."""
         for name, hook in self._hooks:
             try:
                 changed = hook.on_submit(submission)
-                if changed.request_id != submission.request_id:
-                    raise ValueError("a hook must not change the request_id")
+                if (changed.id, changed.request_id) != (submission.id, submission.request_id):
+                    raise ValueError("a hook must not change the id or the request_id: use msgspec.structs.replace")
             except RequestError:
                 raise
             except Exception as error:
@@ -72,11 +72,11 @@ class Hooks:
         return submission
 
     def first_token(self, submission: Submission, timing: RequestTiming) -> str | None:
-        """None, or what to tell the client when a hook has raised."""
+        """Error message for the client when a hook has raised, else None."""
         return self._each(submission, timing, lambda hook: hook.on_first_token)
 
     def finish(self, submission: Submission, timing: RequestTiming) -> str | None:
-        """None, or what to tell the client when a hook has raised. Every hook is called all the same."""
+        """Error message for the client when a hook has raised, else None. Every hook is called all the same."""
         return self._each(submission, timing, lambda hook: hook.on_finish)
 
     def _each(

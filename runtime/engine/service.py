@@ -7,24 +7,86 @@ on the event loop, and the scheduler is never touched from two threads.
 
 import asyncio
 import contextlib
+import math
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from runtime.apart import call_apart, run_apart
-from runtime.assembly import Assembled, assemble
-from runtime.background import Background
-from runtime.errors import Conflict, EngineUnavailable, RequestError, TooManyRequests
-from runtime.gathering import Gathering
-from runtime.logs import get_logger
+from runtime.engine.assembly import Assembled, assemble
+from runtime.engine.delivery import OutputStream
+from runtime.errors import Conflict, EngineFailure, EngineUnavailable, RequestError
 from runtime.messages import Output, Submission
-from runtime.stream import OutputStream
+from runtime.support.logs import get_logger
+from runtime.support.threads import call_in_fresh_thread, run_in_fresh_thread
+from runtime.text.reasoning import reasoning_format
 from settings.schema import Settings
 
 if TYPE_CHECKING:
-    from runtime.trainer.adapters.library import AdapterLibrary
+    from runtime.adapters.library import AdapterLibrary
+
+
+# -- gathering -------------------------------------------------------------------------------------
+#
+# Short delay before a new request begins, so that requests right behind it join the same step.
+#
+# Requests that ran together often end together, and their clients send the next ones within milliseconds. If the
+# first of them began at once, all others would wait until its prompt is computed, instead of being computed along
+# with it.
+
+LONGEST = 0.005
+"""Longest delay, in seconds."""
+
+SHARE = 0.25
+"""Longest delay, as a share of the time of a usual step."""
+
+
+class Gathering:
+    """Decides on the delay before each step. Belongs to the engine thread."""
+
+    def __init__(self) -> None:
+        self._most = 0
+        """Requests that ran at once since the last time that none did."""
+        self._until = math.inf
+
+    def seconds(self, *, running: int, waiting: int, step: float, now: float) -> float:
+        """Seconds to wait for more requests before the next step; 0 for none. `step`: seconds that a step usually
+        takes.
+
+        There is no delay while anything runs, nor after requests that came one at a time.
+        """
+        if running or not waiting:
+            self._most = max(self._most, running)
+            self._until = math.inf
+            return 0.0
+        self._until = min(self._until, now + min(LONGEST, SHARE * step))
+        if waiting < self._most and now < self._until:
+            return self._until - now
+        self._most = waiting
+        return 0.0
+
+
+# -- background ------------------------------------------------------------------------------------
+#
+# Interface of the work that the engine thread does between its steps, and while no request is there.
+
+
+class Background(Protocol):
+    """Work in small slices. All methods run on the engine thread, except `ready`, which any thread may call."""
+
+    @property
+    def ready(self) -> bool:
+        """True if there is work now. Without work, the thread sleeps until it is woken."""
+
+    def idle(self) -> None:
+        """Work while nothing else is to be done, and return soon."""
+
+    def between_steps(self, step_seconds: float, *, decoding: bool, first_tokens_due: bool) -> None:
+        """Work after a step of `step_seconds`, while the next one waits. `decoding`: it did nothing else;
+        `first_tokens_due`: some request has no token yet."""
+
 
 T = TypeVar("T")
 
@@ -39,40 +101,49 @@ class EngineService:
         self.engine = assembled.engine
         self.tokenizer = assembled.engine.tokenizer
         self.metrics = assembled.engine.metrics
+        self.reasoning = reasoning_format(self.tokenizer.chat_template, settings.model.reasoning_parser)
+        """Form of the model's reasoning; None if it is not split from its answers."""
         self.model_name = assembled.model_name
         self.max_model_len = assembled.engine.max_len
+        self.vocab_size = assembled.engine.vocab_size
+        self.eos_ids = assembled.engine.eos_ids
+        self.sampling_defaults = assembled.sampling_defaults
         self.block_size = assembled.block_size
         self.num_blocks = assembled.num_blocks
         self.lora_base = assembled.lora_base
         self.decoder = assembled.decoder
         self.make_run = assembled.make_run
         self.adapters: AdapterLibrary | None = None
-        """The adapters that can be asked for by name; set by who opens the state directory, if anybody does."""
+        """The adapters that requests can name, once the state directory is open."""
         self.created = int(time.time())
         self.died = asyncio.Event()
         """Set when the engine thread ended by itself: nothing can be served any more."""
         self._drained = asyncio.Event()
         """Set whenever the last stream is gone."""
-        self._streams: dict[str, OutputStream] = {}
-        self._adapter_of: dict[str, str] = {}
-        """Request id → adapter key, for the streams that are not for the base."""
+        self._streams: dict[int, OutputStream] = {}
+        """Output streams by the id of their sequence."""
+        self._submissions: dict[int, Submission] = {}
+        """Submissions of the same sequences, by id."""
+        self._labels: Counter[str] = Counter()
+        """Number of sequences by the `request_id` that they share."""
         self._adapter_streams: Counter[str] = Counter()
         self._calls: set[asyncio.Future[Any]] = set()
         self._inbox: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._stopping = False
         self._draining = False
-        self._step_started: float | None = None
+        self._busy_since: float | None = None
+        """Time at which the engine thread began its current work; None while it waits for work."""
         self._gathering = Gathering()
         self.background: Background | None = None
-        """What the engine thread does beside steps, and when there are none."""
+        """Work of the engine thread between steps, and while there are none."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
 
     @classmethod
     def load(cls, settings: Settings) -> "EngineService":
         """Read the weights and build everything; blocks for seconds. Raises `ModelLoadError`."""
-        return cls(settings, run_apart(assemble, settings))
+        return cls(settings, run_in_fresh_thread(assemble, settings))
 
     # -- life ----------------------------------------------------------------------------------
 
@@ -83,32 +154,38 @@ class EngineService:
         self._thread.start()
 
     def drain(self) -> None:
-        """Refuse new requests from now on; the running ones and training go on."""
+        """Refuse new requests from now on; running ones and training continue."""
         self._draining = True
 
-    async def stop(self, drain_timeout: float) -> None:
-        """Refuse new requests, give the running ones `drain_timeout` seconds, abort the rest, end the thread."""
+    async def stop(self, drain_timeout: float, *, patience: float | None = None) -> None:
+        """Refuse new requests, give the running ones `drain_timeout` seconds, abort the rest, end the thread.
+        `patience`: seconds that it may take for what it is doing; by default `server.drain_timeout`."""
         self.drain()
         if self._streams:
             self._drained.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._drained.wait(), drain_timeout)
         for stream in list(self._streams.values()):
-            self.abort(stream.request_id)
+            self.abort(stream.id)
             stream.fail(EngineUnavailable("The server is shutting down."))
         self._stopping = True
         self.on_engine_thread(lambda: None)
         if self.engine.lost:
             await asyncio.to_thread(self.engine.close)  # new workers would be waited for
         if self._thread.ident is not None:
-            # A step that hangs must not keep the process: the thread is a daemon.
-            await asyncio.to_thread(self._thread.join, self.settings.server.drain_timeout)
-        await asyncio.to_thread(self.engine.close)
+            # A step that hangs must not keep the process: the thread is a daemon, and so is the one that waits for it.
+            await call_in_fresh_thread(
+                self._thread.join, self.settings.server.drain_timeout if patience is None else patience
+            )
+        self._refuse_calls("The server is shutting down.")
+        if not self._thread.is_alive():
+            await call_in_fresh_thread(self.engine.close)
 
     @property
     def healthy(self) -> bool:
-        """False when the thread is dead, or a step takes longer than `server.step_timeout`."""
-        started = self._step_started
+        """False when the thread is dead, or anything that it does takes longer than `server.step_timeout`: a step, a
+        slice of training, a message."""
+        started = self._busy_since
         stuck = started is not None and time.monotonic() - started > self.settings.server.step_timeout
         return self._thread.is_alive() and not stuck
 
@@ -131,31 +208,39 @@ class EngineService:
     # -- requests ------------------------------------------------------------------------------
 
     def submit(self, submission: Submission) -> OutputStream:
-        """Hand a sequence to the engine. Raises `InvalidRequest` and its kin for what can never run,
-        `TooManyRequests`, `Conflict` for an id in use, `EngineUnavailable` when draining or dead."""
+        """Check a request of one sequence and hand it to the engine. Raises what `Engine.check` and `submit_all`
+        raise."""
+        self.engine.check(submission)
+        return self.submit_all([submission])[0]
+
+    def submit_all(self, submissions: Sequence[Submission]) -> list[OutputStream]:
+        """Hand the sequences of one request, which were checked, to the engine, all or none. Raises what
+        `Engine.prepare` raises, `TooManyRequests`, `Conflict` while another request with their `request_id` is alive,
+        `EngineUnavailable` when draining or dead."""
         if self._draining or not self._thread.is_alive():
             raise EngineUnavailable("The server is shutting down." if self._draining else "The engine is not running.")
         self._require_workers()
-        request_id = submission.request_id
-        if request_id in self._streams:
-            raise Conflict(f"A request with id {request_id!r} is already running.", param="request_id")
-        submission = self.engine.prepare(submission)
-        try:
-            self.engine.scheduler.check_room(len(submission.prompt_ids), num_requests=len(self._streams))
-        except TooManyRequests:
-            self.metrics.on_rejection("queue_full")
-            raise
-        stream = self._streams[request_id] = OutputStream(request_id, self.abort)
+        for label in {one.request_id for one in submissions}:
+            if label in self._labels:
+                raise Conflict(f"A request with id {label!r} is already running.", param="request_id")
+        prepared = [self.engine.prepare(submission) for submission in submissions]
+        self.engine.check_room(prepared, num_requests=len(self._streams))
+        streams = [self._open(submission) for submission in prepared]
+        self.on_engine_thread(lambda: self._submit(prepared))
+        return streams
+
+    def _open(self, submission: Submission) -> OutputStream:
+        self._submissions[submission.id] = submission
+        self._labels[submission.request_id] += 1
         if submission.adapter:
-            self._adapter_of[request_id] = submission.adapter
             self._adapter_streams[submission.adapter] += 1
-        self.on_engine_thread(lambda: self._submit(submission, stream))
+        stream = self._streams[submission.id] = OutputStream(submission.id, self.abort)
         return stream
 
-    def abort(self, request_id: str) -> None:
-        """Take a request out of the engine before its next step. Unknown and finished ids are fine."""
-        if self._forget(request_id):
-            self.on_engine_thread(lambda: self.engine.abort(request_id))
+    def abort(self, sequence: int) -> None:
+        """Take a sequence out of the engine before its next step. Unknown and finished ids are fine."""
+        if self._forget(sequence):
+            self.on_engine_thread(lambda: self.engine.abort(sequence))
 
     async def reset_prefixes(self) -> int:
         """Forget all cached prefixes. Returns how many blocks could have been found. Raises `EngineUnavailable`."""
@@ -163,19 +248,23 @@ class EngineService:
 
     # -- adapters ------------------------------------------------------------------------------
 
+    def set_adapters(self, library: "AdapterLibrary | None") -> None:
+        """Serve these by name. On the event loop, before the first request."""
+        self.adapters = library
+
     async def load_adapter(self, key: str, directory: str) -> None:
         """Read an adapter version's files beside the engine, then let requests name it.
         Raises `AdapterInvalid`, `EngineUnavailable`."""
         self._require_workers()
-        await call_apart(self.engine.prepare_adapter, key, directory)
+        await call_in_fresh_thread(self.engine.prepare_adapter, key, directory)
         await self.call(lambda: self.engine.load_adapter(key))
 
     async def unload_adapter(self, key: str) -> None:
-        """Refuse new requests for a version. Its memory is free once the last one for it has ended."""
+        """Refuse new requests for a version. Its memory is released once the last one for it has ended."""
         await self.call(lambda: self.engine.unload_adapter(key))
 
     def adapter_in_use(self, key: str) -> bool:
-        """Is a request for this version not answered yet?"""
+        """True if some request for this version is not answered yet."""
         return key in self._adapter_streams
 
     async def call(self, work: Callable[[], T]) -> T:
@@ -188,7 +277,7 @@ class EngineService:
         future.add_done_callback(self._calls.discard)
 
         def settle(result: T | None, error: BaseException | None) -> None:
-            if future.done():  # whoever asked has left
+            if future.done():  # the caller has left
                 return
             if error is not None:
                 future.set_exception(error)
@@ -207,7 +296,7 @@ class EngineService:
         return await future
 
     def on_engine_thread(self, work: Callable[[], None]) -> None:
-        """Do `work` on the engine thread before its next step. From any thread; wakes it."""
+        """Run `work` on the engine thread before its next step. Callable from any thread; wakes the engine thread."""
         with self._wake:
             self._inbox.append(work)
             self._wake.notify()
@@ -220,27 +309,36 @@ class EngineService:
 
     def _dispatch(self, outputs: list[Output]) -> None:
         for output in outputs:
-            stream = self._streams.get(output.request_id)
+            stream = self._streams.get(output.id)
             if stream is not None:
                 if output.finish_reason is not None:
-                    self._forget(output.request_id)
+                    self._forget(output.id)
                 stream.put(output)
 
-    def _forget(self, request_id: str) -> bool:
+    def _forget(self, sequence: int) -> bool:
         """Drop a stream; False when it was gone already."""
-        known = self._streams.pop(request_id, None) is not None
-        if (key := self._adapter_of.pop(request_id, None)) is not None:
-            self._adapter_streams[key] -= 1
-            if not self._adapter_streams[key]:
-                del self._adapter_streams[key]
+        if self._streams.pop(sequence, None) is None:
+            return False
+        submission = self._submissions.pop(sequence)
+        _count_down(self._labels, submission.request_id)
+        if submission.adapter:
+            _count_down(self._adapter_streams, submission.adapter)
         if not self._streams:
             self._drained.set()
-        return known
+        return True
 
-    def _fail(self, stream: OutputStream, error: RequestError) -> None:
-        if self._streams.get(stream.request_id) is stream:
-            self._forget(stream.request_id)
-        stream.fail(error)
+    def _fail(self, sequences: Sequence[int], error: RequestError) -> None:
+        for sequence in sequences:
+            stream = self._streams.get(sequence)
+            if stream is not None:
+                self._forget(sequence)
+                stream.fail(error)
+
+    def _refuse_calls(self, reason: str) -> None:
+        """Answer every call that the engine thread will no longer reach."""
+        for call in list(self._calls):
+            if not call.done():
+                call.set_exception(EngineUnavailable(reason))
 
     # -- the engine thread ---------------------------------------------------------------------
 
@@ -254,15 +352,29 @@ class EngineService:
                     if not self._gather():
                         self._step()
                 elif self.background is not None:
-                    self.background.idle()
+                    self._train(self.background.idle)
+            self._busy_since = time.monotonic()
             self.engine.settle()
         except Exception:
             log.exception("engine_died")
             self.on_event_loop(self._bury)
+        else:
+            self.on_event_loop(self._refuse_calls, "The server is shutting down.")
+        finally:
+            self._busy_since = None
 
     def _recover(self) -> None:
+        self._busy_since = None  # it takes as long as loading the model, and has a deadline of its own
         self.on_event_loop(self._dispatch, self.engine.fail_running())
         self.engine.recover()
+
+    def _train(self, work: Callable[[], None]) -> None:
+        """Run the background work. An exception from it never affects requests."""
+        self._busy_since = time.monotonic()
+        try:
+            work()
+        except Exception:
+            log.exception("background_failed")
 
     def _gather(self) -> bool:
         """Wait for more requests where some are likely on their way. False: there is nothing to wait for."""
@@ -274,6 +386,7 @@ class EngineService:
             now=time.monotonic(),
         )
         if seconds:
+            self._busy_since = None
             with self._wake:
                 if not self._inbox and not self._stopping:
                     self._wake.wait(seconds)
@@ -282,23 +395,33 @@ class EngineService:
     def _step(self) -> None:
         background = self.background if self.background is not None and self.background.ready else None
         prefilling = background is not None and self.engine.first_tokens_due
-        self._step_started = began = time.monotonic()
+        self._busy_since = began = time.monotonic()
         outputs = self.engine.step(ahead=background is None)
-        self._step_started = None
+        self._busy_since = time.monotonic()
         self.on_event_loop(self._dispatch, outputs)
         if background is not None and self.engine.busy:
-            background.between_steps(
-                time.monotonic() - began, decoding=not prefilling, first_tokens_due=self.engine.first_tokens_due
+            between = partial(
+                background.between_steps,
+                time.monotonic() - began,
+                decoding=not prefilling,
+                first_tokens_due=self.engine.first_tokens_due,
             )
+            self._train(between)
 
     def _take_messages(self) -> None:
-        """Do what the inbox says; wait for a message when there is nothing else to do."""
+        """Process the messages in the inbox; wait for one when there is nothing else to do."""
         with self._wake:
             while not self._inbox and not self._has_work and not self._stopping:
+                self._busy_since = None
                 self._wake.wait()
         changed = bool(self._inbox)
         while self._inbox:
-            self._inbox.popleft()()
+            self._busy_since = time.monotonic()
+            work = self._inbox.popleft()
+            try:
+                work()
+            except Exception:  # of one request or one job, which has its error already or will time out
+                log.exception("message_failed")
         if changed:
             self.engine.observe()
 
@@ -306,22 +429,33 @@ class EngineService:
     def _has_work(self) -> bool:
         return self.engine.busy or self.engine.lost or (self.background is not None and self.background.ready)
 
-    def _submit(self, submission: Submission, stream: OutputStream) -> None:
+    def _submit(self, submissions: Sequence[Submission]) -> None:
+        failure: RequestError
         try:
-            self.engine.submit(submission)
+            self.engine.submit_all(submissions)
         except RequestError as error:
-            self.on_event_loop(self._fail, stream, error)
+            failure = error
+        except Exception:
+            log.exception("submission_failed", request_id=submissions[0].request_id)
+            failure = EngineFailure("An internal error ended this request; the others go on.")
+        else:
+            return
+        self.on_event_loop(self._fail, [one.id for one in submissions], failure)
 
     def on_event_loop(self, work: Callable[..., None], *args: object) -> None:
-        """Do `work` on the event loop, in the order of the calls. From the engine thread."""
+        """Run `work` on the event loop, in the order of the calls. Called from the engine thread."""
         assert self._loop is not None
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to hear it
+        with contextlib.suppress(RuntimeError):  # the loop is closed: no reader is left
             self._loop.call_soon_threadsafe(work, *args)
 
     def _bury(self) -> None:
-        for stream in list(self._streams.values()):
-            self._fail(stream, EngineUnavailable("The engine has failed; the server is going down."))
-        for call in list(self._calls):
-            if not call.done():
-                call.set_exception(EngineUnavailable("The engine has failed; the server is going down."))
+        reason = "The engine has failed; the server is going down."
+        self._fail(list(self._streams), EngineUnavailable(reason))
+        self._refuse_calls(reason)
         self.died.set()
+
+
+def _count_down(counter: Counter[str], key: str) -> None:
+    counter[key] -= 1
+    if not counter[key]:
+        del counter[key]

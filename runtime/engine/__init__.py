@@ -1,0 +1,1 @@
+"""The step loop, the thread that it runs on, and the delivery of its outputs."""

@@ -1,0 +1,241 @@
+"""The engine as jobs reach it: reading recipes for the served model, runs on its thread, publishing."""
+
+import asyncio
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from runtime.adapters.card import Card, write_card
+from runtime.adapters.library import AdapterLibrary
+from runtime.checkpoints.peft import write_adapter
+from runtime.errors import NotFound
+from runtime.events import CancelledEvent, FailedEvent, RunEvent, StepEvent
+from runtime.model.lora import LoraLayers
+from runtime.support.durable import error_code, patiently, reason
+from runtime.support.logs import get_logger
+from runtime.support.threads import call_in_fresh_thread
+from runtime.trainer.data.files import DataFiles
+from runtime.trainer.data.prepared import KeptData, digest_of_tokenizer
+from runtime.trainer.jobs.records import PreparedJob
+from runtime.trainer.plan.plan import Plan, feed, prepare, summarize
+from runtime.trainer.plan.served_model import by_linear
+from runtime.trainer.recipe import adapter_name, load_recipe
+from runtime.trainer.shape import shape_of_base
+from runtime.trainer.sliced_run import RunSpec, SlicedRun, TrainingHost
+from runtime.trainer.snapshot import Restored, read_snapshot
+from settings.schema import Settings
+
+if TYPE_CHECKING:
+    from runtime.engine.service import EngineService
+
+SMOOTHING = 0.2
+
+MAX_UNTAKEN = 1
+"""Snapshots that wait to be written, besides the one that is being written: each is a copy of the adapter and of the
+optimiser's state."""
+
+log = get_logger(__name__)
+
+
+class EngineJobs:
+    """`jobs.ports.JobEngine` of one served model: recipes are read for it, runs work on the engine's thread, and
+    results are published into the library of this server."""
+
+    def __init__(
+        self, service: "EngineService", library: AdapterLibrary, settings: Settings, directory: Path, host: TrainingHost
+    ) -> None:
+        """`directory` is the state directory, whose `data` folder recipes may read as they may the data roots."""
+        self._service = service
+        self._library = library
+        self._settings = settings
+        self._host = host
+        self._roots = [Path(root).expanduser() for root in settings.trainer.data_roots] + [directory / "data"]
+        decoder, base = service.decoder, service.lora_base
+        self._shape = shape_of_base(decoder.spec, base, bytes_per_value=decoder.dtype.itemsize)
+        self._tokens_per_second: float | None = None
+        """Tokens per second of training when it has the machine to itself, as measured in runs; None before the
+        first."""
+
+    # -- recipes -------------------------------------------------------------------------------
+
+    def prepare(self, recipe: bytes, uploads: Mapping[str, Path], kept: Path | None) -> PreparedJob:
+        """See `jobs.ports.JobEngine`."""
+        service = self._service
+        names = (service.model_name, self._settings.model.model)
+        read = load_recipe(recipe, max_lora_rank=self._settings.adapters.max_lora_rank, served=names)
+        name = adapter_name(read, "")
+        if name:
+            self._library.check_free(name, "name")
+        plan = prepare(
+            read,
+            service.tokenizer,
+            DataFiles(uploads, self._roots),
+            model_names=names,
+            max_len=service.decoder.max_len,
+            shape=self._shape,
+            tokens_per_second=self._tokens_per_second,
+            kept=None if kept is None else KeptData(kept, lambda: self._tokenizer_digest),
+        )
+        summary: dict[str, Any] = msgspec.to_builtins(summarize(plan))
+        summary["total_steps"] = plan.schedule.total_steps
+        if read.save_total_limit is not None:
+            summary["save_total_limit"] = read.save_total_limit
+        return PreparedJob(
+            name=name, summary=summary, total_steps=plan.schedule.total_steps, publish=read.publish, plan=plan
+        )
+
+    @functools.cached_property
+    def _tokenizer_digest(self) -> str:
+        return digest_of_tokenizer(self._service.tokenizer)
+
+    # -- runs ----------------------------------------------------------------------------------
+
+    def start(
+        self, job_id: str, prepared: PreparedJob, resume_from: Path | None, on_event: Callable[[RunEvent], None]
+    ) -> "EngineRun":
+        """See `jobs.ports.JobEngine`."""
+        assert isinstance(prepared.plan, Plan)
+
+        def note(event: RunEvent) -> None:
+            if isinstance(event, StepEvent) and event.busy_seconds > 0:
+                rate = event.tokens / event.busy_seconds
+                known = self._tokens_per_second or rate
+                self._tokens_per_second = known + SMOOTHING * (rate - known)
+            on_event(event)
+
+        return EngineRun(self._service, self._host, prepared.plan, resume_from, note)
+
+    # -- publishing ----------------------------------------------------------------------------
+
+    async def publish(self, *, name: str, source: Path, job_id: str, step: int, metrics: dict[str, float]) -> str:
+        """See `jobs.ports.JobEngine`: a job is published once, whatever crashed in between."""
+        if (known := self._published(name, job_id)) is not None:
+            return known
+        version = await self._library.publish(name, source, job=job_id, step=step, metrics=dict(metrics))
+        return version.id
+
+    async def offer(self, *, name: str, job_id: str, folders: Mapping[int, Path]) -> None:
+        """See `jobs.ports.JobEngine`."""
+        await self._library.offer(name, job_id, folders)
+
+    def _published(self, name: str, job_id: str) -> str | None:
+        try:
+            versions = self._library.get(name).versions
+        except NotFound:
+            return None
+        return next((version.id for version in versions.values() if version.job == job_id), None)
+
+
+# -- a run -----------------------------------------------------------------------------------------
+#
+# A run is built on a thread of its own (it reads checkpoints and allocates), works on the engine thread, and reports
+# on the event loop.
+
+
+class EngineRun:
+    """`jobs.ports.RunHandle`. Event loop only."""
+
+    def __init__(
+        self,
+        service: "EngineService",
+        host: TrainingHost,
+        plan: Plan,
+        resume_from: Path | None,
+        on_event: Callable[[RunEvent], None],
+    ) -> None:
+        self._service = service
+        self._host = host
+        self._plan = plan
+        self._on_event = on_event
+        self._run: SlicedRun | None = None
+        self._paused = False
+        self._cancelled = False
+        self._closed = False
+        self._building = asyncio.create_task(self._build(resume_from))
+
+    # -- requests to it ------------------------------------------------------------------------
+
+    def pause(self) -> None:
+        self._paused = True
+        if self._run is not None:
+            self._run.pause()
+
+    def resume(self) -> None:
+        self._paused = False
+        if self._run is not None:
+            self._run.resume()
+            self._service.on_engine_thread(_wake)
+
+    def cancel(self) -> None:
+        self._cancelled = True
+        if self._run is not None:
+            self._run.cancel()
+            self._service.on_engine_thread(_wake)
+
+    async def take_snapshot(self, step: int) -> Callable[[Path], None]:
+        assert self._run is not None, "there was an event, so there is a run"
+        snapshot = self._run.take_snapshot(step)
+        self._service.on_engine_thread(_wake)  # it may have waited for this one to be taken
+        return snapshot.write
+
+    def close(self) -> None:
+        self._closed = True
+        self._building.cancel()
+        run = self._run
+        if run is not None:
+            self._service.on_engine_thread(lambda: self._host.detach(run))
+
+    # -- its making ----------------------------------------------------------------------------
+
+    async def _build(self, resume_from: Path | None) -> None:
+        try:
+            run = await patiently(lambda: call_in_fresh_thread(self._make, resume_from))
+        except ValueError as error:
+            self._report(FailedEvent(step=0, code="bad_checkpoint", message=f"The job cannot go on: {error}."))
+            return
+        except OSError as error:
+            message = f"The job cannot start: {reason(error)}."
+            self._report(FailedEvent(step=0, code=error_code(error), message=message))
+            return
+        except Exception:
+            log.exception("cannot_build_run")
+            message = "An internal error kept this job from starting; the server's log has it."
+            self._report(FailedEvent(step=0, code="internal_error", message=message))
+            return
+        if self._cancelled:
+            self._report(CancelledEvent(step=run.step))
+            return
+        run.bound_untaken(MAX_UNTAKEN)
+        if self._paused:
+            run.pause()
+        self._run = run
+        self._service.on_engine_thread(lambda: self._host.attach(run, self._from_engine))
+
+    def _make(self, resume_from: Path | None) -> SlicedRun:
+        plan, service = self._plan, self._service
+        restored: Restored | None = None if resume_from is None else read_snapshot(resume_from)
+        targets = by_linear(plan.targets, service.lora_base.places)
+        spec = RunSpec(recipe=plan.recipe, schedule=plan.schedule, targets=targets)
+
+        def write(directory: Path, layers: LoraLayers) -> None:
+            base, name = service.lora_base, plan.recipe.base_model
+            write_adapter(directory, layers, spec.shape, base, dropout=spec.recipe.lora_dropout, base_name=name)
+            write_card(directory, Card(prompt=plan.prompt))
+
+        return service.make_run(spec, feed(plan), self._from_engine, write, restored)
+
+    # -- its reports ---------------------------------------------------------------------------
+
+    def _from_engine(self, event: RunEvent) -> None:
+        self._service.on_event_loop(self._report, event)
+
+    def _report(self, event: RunEvent) -> None:
+        if not self._closed:
+            self._on_event(event)
+
+
+def _wake() -> None:
+    """A message is enough: the engine thread looks at its background after it."""

@@ -1,0 +1,273 @@
+"""The state directory of a server: its database, its adapters and its jobs, opened together and closed in order."""
+
+import asyncio
+import contextlib
+import errno
+import shutil
+import sqlite3
+import stat
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from runtime.adapters import recovery
+from runtime.adapters.library import AdapterLibrary
+from runtime.adapters.resolver import AdapterSources
+from runtime.adapters.versions import versions
+from runtime.batches import store as batch_store
+from runtime.batches.manager import BatchManager
+from runtime.engine.jobs import EngineJobs
+from runtime.errors import StorageUnavailable
+from runtime.files import store as file_store
+from runtime.files.library import FileLibrary
+from runtime.responses import store as response_store
+from runtime.responses.store import ResponseStore
+from runtime.support.database import FILE, LOCK, Database, DatabaseUnusable, check, connect, migrate
+from runtime.support.durable import DISK_FULL, PARTIAL, reason, tighten
+from runtime.support.logs import get_logger
+from runtime.support.state_directory import NAMES, state_directory
+from runtime.trainer.jobs import rows
+from runtime.trainer.jobs.manager import JobManager, running_jobs
+from runtime.trainer.sliced_run import TrainingHost
+from runtime.trainer.slices import Share
+from settings.schema import Settings
+
+if TYPE_CHECKING:
+    from runtime.engine.service import EngineService
+
+SCHEMAS = (*rows.SCHEMAS, file_store.SCHEMA, batch_store.SCHEMA, response_store.SCHEMA)
+"""The tables of all parts that keep rows in the state directory's database."""
+
+_log = get_logger("state")
+
+
+@dataclass(frozen=True)
+class OpenedState:
+    """An opened state directory."""
+
+    adapters: AdapterLibrary | None
+    jobs: JobManager | None
+    files: FileLibrary | None = None
+    batches: BatchManager | None = None
+    responses: ResponseStore | None = None
+    directory: Path | None = None
+    """Path of the directory, for other files that are kept there."""
+    problem: str | None = None
+    """Reason why there are no jobs and adapters cannot be changed. Contains no path."""
+
+
+@asynccontextmanager
+async def open_state(service: "EngineService", settings: Settings) -> AsyncIterator[OpenedState]:
+    """Open (and create) it for the model that `service`, started, serves; training resumes the jobs that it finds.
+
+    Where it cannot be written, or its database cannot be used, what was published is served, and nothing is changed on
+    the disk. Raises `StateDirectoryInUse`, and `OSError` where there can be no such directory.
+    """
+    directory, problem = state_directory(settings), None
+    async with AsyncExitStack() as stack:
+        try:
+            library, database = await _open_library(service, settings, directory)
+        except Exception as error:
+            if not serves_frozen(directory, error):
+                raise
+            problem = explain(error)
+            _log.error("state_not_usable", directory=str(directory), reason=str(error))
+            library, database = await _open_library(service, settings, directory, frozen=problem)
+        stack.push_async_callback(asyncio.to_thread, database.close)
+        stack.push_async_callback(library.close)
+        jobs = files = batches = responses = None
+        if problem is None:
+            share = Share(tpot_target=settings.scheduler.tpot_target, min_share=settings.trainer.min_share)
+            service.background = host = TrainingHost(share, service.metrics.on_slice)
+            engine = EngineJobs(service, library, settings, directory, host)
+            running = running_jobs(database, directory, engine, service.metrics, settings.trainer)
+            try:
+                jobs = await stack.enter_async_context(running)
+                files = FileLibrary(database, directory, settings.files)
+                await files.start()
+                stack.push_async_callback(files.stop)
+                batches = BatchManager(database, directory, files, settings.files, max_line=settings.server.max_body)
+                stack.push_async_callback(batches.stop)
+                kept = settings.responses
+                responses = ResponseStore(database, keep_seconds=kept.keep_responses, max_responses=kept.max_responses)
+            except (OSError, StorageUnavailable) as error:
+                problem = explain(error)
+                _log.error("jobs_not_usable", directory=str(directory), reason=str(error))
+        if problem is not None:
+            _log.warning("serving_read_only", adapters=[record.name for record in library.list() if record.served])
+        yield OpenedState(library, jobs, files, batches, responses, directory, problem)
+
+
+async def _open_library(
+    service: "EngineService", settings: Settings, directory: Path, *, frozen: str | None = None
+) -> tuple[AdapterLibrary, Database]:
+    """Open the adapter library and its database. `frozen`: reason why nothing in the directory may be changed."""
+    if frozen is None:
+        database = await asyncio.to_thread(open_database, directory)
+    else:
+        database = await asyncio.to_thread(frozen_database, directory, frozen)
+    adapters = settings.adapters
+    try:
+        if frozen is None:
+            await asyncio.to_thread(_make_private, directory)
+        library = await AdapterLibrary.open(
+            database,
+            directory,
+            service,
+            max_loaded=adapters.max_loaded,
+            max_rank=adapters.max_lora_rank,
+            sources=AdapterSources.of(adapters),
+        )
+        return library, database
+    except BaseException:
+        await asyncio.to_thread(database.close)
+        raise
+
+
+def _make_private(directory: Path) -> None:
+    """Remove other users' permissions from the state. A directory that holds other things too stays as it is."""
+    ours = {FILE, LOCK, "jobs", "adapters", "data", "files", "batches", "admin-token", *NAMES}
+    for path in (directory / "jobs", directory / "adapters"):
+        if path.is_dir() and not tighten(path):
+            _log.warning("state_is_readable_by_others", path=str(path))
+    mode = directory.stat().st_mode
+    foreign = [path.name for path in directory.iterdir() if path.name not in ours and not path.name.startswith(FILE)]
+    if mode & 0o077 and (mode & stat.S_ISVTX or foreign or not tighten(directory)):
+        _log.warning("state_is_readable_by_others", path=str(directory), advice="chmod 700")
+
+
+# -- read-only -------------------------------------------------------------------------------------
+#
+# Serving from a state directory that cannot be written, or whose database cannot be used.
+#
+# What was published is served: from a copy of the database where it can be read, else from what the adapters' folders
+# say of themselves. Nothing on the disk is touched.
+
+_MEMORY = Path("/dev/shm")
+
+
+class DatabaseMissing(DatabaseUnusable):
+    """There are folders of jobs and adapters, but no database that lists them."""
+
+
+def open_database(directory: Path) -> Database:
+    """The database of a state directory, made where there is nothing yet.
+
+    Raises as `Database`, and `DatabaseMissing`: a new one would list nothing of what is there.
+    """
+    if _knows_nothing(directory / FILE):
+        jobs = [folder for folder in job_folders(directory) if _had_a_row(folder)]
+        adapters = adapter_folders(directory)
+        if jobs or adapters:
+            raise DatabaseMissing(
+                f"The database {FILE} is missing or empty, but there are the folders of {len(jobs)} jobs and "
+                f"{len(adapters)} versions of adapters. Put back a backup of it, or run `eft state rebuild`, which "
+                "makes it again from them, and start the server again. To begin with nothing, move `jobs` and "
+                "`adapters` out of the state directory."
+            )
+    return Database(directory, SCHEMAS)
+
+
+def _knows_nothing(file: Path) -> bool:
+    """True for no database, and for one in which there never was a row; False for one that cannot be read."""
+    wal = file.with_name(f"{file.name}-wal")
+    if not file.exists() or file.stat().st_size == 0:
+        return True
+    if wal.exists() and wal.stat().st_size > 0:
+        return False
+    try:
+        with contextlib.closing(_unchanging(file)) as connection:
+            tables = {row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+            asked = tables & {"jobs", "adapters", "sqlite_sequence"}  # the last one remembers jobs that were deleted
+            return all(connection.execute(f"SELECT 1 FROM {name} LIMIT 1").fetchone() is None for name in asked)
+    except sqlite3.Error:
+        return False
+
+
+def _had_a_row(folder: Path) -> bool:
+    """True where a job's folder holds more than uploads: the rest is written once the job has a row."""
+    return any((folder / name).exists() for name in ("log.jsonl", "checkpoints", "result"))
+
+
+def job_folders(directory: Path) -> list[Path]:
+    return [path for path in (directory / "jobs").glob("*") if path.is_dir() and PARTIAL not in path.name]
+
+
+def adapter_folders(directory: Path) -> list[Path]:
+    return [path for path in versions(directory / "adapters") if PARTIAL not in path.name]
+
+
+def serves_frozen(directory: Path, error: Exception) -> bool:
+    """True where the state in `directory` is to be served read-only in spite of this error. False where there can be no
+    state directory at all, or another process has it."""
+    if isinstance(error, OSError):
+        return directory.is_dir() or error.errno in DISK_FULL | {errno.EROFS}
+    return isinstance(error, DatabaseUnusable | StorageUnavailable)
+
+
+def explain(error: Exception) -> str:
+    """Message for clients: the reason why nothing can be stored, and a remedy. Contains no path."""
+    if isinstance(error, DatabaseUnusable):
+        return f"Training and changes of adapters are not available. {error}"
+    if isinstance(error, StorageUnavailable):
+        text = error.message
+    else:
+        text = f"{reason(error) if isinstance(error, OSError) else error}."
+    return (
+        "Training and changes of adapters are not available: the server's state directory could not be written when it "
+        f"started ({text.rstrip('.')}). Make room or make it writable, and start the server again."
+    )
+
+
+def frozen_database(directory: Path, why: str) -> Database:
+    """A database in memory: a copy of the one on the disk, else rows made from the folders of the adapters."""
+
+    def load(connection: sqlite3.Connection) -> None:
+        if not _copy(directory / FILE, connection):
+            for schema in SCHEMAS:
+                connection.executescript(schema)
+            with connection:
+                recovery.adopt(connection, directory / "adapters", verify=False)
+
+    return Database.in_memory(load, why)
+
+
+def _copy(file: Path, target: sqlite3.Connection) -> bool:
+    """Copy the database into an empty connection. False where it cannot be read, or there is nothing in it."""
+    for source in _readable(file):
+        try:
+            with contextlib.closing(source):
+                version = check(source, file.name)
+                if source.execute("SELECT 1 FROM adapters LIMIT 1").fetchone() is None:
+                    continue
+                source.backup(target)
+            for schema in SCHEMAS:
+                target.executescript(schema)
+            migrate(target, version)
+        except (sqlite3.Error, DatabaseUnusable):
+            continue
+        return True
+    return False
+
+
+def _readable(file: Path) -> Iterator[sqlite3.Connection]:
+    """Ways to read a database in a folder in which SQLite may make no files: a copy elsewhere, with its WAL; or the
+    file alone, without what was not moved into it yet."""
+    if not file.exists():
+        return
+    for place in (_MEMORY, Path(tempfile.gettempdir())):
+        with contextlib.suppress(OSError, sqlite3.Error), tempfile.TemporaryDirectory(dir=place) as folder:
+            for source in (file, file.with_name(f"{file.name}-wal")):
+                if source.exists():
+                    shutil.copyfile(source, Path(folder) / source.name)
+            yield connect(Path(folder) / file.name)
+    with contextlib.suppress(sqlite3.Error):
+        yield _unchanging(file)
+
+
+def _unchanging(file: Path) -> sqlite3.Connection:
+    """The file as it is, without its WAL, and without any file that SQLite would make beside it."""
+    return sqlite3.connect(f"{file.absolute().as_uri()}?immutable=1", uri=True)
