@@ -7,19 +7,21 @@ examples that have room in `sequence_len` tokens together. Bins are made once; e
 import random
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
-from runtime.trainer.examples import Example
+from runtime.trainer.data.example import Example
+from runtime.trainer.recipe import Recipe
 
-WINDOW = 2048
-"""Examples that are packed at a time: packing all at once would put all long ones first."""
-MEGABATCH = 50
-"""Micro-batches within which examples are sorted by length: of like length, and still in no order."""
+# Examples that are packed at a time: packing all at once would put all long ones first.
+PACKING_WINDOW_EXAMPLES = 2048
+# Micro-batches within which examples are sorted by length: of like length, and still in no order.
+MEGABATCH_MICRO_BATCHES = 50
 
 Bin = tuple[int, ...]
 """Indices of examples."""
 
 
-def pack(lengths: Sequence[int], capacity: int, *, window: int = WINDOW) -> list[Bin]:
+def pack(lengths: Sequence[int], capacity: int, *, window: int = PACKING_WINDOW_EXAMPLES) -> list[Bin]:
     """Bins of at most `capacity` tokens that hold every example once: longest first, each into the fullest
     bin that has room for it, by windows.
 
@@ -68,7 +70,7 @@ def epoch_order(
 
 def _by_length(order: list[int], bins: Sequence[Bin], lengths: Sequence[int], micro_batch_size: int) -> list[int]:
     """Sorted by length within megabatches, longest first: what does not fit in memory fails at once."""
-    size = MEGABATCH * micro_batch_size
+    size = MEGABATCH_MICRO_BATCHES * micro_batch_size
     parts = [order[start : start + size] for start in range(0, len(order), size)]
     return [
         number for part in parts for number in sorted(part, key=lambda n: -sum(lengths[index] for index in bins[n]))
@@ -78,3 +80,35 @@ def _by_length(order: list[int], bins: Sequence[Bin], lengths: Sequence[int], mi
 def chosen(examples: Sequence[Example], batches: Sequence[Sequence[int]]) -> list[list[Example]]:
     """The micro-batches themselves."""
     return [[examples[index] for index in batch] for batch in batches]
+
+
+# -- feed ------------------------------------------------------------------------------------------
+#
+# The data of a run: examples, and their order in each epoch. Can be sent to another process.
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExampleFeed:
+    """The data of one run."""
+
+    train: list[Example] = field(repr=False)
+    bins: list[Bin] = field(repr=False)
+    """Examples that are packed together."""
+    recipe: Recipe = field(repr=False)
+    """Size and order of the micro-batches."""
+    test: list[list[Example]] = field(repr=False)
+    """Micro-batches to evaluate on."""
+
+    def epoch(self, number: int) -> Sequence[Sequence[Example]]:
+        """The micro-batches of an epoch, from 0. The same for the same feed and epoch, whatever ran before."""
+        recipe = self.recipe
+        order = epoch_order(
+            self.bins,
+            [len(example) for example in self.train],
+            micro_batch_size=recipe.micro_batch_size,
+            seed=recipe.seed,
+            epoch=number,
+            shuffle=recipe.shuffle_merged_datasets,
+            by_length=recipe.group_by_length,
+        )
+        return chosen(self.train, order)

@@ -1,4 +1,4 @@
-"""The adapter that is being trained: its parameters, and how they change the decoder's linears.
+"""The adapter that is being trained: its parameters, and their effect on the decoder's linears.
 
 LoRA (arXiv:2106.09685) as PEFT has it: A starts uniform, B at zero, dropout before A. One difference: the parts of
 a fused linear (query, key and value; gate and up) share a dropout mask, since they share their input.
@@ -12,31 +12,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from runtime.model.layers import Linear
+from runtime.model.lora import Adaptation, LoraLayers, LoraPart, LoraShape
+from runtime.model.model import Model
+from runtime.model.split import Split
 from runtime.trainer.shards import Held, Shards
-from runtime.workers.layers import Linear
-from runtime.workers.lora import LoraLayers, LoraPart, LoraShape
-from runtime.workers.model import Model
-from runtime.workers.split import Split
 
 Targets = Mapping[tuple[int, str], Sequence[str]]
-"""(layer index, linear name) → those of the linear's parts that are trained, in the linear's own order."""
+"""(layer index, linear name) → the linear's parts that are trained, in the linear's own order."""
 
 
 @dataclass(frozen=True, eq=False)
 class AdaptedLinear:
-    """The parameters of one linear, as far as this rank holds them. Float32 whatever the base is in."""
+    """The parameters of one linear, as far as this rank holds them. Float32 for any type of the base."""
 
     parts: tuple[str, ...]
     columns: tuple[slice, ...]
-    """Where each part lies in the linear's output."""
+    """Columns of each part in the linear's output."""
     a: Tensor
     """[parts * rank, in]: the parts' A matrices, one above the other, since all of them see the same input."""
     b: tuple[Tensor, ...]
     """[out of the part, rank] each."""
     inputs: Split
-    """What is held of the whole A's columns."""
+    """Columns of the whole A that this rank holds."""
     outputs: tuple[Split, ...]
-    """What is held of each whole B's rows."""
+    """Rows of each whole B that this rank holds."""
 
 
 class TrainableLora:
@@ -52,7 +52,7 @@ class TrainableLora:
             linear = decoder.layers[layer].linears[name]
             self.linears[layer, name] = _fresh(linear, parts, shape.rank, generator, decoder.device)
         self.shards = Shards(decoder.group, self._held(), decoder.device)
-        """What of each parameter is held here."""
+        """The part of each parameter that this rank holds."""
 
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Every trained tensor by a stable name, layer by layer."""
@@ -83,12 +83,12 @@ class TrainableLora:
                 parameter.copy_(shards.pick(name, tensors[name]))
 
     def layers_of(self, captured: Mapping[str, Tensor]) -> LoraLayers:
-        """What `capture` gave, as an adapter to serve or to write."""
+        """The result of `capture` as an adapter to serve or to write."""
         return layers_of(captured, {place: linear.parts for place, linear in self.linears.items()}, self.shape)
 
 
 def layers_of(captured: Mapping[str, Tensor], targets: Targets, shape: LoraShape) -> LoraLayers:
-    """What `TrainableLora.capture` gave of these targets, as an adapter to serve or to write."""
+    """The result of `TrainableLora.capture` for these targets, as an adapter to serve or to write."""
     rank, scale = shape.rank, shape.scale(shape.rank, shape.alpha)
     return {
         (layer, name): [
@@ -122,8 +122,8 @@ def _fresh(
     )
 
 
-class TrainingAdaptation:
-    """The hook for a run of tokens of one micro-batch: adds what the adapter says, with gradients, and dropout."""
+class TrainingAdaptation(Adaptation):
+    """The hook for a run of tokens of one micro-batch: adds the adapter's output, with gradients, and dropout."""
 
     def __init__(self, lora: TrainableLora, *, dropout: float, seed: int, rows: slice, num_tokens: int) -> None:
         """`rows` are these tokens' places among the micro-batch's `num_tokens`; `seed` is the micro-batch's. A mask
@@ -143,7 +143,7 @@ class TrainingAdaptation:
         return added
 
     def _mask(self, layer: int, linear: str, x: Tensor, inputs: Split) -> Tensor:
-        """[T, in]: 0 with probability `dropout`, else 1 / (1 - dropout). `inputs` are those that x has."""
+        """[T, in]: 0 with probability `dropout`, else 1 / (1 - dropout). `inputs`: the inputs in x."""
         generator = torch.Generator(x.device).manual_seed(mix(self._seed, layer, sum(linear.encode())))
         keep = torch.rand(self._num_tokens, inputs.full, device=x.device, generator=generator) >= self._dropout
         return inputs.pick(keep[self._rows], 1).to(x.dtype).div_(1 - self._dropout)

@@ -1,7 +1,7 @@
 """From gradients to new parameters: one optimiser a layer, so that a step is made of slices too.
 
-Gradients and state are made at once and stay where they are: what lives long, made between the large temporaries of
-the first step, would leave holes that nothing fits into.
+Gradients and state are allocated at once and stay in place: long-lived tensors, allocated between the large
+temporaries of the first step, would leave holes that nothing fits into.
 """
 
 import importlib.util
@@ -12,21 +12,21 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from runtime.trainer.recipe import Recipe
 from runtime.trainer.shards import Shards
 from runtime.trainer.slices import Slice, Sliced, Slices
-from runtime.trainer.spec import OptimizerSpec
 
 
 class Optimizer:
     """All parameters of one adapter, in groups by layer."""
 
-    def __init__(self, parameters: Iterable[tuple[str, Tensor]], spec: OptimizerSpec, shards: Shards) -> None:
-        """`parameters` are named `layer.…` and lie layer by layer; `shards` says which parts of them these are."""
-        self._spec = spec
+    def __init__(self, parameters: Iterable[tuple[str, Tensor]], recipe: Recipe, shards: Shards) -> None:
+        """`parameters` are named `layer.…` and lie layer by layer; `shards` describes the parts held here."""
+        self._recipe = recipe
         self._shards = shards
         self._named = list(parameters)
         layers = groupby(self._named, key=lambda item: item[0].partition(".")[0])
-        self._optimizers = [_make(spec, [parameter for _, parameter in group]) for _, group in layers]
+        self._optimizers = [_make(recipe, [parameter for _, parameter in group]) for _, group in layers]
         self.zero_grad()
 
     def step(self, factor: float) -> Sliced[float]:
@@ -39,7 +39,7 @@ class Optimizer:
         norm = self._norm()
         if norm == norm and norm != float("inf"):
             self._clip(norm)
-            yield from self._change(self._spec.learning_rate * factor)
+            yield from self._change(self._recipe.learning_rate * factor)
         self.zero_grad()
         return norm
 
@@ -59,8 +59,8 @@ class Optimizer:
         return self._shards.squares(grads) ** 0.5 if grads else 0.0
 
     def _clip(self, norm: float) -> None:
-        most = self._spec.max_grad_norm
-        if most is None or norm <= most:
+        most = self._recipe.max_grad_norm
+        if most == 0 or norm <= most:
             return
         for _, parameter in self._named:
             if parameter.grad is not None:
@@ -100,7 +100,7 @@ class Optimizer:
                     optimizer.state[parameter] = state
 
     def release(self) -> None:
-        """Let gradients and state go: there will be no more steps."""
+        """Release gradients and state: there will be no more steps."""
         for _, parameter in self._named:
             parameter.grad = None
         self._optimizers.clear()
@@ -114,26 +114,26 @@ class Optimizer:
 
 
 def eight_bit_available(device: torch.device) -> bool:
-    """Whether bitsandbytes' optimisers with 8-bit states run here: they are CUDA kernels."""
+    """True if bitsandbytes' optimisers with 8-bit states run here: they are CUDA kernels."""
     return device.type == "cuda" and importlib.util.find_spec("bitsandbytes") is not None
 
 
 class _LayerOptimizer(Protocol):
-    """Of the parameters of one layer."""
+    """Optimiser of the parameters of one layer."""
 
     parameters: list[Tensor]
     state: dict[Tensor, dict[str, Any]]
-    """What it knows of each parameter, by torch's own names."""
+    """State of each parameter, by torch's own names."""
 
     def step(self, rate: float) -> None:
         """Change the parameters by their gradients."""
 
 
 class _Sgd:
-    def __init__(self, parameters: list[Tensor], spec: OptimizerSpec) -> None:
+    def __init__(self, parameters: list[Tensor], recipe: Recipe) -> None:
         self.parameters = parameters
         self.state: dict[Tensor, dict[str, Any]] = {}
-        self._weight_decay = spec.weight_decay
+        self._weight_decay = recipe.weight_decay
 
     @torch.no_grad()
     def step(self, rate: float) -> None:
@@ -146,7 +146,7 @@ class _AdamW:
     """torch's fused kernel (arXiv:1711.05101), without the class around it: that imports torch's compiler, which
     takes 74 MB and a second."""
 
-    def __init__(self, parameters: list[Tensor], spec: OptimizerSpec) -> None:
+    def __init__(self, parameters: list[Tensor], recipe: Recipe) -> None:
         self.parameters = parameters
         self.state: dict[Tensor, dict[str, Any]] = {
             parameter: {
@@ -156,14 +156,13 @@ class _AdamW:
             }
             for parameter in parameters
         }
-        self._spec = spec
+        self._recipe = recipe
 
     @torch.no_grad()
     def step(self, rate: float) -> None:
         states = [self.state[parameter] for parameter in self.parameters]
         steps = [state["step"] for state in states]
         torch._foreach_add_(steps, 1)
-        beta1, beta2 = self._spec.betas
         torch._fused_adamw_(
             self.parameters,
             [parameter.grad for parameter in self.parameters if parameter.grad is not None],
@@ -172,10 +171,10 @@ class _AdamW:
             [],
             steps,
             lr=rate,
-            beta1=beta1,
-            beta2=beta2,
-            weight_decay=self._spec.weight_decay,
-            eps=self._spec.epsilon,
+            beta1=self._recipe.adam_beta1,
+            beta2=self._recipe.adam_beta2,
+            weight_decay=self._recipe.weight_decay,
+            eps=self._recipe.adam_epsilon,
             amsgrad=False,
             maximize=False,
         )
@@ -184,17 +183,17 @@ class _AdamW:
 class _EightBit:
     """AdamW of bitsandbytes, whose state is in 8 bits."""
 
-    def __init__(self, parameters: list[Tensor], spec: OptimizerSpec) -> None:
+    def __init__(self, parameters: list[Tensor], recipe: Recipe) -> None:
         import bitsandbytes
 
         self.parameters = parameters
         untyped: Any = bitsandbytes.optim
         self._optimizer: torch.optim.Optimizer = untyped.AdamW8bit(
             parameters,
-            lr=spec.learning_rate,
-            betas=spec.betas,
-            eps=spec.epsilon,
-            weight_decay=spec.weight_decay,
+            lr=recipe.learning_rate,
+            betas=(recipe.adam_beta1, recipe.adam_beta2),
+            eps=recipe.adam_epsilon,
+            weight_decay=recipe.weight_decay,
         )
         self.state: dict[Tensor, dict[str, Any]] = self._optimizer.state
 
@@ -204,9 +203,9 @@ class _EightBit:
         self._optimizer.step()
 
 
-def _make(spec: OptimizerSpec, parameters: list[Tensor]) -> _LayerOptimizer:
-    if spec.name == "sgd":
-        return _Sgd(parameters, spec)
-    if spec.name == "adamw_8bit" and eight_bit_available(parameters[0].device):
-        return _EightBit(parameters, spec)
-    return _AdamW(parameters, spec)
+def _make(recipe: Recipe, parameters: list[Tensor]) -> _LayerOptimizer:
+    if recipe.optimizer_family == "sgd":
+        return _Sgd(parameters, recipe)
+    if recipe.optimizer_family == "adamw_8bit" and eight_bit_available(parameters[0].device):
+        return _EightBit(parameters, recipe)
+    return _AdamW(parameters, recipe)

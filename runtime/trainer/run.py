@@ -1,40 +1,229 @@
 """One training run: steps, evaluations, snapshots, from the first to the last, as one generator of slices.
 
-Lives on the engine thread. Everything random is made from the seed and the step, so a run that goes on from a snapshot
-does what it would have done. Knows no recipe, no job and no file.
+Lives on the engine thread. Everything random is made from the seed and the step, so a run that continues from a
+snapshot does what it would have done. Knows no job and no file.
 """
 
+import math
+import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from typing import Protocol
 
 import msgspec
+import torch
 from torch import Tensor
 
+from kernels.training import TrainingOps
 from kernels.triton import training_ops
-from runtime.failpoints import failpoint
-from runtime.trainer.clock import clock_of
-from runtime.trainer.events import (
+from runtime.events import (
+    Activity,
     CheckpointEvent,
     EvalEvent,
     FailedEvent,
     FinishedEvent,
     PausedEvent,
+    ProgressEvent,
     RunEvent,
     StepEvent,
 )
-from runtime.trainer.examples import Example
-from runtime.trainer.feed import Feed
+from runtime.model.decoder import Decoder
+from runtime.model.model import Model
+from runtime.support.failpoints import failpoint
+from runtime.trainer.batches import ExampleFeed
+from runtime.trainer.data.example import Example
 from runtime.trainer.lora import TrainableLora, mix
-from runtime.trainer.loss import Score
-from runtime.trainer.memory import halve, is_out_of_memory
-from runtime.trainer.micro_step import micro_step
-from runtime.trainer.microbatch import pack
+from runtime.trainer.losses import Loss, Score, make_loss
+from runtime.trainer.microbatch import MicroBatch, collate
 from runtime.trainer.optimizer import Optimizer
-from runtime.trainer.sliced_run import MakeRun, SlicedRun, WriteAdapter
-from runtime.trainer.slices import Slice, Sliced, Slices
-from runtime.trainer.snapshot import Progress, Restored, Snapshot
-from runtime.trainer.spec import RunSpec
-from runtime.trainer.watchdog import Lost, Watchdog
-from runtime.workers.model import Model
+from runtime.trainer.recipe import Recipe
+from runtime.trainer.schedule import rate_factor
+from runtime.trainer.shape import watchdog_threshold
+from runtime.trainer.sliced_run import MakeRun, RunSpec, SlicedRun, WriteAdapter
+from runtime.trainer.slices import Slice, Sliced, Slices, clock_of
+from runtime.trainer.snapshot import Restored, RunProgress, Snapshot
+from runtime.trainer.step import MicroStep
+
+# -- micro-steps -----------------------------------------------------------------------------------
+#
+# The work on one micro-batch, for either kind of model: our decoder, or transformers' modules.
+
+
+class Micro(Protocol):
+    """See `MicroStep`."""
+
+    score: Score
+    fraction: float
+    """Share of it that is done, from 0 to 1."""
+
+    def forward_backward(self, weight: float) -> Slices: ...
+
+    def evaluate(self) -> Slices: ...
+
+
+def micro_step(
+    model: Model,
+    ops: TrainingOps,
+    lora: TrainableLora,
+    batch: MicroBatch,
+    *,
+    loss: Loss,
+    dropout: float = 0.0,
+    seed: int = 0,
+    checkpointing: bool = True,
+) -> Micro:
+    """Arguments as `MicroStep`'s."""
+    if isinstance(model, Decoder):
+        return MicroStep(model, ops, lora, batch, loss=loss, dropout=dropout, seed=seed, checkpointing=checkpointing)
+    from runtime.model.fallback import FallbackDecoder
+    from runtime.trainer.fallback_step import FallbackStep  # imports transformers, as the model has
+
+    assert isinstance(model, FallbackDecoder)
+    return FallbackStep(model, ops, lora, batch, loss=loss, dropout=dropout, seed=seed, checkpointing=checkpointing)
+
+
+# -- watchdog --------------------------------------------------------------------------------------
+#
+# Distinguishes a run that learns from one that is lost.
+
+
+class Lost(Exception):
+    """The run cannot recover, and must not be published."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class Watchdog:
+    """Checks the loss and the gradient's norm of every step."""
+
+    def __init__(self, recipe: Recipe, vocab_size: int, *, above: int = 0) -> None:
+        """`above`: see the attribute; for a run that is continued."""
+        self._threshold = recipe.loss_watchdog_threshold or watchdog_threshold(vocab_size)
+        self._patience = recipe.loss_watchdog_patience
+        self.above = above
+        """Steps in a row with a loss above the threshold."""
+
+    def check(self, step: int, loss: float, grad_norm: float) -> None:
+        """Raise `Lost` where the run cannot recover."""
+        for name, value in (("loss", loss), ("gradient", grad_norm)):
+            if not math.isfinite(value):
+                raise Lost("nan_loss", f"The {name} of step {step} is not a finite number ({value}).")
+        self.above = self.above + 1 if loss > self._threshold else 0
+        if self.above >= self._patience:
+            raise Lost(
+                "diverged",
+                f"The loss was above {self._threshold:.4g} for {self.above} steps in a row, "
+                f"and {loss:.4g} in step {step}.",
+            )
+
+
+# -- progress --------------------------------------------------------------------------------------
+#
+# Progress inside a step or an evaluation: how far it is, and how long the run will still take at this pace.
+
+# Without a step's end, progress is reported after this long, and again and again…
+FIRST_SECONDS = 5.0
+# …up to this far apart, in a run that takes long.
+MOST_SECONDS = 30.0
+# Steps over which their mean time is taken.
+_RECENT_STEPS = 20
+
+
+class Headway:
+    """Belongs to one run. Waits, pauses and evaluations do not count as a step's time."""
+
+    def __init__(
+        self, total_steps: int, report: Callable[[ProgressEvent], None], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._total_steps = total_steps
+        self._report = report
+        self._clock = clock
+        self._recent: deque[float] = deque(maxlen=_RECENT_STEPS)
+        self._started = self._said = self._began = clock()
+        self._activity: Activity = "train"
+        self._step = self._tokens = self._done = 0
+
+    def begin(self, activity: Activity, step: int, micro_batches: Sequence[Sequence[Example]]) -> None:
+        """Note that a step or an evaluation begins, after `step` steps."""
+        self._activity, self._step, self._done = activity, step, 0
+        self._tokens = sum(len(example) for examples in micro_batches for example in examples)
+        self._began = self._clock()
+
+    def end_step(self) -> None:
+        """Note that a step ended, and was reported."""
+        self._said = self._clock()
+        self._recent.append(self._said - self._began)
+
+    def watch(self, slices: Slices, micro: Micro, examples: Sequence[Example]) -> Slices:
+        """The slices of a micro-batch as they are, with reports in between where time has passed."""
+        tokens = sum(map(len, examples))
+        with closing(slices):
+            wanted = next(slices, None)
+            while wanted is not None:
+                granted = yield wanted
+                try:
+                    wanted = slices.send(granted)
+                except StopIteration:
+                    break
+                self._look(self._done + micro.fraction * tokens)
+        self._done += tokens
+
+    def _look(self, tokens: float) -> None:
+        now = self._clock()
+        if now - self._said < min(MOST_SECONDS, max(FIRST_SECONDS, (now - self._started) / 10)):
+            return
+        self._said = now
+        fraction = min(1.0, tokens / max(1, self._tokens))
+        self._report(
+            ProgressEvent(
+                step=self._step,
+                total_steps=self._total_steps,
+                activity=self._activity,
+                fraction=fraction,
+                seconds=now - self._began,
+                seconds_left=self._left(fraction, now - self._began),
+            )
+        )
+
+    def _left(self, fraction: float, seconds: float) -> float | None:
+        """Seconds that the run will still take; None while the time of a step is unknown."""
+        training = self._activity == "train"
+        if self._recent and training:  # the step that is under way counts too: it may be slower than all before it
+            each = (sum(self._recent) + seconds) / (len(self._recent) + fraction)
+        elif self._recent:
+            each = sum(self._recent) / len(self._recent)
+        elif training and fraction > 0:
+            each = seconds / fraction
+        else:
+            return None
+        steps = self._total_steps - self._step - (fraction if training else 0.0)
+        rest = 0.0 if training or not fraction else seconds * (1 / fraction - 1)
+        return max(0.0, steps * each + rest)
+
+
+# -- memory ----------------------------------------------------------------------------------------
+#
+# Out of memory: detect it, and halve the micro-batches.
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True if memory ran out. Torch's CPU allocator has no exception of its own for it."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+def halve(micro_batches: Sequence[Sequence[Example]], group_size: int = 1) -> list[Sequence[Example]]:
+    """Every micro-batch in two, between groups of sequences; one of a single group stays as it is."""
+    halves: list[Sequence[Example]] = []
+    for examples in micro_batches:
+        middle = (len(examples) // group_size + 1) // 2 * group_size
+        halves += [part for part in (examples[:middle], examples[middle:]) if part]
+    return halves
+
 
 MicroBatches = Sequence[Sequence[Example]]
 
@@ -53,28 +242,32 @@ class TrainingRun(SlicedRun):
         *,
         restored: Restored | None = None,
         clock: Callable[[], float] | None = None,
+        whole: bool = False,
     ) -> None:
         """`batches` gives the micro-batches of an epoch (from 0), `test` are those to evaluate on; the default `clock`
-        is that of the decoder's device. Raises `ValueError` when `restored` is from another run."""
+        is that of the decoder's device. Raises `ValueError` when `restored` is from another run, or the spec's loss
+        is unknown."""
         self._decoder = decoder
         self._spec = spec
+        self._loss = make_loss(spec.loss.name, spec.loss.options)
         self._batches = batches
         self._test = test
         self._write_adapter = write_adapter
         self._clock = clock = clock or clock_of(decoder.device)
+        self._headway = Headway(spec.schedule.total_steps, on_event)
         self._ops = training_ops(decoder.ops)
-        self._lora = TrainableLora(decoder, spec.targets, spec.shape, seed=spec.seed)
-        self._optimizer = Optimizer(self._lora.parameters(), spec.optimizer, self._lora.shards)
-        self._watchdog = Watchdog(spec.watchdog, decoder.spec.vocab_size)
-        self._progress = Progress()
+        self._lora = TrainableLora(decoder, spec.targets, spec.shape, seed=spec.recipe.seed)
+        self._optimizer = Optimizer(self._lora.parameters(), spec.recipe, self._lora.shards)
+        self._progress = RunProgress()
         self._best: Mapping[str, Tensor] | None = None
-        self._halved = False
         if restored is not None:
             self._lora.restore(restored.parameters)
             self._optimizer.restore(restored.optimizer)
-            self._progress = restored.progress
+            self._progress = msgspec.structs.replace(restored.progress)
             self._best = restored.best or restored.parameters
-        super().__init__(on_event, clock)
+        self._watchdog = Watchdog(spec.recipe, decoder.spec.vocab_size, above=self._progress.steps_above)
+        super().__init__(on_event, clock, whole=whole)
+        self.pacer.learn(self._progress.rates)
 
     @property
     def step(self) -> int:
@@ -82,7 +275,7 @@ class TrainingRun(SlicedRun):
 
     @property
     def paused(self) -> bool:
-        """Whether it stands still at a step's end."""
+        """True if it stands still at a step's end."""
         return self._paused
 
     # -- the run -------------------------------------------------------------------------------
@@ -115,15 +308,17 @@ class TrainingRun(SlicedRun):
                     step=progress.step,
                     epoch=epoch,
                     loss=score.mean,
-                    learning_rate=self._rate(progress.step),
+                    learning_rate=self._spec.learning_rate(progress.step),
                     grad_norm=norm,
                     tokens=tokens,
                     trained_tokens=score.tokens,
                     accuracy=score.accuracy,
                     seconds=now - began,
                     busy_seconds=now_busy - busy,
+                    metrics=score.metrics,
                 )
             )
+            self._headway.end_step()
             began, busy = now, now_busy
             if (yield from self._after_step()):
                 break
@@ -131,7 +326,7 @@ class TrainingRun(SlicedRun):
 
     def _groups(self) -> Iterator[tuple[float, MicroBatches]]:
         """The micro-batches of each step that is still to do, and the epoch that it ends at."""
-        size, total = self._spec.accumulation, self._spec.schedule.total_steps
+        size, total = self._spec.recipe.gradient_accumulation_steps, self._spec.schedule.total_steps
         step = epoch = 0
         while step < total:
             batches = self._batches(epoch)
@@ -147,50 +342,54 @@ class TrainingRun(SlicedRun):
         step = self._progress.step + 1
         failpoint("train.step", step)
         score = yield from self._gradients(step, group)
-        norm = yield from self._optimizer.step(self._spec.schedule.factor(step))
+        norm = yield from self._optimizer.step(rate_factor(self._spec.recipe, self._spec.schedule, step))
         self._watchdog.check(step, score.mean, norm)
+        self._progress.steps_above = self._watchdog.above
         return score, norm
 
     def _gradients(self, step: int, group: MicroBatches) -> Sliced[Score]:
-        """Where memory runs out, once in a run, all micro-batches are halved from there on."""
+        """Compute a step's gradients. Once memory has run out, all micro-batches are halved for the rest of the run."""
+        halves = halve(group, self._loss.group_size)
         try:
-            return (yield from self._accumulate(step, halve(group) if self._halved else group))
+            return (yield from self._accumulate(step, halves if self._progress.halved else group))
         except Exception as error:
-            if self._halved or not is_out_of_memory(error) or halve(group) == list(group):
+            if self._progress.halved or not is_out_of_memory(error) or halves == list(group):
                 raise
-        self._halved = True
+        self._progress.halved = True
         self._optimizer.zero_grad()
-        return (yield from self._accumulate(step, halve(group)))
+        return (yield from self._accumulate(step, halves))
 
     def _accumulate(self, step: int, group: MicroBatches) -> Sliced[Score]:
-        trained = sum(example.num_trained for micro in group for example in micro)
-        total = Score()
+        units = sum(self._loss.units([example.num_trained for example in micro]) for micro in group)
+        total, recipe = Score(), self._spec.recipe
+        self._headway.begin("train", step - 1, group)
         for index, examples in enumerate(group):
             micro = micro_step(
                 self._decoder,
                 self._ops,
                 self._lora,
-                pack(examples, self._decoder.device),
-                dropout=self._spec.dropout,
-                seed=mix(self._spec.seed, step, index),
-                checkpointing=self._spec.checkpointing,
+                collate(examples, self._decoder.device),
+                loss=self._loss,
+                dropout=recipe.lora_dropout,
+                seed=mix(recipe.seed, step, index),
+                checkpointing=recipe.gradient_checkpointing,
             )
-            yield from micro.forward_backward(1 / max(1, trained))
+            yield from self._headway.watch(micro.forward_backward(1 / max(1, units)), micro, examples)
             total.add(micro.score)
         return total
 
     def _after_step(self) -> Sliced[bool]:
         """Evaluate, capture and stand still where that is due; True when the run should end early."""
-        spec, progress = self._spec, self._progress
+        schedule, progress = self._spec.schedule, self._progress
         stop = False
-        last = progress.step == spec.schedule.total_steps
-        if self._test and spec.eval_every and (progress.step % spec.eval_every == 0 or last):
+        last = progress.step == schedule.total_steps
+        if self._test and schedule.eval_every and (progress.step % schedule.eval_every == 0 or last):
             stop = yield from self._evaluate()
-        if spec.save_every and progress.step % spec.save_every == 0 and not last:
-            self._capture()
+        if schedule.save_every and progress.step % schedule.save_every == 0 and not last and not stop:
+            yield from self._capture()
             self._on_event(CheckpointEvent(step=progress.step, best=progress.best_step == progress.step))
-        if self._pause_asked and not last:
-            self._capture()
+        if self._pause_asked and not last and not stop:
+            yield from self._capture()
             self._paused = True
             self._on_event(PausedEvent(step=progress.step))
             yield Slice("pause", 1)
@@ -200,9 +399,11 @@ class TrainingRun(SlicedRun):
     def _evaluate(self) -> Sliced[bool]:
         """Score the held-out rows, and remember the best parameters; True when it has not improved for too long."""
         total = Score()
+        self._headway.begin("eval", self._progress.step, self._test)
         for examples in self._test:
-            micro = micro_step(self._decoder, self._ops, self._lora, pack(examples, self._decoder.device))
-            yield from micro.evaluate()
+            batch = collate(examples, self._decoder.device)
+            micro = micro_step(self._decoder, self._ops, self._lora, batch, loss=self._loss)
+            yield from self._headway.watch(micro.evaluate(), micro, examples)
             total.add(micro.score)
         progress = self._progress
         better = progress.best_loss is None or total.mean < progress.best_loss
@@ -211,16 +412,24 @@ class TrainingRun(SlicedRun):
             self._best = self._lora.capture()
         else:
             progress.worse_evals += 1
-        self._on_event(EvalEvent(step=progress.step, loss=total.mean, accuracy=total.accuracy, tokens=total.tokens))
-        patience = self._spec.early_stopping
+        self._on_event(
+            EvalEvent(
+                step=progress.step,
+                loss=total.mean,
+                accuracy=total.accuracy,
+                tokens=total.tokens,
+                metrics=total.metrics,
+            )
+        )
+        patience = self._spec.recipe.early_stopping_patience
         return patience is not None and progress.worse_evals >= patience
 
     def _finish(self) -> Slices:
         progress = self._progress
-        if self._test and not self._spec.eval_every:
+        if self._test and not self._spec.schedule.eval_every:
             yield from self._evaluate()
         done = progress.step == self._spec.schedule.total_steps
-        self._capture(last=True)
+        yield from self._capture(last=True)
         self._on_event(
             FinishedEvent(
                 step=progress.step,
@@ -229,31 +438,37 @@ class TrainingRun(SlicedRun):
             )
         )
 
-    def _capture(self, *, last: bool = False) -> None:
-        """`last`: nothing goes on from here, so the optimiser's state is left out."""
-        progress = msgspec.structs.replace(self._progress)
-        self._snapshots[progress.step] = Snapshot(
-            progress=progress,
-            parameters=self._lora.capture(),
-            optimizer={} if last else self._optimizer.capture(),
-            best=None if progress.best_step in (0, progress.step) else self._best,
-            write_adapter=lambda path, captured: self._write_adapter(path, self._lora.layers_of(captured)),
+    def _capture(self, *, last: bool = False) -> Slices:
+        """Add a snapshot, once there is room for it (`bound_untaken`). `last`: nothing continues from here, so the
+        optimiser's state is left out."""
+        while self._backlogged:
+            self._waits_for_disk = True
+            yield Slice("disk", 1)
+        self._waits_for_disk = False
+        progress = msgspec.structs.replace(self._progress, rates=self.pacer.rates)
+        self._snapshots.append(
+            Snapshot(
+                progress=progress,
+                parameters=self._lora.capture(),
+                optimizer={} if last else self._optimizer.capture(),
+                best=None if progress.best_step in (0, progress.step) else self._best,
+                write_adapter=lambda path, captured: self._write_adapter(path, self._lora.layers_of(captured)),
+            )
         )
 
-    def _rate(self, step: int) -> float:
-        return self._spec.optimizer.learning_rate * self._spec.schedule.factor(step)
 
-
-def make_run_on(decoder: Model) -> MakeRun:
-    """Makes runs on a decoder in this process."""
+def make_run_on(decoder: Model, *, whole: bool = False) -> MakeRun:
+    """Makes runs on a decoder in this process. `whole`: see `Pacer`."""
 
     def make(
         spec: RunSpec,
-        feed: Feed,
+        feed: ExampleFeed,
         on_event: Callable[[RunEvent], None],
         write_adapter: WriteAdapter,
         restored: Restored | None,
     ) -> TrainingRun:
-        return TrainingRun(decoder, spec, feed.epoch, feed.test, on_event, write_adapter, restored=restored)
+        return TrainingRun(
+            decoder, spec, feed.epoch, feed.test, on_event, write_adapter, restored=restored, whole=whole
+        )
 
     return make

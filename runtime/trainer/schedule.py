@@ -1,4 +1,4 @@
-"""How many steps a job takes, and at which ones something happens besides training."""
+"""Number of a job's steps, the steps at which something happens besides training, and the learning rate over them."""
 
 import math
 
@@ -8,11 +8,11 @@ from runtime.trainer.recipe import Recipe
 
 DEFAULT_WARMUP = 0.03
 MOST_DEFAULT_WARMUP = 100
-"""Axolotl's defaults, where a recipe says nothing of warmup."""
+"""Axolotl's defaults, for recipes without warmup settings."""
 
 
 class Schedule(Struct, frozen=True, kw_only=True):
-    """In steps of the optimiser, counted from 1. The last step of an epoch may have fewer micro-batches."""
+    """Schedule in steps of the optimiser, counted from 1. The last step of an epoch may have fewer micro-batches."""
 
     microbatches_per_epoch: int
     steps_per_epoch: int
@@ -27,7 +27,7 @@ class Schedule(Struct, frozen=True, kw_only=True):
 
 
 def make_schedule(recipe: Recipe, microbatches: int, *, evaluates: bool) -> Schedule:
-    """The schedule of a recipe whose epochs have so many micro-batches."""
+    """The schedule of a recipe whose epochs have `microbatches` micro-batches."""
     per_epoch = math.ceil(microbatches / recipe.gradient_accumulation_steps)
     # A hair less, so that 0.1 × 30 is 3 steps and not 4.
     total = recipe.max_steps or max(1, math.ceil(per_epoch * recipe.num_epochs - 1e-9))
@@ -46,6 +46,21 @@ def make_schedule(recipe: Recipe, microbatches: int, *, evaluates: bool) -> Sche
         eval_every=eval_every,
         save_every=save_every,
     )
+
+
+def rate_factor(recipe: Recipe, schedule: Schedule, step: int) -> float:
+    """Factor of the learning rate at step `step` (from 1): a linear warmup, then `lr_scheduler`. The values of
+    transformers' `get_scheduler`."""
+    done, warmup = step - 1, schedule.warmup_steps
+    if done < warmup:
+        return done / max(1, warmup)
+    progress = (done - warmup) / max(1, schedule.total_steps - warmup)
+    if recipe.lr_scheduler in ("constant", "constant_with_warmup"):
+        return 1.0
+    if recipe.lr_scheduler == "linear":
+        return max(0.0, 1.0 - progress)
+    least = recipe.cosine_min_lr_ratio or 0.0
+    return least + (1 - least) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
 def _every(steps: float | None, times: int | None, per_epoch: int, total: int) -> int | None:

@@ -1,15 +1,16 @@
-"""What of a model's shape decides what an adapter for it is: the linears, and how large things are."""
+"""The part of a model's shape that decides the shape of its adapters: the linears, and sizes."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from msgspec import Struct
 
 if TYPE_CHECKING:
-    from runtime.workers.lora_base import LoraBase
-    from runtime.workers.spec import DecoderSpec
+    from runtime.model.lora_base import LoraBase
+    from runtime.model.spec import DecoderSpec
 
 
 class ModelShape(Struct, frozen=True, kw_only=True):
@@ -22,9 +23,15 @@ class ModelShape(Struct, frozen=True, kw_only=True):
     linears: dict[str, tuple[int, int]]
     """A layer's linears by their name in the checkpoint (`self_attn.q_proj`) → (in, out) features."""
     bytes_per_value: int = 4
-    """Of activations: 4 in float32, 2 in bfloat16."""
+    """Bytes of an activation: 4 in float32, 2 in bfloat16."""
     prefix: str = "model.layers"
-    """What the full name of a linear begins with, as PEFT writes it."""
+    """Prefix of the full name of a linear, as PEFT writes it."""
+
+
+def watchdog_threshold(vocab_size: int) -> float:
+    """Loss, in nats a token, above which a run is lost where its recipe names none: one more than that of guessing
+    evenly among all tokens."""
+    return math.log(vocab_size) + 1
 
 
 def shape_of_base(spec: DecoderSpec, base: LoraBase, *, bytes_per_value: int) -> ModelShape:

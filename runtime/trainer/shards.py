@@ -1,6 +1,6 @@
-"""Trained parameters of which every rank holds a part: what is added up, and how wholes are made of them.
+"""Trained parameters of which every rank holds a part: their sums over ranks, and gathering of whole parameters.
 
-One rank holds everything, and all of this leaves things as they are.
+One rank holds everything, and then all of this changes nothing.
 """
 
 from collections.abc import Mapping
@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from runtime.workers.group import Group
-from runtime.workers.split import Split
+from runtime.model.group import Group
+from runtime.model.split import Split
 
 
 @dataclass(frozen=True)
 class Held:
-    """Which indices along which dimension of a whole parameter are here."""
+    """Indices along one dimension of a whole parameter that are held here."""
 
     split: Split
     dim: int
@@ -29,17 +29,17 @@ class Shards:
         self._group = group
         self._held = held
         self._copies = {split: _copies(split, group, device) for split in dict.fromkeys(h.split for h in held.values())}
-        """How many ranks hold each index of the whole. A fused projection may have heads of both kinds, alone and
+        """Number of ranks that hold each index of the whole. A fused projection may have heads of both kinds, alone and
         copied."""
 
     def shape(self, name: str, tensor: Tensor) -> torch.Size:
-        """Of the whole parameter of which `tensor` is held here."""
+        """Shape of the whole parameter of which `tensor` is held here."""
         held, sizes = self._held[name], list(tensor.shape)
         sizes[held.dim] = held.split.full
         return torch.Size(sizes)
 
     def pick(self, name: str, whole: Tensor) -> Tensor:
-        """What is held here of something that is shaped as the parameter; other things are whole."""
+        """The part held here of a tensor that is shaped as the parameter; other tensors stay whole."""
         held = self._held[name]
         return held.split.pick(whole, held.dim) if _is_shaped(whole, held) else whole
 
@@ -64,7 +64,7 @@ class Shards:
         spread = [grad if held.split.is_whole else self._spread(held, grad) for held, grad in shared]
         if not spread:
             return
-        total = self._group.add_up(torch.cat([grad.flatten() for grad in spread]))
+        total = self._group.all_reduce(torch.cat([grad.flatten() for grad in spread]))
         for (held, grad), like, piece in zip(
             shared, spread, torch.split(total, [g.numel() for g in spread]), strict=True
         ):
@@ -76,10 +76,10 @@ class Shards:
         total = torch.zeros((), dtype=torch.float64, device=device)
         for name, grad in grads.items():
             total += (grad.double().square() / self._counts(self._held[name], grad)).sum()
-        return float(self._group.add_up(total.unsqueeze(0)))
+        return float(self._group.all_reduce(total.unsqueeze(0)))
 
     def _counts(self, held: Held, tensor: Tensor) -> Tensor:
-        """How many ranks hold each value of what is here, to divide by."""
+        """Number of ranks that hold each value that is here, to divide by."""
         return _along(held.split.pick(self._copies[held.split]), held.dim, tensor.ndim)
 
     def _spread(self, held: Held, tensor: Tensor) -> Tensor:
@@ -92,8 +92,8 @@ class Shards:
     def _whole(self, held: Held, tensor: Tensor, *, is_state: bool = False) -> Tensor:
         if held.split.is_whole or (is_state and tensor.ndim != 2):
             return tensor
-        # What several ranks hold is the same on all of them.
-        total = self._group.add_up(self._spread(held, tensor))
+        # Values that several ranks hold are the same on all of them.
+        total = self._group.all_reduce(self._spread(held, tensor))
         return total / _along(self._copies[held.split], held.dim, total.ndim)
 
 
@@ -102,7 +102,7 @@ def _copies(split: Split, group: Group, device: torch.device) -> Tensor:
         return torch.full((split.full,), float(group.size), device=device)
     held = torch.zeros(split.full, device=device)
     split.put(held, torch.ones(split.size, device=device))
-    return group.add_up(held)
+    return group.all_reduce(held)
 
 
 def _along(counts: Tensor, dim: int, ndim: int) -> Tensor:

@@ -1,35 +1,86 @@
-"""A run of slices, seen by who drives it and by who asks things of it; what the slices do is a subclass's.
+"""A run of slices: methods that drive it, and methods that control it. A subclass defines the slices.
 
-`pause`, `resume` and `cancel` may be called from any thread; a pause takes effect at the end of a step, where there is
-something to go on from.
+`pause`, `resume` and `cancel` may be called from any thread; a pause takes effect at the end of a step, from which
+the run can continue.
 """
 
+import threading
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from runtime.trainer.events import CancelledEvent, RunEvent
-from runtime.trainer.feed import Feed
-from runtime.trainer.slices import Pacer, Slices
+from runtime.events import CancelledEvent, FailedEvent, RunEvent
+from runtime.model.lora import LoraLayers, LoraShape
+from runtime.support.logs import get_logger
+from runtime.support.memory import give_back_memory
+from runtime.trainer.batches import ExampleFeed
+from runtime.trainer.lora import Targets
+from runtime.trainer.recipe import Recipe
+from runtime.trainer.schedule import Schedule, rate_factor
+from runtime.trainer.slices import Pacer, Share, Slices
 from runtime.trainer.snapshot import Restored, Snapshot
-from runtime.trainer.spec import RunSpec
-from runtime.workers.lora import LoraLayers
+
+# -- input -----------------------------------------------------------------------------------------
+#
+# Input of a training run apart from the model and the data.
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossSpec:
+    """The loss by its name in `runtime.trainer.losses`, and its options."""
+
+    name: str = "supervised"
+    options: dict[str, float | str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSpec:
+    """One training run. Hyper-parameters are read from the recipe itself, which declares them."""
+
+    recipe: Recipe = field(repr=False)
+    schedule: Schedule
+    """Steps of the optimiser that the recipe comes to with its data."""
+    targets: Targets = field(repr=False)
+    loss: LossSpec = LossSpec()
+
+    @property
+    def shape(self) -> LoraShape:
+        """Rank and scale of the adapter."""
+        recipe = self.recipe
+        return LoraShape(rank=recipe.lora_r, alpha=recipe.lora_alpha, rslora=recipe.peft_use_rslora)
+
+    def learning_rate(self, step: int) -> float:
+        """Learning rate of a step, from 1."""
+        return self.recipe.learning_rate * rate_factor(self.recipe, self.schedule, step)
+
 
 WriteAdapter = Callable[[Path, LoraLayers], None]
 """Writes an adapter in PEFT's format into a fresh directory, and syncs it."""
 
 
 class SlicedRun(ABC):
-    """`pacer` drives it. Reports through `on_event`, on the thread that drives it."""
+    """`pacer` drives it. Reports through `on_event`, on the thread that drives it.
 
-    def __init__(self, on_event: Callable[[RunEvent], None], clock: Callable[[], float]) -> None:
+    Every event that announces a snapshot (a checkpoint, a pause, the end) has one of its own, in the events' order,
+    even where two are of the same step.
+    """
+
+    def __init__(
+        self, on_event: Callable[[RunEvent], None], clock: Callable[[], float], *, whole: bool = False
+    ) -> None:
+        """`whole`: see `Pacer`."""
         self._on_event = on_event
-        self._snapshots: dict[int, Snapshot] = {}
+        self._snapshots: deque[Snapshot] = deque()
+        self._waits_for_disk = False
+        self._max_untaken: int | None = None
+        """None: any number, for a run whose snapshots are not written as they come."""
         self._pause_asked = False
         self._cancel_asked = False
         self._paused = False
-        self.pacer = Pacer(self._slices(), clock)
+        self.pacer = Pacer(self._slices(), clock, whole=whole)
 
     @property
     @abstractmethod
@@ -42,13 +93,23 @@ class SlicedRun(ABC):
 
     # -- from any thread -----------------------------------------------------------------------
 
+    def bound_untaken(self, most: int) -> None:
+        """Have the run wait before it captures a snapshot while `most` wait to be taken."""
+        self._max_untaken = most
+
     @property
     def ready(self) -> bool:
-        """Is there anything to do now?"""
-        return not self.pacer.done and (self._cancel_asked or not (self._paused and self._pause_asked))
+        """True if there is anything to do now."""
+        if self.pacer.done or self._cancel_asked:
+            return not self.pacer.done
+        return not (self._paused and self._pause_asked) and not (self._waits_for_disk and self._backlogged)
+
+    @property
+    def _backlogged(self) -> bool:
+        return self._max_untaken is not None and len(self._snapshots) >= self._max_untaken
 
     def work(self, seconds: float, *, longest: float | None = None) -> float:
-        """Train for about so long; returns how long it was. On the engine thread. `longest`: see `Pacer.run`."""
+        """Train for about `seconds`; returns the seconds it took. On the engine thread. `longest`: see `Pacer.run`."""
         if self._cancel_asked and not self.pacer.done:
             self.pacer.close()
             self._on_event(CancelledEvent(step=self.step))
@@ -69,8 +130,13 @@ class SlicedRun(ABC):
         self._cancel_asked = True
 
     def take_snapshot(self, step: int) -> Snapshot:
-        """What was captured at `step`, once. Raises `KeyError` for a step without."""
-        return self._snapshots.pop(step)
+        """The earliest snapshot of `step` that was not taken yet. Raises `KeyError` for a step
+        without. The run may wait for this (`ready`): drive it again afterwards."""
+        for place, snapshot in enumerate(self._snapshots):
+            if snapshot.progress.step == step:
+                del self._snapshots[place]
+                return snapshot
+        raise KeyError(step)
 
 
 class MakeRun(Protocol):
@@ -80,8 +146,77 @@ class MakeRun(Protocol):
     def __call__(
         self,
         spec: RunSpec,
-        feed: Feed,
+        feed: ExampleFeed,
         on_event: Callable[[RunEvent], None],
         write_adapter: WriteAdapter,
         restored: Restored | None,
     ) -> SlicedRun: ...
+
+
+# -- host ------------------------------------------------------------------------------------------
+#
+# The engine thread's side of training: holds the run that is being trained, and gives it its share of the time.
+
+# Training between two looks at the inbox, when there are no requests.
+IDLE_TURN_SECONDS = 0.05
+# The longest slice then: what a first token may have to wait.
+MAX_SLICE_SECONDS = 0.2
+
+log = get_logger(__name__)
+
+
+class TrainingHost:
+    """`runtime.engine.service.Background` of at most one run.
+
+    `attach` and `detach` are called on the engine thread.
+    """
+
+    def __init__(self, share: Share, on_slices: Callable[[float], None] = lambda seconds: None) -> None:
+        """`on_slices` is called with the seconds of every stretch of training."""
+        self._share = share
+        self._on_slices = on_slices
+        self._run: SlicedRun | None = None
+        self._on_event: Callable[[RunEvent], None] | None = None
+
+    @property
+    def ready(self) -> bool:
+        run = self._run
+        return run is not None and run.ready
+
+    def attach(self, run: SlicedRun, on_event: Callable[[RunEvent], None]) -> None:
+        """`on_event` gets the errors that the run does not handle itself."""
+        assert self._run is None or self._run.pacer.done, "one run at a time"
+        self._run, self._on_event = run, on_event
+
+    def detach(self, run: SlicedRun) -> None:
+        """Forget a run, wherever it is. One that is not attached is fine."""
+        if self._run is run:
+            run.pacer.close()
+            self._run = self._on_event = None
+
+    def idle(self) -> None:
+        self._work(IDLE_TURN_SECONDS, longest=MAX_SLICE_SECONDS)
+
+    def between_steps(self, step_seconds: float, *, decoding: bool, first_tokens_due: bool) -> None:
+        if not self.ready:
+            return
+        budget = self._share.budget(step_seconds, decoding=decoding, first_tokens_due=first_tokens_due)
+        self._share.settle(budget, self._work(budget) if budget > 0 else 0.0)
+
+    def _work(self, seconds: float, *, longest: float | None = None) -> float:
+        run, on_event = self._run, self._on_event
+        if run is None or on_event is None:
+            return 0.0
+        try:
+            spent = run.work(seconds, longest=longest)
+        except Exception:
+            log.exception("training_failed")
+            run.pacer.close()
+            message = "An internal error ended this job; the server's log has it."
+            on_event(FailedEvent(step=run.step, code="internal_error", message=message))
+            return 0.0
+        if spent:
+            self._on_slices(spent)
+        if run.pacer.done:
+            threading.Thread(target=give_back_memory, name="trim", daemon=True).start()
+        return spent

@@ -2,13 +2,15 @@
 
 A training step is a generator. Before each piece of work it yields a `Slice` that says what comes next and how
 much of it there is, and is sent back how much it may do now. So the same loop runs a whole layer at once on an idle
-machine, and a few tokens of it between two inference steps. Knows no tensors.
+machine, and a few tokens of it between two inference steps. Uses no tensors.
 """
 
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias, TypeVar
+
+import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,30 +20,34 @@ class Slice:
     kind: str
     """Pieces of one kind cost alike: what is learned of one is used for the next."""
     amount: int
-    """How much there is of it, in the kind's own unit (tokens, heads, layers). At least 1."""
+    """Amount of the work, in the kind's own unit (tokens, heads, layers). At least 1."""
     least: int = 1
     """Do not cut it smaller than this: below, the overhead is the most of it."""
     then: str | None = None
     """Kind of the work that will later be done on exactly this piece: it should fit too."""
     again: str | None = None
-    """This piece is there already, as a whole: whoever cuts it has it computed again, which is work of this kind."""
+    """This piece is there already, as a whole: to cut it is to compute it again, which is work of this kind."""
 
 
-DOUBT = 0.9
-SMOOTHING = 0.1
+# A learned cost that keeps work from being tried is lowered by this factor.
+DOUBTED_COST_FACTOR = 0.9
+# Weight of the newest value in smoothed budgets and step times.
+EMA_WEIGHT = 0.1
 
 T = TypeVar("T")
 Sliced: TypeAlias = Generator[Slice, int, T]
-"""Yields what it wants to do; is sent how much it may: at least the `least`, at most the `amount`."""
+"""Yields the work to do; is sent how much of it may be done: at least the `least`, at most the `amount`."""
 Slices: TypeAlias = Sliced[None]
 
 
 class Pacer:
     """Drives a generator of slices, some seconds at a time."""
 
-    def __init__(self, slices: Slices, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, slices: Slices, clock: Callable[[], float] = time.monotonic, *, whole: bool = False) -> None:
+        """`whole`: cut nothing, however long it takes."""
         self._slices = slices
         self._clock = clock
+        self._whole = whole
         self._rates: dict[str, float] = {}
         self._next: Slice | None = None
         self._started = False
@@ -57,11 +63,11 @@ class Pacer:
         """Do slices for about `budget` seconds; returns the seconds spent.
 
         A slice that would not fit is cut, but never below its `least`: then it is left for another time. One of
-        which nothing is known yet is tried with the least there can be. `may_go_on` is asked before each. With
+        unknown cost is tried with the least there can be. `may_go_on` is called before each. With
         `longest` the last slice may exceed the budget: none is cut that takes no longer than that.
         """
         if longest is None:
-            self._usual += SMOOTHING * (budget - self._usual) if self._usual else budget
+            self._usual += EMA_WEIGHT * (budget - self._usual) if self._usual else budget
         spent = 0.0
         while not self.done and may_go_on() and (longest is None or spent < budget):
             wanted = self.peek()
@@ -75,21 +81,32 @@ class Pacer:
             spent += self.do(kind, granted)
         return spent
 
+    @property
+    def rates(self) -> dict[str, float]:
+        """Seconds for one of each kind's unit, for the kinds measured so far. A copy."""
+        return dict(self._rates)
+
+    def learn(self, rates: Mapping[str, float]) -> None:
+        """Take over another run's rates, so that the same pieces are cut as it would have cut."""
+        self._rates.update(rates)
+
     def close(self) -> None:
         self._slices.close()
         self.done = True
 
     def peek(self) -> Slice | None:
-        """What is to be done next; None at the end."""
+        """The next slice; None at the end."""
         if not self._started:
             self._started = True
             self._advance(None)
         return self._next
 
     def _grant(self, wanted: Slice, seconds: float) -> tuple[str, int]:
-        """How much of the slice to do now, and which kind of work that is."""
+        """Kind of the work to do now, and how much of the slice that is."""
         least = min(wanted.least, wanted.amount)
         kind = wanted.kind
+        if self._whole:
+            return kind, wanted.amount
         if wanted.again is not None:
             cost = self._rates.get(kind, 0.0) * wanted.amount
             if cost <= seconds:
@@ -109,20 +126,20 @@ class Pacer:
         return kind, wanted.amount if wanted.amount - fits < least else fits
 
     def _doubt(self, kind: str, then: str | None) -> None:
-        """What was learned may be wrong (something else ran): without doubt it would never be tried again."""
+        """Lower a learned cost that may be wrong (something else ran): else the work would never be tried again."""
         for one in (kind, then):
             if one in self._rates:
-                self._rates[one] *= DOUBT
+                self._rates[one] *= DOUBTED_COST_FACTOR
 
     def do(self, kind: str, granted: int) -> float:
-        """Do so much of what `peek` gave, as work of this kind; returns the seconds it took."""
+        """Do `granted` units of the slice that `peek` gave, as work of this kind; returns the seconds it took."""
         begin = self._clock()
         self._advance(granted)
         seconds = self._clock() - begin
         self.busy_seconds += seconds
         rate = max(seconds, 1e-7) / granted
         known = self._rates.get(kind, rate)
-        # Dearer news counts at once, cheaper news slowly: too much time taken shows, too little does not.
+        # Adopt cost increases at once; smooth decreases: too much time taken shows, too little does not.
         self._rates[kind] = max(0.5 * (known + rate), 0.9 * known)
         return seconds
 
@@ -132,3 +149,71 @@ class Pacer:
         except StopIteration:
             self._next = None
             self.done = True
+
+
+# -- share -----------------------------------------------------------------------------------------
+#
+# Time that training may take between two inference steps.
+#
+# Requests have targets: a time per output token, and a time to the first one. Training gets what
+# the steps leave of the target, and a share of the time even where they leave nothing. Time that was not used, because
+# no slice is that small, is saved up for the next gap; excess time is owed. This code counts seconds only.
+
+# Without a target, an output token may take this many times the time of a step.
+TPOT_RATIO = 1.35
+# Most savings: they must not add up to a visible pause.
+MAX_SAVED_GAPS = 0.25
+# A step counts as at most this many times the typical one.
+MAX_RISE_RATIO = 1.25
+
+
+class Share:
+    """Budgets for one engine."""
+
+    def __init__(self, *, tpot_target: float | None, min_share: float) -> None:
+        self._tpot_target = tpot_target
+        self._floor = min_share / (1 - min_share)
+        self._typical: float | None = None
+        """Seconds of a step that only decodes: smoothed."""
+        self._saved = 0.0
+
+    def budget(self, step_seconds: float, *, decoding: bool, first_tokens_due: bool) -> float:
+        """Seconds for the gap after a step, savings and debts included; may be negative. `decoding`: the step did
+        nothing else, so it is one between two tokens."""
+        least = self._floor * step_seconds
+        if decoding:
+            known = self._typical or step_seconds
+            # One step that took ten times as long, because something else ran, is not typical.
+            self._typical = known + EMA_WEIGHT * (min(step_seconds, MAX_RISE_RATIO * known) - known)
+        gap = least
+        if not first_tokens_due:  # a request without tokens waits for no more than training's share
+            target = self._tpot_target or TPOT_RATIO * (self._typical or 0.0)
+            gap = max(target - step_seconds, least)
+        self._saved = min(self._saved, MAX_SAVED_GAPS * gap)
+        return gap + self._saved
+
+    def settle(self, budget: float, spent: float) -> None:
+        """Save what is left of a budget, owe what is missing."""
+        self._saved = budget - spent
+
+
+# -- clock -----------------------------------------------------------------------------------------
+#
+# Time as training spends it, on any device.
+
+
+def clock_of(device: torch.device) -> Callable[[], float]:
+    """Seconds, monotonic, after all earlier work of the device is done.
+
+    A GPU works on what was launched long after the launches have returned. By a plain clock every slice would cost
+    next to nothing, but the one that waits for a result; so far more would be launched between two steps of requests
+    than they allow, and they wait behind it in the same stream.
+    """
+    if device.type != "cuda":
+        return time.monotonic
+
+    def clock() -> float:
+        torch.cuda.synchronize(device)
+        return time.monotonic()
+
+    return clock

@@ -1,4 +1,4 @@
-"""All that a training run needs to go on from a step, apart from model, recipe and data. On disk without pickles.
+"""All that a training run needs to continue from a step, apart from model, recipe and data. On disk without pickles.
 
 A snapshot directory holds `state.json`, a safetensors file each for the parameters, the optimiser's state and the best
 parameters so far, and `adapter_files/` in PEFT's format: what would be published. Nothing random is in it: every mask
@@ -7,6 +7,7 @@ and every order is made from the seed and the step.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -15,32 +16,38 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from runtime.durable import sync_directory, sync_file
-from runtime.failpoints import failpoint
+from runtime.support.durable import TOO_MANY_FILES, read_with, reason, sync_directory, write_file, write_with
+from runtime.support.failpoints import failpoint
 
 STATE = "state.json"
 ADAPTER = "adapter_files"
 GROUPS = ("parameters", "optimizer", "best")
 
 
-class Progress(Struct, kw_only=True):
-    """Where a run is. All numbers are after `step` steps."""
+class RunProgress(Struct, kw_only=True):
+    """State of a run. All numbers are after `step` steps."""
 
     step: int = 0
     best_step: int = 0
     best_loss: float | None = None
-    """Of the evaluations; None before the first."""
+    """Lowest loss of the evaluations; None before the first."""
     worse_evals: int = 0
     """Evaluations in a row that were no better."""
     tokens: int = 0
     trained_tokens: int = 0
+    steps_above: int = 0
+    """Steps in a row with a loss above the watchdog's threshold."""
+    halved: bool = False
+    """Memory ran out once: micro-batches are halved."""
+    rates: dict[str, float] = {}
+    """The pacer's rates: they decide where work is cut, and with that how it is rounded."""
 
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
     """Captured on the engine thread, written on another: its tensors are copies."""
 
-    progress: Progress
+    progress: RunProgress
     parameters: Mapping[str, Tensor] = field(repr=False)
     optimizer: Mapping[str, Tensor] = field(repr=False)
     best: Mapping[str, Tensor] | None = field(repr=False)
@@ -54,12 +61,9 @@ class Snapshot:
         for group, tensors in zip(
             GROUPS, (self.parameters, self.optimizer, self.best or {}), strict=True
         ):  # one file each: what is written is in memory twice meanwhile
-            path = directory / _tensors(group)
-            save_file(dict(tensors), path)
-            sync_file(path)
+            write_with(directory / _tensors(group), partial(save_file, dict(tensors)))
         failpoint("snapshot.tensors_written")
-        (directory / STATE).write_bytes(msgspec.json.encode(self.progress))
-        sync_file(directory / STATE)
+        write_file(directory / STATE, msgspec.json.encode(self.progress))
         failpoint("snapshot.state_written")
         self.write_adapter(directory / ADAPTER, self.result)
         sync_directory(directory)
@@ -74,19 +78,29 @@ class Snapshot:
 class Restored:
     """A snapshot read back."""
 
-    progress: Progress
+    progress: RunProgress
     parameters: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
     best: Mapping[str, Tensor] | None
 
 
 def read_snapshot(directory: Path) -> Restored:
-    """Raises `ValueError` for what is no complete snapshot."""
+    """Read a snapshot. Raises `ValueError` for an incomplete one, without its path, and `OSError` where the system
+    cannot read it now."""
+    name = STATE
     try:
-        progress = msgspec.json.decode((directory / STATE).read_bytes(), type=Progress)
-        parameters, optimizer, best = (load_file(directory / _tensors(group)) for group in GROUPS)
-    except (OSError, msgspec.MsgspecError, SafetensorError) as error:
-        raise ValueError(f"{directory.name} is no complete checkpoint: {error}") from error
+        progress = msgspec.json.decode((directory / name).read_bytes(), type=RunProgress)
+        groups = []
+        for group in GROUPS:
+            name = _tensors(group)
+            groups.append(read_with(directory / name, load_file))
+    except OSError as error:
+        if error.errno in TOO_MANY_FILES:
+            raise
+        raise ValueError(f"{directory.name} is no complete checkpoint: {name}: {reason(error)}") from error
+    except (msgspec.MsgspecError, SafetensorError) as error:
+        raise ValueError(f"{directory.name} is no complete checkpoint: {name} is damaged ({error})") from error
+    parameters, optimizer, best = groups
     return Restored(progress, parameters, optimizer, best or None)
 
 

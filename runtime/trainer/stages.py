@@ -1,8 +1,8 @@
 """A decoder layer as training runs it: stages, each cut into pieces.
 
 A piece is a small autograd graph of its own between detached tensors, so that the backward pass is made of slices
-too. Most stages work token by token, attention sequence by sequence and head by head. What goes from stage to stage
-has a name, and so has its gradient. Where a stage is cut changes nothing but rounding.
+too. Most stages work token by token, attention sequence by sequence and head by head. Each value that passes from stage
+to stage has a name, and so has its gradient. The place of a cut changes nothing but rounding.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -13,52 +13,55 @@ import torch
 from torch import Tensor
 
 from kernels.training import TrainingOps
+from runtime.model.attention import PackedAttention
+from runtime.model.decoder import Decoder, DecoderLayer
 from runtime.trainer.lora import TrainableLora, TrainingAdaptation
 from runtime.trainer.microbatch import MicroBatch
 from runtime.trainer.slices import Slice, Sliced, Slices
-from runtime.workers.attention import PackedAttention
-from runtime.workers.decoder import Decoder, DecoderLayer
 
+# Fewer tokens at once, and reading the weights costs more than computing with them.
 LEAST_TOKENS = 64
-"""Fewer tokens at once, and reading the weights costs more than computing with them."""
 
 
 @dataclass(frozen=True, eq=False)
 class Context:
-    """What all layers of a micro-step share."""
+    """State that all layers of a micro-step share."""
 
     decoder: Decoder
     ops: TrainingOps
-    lora: TrainableLora
+    lora: TrainableLora | None
+    """None: the model without its adapter."""
     batch: MicroBatch
     dropout: float
     seed: int
     """Decides the dropout masks."""
     angles: tuple[Tensor, Tensor]
     lowest: int
-    """Below this layer nothing is trained, so no gradient is wanted."""
+    """Below this layer nothing is trained, so no gradient is computed."""
 
     @property
     def stretches(self) -> tuple[slice, ...]:
         """Tokens that are attended to in one piece of work: a sequence, or all of them."""
         return (slice(0, self.batch.num_tokens),) if self.ops.packs else self.batch.sequences
 
-    def adaptation(self, rows: slice) -> TrainingAdaptation:
+    def adaptation(self, rows: slice) -> TrainingAdaptation | None:
+        if self.lora is None:
+            return None
         tokens = self.batch.num_tokens
         return TrainingAdaptation(self.lora, dropout=self.dropout, seed=self.seed, rows=rows, num_tokens=tokens)
 
 
 @dataclass(frozen=True, eq=False)
-class Piece:
+class StagePiece:
     """A part of a stage that was computed: from detached inputs to outputs."""
 
     rows: slice
-    """Of the micro-batch's tokens."""
+    """Tokens of the piece among the micro-batch's."""
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
 
     def backward(self, grads: Sequence[Tensor]) -> list[Tensor | None]:
-        """Adds to the parameters' gradients; returns the inputs', None for those that want none."""
+        """Adds to the parameters' gradients; returns the inputs', None for inputs that need none."""
         wanting = [(out, grad) for out, grad in zip(self.outputs, grads, strict=True) if out.requires_grad]
         if wanting:
             torch.autograd.backward([out for out, _ in wanting], [grad for _, grad in wanting])
@@ -67,18 +70,18 @@ class Piece:
 
 @dataclass(eq=False)
 class LayerState:
-    """What is known of one layer in one micro-step."""
+    """State of one layer in one micro-step."""
 
     layer: DecoderLayer
     values: dict[str, Tensor]
-    """What goes from stage to stage, for all tokens: `hidden` at first."""
-    pieces: dict[str, list[Piece]] = field(default_factory=dict)
-    """Of the stages that were computed to be used backwards, by their names."""
+    """Values that pass from stage to stage, for all tokens: `hidden` at first."""
+    pieces: dict[str, list[StagePiece]] = field(default_factory=dict)
+    """Pieces of the stages that were computed to be used backwards, by the stages' names."""
     grads: dict[str, Tensor] = field(default_factory=dict)
-    """With respect to `values`."""
+    """Gradients with respect to `values`."""
 
     def wants(self, name: str, context: Context) -> bool:
-        """Is the gradient of this value wanted?"""
+        """True if the gradient of this value is needed."""
         return name != "hidden" or self.layer.index > context.lowest
 
 
@@ -107,7 +110,7 @@ class TokenStage:
         self._run = run
 
     def forward(self, context: Context, state: LayerState, *, keep: bool) -> Slices:
-        pieces: list[Piece] = []
+        pieces: list[StagePiece] = []
         start, end = 0, context.batch.num_tokens
         kind, then = (f"{self.name}_kept", f"{self.name}_backward") if keep else (self.name, None)
         while start < end:
@@ -143,14 +146,14 @@ class TokenStage:
         for name in self._outputs:
             del state.grads[name]
 
-    def _piece(self, context: Context, state: LayerState, rows: slice, *, keep: bool) -> Piece:
+    def _piece(self, context: Context, state: LayerState, rows: slice, *, keep: bool) -> StagePiece:
         inputs = tuple(
             state.values[name][rows].detach().requires_grad_(keep and state.wants(name, context))
             for name in self._inputs
         )
         with torch.set_grad_enabled(keep):
             made = self._run(state.layer, context.ops, *inputs, context.adaptation(rows))
-        return Piece(rows, inputs, made if isinstance(made, tuple) else (made,))
+        return StagePiece(rows, inputs, made if isinstance(made, tuple) else (made,))
 
 
 class AttendStage:
@@ -161,7 +164,7 @@ class AttendStage:
 
     def forward(self, context: Context, state: LayerState, *, keep: bool) -> Slices:
         heads = context.decoder.heads.kv.size
-        pieces: list[Piece] = []
+        pieces: list[StagePiece] = []
         for stretch in context.stretches:
             size = _size(stretch)
             kind, then = (f"attend_kept/{size}", f"attend_backward/{size}") if keep else (f"attend/{size}", None)
@@ -194,14 +197,14 @@ class AttendStage:
                 head += done
             head %= held.kv.size
 
-    def _use(self, context: Context, state: LayerState, piece: Piece, heads: range, grad: Tensor) -> None:
+    def _use(self, context: Context, state: LayerState, piece: StagePiece, heads: range, grad: Tensor) -> None:
         queries, groups = _heads(context, heads)
         found = piece.backward([grad[piece.rows, queries]])
         for name, place, value in zip("qkv", (queries, groups, groups), found, strict=True):
             assert value is not None
             state.grads[name][piece.rows, place] = value
 
-    def _piece(self, context: Context, state: LayerState, rows: slice, heads: range, *, keep: bool) -> Piece:
+    def _piece(self, context: Context, state: LayerState, rows: slice, heads: range, *, keep: bool) -> StagePiece:
         queries, groups = _heads(context, heads)
         places = {"q": queries, "k": groups, "v": groups}
         q, k, v = (state.values[n][rows, at].detach().requires_grad_(keep) for n, at in places.items())
@@ -209,9 +212,9 @@ class AttendStage:
         attention = PackedAttention(context.ops, [one.stop - one.start for one in sequences], context.decoder.spec)
         cos, sin = (table[:, rows] for table in context.angles)
         with torch.set_grad_enabled(keep):
-            return Piece(rows, (q, k, v), (attention(state.layer.index, q, k, v, cos, sin),))
+            return StagePiece(rows, (q, k, v), (attention(state.layer.index, q, k, v, cos, sin),))
 
-    def _join(self, context: Context, pieces: list[Piece]) -> Tensor:
+    def _join(self, context: Context, pieces: list[StagePiece]) -> Tensor:
         """The pieces' outputs, each [some tokens, some heads, D], as one [T, H, D]."""
         made = [piece.outputs[0].detach() for piece in pieces]
         heads = context.decoder.heads.q.size
@@ -229,7 +232,7 @@ PROJECT = TokenStage("project", ("hidden",), ("q", "k", "v"), DecoderLayer.proje
 MIX = TokenStage("mix", ("hidden", "mixed"), ("residual",), DecoderLayer.mix)
 EXPAND = TokenStage("expand", ("residual",), ("inner",), DecoderLayer.expand)
 EXPAND_BESIDE = TokenStage("expand", ("hidden",), ("inner",), DecoderLayer.expand)
-"""Of layers whose MLP stands beside attention."""
+"""Stage of layers whose MLP stands beside attention."""
 CONTRACT = TokenStage("contract", ("residual", "inner"), ("out",), DecoderLayer.contract)
 
 SERIAL: tuple[Stage, ...] = (PROJECT, AttendStage(), MIX, EXPAND, CONTRACT)
@@ -272,7 +275,7 @@ class LayerStep:
 
 
 def _add(grads: dict[str, Tensor], name: str, rows: slice, grad: Tensor, total: int, *, begun: bool) -> None:
-    """Add what one of a stage's pieces gives; `begun` says that later stages have given something already."""
+    """Add the gradient from one of a stage's pieces; `begun`: later stages have added to it already."""
     if begun:
         grads[name][rows] += grad
     elif len(grad) == total:

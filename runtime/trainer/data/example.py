@@ -1,13 +1,42 @@
-"""Rows that cannot be used: which, where and why."""
+"""Nouns of training data: a tokenised sequence with the tokens that are trained on, and a problem of a row."""
+
+from dataclasses import dataclass
 
 from runtime.errors import InvalidRequest
 
+# -- example ---------------------------------------------------------------------------------------
+#
+# The noun of training data: one tokenised sequence, and which of its tokens are trained on.
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A sequence of n tokens."""
+
+    token_ids: list[int]
+    trained: list[bool]
+    """[n] True for each token that is a target of the loss. The first never is: no token precedes it."""
+    weight: float = 1.0
+    """Weight of the sequence in the loss; the advantage, in policy gradients."""
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_trained(self) -> int:
+        return sum(self.trained)
+
+
+# -- problems --------------------------------------------------------------------------------------
+#
+# Rows that cannot be used: which, where and why.
+
 MAX_LISTED = 10
-"""Reading stops after so many bad rows: a file with more of them is of another kind."""
+"""Number of bad rows after which reading stops: a file with more of them is of another kind."""
 
 
 class RowProblem(Exception):
-    """This row cannot be an example. The message says why; whoever reads the file adds where."""
+    """This row cannot be an example. The message gives the reason; the reader of the file adds the place."""
 
 
 class BadRows(InvalidRequest):
@@ -17,7 +46,7 @@ class BadRows(InvalidRequest):
 
 
 class Rows:
-    """Collects the bad rows of all files, and says so in the end."""
+    """Collects the bad rows of all files, and raises `BadRows` for them in the end."""
 
     def __init__(self) -> None:
         self._found: list[str] = []

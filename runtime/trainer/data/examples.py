@@ -1,39 +1,107 @@
 """The examples of a recipe's datasets: read, formatted, tokenised and fitted to the length, with a count of each."""
 
 import hashlib
+import re
 from array import array
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any
 
-from msgspec import Struct
+from msgspec import Struct, field
 
 from runtime.errors import InvalidRequest
-from runtime.tokenizer import Tokenizer
+from runtime.text.tokenizer import Tokenizer
+from runtime.trainer.data.example import Example, RowProblem, Rows
 from runtime.trainer.data.files import DataFile, DataFiles
 from runtime.trainer.data.formats import Format, guess, make_format
-from runtime.trainer.data.problems import RowProblem, Rows
 from runtime.trainer.data.readers import Row, read_rows
-from runtime.trainer.data.split import row_range
-from runtime.trainer.examples import Example
 from runtime.trainer.recipe import Dataset, Recipe
+
+# -- split -----------------------------------------------------------------------------------------
+#
+# Slices of a dataset, as in `train[:20%]`.
+
+_SPLIT = re.compile(r"train(?:\[(-?[0-9]{1,12}%?)?:(-?[0-9]{1,12}%?)?\])?")
+
+
+def row_range(split: str | None, count: Callable[[], int], *, param: str) -> tuple[int, int | None]:
+    """First row and the one after the last (None: to the end) of a slice; `count` counts all rows.
+
+    A local file is one split, so its name is `train`. Raises `InvalidRequest`.
+    """
+    if split is None:
+        return 0, None
+    match = _SPLIT.fullmatch(split)
+    if match is None:
+        raise InvalidRequest(
+            f"split must be train or a slice of it, such as train[:20%] or train[100:200], got {split[:64]!r}: a "
+            "file has no other splits.",
+            param=param,
+        )
+    first, last = (bound and _bound(bound, count) for bound in match.groups())
+    return first or 0, last if last is None else int(last)
+
+
+def _bound(text: str, count: Callable[[], int]) -> int:
+    if text.endswith("%"):
+        share = int(text[:-1])
+        total = count()
+        return min(total, max(0, round(total * ((share if share >= 0 else 100 + share) / 100))))
+    number = int(text)
+    return number if number >= 0 else max(0, count() + number)
+
+
+MAX_TOKENS = 64 * 1024**2
+"""Tokens of all rows together: a job holds them in memory, some 16 bytes each."""
 
 _LOADERS = {"json": "json", "jsonl": "jsonl", "csv": "csv", "parquet": "parquet"}
 """Paths that name a format; the files are in data_files then."""
+MAX_NAMED = 10
+"""Rows of a kind that are listed by number."""
 
 
-class Counts(Struct, kw_only=True):
-    """What became of the rows that were read."""
+class RowRef(Struct, frozen=True):
+    """A row that was left out or cut, for the plan."""
+
+    file: str
+    row: int
+    """From 1."""
+    tokens: int
+
+
+class RowCounts(Struct, kw_only=True):
+    """Numbers of rows that were read, by outcome."""
 
     rows: int = 0
     used: int = 0
     truncated: int = 0
-    """Of those used."""
+    """Used rows that were cut."""
     too_long: int = 0
     too_short: int = 0
     untrained: int = 0
-    """Without a token to train on."""
+    """Rows without a token to train on."""
     duplicates: int = 0
+    named: dict[str, list[RowRef]] = field(default_factory=dict)
+    """The first rows of each of `truncated`, `too_long`, `too_short` and `untrained`."""
+
+    def note(self, what: str, file: str, row: int, tokens: int) -> None:
+        """Count a row as `what`."""
+        setattr(self, what, getattr(self, what) + 1)
+        listed = self.named.setdefault(what, [])
+        if len(listed) < MAX_NAMED:
+            listed.append(RowRef(file, row, tokens))
+
+
+@dataclass(frozen=True)
+class ReadDataset:
+    """An entry of the recipe that was read, for warnings and notes about it."""
+
+    param: str
+    """`datasets[0]`."""
+    entry: Dataset
+    format: Format
+    num_examples: int
 
 
 class Reader:
@@ -46,8 +114,11 @@ class Reader:
         self._ends = ends
         self._shared = list(range(tokenizer.vocab_size))
         """One object an id. Each list of the tokenizer's has objects of its own, of four times the size."""
+        self.datasets: list[ReadDataset] = []
+        """Entries that were read, in order."""
+        self._tokens = 0
 
-    def read(self, group: str, entries: Sequence[Dataset], counts: Counts) -> list[Example]:
+    def read(self, group: str, entries: Sequence[Dataset], counts: RowCounts) -> list[Example]:
         """The examples of `entries`, which stand under the key `group`, in the order of the files.
 
         Raises `BadRows` listing rows that cannot be used, `InvalidRequest` and `Forbidden`.
@@ -59,7 +130,7 @@ class Reader:
         rows.check()
         return found
 
-    def _entry(self, param: str, entry: Dataset, counts: Counts, rows: Rows) -> Iterator[Example]:
+    def _entry(self, param: str, entry: Dataset, counts: RowCounts, rows: Rows) -> list[Example]:
         files, kind = self._locate(param, entry)
 
         def numbered() -> Iterator[tuple[DataFile, int, Row | RowProblem]]:
@@ -68,36 +139,47 @@ class Reader:
             )
 
         first, last = row_range(entry.split, lambda: sum(1 for _ in numbered()), param=f"{param}.split")
-        before, form = counts.rows, None
+        before, form, found = counts.rows, None, list[Example]()
         for file, number, row in islice(numbered(), first, last):
             counts.rows += 1
             try:
                 if isinstance(row, RowProblem):
                     raise row
                 form = form or self._format(param, entry, row)
-                example = self._fitted(form(row), counts)
+                example = self._fitted(form(row), counts, file.name, number)
             except RowProblem as problem:
                 rows.add(param, file.name, number, problem)
                 continue
             if example is not None:
-                yield example
+                self._count(example, param)
+                found.append(example)
         if counts.rows == before:
             raise InvalidRequest(f"{param}: there are no rows in {entry.path}.", param=param, code="invalid_data")
+        if form is not None:
+            self.datasets.append(ReadDataset(param, entry, form, len(found)))
+        return found
+
+    def _count(self, example: Example, param: str) -> None:
+        self._tokens += len(example)
+        if self._tokens > MAX_TOKENS:
+            raise InvalidRequest(
+                f"The data has more than {MAX_TOKENS} tokens, and a job holds them all in memory: train on a part of "
+                'the rows, such as split: "train[:50%]".',
+                param=param,
+                code="invalid_data",
+            )
 
     def _locate(self, param: str, entry: Dataset) -> tuple[list[DataFile], str | None]:
         """The files of an entry, and their format where it is given."""
-        if entry.path in _LOADERS:
-            if not entry.files:
-                raise InvalidRequest(
-                    f"{param}.data_files is missing: path is the format {entry.path}, not a file.",
-                    param=f"{param}.data_files",
-                )
-            kind = entry.ds_type or _LOADERS[entry.path]
-            return [self._files.find(name, param=f"{param}.data_files") for name in entry.files], kind
-        if entry.files:
-            names = [f"{entry.path.rstrip('/')}/{name}" for name in entry.files]
-            return [self._files.find(name, param=f"{param}.data_files") for name in names], entry.ds_type
-        return [self._files.find(entry.path, param=f"{param}.path")], entry.ds_type
+        if entry.path in _LOADERS and not entry.files:
+            raise InvalidRequest(
+                f"{param}.data_files is missing: path is the format {entry.path}, not a file.",
+                param=f"{param}.data_files",
+            )
+        key = f"{param}.data_files" if entry.files else f"{param}.path"
+        return [self._files.find(name, param=key) for name in names_of(entry)], entry.ds_type or _LOADERS.get(
+            entry.path
+        )
 
     def _format(self, param: str, entry: Dataset, row: dict[str, Any]) -> Format:
         kind = guess(row, entry) if entry.type == "auto" else entry.type
@@ -109,25 +191,34 @@ class Reader:
             )
         return make_format(kind, entry, self._recipe, self._tokenizer, self._ends)
 
-    def _fitted(self, example: Example, counts: Counts) -> Example | None:
+    def _fitted(self, example: Example, counts: RowCounts, file: str, number: int) -> Example | None:
         """The example as it is trained on, or None, counted, when it is not."""
-        limit, truncated = self._recipe.sequence_len, False
-        if len(example) > limit:
+        limit, length = self._recipe.sequence_len, len(example)
+        truncated = length > limit
+        if truncated:
             if self._recipe.excess_length_strategy == "raise":
-                raise RowProblem(f"has {len(example)} tokens, more than sequence_len ({limit})")
+                raise RowProblem(f"has {length} tokens, more than sequence_len ({limit})")
             if self._recipe.excess_length_strategy == "drop":
-                counts.too_long += 1
+                counts.note("too_long", file, number, length)
                 return None
             example = Example(example.token_ids[:limit], example.trained[:limit])
-            truncated = True
         if len(example) < self._recipe.min_sample_len:
-            counts.too_short += 1
+            counts.note("too_short", file, number, length)
             return None
         if not any(example.trained):
-            counts.untrained += 1
+            counts.note("untrained", file, number, length)
             return None
-        counts.truncated += truncated
+        if truncated:
+            counts.note("truncated", file, number, length)
         return Example([self._shared[id] for id in example.token_ids], example.trained)
+
+
+def names_of(entry: Dataset) -> list[str]:
+    """The files of an entry, as `DataFiles.find` takes them."""
+    if not entry.files:
+        return [entry.path]
+    folder = "" if entry.path in _LOADERS else entry.path.rstrip("/") + "/"
+    return [folder + name for name in entry.files]
 
 
 def without_duplicates(examples: Sequence[Example], seen: set[bytes]) -> list[Example]:

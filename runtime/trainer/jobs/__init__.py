@@ -1,4 +1,4 @@
-"""Training jobs: what is asked for is stored first, runs one at a time in order, and survives the process.
+"""Training jobs: they are stored first, run one at a time in order, and survive the process.
 
-Knows neither HTTP nor tensors: what prepares, trains and publishes comes in through `runtime.trainer.jobs.ports`.
+Uses neither HTTP nor tensors: `runtime.trainer.jobs.ports` connects the parts that prepare, train and publish.
 """

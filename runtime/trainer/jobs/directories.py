@@ -1,24 +1,52 @@
-"""Where the files of jobs are, and how a directory comes into being whole or not at all."""
+"""Paths of the files of jobs, and directories that are created as a whole or not at all."""
 
+import contextlib
+import errno
 import os
 import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from runtime.durable import sync_directory
-from runtime.failpoints import failpoint
-from runtime.trainer.jobs.ports import Snapshot
+from runtime.support.durable import PARTIAL, PRIVATE_DIRECTORY, make_directory, move, remove, sync_directory, write_file
+from runtime.support.failpoints import failpoint
+from runtime.support.logs import get_logger
+from runtime.support.state_directory import LostFound
+
+CHECKPOINT_RECORD = "checkpoint.json"
+"""File in a checkpoint's and a result's folder: a copy of its row, in case the row is lost."""
+
+PREPARED = "examples.bin"
 
 _PARTIAL = ".partial"
+_REFUSED = f"{PARTIAL}refused"
+
+_log = get_logger("jobs")
 
 
 class JobDirectories:
     """The folders under one state directory. Paths are cheap; everything else blocks."""
 
     def __init__(self, state_directory: Path) -> None:
+        self._state = state_directory
         self.root = state_directory / "jobs"
+
+    def folder(self, job_id: str) -> Path:
+        return self.root / job_id
+
+    def incoming(self, job_id: str) -> Path:
+        """Folder of uploads that are still arriving; after a crash it is deleted, for it was never a job's."""
+        return self.root / f"{job_id}{PARTIAL}uploads"
 
     def uploads(self, job_id: str) -> Path:
         return self.root / job_id / "uploads"
+
+    def prepared(self, job_id: str) -> Path:
+        """File with the job's tokenised examples, from the reading of its recipe to its end."""
+        return self.root / job_id / PREPARED
+
+    def record(self, job_id: str) -> Path:
+        """A copy of the job's row, from which the row can be made again."""
+        return self.root / job_id / "job.json"
 
     def log(self, job_id: str) -> Path:
         return self.root / job_id / "log.jsonl"
@@ -29,64 +57,104 @@ class JobDirectories:
     def result(self, job_id: str) -> Path:
         return self.root / job_id / "result"
 
+    def relative(self, path: Path) -> str:
+        """The path as it is stored: below the state directory."""
+        return str(path.relative_to(self._state))
+
+    def take_in(self, job_id: str) -> None:
+        """Make the files that have arrived the uploads of the job. Raises `OSError`."""
+        if self.incoming(job_id).is_dir():
+            move(self.incoming(job_id), self.uploads(job_id))
+
+    def refuse(self, job_id: str) -> None:
+        """Mark a job whose row could not be deleted as refused, as far as the disk lets it: a full one takes another
+        name of a folder where it takes nothing else."""
+        with contextlib.suppress(OSError):
+            (self.root / job_id).rename(self.root / f"{job_id}{_REFUSED}")
+            sync_directory(self.root)
+
+    def refused(self) -> list[str]:
+        """Jobs that were refused and whose rows may still be there."""
+        return [folder.name.removesuffix(_REFUSED) for folder in self.root.glob(f"*{_REFUSED}")]
+
     def discard(self, job_id: str) -> None:
-        """Delete whatever the job has on disk."""
-        shutil.rmtree(self.root / job_id, ignore_errors=True)
+        """Delete everything that the job has on disk."""
+        for folder in (self.root / job_id, self.incoming(job_id), self.root / f"{job_id}{_REFUSED}"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def delete(self, stored: Iterable[str]) -> list[str]:
+        """Delete these paths, named as `relative` names them; returns the ones that are gone."""
+        gone = []
+        for name in stored:
+            path = self._state / name
+            if path.is_relative_to(self.root) and ".." not in path.parts:
+                remove(path)
+                if not path.exists():
+                    gone.append(name)
+        return gone
 
     def sweep(self, kept: dict[str, tuple[set[int], bool]]) -> dict[str, list[int]]:
-        """Delete what no row tells of: jobs, checkpoints and results that were begun and never committed.
+        """Move what no row names to lost+found, and delete what by its name was never finished.
 
-        Returns, by job, the steps whose rows have no directory any more.
+        `kept`: by job, the steps of its checkpoints, and whether it has a result. Returns, by job, the steps whose
+        rows have no directory any more. Raises `OSError`.
         """
-        self.root.mkdir(parents=True, exist_ok=True)
-        for folder in self.root.iterdir():
-            if folder.name not in kept:
-                _delete(folder)
+        make_directory(self.root)
+        lost = LostFound(self._state)
+        for folder in sorted(self.root.iterdir()):
+            if PARTIAL in folder.name:
+                _delete_leftover(folder)
+            elif folder.name not in kept:
+                lost.keep(folder)
         missing: dict[str, list[int]] = {}
         for job_id, (steps, has_result) in kept.items():
-            wanted = {self.checkpoint(job_id, step).name for step in steps}
-            present = self.root / job_id / "checkpoints"
-            for folder in present.iterdir() if present.is_dir() else ():
-                if folder.name not in wanted:
-                    _delete(folder)
-            for leftover in (self.root / job_id).glob(f"*{_PARTIAL}"):
-                _delete(leftover)
-            if not has_result:
-                _delete(self.result(job_id))
-            lost = [step for step in sorted(steps) if not self.checkpoint(job_id, step).is_dir()]
-            if lost:
-                missing[job_id] = lost
+            self._sweep_job(job_id, {self.checkpoint(job_id, step).name for step in steps}, has_result, lost)
+            gone = [step for step in sorted(steps) if not self.checkpoint(job_id, step).is_dir()]
+            if gone:
+                missing[job_id] = gone
         return missing
 
+    def _sweep_job(self, job_id: str, wanted: set[str], has_result: bool, lost: LostFound) -> None:
+        folder = self.root / job_id
+        checkpoints = folder / "checkpoints"
+        present = [*folder.iterdir()] if folder.is_dir() else []
+        for path in present + ([*checkpoints.iterdir()] if checkpoints.is_dir() else []):
+            if path.name.endswith(_PARTIAL) or PARTIAL in path.name:
+                _delete_leftover(path)
+            elif path.parent == checkpoints and path.name not in wanted:
+                lost.keep(path)
+        if not has_result and self.result(job_id).exists():
+            lost.keep(self.result(job_id))
 
-def write_snapshot(snapshot: Snapshot, directory: Path) -> None:
-    """Write a snapshot as `directory`, so that whoever finds that name finds all of it, even after a crash.
+    def write_snapshot(self, write: Callable[[Path], None], directory: Path, record: bytes) -> None:
+        """Write a snapshot as `directory`, so that what has that name is all there, even after a crash.
 
-    What was there under that name, of a writer that came to no commit, is replaced. Raises `OSError`.
-    """
-    partial = directory.with_name(directory.name + _PARTIAL)
-    failpoint("checkpoint.before_write")
-    _delete(partial)
-    _delete(directory)
-    partial.mkdir(parents=True)
-    try:
-        snapshot.write(partial)
-        failpoint("checkpoint.after_write")
-        for folder, _, _ in os.walk(partial):
-            sync_directory(Path(folder))
-        failpoint("checkpoint.after_sync")
-        partial.rename(directory)
-        failpoint("checkpoint.after_rename")
-        sync_directory(directory.parent)
-        sync_directory(directory.parent.parent)
-        failpoint("checkpoint.after_parent_sync")
-    except Exception:
-        shutil.rmtree(partial, ignore_errors=True)  # room, on a disk that is full
-        raise
+        A folder of that name, of a writer that came to no commit, is moved aside. Raises `OSError`.
+        """
+        partial = directory.with_name(directory.name + _PARTIAL)
+        failpoint("checkpoint.before_write")
+        remove(partial, strict=True)
+        if directory.exists() and not LostFound(self._state).keep(directory):
+            raise FileExistsError(errno.EEXIST, "there is a folder of this name that no row knows")
+        make_directory(partial.parent)
+        partial.mkdir(PRIVATE_DIRECTORY)
+        made = partial
+        try:
+            write(partial)
+            write_file(partial / CHECKPOINT_RECORD, record)
+            failpoint("checkpoint.after_write")
+            for folder, _, _ in os.walk(partial):
+                sync_directory(Path(folder))
+            failpoint("checkpoint.after_sync")
+            made = partial.rename(directory)
+            failpoint("checkpoint.after_rename")
+            sync_directory(directory.parent)
+            failpoint("checkpoint.after_parent_sync")
+        except Exception:
+            shutil.rmtree(made, ignore_errors=True)  # room, on a disk that is full
+            raise
 
 
-def _delete(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+def _delete_leftover(path: Path) -> None:
+    remove(path)
+    _log.info("unfinished_write_deleted", path=str(path))

@@ -6,32 +6,121 @@ stored before the checkpoint that follows it.
 
 import asyncio
 import contextlib
-import errno
+import time
 from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
 from typing import Literal
 
-from runtime.errors import Conflict, RequestError, StorageUnavailable
-from runtime.logs import get_logger
-from runtime.trainer.events import (
+import msgspec
+from msgspec import Struct
+
+from runtime.errors import Conflict, RequestError
+from runtime.events import (
     CancelledEvent,
     CheckpointEvent,
     EvalEvent,
     FailedEvent,
     FinishedEvent,
     PausedEvent,
+    Report,
     RunEvent,
     StepEvent,
 )
-from runtime.trainer.jobs.checkpoints import Checkpoints
+from runtime.metrics import Metrics
+from runtime.support.durable import error_code, patiently, reason
+from runtime.support.failpoints import failpoint
+from runtime.support.logs import get_logger
+from runtime.support.threads import WorkerThread
 from runtime.trainer.jobs.directories import JobDirectories
-from runtime.trainer.jobs.ports import Ports, PreparedJob, RunHandle
-from runtime.trainer.jobs.records import Job, JobError, Note
+from runtime.trainer.jobs.ports import JobEngine, RunHandle
+from runtime.trainer.jobs.records import Job, JobCheckpoint, JobError, Note, PreparedJob
 from runtime.trainer.jobs.store import JobStore, insist
+from runtime.trainer.jobs.validation import failure_of
+
+# -- checkpoints -----------------------------------------------------------------------------------
+#
+# Checkpoints of jobs: on disk first, then in the database, and no more of them than the recipe allows.
+
+
+WriteSnapshot = Callable[[Path], None]
+"""Writes a snapshot into an empty directory: see `RunHandle.take_snapshot`."""
+
+
+class ResultRecord(Struct, frozen=True, kw_only=True):
+    """The record in a result's folder."""
+
+    step: int
+    """Step of the result's weights."""
+    reason: str
+
+
+class Checkpoints:
+    """Writes, finds and prunes them. One thread does the writing, so that the database stays free."""
+
+    def __init__(self, store: JobStore, directories: JobDirectories, disk: WorkerThread) -> None:
+        self._store = store
+        self._directories = directories
+        self._disk = disk
+
+    async def has(self, job_id: str, step: int) -> bool:
+        """True if that step has a checkpoint."""
+        return any(known.step == step for known in await self._store.checkpoints(job_id))
+
+    async def save(self, job_id: str, step: int, snapshot: WriteSnapshot, *, best: bool, limit: int | None) -> None:
+        """Write one and commit its row, then drop the oldest beyond `limit`: never the newest, never the best.
+
+        Only for a step that has none. Raises `OSError` and `StorageUnavailable`; what was there before is there
+        still.
+        """
+        checkpoint = JobCheckpoint(step=step, best=best, created_at=time.time())
+        await self._write(snapshot, self._directories.checkpoint(job_id, step), checkpoint)
+        await self._store.add_checkpoint(job_id, checkpoint)
+        failpoint("checkpoint.after_commit")
+        await self._prune(job_id, limit)
+
+    async def save_result(self, job_id: str, step: int, snapshot: WriteSnapshot, reason: str) -> Job:
+        """The same for the result of a finished run; with the commit the job is evaluating."""
+        await self._write(snapshot, self._directories.result(job_id), ResultRecord(step=step, reason=reason))
+        job = await self._store.set_result(job_id, step, reason)
+        failpoint("checkpoint.after_commit")
+        return job
+
+    async def newest(self, job_id: str) -> Path | None:
+        """The directory to resume from."""
+        known = await self._store.checkpoints(job_id)
+        return self._directories.checkpoint(job_id, known[-1].step) if known else None
+
+    async def _write(self, snapshot: WriteSnapshot, directory: Path, record: Struct) -> None:
+        data = msgspec.json.encode(record)
+        await patiently(lambda: self._disk.call(self._directories.write_snapshot, snapshot, directory, data))
+
+    async def _prune(self, job_id: str, limit: int | None) -> None:
+        known = await self._store.checkpoints(job_id)
+        dropped = [] if limit is None else surplus(known, max(1, limit))
+        if not dropped:
+            return
+        paths = [self._directories.relative(self._directories.checkpoint(job_id, step)) for step in dropped]
+        await self._store.drop_checkpoints(job_id, dropped, paths)
+        failpoint("checkpoint.after_drop")
+        await self._store.forget_discards(await self._disk.call(self._directories.delete, paths))
+
+
+async def delete_discarded(store: JobStore, directories: JobDirectories, disk: WorkerThread) -> None:
+    """Delete from the disk what is noted to be deleted. Raises `StorageUnavailable`."""
+    if paths := await store.discards():
+        await store.forget_discards(await disk.call(directories.delete, paths))
+
+
+def surplus(known: list[JobCheckpoint], limit: int) -> list[int]:
+    """The steps to drop, oldest first, so that `limit` are left: or one more, where the best is old."""
+    droppable = [checkpoint.step for checkpoint in known[:-1] if not checkpoint.best]
+    return droppable[: max(0, len(known) - limit)]
+
 
 _log = get_logger("jobs")
 
 ADAPTER_FILES = "adapter_files"
-"""Where in a result the adapter is."""
+"""Folder of the adapter in a result."""
 
 Outcome = Literal["paused", "cancelled", "finished"]
 
@@ -51,14 +140,16 @@ class Execution:
         self,
         job: Job,
         prepare: Callable[[], Awaitable[PreparedJob]],
-        ports: Ports,
+        engine: JobEngine,
+        metrics: Metrics,
         store: JobStore,
         directories: JobDirectories,
         checkpoints: Checkpoints,
     ) -> None:
         self.id = job.id
         self._prepare = prepare
-        self._ports = ports
+        self._engine = engine
+        self._metrics = metrics
         self._store = store
         self._directories = directories
         self._checkpoints = checkpoints
@@ -69,7 +160,7 @@ class Execution:
         self._pausing = False
         self._suspending = False
 
-    # -- asked for from outside ----------------------------------------------------------------
+    # -- requests from outside -----------------------------------------------------------------
 
     def cancel(self) -> None:
         """End at the next step."""
@@ -91,11 +182,11 @@ class Execution:
 
     @property
     def kept(self) -> bool:
-        """Whether the run is still there, to go on without reading a checkpoint."""
+        """True if the run is still there, to continue without reading a checkpoint."""
         return self._handle is not None
 
     def close(self) -> None:
-        """Let the run go."""
+        """Release the run."""
         if self._handle is not None:
             self._handle.close()
             self._handle = None
@@ -109,10 +200,10 @@ class Execution:
             paused = await self._work() == "paused"
         except JobFailed as failure:
             await self._fail(failure.error)
-        except StorageUnavailable as error:
-            await self._fail(JobError("storage_unavailable", error.message))
         except RequestError as error:
-            await self._fail(JobError(error.code or error.type, error.message, error.param))
+            await self._fail(failure_of(error))
+        except OSError as error:
+            await self._fail(JobError(error_code(error), f"The job cannot go on: {reason(error)}."))
         except Exception:
             _log.exception("job_failed", job=self.id)
             await self._fail(JobError("internal_error", "An internal error ended the job; the server's log has more."))
@@ -147,8 +238,8 @@ class Execution:
             source = await self._checkpoints.newest(self.id)
             if source is not None:
                 await self._store.note(self.id, Note(f"Going on from the checkpoint {source.name}."))
-            self._handle = self._ports.runs.start(self.id, prepared, source, self._inbox.put_nowait)
-        # Asked for while there was no run to tell.
+            self._handle = self._engine.start(self.id, prepared, source, self._inbox.put_nowait)
+        # These were requested while there was no run.
         if self.cancelled:
             self._handle.cancel()
         elif self._pausing:
@@ -157,11 +248,11 @@ class Execution:
         return await self._follow(self._handle)
 
     async def _follow(self, handle: RunHandle) -> Outcome:
-        """Take in what the run reports, until it says that it stands still."""
+        """Store and act on the events of the run, until one says that it stands still."""
         while True:
-            reports: list[StepEvent | EvalEvent] = []
+            reports: list[Report] = []
             event: RunEvent | None = await self._inbox.get()
-            while isinstance(event, StepEvent | EvalEvent):
+            while isinstance(event, Report):
                 self._measure(event)
                 reports.append(event)
                 event = None if self._inbox.empty() else self._inbox.get_nowait()
@@ -170,11 +261,11 @@ class Execution:
             if event is not None and (outcome := await self._take(handle, event)) is not None:
                 return outcome
 
-    def _measure(self, event: StepEvent | EvalEvent) -> None:
+    def _measure(self, event: Report) -> None:
         if isinstance(event, StepEvent):
-            self._ports.meters.on_train_step(event)
-        else:
-            self._ports.meters.on_eval(event)
+            self._metrics.on_train_step(event)
+        elif isinstance(event, EvalEvent):
+            self._metrics.on_eval(event)
 
     async def _take(self, handle: RunHandle, event: RunEvent) -> Outcome | None:
         """Act on an event that is no report."""
@@ -203,23 +294,23 @@ class Execution:
         return None
 
     async def _save(self, handle: RunHandle, step: int, *, best: bool) -> None:
-        if await self._checkpoints.has(self.id, step):
-            return  # one was due at the step at which the run was paused: it says the same
-        assert self._prepared is not None
         snapshot = await handle.take_snapshot(step)
+        if await self._checkpoints.has(self.id, step):
+            return  # one was due at the step at which the run was paused: it is the same
+        assert self._prepared is not None
         limit = self._prepared.summary.get("save_total_limit")
         with _disk_failures(f"the checkpoint of step {step}"):
             await self._checkpoints.save(self.id, step, snapshot, best=best, limit=limit)
         await self._offer()
 
     async def _offer(self, *, none: bool = False) -> None:
-        """Let the checkpoints be asked for, or none any more. What goes wrong there is not the job's fault."""
+        """Make the checkpoints available to requests, or `none` of them any more. Errors there do not fail the job."""
         if self._prepared is None:
             return
         try:
             known = [] if none else await self._store.checkpoints(self.id)
             folders = {one.step: self._directories.checkpoint(self.id, one.step) / ADAPTER_FILES for one in known}
-            await self._ports.publisher.offer(name=self._prepared.name or self.id, job_id=self.id, folders=folders)
+            await self._engine.offer(name=self._prepared.name or self.id, job_id=self.id, folders=folders)
         except Exception:
             _log.exception("checkpoints_not_offered", job=self.id)
 
@@ -234,19 +325,22 @@ class Execution:
         job = await self._store.move(self.id, "publishing", note, unless_cancelled=True)
         if job.state == "cancelled":
             return
-        label = await self._ports.publisher.publish(
-            name=job.name or self.id,
-            source=self._directories.result(self.id) / ADAPTER_FILES,
-            job_id=self.id,
-            step=step,
-            metrics=metrics,
+        label = await patiently(
+            lambda: self._engine.publish(
+                name=job.name or self.id,
+                source=self._directories.result(self.id) / ADAPTER_FILES,
+                job_id=self.id,
+                step=step,
+                metrics=metrics,
+            )
         )
         # It is published, and must not be called failed, however long the disk is full.
-        note = Note(f"Published as {label}.")
+        asking = prepared.summary.get("how_to_ask")
+        note = Note(f"Published as {label}." + (f" Ask it {asking}" if asking else ""))
         await insist(lambda: self._store.move(self.id, "succeeded", note, adapter=label))
 
     async def _fail(self, error: JobError) -> None:
-        """The run is gone before, so that nothing is held while the disk is full."""
+        """Release the run, then store the failure: so nothing is held while the disk is full."""
         self.close()
         _log.warning("job_failed", job=self.id, code=error.code, reason=error.message)
         with contextlib.suppress(Conflict):  # it has an end already
@@ -259,5 +353,6 @@ def _disk_failures(what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        code = "disk_full" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "checkpoint_failed"
-        raise JobFailed(code, f"Cannot write {what}: {error.strerror or type(error).__name__}.") from error
+        code = error_code(error)
+        known = code != "storage_unavailable"
+        raise JobFailed(code if known else "checkpoint_failed", f"Cannot write {what}: {reason(error)}.") from error

@@ -1,70 +1,102 @@
-"""Jobs in order: stored when they are asked for, read at once, run one at a time.
+"""Jobs in order: stored when they are submitted, read at once, run one at a time.
 
-Whatever is about to be done is stored first, so a process that dies at any point leaves rows that say what to
+Every action is stored before it is done, so a process that dies at any point leaves rows that say what to
 do next: `start` reads them. Event loop only.
 """
 
 import asyncio
 import contextlib
 import secrets
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
 
-from runtime.errors import EngineUnavailable, StorageUnavailable
-from runtime.logs import get_logger
-from runtime.trainer.database import Database
-from runtime.trainer.jobs.checkpoints import Checkpoints
+import msgspec
+
+from runtime.errors import EngineUnavailable, StorageUnavailable, TooManyRequests
+from runtime.metrics import Metrics
+from runtime.support.database import Database
+from runtime.support.durable import make_directory, replace_file, storage_unavailable
+from runtime.support.logs import get_logger
+from runtime.support.threads import WorkerThread
 from runtime.trainer.jobs.directories import JobDirectories
-from runtime.trainer.jobs.execution import Execution
-from runtime.trainer.jobs.feed import Feed
-from runtime.trainer.jobs.journal import Journal
-from runtime.trainer.jobs.ports import Ports, PreparedJob
-from runtime.trainer.jobs.records import Job, Note, Submission
-from runtime.trainer.jobs.states import STATES
+from runtime.trainer.jobs.execution import Checkpoints, Execution, delete_discarded
+from runtime.trainer.jobs.followers import EventFeed, EventTail, Journal
+from runtime.trainer.jobs.ports import JobEngine
+from runtime.trainer.jobs.records import STATES, Job, JobSubmission, Note, PreparedJob, new_record
+from runtime.trainer.jobs.retention import FOR_EVER, Keep, Retention
 from runtime.trainer.jobs.store import JobStore
-from runtime.trainer.jobs.threads import Worker
 from runtime.trainer.jobs.validation import Validation
+from settings.schema import TrainerSettings
 
 _log = get_logger("jobs")
 
 PATIENCE = 30.0
-"""Seconds that who posts a recipe waits to hear what is wrong with it."""
+"""Seconds that the client of a new recipe waits for its errors."""
 
 
 class JobManager:
-    """Owns the job that runs. What is only read goes straight to `store`."""
+    """Owns the job that runs. Reads go straight to `store`."""
 
-    def __init__(self, database: Database, directories: JobDirectories, ports: Ports, *, max_waiting: int) -> None:
-        """`max_waiting`: the most jobs that are validating or queued. The database stays the caller's to close."""
+    def __init__(
+        self,
+        database: Database,
+        directories: JobDirectories,
+        engine: JobEngine,
+        metrics: Metrics,
+        *,
+        max_waiting: int,
+        keep: Keep = FOR_EVER,
+    ) -> None:
+        """`max_waiting`: the most jobs that are validating or queued. `keep`: for how long, once they have ended. The
+        database stays the caller's to close."""
         self.directories = directories
-        self.feed = Feed()
+        self.feed = EventFeed()
         self.store = JobStore(database, self._changed)
-        self._ports = ports
+        self.tail = EventTail(self.store, self.feed)
+        self._engine = engine
+        self._metrics = metrics
         self._max_waiting = max_waiting
-        self._disk = Worker()
+        self._disk = WorkerThread()
         self._checkpoints = Checkpoints(self.store, directories, self._disk)
         self._journal = Journal(self.store, directories, self._disk)
-        self._validation = Validation(self.store, directories, self._journal, ports.preparer, self._wake_up)
+        self._validation = Validation(self.store, directories, self._journal, engine, self._wake_up)
+        self._retention = Retention(self.store, directories, self._disk, keep, self._forget)
         self._journaling: asyncio.Task[None] | None = None
+        self._pruning: asyncio.Task[None] | None = None
+        self._deleting: asyncio.Task[None] | None = None
+        self._moved = asyncio.Event()
+        """A job came to another state: what only the one before needs is to be deleted."""
+        self._arriving = 0
         self._wake = asyncio.Event()
         self._lane: asyncio.Task[None] | None = None
         self._current: Execution | None = None
         """The job at work."""
         self._parked: Execution | None = None
-        """A paused job whose run is still there, as long as no other wants to start."""
+        """A paused job whose run is still there, as long as no other is to start."""
         self._stopping = False
         self._stopped = False
 
     # -- life ----------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Clear up after the last process, and go on with what it left. Raises `StorageUnavailable`."""
-        missing = await asyncio.to_thread(self.directories.sweep, await self.store.kept())
+        """Clear up after the last process, and continue with what it left. Raises `StorageUnavailable`, `OSError`."""
+        await delete_discarded(self.store, self.directories, self._disk)
+        for job_id in await asyncio.to_thread(self.directories.refused):
+            await self.store.remove(job_id)  # its folder goes with what was never finished
+        kept = await self.store.kept()
+        missing = await asyncio.to_thread(self.directories.sweep, kept)
         for job_id, steps in missing.items():
             await self.store.drop_checkpoints(job_id, steps)
             await self.store.note(job_id, Note(f"The checkpoints of the steps {steps} are gone.", "warning"))
         for job_id in await self.store.recover():
             self._validation.begin(job_id)
+        for job_id in await asyncio.to_thread(self._without_record, kept):
+            self._journal.touch(job_id, record=True)
         self._journaling = asyncio.create_task(self._journal.run())
         self._lane = asyncio.create_task(self._run_lane())
+        self._pruning = asyncio.create_task(self._retention.run())
+        self._deleting = asyncio.create_task(self._delete_unneeded())
 
     async def stop(self, timeout: float, *, crashed: bool = False) -> None:
         """Give the running job `timeout` seconds to write a checkpoint, and leave it for the next process.
@@ -86,19 +118,33 @@ class JobManager:
             with contextlib.suppress(StorageUnavailable):  # then it counts as a crash: the rows still say what to do
                 await self.store.interrupt(current.id)
         self._unpark()
+        await _end(self._pruning)
+        await _end(self._deleting)
         await _end(self._journaling)
         with contextlib.suppress(StorageUnavailable):
             await self._journal.flush()
         self._stopped = True
 
-    # -- what can be asked for -----------------------------------------------------------------
+    # -- requests ------------------------------------------------------------------------------
 
     @staticmethod
     def new_id() -> str:
-        """For a submission: its files go to `directories.uploads(id)` before it is handed in."""
+        """Id of a submission: its files go to `directories.incoming(id)` before it is handed in."""
         return f"ftjob-{secrets.token_hex(12)}"
 
-    async def submit(self, submission: Submission, *, patience: float = PATIENCE) -> tuple[Job, bool]:
+    @contextlib.contextmanager
+    def arriving(self) -> Iterator[None]:
+        """Context for receiving and reading a submission's files: no more at once than jobs may wait. Raises
+        `TooManyRequests`."""
+        if self._arriving >= self._max_waiting:
+            raise TooManyRequests(f"{self._arriving} recipes are being received already. Try again later.")
+        self._arriving += 1
+        try:
+            yield
+        finally:
+            self._arriving -= 1
+
+    async def submit(self, submission: JobSubmission, *, patience: float = PATIENCE) -> tuple[Job, bool]:
         """Store a job and read its recipe; or give the one that the idempotency key made before, and False.
 
         Returns when the recipe is read, or after `patience` seconds. Raises a `RequestError` for what is wrong
@@ -107,24 +153,41 @@ class JobManager:
         """
         self._require_running()
         try:
+            await self._disk.call(self._take_in, submission)
             job, created = await self.store.create(submission, max_waiting=self._max_waiting)
-        except BaseException:
-            self.directories.discard(submission.id)
+        except BaseException as error:
+            await self.discard(submission.id)
+            if isinstance(error, OSError):
+                raise storage_unavailable("The recipe cannot be stored", error) from error
             raise
         if created:
             self._validation.begin(job.id)
         elif job.id != submission.id:
-            self.directories.discard(submission.id)
+            await self.discard(submission.id)
         await self._validation.wait(job.id, patience)
         return await self.store.get(job.id), created
 
-    async def dry_run(self, submission: Submission) -> PreparedJob:
+    async def dry_run(self, submission: JobSubmission) -> PreparedJob:
         """Read a recipe and its files, and keep nothing. Raises what is wrong with it."""
         self._require_running()
         try:
-            return await self._validation.prepare(submission.recipe, list(submission.files), submission.id)
+            folder = self.directories.incoming(submission.id)
+            if not folder.exists():
+                folder = self.directories.uploads(submission.id)
+            return await self._validation.try_out(submission.recipe, list(submission.files), folder)
         finally:
-            self.directories.discard(submission.id)
+            await self.discard(submission.id)
+
+    async def discard(self, job_id: str) -> None:
+        """Delete the files of a submission that came to nothing."""
+        await self._disk.call(self.directories.discard, job_id)
+
+    async def delete(self, job_id: str) -> None:
+        """Forget a job that has ended, with its files, checkpoints and events. What it published stays. Raises
+        `NotFound`, `Conflict`, `StorageUnavailable`."""
+        folder = self.directories.relative(self.directories.folder(job_id))
+        await self.store.delete(job_id, [folder])
+        await self._forget(job_id)
 
     async def cancel(self, job_id: str) -> Job:
         """End a job: now, or after the step that is running. Raises `NotFound`, `Conflict`."""
@@ -143,7 +206,7 @@ class JobManager:
         return job
 
     async def resume(self, job_id: str) -> Job:
-        """Let a paused job go on: at once where its run is still there, else when it is its turn."""
+        """Resume a paused job: at once where its run is still there, else when it is its turn."""
         self._require_running()
         parked = self._parked
         job = await self.store.resume(job_id, at_once=parked is not None and parked.id == job_id)
@@ -188,10 +251,37 @@ class JobManager:
             return await self._validation.prepare(job.recipe, await self.store.files(job.id), job.id)
 
         # Not one turn of the loop may pass from here until the lane holds it: a cancellation must find it.
-        return Execution(job, prepare, self._ports, self.store, self.directories, self._checkpoints)
+        return Execution(job, prepare, self._engine, self._metrics, self.store, self.directories, self._checkpoints)
+
+    def _take_in(self, submission: JobSubmission) -> None:
+        """Move the files into place, and write the job's record beside them before there is a row."""
+        self.directories.take_in(submission.id)
+        path = self.directories.record(submission.id)
+        make_directory(path.parent)
+        replace_file(path, msgspec.json.encode(new_record(submission)))
+
+    def _without_record(self, job_ids: Iterable[str]) -> list[str]:
+        """Jobs of an older version, whose folders have no record."""
+        return [job_id for job_id in job_ids if not self.directories.record(job_id).exists()]
+
+    async def _forget(self, job_id: str) -> None:
+        """Delete the files of a job whose row is gone."""
+        self.tail.forget(job_id)
+        await self._journal.discard(job_id)
+        await delete_discarded(self.store, self.directories, self._disk)
+
+    async def _delete_unneeded(self) -> None:
+        """Delete what is noted to be deleted whenever a job has changed its state, until cancelled."""
+        while True:
+            await self._moved.wait()
+            self._moved.clear()
+            try:
+                await delete_discarded(self.store, self.directories, self._disk)
+            except StorageUnavailable as error:  # the next change or start has another try
+                _log.warning("cannot_delete", reason=error.message)
 
     def _unpark(self) -> None:
-        """The paused run makes room; its job goes on from its checkpoint."""
+        """Release the paused run; its job continues from its checkpoint."""
         if self._parked is not None:
             self._parked.close()
             self._parked = None
@@ -201,10 +291,11 @@ class JobManager:
 
     def _changed(self, job_id: str, counts: dict[str, int] | None) -> None:
         if counts is not None:
-            self._ports.meters.on_jobs({state: counts.get(state, 0) for state in STATES})
+            self._moved.set()
+            self._metrics.on_jobs({state: counts.get(state, 0) for state in STATES})
         if job_id:
             self.feed.touch(job_id)
-            self._journal.touch(job_id)
+            self._journal.touch(job_id, record=counts is not None)
 
     def _require_running(self) -> None:
         if self._stopping:
@@ -215,3 +306,27 @@ async def _end(task: asyncio.Task[None] | None) -> None:
     if task is not None:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+
+
+# -- opening ---------------------------------------------------------------------------------------
+#
+# Jobs from a database and the engine, for as long as a block lasts.
+
+
+@asynccontextmanager
+async def running_jobs(
+    database: Database, directory: Path, engine: JobEngine, metrics: Metrics, settings: TrainerSettings
+) -> AsyncIterator[JobManager]:
+    """A started manager over the state `directory`, whose database has the tables of `jobs.rows`.
+
+    Leaving the block without a call of `stop` interrupts the job at work. Raises `StorageUnavailable` and
+    `OSError` where the state cannot be read.
+    """
+    keep = Keep(jobs=settings.keep_jobs, checkpoints=settings.keep_checkpoints, uploads=settings.keep_uploads)
+    directories = JobDirectories(directory)
+    manager = JobManager(database, directories, engine, metrics, max_waiting=settings.max_queued_jobs, keep=keep)
+    try:
+        await manager.start()
+        yield manager
+    finally:
+        await manager.stop(0.0)

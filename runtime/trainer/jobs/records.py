@@ -1,18 +1,59 @@
 """The nouns of jobs, as the store gives them out."""
 
-from typing import Any, Literal
+import time
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 from msgspec import Struct
 
-from runtime.trainer.jobs.states import ENDED, State
+from runtime.trainer.recipe import Publish
+
+# -- states ----------------------------------------------------------------------------------------
+#
+# The states of a job, and which may follow which.
+
+State = Literal[
+    "validating",
+    "queued",
+    "running",
+    "paused",
+    "evaluating",
+    "publishing",
+    "succeeded",
+    "failed",
+    "cancelled",
+    "interrupted",
+]
+STATES: tuple[State, ...] = get_args(State)
+
+TRANSITIONS: dict[State, frozenset[State]] = {
+    "validating": frozenset({"queued", "failed", "cancelled"}),
+    "queued": frozenset({"running", "paused", "failed", "cancelled"}),
+    "running": frozenset({"paused", "evaluating", "failed", "cancelled", "interrupted"}),
+    "paused": frozenset({"running", "queued", "failed", "cancelled"}),
+    "evaluating": frozenset({"publishing", "succeeded", "failed", "cancelled", "interrupted"}),
+    "publishing": frozenset({"succeeded", "failed", "interrupted"}),
+    # The process ended while the job was at work; the next process decides at its start.
+    "interrupted": frozenset({"queued", "paused", "failed", "cancelled"}),
+    "succeeded": frozenset(),
+    "failed": frozenset(),
+    "cancelled": frozenset(),
+}
+
+ENDED = frozenset(state for state, following in TRANSITIONS.items() if not following)
+AT_WORK: frozenset[State] = frozenset({"running", "evaluating", "publishing"})
+"""At most one job is in one of these: the one that the manager holds."""
+WAITING: frozenset[State] = frozenset({"validating", "queued"})
+"""Counted by `trainer.max_queued_jobs`."""
+
 
 Wanted = Literal["cancel", "pause"]
 Level = Literal["info", "warning", "error"]
-Kind = Literal["message", "step", "eval"]
+Kind = Literal["message", "step", "eval", "progress"]
 
 
 class JobError(Struct, frozen=True):
-    """Why a job failed."""
+    """Reason for a job's failure."""
 
     code: str
     message: str
@@ -23,20 +64,20 @@ class JobFile(Struct, frozen=True, kw_only=True):
     """A data file that was sent with the recipe."""
 
     name: str
-    """As the client called it, and as the recipe names it."""
+    """Name that the client sent, and that the recipe uses."""
     stored_as: str
     """Its name in the job's folder of uploads."""
     bytes: int
 
 
-class Submission(Struct, frozen=True, kw_only=True):
-    """A job that is asked for. Its files are in place already."""
+class JobSubmission(Struct, frozen=True, kw_only=True):
+    """A job that is submitted. Its files are in place already."""
 
     id: str
     recipe: bytes
     files: tuple[JobFile, ...] = ()
     digest: str = ""
-    """Of recipe and files: what "the same body" means for an idempotency key."""
+    """Digest of recipe and files: equal ones are "the same body" for an idempotency key."""
     idempotency_key: str | None = None
 
 
@@ -46,7 +87,7 @@ class Job(Struct, frozen=True, kw_only=True):
     id: str
     state: State
     name: str | None
-    """Of the adapter; None until the recipe was read."""
+    """Name of the adapter; None until the recipe was read."""
     created_at: float
     started_at: float | None
     finished_at: float | None
@@ -54,7 +95,7 @@ class Job(Struct, frozen=True, kw_only=True):
     summary: dict[str, Any]
     total_steps: int | None
     wanted: Wanted | None
-    """What somebody asked for that takes effect at the next step's end."""
+    """Request that takes effect at the next step's end."""
     attempts: int
     """Starts in a row that brought no checkpoint."""
     error: JobError | None
@@ -66,14 +107,18 @@ class Job(Struct, frozen=True, kw_only=True):
         return self.state in ENDED
 
 
-class Progress(Struct, frozen=True, kw_only=True):
-    """How far a job is, from what its run reported."""
+class JobProgress(Struct, frozen=True, kw_only=True):
+    """Progress of a job, from the reports of its run."""
 
     step: int = 0
     loss: float | None = None
     trained_tokens: int = 0
     step_seconds: float | None = None
-    """Mean of the last steps."""
+    """Mean seconds of the last steps."""
+    fraction: float | None = None
+    """Share done of the activity under way, where that takes long; None without a report since the last step."""
+    finish: float | None = None
+    """Time at which the run will end at this pace, in seconds since the epoch, as it was last reported."""
 
 
 class JobEvent(Struct, frozen=True, kw_only=True):
@@ -97,7 +142,63 @@ class Note(Struct, frozen=True):
     step: int | None = None
 
 
-class Checkpoint(Struct, frozen=True, kw_only=True):
+class JobCheckpoint(Struct, frozen=True, kw_only=True):
     step: int
     best: bool
     created_at: float
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PreparedJob:
+    """A recipe that was read, checked and planned."""
+
+    name: str
+    """Name of the adapter that will be published. Empty: the job's id is its name."""
+    summary: dict[str, Any]
+    """The plan for people, as JSON has it. Where they are there, `save_total_limit` is acted on (the most checkpoints
+    that are kept), and `warnings` and `how_to_ask` become events of the job."""
+    total_steps: int
+    publish: Publish
+    plan: object
+    """The engine's own; opaque here."""
+
+    def publish_when(self, metrics: dict[str, float]) -> tuple[bool, str]:
+        """True if the result is good enough to publish, and the reason. `metrics`: see `JobReader.gate_metrics`."""
+        publish = self.publish
+        allowed = publish.allows(metrics)
+        if publish.metric is None:
+            return allowed, f"publish.when is {publish.when}"
+        value = metrics.get(publish.metric)
+        given = "not known" if value is None else f"{value:.6g}"
+        return allowed, f"publish.when is {publish.when!r}, and {publish.metric} is {given}"
+
+
+class JobRecord(Struct, frozen=True, kw_only=True):
+    """A job as its folder keeps it beside its files: enough to make its row again."""
+
+    job: Job
+    digest: str
+    idempotency_key: str | None
+    files: tuple[JobFile, ...]
+
+
+def new_record(submission: JobSubmission) -> JobRecord:
+    """Record of a submitted job, before it has a row."""
+    job = Job(
+        id=submission.id,
+        state="validating",
+        name=None,
+        created_at=time.time(),
+        started_at=None,
+        finished_at=None,
+        recipe=submission.recipe,
+        summary={},
+        total_steps=None,
+        wanted=None,
+        attempts=0,
+        error=None,
+        adapter=None,
+    )
+    return JobRecord(
+        job=job, digest=submission.digest, idempotency_key=submission.idempotency_key, files=submission.files
+    )

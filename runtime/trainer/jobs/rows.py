@@ -1,6 +1,6 @@
 """Reading and changing rows, as parts of a transaction: every function takes the connection.
 
-A state changes only through `move`, together with the event that tells of it.
+A state changes only through `move`, together with the event that records it.
 """
 
 import sqlite3
@@ -9,9 +9,23 @@ from typing import Any
 
 import msgspec
 
+from runtime.adapters import store
 from runtime.errors import Conflict, NotFound
-from runtime.trainer.jobs.records import Job, JobError, JobEvent, Note, Progress
-from runtime.trainer.jobs.states import ENDED, TRANSITIONS, State
+from runtime.support.database import Database
+from runtime.trainer.jobs.directories import PREPARED
+from runtime.trainer.jobs.records import (
+    ENDED,
+    TRANSITIONS,
+    Job,
+    JobCheckpoint,
+    JobError,
+    JobEvent,
+    JobFile,
+    JobProgress,
+    JobRecord,
+    Note,
+    State,
+)
 
 _RECENT = 20
 """Steps over which their mean time is taken."""
@@ -22,11 +36,32 @@ _COLUMNS = frozenset(
 
 
 def get(connection: sqlite3.Connection, job_id: str) -> Job:
-    """Raises `NotFound`."""
+    """The job. Raises `NotFound`."""
     row = connection.execute("SELECT * FROM jobs WHERE id = ?", (job_id,)).fetchone()
     if row is None:
         raise NotFound(f"There is no job `{job_id[:100]}`.", param="job_id", code="job_not_found")
     return to_job(row)
+
+
+def record(connection: sqlite3.Connection, job_id: str) -> JobRecord | None:
+    """The record for the job's folder; None where there is no such job."""
+    row = connection.execute("SELECT * FROM jobs WHERE id = ?", (job_id,)).fetchone()
+    if row is None:
+        return None
+    return JobRecord(
+        job=to_job(row),
+        digest=row["digest"],
+        idempotency_key=row["idempotency_key"],
+        files=tuple(files(connection, job_id)),
+    )
+
+
+def files(connection: sqlite3.Connection, job_id: str) -> list[JobFile]:
+    query = "SELECT name, stored_as, bytes FROM job_files WHERE job_id = ? ORDER BY stored_as"
+    return [
+        JobFile(name=row["name"], stored_as=row["stored_as"], bytes=row["bytes"])
+        for row in connection.execute(query, (job_id,))
+    ]
 
 
 def move(connection: sqlite3.Connection, job_id: str, to: State, note: Note, **columns: Any) -> Job:
@@ -39,6 +74,7 @@ def move(connection: sqlite3.Connection, job_id: str, to: State, note: Note, **c
         columns["started_at"] = now
     if to in ENDED:
         columns["finished_at"] = now
+        discard(connection, [f"jobs/{job_id}/{PREPARED}"])  # nothing reads it any more
     if to != job.state and to not in ("running", "evaluating"):
         columns.setdefault("wanted", None)
     change(connection, job_id, state=to, **columns)
@@ -66,52 +102,106 @@ def change(connection: sqlite3.Connection, job_id: str, **columns: Any) -> None:
 
 def append(connection: sqlite3.Connection, job_id: str, note: Note, now: float | None = None) -> None:
     """Store an event under the job's next number."""
+    query = "SELECT coalesce(max(number), 0) + 1 FROM job_events WHERE job_id = ?"
+    event = JobEvent(
+        number=connection.execute(query, (job_id,)).fetchone()[0],
+        created_at=time.time() if now is None else now,
+        level=note.level,
+        kind=note.kind,
+        message=note.message,
+        data=note.data,
+    )
+    insert_event(connection, job_id, event, step=note.step)
+
+
+def insert_event(connection: sqlite3.Connection, job_id: str, event: JobEvent, *, step: int | None = None) -> None:
+    """Store an event as it is; its step, by default, is the one that its data names."""
+    if step is None and event.kind != "message":
+        step = event.data["step"]
     connection.execute(
         "INSERT INTO job_events (job_id, number, created_at, level, kind, step, message, data) "
-        "SELECT ?, coalesce(max(number), 0) + 1, ?, ?, ?, ?, ?, ? FROM job_events WHERE job_id = ?",
+        "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
         (
             job_id,
-            time.time() if now is None else now,
-            note.level,
-            note.kind,
-            note.step,
-            note.message,
-            msgspec.json.encode(note.data).decode(),
-            job_id,
+            event.number,
+            event.created_at,
+            event.level,
+            event.kind,
+            step,
+            event.message,
+            msgspec.json.encode(event.data).decode(),
         ),
     )
 
 
-def progress(connection: sqlite3.Connection, job_id: str) -> Progress:
-    """From the step events: what a resumed run reported again counts once."""
-    last = connection.execute(
-        "SELECT step, data FROM job_events WHERE job_id = ? AND kind = 'step' ORDER BY number DESC LIMIT ?",
-        (job_id, _RECENT),
-    ).fetchall()
-    if not last:
-        return Progress()
-    data = [msgspec.json.decode(row["data"]) for row in last]
-    trained = connection.execute(
-        "SELECT sum(tokens) FROM (SELECT json_extract(data, '$.trained_tokens') AS tokens, max(number) "
-        "FROM job_events WHERE job_id = ? AND kind = 'step' AND step <= ? GROUP BY step)",
-        (job_id, last[0]["step"]),
-    ).fetchone()[0]
-    return Progress(
-        step=last[0]["step"],
-        loss=data[0]["loss"],
-        trained_tokens=int(trained),
-        step_seconds=sum(event["seconds"] for event in data) / len(data),
+def add_checkpoint(connection: sqlite3.Connection, job_id: str, checkpoint: JobCheckpoint) -> None:
+    if checkpoint.best:
+        connection.execute("UPDATE job_checkpoints SET best = 0 WHERE job_id = ?", (job_id,))
+    connection.execute(
+        "INSERT INTO job_checkpoints (job_id, step, best, created_at) VALUES (?, ?, ?, ?)",
+        (job_id, checkpoint.step, checkpoint.best, checkpoint.created_at),
     )
 
 
+def add_result(connection: sqlite3.Connection, job_id: str, step: int) -> None:
+    connection.execute("INSERT INTO job_results (job_id, step) VALUES (?, ?)", (job_id, step))
+
+
+def progress(connection: sqlite3.Connection, job_id: str) -> JobProgress:
+    """From the last step events, in time that does not depend on how many there are. What a resumed run reported again
+    counts once."""
+    last = connection.execute(  # `+`: along the numbers, not along the index by step, which would have to be sorted
+        "SELECT step, data, number FROM job_events WHERE job_id = ? AND +kind = 'step' ORDER BY number DESC LIMIT ?",
+        (job_id, _RECENT),
+    ).fetchall()
+    fraction, finish = _under_way(connection, job_id, last[0]["number"] if last else 0)
+    if not last:
+        return JobProgress(fraction=fraction, finish=finish)
+    data = [msgspec.json.decode(row["data"]) for row in last]
+    query = "SELECT trained_tokens FROM job_progress WHERE job_id = ? AND step = ?"
+    trained = connection.execute(query, (job_id, last[0]["step"])).fetchone()
+    return JobProgress(
+        step=last[0]["step"],
+        loss=data[0]["loss"],
+        trained_tokens=0 if trained is None else trained["trained_tokens"],
+        step_seconds=sum(event["seconds"] for event in data) / len(data),
+        fraction=fraction,
+        finish=finish,
+    )
+
+
+def _under_way(connection: sqlite3.Connection, job_id: str, after: int) -> tuple[float | None, float | None]:
+    """Share done of the activity under way, and the time at which the run will end, as reported after this event."""
+    row = connection.execute(
+        "SELECT created_at, data FROM job_events WHERE job_id = ? AND +kind = 'progress' AND number > ? "
+        "ORDER BY number DESC LIMIT 1",
+        (job_id, after),
+    ).fetchone()
+    if row is None:
+        return None, None
+    data = msgspec.json.decode(row["data"])
+    left = data["seconds_left"]
+    return data["fraction"], None if left is None else row["created_at"] + left
+
+
 def events(connection: sqlite3.Connection, job_id: str, after: int, limit: int) -> list[JobEvent]:
-    """Numbered above `after`, oldest first."""
+    """Events numbered above `after`, oldest first."""
     query = "SELECT * FROM job_events WHERE job_id = ? AND number > ? ORDER BY number LIMIT ?"
     return [to_event(row) for row in connection.execute(query, (job_id, after, limit))]
 
 
+def drop_checkpoints(connection: sqlite3.Connection, job_id: str, steps: list[int]) -> None:
+    values = [(job_id, step) for step in steps]
+    connection.executemany("DELETE FROM job_checkpoints WHERE job_id = ? AND step = ?", values)
+
+
+def discard(connection: sqlite3.Connection, paths: list[str]) -> None:
+    """Note what is to be deleted from the disk: a process that dies before it is done leaves that to the next."""
+    connection.executemany("INSERT OR IGNORE INTO job_discards (path) VALUES (?)", [(path,) for path in paths])
+
+
 def counts(connection: sqlite3.Connection) -> dict[str, int]:
-    """State → how many jobs are in it."""
+    """State → number of jobs in it."""
     return dict(connection.execute("SELECT state, count(*) FROM jobs GROUP BY state").fetchall())
 
 
@@ -143,3 +233,226 @@ def to_event(row: sqlite3.Row) -> JobEvent:
         message=row["message"],
         data=msgspec.json.decode(row["data"]),
     )
+
+
+# -- reading ---------------------------------------------------------------------------------------
+#
+# Queries about jobs. Each method is one transaction, and changes nothing.
+
+
+class JobReader:
+    """Jobs, their files, events, checkpoints and results, as they are stored."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def get(self, job_id: str) -> Job:
+        """The job. Raises `NotFound`."""
+        return await self._database.call(lambda c: get(c, job_id))
+
+    async def describe(self, job_id: str) -> tuple[Job, JobProgress]:
+        return await self._database.call(lambda c: (get(c, job_id), progress(c, job_id)))
+
+    async def page(
+        self, *, after: str | None, limit: int, states: tuple[str, ...]
+    ) -> tuple[list[tuple[Job, JobProgress]], bool]:
+        """The newest first, from behind the job `after`, and whether there are more. Raises `NotFound`."""
+
+        def work(c: sqlite3.Connection) -> tuple[list[tuple[Job, JobProgress]], bool]:
+            where, values = ["1"], list[Any]()
+            if after is not None:
+                get(c, after)
+                where.append("number < (SELECT number FROM jobs WHERE id = ?)")
+                values.append(after)
+            if states:
+                where.append(f"state IN ({', '.join('?' * len(states))})")
+                values.extend(states)
+            query = f"SELECT * FROM jobs WHERE {' AND '.join(where)} ORDER BY number DESC LIMIT ?"
+            found = [to_job(row) for row in c.execute(query, (*values, limit + 1)).fetchall()]
+            return [(job, progress(c, job.id)) for job in found[:limit]], len(found) > limit
+
+        return await self._database.call(work)
+
+    async def files(self, job_id: str) -> list[JobFile]:
+        return await self._database.call(lambda c: files(c, job_id))
+
+    async def events(self, job_id: str, *, after: int, limit: int) -> tuple[Job, list[JobEvent]]:
+        """The events numbered above `after`, oldest first. Raises `NotFound`."""
+        return await self._database.call(lambda c: (get(c, job_id), events(c, job_id, after, limit)))
+
+    async def latest_events(self, job_id: str, *, before: int | None, limit: int) -> list[JobEvent]:
+        """The newest events first, of those numbered below `before`. Raises `NotFound`."""
+        query = "SELECT * FROM job_events WHERE job_id = ? AND number < ? ORDER BY number DESC LIMIT ?"
+
+        def work(c: sqlite3.Connection) -> list[JobEvent]:
+            get(c, job_id)
+            return [to_event(row) for row in c.execute(query, (job_id, 2**53 if before is None else before, limit))]
+
+        return await self._database.call(work)
+
+    async def events_after(self, job_id: str, number: int, limit: int) -> list[JobEvent]:
+        """The same, and nothing for a job that is not there."""
+        return await self._database.call(lambda c: events(c, job_id, number, limit))
+
+    async def metrics(self, job_id: str, *, after: int, limit: int) -> list[dict[str, Any]]:
+        """Steps and evaluations above step `after`, each step once, as `StepEvent` and `EvalEvent` have them."""
+        query = (
+            "SELECT data, max(number) FROM job_events WHERE job_id = ? AND kind IN ('step', 'eval') AND step > ? "
+            "GROUP BY step, kind ORDER BY step, kind DESC LIMIT ?"
+        )
+
+        def work(c: sqlite3.Connection) -> list[dict[str, Any]]:
+            get(c, job_id)
+            return [msgspec.json.decode(row["data"]) for row in c.execute(query, (job_id, after, limit))]
+
+        return await self._database.call(work)
+
+    async def gate_metrics(self, job_id: str, step: int) -> dict[str, float]:
+        """Metrics of the weights of `step`: `train_loss`, `train_accuracy` and `train_` and the name for those of the
+        loss; and the same with `eval_` of the last evaluation up to then. Unknown values and NaN are left out."""
+        query = (
+            "SELECT data FROM job_events WHERE job_id = ? AND kind = ? AND step <= ? "
+            "ORDER BY step DESC, number DESC LIMIT 1"
+        )
+
+        def work(c: sqlite3.Connection) -> dict[str, float]:
+            metrics: dict[str, float] = {"step": step}
+            for kind, prefix in (("step", "train"), ("eval", "eval")):
+                row = c.execute(query, (job_id, kind, step)).fetchone()
+                if row is not None:
+                    data = msgspec.json.decode(row["data"])
+                    named = {"loss": data["loss"], "accuracy": data["accuracy"], **data.get("metrics", {})}
+                    # None: not a number.
+                    metrics |= {f"{prefix}_{name}": value for name, value in named.items() if value is not None}
+            return metrics
+
+        return await self._database.call(work)
+
+    async def checkpoints(self, job_id: str) -> list[JobCheckpoint]:
+        """Oldest first."""
+        query = "SELECT step, best, created_at FROM job_checkpoints WHERE job_id = ? ORDER BY step"
+        return await self._database.call(
+            lambda c: [
+                JobCheckpoint(step=row["step"], best=bool(row["best"]), created_at=row["created_at"])
+                for row in c.execute(query, (job_id,))
+            ]
+        )
+
+    async def result(self, job_id: str) -> int | None:
+        """The step whose weights the finished result has."""
+        query = "SELECT step FROM job_results WHERE job_id = ?"
+        row = await self._database.call(lambda c: c.execute(query, (job_id,)).fetchone())
+        return None if row is None else row["step"]
+
+    async def kept(self) -> dict[str, tuple[set[int], bool]]:
+        """Job id → the steps of its checkpoints, and whether it has a result: all that may be on disk."""
+
+        def work(c: sqlite3.Connection) -> dict[str, tuple[set[int], bool]]:
+            results = {row["job_id"] for row in c.execute("SELECT job_id FROM job_results")}
+            found = {row["id"]: (set[int](), row["id"] in results) for row in c.execute("SELECT id FROM jobs")}
+            for row in c.execute("SELECT job_id, step FROM job_checkpoints"):
+                found[row["job_id"]][0].add(row["step"])
+            return found
+
+        return await self._database.call(work)
+
+    async def discards(self) -> list[str]:
+        """Paths below the state directory that are to be deleted from the disk."""
+        return await self._database.call(lambda c: [row["path"] for row in c.execute("SELECT path FROM job_discards")])
+
+    async def record(self, job_id: str) -> JobRecord | None:
+        """All that is stored of a job but its events and checkpoints; None where it is gone."""
+        return await self._database.call(lambda c: record(c, job_id))
+
+    async def ended(self) -> list[Job]:
+        """The jobs that have come to their end, the oldest first."""
+        states = ", ".join(f"'{state}'" for state in sorted(ENDED))
+        query = f"SELECT * FROM jobs WHERE state IN ({states}) ORDER BY finished_at"
+        return await self._database.call(lambda c: [to_job(row) for row in c.execute(query)])
+
+
+# -- schema ----------------------------------------------------------------------------------------
+#
+# The tables of jobs, for `runtime.support.database.Database`.
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS jobs (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,  -- the order of the queue
+    id TEXT NOT NULL UNIQUE,
+    state TEXT NOT NULL,
+    name TEXT,
+    created_at REAL NOT NULL,
+    started_at REAL,
+    finished_at REAL,
+    recipe BLOB NOT NULL,
+    summary TEXT NOT NULL DEFAULT '{}',
+    total_steps INTEGER,
+    wanted TEXT,
+    attempts INTEGER NOT NULL DEFAULT 0,
+    error_code TEXT,
+    error_message TEXT,
+    error_param TEXT,
+    adapter TEXT,
+    digest TEXT NOT NULL,
+    idempotency_key TEXT UNIQUE
+);
+CREATE INDEX IF NOT EXISTS jobs_by_state ON jobs (state, number);
+
+CREATE TABLE IF NOT EXISTS job_files (
+    job_id TEXT NOT NULL REFERENCES jobs (id) ON DELETE CASCADE,
+    name TEXT NOT NULL,
+    stored_as TEXT NOT NULL,
+    bytes INTEGER NOT NULL,
+    PRIMARY KEY (job_id, name)
+) WITHOUT ROWID;
+
+CREATE TABLE IF NOT EXISTS job_events (
+    job_id TEXT NOT NULL REFERENCES jobs (id) ON DELETE CASCADE,
+    number INTEGER NOT NULL,
+    created_at REAL NOT NULL,
+    level TEXT NOT NULL,
+    kind TEXT NOT NULL,
+    step INTEGER,
+    message TEXT NOT NULL,
+    data TEXT NOT NULL,
+    PRIMARY KEY (job_id, number)
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS job_events_by_step ON job_events (job_id, kind, step, number);
+
+CREATE TABLE IF NOT EXISTS job_progress (
+    job_id TEXT NOT NULL REFERENCES jobs (id) ON DELETE CASCADE,
+    step INTEGER NOT NULL,
+    trained_tokens INTEGER NOT NULL,  -- of all steps up to this one, each counted once
+    PRIMARY KEY (job_id, step)
+) WITHOUT ROWID;
+CREATE TRIGGER IF NOT EXISTS job_progress_sums AFTER INSERT ON job_events WHEN NEW.kind = 'step' BEGIN
+    INSERT OR REPLACE INTO job_progress (job_id, step, trained_tokens) VALUES (
+        NEW.job_id, NEW.step, coalesce(json_extract(NEW.data, '$.trained_tokens'), 0) + coalesce((
+            SELECT trained_tokens FROM job_progress WHERE job_id = NEW.job_id AND step < NEW.step
+            ORDER BY step DESC LIMIT 1), 0));
+END;
+
+CREATE TABLE IF NOT EXISTS job_checkpoints (
+    job_id TEXT NOT NULL REFERENCES jobs (id) ON DELETE CASCADE,
+    step INTEGER NOT NULL,
+    best INTEGER NOT NULL,
+    created_at REAL NOT NULL,
+    PRIMARY KEY (job_id, step)
+) WITHOUT ROWID;
+
+CREATE TABLE IF NOT EXISTS job_results (
+    job_id TEXT PRIMARY KEY REFERENCES jobs (id) ON DELETE CASCADE,
+    step INTEGER NOT NULL  -- whose weights they are
+);
+
+CREATE TABLE IF NOT EXISTS job_discards (
+    path TEXT PRIMARY KEY  -- below the state directory: on the disk, and to be deleted
+) WITHOUT ROWID;
+"""
+
+
+# -- schemas ---------------------------------------------------------------------------------------
+#
+# Every part's tables; one database has them all.
+
+SCHEMAS = (store.SCHEMA, SCHEMA)

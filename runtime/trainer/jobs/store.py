@@ -1,24 +1,34 @@
-"""What is kept of jobs, in the state directory's database. Each method is one transaction.
+"""Storage of jobs in the state directory's database. Each method is one transaction.
 
-Nothing here runs anything: `runtime.trainer.jobs.manager` does, after what it is about to do is stored.
+Nothing here runs anything: `runtime.trainer.jobs.manager` does, after it has stored what it is about to do.
 """
 
 import asyncio
 import sqlite3
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
 import msgspec
 
 from runtime.errors import Conflict, StorageUnavailable, TooManyRequests
-from runtime.trainer.database import Database
-from runtime.trainer.events import EvalEvent, StepEvent
+from runtime.events import ProgressEvent, Report, StepEvent
+from runtime.support.database import Database
 from runtime.trainer.jobs import rows
-from runtime.trainer.jobs.ports import PreparedJob
-from runtime.trainer.jobs.reading import JobReader
-from runtime.trainer.jobs.records import Job, JobError, Note, Submission
-from runtime.trainer.jobs.states import AT_WORK, ENDED, WAITING, State
+from runtime.trainer.jobs.records import (
+    AT_WORK,
+    ENDED,
+    WAITING,
+    Job,
+    JobCheckpoint,
+    JobError,
+    JobSubmission,
+    Note,
+    PreparedJob,
+    State,
+)
+from runtime.trainer.jobs.rows import JobReader
+from settings.units import show_duration
 
 T = TypeVar("T")
 
@@ -31,7 +41,7 @@ RETRY = 5.0
 
 
 async def insist(store: Callable[[], Awaitable[T]]) -> T:
-    """Store what has happened already, as soon as there is room for it."""
+    """Store what has happened already, retrying until there is room for it."""
     while True:
         try:
             return await store()
@@ -50,7 +60,7 @@ class JobStore(JobReader):
 
     # -- coming and going ----------------------------------------------------------------------
 
-    async def create(self, submission: Submission, *, max_waiting: int) -> tuple[Job, bool]:
+    async def create(self, submission: JobSubmission, *, max_waiting: int) -> tuple[Job, bool]:
         """Store a job as validating; or give the job that this idempotency key made before, and False.
 
         Raises `Conflict` for a key that came with another body, and `TooManyRequests`.
@@ -86,10 +96,28 @@ class JobStore(JobReader):
         return await self._changing(submission.id, work)
 
     async def remove(self, job_id: str) -> None:
-        """Forget a job that came to nothing before anybody was told of it."""
+        """Delete a job that failed before a client got its id."""
 
         def work(c: sqlite3.Connection) -> None:
             c.execute("DELETE FROM jobs WHERE id = ? AND state = 'validating'", (job_id,))
+
+        await self._changing(job_id, work)
+
+    async def delete(self, job_id: str, paths: list[str]) -> None:
+        """Delete a job that has come to its end, with all that is stored of it; `paths` go from the disk next.
+
+        Raises `NotFound`, and `Conflict` for one that has not.
+        """
+
+        def work(c: sqlite3.Connection) -> None:
+            job = rows.get(c, job_id)
+            if not job.ended:
+                raise Conflict(
+                    f"The job is {job.state}: only one that has ended can be deleted. Cancel it first.",
+                    code="job_state",
+                )
+            c.execute("DELETE FROM jobs WHERE id = ?", (job_id,))
+            rows.discard(c, paths)
 
         await self._changing(job_id, work)
 
@@ -100,7 +128,8 @@ class JobStore(JobReader):
 
         def work(c: sqlite3.Connection) -> Job:
             ended = ", ".join(f"'{state}'" for state in sorted(ENDED))
-            query = f"SELECT id FROM jobs WHERE name = ? AND id != ? AND state NOT IN ({ended})"
+            # In any case of letters: an adapter's name is the same then.
+            query = f"SELECT id FROM jobs WHERE name = ? COLLATE NOCASE AND id != ? AND state NOT IN ({ended})"
             other = c.execute(query, (name, job_id)).fetchone()
             if other is not None:
                 raise Conflict(
@@ -108,6 +137,8 @@ class JobStore(JobReader):
                     param="name",
                     code="adapter_name_in_use",
                 )
+            for warning in prepared.summary.get("warnings", ()):
+                rows.append(c, job_id, Note(warning, "warning"))
             return rows.move(
                 c,
                 job_id,
@@ -143,8 +174,8 @@ class JobStore(JobReader):
     async def move(
         self, job_id: str, to: State, note: Note, *, unless_cancelled: bool = False, adapter: str | None = None
     ) -> Job:
-        """Raises `Conflict` where `to` cannot follow on the job's state. `unless_cancelled`: a job whose end was
-        asked for meanwhile becomes cancelled instead."""
+        """Change a job's state. Raises `Conflict` where `to` cannot follow on it. `unless_cancelled`: a job whose end
+        was requested meanwhile becomes cancelled instead."""
 
         def work(c: sqlite3.Connection) -> Job:
             if unless_cancelled and rows.get(c, job_id).wanted == "cancel":
@@ -157,7 +188,7 @@ class JobStore(JobReader):
         return await self._changing(job_id, lambda c: rows.fail(c, job_id, error))
 
     async def interrupt(self, job_id: str) -> None:
-        """The process ends in good order with this job at work: that is no crash. No-op for any other job."""
+        """Note that the process ends in good order with this job at work: that is no crash. No-op for any other job."""
 
         def work(c: sqlite3.Connection) -> None:
             job = rows.get(c, job_id)
@@ -215,7 +246,7 @@ class JobStore(JobReader):
         return await self._changing(job_id, work)
 
     async def recover(self) -> list[str]:
-        """Once, when a process starts: what the last one left at work is queued again, or given up.
+        """Queue again, or give up, what the last process left at work. Called once, when a process starts.
 
         Returns the ids of the jobs whose recipes are to be read again.
         """
@@ -230,8 +261,8 @@ class JobStore(JobReader):
 
     # -- what a run reports --------------------------------------------------------------------
 
-    async def report(self, job_id: str, events: list[StepEvent | EvalEvent]) -> None:
-        """Steps and evaluations, as one transaction."""
+    async def report(self, job_id: str, events: Sequence[Report]) -> None:
+        """Store steps, evaluations and progress, as one transaction."""
 
         def work(c: sqlite3.Connection) -> None:
             for event in events:
@@ -239,34 +270,40 @@ class JobStore(JobReader):
 
         await self._events(job_id, work)
 
-    async def add_checkpoint(self, job_id: str, step: int, *, best: bool) -> None:
-        """The directory is in place: from now on the job resumes from it."""
+    async def add_checkpoint(self, job_id: str, checkpoint: JobCheckpoint) -> None:
+        """Store a checkpoint whose directory is in place: from now on the job resumes from it."""
 
         def work(c: sqlite3.Connection) -> None:
-            if best:
-                c.execute("UPDATE job_checkpoints SET best = 0 WHERE job_id = ?", (job_id,))
-            c.execute(
-                "INSERT INTO job_checkpoints (job_id, step, best, created_at) VALUES (?, ?, ?, ?)",
-                (job_id, step, best, time.time()),
-            )
+            rows.add_checkpoint(c, job_id, checkpoint)
             rows.change(c, job_id, attempts=0)
-            rows.append(c, job_id, Note(f"Checkpoint at step {step}.", data={"checkpoint": step, "best": best}))
+            data = {"checkpoint": checkpoint.step, "best": checkpoint.best}
+            rows.append(c, job_id, Note(f"Checkpoint at step {checkpoint.step}.", data=data))
 
         await self._events(job_id, work)
 
-    async def drop_checkpoints(self, job_id: str, steps: list[int]) -> None:
-        """Their directories go next: nothing may name what is half deleted."""
+    async def drop_checkpoints(self, job_id: str, steps: list[int], paths: Sequence[str] = ()) -> None:
+        """Delete their rows. Their directories, `paths`, go next: nothing may name what is half deleted."""
 
         def work(c: sqlite3.Connection) -> None:
-            c.executemany("DELETE FROM job_checkpoints WHERE job_id = ? AND step = ?", [(job_id, s) for s in steps])
+            rows.drop_checkpoints(c, job_id, steps)
+            rows.discard(c, list(paths))
 
         await self._events(job_id, work)
+
+    async def discard(self, paths: list[str]) -> None:
+        """Note paths that are to be deleted next."""
+        await self._events("", lambda c: rows.discard(c, paths))
+
+    async def forget_discards(self, paths: list[str]) -> None:
+        """Drop the notes of paths that are gone from the disk."""
+        query = "DELETE FROM job_discards WHERE path = ?"
+        await self._events("", lambda c: c.executemany(query, [(path,) for path in paths]))
 
     async def set_result(self, job_id: str, step: int, reason: str) -> Job:
-        """Training is over and its result is on disk; the job is evaluating from here on."""
+        """Store that training is over and its result is on disk; the job is evaluating from here on."""
 
         def work(c: sqlite3.Connection) -> Job:
-            c.execute("INSERT INTO job_results (job_id, step) VALUES (?, ?)", (job_id, step))
+            rows.add_result(c, job_id, step)
             how = "Stopped early" if reason == "early_stopping" else "All steps are done"
             return rows.move(c, job_id, "evaluating", Note(f"{how}; the result is that of step {step}."), attempts=0)
 
@@ -317,10 +354,14 @@ def _recover(c: sqlite3.Connection, job: Job) -> None:
         rows.move(c, job.id, "queued", Note("Queued again; it goes on from its newest checkpoint."))
 
 
-def _note(event: StepEvent | EvalEvent) -> Note:
+def _note(event: Report) -> Note:
     data = msgspec.to_builtins(event)
+    if isinstance(event, ProgressEvent):
+        what = f"Step {event.step + 1} of {event.total_steps}" if event.activity == "train" else "The evaluation"
+        left = "" if event.seconds_left is None else f"; about {show_duration(event.seconds_left)} left"
+        return Note(f"{what} is {event.fraction:.0%} done{left}.", data=data, kind="progress", step=event.step)
     if isinstance(event, StepEvent):
         message = f"Step {event.step}: loss {event.loss:.4f}"
         return Note(message, data=data, kind="step", step=event.step)
-    message = f"Evaluation at step {event.step}: loss {event.loss:.4f}, accuracy {event.accuracy:.4f}"
-    return Note(message, data=data, kind="eval", step=event.step)
+    found = ", ".join(f"{name} {value:.4f}" for name, value in event.named.items())
+    return Note(f"Evaluation at step {event.step}: {found}", data=data, kind="eval", step=event.step)

@@ -6,35 +6,40 @@ from collections.abc import Callable
 from pathlib import Path
 
 from runtime.errors import RequestError, StorageUnavailable
-from runtime.logs import get_logger
+from runtime.support.durable import error_code, patiently, reason, remove
+from runtime.support.logs import get_logger
+from runtime.support.threads import WorkerThread
 from runtime.trainer.jobs.directories import JobDirectories
-from runtime.trainer.jobs.journal import Journal
-from runtime.trainer.jobs.ports import PreparedJob, Preparer
-from runtime.trainer.jobs.records import JobError, JobFile
+from runtime.trainer.jobs.followers import Journal
+from runtime.trainer.jobs.ports import JobEngine
+from runtime.trainer.jobs.records import JobError, JobFile, PreparedJob
 from runtime.trainer.jobs.store import JobStore, insist
-from runtime.trainer.jobs.threads import Worker
 
 _log = get_logger("jobs")
 
 
 class Validation:
-    """From validating to queued. Who asked may wait a while, and is then told what is wrong; a job that nobody
-    waits for fails with it instead."""
+    """From validating to queued. The client may wait a while, and then gets the error; a job without a waiting client
+    fails with it instead."""
 
     def __init__(
         self,
         store: JobStore,
         directories: JobDirectories,
         journal: Journal,
-        preparer: Preparer,
+        engine: JobEngine,
         on_queued: Callable[[], None],
     ) -> None:
         self._store = store
         self._directories = directories
         self._journal = journal
-        self._preparer = preparer
+        self._engine = engine
         self._on_queued = on_queued
-        self._reading = Worker()
+        self._reading = WorkerThread()
+        self._trying = WorkerThread()
+        """For dry runs: a job that is to start does not wait for them."""
+        self._refused: set[str] = set()
+        """Jobs that are being forgotten: `wait` waits for the reason, however long that takes."""
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._forgetting: set[asyncio.Task[None]] = set()
         self._waiters: Counter[str] = Counter()
@@ -44,13 +49,15 @@ class Validation:
         task.add_done_callback(lambda _: self._tasks.pop(job_id, None))
 
     async def wait(self, job_id: str, timeout: float) -> None:
-        """Until the job is queued, or for `timeout` seconds. Raises what is wrong with it."""
+        """Wait until the job is queued, or for `timeout` seconds. Raises what is wrong with it."""
         task = self._tasks.get(job_id)
         if task is None:
             return
         self._waiters[job_id] += 1
         try:
             await asyncio.wait((task,), timeout=timeout)
+            if job_id in self._refused:  # there is no job any more that could be shown
+                await asyncio.wait((task,))
         finally:
             self._waiters[job_id] -= 1
             self._waiters += Counter()  # drops those at 0
@@ -58,10 +65,15 @@ class Validation:
             raise error
 
     async def prepare(self, recipe: bytes, files: list[JobFile], job_id: str) -> PreparedJob:
-        """What the preparer makes of a recipe and the uploads of this job. Raises `RequestError`."""
-        folder = self._directories.uploads(job_id)
-        uploads: dict[str, Path] = {file.name: folder / file.stored_as for file in files}
-        return await self._reading.call(self._preparer.prepare, recipe, uploads)
+        """The prepared job of a recipe and the uploads of this job, whose data is read once, and kept in its folder
+        until its end. Raises `RequestError`, `OSError`."""
+        uploads = _paths(self._directories.uploads(job_id), files)
+        kept = self._directories.prepared(job_id)
+        return await patiently(lambda: self._reading.call(self._engine.prepare, recipe, uploads, kept))
+
+    async def try_out(self, recipe: bytes, files: list[JobFile], folder: Path) -> PreparedJob:
+        """The same of one that is not to become a job, with its files in `folder`."""
+        return await self._trying.call(self._engine.prepare, recipe, _paths(folder, files), None)
 
     async def close(self) -> None:
         """Give up what is being read: it is read again when the next process starts."""
@@ -76,11 +88,19 @@ class Validation:
         except RequestError as error:
             job = await self._store.get(job_id)
             if job.state != "validating":
+                await self._reading.call(remove, self._directories.prepared(job_id))
                 return  # cancelled meanwhile
             if self._waiters[job_id]:
-                await self._forget(job_id)
+                self._refused.add(job_id)
+                try:
+                    await self._forget(job_id)
+                finally:
+                    self._refused.discard(job_id)
                 raise
-            failure = JobError(error.code or error.type, error.message, error.param)
+            failure = failure_of(error)
+            await insist(lambda: self._store.fail(job_id, failure))
+        except OSError as error:
+            failure = JobError(error_code(error), f"The recipe's data cannot be read: {reason(error)}.")
             await insist(lambda: self._store.fail(job_id, failure))
         except Exception:
             _log.exception("validation_failed", job=job_id)
@@ -90,7 +110,8 @@ class Validation:
     async def _forget(self, job_id: str) -> None:
         try:
             await self._store.remove(job_id)
-        except StorageUnavailable:  # who waits is to hear of it now, and the row must still go
+        except StorageUnavailable:  # the waiting client gets it now, and the row must still go
+            await self._journal.refuse(job_id)
             task = asyncio.create_task(self._forget_later(job_id))
             self._forgetting.add(task)
             task.add_done_callback(self._forgetting.discard)
@@ -105,4 +126,17 @@ class Validation:
         job = await self._store.get(job_id)
         prepared = await self.prepare(job.recipe, await self._store.files(job_id), job_id)
         await self._store.accept(job_id, prepared)
+        for warning in prepared.summary.get("warnings", ()):
+            _log.warning("recipe_warning", job=job_id, warning=warning)
         self._on_queued()
+
+
+def failure_of(error: RequestError) -> JobError:
+    """The job's form of the error that a request for the same would have been answered with."""
+    if isinstance(error, StorageUnavailable):
+        return JobError(error.cause, error.message)
+    return JobError(error.code or error.type, error.message, error.param)
+
+
+def _paths(folder: Path, files: list[JobFile]) -> dict[str, Path]:
+    return {file.name: folder / file.stored_as for file in files}

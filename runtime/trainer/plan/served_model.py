@@ -1,14 +1,94 @@
-"""Whether what a recipe says of template and tokens is so for the served model.
+"""Checks of a recipe against the served model: the linears that it adapts, its template and its tokens."""
 
-An adapter is served with the model's own chat template and vocabulary. Were it trained with others, it would
-never see in serving what it saw in training, so a recipe may name them, but not change them.
-"""
+from collections.abc import Iterator, Mapping, Sequence
 
-from collections.abc import Iterator
+import regex
 
 from runtime.errors import InvalidRequest
-from runtime.tokenizer import Tokenizer
+from runtime.text.templates import BUILTIN_TEMPLATES, builtin_template
+from runtime.text.tokenizer import Tokenizer
 from runtime.trainer.recipe import Recipe
+from runtime.trainer.shape import ModelShape
+
+# -- targets ---------------------------------------------------------------------------------------
+#
+# Linears that a recipe adapts, by PEFT's rules for `target_modules`.
+
+Target = tuple[int, str]
+"""Layer index, and the linear's name in it, such as `self_attn.q_proj`."""
+
+_PARAM = "lora_target_modules"
+_PATIENCE = 1.0
+"""Seconds for a regular expression on all names: some take longer than the universe has."""
+
+
+def resolve_targets(recipe: Recipe, shape: ModelShape) -> list[Target]:
+    """The linears to adapt, in the order of the layers.
+
+    An entry of a list is the end of full names, from a dot on; a text is a regular expression over whole full
+    names, or `all-linear`. Raises `InvalidRequest`, listing the model's linears, when an entry is none of them.
+    """
+    modules = recipe.lora_target_modules
+    places = [(layer, name) for layer in range(shape.num_layers) for name in shape.linears]
+    if recipe.lora_target_linear or modules is None or modules == "all-linear":
+        return places
+    if isinstance(modules, str):
+        found = _matching(modules, places, shape)
+        if not found:
+            raise _absent(f"the expression {modules[:200]!r} matches", shape)
+        return found
+    full = [(place, _full(place, shape)) for place in places]
+    for entry in modules:
+        if not any(_ends(name, entry) for _, name in full):
+            raise _absent(f"{entry[:64]!r} is", shape)
+    return [place for place, name in full if any(_ends(name, entry) for entry in modules)]
+
+
+def by_linear(targets: Sequence[Target], places: Mapping[str, tuple[str, str]]) -> dict[tuple[int, str], list[str]]:
+    """Targets by the decoder's linears (layer, linear), each with its parts in the order in which they lie there.
+    `places` is the `LORA_TARGETS` of the architecture: name in the checkpoint → linear and part."""
+    wanted = set(targets)
+    found: dict[tuple[int, str], list[str]] = {}
+    for layer in sorted({layer for layer, _ in targets}):
+        for name, (linear, part) in places.items():  # in that order
+            if (layer, name) in wanted:
+                found.setdefault((layer, linear), []).append(part)
+    return found
+
+
+def _matching(pattern: str, places: list[Target], shape: ModelShape) -> list[Target]:
+    try:
+        compiled = regex.compile(pattern)
+        return [place for place in places if compiled.fullmatch(_full(place, shape), timeout=_PATIENCE)]
+    except regex.error as error:
+        raise InvalidRequest(f"{_PARAM} is no regular expression: {error}.", param=_PARAM) from None
+    except TimeoutError:
+        raise InvalidRequest(f"{_PARAM}: the expression takes over {_PATIENCE} s to match.", param=_PARAM) from None
+
+
+def _full(place: Target, shape: ModelShape) -> str:
+    return f"{shape.prefix}.{place[0]}.{place[1]}"
+
+
+def _ends(name: str, entry: str) -> bool:
+    return name == entry or name.endswith(f".{entry}")
+
+
+def _absent(what: str, shape: ModelShape) -> InvalidRequest:
+    linears = ", ".join(name.rpartition(".")[2] for name in shape.linears)
+    return InvalidRequest(
+        f"{_PARAM}: {what} no linear of the served model, whose linears are {linears} (in full: "
+        f"{_full((0, next(iter(shape.linears))), shape)}).",
+        param=_PARAM,
+    )
+
+
+# -- template and tokens ---------------------------------------------------------------------------
+#
+# Checks of a recipe's template and tokens against those of the served model.
+#
+# An adapter is served with the model's own chat template and vocabulary. Were it trained with others, it would never
+# see in serving what it saw in training, so a recipe may name them, but not change them.
 
 OWN = ("tokenizer_default", "jinja")
 _FALLBACK = "tokenizer_default_fallback_"
@@ -34,8 +114,15 @@ MARKS = {
     "mistral_v7_tekken": "[INST]",
     "cohere": "<|START_OF_TURN_TOKEN|>",
     "command_a": "<|START_OF_TURN_TOKEN|>",
+    "alpaca": "### Instruction:",
+    "llama2": "[INST]",
+    "mistral": "[INST]",
+    "phi3": "<|user|>",
+    "qwen2.5": "<|im_start|>",
+    "vicuna": "ASSISTANT:",
+    "zephyr": "<|user|>",
 }
-"""Axolotl's name of a template → a text that a template of this kind writes."""
+"""Axolotl's name of a template, or that of a built-in one → a text that a template of this kind writes."""
 
 
 def check_templates(recipe: Recipe, tokenizer: Tokenizer) -> None:
@@ -58,7 +145,7 @@ def check_templates(recipe: Recipe, tokenizer: Tokenizer) -> None:
 def end_ids(recipe: Recipe, tokenizer: Tokenizer) -> frozenset[int]:
     """The ids that end a turn: the model's, and the recipe's `eot_tokens`.
 
-    Raises `InvalidRequest` for tokens that the vocabulary does not have, or that are not what the recipe says.
+    Raises `InvalidRequest` for tokens that the vocabulary does not have, or that differ from the recipe's.
     """
     for param, token in _required(recipe):
         if tokenizer.token_id(token) is None:
@@ -99,9 +186,11 @@ def _check_kind(param: str, name: str, own: str | None) -> None:
     if own is None:
         raise InvalidRequest(
             f"{param} is {name[:64]!r}, but the served model has no chat template: start the server with one "
-            "(--chat-template FILE).",
+            f"(--chat-template {_operand(name)}).",
             param=param,
         )
+    if own == builtin_template(name):
+        return
     if name not in MARKS:
         known = ", ".join([OWN[0], *MARKS])
         raise InvalidRequest(f"{param} is {name[:64]!r}; known are {known}.", param=param)
@@ -109,6 +198,10 @@ def _check_kind(param: str, name: str, own: str | None) -> None:
         raise InvalidRequest(
             f"{param} is {name!r}, but the served model's chat template does not write {MARKS[name]}. The adapter will "
             "be asked with the served template, so it is trained with it: use tokenizer_default, or start the server "
-            "with another template (--chat-template FILE).",
+            f"with another template (--chat-template {_operand(name)}).",
             param=param,
         )
+
+
+def _operand(name: str) -> str:
+    return name if name in BUILTIN_TEMPLATES else "FILE"

@@ -4,22 +4,57 @@ The values are built straight from the parser's events: PyYAML's own composer an
 nested document kills the process in its C form), follow aliases and tags, and let a second key win in silence.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import yaml
 from msgspec import Struct, field
 
-from runtime.trainer.recipe.problems import Problem, RecipeError
-from runtime.trainer.recipe.scalars import plain
+from runtime.errors import InvalidRequest
+from runtime.trainer.recipe.types import plain
+from settings.schema import MAX_RECIPE
 
-MAX_BYTES = 128 * 1024
+# -- problems --------------------------------------------------------------------------------------
+#
+# What is wrong with a recipe: every problem found, each with its key and line.
+
+SHOWN = 50
+"""Most problems that one message lists."""
+
+
+class Problem(Struct, frozen=True):
+    """One thing that is wrong."""
+
+    key: str
+    """Path of the key, as in `datasets[0].type`; empty when it is the whole file."""
+    message: str
+    line: int | None = None
+    """From 1; None when the recipe did not come as text, or the key is not in it."""
+
+    def __str__(self) -> str:
+        place = ", ".join(filter(None, [self.key, f"line {self.line}" if self.line else ""]))
+        return f"{place}: {self.message}" if place else self.message
+
+
+class RecipeError(InvalidRequest):
+    """The recipe cannot be used as it is. `problems` has all that was found; `param` is the first one's key."""
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        self.problems = tuple(problems)
+        lines = [str(problem) for problem in self.problems[:SHOWN]]
+        if len(self.problems) > SHOWN:
+            lines.append(f"… and {len(self.problems) - SHOWN} more")
+        head = "" if len(lines) == 1 else f"The recipe has {len(self.problems)} problems:\n"
+        super().__init__(head + "\n".join(lines), param=self.problems[0].key or "recipe", code="invalid_recipe")
+
+
+MAX_BYTES = MAX_RECIPE
 MAX_DEPTH = 16
 MAX_NODES = 10_000
 
 
 class Document(Struct):
-    """What a recipe says."""
+    """Keys and values of a recipe, as they are given."""
 
     values: dict[str, Any]
     lines: dict[str, int] = field(default_factory=dict)
@@ -32,7 +67,7 @@ class _Open(Struct):
     value: dict[str, Any] | list[Any]
     path: str
     key: str | None = None
-    """Of a mapping: the key whose value comes next."""
+    """Key of a mapping whose value comes next."""
 
     def child(self) -> str:
         if isinstance(self.value, list):
@@ -108,7 +143,8 @@ def _place(event: Any, stack: list[_Open], document: Document, line: int) -> Non
     path = parent.child()
     document.lines.setdefault(path, line)
     if isinstance(event, yaml.ScalarEvent):
-        parent.add(plain(event.value) if event.implicit[0] else event.value)
+        text = _text(event.value, line, path)
+        parent.add(plain(text) if event.implicit[0] else text)
         return
     if len(stack) >= MAX_DEPTH:
         raise _error(f"a recipe is nested at most {MAX_DEPTH} deep", line, path[:64])
@@ -120,11 +156,24 @@ def _place(event: Any, stack: list[_Open], document: Document, line: int) -> Non
 def _key(event: Any, parent: _Open, document: Document, line: int) -> str:
     if not isinstance(event, yaml.ScalarEvent):
         raise _error("a key must be a text", line, parent.path)
-    key = str(event.value)
+    key = _text(event.value, line, parent.path)
     if key in parent.value:
         path = f"{parent.path}.{key}" if parent.path else key
         raise _error(f"the key is given twice, first on line {document.lines[path]}", line, path)
     return key
+
+
+def _text(value: str, line: int, path: str) -> str:
+    """The text of a scalar. Escapes may be both halves of a surrogate pair: one character together, as in JSON."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        try:
+            return value.encode("utf-16", "surrogatepass").decode("utf-16")
+        except UnicodeDecodeError:
+            code = next(ord(char) for char in value if 0xD800 <= ord(char) <= 0xDFFF)
+            raise _error(f"holds a lone surrogate (U+{code:04X})", line, path[:64]) from None
+    return value
 
 
 def _code(character: str | bytes | int) -> int:

@@ -1,19 +1,221 @@
 """A recipe's text to a `Recipe`: every key accounted for, every problem found at once."""
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar, get_type_hints
 
 import msgspec
+import regex
+from msgspec import NODEFAULT, Struct
 
+from runtime.adapters.store import name_problem
 from runtime.errors import InvalidRequest, ModelNotFound
-from runtime.trainer.recipe import notes
-from runtime.trainer.recipe.checks import find_problems, resolve_batch
-from runtime.trainer.recipe.convert import convert_struct
-from runtime.trainer.recipe.document import Document, read_document
-from runtime.trainer.recipe.noted import NOTED
-from runtime.trainer.recipe.problems import Problem, RecipeError
-from runtime.trainer.recipe.refused import REFUSED
-from runtime.trainer.recipe.schema import Recipe
+from runtime.trainer.recipe import keys as notes
+from runtime.trainer.recipe import types
+from runtime.trainer.recipe.document import Document, Problem, RecipeError, read_document
+from runtime.trainer.recipe.keys import NOTED, REFUSED, modernise
+from runtime.trainer.recipe.schema import Dataset, Recipe
+from runtime.trainer.recipe.types import ROLES, role_names, unknown_roles
+from settings import suggest
+
+# -- convert ---------------------------------------------------------------------------------------
+#
+# From plain values to the structs of a recipe, collecting every problem instead of stopping at the first.
+
+S = TypeVar("S", bound=Struct)
+
+_STAND_INS: Mapping[str, Any] = {"adapter": "lora", "learning_rate": 1e-4, "datasets": (), "path": "-"}
+"""Values in place of keys that are missing and have no default."""
+
+MAX_HINTS = 50
+"""Unknown keys of one mapping for which the nearest known one is looked for."""
+
+Report = Callable[[str, str], None]
+"""Called with the path of a key and what is wrong with it."""
+
+
+def convert_struct(
+    struct: type[S], values: Mapping[str, Any], path: str, report: Report, *, beside: frozenset[str] = frozenset()
+) -> S:
+    """The struct. What was reported has its default in it, so that the rest can be checked, too.
+
+    A null is the same as a key that is absent. `beside` are known keys that are read elsewhere.
+    """
+    hints = get_type_hints(struct, include_extras=True)
+    fields = {field.name: field for field in msgspec.structs.fields(struct) if field.name != "notes"}
+    given: dict[str, Any] = {}
+    unknown = [name for name in values if name not in fields and name not in beside]
+    for index, name in enumerate(unknown):
+        near = suggest.hint(name, [*fields, *beside], cutoff=0.75) if index < MAX_HINTS else ""
+        report(_join(path, name[:64]), f"unknown key{near}")
+    for name, field in fields.items():
+        value = values.get(name)
+        if value is None:
+            if field.default is NODEFAULT and field.default_factory is NODEFAULT:
+                report(_join(path, name), f"is missing: expected {types.describe(hints[name])}")
+                given[name] = _STAND_INS[name]
+            continue
+        try:
+            given[name] = _convert(hints[name], value, _join(path, name), report)
+        except ValueError as error:
+            report(_join(path, name), str(error) + _near(value, hints[name]))
+            if name in _STAND_INS:
+                given[name] = _STAND_INS[name]
+    return struct(**given)
+
+
+def _convert(hint: Any, value: Any, path: str, report: Report) -> Any:
+    inner, many = types.struct_of(hint)
+    if inner is None:
+        return types.convert(value, hint)
+    if not many:
+        if not isinstance(value, dict):
+            raise ValueError(f"expected {types.describe(hint)}, got {types.show(value)}")
+        return convert_struct(inner, value, path, report)
+    items = [value] if isinstance(value, dict) else value
+    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+        raise ValueError(f"expected {types.describe(hint)}, got {types.show(value)}")
+    types.check_length(len(items), hint)
+    return tuple(convert_struct(inner, item, f"{path}[{index}]", report) for index, item in enumerate(items))
+
+
+def _near(value: object, hint: Any) -> str:
+    return suggest.hint(value, types.literals(hint)) if isinstance(value, str) else ""
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+# -- checks ----------------------------------------------------------------------------------------
+#
+# What the keys of a recipe must not say together, and what they come to.
+#
+# Types and limits of single keys were checked before; nothing here knows the model or the data.
+
+Found = tuple[str, str]
+"""A key and what is wrong with it."""
+
+_ONE_OF = [
+    ("warmup_steps", "warmup_ratio"),
+    ("save_steps", "saves_per_epoch"),
+    ("eval_steps", "evals_per_epoch"),
+    ("val_set_size", "test_datasets"),
+]
+_AMOUNTS = ("eval_steps", "save_steps", "warmup_steps", "val_set_size")
+
+
+def find_problems(recipe: Recipe, values: Mapping[str, Any], *, max_lora_rank: int) -> Iterator[Found]:
+    """Every conflict. `values` are the keys as they were given."""
+    given = {key for key, value in values.items() if value not in (None, False, 0, [], "no")}
+    for one, other in _ONE_OF:
+        if one in given and other in given:
+            yield other, f"give {one} or {other}, not both"
+    yield from _sizes(recipe, values)
+    if recipe.lora_r > max_lora_rank:
+        yield "lora_r", f"must be at most {max_lora_rank} (adapters.max_lora_rank), got {recipe.lora_r}"
+    if recipe.lora_target_linear is False and recipe.lora_target_modules is None:
+        yield "lora_target_linear", "is false, and lora_target_modules names nothing: there is nothing to train"
+    if recipe.sample_packing and recipe.group_by_length:
+        yield "group_by_length", "has no meaning with sample_packing, which fills its bins by length; set one of them"
+    if recipe.chat_template == "jinja" and recipe.chat_template_jinja is None:
+        yield "chat_template_jinja", "is missing: chat_template is jinja"
+    if problem := recipe.publish.problem():
+        yield "publish.when", problem
+    if recipe.name is not None and (problem := name_problem(recipe.name)):
+        yield "name", problem
+    if isinstance(recipe.lora_target_modules, str):
+        yield from _pattern(recipe.lora_target_modules)
+    yield from _evaluation(recipe, given)
+    yield from _datasets(recipe)
+
+
+def resolve_batch(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
+    """With micro-batch size and accumulation worked out from `batch_size`. Raises `InvalidRequest`."""
+    whole = recipe.batch_size
+    if whole is None:
+        return recipe
+    micro, steps = values.get("micro_batch_size"), values.get("gradient_accumulation_steps")
+    if micro is None and steps is not None and whole % recipe.gradient_accumulation_steps == 0:
+        return msgspec.structs.replace(recipe, micro_batch_size=whole // recipe.gradient_accumulation_steps)
+    if steps is None and whole % recipe.micro_batch_size == 0:
+        return msgspec.structs.replace(recipe, gradient_accumulation_steps=whole // recipe.micro_batch_size)
+    if whole == recipe.effective_batch:
+        return recipe
+    given = f"{recipe.micro_batch_size} × {recipe.gradient_accumulation_steps} = {recipe.effective_batch}"
+    raise InvalidRequest(
+        f"is {whole}, and micro_batch_size × gradient_accumulation_steps is {given}: give whole numbers that agree, or "
+        "leave one of the three out",
+        param="batch_size",
+    )
+
+
+def _sizes(recipe: Recipe, values: Mapping[str, Any]) -> Iterator[Found]:
+    for name in _AMOUNTS:
+        amount = getattr(recipe, name)
+        if amount is not None and amount >= 1 and not float(amount).is_integer():
+            yield name, f"expected a whole number, or a share below 1, got {amount}"
+    for name in ("eval_steps", "save_steps"):
+        if getattr(recipe, name) == 0 and values.get(name) is not None:
+            yield name, "must be above 0; leave it out to use the default"
+    if recipe.min_sample_len > recipe.sequence_len:
+        yield "min_sample_len", f"must be at most sequence_len ({recipe.sequence_len}), got {recipe.min_sample_len}"
+    if recipe.cosine_min_lr_ratio is None and recipe.lr_scheduler == "cosine_min_lr_ratio":
+        yield "cosine_min_lr_ratio", "is missing: lr_scheduler is cosine_min_lr_ratio"
+    if recipe.cosine_min_lr_ratio is not None and not recipe.lr_scheduler.startswith("cosine"):
+        yield "cosine_min_lr_ratio", f"is for lr_scheduler cosine, got {recipe.lr_scheduler}"
+
+
+def _evaluation(recipe: Recipe, given: set[str]) -> Iterator[Found]:
+    if not recipe.evaluates:
+        # Recipes come with `evals_per_epoch` whether or not they hold anything out, as Axolotl allows: noted.
+        if recipe.early_stopping_patience is not None:
+            yield "early_stopping_patience", "needs test data: set val_set_size or test_datasets"
+        if recipe.save_strategy == "best":
+            yield "save_strategy", "best needs test data: set val_set_size or test_datasets"
+        if (metric := recipe.publish.metric) is not None and metric.startswith("eval_"):
+            yield "publish.when", f"{metric} needs test data: set val_set_size or test_datasets"
+    elif not recipe.load_best_model_at_end:
+        yield (
+            "load_best_model_at_end",
+            "false is not supported: where there is test data, the best weights are published",
+        )
+    if recipe.eval_strategy == "no":
+        for name in ("eval_steps", "evals_per_epoch", "early_stopping_patience"):
+            if name in given:
+                yield name, "has no meaning with `eval_strategy: no`"
+    for kind, names in (("eval", ("eval_steps", "evals_per_epoch")), ("save", ("save_steps", "saves_per_epoch"))):
+        strategy = getattr(recipe, f"{kind}_strategy")
+        if strategy == "steps" and not given.intersection(names):
+            yield f"{kind}_strategy", f"steps needs {kind}_steps"
+        if strategy == "epoch" and names[0] in given:
+            yield names[0], f"has no meaning with `{kind}_strategy: epoch`"
+
+
+def _datasets(recipe: Recipe) -> Iterator[Found]:
+    for group in ("datasets", "test_datasets"):
+        for index, entry in enumerate(getattr(recipe, group)):
+            path = f"{group}[{index}]"
+            if entry.train_on_eos and entry.train_on_eot and entry.train_on_eos != entry.train_on_eot:
+                yield f"{path}.train_on_eot", "ends of turns are of one kind here: must be equal to train_on_eos"
+            yield from _roles(entry, path)
+
+
+def _roles(entry: Dataset, path: str) -> Iterator[Found]:
+    for role in unknown_roles(entry.roles):
+        yield f"{path}.roles", f"{role[:64]!r} is no role; there are {', '.join(ROLES)}"
+    names = role_names(entry.roles)
+    for name in entry.roles_to_train:
+        if name not in names:
+            known = ", ".join(sorted(names))
+            yield f"{path}.roles_to_train", f"{name[:64]!r} is no role; known are {known}, and what `roles` adds"
+
+
+def _pattern(pattern: str) -> Iterator[Found]:
+    try:
+        regex.compile(pattern)
+    except regex.error as error:
+        yield "lora_target_modules", f"is no regular expression: {error}"
+
 
 _BESIDE = frozenset(NOTED) | frozenset(REFUSED)
 _NO_ADAPTER = "is missing: expected lora or qlora; training all weights is not supported, because they are being served"
@@ -30,7 +232,8 @@ def load_recipe(data: bytes, *, max_lora_rank: int, served: Iterable[str] | None
 
 def recipe_from(document: Document, *, max_lora_rank: int, served: Iterable[str] | None = None) -> Recipe:
     """The same for values that did not come as YAML, such as a JSON object's: `Document(values)`."""
-    values, problems = _checkpointing(document.values), list[Problem]()
+    modern = modernise(document.values)
+    values, problems = _checkpointing(modern.values), list[Problem]()
     if values.get("adapter") is None:
         values["adapter"] = "lora"
         problems.append(Problem("adapter", _NO_ADAPTER, document.lines.get("adapter")))
@@ -55,7 +258,7 @@ def recipe_from(document: Document, *, max_lora_rank: int, served: Iterable[str]
         raise RecipeError(sorted(problems, key=lambda problem: problem.line or 0))
     if served is not None:
         check_base_model(recipe, served)
-    return msgspec.structs.replace(recipe, notes=tuple(notes.of(recipe, document.values)))
+    return msgspec.structs.replace(recipe, notes=(*modern.notes, *notes.of(recipe, document.values)))
 
 
 def check_base_model(recipe: Recipe, served: Iterable[str]) -> None:

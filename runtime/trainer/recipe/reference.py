@@ -6,12 +6,136 @@ from typing import Any, get_args, get_type_hints
 import msgspec
 from msgspec import NODEFAULT, Meta, Struct
 
-from runtime.trainer.recipe.dataset import Dataset
-from runtime.trainer.recipe.noted import NOTED
-from runtime.trainer.recipe.reference_text import HEAD, TAIL
-from runtime.trainer.recipe.refused import REFUSED
-from runtime.trainer.recipe.schema import Recipe
+from runtime.trainer.recipe.keys import NOTED, REFUSED
+from runtime.trainer.recipe.schema import Dataset, Recipe
 from runtime.trainer.recipe.types import describe
+
+# -- reference text --------------------------------------------------------------------------------
+#
+# The prose of docs/recipes.md, around the tables that are made from the structs.
+
+HEAD = """
+# Recipes
+
+Generated from `runtime/trainer/recipe` by `eft recipe docs`; do not edit.
+
+A recipe is one YAML file that describes a fine-tuning job. Keys are named as in
+[Axolotl](https://github.com/axolotl-ai-cloud/axolotl)'s recipes and mean the same, so most of its LoRA and QLoRA recipes run
+once they name data that the server may read. Ours are `name` and `publish`. No key is ignored in silence: it works,
+or the plan notes why it makes no difference, or the recipe is refused with the reason.
+
+```sh
+eft recipe new --output recipe.yaml     # a commented recipe to start from
+eft recipe check recipe.yaml            # every problem at once, then the plan: rows, tokens, steps, memory, examples
+eft train recipe.yaml --follow          # the job, with the data files that the recipe names, on the running server
+eft recipe schema > recipe.schema.json  # for editors
+```
+
+`eft recipe check` asks the running server, and prints the same as `eft train --dry-run` and, as JSON, `?dry_run=1`. With
+`--model` it needs no server. The same with curl, for a recipe that has `path: data/rows.jsonl`:
+
+```sh
+curl -F recipe=@recipe.yaml -F file=@data/rows.jsonl 'localhost:8000/admin/train?dry_run=1'
+curl -F recipe=@recipe.yaml -F file=@data/rows.jsonl localhost:8000/admin/train
+curl --data-binary @recipe.yaml localhost:8000/admin/train    # where the data lies under a data root; not -d
+curl localhost:8000/admin/jobs/ftjob-…                        # the id is in the answer; how far, how long still
+curl -N -H 'Accept: text/event-stream' localhost:8000/admin/jobs/ftjob-…/events    # everything, until its end
+```
+
+`settings/recipes/` has examples that run as they are.
+
+The YAML is read by the rules of YAML 1.2: `2e-5` is a number, and `no` and `on` are texts, except where a key takes true
+or false. One document, no aliases, no tags, no key twice. A null is the same as leaving the key out.
+"""  # noqa: E501
+
+TAIL = """
+## What a row is
+
+| `type` | a row | trained on |
+|---|---|---|
+| `chat_template` | `{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}` | the assistant's turns, each with the token that ends it |
+| `alpaca` | `{"instruction": "…", "input": "…", "output": "…"}`; `input` may be absent or empty | the output and the end of text |
+| `chat_template.alpaca` | the same rows, as a chat: instruction and input are the user's message | the output and the end of the turn |
+| `prompt_completion` | `{"prompt": "…", "completion": "…"}` | the completion and the end of text |
+| `completion` | `{"text": "…"}`; the field is `field` | everything |
+| `auto` | any of these but `chat_template.alpaca`, told by the fields of the first row | |
+
+Axolotl's older `type: sharegpt` (with `conversation`, `field`, `roles: {input, output}`, `field_human`, `field_model`) is read
+as `type: chat_template`, `field_messages: conversations`, `message_property_mappings: {role: from, content: value}`, and the plan
+notes those lines.
+
+Chats are rendered with the served model's own chat template, and texts are tokenised as a prompt of `/v1/completions` is: what
+the adapter is trained on is what it will be asked with. So a recipe may name the template (`chatml` where the model's
+is one), and cannot change it: start the server with `--chat-template FILE` for that. Text of a special token inside a
+message stays text. Where an answer begins is found by rendering the chat up to it, with the prompt that
+serving would give; a template under which the beginning of a chat is not rendered as the chat's beginning (some drop earlier
+reasoning) gives an error with the row's number. Where the tokenizer joins the end of that prompt and the beginning of
+an answer (one that begins with a line break) into one token, that token is trained on. Where no token ends an answer (a
+base model with a template of other tokens), or `train_on_eos` is `none`, plan, job and log warn that the adapter will not
+learn to stop.
+
+A message with `weight: 0` (or `false` in `message_field_training`) is not trained on, one with `weight: 1` is. So it is with
+the parts of a message, by their `train` or `weight`: such parts follow each other without a separator, and what is marked is
+trained on to the letter. A token that would reach across the border of two parts is taken apart there; put the space at
+the beginning of the later part, as tokenizers do, and none is. Parts without those marks are given to the template as in
+serving: one that walks parts gets them, one that prints a text gets them on lines of their own. Roles called human, gpt, bot, model and the like are known,
+`roles` adds others, and `roles_to_train` takes any of the names. A row's `tools` are passed to the template. Of tools and
+their calls, keys that are null are left out at any depth (Parquet fills rows with them), empty `tool_calls` too, and
+`arguments` that are JSON text become an object. The column `system` (`field_system`) is the first message of a chat that begins
+with none.
+
+Files are JSONL, JSON (an array of objects), CSV with a header, or Parquet. They come with the recipe, or lie under one of
+the server's data roots (`trainer.data_roots`); URLs and data sets of a hub are not fetched. A file that was sent is known by the
+recipe's path, or by its base name where one file alone has it, as curl sends `-F file=@data/rows.jsonl`; else name the part:
+`-F a/rows.jsonl=@a/rows.jsonl`. A folder is not read whole: name the files in it (`path: data`, `data_files: [rows.jsonl]`).
+
+A row that cannot be read or teaches nothing, such as one with an empty answer, stops the job before it starts: the first ten
+are listed with file, number, column and what is wrong. Rows that are left out or cut for their length are listed by number in
+the plan, as are columns and fields that nothing reads.
+
+## How the adapter is asked
+
+As its rows were rendered; the plan says so at "ask it", and the version keeps it (`eft.json` beside PEFT's files).
+
+| rows | ask |
+|---|---|
+| chats | `/v1/chat/completions`, with the system message that the rows have |
+| `alpaca` | `/v1/completions`, with the prompt below: an adapter of alpaca's rows has seen no chat |
+| `prompt_completion`, `completion` | `/v1/completions`, with a prompt like those of the rows |
+
+```
+Below is an instruction that describes a task. Write a response that appropriately completes the request.
+
+### Instruction:
+{instruction}
+
+### Response:
+```
+
+With an `input`, the first line ends "…describes a task, paired with an input that provides further context. Write…", and
+`### Input:` and the input stand before `### Response:`. A line break follows `### Response:`. `eft chat NAME` does all of this by
+itself, and takes the system message of the rows where they all have the same. To ask in chats, train such rows with
+`type: chat_template.alpaca`. Every answer names the version that gave it in the header `X-Eft-Adapter-Version`.
+
+`eft adapters download NAME` copies a version as PEFT's folder, with `base_model_name_or_path` as the recipe's `base_model`
+(`GET /admin/adapters/NAME/export` is the same as tar); `eft adapters show NAME` says where it lies on the server.
+
+## Steps
+
+A step is `gradient_accumulation_steps` micro-batches of `micro_batch_size` examples, or packed bins; the last step of an
+epoch is smaller where they do not come out even. Nothing is ever padded: examples of a micro-batch lie one after the other,
+and attention keeps them apart. With `sample_packing`, bins are made once, and each epoch goes through them in another order.
+The number of steps is `max_steps`, or `num_epochs` times the steps of an epoch, rounded up. The order depends on
+`seed` and the epoch alone, so that a resumed job goes on with the rows that it would have had.
+
+Warmup is never longer than the run: `warmup_steps: 100` of 5 steps are 5, where transformers would keep to a hundredth of
+the rate a step. The plan warns where all steps, or more than half of them, are warmup. `warmup_ratio` is rounded down, as
+Axolotl's `int()` does. A job fails when its loss is not a number, or is above `loss_watchdog_threshold` for
+`loss_watchdog_patience` steps in a row: by default above ln(vocabulary) + 1 for 3 steps, which is worse than guessing (11.8 for a
+vocabulary of 49,152). A step that takes long reports how far it is, and how long the job will still take, every five to
+thirty seconds: in its events, in `step_progress` and `estimated_finish` of the job, and in what `eft train --follow` shows.
+"""  # noqa: E501
+
 
 GROUPS = {
     "model": "Model and result",

@@ -1,19 +1,154 @@
 """The keys of a recipe that do something, once: type, limits, default and a line of documentation.
 
-Names and meaning are Axolotl's, but for `name` and `publish`, which are ours. Keys that are only noted stand in
-`noted`, those that are refused in `refused`. What a key means together with others is in `checks`.
+Names and meaning are Axolotl's, but for `name` and `publish`, which are ours. Keys that are only noted, and those that
+are refused, stand in `keys`. What a key means together with others is checked in `load` and `types`.
 """
 
-from typing import Annotated, Literal
+import functools
+import operator
+import re
+from collections.abc import Callable, Mapping
+from typing import Annotated, Literal, get_args, get_type_hints
 
 from msgspec import Meta, Struct, field
 
-from runtime.trainer.recipe.dataset import Dataset
-from runtime.trainer.recipe.publish import Publish
+# -- dataset ---------------------------------------------------------------------------------------
+#
+# One entry of `datasets` or `test_datasets`.
+
+Text = Annotated[str, Meta(min_length=1, max_length=4096)]
+Eos = Literal["all", "turn", "last", "none"]
+DataType = Literal[
+    "chat_template",
+    "chat_template.default",
+    "chat_template.alpaca",
+    "alpaca",
+    "completion",
+    "prompt_completion",
+    "auto",
+]
+
+
+def entry(text: str) -> Meta:
+    """The line of documentation of an entry's key."""
+    return Meta(description=text)
+
+
+class Dataset(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A file of rows, and how a row becomes an example."""
+
+    path: Annotated[
+        Text,
+        entry("A file sent along, or one under the data roots; or `json`, `csv`, `parquet`, with `data_files`."),
+    ]
+    data_files: Annotated[tuple[Text, ...] | Text, entry("Files, by themselves or in the folder `path`.")] = ()
+    ds_type: Annotated[
+        Literal["json", "jsonl", "csv", "parquet"] | None, entry("Format of the files. Default: by their endings.")
+    ] = None
+    split: Annotated[Text | None, entry("`train`, or a slice of the rows: `train[:20%]`, `train[100:200]`.")] = None
+    type: Annotated[DataType, entry("What a row is; `auto` goes by the fields of the first row.")] = "auto"
+    field: Annotated[Text, entry("completion: field with the text.")] = "text"
+    field_messages: Annotated[Text, entry("chat_template: field with the messages.")] = "messages"
+    field_tools: Annotated[Text, entry("chat_template: field with the tools.")] = "tools"
+    field_system: Annotated[
+        Text, entry("chat_template: field with the system message of a chat that begins with none; may be absent.")
+    ] = "system"
+    message_property_mappings: Annotated[
+        dict[str, Text], entry("chat_template: the template's name of a message's field → its name in the file.")
+    ] = {}
+    message_field_role: Annotated[Text | None, entry("chat_template: the older way to map `role`.")] = None
+    message_field_content: Annotated[Text | None, entry("chat_template: the older way to map `content`.")] = None
+    field_thinking: Annotated[Text | None, entry("chat_template: field of a message with its reasoning.")] = None
+    template_thinking_key: Annotated[Text, entry("chat_template: the template's name of it.")] = "reasoning_content"
+    message_field_training: Annotated[
+        Text | None, entry("chat_template: field of a message that says whether to train on it.")
+    ] = None
+    roles: Annotated[
+        dict[str, tuple[Text, ...] | Text],
+        entry("chat_template: role → its names in the file; human, gpt and the like are known."),
+    ] = {}
+    roles_to_train: Annotated[
+        tuple[Text, ...], entry("chat_template: whose turns are trained on, by any name of the role.")
+    ] = ("assistant",)
+    train_on_eos: Annotated[
+        Eos | None,
+        entry("chat_template: ends of turns to train on: of `turn`s trained on, `all`, the `last`, `none`."),
+    ] = None
+    train_on_eot: Annotated[Eos | None, entry("chat_template: another name of `train_on_eos`.")] = None
+    drop_system_message: Annotated[bool, entry("chat_template: leave system messages out.")] = False
+    chat_template: Annotated[Text | None, entry("As the recipe's `chat_template`.")] = None
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return (self.data_files,) if isinstance(self.data_files, str) else self.data_files
+
+    @property
+    def eos(self) -> Eos:
+        return self.train_on_eos or self.train_on_eot or "turn"
+
+    @property
+    def properties(self) -> dict[str, str]:
+        """The template's name of a message's field → its name in the file."""
+        older = {
+            "role": self.message_field_role,
+            "content": self.message_field_content,
+            self.template_thinking_key: self.field_thinking,
+        }
+        named = {name: given for name, given in older.items() if given}
+        return {"role": "role", "content": "content", **named, **self.message_property_mappings}
+
+
+# -- publish ---------------------------------------------------------------------------------------
+#
+# When a finished job's adapter is published.
+
+METRICS = ("eval_loss", "eval_accuracy", "train_loss", "train_accuracy")
+_COMPARE: dict[str, Callable[[float, float], bool]] = {
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+}
+_CONDITION = re.compile(r"\s*(\w+)\s*(<=|>=|<|>)\s*([0-9]+(?:\.[0-9]*)?(?:[eE][-+]?[0-9]+)?)\s*")
+
+
+class Publish(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The gate before publishing."""
+
+    when: Annotated[
+        str,
+        Meta(
+            max_length=200,
+            description="`always`, `never`, or a metric, a comparison and a number, such as `eval_loss < 1.5`.",
+        ),
+    ] = "always"
+
+    @property
+    def metric(self) -> str | None:
+        """The metric that decides, or None."""
+        match = _CONDITION.fullmatch(self.when)
+        return match[1] if match else None
+
+    def problem(self) -> str | None:
+        """The fault of `when`, or None."""
+        if self.when in ("always", "never") or self.metric in METRICS:
+            return None
+        return (
+            f"expected always, never, or a condition such as `eval_loss < 1.5` on one of {', '.join(METRICS)}, "
+            f"got {self.when!r}"
+        )
+
+    def allows(self, metrics: Mapping[str, float]) -> bool:
+        """True if a run that ended with these metrics is published. A metric that is missing or NaN forbids it."""
+        match = _CONDITION.fullmatch(self.when)
+        if match is None:
+            return self.when == "always"
+        name, comparison, limit = match.groups()
+        return name in metrics and _COMPARE[comparison](metrics[name], float(limit))
+
 
 LARGEST = 2**31 - 1
 
-Text = Annotated[str, Meta(min_length=1, max_length=4096)]
 Positive = Annotated[int, Meta(ge=1, le=LARGEST)]
 Count = Annotated[int, Meta(ge=0, le=LARGEST)]
 AboveZero = Annotated[float, Meta(gt=0.0)]
@@ -111,7 +246,11 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ] = False
     chat_template: Annotated[
         Text | None,
-        key("data", "`tokenizer_default`, or the name of what the served model's template is, such as `chatml`."),
+        key(
+            "data",
+            "`tokenizer_default`, or the name of what the served model's template is, such as `chatml`; `eft serve "
+            "--chat-template chatml` serves with a built-in one.",
+        ),
     ] = None
     chat_template_jinja: Annotated[
         Template | None, key("data", "Accepted where it is the served model's own template.")
@@ -167,9 +306,13 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ] = False
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1), key("training", "Of weights, dropout, shuffling and splits.")] = 42
     loss_watchdog_threshold: Annotated[
-        AboveZero | None, key("training", "The job fails when the loss is above this…")
+        AboveZero | None,
+        key(
+            "training",
+            "The job fails when the loss is above this… Default: ln(vocabulary) + 1, worse than guessing.",
+        ),
     ] = None
-    loss_watchdog_patience: Annotated[Positive, key("training", "…for so many steps in a row.")] = 3
+    loss_watchdog_patience: Annotated[Positive, key("training", "…for this number of steps in a row.")] = 3
 
     eval_strategy: Annotated[
         Strategy | None,
@@ -178,12 +321,12 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     eval_steps: Annotated[
         AmountOrShare | None, key("evaluation", "Steps between evaluations; below 1 a share of all steps.")
     ] = None
-    evals_per_epoch: Annotated[Count | None, key("evaluation", "Or so many in an epoch.")] = None
+    evals_per_epoch: Annotated[Count | None, key("evaluation", "Or their number in an epoch.")] = None
     eval_batch_size: Annotated[Positive | None, key("evaluation", "Examples at once. Default: `micro_batch_size`.")] = (
         None
     )
     early_stopping_patience: Annotated[
-        Positive | None, key("evaluation", "Stop after so many evaluations in a row that are no better.")
+        Positive | None, key("evaluation", "Stop after this number of evaluations in a row that are no better.")
     ] = None
     metric_for_best_model: Annotated[
         Literal["eval_loss", "loss"], key("evaluation", "What better means: a lower loss on the test data.")
@@ -198,15 +341,15 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     save_steps: Annotated[
         AmountOrShare | None, key("evaluation", "Steps between checkpoints; below 1 a share of all steps.")
     ] = None
-    saves_per_epoch: Annotated[Count | None, key("evaluation", "Or so many in an epoch.")] = None
+    saves_per_epoch: Annotated[Count | None, key("evaluation", "Or their number in an epoch.")] = None
     save_total_limit: Annotated[Positive | None, key("evaluation", "Most checkpoints kept.")] = None
 
     notes: tuple[str, ...] = ()
-    """What was accepted and does nothing here, and what means something else than it says. Not a key."""
+    """Remarks on keys that do nothing here, or something else than they say. Not a key."""
 
     @property
     def optimizer_family(self) -> OptimizerFamily:
-        """What the names of `optimizer` come down to."""
+        """Optimiser that the names of `optimizer` come down to."""
         return _FAMILIES.get(self.optimizer, "adamw_8bit")
 
     @property
@@ -216,5 +359,16 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     @property
     def evaluates(self) -> bool:
-        """Whether there is test data."""
+        """True if there is test data."""
         return bool(self.test_datasets) or self.val_set_size > 0
+
+
+@functools.cache
+def keys_of(group: str) -> tuple[str, ...]:
+    """Names of the recipe's keys in a section of the reference (`model`, `lora`, `data`, …)."""
+    hints = get_type_hints(Recipe, include_extras=True)
+    return tuple(name for name, hint in hints.items() if any(_in_group(meta, group) for meta in get_args(hint)[1:]))
+
+
+def _in_group(meta: object, group: str) -> bool:
+    return isinstance(meta, Meta) and (meta.extra or {}).get("group") == group

@@ -1,14 +1,73 @@
 """A value of a recipe to the type of its key, and what a type expects, in words."""
 
 import math
+import re
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import msgspec
 from msgspec import Meta, Struct
 
-from runtime.trainer.recipe.scalars import as_bool, lenient_number
+from runtime.adapters.store import name_problem
+from runtime.trainer.recipe.schema import Recipe
+
+# -- scalars ---------------------------------------------------------------------------------------
+#
+# Plain YAML scalars by the rules of YAML 1.2's core schema (section 10.3.2).
+#
+# PyYAML follows YAML 1.1, which reads `2e-5` as a text and `no` and `on` as booleans.
+
+_NULL = frozenset({"", "~", "null", "Null", "NULL"})
+_BOOL = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
+_INTEGER = re.compile(r"[-+]?[0-9]+")
+_BASED = re.compile(r"0o[0-7]+|0x[0-9a-fA-F]+")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_GROUPED = re.compile(r"(?<=[0-9])_(?=[0-9])")
+_INFINITY = re.compile(r"[-+]?\.(inf|Inf|INF)")
+_NAN = frozenset({".nan", ".NaN", ".NAN"})
+_WORDS = {"yes": True, "on": True, "true": True, "no": False, "off": False, "false": False}
+
+LONGEST_NUMBER = 100
+"""Characters; longer ones stay text: Python refuses, or is slow, to read them."""
+
+Scalar = str | int | float | bool | None
+
+
+def plain(text: str) -> Scalar:
+    """The value of a scalar that was written without quotes."""
+    if text in _NULL:
+        return None
+    if text in _BOOL:
+        return _BOOL[text]
+    number = as_number(text)
+    return text if number is None else number
+
+
+def as_number(text: str) -> int | float | None:
+    """The number that `text` is, or None."""
+    if len(text) > LONGEST_NUMBER:
+        return None
+    if _INTEGER.fullmatch(text):
+        return int(text)
+    if _BASED.fullmatch(text):
+        return int(text, 0)
+    if _FLOAT.fullmatch(text):
+        return float(text)
+    if _INFINITY.fullmatch(text):
+        return float(text.replace(".", ""))
+    return float("nan") if text in _NAN else None
+
+
+def lenient_number(text: str) -> int | float | None:
+    """The same, where `500_000` is a number too, as in YAML 1.1."""
+    return as_number(_GROUPED.sub("", text))
+
+
+def as_bool(text: str) -> bool | None:
+    """Value of `yes`, `on`, `no` and `off` where a boolean is expected; else None."""
+    return _WORDS.get(text.lower())
+
 
 _NOUNS: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 _PLURALS: dict[Any, str] = {str: "texts", int: "whole numbers", float: "numbers"}
@@ -48,7 +107,7 @@ def show(value: Any) -> str:
 
 
 def describe(hint: Any) -> str:
-    """What a key of this type takes, as in "expected …"."""
+    """Values that a key of this type takes, as in "expected …"."""
     base, metas = _strip(hint)
     if get_origin(base) in (Union, types.UnionType):
         return " or ".join(describe(_with(option, metas)) for option in _options(base))
@@ -141,3 +200,49 @@ def _limit(metas: tuple[Meta, ...], name: str) -> float | None:
 
 def _number(value: float) -> str:
     return f"{int(value)}" if float(value).is_integer() else f"{value:g}"
+
+
+# -- roles -----------------------------------------------------------------------------------------
+#
+# Roles of messages: those that a chat template knows, and the names that files have for them.
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+_NAMES = {
+    **{role: role for role in ROLES},
+    "human": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "bot": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "function": "tool",
+    "observation": "tool",
+}
+
+
+def role_names(added: Mapping[str, tuple[str, ...] | str]) -> dict[str, str]:
+    """Name in the file → role. `added` is a recipe's `roles`: role, by any of its names → further names of it.
+
+    A key of `added` that is no role's name is left out: `find_problems` reports it.
+    """
+    names = dict(_NAMES)
+    for role, aliases in added.items():
+        if role in _NAMES:
+            names |= dict.fromkeys([aliases] if isinstance(aliases, str) else aliases, _NAMES[role])
+    return names
+
+
+def unknown_roles(added: Mapping[str, tuple[str, ...] | str]) -> list[str]:
+    """Keys of a recipe's `roles` that are no role's name."""
+    return [role for role in added if role not in _NAMES]
+
+
+# -- names -----------------------------------------------------------------------------------------
+#
+# The name of the adapter that a recipe asks for.
+
+
+def adapter_name(recipe: Recipe, job_id: str) -> str:
+    """The name to publish under: the recipe's, else the last part of its `output_dir`, else the job's id."""
+    last = (recipe.output_dir or "").rstrip("/").rpartition("/")[2]
+    return recipe.name or (last if name_problem(last) is None else job_id)

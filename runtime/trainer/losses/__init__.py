@@ -1,0 +1,32 @@
+"""Losses by name: one file and one line here for each. See docs/adding-a-loss.md."""
+
+from collections.abc import Mapping
+from dataclasses import fields
+
+from runtime.trainer.losses.loss import Loss, LossInputs, LossValue, Score, apply_loss, score_targets
+from runtime.trainer.losses.supervised import Supervised
+
+__all__ = [
+    "LOSSES",
+    "Loss",
+    "LossInputs",
+    "LossValue",
+    "Score",
+    "Supervised",
+    "apply_loss",
+    "make_loss",
+    "score_targets",
+]
+
+LOSSES: dict[str, type[Loss]] = {"supervised": Supervised}
+
+
+def make_loss(name: str, options: Mapping[str, float | str]) -> Loss:
+    """The loss of this name with these options. Raises `ValueError` for unknown ones."""
+    kind = LOSSES.get(name)
+    if kind is None:
+        raise ValueError(f"no loss is called {name!r}; there are {', '.join(sorted(LOSSES))}")
+    known = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    if unknown := sorted(options.keys() - known):
+        raise ValueError(f"the loss {name} has no option {unknown[0]!r}; it has {', '.join(sorted(known)) or 'none'}")
+    return kind(**options)

@@ -1,0 +1,147 @@
+"""Interface of losses, and the function that applies one to a micro-batch.
+
+A loss is a function of the log-probabilities of the targets. The derivative by each of them is all that the head needs
+to go on backwards, so a loss knows neither slices nor ranks nor kernels.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from runtime.trainer.losses.logprobs import Head, ScoreBuffer
+from runtime.trainer.microbatch import MicroBatch
+from runtime.trainer.slices import Sliced
+
+
+@dataclass(frozen=True, eq=False)
+class LossInputs:
+    """The targets of one micro-batch: R of them in S sequences, sequence by sequence."""
+
+    logprobs: Tensor
+    """[R] float32: log-probability of each target under the model with its adapter."""
+    reference: Tensor | None
+    """[R] float32: the same under the model without the adapter, for a loss with `needs_reference`."""
+    trained: Sequence[int]
+    """[S] number of targets of each sequence."""
+    weights: Tensor
+    """[S] float32: `Example.weight` of each sequence."""
+
+    def sums(self, values: Tensor) -> Tensor:
+        """Sums of values [R] over each sequence: [S]. The order of addition is fixed, on a GPU too."""
+        return torch.stack([part.sum() for part in torch.split(values, list(self.trained))])
+
+    def means(self, values: Tensor) -> Tensor:
+        """Means of values [R] over each sequence's targets: [S]; 0 for a sequence without any."""
+        return self.sums(values) / torch.tensor(self.trained, device=values.device).clamp(min=1)
+
+
+@dataclass(frozen=True, eq=False)
+class LossValue:
+    """A loss of one micro-batch."""
+
+    total: Tensor
+    """Sum over the loss's units; a scalar, differentiable by `LossInputs.logprobs`."""
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    """Further numbers of the loss, each a sum over the same units. Reported as means, under these names."""
+
+
+class Loss(ABC):
+    """A training objective; a frozen dataclass, whose fields are its options."""
+
+    group_size: ClassVar[int] = 1
+    """Consecutive sequences that belong together, and so stay in one micro-batch: 2 for pairs."""
+    needs_reference: ClassVar[bool] = False
+    """True to have `LossInputs.reference`, at the cost of another forward pass."""
+
+    @property
+    def forward_passes(self) -> int:
+        """Forward passes of the model, that of the reference included."""
+        return 2 if self.needs_reference else 1
+
+    @abstractmethod
+    def __call__(self, inputs: LossInputs) -> LossValue:
+        """Value for one micro-batch, as a differentiable function of the log-probabilities."""
+
+    def units(self, trained: Sequence[int]) -> int:
+        """Number of units that the value is a sum over, for sequences with these numbers of targets. A step's loss is
+        the mean over the units of all its micro-batches."""
+        return len(trained) // self.group_size
+
+    def slopes(self, batch: MicroBatch) -> Tensor | None:
+        """Derivatives [R] by each log-probability, for a loss that is linear in them: the head is then passed through
+        once. None: they depend on the log-probabilities, and the head is passed through twice."""
+        return None
+
+
+@dataclass(slots=True)
+class Score:
+    """Sums over the micro-batches that were scored."""
+
+    loss: float = 0.0
+    """Over the loss's units."""
+    units: int = 0
+    correct: int = 0
+    """Targets that were the likeliest token."""
+    tokens: int = 0
+    """Targets."""
+    further: dict[str, float] = field(default_factory=dict)
+    """Sums of the loss's own metrics over its units."""
+
+    def add(self, other: "Score") -> None:
+        self.loss += other.loss
+        self.units += other.units
+        self.correct += other.correct
+        self.tokens += other.tokens
+        for name, value in other.further.items():
+            self.further[name] = self.further.get(name, 0.0) + value
+
+    @property
+    def mean(self) -> float:
+        return self.loss / max(1, self.units)
+
+    @property
+    def accuracy(self) -> float:
+        return self.correct / max(1, self.tokens)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Means of the loss's own metrics."""
+        return {name: value / max(1, self.units) for name, value in self.further.items()}
+
+
+def score_targets(head: Head, hidden: Tensor, batch: MicroBatch) -> Sliced[Tensor]:
+    """Log-probabilities [R] of a micro-batch's targets, from hidden states [T, hidden] after the last layer."""
+    buffer = ScoreBuffer(hidden, batch, None)
+    yield from head.fill(buffer)
+    return buffer.scores.logprobs
+
+
+def apply_loss(
+    loss: Loss, head: Head, hidden: Tensor, batch: MicroBatch, *, reference: Tensor | None, weight: float | None
+) -> Sliced[tuple[Score, Tensor | None]]:
+    """Compute a loss from hidden states [T, hidden] after the last layer; with a `weight`, also the gradient of
+    `weight` times its total with respect to them, [T, hidden]."""
+    assert len(batch.sequences) % loss.group_size == 0, "sequences that belong together are in one micro-batch"
+    slopes = None if weight is None else loss.slopes(batch)
+    buffer = ScoreBuffer(hidden, batch, None if weight is None or slopes is None else weight * slopes)
+    yield from head.fill(buffer)
+    scores = buffer.scores
+    logprobs = scores.logprobs.detach().requires_grad_(weight is not None and slopes is None)
+    with torch.set_grad_enabled(logprobs.requires_grad):
+        value = loss(LossInputs(logprobs, reference, batch.trained, batch.weights))
+    if weight is not None and slopes is None:
+        (found,) = torch.autograd.grad(value.total, logprobs)
+        buffer = ScoreBuffer(hidden, batch, weight * found)
+        yield from head.fill(buffer)
+    score = Score(
+        loss=float(value.total.detach()),
+        units=loss.units(batch.trained),
+        correct=int(scores.correct.sum()),
+        tokens=batch.num_trained,
+        further={name: float(total.detach()) for name, total in value.metrics.items()},
+    )
+    return score, buffer.grad

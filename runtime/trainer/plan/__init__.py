@@ -1,0 +1,1 @@
+"""Plans of training runs from a recipe and its data, with a forecast. Needs no torch."""

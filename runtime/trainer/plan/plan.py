@@ -1,0 +1,388 @@
+"""Makes the plan of a training run from a recipe and its data. Trains nothing, and needs no engine and no torch."""
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+
+from msgspec import Struct
+
+from runtime.adapters.card import Prompt
+from runtime.errors import InvalidRequest
+from runtime.text.tokenizer import Tokenizer
+from runtime.trainer import batches
+from runtime.trainer.batches import ExampleFeed
+from runtime.trainer.data.example import Example
+from runtime.trainer.data.examples import Reader, RowCounts, names_of, without_duplicates
+from runtime.trainer.data.files import DataFiles
+from runtime.trainer.data.prepared import KeptData, PreparedData
+from runtime.trainer.plan.notes import (
+    end_warnings,
+    format_notes,
+    how_to_ask,
+    mask_warnings,
+    prompt_of,
+    row_notes,
+    schedule_warnings,
+    unread_notes,
+)
+from runtime.trainer.plan.served_model import Target, check_templates, end_ids, resolve_targets
+from runtime.trainer.recipe import Recipe, check_base_model
+from runtime.trainer.schedule import Schedule, make_schedule
+from runtime.trainer.shape import ModelShape, watchdog_threshold
+
+# -- estimate --------------------------------------------------------------------------------------
+#
+# Rough cost of a job: memory from the model's shape, time from a rate that was measured elsewhere.
+
+_STATE_BYTES = {"adamw": 8, "adamw_8bit": 2, "sgd": 0}
+"""Bytes of optimiser state for each parameter: two moments in 32 or in 8 bits, or none."""
+LOSS_CHUNK = 256
+"""Tokens whose logits are in memory at once, as float32, with their gradients."""
+
+
+class Estimate(Struct, frozen=True, kw_only=True):
+    """Bytes and seconds, in the right order of magnitude; nothing is allotted by it."""
+
+    parameters: int
+    """Trained parameters."""
+    weight_bytes: int
+    """The adapter, in float32."""
+    gradient_bytes: int
+    optimizer_bytes: int
+    activation_bytes: int
+    """Activations that the largest micro-batch keeps for its backward pass."""
+    seconds: float | None = None
+    """Undisturbed by requests; None where no rate is known."""
+
+    @property
+    def memory_bytes(self) -> int:
+        """All of it, beside the base model, which is served anyway."""
+        return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes + self.activation_bytes
+
+
+def estimate(
+    recipe: Recipe,
+    shape: ModelShape,
+    targets: Sequence[Target],
+    *,
+    largest: int,
+    tokens: int,
+    tokens_per_second: float | None,
+) -> Estimate:
+    """`largest` is the number of tokens of the largest micro-batch, `tokens` of the whole job."""
+    parameters = sum(recipe.lora_r * sum(shape.linears[name]) for _, name in targets)
+    return Estimate(
+        parameters=parameters,
+        weight_bytes=4 * parameters,
+        gradient_bytes=4 * parameters,
+        optimizer_bytes=_STATE_BYTES[recipe.optimizer_family] * parameters,
+        activation_bytes=_activations(recipe, shape, largest),
+        seconds=tokens / tokens_per_second if tokens_per_second else None,
+    )
+
+
+def _activations(recipe: Recipe, shape: ModelShape, tokens: int) -> int:
+    """A layer keeps its inputs of norms, linears, attention and activation function: about eight of the hidden size
+    and three of the inner one a token. With checkpointing, one layer does, and the others only their input."""
+    layer = 8 * shape.hidden_size + 3 * shape.intermediate_size
+    values = layer + shape.num_layers * shape.hidden_size
+    if not recipe.gradient_checkpointing:
+        values = shape.num_layers * layer
+    logits = 2 * 4 * min(tokens, LOSS_CHUNK) * shape.vocab_size
+    return tokens * values * shape.bytes_per_value + logits
+
+
+# -- preview ---------------------------------------------------------------------------------------
+#
+# An example as people read it: its text, cut where what is trained on begins and ends.
+
+MAX_TOKENS = 2000
+"""Tokens of an example that are shown."""
+
+
+class PreviewPiece(Struct, frozen=True):
+    """A stretch of text."""
+
+    text: str
+    trained: bool
+
+
+def preview(example: Example, tokenizer: Tokenizer) -> list[PreviewPiece]:
+    """The text of an example, special tokens included, in pieces. Together they are its text."""
+    pieces, done, shown = [], 0, 0
+    whole = ""
+    for trained, run in groupby(example.trained[:MAX_TOKENS]):
+        done += len(list(run))
+        text = tokenizer.decode(example.token_ids[:done], skip_special_tokens=False)
+        pieces.append(PreviewPiece(text[shown:], trained))
+        whole, shown = text, len(text)
+    if len(example) > MAX_TOKENS and whole:
+        pieces.append(PreviewPiece(f"… and {len(example) - MAX_TOKENS} more tokens", False))
+    return pieces
+
+
+PREVIEWS = 3
+
+
+class DataStats(Struct, frozen=True, kw_only=True):
+    """One set of rows, for training or for evaluation, with the numbers by outcome."""
+
+    counts: RowCounts
+    examples: int
+    """Examples of the set: rows that are used, less duplicates, and less the rows of the other set."""
+    tokens: int
+    trained_tokens: int
+    longest: int
+    """Tokens of the longest example."""
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A job that is ready to run."""
+
+    recipe: Recipe
+    model_name: str
+    targets: list[Target]
+    """Linears to adapt: (layer, name in the checkpoint)."""
+    train: list[Example]
+    test: list[Example]
+    """Empty: nothing is evaluated."""
+    schedule: Schedule
+    train_stats: DataStats
+    test_stats: DataStats
+    estimate: Estimate
+    watchdog_threshold: float
+    previews: list[list[PreviewPiece]]
+    """The first examples, with what is trained on marked."""
+    prompt: Prompt
+    """Form of requests to the adapter."""
+    how_to_ask: str
+    """The same in words, after "ask it"."""
+    warnings: list[str]
+    """Likely mistakes. They are logged, and stand in the job's events."""
+    notes: list[str]
+    """All notes on the plan, the warnings first."""
+    bins: list[batches.Bin] = field(repr=False)
+    """Examples that are packed together; each by itself without sample_packing."""
+
+
+def prepare(
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    files: DataFiles,
+    *,
+    model_names: tuple[str, ...],
+    max_len: int,
+    shape: ModelShape,
+    tokens_per_second: float | None = None,
+    kept: KeptData | None = None,
+) -> Plan:
+    """Read, check and tokenise a recipe's data, and work out its steps. Takes as long as tokenising does.
+
+    `model_names` are those of the served model, its own first; `max_len` is the longest sequence that it can be
+    trained on; `tokens_per_second` is the rate of training here, if that is known; `kept` has the data of a job that
+    was read before. Raises `InvalidRequest` (`BadRows` for rows), `ModelNotFound` and `Forbidden`.
+    """
+    check_base_model(recipe, model_names)
+    if recipe.sequence_len > max_len:
+        raise InvalidRequest(
+            f"sequence_len must be at most {max_len}, the served model's context, got {recipe.sequence_len}.",
+            param="sequence_len",
+        )
+    targets = resolve_targets(recipe, shape)
+    check_templates(recipe, tokenizer)
+    ends = end_ids(recipe, tokenizer)
+    data = None if kept is None else kept.read(recipe, tokenizer, ends)
+    if data is None:
+        data = _read(recipe, tokenizer, files, ends)
+        if kept is not None:
+            kept.write(recipe, ends, data)
+    train, test = data.train, data.test
+    if recipe.val_set_size > 0:
+        train, test = _held_out(train, recipe)
+    lengths = [len(example) for example in train]
+    bins: list[batches.Bin] = [(index,) for index in range(len(train))]
+    if recipe.sample_packing:
+        bins = batches.pack(lengths, recipe.sequence_len)
+    schedule = make_schedule(recipe, -(-len(bins) // recipe.micro_batch_size), evaluates=bool(test))
+    sizes = sorted((sum(lengths[index] for index in bin) for bin in bins), reverse=True)
+    warnings = [
+        *data.warnings,
+        *schedule_warnings(recipe, schedule),
+        *row_notes(recipe, data.train_counts, "datasets"),
+        *row_notes(recipe, data.test_counts, "test_datasets"),
+    ]
+    return Plan(
+        recipe=recipe,
+        model_name=model_names[0],
+        targets=targets,
+        train=train,
+        test=test,
+        schedule=schedule,
+        train_stats=_stats(train, data.train_counts),
+        test_stats=_stats(test, data.test_counts),
+        estimate=estimate(
+            recipe,
+            shape,
+            targets,
+            largest=sum(sizes[: recipe.micro_batch_size]),
+            tokens=round(sum(lengths) * schedule.epochs),
+            tokens_per_second=tokens_per_second,
+        ),
+        watchdog_threshold=recipe.loss_watchdog_threshold or watchdog_threshold(shape.vocab_size),
+        previews=[preview(example, tokenizer) for example in train[:PREVIEWS]],
+        prompt=data.prompt,
+        how_to_ask=how_to_ask(data.prompt, chats=tokenizer.chat_template is not None),
+        warnings=warnings,
+        notes=[*warnings, *data.notes, *recipe.notes],
+        bins=bins,
+    )
+
+
+def _read(recipe: Recipe, tokenizer: Tokenizer, files: DataFiles, ends: frozenset[int]) -> PreparedData:
+    """The examples of the recipe's files, and remarks on them. Raises as `prepare`."""
+    entries = [*recipe.datasets, *recipe.test_datasets]
+    files = files.naming(name for entry in entries for name in names_of(entry))
+    reader = Reader(recipe, tokenizer, files, ends)
+    train_counts, test_counts = RowCounts(), RowCounts()
+    train = reader.read("datasets", recipe.datasets, train_counts)
+    test = reader.read("test_datasets", recipe.test_datasets, test_counts)
+    if recipe.dataset_exact_deduplication:
+        seen: set[bytes] = set()
+        train, test = _unique(train, train_counts, seen), _unique(test, test_counts, seen)
+    train_counts.used, test_counts.used = len(train), len(test)
+    if not train:
+        raise InvalidRequest(_nothing_left(recipe, train_counts), param="datasets", code="invalid_data")
+    if recipe.test_datasets and not test:
+        raise InvalidRequest(_nothing_left(recipe, test_counts), param="test_datasets", code="invalid_data")
+    return PreparedData(
+        train=train,
+        test=test,
+        train_counts=train_counts,
+        test_counts=test_counts,
+        prompt=prompt_of(reader.datasets),
+        warnings=[*end_warnings(reader.datasets, tokenizer, ends), *mask_warnings(reader.datasets, recipe)],
+        notes=[*unread_notes(reader.datasets, files.unused), *format_notes(reader.datasets)],
+    )
+
+
+def feed(plan: Plan) -> ExampleFeed:
+    """Data for a run of this plan; every epoch has `schedule.microbatches_per_epoch`."""
+    return ExampleFeed(train=plan.train, bins=plan.bins, recipe=plan.recipe, test=eval_microbatches(plan))
+
+
+def eval_microbatches(plan: Plan) -> list[list[Example]]:
+    """The test set in batches of `eval_batch_size`, in its order."""
+    size = plan.recipe.eval_batch_size or plan.recipe.micro_batch_size
+    return [plan.test[start : start + size] for start in range(0, len(plan.test), size)]
+
+
+def _unique(examples: list[Example], counts: RowCounts, seen: set[bytes]) -> list[Example]:
+    kept = without_duplicates(examples, seen)
+    counts.duplicates += len(examples) - len(kept)
+    return kept
+
+
+def _held_out(examples: list[Example], recipe: Recipe) -> tuple[list[Example], list[Example]]:
+    """Training and test set; which rows are held out depends on the seed alone."""
+    amount = recipe.val_set_size
+    count = int(amount) if amount >= 1 else max(1, round(amount * len(examples)))
+    if count >= len(examples):
+        raise InvalidRequest(
+            f"val_set_size ({amount:g}) holds out {count} of {len(examples)} rows, and none is left to train on.",
+            param="val_set_size",
+        )
+    held = set(random.Random(f"held out of {recipe.seed}").sample(range(len(examples)), count))
+    train = [example for index, example in enumerate(examples) if index not in held]
+    return train, [examples[index] for index in sorted(held)]
+
+
+def _stats(examples: list[Example], counts: RowCounts) -> DataStats:
+    return DataStats(
+        counts=counts,
+        examples=len(examples),
+        tokens=sum(map(len, examples)),
+        trained_tokens=sum(example.num_trained for example in examples),
+        longest=max(map(len, examples), default=0),
+    )
+
+
+def _nothing_left(recipe: Recipe, counts: RowCounts) -> str:
+    return (
+        f"None of {counts.rows} rows is left: {counts.too_long} have more than sequence_len ({recipe.sequence_len}) "
+        f"tokens, {counts.too_short} fewer than min_sample_len ({recipe.min_sample_len}), "
+        f"{counts.untrained} no token to train on."
+    )
+
+
+# -- summary ---------------------------------------------------------------------------------------
+#
+# A plan in short, for `?dry_run=1`, the job's record and `eft recipe check`. Encodes to JSON as it is.
+
+
+class PlanSummary(Struct, frozen=True, kw_only=True):
+    """Summary of a plan: adapter, data, steps, memory, warnings."""
+
+    base_model: str
+    name: str | None
+    """The adapter's name where the recipe gives one."""
+    micro_batch_size: int
+    gradient_accumulation_steps: int
+    ranks: int
+    effective_batch: int
+    """Examples, or packed bins, in a step: micro-batch × accumulation × ranks."""
+    packed_bins: int | None
+    """Number of bins that the examples were packed into; None without sample_packing."""
+    schedule: Schedule
+    train: DataStats
+    test: DataStats
+    linears: dict[str, int]
+    """Linears to adapt: name → number of layers."""
+    trained_parameters: int
+    optimizer_family: str
+    watchdog_threshold: float
+    """The job fails when the loss is above this…"""
+    watchdog_patience: int
+    """…for this many steps in a row."""
+    estimate: Estimate
+    memory_bytes: int
+    """Estimated, beside the base model."""
+    prompt: Prompt
+    """Form of requests to the adapter."""
+    how_to_ask: str
+    """The same in words, after "ask it"."""
+    warnings: list[str]
+    """Notes on likely mistakes."""
+    notes: list[str]
+    previews: list[list[PreviewPiece]]
+
+
+def summarize(plan: Plan) -> PlanSummary:
+    """The summary of a plan."""
+    recipe = plan.recipe
+    return PlanSummary(
+        base_model=plan.model_name,
+        name=recipe.name,
+        micro_batch_size=recipe.micro_batch_size,
+        gradient_accumulation_steps=recipe.gradient_accumulation_steps,
+        ranks=1,
+        effective_batch=recipe.effective_batch,
+        packed_bins=len(plan.bins) if recipe.sample_packing else None,
+        schedule=plan.schedule,
+        train=plan.train_stats,
+        test=plan.test_stats,
+        linears=dict(Counter(name for _, name in plan.targets)),
+        trained_parameters=plan.estimate.parameters,
+        optimizer_family=recipe.optimizer_family,
+        watchdog_threshold=plan.watchdog_threshold,
+        watchdog_patience=recipe.loss_watchdog_patience,
+        estimate=plan.estimate,
+        memory_bytes=plan.estimate.memory_bytes,
+        prompt=plan.prompt,
+        how_to_ask=plan.how_to_ask,
+        warnings=plan.warnings,
+        notes=plan.notes,
+        previews=plan.previews,
+    )
