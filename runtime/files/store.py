@@ -1,0 +1,161 @@
+"""Rows of stored files. Each method is one transaction; the functions are parts of the transactions of others.
+
+A file is written and synced before its row is added, and its row is deleted before it is. `file_uses` names the files
+that something still reads, which must stay; `file_discards` the paths that are to be deleted from the disk.
+"""
+
+import sqlite3
+import time
+from collections.abc import Iterable
+
+from runtime.errors import Conflict, NotFound
+from runtime.files.records import StoredFile
+from runtime.support.database import Database
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS files (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,  -- the order of lists
+    id TEXT NOT NULL UNIQUE,
+    owner TEXT NOT NULL,
+    purpose TEXT NOT NULL,
+    filename TEXT NOT NULL,
+    bytes INTEGER NOT NULL,
+    created_at INTEGER NOT NULL,
+    expires_at INTEGER,
+    path TEXT NOT NULL UNIQUE  -- below the state directory
+);
+
+CREATE TABLE IF NOT EXISTS file_uses (
+    file_id TEXT NOT NULL REFERENCES files (id),
+    user TEXT NOT NULL,  -- id of the batch that reads it
+    PRIMARY KEY (file_id, user)
+) WITHOUT ROWID;
+
+CREATE TABLE IF NOT EXISTS file_discards (
+    path TEXT PRIMARY KEY
+) WITHOUT ROWID;
+"""
+
+MAX_SHOWN_ID = 100
+"""Characters of an unknown id that an error repeats."""
+
+
+def find(connection: sqlite3.Connection, file_id: str, owner: str | None, *, param: str = "file_id") -> StoredFile:
+    """The file. `owner`: tenant that asks; None may see every file. Raises `NotFound`, which names `param`."""
+    row = connection.execute("SELECT * FROM files WHERE id = ?", (file_id,)).fetchone()
+    found = None if row is None else to_file(row)
+    if found is None or found.expired(time.time()) or owner not in (None, found.owner):
+        raise NotFound(f"There is no file `{file_id[:MAX_SHOWN_ID]}`.", param=param, code="file_not_found")
+    return found
+
+
+def insert(connection: sqlite3.Connection, file: StoredFile) -> None:
+    names = ", ".join(StoredFile.__struct_fields__)
+    marks = ", ".join("?" * len(StoredFile.__struct_fields__))
+    values = tuple(getattr(file, name) for name in StoredFile.__struct_fields__)
+    connection.execute(f"INSERT INTO files ({names}) VALUES ({marks})", values)
+
+
+def hold(connection: sqlite3.Connection, file_id: str, user: str) -> None:
+    """Keep a file from being deleted until `user` releases it."""
+    connection.execute("INSERT OR IGNORE INTO file_uses (file_id, user) VALUES (?, ?)", (file_id, user))
+
+
+def release(connection: sqlite3.Connection, user: str) -> None:
+    connection.execute("DELETE FROM file_uses WHERE user = ?", (user,))
+
+
+def to_file(row: sqlite3.Row) -> StoredFile:
+    return StoredFile(**{name: row[name] for name in StoredFile.__struct_fields__})
+
+
+class FileStore:
+    """Rows of files, in the state directory's database."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def get(self, file_id: str, owner: str | None, *, param: str = "file_id") -> StoredFile:
+        """As `find`."""
+        return await self._database.call(lambda c: find(c, file_id, owner, param=param))
+
+    async def add(self, file: StoredFile) -> None:
+        """Store the row of a file that is on the disk."""
+        await self._database.call(lambda c: insert(c, file))
+
+    async def page(
+        self, owner: str | None, *, after: str | None, limit: int, newest_first: bool, purpose: str | None
+    ) -> tuple[list[StoredFile], bool]:
+        """Files behind the file `after`, and whether there are more. Raises `NotFound`."""
+
+        def work(c: sqlite3.Connection) -> tuple[list[StoredFile], bool]:
+            where, values = ["(expires_at IS NULL OR expires_at > ?)"], list[object]((time.time(),))
+            if owner is not None:
+                where.append("owner = ?")
+                values.append(owner)
+            if purpose is not None:
+                where.append("purpose = ?")
+                values.append(purpose)
+            if after is not None:
+                find(c, after, owner, param="after")
+                where.append(f"number {'<' if newest_first else '>'} (SELECT number FROM files WHERE id = ?)")
+                values.append(after)
+            order = "DESC" if newest_first else "ASC"
+            query = f"SELECT * FROM files WHERE {' AND '.join(where)} ORDER BY number {order} LIMIT ?"
+            found = [to_file(row) for row in c.execute(query, (*values, limit + 1))]
+            return found[:limit], len(found) > limit
+
+        return await self._database.call(work)
+
+    async def delete(self, file_id: str, owner: str | None) -> StoredFile:
+        """Delete the row of a file, and note its path to be deleted. Raises `NotFound`, and `Conflict` while it is
+        used."""
+
+        def work(c: sqlite3.Connection) -> StoredFile:
+            file = find(c, file_id, owner)
+            used = c.execute("SELECT user FROM file_uses WHERE file_id = ?", (file_id,)).fetchone()
+            if used is not None:
+                raise Conflict(
+                    f"The file is used by `{used['user']}`: wait for its end, or cancel it, and delete the file then.",
+                    param="file_id",
+                    code="file_in_use",
+                )
+            _drop(c, file)
+            return file
+
+        return await self._database.call(work)
+
+    async def expire(self) -> list[StoredFile]:
+        """Delete the rows of all expired files that are not used, as `delete` does."""
+
+        def work(c: sqlite3.Connection) -> list[StoredFile]:
+            query = "SELECT * FROM files WHERE expires_at <= ? AND id NOT IN (SELECT file_id FROM file_uses)"
+            found = [to_file(row) for row in c.execute(query, (time.time(),)).fetchall()]
+            for file in found:
+                _drop(c, file)
+            return found
+
+        return await self._database.call(work)
+
+    async def paths(self) -> set[str]:
+        """Paths of all files."""
+        return await self._database.call(lambda c: {row["path"] for row in c.execute("SELECT path FROM files")})
+
+    async def total_bytes(self) -> int:
+        query = "SELECT coalesce(sum(bytes), 0) FROM files"
+        return await self._database.call(lambda c: int(c.execute(query).fetchone()[0]))
+
+    async def discards(self) -> list[str]:
+        """Paths that are to be deleted from the disk."""
+        query = "SELECT path FROM file_discards"
+        return await self._database.call(lambda c: [row["path"] for row in c.execute(query)])
+
+    async def forget_discards(self, paths: Iterable[str]) -> None:
+        """Drop the notes of paths that are gone from the disk."""
+        values = [(path,) for path in paths]
+        await self._database.call(lambda c: c.executemany("DELETE FROM file_discards WHERE path = ?", values))
+
+
+def _drop(connection: sqlite3.Connection, file: StoredFile) -> None:
+    connection.execute("DELETE FROM files WHERE id = ?", (file.id,))
+    connection.execute("INSERT OR IGNORE INTO file_discards (path) VALUES (?)", (file.path,))

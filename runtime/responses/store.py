@@ -1,0 +1,114 @@
+"""Rows of stored responses. Each belongs to the holder of the key that made it; others do not see it.
+
+A conversation is a chain: each response names the one before it. Retention deletes the oldest, by age and by number.
+"""
+
+import sqlite3
+import time
+from collections.abc import Callable
+
+from msgspec import Struct
+
+from runtime.errors import InvalidRequest, NotFound
+from runtime.support.database import Database
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS responses (
+    id TEXT PRIMARY KEY,
+    tenant TEXT NOT NULL,
+    created_at REAL NOT NULL,
+    previous_id TEXT,
+    input BLOB NOT NULL,
+    response BLOB NOT NULL
+);
+CREATE INDEX IF NOT EXISTS responses_by_age ON responses (created_at);
+"""
+
+MAX_CHAIN = 1000
+"""Most responses of a conversation."""
+
+_INSERT = "INSERT OR REPLACE INTO responses VALUES (?, ?, ?, ?, ?, ?)"
+_COLUMNS = "id, tenant, created_at, previous_id, input, response"
+
+
+class StoredResponse(Struct, frozen=True):
+    """One response. `input` and `response` are JSON: the items that the client sent, and the answer."""
+
+    id: str
+    tenant: str
+    created_at: float
+    previous_id: str | None
+    input: bytes
+    response: bytes
+
+
+class ResponseStore:
+    """Stored responses. Its methods are awaited on the event loop; the database has a thread of its own."""
+
+    def __init__(
+        self,
+        database: Database,
+        *,
+        keep_seconds: float | None,
+        max_responses: int,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._database = database
+        self._keep_seconds = keep_seconds
+        self._max_responses = max_responses
+        self._clock = clock
+
+    async def put(self, stored: StoredResponse) -> None:
+        """Store a response, or its newer state, and delete what retention says. Raises `StorageUnavailable`."""
+
+        def work(connection: sqlite3.Connection) -> None:
+            connection.execute(
+                _INSERT,
+                (stored.id, stored.tenant, stored.created_at, stored.previous_id, stored.input, stored.response),
+            )
+            if self._keep_seconds is not None:
+                connection.execute("DELETE FROM responses WHERE created_at < ?", (self._clock() - self._keep_seconds,))
+            connection.execute(
+                "DELETE FROM responses WHERE id IN "
+                "(SELECT id FROM responses ORDER BY created_at DESC, rowid DESC LIMIT -1 OFFSET ?)",
+                (self._max_responses,),
+            )
+
+        await self._database.call(work)
+
+    async def get(self, id: str, tenant: str) -> StoredResponse:
+        """Raises `NotFound`."""
+        return await self._database.call(lambda connection: _get(connection, id, tenant))
+
+    async def chain(self, id: str, tenant: str) -> list[StoredResponse]:
+        """The conversation that ends with a response, oldest first. Raises `NotFound` for a response that is missing,
+        and `InvalidRequest` for a conversation that is too long."""
+
+        def work(connection: sqlite3.Connection) -> list[StoredResponse]:
+            found = [_get(connection, id, tenant, param="previous_response_id")]
+            while (before := found[-1].previous_id) is not None:
+                if len(found) == MAX_CHAIN:
+                    raise InvalidRequest(
+                        f"A conversation has at most {MAX_CHAIN} responses.", param="previous_response_id"
+                    )
+                found.append(_get(connection, before, tenant, param="previous_response_id"))
+            return found[::-1]
+
+        return await self._database.call(work)
+
+    async def delete(self, id: str, tenant: str) -> None:
+        """Raises `NotFound`."""
+
+        def work(connection: sqlite3.Connection) -> None:
+            _get(connection, id, tenant)
+            connection.execute("DELETE FROM responses WHERE id = ?", (id,))
+
+        await self._database.call(work)
+
+
+def _get(connection: sqlite3.Connection, id: str, tenant: str, param: str | None = None) -> StoredResponse:
+    query = f"SELECT {_COLUMNS} FROM responses WHERE id = ? AND tenant = ?"
+    row = connection.execute(query, (id, tenant)).fetchone()
+    if row is None:
+        raise NotFound(f"There is no response {id[:100]!r}.", param=param, code="response_not_found")
+    return StoredResponse(*row)
