@@ -1,14 +1,16 @@
-"""The app: routes, guard, errors, and what wraps them all. Importable without a socket and without torch."""
+"""The app: routes, guard, error handler and middleware. Importable without a socket and without torch."""
 
 from typing import TYPE_CHECKING
 
 from litestar import Litestar
 from litestar.datastructures import State
 
+from runtime.access import Access
 from runtime.api.admin import adapters
-from runtime.api.admin.cache import reset_cache
+from runtime.api.admin.adapters import load_lora_adapter, unload_lora_adapter
 from runtime.api.admin.jobs import (
     cancel_job,
+    delete_job,
     job_events,
     job_logs,
     job_metrics,
@@ -17,36 +19,60 @@ from runtime.api.admin.jobs import (
     resume_job,
     retrieve_job,
 )
-from runtime.api.admin.lora import load_lora_adapter, unload_lora_adapter
 from runtime.api.admin.train import train
-from runtime.api.auth import KeyGuard
+from runtime.api.anthropic.messages import count_message_tokens, create_message
 from runtime.api.docs import openapi_config
-from runtime.api.errors import handle_exception
 from runtime.api.handle import Api, ServiceHandle
-from runtime.api.observe import Observer
-from runtime.api.openai.chat import create_chat_completion
+from runtime.api.http.auth import KeyGuard
+from runtime.api.http.cors import Cors
+from runtime.api.http.errors import handle_exception
+from runtime.api.http.observe import Observer
+from runtime.api.http.prefix import Prefixed
+from runtime.api.inside import InsideClient
+from runtime.api.openai import batches, files, fine_tuning
+from runtime.api.openai.chat import create_batch_of_chats, create_chat_completion
 from runtime.api.openai.completions import create_completion
+from runtime.api.openai.embeddings import create_embeddings
+from runtime.api.openai.invocations import invoke
 from runtime.api.openai.models import list_models, retrieve_model
-from runtime.api.openai.tokenize import detokenize, tokenize
-from runtime.api.operations import get_version, health, load, metrics_handler, ping, ready
+from runtime.api.openai.scores import rerank, score
+from runtime.api.openai.tokenize import detokenize, tokenize, tokenizer_info
+from runtime.api.operations import get_version, health, load, metrics_handler, ping, ready, reset_cache
+from runtime.api.responses import routes as responses
 from settings.schema import Settings
 
 if TYPE_CHECKING:
-    from runtime.service import EngineService
+    from runtime.engine.service import EngineService
 
 
-def create_app(service: "EngineService | ServiceHandle", settings: Settings) -> Litestar:
-    """The ASGI app. Give a `ServiceHandle` to answer while the engine loads: fill it in later."""
+def create_app(service: "EngineService | ServiceHandle", settings: Settings, access: Access | None = None) -> Litestar:
+    """The ASGI app. Give a `ServiceHandle` to answer while the engine loads: fill it in later.
+
+    `access`: made from the settings by default. Raises `KeysFileError`.
+    """
     handle = service if isinstance(service, ServiceHandle) else ServiceHandle(service)
-    api = Api(handle, settings)
+    access = access or Access(settings)
+    api = Api(handle, settings, access)
     app = Litestar(
         route_handlers=[
             create_chat_completion,
+            create_batch_of_chats,
             create_completion,
+            invoke,
+            create_message,
+            count_message_tokens,
+            *responses.ROUTES,
             list_models,
             retrieve_model,
             tokenize,
             detokenize,
+            tokenizer_info,
+            create_embeddings,
+            score,
+            rerank,
+            *files.ROUTES,
+            *batches.ROUTES,
+            *fine_tuning.ROUTES,
             train,
             list_jobs,
             retrieve_job,
@@ -56,6 +82,7 @@ def create_app(service: "EngineService | ServiceHandle", settings: Settings) -> 
             cancel_job,
             pause_job,
             resume_job,
+            delete_job,
             health,
             ready,
             ping,
@@ -69,13 +96,21 @@ def create_app(service: "EngineService | ServiceHandle", settings: Settings) -> 
         ],
         # On the app, not on a middleware that looks at paths: `//v1/models`, `/%761/models` and `/v1/models/`
         # all reach the same handlers, and a guard runs once a handler is chosen.
-        guards=[KeyGuard(settings.server.api_key, settings.server.admin_key)],
+        guards=[KeyGuard(access)],
         state=State({"api": api}),
         exception_handlers={Exception: handle_exception},
-        lifespan=[api.lag.running],
-        openapi_config=openapi_config() if settings.server.docs_enabled else None,
+        lifespan=[api.lag.running, lambda app: access.watching()],
+        on_shutdown=[api.background.cancel_all],
+        openapi_config=openapi_config(settings.server.root_path) if settings.server.docs_enabled else None,
         logging_config=None,
         debug=False,
     )
-    app.asgi_handler = Observer(app.asgi_handler, handle, log_requests=settings.observability.log_requests)
+    handle.inside = InsideClient(app, access)
+    if access.cors_origins:
+        app.asgi_handler = Cors(app, access.cors_origins)
+    app.asgi_handler = Observer(
+        app.asgi_handler, handle, log_requests=settings.observability.log_requests, audit=access.audit
+    )
+    if settings.server.root_path:
+        app.asgi_handler = Prefixed(app.asgi_handler, settings.server.root_path)
     return app

@@ -1,6 +1,6 @@
-"""The OpenAPI schema, and a reference page made from it. Neither loads anything from anywhere else.
+"""The OpenAPI schema, and a reference page made from it. Neither loads anything from another server.
 
-Handlers read their bodies themselves (`runtime.api.body`), so Litestar knows only the answers; the bodies are
+Handlers read their bodies themselves (`runtime.api.http.body`), so Litestar sees only the answers; the bodies are
 put into its schema here, from the structs that the handlers name in `opt={"body": …}`.
 """
 
@@ -11,22 +11,26 @@ import msgspec
 from litestar import Request
 from litestar.openapi.config import OpenAPIConfig
 from litestar.openapi.plugins import OpenAPIRenderPlugin
+from litestar.openapi.spec import Server
 
-from runtime.api.errors import JSON, ErrorBody
-from runtime.version import version
+from runtime.api.http.errors import JSON, ErrorBody
+from runtime.api.reference import ENDPOINTS, FieldRow, rows
+from runtime.support.version import version
 
 BODY = "body"
-"""Key of a handler's `opt`: the struct that it decodes its body into."""
+"""Key of a handler's `opt`: the struct that it decodes its body into, or several, one of which it is."""
 
 _REF = "#/components/schemas/{name}"
 
 
-def openapi_config() -> OpenAPIConfig:
+def openapi_config(root_path: str = "") -> OpenAPIConfig:
+    """`root_path`: prefix of the paths that clients use."""
     return OpenAPIConfig(
         title="Eft",
         version=version(),
         description="A language model behind OpenAI's HTTP API.",
         path="/docs",
+        servers=[Server(url=root_path or "/")],
         use_handler_docstrings=True,
         render_plugins=[_Page(path="/"), _Schema(path="/openapi.json")],
     )
@@ -40,7 +44,7 @@ class _Schema(OpenAPIRenderPlugin):
 
 
 class _Page(OpenAPIRenderPlugin):
-    """The schema as one page of HTML: no script, no font, nothing to fetch."""
+    """The schema as one page of HTML: no script, no font, no external resource."""
 
     def render(self, request: Request[Any, Any, Any], openapi_schema: dict[str, Any]) -> bytes:
         schema = _with_bodies(request, openapi_schema)
@@ -50,24 +54,29 @@ class _Page(OpenAPIRenderPlugin):
             for path, operations in schema["paths"].items()
             for method, operation in operations.items()
         ]
-        return _PAGE.format(version=html.escape(version()), sections="\n".join(sections)).encode()
+        root = html.escape(schema["servers"][0]["url"].rstrip("/"))
+        return _PAGE.format(version=html.escape(version()), root=root, sections="\n".join(sections)).encode()
 
 
 def _with_bodies(request: Request[Any, Any, Any], schema: dict[str, Any]) -> dict[str, Any]:
     """`schema` with request bodies, and the error that every operation may answer."""
-    bodies = {
-        route.path_format: handler.opt[BODY]
-        for route in request.app.routes
-        for handler in getattr(route, "route_handlers", ())
-        if BODY in handler.opt
-    }
-    structs = [*bodies.values(), ErrorBody]
+    bodies: dict[tuple[str, str], tuple[type[msgspec.Struct], ...]] = {}
+    for route in request.app.routes:
+        for handler in getattr(route, "route_handlers", ()):
+            if BODY in handler.opt:
+                body = handler.opt[BODY]
+                some = body if isinstance(body, tuple) else (body,)
+                bodies |= {(route.path_format, method.lower()): some for method in handler.http_methods}
+    described = {body: None for some in bodies.values() for body in some}
+    structs = [*described, ErrorBody]
     references, components = msgspec.json.schema_components(structs, ref_template=_REF)
+    for body in described:
+        components[body.__name__] = _nullable(components[body.__name__])
     reference_of = dict(zip(structs, references, strict=True))
     schemas = {**schema.get("components", {}).get("schemas", {}), **components}
     paths = {
         path: {
-            method: _operation(operation, reference_of[ErrorBody], bodies.get(path), reference_of)
+            method: _operation(operation, reference_of[ErrorBody], bodies.get((path, method), ()), reference_of)
             for method, operation in operations.items()
         }
         for path, operations in schema["paths"].items()
@@ -75,30 +84,58 @@ def _with_bodies(request: Request[Any, Any, Any], schema: dict[str, Any]) -> dic
     return {**schema, "paths": paths, "components": {"schemas": schemas}}
 
 
+def _nullable(body: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a body, in which a field that has a default may be null: it counts as absent."""
+    required = body.get("required", [])
+    properties = {
+        name: schema if name in required or _takes_null(schema) else {"anyOf": [schema, {"type": "null"}]}
+        for name, schema in body["properties"].items()
+    }
+    return {**body, "properties": properties}
+
+
+def _takes_null(schema: dict[str, Any]) -> bool:
+    return any(option.get("type") == "null" for option in schema.get("anyOf", ()))
+
+
 def _operation(
-    operation: dict[str, Any], error: Any, body: type[msgspec.Struct] | None, reference_of: dict[Any, Any]
+    operation: dict[str, Any], error: Any, bodies: tuple[type[msgspec.Struct], ...], reference_of: dict[Any, Any]
 ) -> dict[str, Any]:
     answers = {status: answer for status, answer in operation["responses"].items() if status.startswith("2")}
     answers["default"] = {"description": "What went wrong", "content": {JSON: {"schema": error}}}
-    if body is None:
+    if not bodies:
         return {**operation, "responses": answers}
-    if "stream" in body.__struct_fields__:
-        events = {"text/event-stream": {"schema": {"type": "string"}}}
+    if any("stream" in body.__struct_fields__ for body in bodies):
+        # An event is its data, or where it has a name, an object of both.
+        events = {"text/event-stream": {"schema": {"type": ["string", "object"]}}}
         answers["200"] = {**answers["200"], "content": {**answers["200"]["content"], **events}}
-    request_body = {"required": True, "content": {JSON: {"schema": reference_of[body]}}}
+    schemas = [reference_of[body] for body in bodies]
+    schema = schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
+    request_body = {"required": True, "content": {JSON: {"schema": schema}}}
     return {**operation, "responses": answers, "requestBody": request_body}
 
 
 def _section(method: str, path: str, operation: dict[str, Any], schemas: dict[str, Any]) -> str:
-    title = f"<h2><code>{method.upper()}</code> {html.escape(path)}</h2>"
+    title = f'<h2 id="{html.escape(f"{method}-{path}")}"><code>{method.upper()}</code> {html.escape(path)}</h2>'
     about = f"<p>{html.escape(operation.get('description', ''))}</p>"
     body = operation.get("requestBody", {}).get("content", {}).get(JSON, {}).get("schema", {})
     struct = schemas.get(body.get("$ref", "").rpartition("/")[2], {})
-    rows = "".join(
-        f"<tr><td><code>{html.escape(name)}</code></td><td>{html.escape(_type(field))}</td></tr>"
-        for name, field in struct.get("properties", {}).items()
+    known = {row.name: row for endpoint in ENDPOINTS if endpoint.path == path for row in rows(endpoint)}
+    fields = {name: _type(field) for name, field in struct.get("properties", {}).items()}
+    fields |= {name: "" for name in known if name not in fields}
+    table = "".join(_field(name, kind, known.get(name)) for name, kind in fields.items())
+    return title + about + (f"<table>{table}</table>" if table else "")
+
+
+def _field(name: str, kind: str, row: FieldRow | None) -> str:
+    effect = "" if row is None or row.effect == "supported" else row.effect
+    note = "" if row is None else row.note
+    cells = (kind or effect, f"{effect}: {note}" if kind and effect else note)
+    return (
+        f"<tr><td><code>{html.escape(name)}</code></td>"
+        + "".join(f"<td>{html.escape(cell.replace('`', ''))}</td>" for cell in cells)
+        + "</tr>"
     )
-    return title + about + (f"<table>{rows}</table>" if rows else "")
 
 
 def _type(field: dict[str, Any]) -> str:
@@ -125,7 +162,7 @@ td {{ border-bottom: 1px solid #ccc; padding: .2rem 1rem .2rem 0; vertical-align
 @media (prefers-color-scheme: dark) {{ body {{ background: #111; color: #ddd }} a {{ color: #9cf }} }}
 </style></head><body>
 <h1>Eft {version}</h1>
-<p>OpenAI's API, with vLLM's additions. The same as a schema: <a href="/docs/openapi.json">openapi.json</a>.</p>
+<p>OpenAI's API, with vLLM's additions. The same as a schema: <a href="{root}/docs/openapi.json">openapi.json</a>.</p>
 {sections}
 </body></html>
 """

@@ -3,16 +3,23 @@
 Handlers find it in the app's state (`api_of`).
 """
 
+import asyncio
+from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any
 
 from litestar import Request
 
-from runtime.api.lag import LagSampler
+from runtime.access import Access
+from runtime.api.http.lag import LagSampler
 from runtime.errors import EngineUnavailable
 from settings.schema import Settings
 
 if TYPE_CHECKING:
-    from runtime.service import EngineService
+    from runtime.batches.manager import BatchManager
+    from runtime.batches.records import Ask
+    from runtime.engine.service import EngineService
+    from runtime.files.library import FileLibrary
+    from runtime.responses.store import ResponseStore
     from runtime.trainer.jobs.manager import JobManager
 
 
@@ -20,13 +27,33 @@ AnyRequest = Request[Any, Any, Any]
 
 
 class ServiceHandle:
-    """Filled by whoever loads the engine; read by every request. Event-loop thread only."""
+    """Holder of the engine service: set once the engine is loaded, read by every request. Event-loop thread only."""
 
     def __init__(self, service: "EngineService | None" = None, jobs: "JobManager | None" = None) -> None:
         self.service = service
         self.jobs = jobs
+        self.files: FileLibrary | None = None
+        self.batches: BatchManager | None = None
+        self.inside: Ask | None = None
+        """The app itself, for requests that the server makes; set when the app is made."""
+        self.responses: ResponseStore | None = None
         self.no_jobs = "This server runs no training jobs."
-        """Why there is no `jobs` where the engine is loaded."""
+        """Reason why there is no `jobs` although the engine is loaded."""
+
+    def serve(
+        self,
+        service: "EngineService",
+        jobs: "JobManager | None",
+        *,
+        files: "FileLibrary | None" = None,
+        batches: "BatchManager | None" = None,
+        problem: str | None = None,
+    ) -> None:
+        """Serve requests from now on, and accept jobs, files and batches if they are given; `problem` is the reason for
+        `None`."""
+        self.jobs, self.files, self.batches = jobs, files, batches
+        self.no_jobs = problem or self.no_jobs
+        self.service = service
 
     def require(self) -> "EngineService":
         """The service. Raises `EngineUnavailable` while there is none."""
@@ -41,14 +68,54 @@ class ServiceHandle:
             raise EngineUnavailable(self.no_jobs, code="training_unavailable")
         return self.jobs
 
+    def require_files(self) -> "FileLibrary":
+        """The stored files. Raises `EngineUnavailable` while, or where, there are none."""
+        self.require()
+        if self.files is None:
+            raise EngineUnavailable(f"This server stores no files. {self.no_jobs}", code="storage_unavailable")
+        return self.files
+
+    def require_batches(self) -> "BatchManager":
+        """The batches. Raises `EngineUnavailable` while, or where, there are none."""
+        self.require_files()
+        if self.batches is None:
+            raise EngineUnavailable(f"This server runs no batches. {self.no_jobs}", code="storage_unavailable")
+        return self.batches
+
+
+class BackgroundTasks:
+    """Answers that no client waits for, by the ids under which they are fetched. Event-loop thread only."""
+
+    def __init__(self) -> None:
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+
+    def start(self, id: str, work: Coroutine[Any, Any, None]) -> None:
+        """Run `work`, which handles its own errors."""
+        task = self._tasks[id] = asyncio.create_task(work)
+        task.add_done_callback(lambda _: self._tasks.pop(id, None))
+
+    async def cancel(self, id: str) -> None:
+        """Cancel the work of this id, if it still runs, and wait until it has ended."""
+        if (task := self._tasks.get(id)) is not None:
+            task.cancel()
+            await asyncio.wait([task])
+
+    async def cancel_all(self) -> None:
+        for id in list(self._tasks):
+            await self.cancel(id)
+
 
 class Api:
-    """What every handler works with."""
+    """Objects that every handler works with."""
 
-    def __init__(self, handle: ServiceHandle, settings: Settings) -> None:
+    def __init__(self, handle: ServiceHandle, settings: Settings, access: Access) -> None:
         self.handle = handle
         self.settings = settings
+        self.access = access
         self.lag = LagSampler()
+        self.background = BackgroundTasks()
+        self.event_streams = 0
+        """Number of clients that follow a job's events now."""
 
 
 def api_of(request: AnyRequest) -> Api:

@@ -1,28 +1,29 @@
-"""What operators, orchestrators and Prometheus ask for. All of it answers while the model is loading."""
+"""Endpoints for operators, orchestrators and Prometheus. All answer while the model is loading."""
 
+import asyncio
 from typing import Any
 
-from litestar import MediaType, Response, get, route
+from litestar import MediaType, Response, get, post, route
 from msgspec import Struct
 
-from runtime.api.auth import OPEN
 from runtime.api.handle import AnyRequest, api_of
+from runtime.api.http.auth import ADMIN, OPEN
 from runtime.errors import EngineUnavailable
 from runtime.metrics import render_process
-from runtime.version import version
+from runtime.support.version import version
 
 
 class Status(Struct):
     status: str
 
 
-class Version(Struct):
+class ServerVersion(Struct):
     version: str
 
 
-class Load(Struct):
+class ServerLoad(Struct):
     server_load: int
-    """Sequences in the engine, running and waiting: what vLLM calls it."""
+    """Number of sequences in the engine, running and waiting; vLLM's name."""
     running: int
     waiting: int
     kv_cache_usage: float
@@ -30,19 +31,19 @@ class Load(Struct):
 
 @get("/health", opt={OPEN: True})
 async def health(request: AnyRequest) -> Status:
-    """Alive: 503 when the engine is dead or stuck. Loading is being alive."""
+    """Liveness: 503 when the engine is dead or stuck; 200 while it is loading."""
     return _health(request)
 
 
 @route("/ping", http_method=["GET", "POST"], status_code=200)
 async def ping(request: AnyRequest) -> Status:
-    """As /health; the name that SageMaker asks for."""
+    """Same as /health; the path that SageMaker requires."""
     return _health(request)
 
 
 @get("/ready", opt={OPEN: True})
 async def ready(request: AnyRequest) -> Status:
-    """Takes requests: 503 while loading and while draining."""
+    """Readiness: 503 while loading and while draining."""
     service = api_of(request).handle.require()
     if not service.ready:
         raise EngineUnavailable("The server takes no new requests.")
@@ -50,32 +51,32 @@ async def ready(request: AnyRequest) -> Status:
 
 
 @get("/version")
-async def get_version() -> Version:
-    return Version(version())
+async def get_version() -> ServerVersion:
+    return ServerVersion(version())
 
 
 @get("/load")
-async def load(request: AnyRequest) -> Load:
-    """How busy the engine is."""
+async def load(request: AnyRequest) -> ServerLoad:
+    """Load of the engine."""
     service = api_of(request).handle.service
     if service is None:
-        return Load(0, 0, 0, 0.0)
+        return ServerLoad(0, 0, 0, 0.0)
     running, waiting = service.num_running, service.num_waiting
-    return Load(running + waiting, running, waiting, service.kv_usage)
+    return ServerLoad(running + waiting, running, waiting, service.kv_usage)
 
 
 def metrics_handler(*, public: bool) -> Any:
-    """GET /metrics; whether a key is asked for is a setting."""
+    """GET /metrics; `public`: no key is required."""
 
     @get("/metrics", opt={OPEN: public}, media_type=MediaType.TEXT)
     async def metrics(request: AnyRequest) -> Response[bytes]:
-        """Prometheus metrics; OpenMetrics when the Accept header asks for it."""
+        """Prometheus metrics; OpenMetrics if the Accept header names it."""
         accept = request.headers.get("accept", "")
         service = api_of(request).handle.service
         if service is None:
             content, media_type = render_process(accept)
         else:
-            service.metrics.on_lag(await api_of(request).lag.take())
+            service.metrics.on_loop(lag=await api_of(request).lag.take(), tasks=len(asyncio.all_tasks()))
             content, media_type = service.metrics.render(accept)
         # As a header: Litestar would add a second charset to a media type.
         return Response(content, headers={"Content-Type": media_type})
@@ -88,3 +89,22 @@ def _health(request: AnyRequest) -> Status:
     if service is not None and not service.healthy:
         raise EngineUnavailable("The engine is dead or stuck.")
     return Status("ok")
+
+
+# -- prefix cache ----------------------------------------------------------------------------------
+#
+# POST /admin/cache/reset.
+
+
+class CacheReset(Struct):
+    """Result of a cache reset."""
+
+    blocks: int
+    """Number of cached KV blocks that were dropped."""
+
+
+@post("/admin/cache/reset", status_code=200, opt={ADMIN: True})
+async def reset_cache(request: AnyRequest) -> CacheReset:
+    """Drop all cached prefixes. Running requests continue undisturbed; new ones compute their prompts again."""
+    service = api_of(request).handle.require()
+    return CacheReset(blocks=await service.reset_prefixes())

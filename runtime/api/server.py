@@ -1,32 +1,40 @@
-"""The server process: a socket that answers at once, an engine that loads beside it, and an orderly end.
+"""The server process: a socket that answers at once, an engine that loads in parallel, an orderly shutdown.
 
-uvicorn parses and writes HTTP; what it does by polling or not at all (waiting for the end, deadlines, signals)
-is done here and in `runtime.api.protocol`.
+uvicorn parses and writes HTTP. Tasks that it does by polling or not at all (waiting for the end, deadlines, signals)
+are done here and in `runtime.api.http.protocol`.
 """
 
 import asyncio
 import contextlib
+import errno
+import os
 import signal
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractAsyncContextManager
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import uvicorn
 
-from runtime.apart import call_apart
+from runtime.access import Access
+from runtime.access.access import make_token, remove_token, write_token
+from runtime.access.keys import KeysFileError
 from runtime.api.app import create_app
 from runtime.api.handle import ServiceHandle
-from runtime.api.protocol import MAX_HEADERS, Protocol
-from runtime.logs import configure, get_logger
+from runtime.api.http.acceptor import Acceptor, connections_for, raise_descriptor_limit
+from runtime.api.http.protocol import MAX_HEADERS, Protocol
+from runtime.support.logs import configure, get_logger
+from runtime.support.threads import call_in_fresh_thread
 from settings.schema import Settings
 
 if TYPE_CHECKING:
-    from runtime.service import EngineService
+    from runtime.engine.service import EngineService
+    from runtime.engine.state import OpenedState
     from runtime.trainer.jobs.manager import JobManager
-    from runtime.trainer.state import State
 
 KEEP_ALIVE = 30
 """Seconds that a connection may be idle between two requests."""
@@ -34,10 +42,13 @@ KEEP_ALIVE = 30
 FLUSH = 5.0
 """Seconds that responses get to be written out once the engine has stopped."""
 
+HURRY_SECONDS = 3.0
+"""Seconds after the second signal until the process ends, even if something hangs."""
+
 _log = get_logger("server")
 
 
-OpenState = Callable[["EngineService", Settings], AbstractAsyncContextManager["State"]]
+OpenState = Callable[["EngineService", Settings], AbstractAsyncContextManager["OpenedState"]]
 """Opens the state directory for a loaded and started engine, and closes it at the end."""
 
 
@@ -51,25 +62,43 @@ async def serve(
     """Serve until SIGTERM, SIGINT or `stop`; return the process's exit code.
 
     The socket is open at once: /health, /ready and /metrics answer while the model loads. `on_ready` gets the
-    server's URL when requests can be served. A second signal ends everything immediately. The code is 0 after
-    an orderly end, 1 when the address is taken, the model cannot be loaded, or the engine dies.
+    server's URL when requests can be served. A second signal ends everything within `HURRY_SECONDS`, if need be by
+    exiting the process at once with code 1. The code is 0 after an orderly end, 1 when the address is taken, the
+    model cannot be loaded, or the engine dies.
     """
     configure(settings.observability)
     try:
-        listener = _listen(settings.server.host, settings.server.port)
+        access = Access(settings)
+        access.audit.check()
+    except (KeysFileError, OSError) as error:
+        _log.error("cannot_guard", reason=str(error))
+        return 1
+    try:
+        if settings.server.uds is not None:
+            listener = _listen_at(settings.server.uds)
+        else:
+            listener = _listen(settings.server.host, settings.server.port)
     except OSError as error:
-        address = f"{settings.server.host}:{settings.server.port}"
+        address = settings.server.uds or f"{settings.server.host}:{settings.server.port}"
         _log.error("cannot_listen", address=address, reason=error.strerror or str(error))
         return 1
+    access.report()
     stop = stop or asyncio.Event()
     handle = ServiceHandle()
-    server = _Server(_config(settings, handle))
-    with _signals(stop, server):
+    descriptors = raise_descriptor_limit()
+    asked = settings.server.max_connections
+    server = _Server(_config(settings, handle, access), max_connections=min(asked, connections_for(descriptors)))
+    with _signals(stop, server, access):
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         try:
             url = _url(settings.server.host, listener)
-            return await _run(settings, handle, url, open_state, on_ready, stop, server)
+            port = 0 if listener.family == socket.AF_UNIX else listener.getsockname()[1]
+            token = partial(_admin_token, access, port)
+            return await _run(settings, handle, url, open_state, on_ready, stop, server, token)
         finally:
+            if listener.family == socket.AF_UNIX:
+                with contextlib.suppress(OSError):  # before it is closed: afterwards it may be another server's
+                    os.unlink(listener.getsockname())
             server.leave()
             await serving
 
@@ -82,12 +111,16 @@ async def _run(
     on_ready: Callable[[str], None] | None,
     stop: asyncio.Event,
     server: "_Server",
+    admin_token: Callable[[Path], AbstractContextManager[None]],
 ) -> int:
-    loading, stopping = asyncio.ensure_future(call_apart(_load_engine, settings)), asyncio.ensure_future(stop.wait())
+    loading, stopping = (
+        asyncio.ensure_future(call_in_fresh_thread(_load_engine, settings)),
+        asyncio.ensure_future(stop.wait()),
+    )
     await asyncio.wait((loading, stopping), return_when=asyncio.FIRST_COMPLETED)
     if not loading.done():
         stopping.cancel()
-        return 0  # the loading thread is a daemon, and goes with the process
+        return 0  # the loading thread is a daemon, and ends with the process
     if (error := loading.exception()) is not None:
         _report_load_error(error)
         stopping.cancel()
@@ -102,46 +135,65 @@ async def _run(
             stopping.cancel()
             await service.stop(0.0)
             return 1
-        if state is not None:
-            service.adapters, handle.jobs = state.adapters, state.jobs
-        else:
-            handle.no_jobs = "This server runs no training jobs: another process has its state directory."
-        handle.service = service
-        return await _until_the_end(settings, service, handle.jobs, url, on_ready, stopping, server)
+        service.set_adapters(state.adapters)
+        if state.directory is not None:
+            stack.enter_context(admin_token(state.directory))
+        if state.batches is not None and handle.inside is not None:
+            await state.batches.start(handle.inside)
+        handle.responses = state.responses
+        handle.serve(service, state.jobs, files=state.files, batches=state.batches, problem=state.problem)
+        return await _until_the_end(settings, service, handle, url, on_ready, stopping, server)
+
+
+@contextlib.contextmanager
+def _admin_token(access: Access, port: int, directory: Path) -> Iterator[None]:
+    """Keep the admin token in the state directory, which this process owns, while the block lasts."""
+    token = make_token(port)
+    access.ring.set_token(token)
+    try:
+        path = write_token(directory, token)
+    except OSError as error:
+        _log.warning("no_admin_token", reason=error.strerror or str(error))
+        yield
+        return
+    try:
+        yield
+    finally:
+        remove_token(path, token)
 
 
 async def _open(
     stack: contextlib.AsyncExitStack, open_state: "OpenState | None", service: "EngineService", settings: Settings
-) -> "State | None":
-    """What is kept on the disk, adapters and jobs, opened for this server until the stack is left.
+) -> "OpenedState":
+    """Open the state on disk, adapters and jobs, for this server until the stack is left.
 
-    A directory that was asked for and cannot be had is an error. Of the default one, a second server beside the
-    first does without: it serves the base model, and /admin says why there is no more.
+    A configured directory that another server holds, or that cannot be made, is an error. If it is the default one,
+    this server runs without state: it serves the base model, and /admin gives the reason.
+    A read-only directory is served from (`runtime.engine.state`).
     """
-    from runtime.trainer.database import StateDirectoryInUse
+    from runtime.engine import state
+    from runtime.support.database import StateDirectoryInUse
 
-    if open_state is None:
-        from runtime.trainer import state
-
-        open_state = state.open_state
     try:
-        return await stack.enter_async_context(open_state(service, settings))
+        return await stack.enter_async_context((open_state or state.open_state)(service, settings))
     except (StateDirectoryInUse, OSError) as error:
         if settings.trainer.state_dir is not None:
             raise
         _log.warning("no_state", reason=str(error))
-        return None
+        why = "another process has its state directory" if isinstance(error, StateDirectoryInUse) else "it has no state"
+        return state.OpenedState(None, None, problem=f"This server runs no training jobs: {why}. Its log says more.")
 
 
 async def _until_the_end(
     settings: Settings,
     service: "EngineService",
-    jobs: "JobManager | None",
+    handle: ServiceHandle,
     url: str,
     on_ready: Callable[[str], None] | None,
     stopping: "asyncio.Future[Any]",
     server: "_Server",
 ) -> int:
+    jobs = handle.jobs
     if on_ready is not None:
         on_ready(url)
     _log.info("ready", url=url, model=service.model_name)
@@ -154,12 +206,14 @@ async def _until_the_end(
             await jobs.stop(0.0, crashed=True)
         return 1
     died.cancel()
+    if handle.batches is not None:
+        await handle.batches.stop()
     await _drain(service, jobs, settings.server.drain_timeout, server)
     return 0
 
 
 async def _drain(service: "EngineService", jobs: "JobManager | None", timeout: float, server: "_Server") -> None:
-    """No new requests; the running ones and a checkpoint of the running job get `timeout` seconds, or until a
+    """Refuse new requests. Running ones, and a checkpoint of the running job, get `timeout` seconds, or until a
     second signal."""
     _log.info("draining", timeout_s=timeout, running=service.num_running, waiting=service.num_waiting)
     service.drain()
@@ -168,28 +222,37 @@ async def _drain(service: "EngineService", jobs: "JobManager | None", timeout: f
     await asyncio.wait((draining, hurry), return_when=asyncio.FIRST_COMPLETED)
     if not draining.done():
         draining.cancel()
-        await asyncio.gather(draining, return_exceptions=True)
-        await _stop(service, jobs, 0.0)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(_hurry(draining, service, jobs), HURRY_SECONDS / 2)
     hurry.cancel()
     await asyncio.gather(hurry, return_exceptions=True)
 
 
 async def _stop(service: "EngineService", jobs: "JobManager | None", timeout: float) -> None:
-    """Jobs first: the engine thread is what brings a running one to the end of its step."""
+    """Stop jobs, then the engine: the engine thread finishes the step of a running job."""
     began = time.monotonic()
     if jobs is not None:
         await jobs.stop(timeout)
     await service.stop(max(0.0, timeout - (time.monotonic() - began)))
 
 
+async def _hurry(draining: "asyncio.Future[None]", service: "EngineService", jobs: "JobManager | None") -> None:
+    """Stop like `_stop`, but without waiting for the engine thread, which may hang."""
+    await asyncio.gather(draining, return_exceptions=True)
+    ends = [service.stop(0.0, patience=HURRY_SECONDS / 6)]
+    if jobs is not None:
+        ends.append(jobs.stop(0.0))
+    await asyncio.gather(*ends)
+
+
 def _load_engine(settings: Settings) -> "EngineService":
-    from runtime.service import EngineService  # here, because it imports torch
+    from runtime.engine.service import EngineService  # here, because it imports torch
 
     return EngineService.load(settings)
 
 
 def _report_load_error(error: BaseException) -> None:
-    from runtime.workers.loading.errors import ModelLoadError
+    from runtime.model.config import ModelLoadError
 
     if isinstance(error, ModelLoadError):
         _log.error("cannot_load_model", reason=str(error))
@@ -198,21 +261,45 @@ def _report_load_error(error: BaseException) -> None:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server without its signal handlers and without its ten wake-ups a second."""
+    """uvicorn's server without its signal handlers and without its ten wake-ups per second."""
 
-    def __init__(self, config: uvicorn.Config) -> None:
+    def __init__(self, config: uvicorn.Config, *, max_connections: int) -> None:
         super().__init__(config)
+        self._max_connections = max_connections
+        self._acceptors: list[Acceptor] = []
         self.hurry = asyncio.Event()
-        """Set by the second signal: nothing is waited for any more."""
+        """Set by the second signal: stop waiting for anything."""
         self._leave = asyncio.Event()
 
     def leave(self) -> None:
-        """End: what is being written may be finished, for `FLUSH` seconds at most."""
+        """Stop serving. Responses being written may finish, for `FLUSH` seconds at most."""
         self._leave.set()
 
     def rush(self) -> None:
-        self.hurry.set()
-        self.force_exit = True
+        if not self.hurry.is_set():
+            self.hurry.set()
+            self.force_exit = True
+            end = threading.Timer(HURRY_SECONDS, _end_now)
+            end.daemon = True
+            end.start()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=[])  # the listeners are for acceptors of ours
+        for listener in sockets or []:
+            acceptor = Acceptor(
+                listener, self._make_protocol, most=self._max_connections, make_room=self._close_idle_connections
+            )
+            self._acceptors.append(acceptor)
+
+    def _make_protocol(self) -> Protocol:
+        return cast(type[Protocol], self.config.http_protocol_class)(
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
+
+    def _close_idle_connections(self) -> None:
+        for connection in list(self.server_state.connections):
+            if isinstance(connection, Protocol) and connection.idle:
+                connection.transport.close()
 
     async def main_loop(self) -> None:
         await self._leave.wait()
@@ -222,24 +309,34 @@ class _Server(uvicorn.Server):
         yield
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for acceptor in self._acceptors:
+            acceptor.close()
         await super().shutdown(sockets)
+        if self.force_exit:  # uvicorn leaves it out then, and its task is cancelled with a traceback in the log
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.lifespan.shutdown(), HURRY_SECONDS / 6)
         for connection in list(self.server_state.connections):
             connection.transport.abort()
 
 
-def _config(settings: Settings, handle: ServiceHandle) -> uvicorn.Config:
+def _end_now() -> None:
+    _log.error("forced_end", after_s=HURRY_SECONDS)
+    os._exit(1)
+
+
+def _config(settings: Settings, handle: ServiceHandle, access: Access) -> uvicorn.Config:
     server = settings.server
     protocol = Protocol.configured(header_timeout=server.header_timeout, write_timeout=server.write_timeout)
     return uvicorn.Config(
-        create_app(handle, settings),
+        create_app(handle, settings, access),
         http=protocol,
         ws="none",
         lifespan="on",
         log_config=None,
-        access_log=False,  # ours is `runtime.api.observe`
+        access_log=False,  # ours is `runtime.api.http.observe`
         proxy_headers=False,
         server_header=False,
-        date_header=False,  # uvicorn makes it once a second, asked for or not; `observe` makes it when needed
+        date_header=False,  # uvicorn makes it every second, even if unused; `observe` makes it when needed
         h11_max_incomplete_event_size=MAX_HEADERS,
         timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=int(FLUSH),
@@ -247,8 +344,9 @@ def _config(settings: Settings, handle: ServiceHandle) -> uvicorn.Config:
 
 
 @contextlib.contextmanager
-def _signals(stop: asyncio.Event, server: _Server) -> Iterator[None]:
-    """The first SIGTERM or SIGINT stops, the second hurries. Off the main thread there are no signals."""
+def _signals(stop: asyncio.Event, server: _Server, access: Access) -> Iterator[None]:
+    """Handle signals: the first SIGTERM or SIGINT stops, the second hurries; SIGHUP rereads the keys file. Does nothing
+    off the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -261,10 +359,12 @@ def _signals(stop: asyncio.Event, server: _Server) -> Iterator[None]:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
+    if access.has_file:  # without a keys file the default stays: closing the terminal ends the server
+        loop.add_signal_handler(signal.SIGHUP, access.reread)
     try:
         yield
     finally:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             loop.remove_signal_handler(number)
 
 
@@ -283,7 +383,31 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
+def _listen_at(name: str) -> socket.socket:
+    """A listening Unix socket, in the place of one that a server which was killed has left. Raises `OSError`."""
+    path = Path(name).expanduser()
+    if path.is_socket():
+        with socket.socket(socket.AF_UNIX) as probe:
+            try:
+                probe.connect(str(path))
+            except ConnectionRefusedError:
+                path.unlink()
+            else:
+                raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+    listener = socket.socket(socket.AF_UNIX)
+    try:
+        listener.bind(str(path))
+        listener.listen(2048)
+        listener.setblocking(False)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
 def _url(host: str, listener: socket.socket) -> str:
-    """Where a client on this machine finds the server."""
+    """URL of the server for a client on this machine; for a Unix socket, its path after `unix:`."""
+    if listener.family == socket.AF_UNIX:
+        return f"unix:{listener.getsockname()}"
     shown = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"http://{f'[{shown}]' if ':' in shown else shown}:{listener.getsockname()[1]}"

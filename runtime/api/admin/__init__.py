@@ -1,1 +1,1 @@
-"""The endpoints that change the server: training jobs and adapters. Every handler says `opt={ADMIN: True}`."""
+"""The endpoints that change the server: training jobs and adapters. Every handler sets ADMIN or TRAIN in `opt`."""

@@ -1,20 +1,26 @@
 """/admin/adapters: the library of adapters, for operators."""
 
+import asyncio
 from typing import TYPE_CHECKING, Any
 
-from litestar import delete, get, post
+from litestar import MediaType, Response, delete, get, post
 from msgspec import UNSET, Struct, UnsetType
 
-from runtime.api.admin.library import library_of
-from runtime.api.auth import ADMIN
+from runtime.adapters.card import Prompt
+from runtime.adapters.store import AdapterRecord, Canary, Version
+from runtime.api.admin.export import export_adapter
+from runtime.api.admin.uploads import NAME_PART, receive_adapter
+from runtime.api.admin.views import allowed_folder, check_names, flag, library_of
 from runtime.api.docs import BODY
 from runtime.api.handle import AnyRequest, api_of
-from runtime.api.openai.intake import Intake
-from runtime.errors import InvalidRequest
-from runtime.trainer.adapters.records import AdapterRecord, Canary, Version
+from runtime.api.http.auth import ADMIN, TRAIN
+from runtime.api.http.record import record_of
+from runtime.api.openai.schema import Intake
+from runtime.errors import InvalidRequest, NotFound
+from runtime.support.durable import remove, storage_unavailable
 
 if TYPE_CHECKING:
-    from runtime.trainer.adapters.library import AdapterLibrary
+    from runtime.adapters.library import AdapterLibrary
 
 
 class VersionView(Struct, kw_only=True):
@@ -24,15 +30,19 @@ class VersionView(Struct, kw_only=True):
     number: int
     current: bool
     loaded: bool
-    """In memory now."""
+    """True while it is in memory."""
     fits: bool
-    """Made for the base model that is served."""
+    """True if it was made for the base model that is served."""
     created: float
     rank: int
     sha256: str
     job: str | None
     step: int | None
     metrics: dict[str, Any]
+    path: str
+    """Folder on the server with its files, in PEFT's format; `GET …/export` gives them."""
+    prompt: Prompt | None
+    """Prompt format of the training rows; null for a version that was not trained here."""
 
 
 class AdapterView(Struct, kw_only=True):
@@ -57,7 +67,7 @@ class Deleted(Struct, kw_only=True):
 
 
 class PromoteRequest(Struct, kw_only=True):
-    """Which version the name should point to."""
+    """The version that the name should point to."""
 
     version: int
 
@@ -69,28 +79,64 @@ class AliasRequest(Struct, kw_only=True):
 
 
 class CanaryRequest(Struct, kw_only=True):
-    """A version, and its share of the requests; 0 takes it back."""
+    """A version, and its share of the requests, from 0 to 1; 0 ends the canary."""
 
     version: int
     weight: float
 
+
+UPLOAD = "/admin/adapters/upload"
+"""Also the path of an adapter named `upload`, so its GET and DELETE are answered as those of others."""
 
 _promote = Intake(PromoteRequest)
 _alias = Intake(AliasRequest)
 _canary = Intake(CanaryRequest)
 
 
-@get("/admin/adapters", opt={ADMIN: True})
+@get("/admin/adapters", opt={TRAIN: True})
 async def list_adapters(request: AnyRequest) -> AdapterList:
-    """Every adapter, and what its name points to."""
+    """Every adapter, with the version that its name points to."""
     library = library_of(api_of(request))
     return AdapterList(adapters=[_view(library, record, versions=False) for record in library.list()])
 
 
-@get("/admin/adapters/{name:str}", opt={ADMIN: True})
+@get(["/admin/adapters/{name:str}", UPLOAD], opt={TRAIN: True})
 async def show_adapter(request: AnyRequest) -> AdapterView:
     """One adapter with all its versions."""
     library, name = _target(request)
+    return _shown(library, name)
+
+
+@post(UPLOAD, status_code=201, opt={ADMIN: True})
+async def upload_adapter(request: AnyRequest) -> AdapterView:
+    """Publish an adapter that the body brings, as a new version of `name`: a folder of PEFT's as a tar archive (plain
+    or gzipped), or its files as a form. `name` is in the query, or a part of the form."""
+    api = api_of(request)
+    library = library_of(api)
+    check_names(request, (NAME_PART,))
+    name = request.query_params.get(NAME_PART)
+    if name is not None:
+        library.check_free(name, NAME_PART)  # before gigabytes are sent in vain
+    try:
+        folder = await asyncio.to_thread(library.make_incoming)
+    except OSError as error:
+        raise storage_unavailable("The adapter cannot be stored", error) from error
+    try:
+        upload = await receive_adapter(request, api.settings, folder)
+        if name is not None and upload.name is not None:
+            raise InvalidRequest("The adapter's name is both in the address and in the form.", param=NAME_PART)
+        name = name or upload.name
+        if not name:
+            how = f"add ?{NAME_PART}=NAME to the address, or a part `{NAME_PART}` to the form"
+            raise InvalidRequest(f"The adapter has no name: {how}.", param=NAME_PART)
+        record_of(request).target = name
+        await library.publish(name, upload.folder)
+    finally:
+        await asyncio.to_thread(remove, folder)
+    if upload.left_out:
+        left = len(upload.left_out)
+        listed = ", ".join(upload.left_out[:5]) + (f" and {left - 5} more" if left > 5 else "")
+        record_of(request).warnings.append(f"no part of the adapter, left out: {listed}")
     return _shown(library, name)
 
 
@@ -104,7 +150,7 @@ async def load_adapter(request: AnyRequest) -> AdapterView:
 
 @post("/admin/adapters/{name:str}/unload", status_code=200, opt={ADMIN: True})
 async def unload_adapter(request: AnyRequest) -> AdapterView:
-    """Serve an adapter no more, and free its memory once running requests have ended."""
+    """Stop serving an adapter, and free its memory once running requests have ended."""
     library, name = _target(request)
     await library.unload(name)
     return _shown(library, name)
@@ -129,7 +175,7 @@ async def roll_back_adapter(request: AnyRequest) -> AdapterView:
 
 @post("/admin/adapters/{name:str}/alias", status_code=200, opt={ADMIN: True, BODY: AliasRequest})
 async def set_alias(request: AnyRequest) -> AdapterView:
-    """Give the adapter another name too, taken from whoever had it."""
+    """Add another name. An adapter that has this name as an alias loses it."""
     library, name = _target(request)
     asked = await _alias.read(request, api_of(request))
     await library.set_alias(asked.alias, name)
@@ -138,7 +184,7 @@ async def set_alias(request: AnyRequest) -> AdapterView:
 
 @delete("/admin/adapters/{name:str}/alias/{alias:str}", status_code=200, opt={ADMIN: True})
 async def delete_alias(request: AnyRequest) -> AdapterView:
-    """Take an alias away."""
+    """Delete an alias."""
     library, name = _target(request)
     await library.delete_alias(str(request.path_params["alias"]), name)
     return _shown(library, name)
@@ -153,7 +199,7 @@ async def set_canary(request: AnyRequest) -> AdapterView:
     return _shown(library, name)
 
 
-@delete("/admin/adapters/{name:str}", status_code=200, opt={ADMIN: True})
+@delete(["/admin/adapters/{name:str}", UPLOAD], status_code=200, opt={ADMIN: True})
 async def delete_adapter(request: AnyRequest) -> Deleted:
     """Delete an adapter and its versions. 409 while it is in use, unless `?drain=1`."""
     library, name = _target(request)
@@ -172,7 +218,9 @@ async def delete_version(request: AnyRequest) -> Deleted:
 
 ROUTES = (
     list_adapters,
+    upload_adapter,
     show_adapter,
+    export_adapter,
     load_adapter,
     unload_adapter,
     promote_adapter,
@@ -187,19 +235,16 @@ ROUTES = (
 
 def _target(request: AnyRequest) -> "tuple[AdapterLibrary, str]":
     """The library, and the name in the path. Raises `StorageUnavailable`."""
-    return library_of(api_of(request)), str(request.path_params["name"])
+    return library_of(api_of(request)), str(request.path_params.get("name", "upload"))
 
 
 def _drain(request: AnyRequest) -> bool:
-    values = {"": True, "1": True, "true": True, "0": False, "false": False}
-    given = request.query_params.get("drain", "0")
-    if given not in values:
-        raise InvalidRequest(f"drain must be 1 or 0, got {given[:20]!r}.", param="drain")
-    return values[given]
+    check_names(request, ("drain",))
+    return flag(request, "drain", empty=True)
 
 
 def _shown(library: "AdapterLibrary", name: str) -> AdapterView:
-    """As it is now. Raises `NotFound`."""
+    """The current view of an adapter. Raises `NotFound`."""
     return _view(library, library.get(name))
 
 
@@ -228,4 +273,61 @@ def _version(library: "AdapterLibrary", record: AdapterRecord, version: Version)
         job=version.job,
         step=version.step,
         metrics=version.metrics,
+        path=str(library.directory(version)),
+        prompt=library.card(version).prompt,
     )
+
+
+# -- lora ------------------------------------------------------------------------------------------
+#
+# POST /v1/load_lora_adapter and /v1/unload_lora_adapter, in vLLM's shape: clients of its server work here unchanged.
+
+
+class LoadLoraRequest(Struct, kw_only=True):
+    """Folder of an adapter to load, and its name."""
+
+    lora_name: str
+    lora_path: str
+    """A folder on the server, in PEFT's format; under trainer.data_roots or the state directory."""
+    load_inplace: bool = False
+    """True: replace a loaded adapter of this name."""
+
+
+class UnloadLoraRequest(Struct, kw_only=True):
+    """Name of the adapter to unload."""
+
+    lora_name: str
+
+
+_load = Intake(LoadLoraRequest)
+_unload = Intake(UnloadLoraRequest)
+
+
+@post("/v1/load_lora_adapter", status_code=200, opt={ADMIN: True, BODY: LoadLoraRequest}, media_type=MediaType.TEXT)
+async def load_lora_adapter(request: AnyRequest) -> Response[str]:
+    """Copy an adapter into the library, and serve it under its name."""
+    api = api_of(request)
+    library = library_of(api)
+    asked = await _load.read(request, api)
+    record_of(request).target = asked.lora_name
+    if not asked.lora_name or not asked.lora_path:
+        missing = "lora_path" if asked.lora_name else "lora_name"
+        raise InvalidRequest("Both 'lora_name' and 'lora_path' must be provided.", param=missing)
+    folder = await asyncio.to_thread(allowed_folder, asked.lora_path, api, param="lora_path")
+    await library.load_external(asked.lora_name, folder, inplace=asked.load_inplace)
+    return Response(f"Success: LoRA adapter '{asked.lora_name}' added successfully.", media_type=MediaType.TEXT)
+
+
+@post("/v1/unload_lora_adapter", status_code=200, opt={ADMIN: True, BODY: UnloadLoraRequest}, media_type=MediaType.TEXT)
+async def unload_lora_adapter(request: AnyRequest) -> Response[str]:
+    """Stop serving an adapter. Its versions stay in the library."""
+    api = api_of(request)
+    library = library_of(api)
+    asked = await _unload.read(request, api)
+    record_of(request).target = asked.lora_name
+    if not asked.lora_name:
+        raise InvalidRequest("'lora_name' needs to be provided to unload a LoRA adapter.", param="lora_name")
+    if library.resolve(asked.lora_name) is None:
+        raise NotFound(f"The lora adapter '{asked.lora_name[:200]}' cannot be found.", param="lora_name")
+    await library.unload(asked.lora_name)
+    return Response(f"Success: LoRA adapter '{asked.lora_name}' removed successfully.", media_type=MediaType.TEXT)

@@ -1,22 +1,106 @@
-"""/admin/jobs: what jobs there are, how they are doing, and holding or ending them."""
+"""/admin/jobs: list, inspect, follow, pause, resume, cancel and delete jobs."""
 
 import asyncio
 import csv
 import io
+import time
 from typing import Any
 
-from litestar import Response, get, post
+import msgspec
+from litestar import Response, delete, get, post
 
-from runtime.api.admin.job_events import event_stream, first_number
-from runtime.api.admin.query import check_names, choices, integer
+from runtime.access.limits import Bucket
 from runtime.api.admin.train import detail_of
-from runtime.api.admin.views import EventItem, JobDetail, JobItem, Page, event_item, job_item
-from runtime.api.auth import ADMIN
-from runtime.api.handle import AnyRequest, api_of
-from runtime.api.sse import EventStream
-from runtime.trainer.jobs.journal import tail
+from runtime.api.admin.views import (
+    EventItem,
+    JobDeleted,
+    JobDetail,
+    JobItem,
+    Page,
+    check_names,
+    choices,
+    event_item,
+    integer,
+    job_item,
+    number,
+)
+from runtime.api.handle import AnyRequest, Api, api_of
+from runtime.api.http.auth import TRAIN
+from runtime.api.http.sse import DONE, Events, EventStream
+from runtime.errors import NotFound, TooManyRequests
+from runtime.trainer.jobs.followers import tail
 from runtime.trainer.jobs.manager import JobManager
-from runtime.trainer.jobs.states import STATES
+from runtime.trainer.jobs.records import STATES
+
+# -- job events ------------------------------------------------------------------------------------
+#
+# A job's past and future events as a stream, until the job's end.
+
+BEAT = 15.0
+"""Seconds of silence after which a comment is sent, so that no proxy takes the connection for dead."""
+
+LOOKS = 600
+"""Most database queries per minute for one reader; above that, events that arrive in between are read together."""
+
+_BATCH = 500
+_MOST = 2**53
+
+
+async def event_stream(jobs: JobManager, job_id: str, after: int) -> Events:
+    """Events numbered above `after`, each with its number as id; `[DONE]` at the job's end.
+
+    Ends without `[DONE]` when the server stops; the client reconnects with its Last-Event-ID.
+    """
+    looks = Bucket(LOOKS, time.monotonic())
+    while not jobs.feed.closed:
+        ticket = jobs.feed.ticket(job_id)
+        try:
+            if pause := looks.seconds_until(1, time.monotonic()):
+                await asyncio.sleep(pause)
+            looks.take(1, time.monotonic())
+            try:
+                job, events = await jobs.tail.events(job_id, after=after, limit=_BATCH)
+            except NotFound:  # deleted meanwhile
+                yield DONE
+                return
+            for event in events:
+                yield b"id: %d\ndata: %s\n\n" % (event.number, msgspec.json.encode(event_item(event)))
+                after = event.number
+            if len(events) == _BATCH:
+                continue
+            if job.ended:
+                yield DONE
+                return
+            if not await jobs.feed.until(ticket, BEAT):
+                yield b": still here\n\n"
+        finally:
+            ticket.cancel()
+
+
+def follow(api: Api, events: Events) -> EventStream:
+    """A response that streams `events`. Raises `TooManyRequests` at the limit of followers."""
+    most = api.settings.server.max_event_streams
+    if api.event_streams >= most:
+        raise TooManyRequests(
+            f"{most} clients follow jobs' events already (server.max_event_streams). Try again later, or ask without "
+            "`Accept: text/event-stream`.",
+            retry_after=5,
+        )
+    api.event_streams += 1
+
+    def left() -> None:
+        api.event_streams -= 1
+
+    return EventStream(events, left)
+
+
+def first_number(request: AnyRequest) -> int:
+    """Number after which events begin: Last-Event-ID, which a browser sends when it reconnects, or `after`."""
+    last = request.headers.get("last-event-id")
+    if last is None:
+        return integer(request, "after", default=0, least=0, most=_MOST)
+    return number(last, "Last-Event-ID", least=0, most=_MOST)
+
 
 MAX_JOBS = 100
 MAX_EVENTS = 1000
@@ -31,7 +115,7 @@ _COLUMNS = (
 )  # fmt: skip
 
 
-@get("/admin/jobs", opt={ADMIN: True})
+@get("/admin/jobs", opt={TRAIN: True})
 async def list_jobs(request: AnyRequest) -> Page[JobItem]:
     """The newest jobs first. `after` takes an id, `limit` up to 100, `status` one or several states."""
     check_names(request, ("after", "limit", "status"))
@@ -43,31 +127,31 @@ async def list_jobs(request: AnyRequest) -> Page[JobItem]:
     return Page(data=[job_item(job, progress) for job, progress in found], has_more=more)
 
 
-@get("/admin/jobs/{job_id:str}", opt={ADMIN: True})
+@get("/admin/jobs/{job_id:str}", opt={TRAIN: True})
 async def retrieve_job(request: AnyRequest) -> JobDetail:
     """One job, with its plan, files and checkpoints."""
     check_names(request, ())
     return await detail_of(_jobs(request), _job_id(request))
 
 
-@get("/admin/jobs/{job_id:str}/events", opt={ADMIN: True})
+@get("/admin/jobs/{job_id:str}/events", opt={TRAIN: True})
 async def job_events(request: AnyRequest) -> Response[Page[EventItem]]:
-    """What happened, from behind the number `after`. With `Accept: text/event-stream`: also what is still to
-    come, until the job's end; goes on from Last-Event-ID."""
+    """Events numbered above `after`. With `Accept: text/event-stream`: also future events, until the job's end;
+    continues after Last-Event-ID."""
     jobs, job_id = _jobs(request), _job_id(request)
     check_names(request, ("after", "limit"))
     limit = integer(request, "limit", default=100, least=1, most=MAX_EVENTS)
     after = first_number(request)
     if "text/event-stream" in request.headers.get("accept", ""):
         await jobs.store.get(job_id)
-        return EventStream(event_stream(jobs, job_id, after), lambda: None)
+        return follow(api_of(request), event_stream(jobs, job_id, after))
     _, events = await jobs.store.events(job_id, after=after, limit=limit + 1)
     return Response(Page(data=[event_item(event) for event in events[:limit]], has_more=len(events) > limit))
 
 
-@get("/admin/jobs/{job_id:str}/metrics", opt={ADMIN: True})
+@get("/admin/jobs/{job_id:str}/metrics", opt={TRAIN: True})
 async def job_metrics(request: AnyRequest) -> Response[Page[dict[str, Any]]]:
-    """A row for each step and each evaluation behind the step `after`; as CSV with `Accept: text/csv`."""
+    """A row for each step and each evaluation after step `after`; as CSV with `Accept: text/csv`."""
     jobs, job_id = _jobs(request), _job_id(request)
     check_names(request, ("after", "limit"))
     limit = integer(request, "limit", default=MAX_ROWS, least=1, most=MAX_ROWS)
@@ -78,7 +162,7 @@ async def job_metrics(request: AnyRequest) -> Response[Page[dict[str, Any]]]:
     return Response(Page(data=found[:limit], has_more=len(found) > limit))
 
 
-@get("/admin/jobs/{job_id:str}/logs", opt={ADMIN: True})
+@get("/admin/jobs/{job_id:str}/logs", media_type="application/jsonl", opt={TRAIN: True})
 async def job_logs(request: AnyRequest) -> Response[bytes]:
     """The last `lines` of the job's log, a JSON object each."""
     jobs, job_id = _jobs(request), _job_id(request)
@@ -89,29 +173,39 @@ async def job_logs(request: AnyRequest) -> Response[bytes]:
     return Response(text, media_type="application/jsonl")
 
 
-@post("/admin/jobs/{job_id:str}/cancel", opt={ADMIN: True}, status_code=200)
+@post("/admin/jobs/{job_id:str}/cancel", opt={TRAIN: True}, status_code=200)
 async def cancel_job(request: AnyRequest) -> JobDetail:
-    """End a job: at once, or where it is running, after the current step (`wanted` says so). 409 at its end."""
+    """Cancel a job: at once, or, if it is running, after the current step (`wanted` is then cancel). 409 at its end."""
     jobs = _jobs(request)
     job = await jobs.cancel(_job_id(request))
     return await detail_of(jobs, job.id)
 
 
-@post("/admin/jobs/{job_id:str}/pause", opt={ADMIN: True}, status_code=200)
+@post("/admin/jobs/{job_id:str}/pause", opt={TRAIN: True}, status_code=200)
 async def pause_job(request: AnyRequest) -> JobDetail:
-    """Hold a queued or a running job, the latter after the current step and with a checkpoint. Others go first
-    meanwhile. 409 for any other."""
+    """Pause a queued or a running job; a running one stops after the current step, with a checkpoint. Other jobs
+    run meanwhile. 409 for any other."""
     jobs = _jobs(request)
     job = await jobs.pause(_job_id(request))
     return await detail_of(jobs, job.id)
 
 
-@post("/admin/jobs/{job_id:str}/resume", opt={ADMIN: True}, status_code=200)
+@post("/admin/jobs/{job_id:str}/resume", opt={TRAIN: True}, status_code=200)
 async def resume_job(request: AnyRequest) -> JobDetail:
-    """Let a paused job go on where it stood, once it is its turn. 409 for any other."""
+    """Queue a paused job again; it continues from its checkpoint. 409 for any other."""
     jobs = _jobs(request)
     job = await jobs.resume(_job_id(request))
     return await detail_of(jobs, job.id)
+
+
+@delete("/admin/jobs/{job_id:str}", opt={TRAIN: True}, status_code=200)
+async def delete_job(request: AnyRequest) -> JobDeleted:
+    """Delete a job that has ended: its files, checkpoints, events and log. The adapter that it published stays. 409
+    for one that has not ended."""
+    jobs, job_id = _jobs(request), _job_id(request)
+    check_names(request, ())
+    await jobs.delete(job_id)
+    return JobDeleted(id=job_id)
 
 
 def _job_id(request: AnyRequest) -> str:
@@ -123,8 +217,10 @@ def _jobs(request: AnyRequest) -> JobManager:
 
 
 def _csv(rows: list[dict[str, Any]]) -> str:
+    """One column for each field, then one for each of the loss's own metrics."""
+    further = sorted({name for row in rows for name in row.get("metrics", {})} - set(_COLUMNS))
     text = io.StringIO()
-    writer = csv.DictWriter(text, _COLUMNS, restval="")
+    writer = csv.DictWriter(text, [*_COLUMNS, *further], restval="", extrasaction="ignore")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({**row.get("metrics", {}), **row} for row in rows)
     return text.getvalue()

@@ -1,40 +1,266 @@
-"""POST /admin/train: a recipe becomes a job."""
+"""POST /admin/train: start a job from a recipe."""
 
-from litestar import Response, post
+import asyncio
+import hashlib
+import os
+import re
+from collections.abc import AsyncIterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self
 
-from runtime.api.admin.query import check_names, flag
-from runtime.api.admin.uploads import receive_submission
-from runtime.api.admin.views import DryRun, JobDetail, job_detail
-from runtime.api.auth import ADMIN
+from litestar import Request, Response, post
+from multipart import parse_options_header
+
+from runtime.api.admin.views import DryRun, JobDetail, check_names, flag, job_detail
 from runtime.api.handle import AnyRequest, api_of
-from runtime.errors import InvalidRequest
+from runtime.api.http.auth import TRAIN
+from runtime.api.http.body import check_encoding, check_typed, content_type, receive_all, receive_chunks
+from runtime.api.http.form import MULTIPART, data_of, segments
+from runtime.api.http.record import record_of
+from runtime.errors import InvalidRequest, PayloadTooLarge, UnsupportedMediaType
+from runtime.support.durable import create_file, make_directory, storage_unavailable, sync_directory
 from runtime.trainer.jobs.manager import JobManager
+from runtime.trainer.jobs.records import JobFile, JobSubmission
+from settings.schema import Settings
+
+# -- uploads ---------------------------------------------------------------------------------------
+#
+# A recipe, alone or with data files, from a request onto the disk: in pieces, under limits.
+
+FORM_TYPE = "application/x-www-form-urlencoded"
+"""Content-Type that curl sends for --data-binary and for -d; the latter removes line breaks."""
+RECIPE_TYPES = frozenset(
+    {
+        "application/yaml",
+        "application/x-yaml",
+        "text/yaml",
+        "text/x-yaml",
+        "text/plain",
+        "application/octet-stream",
+        FORM_TYPE,
+        "",
+    }
+)
+RECIPE_PART = "recipe"
+_RECIPE_ENDINGS = (".yml", ".yaml")
+MAX_FILES = 100
+MAX_NAME = 255
+"""Characters of a file's name."""
+
+_BUFFER = 1024 * 1024
+"""Bytes per write to disk."""
+
+
+async def receive_submission(
+    request: Request[Any, Any, Any], settings: Settings, *, job_id: str, folder: Path, idempotency_key: str | None
+) -> JobSubmission:
+    """Read the body: a recipe, or a form with the part `recipe` and files, which are written into `folder`.
+
+    Raises `InvalidRequest`, `PayloadTooLarge`, `UnsupportedMediaType`, `RequestTimeout`, `StorageUnavailable`; files
+    written until then stay, and the caller deletes them.
+    """
+    check_encoding(request)
+    media_type, options = parse_options_header(content_type(request))
+    timeout = settings.server.body_timeout
+    if media_type == MULTIPART:
+        form = _Form(folder, max_recipe=settings.trainer.max_recipe)
+        chunks = receive_chunks(request, limit=settings.trainer.max_upload, timeout=timeout)
+        await form.read(chunks, options.get("boundary", ""))
+        recipe, files = form.recipe, form.files
+    elif media_type in RECIPE_TYPES:
+        recipe = await receive_all(request, limit=settings.trainer.max_recipe, timeout=timeout)
+        check_typed(request, recipe)
+        files = []
+    else:
+        raise UnsupportedMediaType(
+            "Send the recipe as YAML (`Content-Type: application/yaml`), or as multipart/form-data with its data files."
+        )
+    if recipe is None:
+        sent = next((file.name for file in files if file.name.lower().endswith(_RECIPE_ENDINGS)), "recipe.yml")
+        raise InvalidRequest(
+            f"The form has no part `{RECIPE_PART}`: send the recipe as one (curl: -F {RECIPE_PART}=@{sent}).",
+            param=RECIPE_PART,
+        )
+    if not recipe.strip():
+        raise InvalidRequest("The recipe is empty.", param=RECIPE_PART)
+    _check_is_recipe(recipe, media_type)
+    digest = hashlib.blake2b(recipe)
+    for file in sorted(files, key=lambda file: file.name):
+        digest.update(f"\0{file.name}\0{file.digest}".encode())
+    return JobSubmission(
+        id=job_id,
+        recipe=recipe,
+        files=tuple(JobFile(name=file.name, stored_as=file.stored_as, bytes=file.size) for file in files),
+        digest=digest.hexdigest(),
+        idempotency_key=idempotency_key,
+    )
+
+
+class _Form:
+    """A multipart form, parsed as it arrives."""
+
+    def __init__(self, folder: Path, *, max_recipe: int) -> None:
+        self.recipe: bytes | None = None
+        self.files: list[_Upload] = []
+        self._folder = folder
+        self._max_recipe = max_recipe
+
+    async def read(self, chunks: AsyncIterator[bytes], boundary: str) -> None:
+        too_many = InvalidRequest(f"The form has more than {MAX_FILES} files, or a part with huge headers.")
+        await self._take(segments(chunks, boundary, max_parts=MAX_FILES + 1, too_many=too_many))
+        if self.files:
+            try:
+                await asyncio.to_thread(sync_directory, self._folder)
+            except OSError as error:
+                raise storage_unavailable("The files cannot be stored", error) from error
+
+    async def _take(self, events: AsyncIterator[Any]) -> None:
+        async for segment in events:
+            if segment.name == RECIPE_PART:
+                await self._take_recipe(events)
+            else:
+                await self._take_file(segment, events)
+
+    async def _take_recipe(self, events: AsyncIterator[Any]) -> None:
+        if self.recipe is not None:
+            raise InvalidRequest(f"The form has the part `{RECIPE_PART}` twice.", param=RECIPE_PART)
+        recipe = b""
+        async for data in data_of(events):
+            recipe += data
+            if len(recipe) > self._max_recipe:
+                raise PayloadTooLarge(f"The recipe is larger than {self._max_recipe} bytes.", param=RECIPE_PART)
+        self.recipe = recipe
+
+    async def _take_file(self, segment: Any, events: AsyncIterator[Any]) -> None:
+        name = _checked_name(segment)
+        if any(file.name == name for file in self.files):
+            raise InvalidRequest(
+                f"The form has the file `{name}` twice: name the parts by the paths that the recipe has (curl: "
+                f"-F data/{name[:100]}=@FILE).",
+                param=segment.name,
+            )
+        try:
+            async with _Upload(self._folder, name, len(self.files)) as upload:
+                async for data in data_of(events):
+                    await upload.write(data)
+        except OSError as error:
+            raise storage_unavailable(f"The file `{name}` cannot be stored", error) from error
+        self.files.append(upload)
+
+
+class _Upload:
+    """A file being written to disk; durable once the block is left."""
+
+    def __init__(self, folder: Path, name: str, index: int) -> None:
+        self.name = name
+        # Readers need only its ending; the number keeps names apart.
+        self.stored_as = f"{index:03d}-{re.sub(r'[^A-Za-z0-9._-]', '_', name)[-80:]}"
+        self.size = 0
+        self._path = folder / self.stored_as
+        self._digest = hashlib.blake2b()
+        self._buffer = bytearray()
+        self._file: BinaryIO
+
+    @property
+    def digest(self) -> str:
+        return self._digest.hexdigest()
+
+    async def write(self, data: bytes) -> None:
+        self.size += len(data)
+        self._digest.update(data)
+        self._buffer += data
+        if len(self._buffer) >= _BUFFER:
+            await self._flush()
+
+    async def __aenter__(self) -> Self:
+        await asyncio.to_thread(make_directory, self._path.parent)
+        self._file = create_file(self._path)  # closed in `__aexit__`; making a file is quick
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                await self._flush()
+                await asyncio.to_thread(os.fsync, self._file.fileno())
+        finally:
+            self._file.close()
+
+    async def _flush(self) -> None:
+        data, self._buffer = self._buffer, bytearray()
+        await asyncio.to_thread(_write, self._file, data)
+
+
+def _write(file: BinaryIO, data: bytearray) -> None:
+    file.write(data)
+    file.flush()
+
+
+def _check_is_recipe(body: bytes, media_type: str) -> None:
+    """Raise `InvalidRequest` for a recipe that curl mangled because an `@` or `--data-binary` is missing."""
+    text = body.strip()
+    if b"\n" in text or text.startswith(b"{"):
+        return
+    if text.lower().endswith(tuple(ending.encode() for ending in _RECIPE_ENDINGS)) and b": " not in text:
+        flag = f"-F {RECIPE_PART}=@" if media_type == MULTIPART else "--data-binary @"
+        name = text.removeprefix(b"@").decode("utf-8", "replace")[:100]
+        how = f"`{name}` is the name of a file, not what is in it: write {flag}{name}."
+    elif b"\n" not in body and (media_type == FORM_TYPE or text.count(b": ") > 1):
+        how = "The recipe came without its line breaks, as curl's -d sends it: use --data-binary @recipe.yml."
+    else:
+        return
+    raise InvalidRequest(f"{how} With data files: -F recipe=@recipe.yml -F file=@data.jsonl.", param=RECIPE_PART)
+
+
+def _checked_name(segment: Any) -> str:
+    """Name of the file: its own, or, if that says more, the part's (`-F data/x.jsonl=@x.jsonl`)."""
+    name = segment.filename
+    if not name:
+        part = str(segment.name)[:100]
+        how = (
+            "it goes into the address, as ?dry_run=1"
+            if part == "dry_run"
+            else f"besides `{RECIPE_PART}`, send files, each with an @ (curl: -F file=@data.jsonl)"
+        )
+        raise InvalidRequest(f"The form's part `{part}` is no file: {how}.", param=part)
+    if "/" in str(segment.name) and "/" not in name:
+        name = str(segment.name)
+    if len(name) > MAX_NAME or not name.isprintable():
+        raise InvalidRequest(
+            f"A file's name has more than {MAX_NAME} characters, or some that cannot be printed.", param=segment.name
+        )
+    return str(name)
+
 
 MAX_KEY = 255
 """Characters of an idempotency key."""
 
 
-@post("/admin/train", opt={ADMIN: True}, status_code=201)
+@post("/admin/train", opt={TRAIN: True}, status_code=201)
 async def train(request: AnyRequest) -> Response[JobDetail | DryRun]:
     """Start a job from a recipe in YAML, alone or in a form with its data files. 201: it is queued; 202: its data
-    is still being read; 200: this Idempotency-Key made it before, or `dry_run=1` asked what it would do."""
+    is still being read; 200: this Idempotency-Key made it before, or `dry_run=1` asked for the plan only."""
     api = api_of(request)
     jobs = api.handle.require_jobs()
     check_names(request, ("dry_run",))
     dry_run = flag(request, "dry_run")
     key = _idempotency_key(request)
     job_id = jobs.new_id()
-    try:
-        folder = jobs.directories.uploads(job_id)
-        asked = await receive_submission(request, api.settings, job_id=job_id, folder=folder, idempotency_key=key)
-    except BaseException:
-        jobs.directories.discard(job_id)
-        raise
-    if dry_run:
-        prepared = await jobs.dry_run(asked)
-        plan = DryRun(name=prepared.name, total_steps=prepared.total_steps, summary=prepared.summary)
-        return Response(plan, status_code=200)
+    with jobs.arriving():
+        try:
+            folder = jobs.directories.incoming(job_id)
+            asked = await receive_submission(request, api.settings, job_id=job_id, folder=folder, idempotency_key=key)
+        except BaseException:
+            await jobs.discard(job_id)
+            raise
+        if dry_run:
+            prepared = await jobs.dry_run(asked)
+            plan = DryRun(name=prepared.name, total_steps=prepared.total_steps, summary=prepared.summary)
+            return Response(plan, status_code=200)
     job, created = await jobs.submit(asked)
+    record_of(request).target = job.id
     location = {"Location": f"/admin/jobs/{job.id}"}
     status = 202 if job.state == "validating" else 201 if created else 200
     return Response(await detail_of(jobs, job.id), status_code=status, headers=location)

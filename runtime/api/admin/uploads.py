@@ -1,206 +1,143 @@
-"""A recipe, alone or with data files, from a request onto the disk: in pieces, under limits."""
+"""Intake of an uploaded adapter: the files of a form, or a tar archive, from a request into a folder."""
 
 import asyncio
-import hashlib
-import os
-import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO, Self
 
-from litestar import Request
-from multipart import MultipartError, ParserLimitReached, PushMultipartParser, parse_options_header
+from multipart import parse_options_header
 
-from runtime.api.receive import check_encoding, receive_all, receive_chunks
-from runtime.durable import sync_directory
-from runtime.errors import InvalidRequest, PayloadTooLarge, StorageUnavailable, UnsupportedMediaType
-from runtime.trainer.jobs.records import JobFile, Submission
+from runtime.adapters.card import CARD
+from runtime.api.admin.archives import MAX_ENTRIES, PIECE, TarReader, UploadedFiles, entry_error
+from runtime.api.handle import AnyRequest
+from runtime.api.http.body import check_encoding, content_type, receive_chunks
+from runtime.api.http.form import MULTIPART, data_of, segments
+from runtime.checkpoints.peft.config import CONFIG, WEIGHTS
+from runtime.errors import InvalidRequest, UnsupportedMediaType
+from runtime.support.durable import storage_unavailable
 from settings.schema import Settings
 
-RECIPE_TYPES = frozenset(
+ARCHIVE_TYPES = frozenset(
     {
-        "application/yaml",
-        "application/x-yaml",
-        "text/yaml",
-        "text/x-yaml",
-        "text/plain",
+        "application/x-tar",
+        "application/tar",
+        "application/gzip",
+        "application/x-gzip",
+        "application/x-compressed-tar",
+        "application/x-gtar",
         "application/octet-stream",
-        "application/x-www-form-urlencoded",  # what curl says of --data-binary
-        "",
     }
 )
-RECIPE_PART = "recipe"
-MAX_FILES = 100
-MAX_NAME = 255
-"""Characters of a file's name."""
+ARCHIVE_ENDINGS = (".tar", ".tar.gz", ".tgz")
+NAME_PART = "name"
+MAX_FIELD = 1024
+"""Bytes of the form's part `name`."""
 
-_BUFFER = 1024 * 1024
-"""Bytes that are written to disk at once."""
+WANTED = (CONFIG, WEIGHTS, CARD, "adapter_model.bin")
+"""Files of an adapter. The last is a pickle: kept for its error, which says how to save the adapter instead."""
 
 
-async def receive_submission(
-    request: Request[Any, Any, Any], settings: Settings, *, job_id: str, folder: Path, idempotency_key: str | None
-) -> Submission:
-    """Read the body: a recipe, or a form with the part `recipe` and files, which are written into `folder`.
+@dataclass(frozen=True)
+class AdapterUpload:
+    """An upload on the disk."""
 
-    Raises `InvalidRequest`, `PayloadTooLarge`, `UnsupportedMediaType`, `RequestTimeout`, `StorageUnavailable`; what
-    was written till then stays, and is the caller's to delete.
+    folder: Path
+    """Folder of the adapter's files."""
+    name: str | None
+    """The form's part `name`."""
+    left_out: list[str]
+    """Paths in the upload that are no part of the adapter."""
+
+
+async def receive_adapter(request: AnyRequest, settings: Settings, folder: Path) -> AdapterUpload:
+    """Write the adapter in the request's body into `folder`, which is empty.
+
+    Raises `InvalidRequest` naming the entry at fault, `PayloadTooLarge`, `UnsupportedMediaType`, `RequestTimeout`,
+    `StorageUnavailable`; files written until then stay, and the caller deletes them.
     """
     check_encoding(request)
-    media_type, options = parse_options_header(request.headers.get("content-type", ""))
-    timeout = settings.server.body_timeout
-    if media_type == "multipart/form-data":
-        form = _Form(folder, max_recipe=settings.trainer.max_recipe)
-        chunks = receive_chunks(request, limit=settings.trainer.max_upload, timeout=timeout)
-        await form.read(chunks, options.get("boundary", ""))
-        recipe, files = form.recipe, form.files
-    elif media_type in RECIPE_TYPES:
-        recipe = await receive_all(request, limit=settings.trainer.max_recipe, timeout=timeout)
-        files = []
-    else:
-        raise UnsupportedMediaType(
-            "Send the recipe as YAML (`Content-Type: application/yaml`), or as multipart/form-data with its data files."
-        )
-    if recipe is None:
-        raise InvalidRequest(f"The form has no part `{RECIPE_PART}`.", param=RECIPE_PART)
-    if not recipe.strip():
-        raise InvalidRequest("The recipe is empty.", param=RECIPE_PART)
-    digest = hashlib.blake2b(recipe)
-    for file in sorted(files, key=lambda file: file.name):
-        digest.update(f"\0{file.name}\0{file.digest}".encode())
-    return Submission(
-        id=job_id,
-        recipe=recipe,
-        files=tuple(JobFile(name=file.name, stored_as=file.stored_as, bytes=file.size) for file in files),
-        digest=digest.hexdigest(),
-        idempotency_key=idempotency_key,
+    media_type, options = parse_options_header(content_type(request))
+    limit = settings.adapters.max_adapter_upload
+    chunks = receive_chunks(request, limit=limit, timeout=settings.server.body_timeout)
+    files = UploadedFiles(folder, WANTED, limit=limit)
+    name = None
+    try:
+        if media_type == MULTIPART:
+            name = await _read_form(chunks, options.get("boundary", ""), files)
+        elif media_type in ARCHIVE_TYPES:
+            archive = TarReader(files)
+            await _pump(chunks, archive.feed)
+            await asyncio.to_thread(archive.close)
+        else:
+            raise UnsupportedMediaType(
+                "Send the adapter's folder as a tar archive, plain or gzipped (`Content-Type: application/x-tar`), or "
+                "its files as multipart/form-data."
+            )
+        target = folder / "adapter"
+        left_out = await asyncio.to_thread(files.choose, CONFIG, target)
+    except OSError as error:
+        raise storage_unavailable("The adapter cannot be stored", error) from error
+    finally:
+        with suppress(OSError):
+            files.end()
+    return AdapterUpload(target, name, left_out)
+
+
+async def _read_form(chunks: AsyncIterator[bytes], boundary: str, files: UploadedFiles) -> str | None:
+    """Read the form's files, and its part `name`, which is returned."""
+    name = None
+    too_many = InvalidRequest(
+        f"The form has more than {MAX_ENTRIES} files, or a part with huge headers.", code="invalid_upload"
     )
+    events = segments(chunks, boundary, max_parts=MAX_ENTRIES + 1, too_many=too_many)
+    async for segment in events:
+        if segment.filename:
+            await _read_file(segment.filename, data_of(events), files)
+        elif segment.name == NAME_PART and name is None:
+            name = await _read_field(data_of(events))
+        else:
+            raise entry_error(
+                str(segment.name), "is no file: besides the part `name`, once, send files (curl: -F file=@FILE)"
+            )
+    return name
 
 
-class _Form:
-    """A multipart form, taken apart as it comes."""
+async def _read_file(name: str, data: AsyncIterator[bytes], files: UploadedFiles) -> None:
+    if name.lower().endswith(ARCHIVE_ENDINGS):
+        archive = TarReader(files)
+        await _pump(data, archive.feed)
+        await asyncio.to_thread(archive.close)
+        return
 
-    def __init__(self, folder: Path, *, max_recipe: int) -> None:
-        self.recipe: bytes | None = None
-        self.files: list[_Upload] = []
-        self._folder = folder
-        self._max_recipe = max_recipe
+    def write(piece: bytes) -> None:
+        files.count(len(piece))
+        files.write(piece)
 
-    async def read(self, chunks: AsyncIterator[bytes], boundary: str) -> None:
-        if not 1 <= len(boundary) <= 200:
-            raise InvalidRequest("The multipart/form-data has no valid boundary.")
-        try:
-            parser = PushMultipartParser(boundary, max_segment_count=MAX_FILES + 1, strict=True)
-            await self._take(_events(parser, chunks))
-        except ParserLimitReached:
-            raise InvalidRequest(f"The form has more than {MAX_FILES} files, or a part with huge headers.") from None
-        except MultipartError:
-            raise InvalidRequest("The multipart/form-data is malformed, or not complete.") from None
-        if self.files:
-            await asyncio.to_thread(sync_directory, self._folder)
-
-    async def _take(self, events: AsyncIterator[Any]) -> None:
-        async for segment in events:
-            if segment.name == RECIPE_PART:
-                await self._take_recipe(events)
-            else:
-                await self._take_file(segment, events)
-
-    async def _take_recipe(self, events: AsyncIterator[Any]) -> None:
-        if self.recipe is not None:
-            raise InvalidRequest(f"The form has the part `{RECIPE_PART}` twice.", param=RECIPE_PART)
-        recipe = b""
-        async for data in events:
-            if data is None:
-                break
-            recipe += data
-            if len(recipe) > self._max_recipe:
-                raise PayloadTooLarge(f"The recipe is larger than {self._max_recipe} bytes.", param=RECIPE_PART)
-        self.recipe = recipe
-
-    async def _take_file(self, segment: Any, events: AsyncIterator[Any]) -> None:
-        name = _checked_name(segment)
-        if any(file.name == name for file in self.files):
-            raise InvalidRequest(f"The form has the file `{name}` twice.", param=segment.name)
-        try:
-            async with _Upload(self._folder, name, len(self.files)) as upload:
-                async for data in events:
-                    if data is None:
-                        break
-                    await upload.write(data)
-        except OSError as error:
-            raise StorageUnavailable(f"The file `{name}` cannot be stored: {error.strerror}.") from error
-        self.files.append(upload)
+    await asyncio.to_thread(files.begin, name)
+    await _pump(data, write)
+    await asyncio.to_thread(files.end)
 
 
-class _Upload:
-    """A file on its way to the disk, where it lasts once the block is left."""
-
-    def __init__(self, folder: Path, name: str, index: int) -> None:
-        self.name = name
-        # Only its ending says something to a reader; the number keeps names apart.
-        self.stored_as = f"{index:03d}-{re.sub(r'[^A-Za-z0-9._-]', '_', name)[-80:]}"
-        self.size = 0
-        self._path = folder / self.stored_as
-        self._digest = hashlib.blake2b()
-        self._buffer = bytearray()
-        self._file: BinaryIO
-
-    @property
-    def digest(self) -> str:
-        return self._digest.hexdigest()
-
-    async def write(self, data: bytes) -> None:
-        self.size += len(data)
-        self._digest.update(data)
-        self._buffer += data
-        if len(self._buffer) >= _BUFFER:
-            await self._flush()
-
-    async def __aenter__(self) -> Self:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self._path, "xb")  # noqa: SIM115, ASYNC230 - closed in `__aexit__`; making a file is quick
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if kind is None:
-                await self._flush()
-                await asyncio.to_thread(os.fsync, self._file.fileno())
-        finally:
-            self._file.close()
-
-    async def _flush(self) -> None:
-        data, self._buffer = self._buffer, bytearray()
-        await asyncio.to_thread(_write, self._file, data)
+async def _read_field(data: AsyncIterator[bytes]) -> str:
+    value = b""
+    async for piece in data:
+        value += piece
+        if len(value) > MAX_FIELD:
+            raise InvalidRequest(f"{NAME_PART} must have at most {MAX_FIELD} bytes.", param=NAME_PART)
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        raise InvalidRequest(f"{NAME_PART} must be UTF-8.", param=NAME_PART) from None
 
 
-def _write(file: BinaryIO, data: bytearray) -> None:
-    file.write(data)
-    file.flush()
-
-
-async def _events(parser: PushMultipartParser, chunks: AsyncIterator[bytes]) -> AsyncIterator[Any]:
-    """Segments, each followed by its data in pieces and by None."""
-    async for chunk in chunks:
-        if chunk:
-            for event in parser.parse(chunk):
-                yield event
-    parser.close()
-
-
-def _checked_name(segment: Any) -> str:
-    name = segment.filename
-    if not name:
-        raise InvalidRequest(
-            f"The form's part `{str(segment.name)[:100]}` is no file; besides `{RECIPE_PART}`, send files.",
-            param=str(segment.name)[:100],
-        )
-    if len(name) > MAX_NAME or not name.isprintable():
-        raise InvalidRequest(
-            f"A file's name has more than {MAX_NAME} characters, or some that cannot be printed.", param=segment.name
-        )
-    return str(name)
+async def _pump(data: AsyncIterator[bytes], sink: Callable[[bytes], None]) -> None:
+    """Hand the data to `sink` on a thread, in pieces of some size."""
+    buffer = bytearray()
+    async for piece in data:
+        buffer += piece
+        if len(buffer) >= PIECE:
+            full, buffer = bytes(buffer), bytearray()
+            await asyncio.to_thread(sink, full)
+    if buffer:
+        await asyncio.to_thread(sink, bytes(buffer))

@@ -1,11 +1,21 @@
-"""What the admin endpoints answer: jobs and what belongs to them, in the shapes that OpenAI's lists have."""
+"""Answers of the admin endpoints: jobs, their events and files, in the form of OpenAI's lists."""
 
+import re
 import time
-from typing import Any, Generic, TypeVar
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from msgspec import Struct
 
-from runtime.trainer.jobs.records import Checkpoint, Job, JobEvent, JobFile, Progress
+from runtime.api.handle import AnyRequest, Api
+from runtime.errors import Forbidden, InvalidRequest, NotFound, StorageUnavailable
+from runtime.support.state_directory import state_directory
+from runtime.trainer.jobs.records import Job, JobCheckpoint, JobEvent, JobFile, JobProgress
+
+if TYPE_CHECKING:
+    from runtime.adapters.library import AdapterLibrary
+
 
 T = TypeVar("T")
 
@@ -29,18 +39,20 @@ class JobItem(Struct, kw_only=True):
     id: str
     status: str
     name: str | None
-    """Of the adapter; null until the recipe was read."""
+    """Name of the adapter; null until the recipe was read."""
     created_at: int
     started_at: int | None
     finished_at: int | None
     estimated_finish: int | None
     step: int
+    step_progress: float | None
+    """Fraction of the current step or evaluation that is done, 0 to 1, if it takes more than some seconds."""
     total_steps: int | None
     loss: float | None
-    """Of the last step."""
+    """Loss of the last step."""
     trained_tokens: int
     wanted: str | None
-    """cancel or pause: takes effect after the step that is running."""
+    """Pending request, cancel or pause: takes effect after the running step."""
     adapter: str | None
     """The version that was published: a model name for requests. Null in a job that succeeded: the recipe's
     `publish.when` was not met."""
@@ -59,7 +71,7 @@ class FileItem(Struct, kw_only=True):
 
 
 class JobDetail(JobItem, kw_only=True):
-    """One job, asked for by its id."""
+    """One job, in full."""
 
     summary: dict[str, Any]
     """The plan: rows, tokens, steps, estimates."""
@@ -67,10 +79,16 @@ class JobDetail(JobItem, kw_only=True):
     checkpoints: list[CheckpointItem]
 
 
+class JobDeleted(Struct, kw_only=True):
+    object: str = "job"
+    id: str
+    deleted: bool = True
+
+
 class EventItem(Struct, kw_only=True):
     object: str = "job.event"
     id: str
-    """A number that counts up in its job: what `after` and Last-Event-ID take."""
+    """Number within the job, ascending: the value for `after` and Last-Event-ID."""
     created_at: int
     level: str
     type: str
@@ -80,7 +98,7 @@ class EventItem(Struct, kw_only=True):
 
 
 class DryRun(Struct, kw_only=True):
-    """What a recipe would do."""
+    """Plan of a recipe that was not started."""
 
     object: str = "job.plan"
     name: str
@@ -88,11 +106,11 @@ class DryRun(Struct, kw_only=True):
     summary: dict[str, Any]
 
 
-def job_item(job: Job, progress: Progress) -> JobItem:
+def job_item(job: Job, progress: JobProgress) -> JobItem:
     return JobItem(**_fields(job, progress))
 
 
-def job_detail(job: Job, progress: Progress, files: list[JobFile], checkpoints: list[Checkpoint]) -> JobDetail:
+def job_detail(job: Job, progress: JobProgress, files: list[JobFile], checkpoints: list[JobCheckpoint]) -> JobDetail:
     return JobDetail(
         **_fields(job, progress),
         summary=job.summary,
@@ -109,13 +127,13 @@ def event_item(event: JobEvent) -> EventItem:
         id=str(event.number),
         created_at=int(event.created_at),
         level=event.level,
-        type="message" if event.kind == "message" else "metrics",
+        type="metrics" if event.kind in ("step", "eval") else "message",
         message=event.message,
         data=event.data,
     )
 
 
-def _fields(job: Job, progress: Progress) -> dict[str, Any]:
+def _fields(job: Job, progress: JobProgress) -> dict[str, Any]:
     error = job.error
     return {
         "id": job.id,
@@ -126,6 +144,7 @@ def _fields(job: Job, progress: Progress) -> dict[str, Any]:
         "finished_at": _seconds(job.finished_at),
         "estimated_finish": _estimated_finish(job, progress),
         "step": progress.step,
+        "step_progress": progress.fraction if job.state == "running" else None,
         "total_steps": job.total_steps,
         "loss": progress.loss,
         "trained_tokens": progress.trained_tokens,
@@ -135,11 +154,116 @@ def _fields(job: Job, progress: Progress) -> dict[str, Any]:
     }
 
 
-def _estimated_finish(job: Job, progress: Progress) -> int | None:
-    if job.state != "running" or job.total_steps is None or progress.step_seconds is None:
+def _estimated_finish(job: Job, progress: JobProgress) -> int | None:
+    if job.state != "running" or job.total_steps is None:
+        return None
+    if progress.finish is not None:
+        return int(max(progress.finish, time.time()))
+    if progress.step_seconds is None:
         return None
     return int(time.time() + (job.total_steps - progress.step) * progress.step_seconds)
 
 
 def _seconds(moment: float | None) -> int | None:
     return None if moment is None else int(moment)
+
+
+# -- query -----------------------------------------------------------------------------------------
+#
+# Query parameters of the admin endpoints. A bad one is a 400 that names it.
+
+_YES = frozenset({"1", "true", "yes"})
+_NO = frozenset({"0", "false", "no"})
+_NUMBER = re.compile(r"[0-9]{1,16}")
+"""At most 16 digits: SQLite stores such a number, and `int` parses it at once."""
+
+
+def check_names(request: AnyRequest, known: Iterable[str]) -> None:
+    """Raise for a parameter that the endpoint does not have: none is silently ignored."""
+    for name in request.query_params:
+        if name not in known:
+            has = ", ".join(sorted(known)) or "none"
+            raise InvalidRequest(f"There is no parameter `{name[:100]}`; this endpoint has: {has}.", param=name[:100])
+
+
+def integer(request: AnyRequest, name: str, *, default: int, least: int, most: int) -> int:
+    text = single(request, name)
+    return default if text is None else number(text, name, least=least, most=most)
+
+
+def number(text: str, name: str, *, least: int, most: int) -> int:
+    """`text`, all of it, as a whole number in a range. Raises `InvalidRequest` that names `name`."""
+    if _NUMBER.fullmatch(text) is None or not least <= int(text) <= most:
+        raise InvalidRequest(f"{name}: expected a whole number from {least} to {most}, got `{text[:50]}`.", param=name)
+    return int(text)
+
+
+def single(request: AnyRequest, name: str) -> str | None:
+    """A parameter's value; None if it is absent. Raises `InvalidRequest` if it is given twice."""
+    given = request.query_params.getall(name, [])
+    if len(given) > 1:
+        raise InvalidRequest(f"{name}: expected one value, got {len(given)}.", param=name)
+    return given[0] if given else None
+
+
+def flag(request: AnyRequest, name: str, *, empty: bool | None = None) -> bool:
+    """A boolean parameter: False if it is absent; `empty` if it has no value (None: refused)."""
+    given = single(request, name)
+    if given == "" and empty is not None:
+        return empty
+    text = "0" if given is None else given.lower()
+    if text not in _YES | _NO:
+        raise InvalidRequest(f"{name}: expected 1 or 0, got `{text[:50]}`.", param=name)
+    return text in _YES
+
+
+def choices(request: AnyRequest, name: str, allowed: Iterable[str]) -> tuple[str, ...]:
+    """Values given once or several times, or with commas in between."""
+    given = [part for text in request.query_params.getall(name, []) for part in text.split(",")]
+    for value in given:
+        if value not in allowed:
+            raise InvalidRequest(
+                f"{name}: expected one of {', '.join(allowed)}, got `{value[:50]}`.",
+                param=name,
+            )
+    return tuple(given)
+
+
+# -- library ---------------------------------------------------------------------------------------
+#
+# Helpers that the endpoints for adapters share: the library, and the folders that may be read.
+
+
+def library_of(api: Api) -> "AdapterLibrary":
+    """The adapter library. Raises `StorageUnavailable` if the server has none, or has it read-only."""
+    library = api.handle.require().adapters
+    if library is None:
+        raise StorageUnavailable(
+            "This server keeps no adapters: its state directory could not be opened when it started (another server "
+            "may have it; the log says why). Set trainer.state_dir."
+        )
+    if library.frozen is not None:
+        raise StorageUnavailable(library.frozen)
+    return library
+
+
+def allowed_folder(path: str, api: Api, *, param: str) -> Path:
+    """The folder that `path` names, links resolved. Blocks.
+
+    Only under trainer.data_roots and the state directory: the right to load adapters does not cover the whole disk.
+    Raises `Forbidden` for other paths, existing or not, and `NotFound`.
+    """
+    roots = [Path(root).expanduser() for root in api.settings.trainer.data_roots] + [state_directory(api.settings)]
+    try:
+        real = Path(path).expanduser().resolve()
+        inside = any(real.is_relative_to(root.resolve()) for root in roots)
+    except (OSError, RuntimeError, ValueError):  # a loop of links, a NUL, no such user
+        inside = False
+    if not inside:
+        raise Forbidden(
+            f"{param} must be in a folder that the setting trainer.data_roots names, or in the state directory.",
+            param=param,
+        )
+    if not real.is_dir():
+        raise NotFound(f"{param}: there is no such folder.", param=param)
+    return real

@@ -1,20 +1,108 @@
-"""A JSON body: read under a limit and a deadline (`runtime.api.receive`), and decoded into a struct.
+"""A JSON body: read under a limit and a deadline (`runtime.api.http.body`), and decoded into a struct.
 
-It must be UTF-8, plainly encoded. Everything else is refused by name, not guessed at.
+It must be UTF-8, plainly encoded. Anything else is refused by name, without guessing.
 """
 
+import asyncio
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping
 from typing import Any, TypeVar
 
 import msgspec
 from litestar import Request
 
-from runtime.api.errors import from_validation
-from runtime.api.receive import check_encoding, receive_all
-from runtime.errors import InvalidRequest, UnsupportedMediaType
+from runtime.api.http.errors import ClientDisconnected, RequestTimeout, from_validation
+from runtime.errors import InvalidRequest, PayloadTooLarge, UnsupportedMediaType
 from settings.schema import ServerSettings
+
+# -- receive ---------------------------------------------------------------------------------------
+#
+# Read a request's body, of any type, under a limit and a deadline.
+
+
+def check_encoding(request: Request[Any, Any, Any]) -> None:
+    """Raise `UnsupportedMediaType` for a compressed body."""
+    if request.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
+        raise UnsupportedMediaType("Send the body without a Content-Encoding.")
+
+
+def content_type(request: Request[Any, Any, Any]) -> str:
+    """The one Content-Type header; "" if the headers show neither that nor a body.
+
+    Raises `UnsupportedMediaType` for several, and for a body without one: a browser sends such a body from any page
+    without a preflight; for `application/json` it sends one.
+    """
+    types = request.headers.getall("content-type", [])
+    if len(types) > 1:
+        raise UnsupportedMediaType("The request has several Content-Type headers; send one.")
+    given = "".join(types).strip()
+    has_body = request.headers.get("content-length", "").strip("0") or "transfer-encoding" in request.headers
+    check_typed(request, b"?" if has_body else b"")
+    return given
+
+
+def check_typed(request: Request[Any, Any, Any], body: bytes) -> None:
+    """Raise `UnsupportedMediaType` for a body without a Content-Type."""
+    if body and not request.headers.get("content-type", "").strip():
+        raise UnsupportedMediaType(
+            "The body has no Content-Type. Send one: `application/json`, or what the endpoint takes."
+        )
+
+
+def check_length(request: Request[Any, Any, Any], limit: int) -> None:
+    """Raise `PayloadTooLarge` if Content-Length is over `limit` bytes."""
+    declared = request.headers.get("content-length", "")
+    if declared.isascii() and declared.isdigit() and int(declared[:20]) > limit:
+        raise too_large(limit)
+
+
+async def receive_all(request: Request[Any, Any, Any], *, limit: int, timeout: float) -> bytes:
+    """The whole body, complete in `timeout` seconds.
+
+    Raises `PayloadTooLarge`, `RequestTimeout`, `ClientDisconnected`.
+    """
+    check_length(request, limit)
+    try:
+        async with asyncio.timeout(timeout):
+            return b"".join([chunk async for chunk in _chunks(request, limit)])
+    except TimeoutError:
+        raise RequestTimeout(f"The request's body was not complete after {timeout:g} seconds.") from None
+
+
+async def receive_chunks(request: Request[Any, Any, Any], *, limit: int, timeout: float) -> AsyncGenerator[bytes, None]:
+    """Chunks of the body as they arrive, each within `timeout` seconds. Raises as `receive_all` does."""
+    check_length(request, limit)
+    chunks = _chunks(request, limit)
+    while True:
+        try:
+            async with asyncio.timeout(timeout):
+                chunk = await anext(chunks, None)
+        except TimeoutError:
+            raise RequestTimeout(f"Nothing of the request's body came for {timeout:g} seconds.") from None
+        if chunk is None:
+            return
+        yield chunk
+
+
+async def _chunks(request: Request[Any, Any, Any], limit: int) -> AsyncGenerator[bytes, None]:
+    size = 0
+    more = True
+    while more:
+        message: Any = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnected("The client left before its request was complete.")
+        chunk: bytes = message.get("body", b"")
+        more = message.get("more_body", False)
+        size += len(chunk)
+        if size > limit:
+            raise too_large(limit)
+        yield chunk
+
+
+def too_large(limit: int) -> PayloadTooLarge:
+    return PayloadTooLarge(f"The request's body is larger than {limit} bytes.")
+
 
 T = TypeVar("T")
 Fields = Mapping[str, msgspec.Raw]
@@ -33,7 +121,9 @@ async def read_body(request: Request[Any, Any, Any], settings: ServerSettings) -
     Raises `UnsupportedMediaType`, `PayloadTooLarge`, `RequestTimeout`, `ClientDisconnected`.
     """
     _check_headers(request)
-    return await receive_all(request, limit=settings.max_body, timeout=settings.body_timeout)
+    body = await receive_all(request, limit=settings.max_body, timeout=settings.body_timeout)
+    check_typed(request, body)
+    return body
 
 
 def parse_fields(body: bytes) -> dict[str, msgspec.Raw]:
@@ -41,7 +131,7 @@ def parse_fields(body: bytes) -> dict[str, msgspec.Raw]:
     if body.startswith(_BOM):
         raise InvalidRequest("The body begins with a byte order mark; send UTF-8 without one.")
     try:
-        body.decode("utf-8")  # msgspec skips over strings that nobody asked for, valid or not
+        body.decode("utf-8")  # msgspec skips strings that are not decoded, valid or not
         fields = _fields_decoder.decode(body)
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"The body is not valid UTF-8 at byte {error.start}.") from None
@@ -68,8 +158,8 @@ def decode(value: bytes | msgspec.Raw, decoder: "msgspec.json.Decoder[T]") -> T:
 
 
 def _check_headers(request: Request[Any, Any, Any]) -> None:
-    media_type, _, parameters = request.headers.get("content-type", "application/json").partition(";")
-    if media_type.strip().lower() != "application/json":
+    media_type, _, parameters = content_type(request).partition(";")
+    if media_type.strip().lower() not in ("application/json", ""):
         raise UnsupportedMediaType("Send JSON, with `Content-Type: application/json`.")
     charset = re.search(r"charset\s*=\s*\"?([^\s\";]+)", parameters, re.IGNORECASE)
     if charset is not None and charset[1].lower() not in ("utf-8", "utf8", "us-ascii"):

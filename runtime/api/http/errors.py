@@ -1,7 +1,7 @@
-"""Every failure as OpenAI has it: `{"error": {"message", "type", "param", "code"}}`.
+"""Every failure in OpenAI's form: `{"error": {"message", "type", "param", "code"}}`.
 
-What the client did wrong is told to the client, with the field; what we did wrong is told to the log,
-with a traceback, and the client gets an id to quote.
+A client's error goes to the client, with the field. An internal error goes to the log, with a traceback,
+and the client gets an id to quote.
 """
 
 import re
@@ -12,9 +12,9 @@ import msgspec
 from litestar import Request, Response
 from litestar.exceptions import HTTPException, MethodNotAllowedException, NotFoundException
 
-from runtime.api.record import record_of
+from runtime.api.http.record import record_of
 from runtime.errors import InvalidRequest, MethodNotAllowed, NotFound, RequestError, TooManyRequests
-from runtime.logs import get_logger
+from runtime.support.logs import get_logger
 
 _log = get_logger("api")
 
@@ -22,7 +22,7 @@ JSON = "application/json"
 
 
 class ClientDisconnected(RequestError):
-    """The client left before its answer was ready. Nobody reads this; it is logged and counted as 499."""
+    """The client left before its answer was ready. Not sent to anyone; logged and counted as 499."""
 
     status = 499
     type = "client_disconnected"
@@ -65,7 +65,7 @@ def encode(error: RequestError) -> bytes:
 
 
 def to_request_error(error: Exception, request_id: str) -> RequestError:
-    """`error` as something that may be shown. An unexpected one is logged here, under `request_id`."""
+    """`error` in a form that may be shown. An unexpected one is logged here, under `request_id`."""
     if isinstance(error, RequestError):
         return error
     if isinstance(error, HTTPException) and error.status_code < HTTPStatus.INTERNAL_SERVER_ERROR:
@@ -89,9 +89,10 @@ def handle_exception(request: Request[Any, Any, Any], error: Exception) -> Respo
 
 
 def from_validation(error: msgspec.ValidationError) -> InvalidRequest:
-    """msgspec's complaint, its JSON path turned into `param`: `$.messages[0].role` → `messages[0].role`."""
+    """msgspec's error, with its JSON path as `param`: `$.messages[0].role` → `messages[0].role`."""
     text = str(error)
     message, _, path = text.partition(" - at `")
+    path = path.removeprefix("key` in `")  # the wrong key of an object, which is named itself
     param = path.rstrip("`").removeprefix("$").removeprefix(".").removesuffix("[...]") or None
     missing = re.search(r"missing required field `([^`]+)`", message)
     if missing is not None:

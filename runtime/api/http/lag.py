@@ -1,4 +1,4 @@
-"""How late the event loop is. Sampled every few seconds and at each scrape: an idle server must stay idle."""
+"""Delay of the event loop, sampled every few seconds and at each scrape: an idle server must stay idle."""
 
 import asyncio
 import contextlib
@@ -11,13 +11,13 @@ INTERVAL = 5.0
 
 
 class LagSampler:
-    """The longest delay since it was last asked."""
+    """The longest delay since the last call of `take`."""
 
     def __init__(self) -> None:
         self._worst = 0.0
 
     async def take(self) -> float:
-        """Seconds. Measures once more, over one turn of the loop."""
+        """Longest delay in seconds, including one more measurement over one turn of the loop."""
         due = time.monotonic()
         await asyncio.sleep(0)
         worst = max(self._worst, time.monotonic() - due)
@@ -32,7 +32,7 @@ class LagSampler:
 
     @contextlib.asynccontextmanager
     async def running(self, app: Litestar) -> AsyncIterator[None]:
-        """As a lifespan of the app."""
+        """Sample while the app runs, as one of its lifespans."""
         task = asyncio.create_task(self._run())
         try:
             yield

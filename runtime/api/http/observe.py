@@ -1,31 +1,36 @@
-"""Wraps the whole app: request ids, the request log, HTTP metrics, and headers that every response has.
+"""Middleware around the whole app: request ids, request log, HTTP metrics, and headers of every response.
 
-Outside routing, so that it also sees what no route answers. Refuses the few requests that must not get as
-far as a handler.
+Runs outside routing, so that it also sees requests that match no route. Refuses the few requests that must not
+reach a handler.
 """
 
 import time
 from collections.abc import Callable
 from email.utils import formatdate
 from http import HTTPStatus
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import msgspec
 import structlog
 from litestar.enums import ScopeType
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
 
-from runtime.api.errors import JSON, HeadersTooLarge, encode
+from runtime.access.audit import AuditLog
 from runtime.api.handle import ServiceHandle
-from runtime.api.record import RequestRecord, attach, make_id
+from runtime.api.http.errors import JSON, HeadersTooLarge, encode
+from runtime.api.http.record import RequestRecord, attach, make_id
 from runtime.errors import InvalidRequest, RequestError
-from runtime.logs import get_logger
 from runtime.metrics import UNMATCHED
+from runtime.support.logs import get_logger
+
+if TYPE_CHECKING:
+    from runtime.engine.service import EngineService
 
 MAX_HEADERS = 64 * 1024
 """Bytes of a request's target and header lines."""
 
 _PROBES = frozenset({"/health", "/ready", "/ping", "/metrics", "/load"})
-"""Asked every few seconds by machines: logged when something is wrong, or at level debug."""
+"""Paths that machines poll every few seconds: logged on failure, or at level debug."""
 
 _log = get_logger("http")
 
@@ -33,10 +38,13 @@ _log = get_logger("http")
 class Observer:
     """An ASGI app around `app`."""
 
-    def __init__(self, app: ASGIApp, handle: ServiceHandle, *, log_requests: bool) -> None:
+    def __init__(
+        self, app: ASGIApp, handle: ServiceHandle, *, log_requests: bool, audit: AuditLog | None = None
+    ) -> None:
         self._app = app
         self._handle = handle
         self._log_requests = log_requests
+        self._audit = audit or AuditLog()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != ScopeType.HTTP:
@@ -45,7 +53,7 @@ class Observer:
         headers = dict(scope["headers"])
         record = RequestRecord(make_id(headers.get(b"x-request-id", b"").decode("latin-1")))
         attach(scope, record)
-        exchange = _Exchange(record, receive, send, unread=_has_body(headers))
+        exchange = _Exchange(record, self._handle, receive, send, unread=_has_body(headers))
         started = time.monotonic()
         with structlog.contextvars.bound_contextvars(request_id=record.request_id):
             try:
@@ -58,6 +66,12 @@ class Observer:
                 self._finish(scope, record, exchange.status, time.monotonic() - started)
 
     def _finish(self, scope: Scope, record: RequestRecord, status: int, seconds: float) -> None:
+        if record.quota is not None:
+            record.quota.leave()
+            if record.quota.refused is not None and self._handle.service is not None:
+                self._handle.service.metrics.on_rejection(record.quota.refused)
+        if record.action:
+            self._record_action(scope, record, status)
         handler = scope.get("path_template") or UNMATCHED
         method = str(scope.get("method", ""))
         if self._handle.service is not None:
@@ -74,17 +88,31 @@ class Observer:
                 **details,
             )
 
+    def _record_action(self, scope: Scope, record: RequestRecord, status: int) -> None:
+        client = scope.get("client")
+        self._audit.write(
+            key=record.key,
+            action=record.action,
+            target=record.target or "/".join(map(str, scope.get("path_params", {}).values())),
+            status=status,
+            client=client[0] if client else "",
+            request_id=record.request_id,
+        )
+
 
 class _Exchange:
     """The two ASGI channels of one request, watched."""
 
-    def __init__(self, record: RequestRecord, receive: Receive, send: Send, *, unread: bool) -> None:
+    def __init__(
+        self, record: RequestRecord, handle: ServiceHandle, receive: Receive, send: Send, *, unread: bool
+    ) -> None:
         self._record = record
+        self._handle = handle
         self._receive = receive
         self._send = send
         self._unread = unread
         self.status = 499
-        """Of the response; 499 while there is none, and for good when the client leaves first."""
+        """Status of the response; 499 until there is one, and if the client leaves first."""
 
     async def receive(self) -> Any:
         message = await self._receive()
@@ -100,12 +128,25 @@ class _Exchange:
 
     def _headers(self) -> list[tuple[bytes, bytes]]:
         headers = [(b"x-request-id", self._record.request_id.encode()), (b"date", _date())]
+        if self._record.quota is not None:
+            self._record.headers.update(self._record.quota.headers())
+        headers += [(name.encode(), value.encode("latin-1", "replace")) for name, value in self._record.headers.items()]
         if self._record.warnings:
             headers.append((b"x-eft-warning", "; ".join(self._record.warnings).encode("ascii", "replace")))
+        if self._record.load_format and self._handle.service is not None:
+            headers.append((b"endpoint-load-metrics", _load(self._handle.service, self._record.load_format)))
         if self._unread:
-            # Nobody will read the rest of the body: without this the connection would swallow all of it.
+            # The rest of the body stays unread: without this the connection would receive all of it.
             headers.append((b"connection", b"close"))
         return headers
+
+
+def _load(service: "EngineService", form: str) -> bytes:
+    """Load of the engine in a form of ORCA's, under vLLM's names."""
+    metrics = {"kv_cache_usage_perc": float(service.kv_usage), "num_requests_waiting": float(service.num_waiting)}
+    if form == "JSON":
+        return b"JSON " + msgspec.json.encode({"named_metrics": metrics})
+    return ("TEXT " + ", ".join(f"named_metrics.{name}={value}" for name, value in metrics.items())).encode()
 
 
 def _has_body(headers: dict[bytes, bytes]) -> bool:
@@ -113,7 +154,7 @@ def _has_body(headers: dict[bytes, bytes]) -> bool:
 
 
 def _refusal(scope: Scope) -> RequestError | None:
-    """What is wrong with a request before anything of it is looked at."""
+    """Error of a request that must not reach a handler; None for all others."""
     headers = scope["headers"]
     target = len(scope.get("raw_path") or b"") + len(scope["query_string"])
     if target + sum(len(name) + len(value) + 4 for name, value in headers) > MAX_HEADERS:  # 4: ": " and CR LF

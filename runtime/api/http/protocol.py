@@ -1,8 +1,8 @@
 """HTTP/1.1 on a socket, with the deadlines that uvicorn's protocol does not have.
 
 A connection ends when a request's headers are not complete in time (from its first byte on, or from the
-connection's start), and when the client reads nothing of what waits to be sent for too long. A slow client
-costs its own connection, and nothing else.
+connection's start), and when the client reads none of the waiting output for too long. A slow client
+loses its own connection only.
 """
 
 import asyncio
@@ -10,14 +10,53 @@ import contextlib
 import fcntl
 import sys
 import termios
+from collections.abc import Callable
 from typing import Any, ClassVar, cast
 
 import h11
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
-from runtime.api.errors import JSON, HeadersTooLarge, encode
-from runtime.api.linger import LingeringTransport
+from runtime.api.http.errors import JSON, HeadersTooLarge, encode
 from runtime.errors import InvalidRequest, RequestError
+
+# -- linger ----------------------------------------------------------------------------------------
+#
+# Close a connection without losing the answer.
+#
+# A socket that is closed while the client still sends answers with a reset, and a reset can destroy what the client
+# has not read yet: the 413 with the reason. So the answer is finished, and further input is
+# discarded for a moment (RFC 9112, section 9.6).
+
+LINGER = 2.0
+"""Seconds that a client gets to read the answer and stop sending."""
+
+
+class LingeringTransport:
+    """A transport whose `close` waits for the client to close too, when the client is still sending."""
+
+    def __init__(self, transport: asyncio.Transport, client_is_sending: Callable[[], bool]) -> None:
+        self._transport = transport
+        self._client_is_sending = client_is_sending
+        self._closing = False
+
+    def close(self) -> None:
+        """Close now; or, while the client sends, only the write side, and the rest when the client has closed."""
+        if self.is_closing():
+            return
+        self._closing = True
+        if not self._client_is_sending() or not self._transport.can_write_eof():
+            self._transport.close()
+            return
+        self._transport.write_eof()
+        self._transport.resume_reading()  # the protocol drops further input, and sees the end
+        asyncio.get_running_loop().call_later(LINGER, self._transport.abort)
+
+    def is_closing(self) -> bool:
+        return self._closing or self._transport.is_closing()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
 
 MAX_HEADERS = 64 * 1024
 """Bytes of the request line and headers together."""
@@ -30,6 +69,9 @@ class Protocol(H11Protocol):
 
     header_timeout: ClassVar[float]
     write_timeout: ClassVar[float]
+
+    on_lost: Callable[[], None] | None = None
+    """Called once the connection is gone."""
 
     _header_timer: asyncio.TimerHandle | None = None
     _write_timer: asyncio.TimerHandle | None = None
@@ -49,13 +91,21 @@ class Protocol(H11Protocol):
         self._stop_header_timer()
         self._stop_write_timer()
         super().connection_lost(exc)
+        if self.on_lost is not None:
+            self.on_lost()
+
+    @property
+    def idle(self) -> bool:
+        """True between two requests and before the first byte of one."""
+        between = self.cycle is None or self.cycle.response_complete
+        return between and self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]
 
     def data_received(self, data: bytes) -> None:
         # In slices: h11 checks its limit only on headers that are not complete, so a megabyte of them that
         # arrives at once would be parsed.
         for start in range(0, len(data), _SLICE):
             if self.transport.is_closing():
-                return  # also what throws away the rest of a request that was answered early
+                return  # also discards the rest of a request that was answered early
             super().data_received(data[start : start + _SLICE])
         self._watch_headers()
 
@@ -66,7 +116,7 @@ class Protocol(H11Protocol):
 
     def timeout_keep_alive_handler(self) -> None:
         super().timeout_keep_alive_handler()
-        self._watch_writes()  # what is still unsent would otherwise keep the closed connection open
+        self._watch_writes()  # unsent data would otherwise keep the closed connection open
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -77,7 +127,7 @@ class Protocol(H11Protocol):
         self._stop_write_timer()
 
     def send_400_response(self, msg: str) -> None:
-        """Called by uvicorn while it handles h11's complaint about what the client sent."""
+        """Answer 400. uvicorn calls this when h11 rejects the client's input."""
         cause = sys.exception()
         hint = getattr(cause, "error_status_hint", 400)
         error: RequestError = InvalidRequest("The HTTP request is malformed.")
@@ -85,7 +135,7 @@ class Protocol(H11Protocol):
             error = HeadersTooLarge(f"The headers are longer than {MAX_HEADERS} bytes.")
         try:
             self._send_error(error)
-        except h11.LocalProtocolError:  # an answer is on its way already
+        except h11.LocalProtocolError:  # an answer has begun already
             self.transport.abort()
 
     def _send_error(self, error: RequestError) -> None:
@@ -117,7 +167,7 @@ class Protocol(H11Protocol):
             self._header_timer = self.loop.call_later(self.header_timeout, self._headers_are_late)
 
     def _awaits_headers(self) -> bool:
-        """Between requests a connection may be idle: that is the keep-alive timeout's matter."""
+        """True if a request has begun and its headers are incomplete. Idle connections have the keep-alive timeout."""
         if self.conn.their_state is not h11.IDLE or self.transport.is_closing():
             return False
         return self.cycle is None or bool(self.conn.trailing_data[0])
@@ -134,14 +184,14 @@ class Protocol(H11Protocol):
     # -- writes --------------------------------------------------------------------------------
 
     def _watch_writes(self) -> None:
-        """Called when nothing more will be written until the client reads, or ever. Starts the time anew."""
+        """Restart the write deadline. Called when no more is written until the client reads, or ever."""
         self._stop_write_timer()
         if self.transport.get_write_buffer_size() > 0:
             self._unsent = self._count_unsent()
             self._write_timer = self.loop.call_later(self.write_timeout, self._check_writes)
 
     def _check_writes(self) -> None:
-        """The client took something since the last look, or it is cut off."""
+        """Abort the connection if the client took nothing since the last check."""
         self._write_timer = None
         answered = self.cycle is None or self.cycle.response_complete
         settled = self.flow.write_paused or self.transport.is_closing() or answered
@@ -152,7 +202,7 @@ class Protocol(H11Protocol):
 
     def _count_unsent(self) -> int:
         """Bytes that the client has not taken, here and in the kernel: a slow reader empties the kernel's buffer
-        long before ours, and is not one that reads nothing."""
+        long before ours, and differs from a client that reads nothing."""
         waiting: int = self.transport.get_write_buffer_size()
         with contextlib.suppress(OSError, AttributeError):  # not a TCP socket, or not on Linux
             queued = bytearray(4)

@@ -1,14 +1,14 @@
-"""Server-sent events: a response that is written as it comes into being.
+"""Server-sent events: a response that is written as it is generated.
 
-Nothing is buffered here beyond one event. The transport tells `send` to wait when a client reads too slowly;
-the engine's output stream merges what comes meanwhile; and the connection itself ends when a client reads
-nothing at all for too long (`runtime.api.protocol`), which arrives here as a disconnect.
+At most one event is buffered here. `send` waits when a client reads too slowly; the engine's output stream merges
+the output that arrives meanwhile. The connection ends when a client reads nothing at all for too long
+(`runtime.api.http.protocol`), which arrives here as a disconnect.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
 from contextlib import aclosing
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from litestar import Request, Response
@@ -16,14 +16,48 @@ from litestar.datastructures import Cookie
 from litestar.response.base import ASGIResponse
 from litestar.types import Receive, Send
 
-from runtime.api.disconnect import cancel, until_disconnect
-from runtime.api.errors import encode, to_request_error
-from runtime.api.record import RequestRecord
+from runtime.api.http.errors import ClientDisconnected, encode, to_request_error
+from runtime.api.http.record import RequestRecord
+from runtime.errors import RequestError
+
+# -- disconnect ------------------------------------------------------------------------------------
+#
+# Notice that a client has left, and stop its handler, which web frameworks let run on.
+
+T = TypeVar("T")
+
+
+async def until_disconnect(receive: Receive) -> None:
+    """Return when the client is gone. Only for a request whose body has been read."""
+    while (await receive())["type"] != "http.disconnect":
+        continue
+
+
+async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled when the client leaves. Raises `ClientDisconnected` then."""
+    task = asyncio.create_task(work)
+    gone = asyncio.create_task(until_disconnect(receive))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientDisconnected("The client left before its answer was ready.")
+    finally:
+        await cancel(task, gone)
+
+
+async def cancel(*tasks: asyncio.Task[Any]) -> None:
+    """Cancel tasks and wait until they have ended, however they end."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
 
 DONE = b"data: [DONE]\n\n"
 _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # the latter is for nginx
 
 Events = AsyncGenerator[bytes, None]
+E = TypeVar("E", bound=msgspec.Struct)
 
 
 def event(data: msgspec.Struct) -> bytes:
@@ -37,10 +71,32 @@ async def with_end(chunks: AsyncGenerator[msgspec.Struct, None], record: Request
             async for chunk in chunks:
                 yield event(chunk)
     except Exception as error:
-        shown = to_request_error(error, record.request_id)
-        record.log.update(error_code=shown.code)
-        yield b"data: " + encode(shown) + b"\n\n"
+        yield b"data: " + encode(_noted(error, record)) + b"\n\n"
     yield DONE
+
+
+async def named_events(
+    events: AsyncGenerator[E, None],
+    record: RequestRecord,
+    *,
+    name: Callable[[E], str],
+    failure: Callable[[RequestError], tuple[str, msgspec.Struct]],
+) -> Events:
+    """Events with their names. An exception becomes the last one, with the name and the data that `failure` gives."""
+    try:
+        async with aclosing(events):
+            async for one in events:
+                yield b"event: " + name(one).encode() + b"\n" + event(one)
+    except Exception as error:
+        kind, data = failure(_noted(error, record))
+        yield b"event: " + kind.encode() + b"\n" + event(data)
+
+
+def _noted(error: Exception, record: RequestRecord) -> RequestError:
+    """The error that ends a stream, as it may be shown; its code is in the request's log line."""
+    shown = to_request_error(error, record.request_id)
+    record.log.update(error_code=shown.code)
+    return shown
 
 
 class EventStream(Response[Any]):
@@ -98,4 +154,4 @@ class _ASGIEventStream(ASGIResponse):
                     await send({"type": "http.response.body", "body": data, "more_body": True})
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
             except OSError:
-                return  # the client is gone: what servers raise from `send` then
+                return  # raised by servers from `send` when the client is gone

@@ -1,120 +1,325 @@
-"""POST /v1/chat/completions."""
+"""POST /v1/chat/completions, and /v1/chat/completions/batch for several chats at once."""
 
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
+from functools import cached_property, partial
 from typing import Any
 
 from litestar import Response, post
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
+from msgspec.structs import replace
 
-from runtime.api.disconnect import unless_disconnected
 from runtime.api.docs import BODY
-from runtime.api.handle import AnyRequest, api_of
-from runtime.api.openai.generation import Generation
-from runtime.api.openai.intake import Intake
-from runtime.api.openai.messages import chat_prompt
-from runtime.api.openai.params import check_common, truncate
-from runtime.api.openai.prompts import encode_chat
+from runtime.api.handle import AnyRequest, Api, api_of
+from runtime.api.http.record import RequestRecord
+from runtime.api.openai.answers import AnswerParser, Piece, count_reasoning, new_call_id
+from runtime.api.openai.forms import PLAIN, AnswerForm, check_form
+from runtime.api.openai.generation import Generation, respond
+from runtime.api.openai.logprobs import ChatLogprobs, LogprobWriter
+from runtime.api.openai.models import resolve_model
+from runtime.api.openai.prompts import chat_prompt
 from runtime.api.openai.responses import (
+    AnswerTimes,
     AssistantMessage,
     ChatChoice,
     ChatChunk,
     ChatChunkChoice,
     ChatCompletion,
     ChatDelta,
+    CompletionTokensDetails,
+    Finish,
+    FunctionCall,
+    FunctionDelta,
+    MessageToolCall,
+    ToolCallChunk,
+    Usage,
 )
-from runtime.api.openai.schema import ChatRequest
-from runtime.api.openai.served import find_model
-from runtime.api.openai.start import fingerprint, start, take_id
-from runtime.api.sse import EventStream, with_end
+from runtime.api.openai.schema import BatchChatRequest, ChatRequest, Intake
+from runtime.api.openai.submissions import (
+    check,
+    choices_of,
+    encoder_for,
+    fingerprint,
+    logprob_writer,
+    start,
+    take_id,
+    truncate,
+)
+from runtime.errors import InvalidRequest
 from runtime.messages import Output
+from runtime.text.tokenizer import Tokenizer
 
 _intake = Intake(ChatRequest)
+_batch_intake = Intake(BatchChatRequest)
 
 
 @post("/v1/chat/completions", status_code=200, opt={BODY: ChatRequest})
 async def create_chat_completion(request: AnyRequest) -> Response[ChatCompletion]:
     """Answer a chat, whole or streamed."""
     api = api_of(request)
+    asked, given = await _intake.read_given(request, api)
+    generation, answer, record = await open_chat(request, api, asked, given)
+    return await respond(generation, answer, record, request.receive, stream=bool(asked.stream))
+
+
+@post("/v1/chat/completions/batch", status_code=200, opt={BODY: BatchChatRequest})
+async def create_batch_of_chats(request: AnyRequest) -> Response[ChatCompletion]:
+    """Answer several chats with the same options: a choice for each, in their order. vLLM's; not streamed."""
+    api = api_of(request)
+    asked, given = await _batch_intake.read_given(request, api)
+    most = api.settings.limits.max_prompts
+    if not 1 <= len(asked.messages) <= most:
+        raise InvalidRequest(f"messages must hold 1 to {most} chats, got {len(asked.messages)}.", param="messages")
+    for field, wanted, how in (
+        ("stream", asked.stream, "whole"),
+        ("n", choices_of(asked) != 1, "by one choice each"),
+        ("tools", asked.tools, "without tools"),
+        ("prompt_logprobs", asked.prompt_logprobs is not None, "without what belongs to one prompt"),
+    ):
+        if wanted:
+            raise InvalidRequest(
+                f"`{field}`: chats in a batch are answered {how}; send them one by one, or in /v1/batches.", param=field
+            )
+    chats = asked.chats()
+    generation, answer, record = await open_chat(request, api, chats[0], given, further=chats[1:])
+    return await respond(generation, answer, record, request.receive, stream=False)
+
+
+async def open_chat(
+    request: AnyRequest, api: Api, asked: ChatRequest, given: frozenset[str], *, further: Sequence[ChatRequest] = ()
+) -> tuple[Generation, Callable[[], "ChatAnswer"], RequestRecord]:
+    """Check a chat and submit its sequences: the generation, what makes the renderer of its answer, and the request's
+    record. `given`: the fields that the client set; `further`: chats that differ from `asked` in their messages only.
+    Other APIs than OpenAI's translate their bodies into `asked`, and what the renderer makes into theirs."""
     service = api.handle.require()
-    asked = await _intake.read(request, api)
-    served = find_model(service, asked.model)
-    limits = api.settings.limits
-    check_common(asked, limits, policy=api.settings.scheduler.policy)
-    record = take_id(request, asked.request_id)
-    chat = chat_prompt(asked, service.tokenizer.chat_template, max_messages=limits.max_messages)
-    prompt = await encode_chat(service.tokenizer, chat, service.max_model_len)
-    prompt = truncate(prompt, asked, service.max_model_len)
-    await served.ready()
-    generation = start(served, asked, [prompt], record, limits, prompt_field="messages", default_max=None)
-    answer = _Answer(
+    served = await resolve_model(service, asked.model)
+    record = take_id(request, asked.request_id, served)
+    wanted = check(asked, given, service, api.settings, num_prompts=1 + len(further), default_max=None)
+    form_request = None
+    if asked.asks_for_form or service.reasoning is not None:
+        form_request = check_form(asked, service, api.settings)
+    limits, template = api.settings.limits, service.tokenizer.chat_template
+    encoder = encoder_for(asked, service, limits, request.receive)
+    chats, prompts, form = [], [], PLAIN
+    for index, one in enumerate((asked, *further)):
+        with _naming_chat(index if further else None):
+            chat = chat_prompt(
+                one,
+                template,
+                limits,
+                tools=() if form_request is None else form_request.shown_tools,
+                variables={} if form_request is None else form_request.template_kwargs,
+                trust_template=api.settings.model.trust_request_chat_template,
+            )
+            chats.append(chat)
+            prompts.append(truncate(await encoder.chat(chat), asked, service.max_model_len))
+        if form_request is not None:
+            first, form = form, await form_request.form(prompts[-1], service, api.settings, request.receive)
+            if index and form != first:
+                raise InvalidRequest(
+                    f"messages[{index}]: this chat's answer begins otherwise than the first one's, inside or out "
+                    "of reasoning; send it on its own.",
+                    param=f"messages[{index}]",
+                )
+    await served.ready(record)
+    generation = start(served, asked, wanted, prompts, record, prompt_field="messages", form=form)
+    answer = partial(
+        ChatAnswer,
         generation,
         asked,
-        prompt,
+        prompts,
+        # As in vLLM: a message that goes on keeps its role.
+        [api.settings.server.response_role if chat.add_generation_prompt else chat.last_role for chat in chats],
+        form,
+        service.tokenizer,
         id=f"chatcmpl-{record.request_id}",
         model=served.name,
         system_fingerprint=fingerprint(f"{service.model_name}{served.key}", api.settings.model.dtype),
     )
-    if asked.stream:
-        return EventStream(with_end(answer.chunks(), record), generation.close)
+    return generation, answer, record
+
+
+@contextmanager
+def _naming_chat(index: int | None) -> Iterator[None]:
+    """Add a chat's place in a batch to the paths of errors about its messages."""
     try:
-        outputs = await unless_disconnected(request.receive, generation.collect())
-    finally:
-        generation.close()
-    return Response(answer.whole(outputs))
+        yield
+    except InvalidRequest as error:
+        if index is not None and error.param is not None and error.param.startswith("messages"):
+            whole = f"messages[{index}]{error.param.removeprefix('messages')}"
+            error.message = error.message.replace(error.param, whole)
+            error.param = whole
+        raise
 
 
-class _Answer:
-    """Renders what was generated, whole or in chunks."""
+class ChatAnswer:
+    """Renderer of generated output, whole or in chunks."""
 
-    def __init__(self, generation: Generation, asked: ChatRequest, prompt: list[int], **common: Any) -> None:
+    def __init__(
+        self,
+        generation: Generation,
+        asked: ChatRequest,
+        prompts: list[list[int]],
+        roles: list[str],
+        form: AnswerForm,
+        tokenizer: Tokenizer,
+        **common: Any,
+    ) -> None:
+        """`prompts` and `roles` of the answers: one of each for a chat, of which there may be several."""
         self._generation = generation
         self._asked = asked
-        self._prompt_ids = prompt if asked.return_token_ids else UNSET
+        self._prompt = prompts[0]
+        self._roles = roles
+        self._choices = choices_of(asked)
+        self._form = form
+        self._tokenizer = tokenizer
+        self._prompt_ids = prompts[0] if asked.return_token_ids and len(prompts) == 1 else UNSET
         self._common = {**common, "created": generation.created}
+        self.created = generation.created
+        self.model: str = common["model"]
+        self._ids: dict[int, list[int]] = {}
+        """Tokens of each choice so far, where reasoning is counted."""
+
+    @cached_property
+    def _writer(self) -> LogprobWriter:
+        return logprob_writer(self._asked, self._tokenizer)
 
     def whole(self, outputs: list[Output]) -> ChatCompletion:
-        choices = [
-            ChatChoice(
-                index=index,
-                message=AssistantMessage(content=output.text),
-                finish_reason=output.finish_reason,  # type: ignore[arg-type]  # the others were raised
-                stop_reason=output.stop_reason,
-                token_ids=output.token_ids if self._asked.return_token_ids else UNSET,
-            )
-            for index, output in enumerate(outputs)
-        ]
+        choices = [self._choice(index, output) for index, output in enumerate(outputs)]
+        self._ids = {index: output.token_ids for index, output in enumerate(outputs)}
+        scored = self._generation.prompt_logprobs.get(0, [])
         return ChatCompletion(
-            **self._common, choices=choices, usage=self._generation.usage, prompt_token_ids=self._prompt_ids
+            **self._common,
+            choices=choices,
+            usage=self._usage,
+            prompt_token_ids=self._prompt_ids,
+            prompt_logprobs=None if self._asked.prompt_logprobs is None else self._writer.prompt(self._prompt, scored),
+            metrics=self._times(),
         )
 
+    def _choice(self, index: int, output: Output) -> ChatChoice:
+        parser = self._parser()
+        if parser is None:
+            message = AssistantMessage(role=self._role(index), content=output.text)
+        else:
+            message = self._message(index, [*parser.feed(output.text), *parser.finish()])
+        return ChatChoice(
+            index=index,
+            message=message,
+            finish_reason=_finish(output, parser),
+            stop_reason=output.stop_reason,
+            logprobs=self._writer.chat(output.token_ids, output.logprobs) if self._asked.logprobs else None,
+            token_ids=output.token_ids if self._asked.return_token_ids else UNSET,
+        )
+
+    def _message(self, index: int, pieces: list[Piece]) -> AssistantMessage:
+        calls: list[MessageToolCall] = []
+        for piece in pieces:
+            if (call := piece.call) is not None:
+                if call.name is not None:
+                    calls.append(
+                        MessageToolCall(id=new_call_id(self._form), function=FunctionCall(name=call.name, arguments=""))
+                    )
+                calls[call.index].function.arguments += call.arguments
+        content = "".join(piece.content for piece in pieces)
+        message = AssistantMessage(role=self._role(index), content=None if calls and not content else content)
+        if calls:
+            message.tool_calls = calls
+        if self._form.reasoning is not None and self._form.includes_reasoning:
+            message.reasoning_content = "".join(piece.reasoning for piece in pieces) or None
+            message.reasoning = message.reasoning_content
+        return message
+
     async def chunks(self) -> AsyncGenerator[ChatChunk, None]:
-        """The role first, then the text, then the reason for the end in a chunk of its own, then the usage."""
-        begun: set[int] = set()
+        """The role first, then what the answer is made of, then the reason for the end in a chunk of its own, then the
+        usage.
+
+        Log-probabilities come with the text of their tokens, which can be held back for a few steps.
+        """
+        parsers: dict[int, AnswerParser | None] = {}
+        held: dict[int, Output] = {}
+        counts = self._form.reasoning is not None
         async with aclosing(self._generation.outputs()) as outputs:
             async for index, output in outputs:
-                if index not in begun:
-                    begun.add(index)
-                    first = ChatChunkChoice(index=index, delta=ChatDelta(role="assistant", content=""))
-                    yield self._chunk(first, prompt_ids=self._prompt_ids)
+                if index not in parsers:
+                    parsers[index] = self._parser()
+                    first = ChatChunkChoice(index=index, delta=ChatDelta(role=self._role(index), content=""))
+                    yield self._chunk(first, prompt_ids=self._prompt_ids, before=output)
+                parser = parsers[index]
+                if counts:
+                    self._ids.setdefault(index, []).extend(output.token_ids)
+                deltas = [ChatDelta(content=output.text)] if parser is None and output.text else []
+                if parser is not None:
+                    deltas += map(self._delta, parser.feed(output.text))
+                    if output.finish_reason is not None:
+                        deltas += map(self._delta, parser.finish())
                 ids = output.token_ids if self._asked.return_token_ids else UNSET
-                if output.text or ids:
-                    delta = ChatDelta(content=output.text)
-                    yield self._chunk(ChatChunkChoice(index=index, delta=delta, token_ids=ids))
+                logprobs = self._logprobs(held, index, output) if self._asked.logprobs else None
+                if (ids or logprobs) and not deltas:
+                    deltas.append(ChatDelta(content=""))
+                for delta in deltas:
+                    yield self._chunk(ChatChunkChoice(index=index, delta=delta, logprobs=logprobs, token_ids=ids))
+                    ids, logprobs = [] if ids else UNSET, None
                 if output.finish_reason is not None:
                     yield self._chunk(
                         ChatChunkChoice(
                             index=index,
                             delta=ChatDelta(),
-                            finish_reason=output.finish_reason,  # type: ignore[arg-type]
+                            finish_reason=_finish(output, parser),
                             stop_reason=output.stop_reason,
                         )
                     )
-        if self._asked.wants_usage:
-            yield ChatChunk(**self._common, choices=[], usage=self._generation.usage)
+        if self._asked.wants_usage or self._asked.include_metrics:
+            usage = self._usage if self._asked.wants_usage else UNSET
+            yield ChatChunk(**self._common, choices=[], usage=usage, metrics=self._times())
 
-    def _chunk(self, choice: ChatChunkChoice, prompt_ids: Any = UNSET) -> ChatChunk:
+    def _role(self, index: int) -> str:
+        return self._roles[index // self._choices]
+
+    def _times(self) -> AnswerTimes | UnsetType:
+        return self._generation.times if self._asked.include_metrics else UNSET
+
+    def _parser(self) -> AnswerParser | None:
+        """Parser of one answer; None where all of it is content."""
+        return None if self._form.plain else AnswerParser(self._form)
+
+    def _delta(self, piece: Piece) -> ChatDelta:
+        if (call := piece.call) is not None:
+            chunk = ToolCallChunk(index=call.index, function=FunctionDelta(arguments=call.arguments))
+            if call.name is not None:
+                chunk.id, chunk.type, chunk.function.name = new_call_id(self._form), "function", call.name
+            return ChatDelta(tool_calls=[chunk])
+        if piece.reasoning:
+            return ChatDelta(reasoning_content=piece.reasoning, reasoning=piece.reasoning)
+        return ChatDelta(content=piece.content)
+
+    @property
+    def _usage(self) -> Usage:
+        usage = self._generation.usage
+        if self._form.reasoning is None:
+            return usage
+        count = sum(count_reasoning(ids, self._form, self._tokenizer) for ids in self._ids.values())
+        return replace(usage, completion_tokens_details=CompletionTokensDetails(count))
+
+    def _logprobs(self, held: dict[int, Output], index: int, output: Output) -> ChatLogprobs | None:
+        """Those of a choice's tokens up to here, once there is text or they end; until then they are `held`."""
+        waiting = held.pop(index, None)
+        whole = output if waiting is None else waiting.merge(output)
+        if output.text or output.finish_reason is not None:
+            return self._writer.chat(whole.token_ids, whole.logprobs) if whole.token_ids else None
+        held[index] = whole
+        return None
+
+    def _chunk(self, choice: ChatChunkChoice, prompt_ids: Any = UNSET, before: Output | None = None) -> ChatChunk:
+        """A chunk. `before`: report the usage before this output, none of which is in the chunk."""
         usage: Any = None if self._asked.wants_usage else UNSET
         if self._asked.wants_running_usage:
-            usage = self._generation.usage
+            usage = self._generation.usage_before(before) if before is not None else self._generation.usage
         return ChatChunk(**self._common, choices=[choice], usage=usage, prompt_token_ids=prompt_ids)
+
+
+def _finish(output: Output, parser: AnswerParser | None) -> Finish:
+    """The reason for an end; an answer that ended with calls says so."""
+    if output.finish_reason == "stop" and parser is not None and parser.num_calls:
+        return "tool_calls"
+    return "length" if output.finish_reason == "length" else "stop"

@@ -2,83 +2,93 @@
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from functools import cached_property, partial
 from typing import Any
 
 from litestar import Response, post
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 
-from runtime.api.disconnect import unless_disconnected
 from runtime.api.docs import BODY
 from runtime.api.handle import AnyRequest, api_of
-from runtime.api.openai.generation import Generation
-from runtime.api.openai.intake import Intake
-from runtime.api.openai.params import DEFAULT_COMPLETION_TOKENS, check_common, choices_of, truncate
-from runtime.api.openai.prompts import count_prompts, encode_prompts
-from runtime.api.openai.responses import Completion, CompletionChoice
-from runtime.api.openai.schema import CompletionRequest
-from runtime.api.openai.served import find_model
-from runtime.api.openai.start import fingerprint, start, take_id
-from runtime.api.sse import EventStream, with_end
+from runtime.api.openai.forms import PLAIN, check_form
+from runtime.api.openai.generation import Generation, respond
+from runtime.api.openai.logprobs import (
+    ChoiceLogprobs,
+    CompletionLogprobs,
+    LogprobWriter,
+    PromptLogprobs,
+    count_logprobs,
+    write_answer,
+)
+from runtime.api.openai.models import resolve_model
+from runtime.api.openai.prompts import PromptEncoder, count_prompts
+from runtime.api.openai.responses import AnswerTimes, CompletionChoice, TextCompletion
+from runtime.api.openai.schema import COMPLETION_NEUTRAL, CompletionRequest, Intake
+from runtime.api.openai.submissions import (
+    DEFAULT_COMPLETION_TOKENS,
+    check,
+    choices_of,
+    encoder_for,
+    fingerprint,
+    logprob_writer,
+    start,
+    take_id,
+    truncate,
+)
 from runtime.errors import InvalidRequest
-from runtime.messages import Output
-from runtime.tokenizer import Tokenizer
+from runtime.messages import Output, TokenLogprob
+from runtime.text.tokenizer import Tokenizer
 
-_intake = Intake(CompletionRequest)
+_intake = Intake(CompletionRequest, neutral=COMPLETION_NEUTRAL)
 
 
 @post("/v1/completions", status_code=200, opt={BODY: CompletionRequest})
-async def create_completion(request: AnyRequest) -> Response[Completion]:
+async def create_completion(request: AnyRequest) -> Response[TextCompletion]:
     """Continue one text or many, whole or streamed."""
     api = api_of(request)
     service = api.handle.require()
-    asked = await _intake.read(request, api)
-    served = find_model(service, asked.model)
-    limits = api.settings.limits
-    check_common(asked, limits, policy=api.settings.scheduler.policy)
+    asked, given = await _intake.read_given(request, api)
+    served = await resolve_model(service, asked.model)
+    record = take_id(request, asked.request_id, served)
+    limits, context = api.settings.limits, service.max_model_len
     if (count := count_prompts(asked.prompt)) > limits.max_prompts:
         raise InvalidRequest(f"prompt must hold at most {limits.max_prompts} prompts, got {count}.", param="prompt")
-    record = take_id(request, asked.request_id)
-    context = service.max_model_len
-    prompts = await encode_prompts(
-        service.tokenizer,
-        asked.prompt,
-        context,
-        add_special_tokens=asked.add_special_tokens is not False,
-    )
+    wanted = check(asked, given, service, api.settings, num_prompts=count, default_max=DEFAULT_COMPLETION_TOKENS)
+    form_request = check_form(asked, service, api.settings) if asked.asks_for_form else None
+    encoder = encoder_for(asked, service, limits, request.receive)
+    prompts = await encoder.prompts(asked.prompt, add_special_tokens=asked.add_special_tokens is not False)
     prompts = [truncate(prompt, asked, context) for prompt in prompts]
-    await served.ready()
-    generation = start(
-        served, asked, prompts, record, limits, prompt_field="prompt", default_max=DEFAULT_COMPLETION_TOKENS
-    )
-    answer = _Answer(
+    echoes = await _echoes(asked, prompts, encoder)
+    form = PLAIN
+    if form_request is not None:
+        form = await form_request.form(prompts[0], service, api.settings, request.receive)
+    await served.ready(record)
+    generation = start(served, asked, wanted, prompts, record, prompt_field="prompt", form=form)
+    answer = partial(
+        CompletionAnswer,
         generation,
         asked,
         prompts,
-        _echoes(asked, prompts, service.tokenizer),
+        echoes,
+        service.tokenizer,
         id=f"cmpl-{record.request_id}",
         model=served.name,
         system_fingerprint=fingerprint(f"{service.model_name}{served.key}", api.settings.model.dtype),
     )
-    if asked.stream:
-        return EventStream(with_end(answer.chunks(), record), generation.close)
-    try:
-        outputs = await unless_disconnected(request.receive, generation.collect())
-    finally:
-        generation.close()
-    return Response(answer.whole(outputs))
+    return await respond(generation, answer, record, request.receive, stream=bool(asked.stream))
 
 
-def _echoes(asked: CompletionRequest, prompts: list[list[int]], tokenizer: Tokenizer) -> list[str]:
-    """What comes before each prompt's output: the text that was sent, or that its token ids stand for."""
+async def _echoes(asked: CompletionRequest, prompts: list[list[int]], encoder: PromptEncoder) -> list[str]:
+    """Text before each prompt's output: the text that was sent, or the text of its token ids."""
     if not asked.echo:
         return [""] * len(prompts)
     if isinstance(asked.prompt, str) and asked.truncate_prompt_tokens is None:
         return [asked.prompt]
-    return [tokenizer.decode(prompt) for prompt in prompts]
+    return await encoder.texts(prompts, skip_special_tokens=asked.skip_special_tokens is not False)
 
 
-class _Answer:
-    """Renders what was generated, whole or in chunks."""
+class CompletionAnswer:
+    """Renderer of generated output, whole or in chunks."""
 
     def __init__(
         self,
@@ -86,8 +96,12 @@ class _Answer:
         asked: CompletionRequest,
         prompts: list[list[int]],
         echoes: list[str],
+        tokenizer: Tokenizer,
         **common: Any,
     ) -> None:
+        self._tokenizer = tokenizer
+        self._logprobs: dict[int, ChoiceLogprobs] = {}
+        """Writers by choice, where log-probabilities are asked for."""
         self._generation = generation
         self._asked = asked
         self._prompts = prompts
@@ -95,28 +109,51 @@ class _Answer:
         self._choices = choices_of(asked)
         self._common = {**common, "created": generation.created}
 
-    def whole(self, outputs: list[Output]) -> Completion:
-        choices = [self._choice(index, output, echo=True, finish=True) for index, output in enumerate(outputs)]
-        return Completion(**self._common, choices=choices, usage=self._generation.usage)
+    @cached_property
+    def _writer(self) -> LogprobWriter:
+        return logprob_writer(self._asked, self._tokenizer)
 
-    async def chunks(self) -> AsyncGenerator[Completion, None]:
-        """The text, then the reason for the end in a chunk of its own, then the usage."""
+    def whole(self, outputs: list[Output]) -> TextCompletion:
+        choices = [self._choice(index, output, echo=True, finish=True) for index, output in enumerate(outputs)]
+        for choice in choices:
+            choice.prompt_logprobs = self._of_prompt(choice.index // self._choices)
+        return TextCompletion(**self._common, choices=choices, usage=self._generation.usage, metrics=self._times())
+
+    async def chunks(self) -> AsyncGenerator[TextCompletion, None]:
+        """The text, then the reason for the end in a chunk of its own, then the usage.
+
+        Log-probabilities come with the text of their tokens, which can be held back for a few steps.
+        """
         begun: set[int] = set()
+        held: dict[int, Output] = {}
         async with aclosing(self._generation.outputs()) as outputs:
-            async for index, output in outputs:
-                choice = self._choice(index, output, echo=index not in begun, finish=False)
+            async for index, delta in outputs:
+                output = delta
+                if self._asked.logprobs is not None:
+                    output = held.pop(index).merge(delta) if index in held else delta
+                    if not (output.text or output.finish_reason or self._asked.return_token_ids):
+                        held[index] = output
+                        continue
                 first = index not in begun
+                scored = self._generation.prompt_logprobs.get(index // self._choices, []) if first else []
+                choice = await write_answer(
+                    partial(self._choice, index, output, echo=first, finish=False), count_logprobs(scored)
+                )
                 begun.add(index)
-                if choice.text or choice.token_ids or (first and self._asked.return_token_ids):
+                if choice.text or choice.token_ids or choice.logprobs or (first and self._asked.return_token_ids):
                     yield self._chunk(choice)
                 if output.finish_reason is not None:
-                    end = Output(request_id="", finish_reason=output.finish_reason, stop_reason=output.stop_reason)
+                    end = Output(id=output.id, finish_reason=output.finish_reason, stop_reason=output.stop_reason)
                     yield self._chunk(self._choice(index, end, echo=False, finish=True))
-        if self._asked.wants_usage:
-            yield Completion(**self._common, choices=[], usage=self._generation.usage)
+        if self._asked.wants_usage or self._asked.include_metrics:
+            usage = self._generation.usage if self._asked.wants_usage else UNSET
+            yield TextCompletion(**self._common, choices=[], usage=usage, metrics=self._times())
+
+    def _times(self) -> AnswerTimes | UnsetType:
+        return self._generation.times if self._asked.include_metrics else UNSET
 
     def _choice(self, index: int, output: Output, *, echo: bool, finish: bool) -> CompletionChoice:
-        """`echo`: with what comes before the output; `finish`: with how it ended."""
+        """A choice. `echo`: include the text before the output; `finish`: include the finish reason."""
         prompt = index // self._choices
         with_ids = bool(self._asked.return_token_ids)
         return CompletionChoice(
@@ -124,12 +161,36 @@ class _Answer:
             text=(self._echoes[prompt] if echo else "") + output.text,
             finish_reason=output.finish_reason if finish else None,  # type: ignore[arg-type]
             stop_reason=output.stop_reason if finish else None,
+            logprobs=self._logprobs_of(index, output, echo=echo),
             token_ids=output.token_ids if with_ids else UNSET,
             prompt_token_ids=self._prompts[prompt] if with_ids and echo else UNSET,
         )
 
-    def _chunk(self, choice: CompletionChoice) -> Completion:
+    def _logprobs_of(self, index: int, output: Output, *, echo: bool) -> CompletionLogprobs | None:
+        """Those of the output's tokens, and with `echo` of the prompt's before them."""
+        if (count := self._asked.logprobs) is None:
+            return None
+        ids: list[int] = list(output.token_ids)
+        logprobs: list[TokenLogprob | None] = list(output.logprobs)
+        if echo and self._asked.echo:
+            prompt = index // self._choices
+            ids = self._prompts[prompt] + ids
+            logprobs = [None, *self._generation.prompt_logprobs.get(prompt, []), *logprobs]
+        if not ids:
+            return None
+        if index not in self._logprobs:
+            self._logprobs[index] = ChoiceLogprobs(self._writer, count)
+        return self._logprobs[index].write(ids, logprobs)
+
+    def _of_prompt(self, prompt: int) -> PromptLogprobs | None:
+        if (count := self._asked.prompt_logprobs) is None:
+            return None
+        scored = self._generation.prompt_logprobs.get(prompt, [])
+        asked = [TokenLogprob(one.logprob, one.rank, one.top[:count]) for one in scored]
+        return self._writer.prompt(self._prompts[prompt], asked)
+
+    def _chunk(self, choice: CompletionChoice) -> TextCompletion:
         usage: Any = None if self._asked.wants_usage else UNSET
         if self._asked.wants_running_usage:
             usage = self._generation.usage
-        return Completion(**self._common, choices=[choice], usage=usage)
+        return TextCompletion(**self._common, choices=[choice], usage=usage)

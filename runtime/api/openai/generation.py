@@ -2,18 +2,24 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Iterable
-from typing import TYPE_CHECKING
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, Protocol
 
-from runtime.api.disconnect import cancel
-from runtime.api.openai.responses import PromptTokensDetails, Usage
-from runtime.api.record import RequestRecord
+from litestar import Response
+from litestar.types import Receive
+from msgspec import UNSET, Struct, UnsetType
+from msgspec.structs import replace
+
+from runtime.api.http.record import RequestRecord
+from runtime.api.http.sse import EventStream, cancel, unless_disconnected, with_end
+from runtime.api.openai.logprobs import count_logprobs, write_answer
+from runtime.api.openai.responses import AnswerTimes, PromptTokensDetails, Usage
 from runtime.errors import DeadlineExceeded, EngineUnavailable
-from runtime.messages import Output, Submission
+from runtime.messages import Output, Submission, TokenLogprob
 
 if TYPE_CHECKING:
-    from runtime.service import EngineService
-    from runtime.stream import OutputStream
+    from runtime.engine.service import EngineService
 
 
 class Generation:
@@ -23,30 +29,29 @@ class Generation:
     def __init__(
         self,
         service: "EngineService",
-        submissions: Iterable[Submission],
+        submissions: Sequence[Submission],
         *,
         choices: int,
         best: int,
         record: RequestRecord,
+        scores_only: bool = False,
     ) -> None:
-        """Submits all or none. Raises what `EngineService.submit` raises."""
+        """Submit all sequences or none. `scores_only`: what is generated is left out of the answer. Raises the errors
+        of `EngineService.submit_all`."""
+        self.prompt_logprobs: dict[int, list[TokenLogprob]] = {}
+        """Prompt by number → the log-probabilities of its tokens after the first, once they are there."""
+        self._scores_only = scores_only
         self.created = int(time.time())
         self._metrics = service.metrics
         self._record = record
         self._choices = choices
         self._best = best
         self._closed = False
-        self._streams: list[OutputStream] = []
-        try:
-            for submission in submissions:
-                self._streams.append(service.submit(submission))
-        except BaseException:
-            self._cancel()
-            raise
+        self._streams = service.submit_all(submissions)
         self._latest: list[Output | None] = [None] * len(self._streams)
 
     def close(self) -> None:
-        """Abort what still runs, and count the request. Any number of times."""
+        """Abort running sequences, and count the request. May be called several times."""
         if self._closed:
             return
         self._closed = True
@@ -55,10 +60,20 @@ class Generation:
         longest = max((output.generated_tokens for output in each), default=0)
         self._metrics.on_request(choices=self._best, longest=longest)
         usage = self.usage
+        if self._record.quota is not None:
+            self._record.quota.settle(usage.total_tokens)
         self._record.log.update(
             prompt_tokens=usage.prompt_tokens,
             cached_tokens=usage.prompt_tokens_details.cached_tokens,
             completion_tokens=usage.completion_tokens,
+        )
+
+    def usage_before(self, output: Output) -> Usage:
+        """The usage without the tokens of the last output."""
+        usage = self.usage
+        count = len(output.token_ids)
+        return replace(
+            usage, completion_tokens=usage.completion_tokens - count, total_tokens=usage.total_tokens - count
         )
 
     def _cancel(self) -> None:
@@ -66,7 +81,7 @@ class Generation:
             stream.cancel()
 
     async def outputs(self) -> AsyncGenerator[tuple[int, Output], None]:
-        """Each sequence's deltas with its index, as they come. Raises what ends a request early."""
+        """Each sequence's deltas with its index, as they arrive. Raises the error that ends a request early."""
         if len(self._streams) == 1:
             async for output in self._streams[0]:
                 yield 0, self._note(0, output)
@@ -75,7 +90,7 @@ class Generation:
         try:
             while waiting:
                 done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
+                for task in sorted(done, key=waiting.__getitem__):  # the first choice has the prompt's scores
                     index = waiting.pop(task)
                     output = self._note(index, task.result())
                     if output.finish_reason is None:
@@ -98,13 +113,15 @@ class Generation:
         parts = [self._note(index, output) async for output in self._streams[index]]
         last = parts[-1]
         return Output(
-            request_id=last.request_id,
+            id=last.id,
             text="".join(part.text for part in parts),
             token_ids=[id for part in parts for id in part.token_ids],
             finish_reason=last.finish_reason,
             stop_reason=last.stop_reason,
             cumulative_logprob=last.cumulative_logprob,
+            logprobs=[one for part in parts for one in part.logprobs],
             choices=last.choices,
+            timing=last.timing,
         )
 
     def _note(self, index: int, output: Output) -> Output:
@@ -112,12 +129,26 @@ class Generation:
             raise DeadlineExceeded("The request was not done within its deadline_ms.", param="deadline_ms")
         if output.finish_reason in ("abort", "error"):
             raise EngineUnavailable(output.error or "The request was aborted before it was complete.")
+        if output.prompt_logprobs:
+            self.prompt_logprobs[index // self._choices] = output.prompt_logprobs
+        if self._scores_only:
+            end = output.finish_reason and "length"
+            output = Output(
+                id=output.id, prompt_tokens=output.prompt_tokens, cached_tokens=output.cached_tokens, finish_reason=end
+            )
+        if self._latest[index] is None and self._record.quota is not None:
+            self._record.quota.started()
         self._latest[index] = output
         return output
 
     @property
+    def times(self) -> AnswerTimes | UnsetType:
+        """Times of the first sequence once it has ended; else UNSET."""
+        return _times(self._latest[0])
+
+    @property
     def usage(self) -> Usage:
-        """Tokens so far. A prompt counts once, however many choices share it."""
+        """Tokens so far. A prompt counts once for all its choices."""
         seen = [output for output in self._latest if output is not None]
         firsts = [output for output in self._latest[:: self._choices] if output is not None]
         prompt = sum(output.prompt_tokens for output in firsts)
@@ -128,6 +159,49 @@ class Generation:
             total_tokens=prompt + completion,
             prompt_tokens_details=PromptTokensDetails(sum(output.cached_tokens for output in firsts)),
         )
+
+
+def _times(output: Output | None) -> AnswerTimes | UnsetType:
+    """Times of a finished sequence; UNSET where they are not known."""
+    timing = output.timing if output is not None else None
+    if output is None or timing is None:
+        return UNSET
+    first, last, scheduled, count = timing.first_token, timing.last_token, timing.scheduled, output.generated_tokens
+    whole = last - first if first is not None and last is not None else None
+    return AnswerTimes(
+        time_to_first_token_ms=_ms(None if first is None else first - timing.arrival),
+        generation_time_ms=_ms(whole),
+        queue_time_ms=_ms(None if scheduled is None else scheduled - timing.arrival),
+        mean_itl_ms=_ms(whole / (count - 1) if whole and count > 1 else None),
+        tokens_per_second=round(count / whole, 2) if whole else None,
+    )
+
+
+def _ms(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds * 1000, 3)
+
+
+class Renderer(Protocol):
+    """An endpoint's form of an answer."""
+
+    def whole(self, outputs: list[Output]) -> Struct: ...
+
+    def chunks(self) -> AsyncGenerator[Struct, None]: ...
+
+
+async def respond(
+    generation: Generation, make: Callable[[], Renderer], record: RequestRecord, receive: Receive, *, stream: bool
+) -> Response[Any]:
+    """The response with the answer that `make` renders, streamed or whole. The generation is closed with it, however
+    it ends. Raises `ClientDisconnected`, and the errors that end a request early where it is not streamed."""
+    with ExitStack() as stack:
+        stack.callback(generation.close)
+        answer = make()
+        if stream:
+            return EventStream(with_end(answer.chunks(), record), stack.pop_all().close)
+        outputs = await unless_disconnected(receive, generation.collect())
+        count = count_logprobs(*generation.prompt_logprobs.values(), *(output.logprobs for output in outputs))
+        return Response(await write_answer(lambda: answer.whole(outputs), count))
 
 
 def _unlikeliness(output: Output) -> float:

@@ -1,32 +1,143 @@
 """GET /v1/models and /v1/models/{id}."""
 
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
 from litestar import get
+from msgspec import UNSET
 
 from runtime.api.handle import AnyRequest, api_of
-from runtime.api.openai.responses import Model, ModelList
-from runtime.api.openai.served import Served, every_model, find_model
+from runtime.api.http.record import RequestRecord
+from runtime.api.openai.responses import ModelCard, ModelList
+from runtime.errors import Forbidden, ModelNotFound
+
+if TYPE_CHECKING:
+    from runtime.adapters.store import Version
+    from runtime.engine.service import EngineService
+
+
+# -- served ----------------------------------------------------------------------------------------
+#
+# Resolve the `model` of a request: the base model, or one version of an adapter.
+
+MAX_NAMED = 10
+"""Most models that an error lists."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """The model of a request. Resolved once: the whole request keeps this version."""
+
+    name: str
+    """Name in the client's request; the answer repeats it."""
+    service: "EngineService"
+    version: "Version | None" = None
+    """None: the base model."""
+
+    @property
+    def key(self) -> str:
+        """Value for `Submission.adapter`."""
+        return self.version.key if self.version else ""
+
+    @property
+    def label(self) -> str:
+        """Version for a response header: `name@3`, or `base`."""
+        return self.version.id if self.version else "base"
+
+    @property
+    def prompt_format(self) -> str | None:
+        """Format of the adapter's training rows; None if unknown."""
+        if self.version is None or self.service.adapters is None:
+            return None
+        prompt = self.service.adapters.card(self.version).prompt
+        return prompt.format if prompt else None
+
+    async def ready(self, record: RequestRecord) -> None:
+        """Load it into memory. Submit before the next await, or it may be evicted again.
+
+        A key with only the scope inference may name any loaded version, but may load only versions that a name or an
+        alias points to: otherwise its requests could evict the versions that others use.
+        Raises `AdaptersBusy`, `AdapterUnavailable`, `Forbidden`.
+        """
+        library = self.service.adapters
+        if self.version is None or library is None:
+            return
+        if not (record.may_load or library.is_loaded(self.version) or library.is_name(self.name)):
+            raise Forbidden(
+                f"The version `{self.name[:200]}` is not in memory, and to have it loaded takes a key with the scope "
+                "train or admin. Ask for the adapter by its name, or have the version promoted.",
+                param="model",
+            )
+        await library.ready(self.version)
+
+
+async def resolve_model(service: "EngineService", asked: str | None) -> Served:
+    """As `find_model`; an adapter that is not known is looked for first, where the settings say so. Raises its errors
+    and `AdapterUnavailable`."""
+    if asked and asked != service.model_name and service.adapters is not None:
+        await service.adapters.look_for(asked)
+    return find_model(service, asked)
+
+
+def find_model(service: "EngineService", asked: str | None) -> Served:
+    """Resolve `asked`: the base model's name (or None), an adapter's, an alias, `name@3` for one version, or
+    `name:ckpt-step-20` for a checkpoint of a job that runs.
+    Raises `ModelNotFound`."""
+    if asked is None or asked == service.model_name:
+        return Served(service.model_name, service)
+    version = service.adapters.resolve(asked) if service.adapters else None
+    if version is None:
+        there = ", ".join(f"`{served.name}`" for served in every_model(service)[:MAX_NAMED])
+        raise ModelNotFound(f"The model `{asked[:200]}` does not exist. This server has {there}.", param="model")
+    return Served(asked, service, version)
+
+
+def every_model(service: "EngineService") -> list[Served]:
+    """All models that can be requested: the base first, then adapters, each followed by its aliases, then the
+    checkpoints of running jobs."""
+    found = [Served(service.model_name, service)]
+    if service.adapters is not None:
+        for record in service.adapters.list():
+            if record.served and service.adapters.fits(record.version):
+                found += [Served(name, service, record.version) for name in (record.name, *record.aliases)]
+        found += [Served(version.id, service, version) for version in service.adapters.checkpoints()]
+    return found
+
+
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens")
 
 
 @get("/v1/models")
 async def list_models(request: AnyRequest) -> ModelList:
-    """The models that can be asked for: the base first, then adapters and aliases, then checkpoints of running jobs."""
+    """The models that can be requested: the base first, then adapters and aliases, then checkpoints of running jobs."""
     service = api_of(request).handle.require()
     return ModelList(data=[_describe(served) for served in every_model(service)])
 
 
 @get("/v1/models/{model_id:path}")  # a path: names of hub models have a slash in them
-async def retrieve_model(request: AnyRequest) -> Model:
+async def retrieve_model(request: AnyRequest) -> ModelCard:
     """One model."""
     asked = str(request.path_params["model_id"]).removeprefix("/")
-    return _describe(find_model(api_of(request).handle.require(), asked))
+    return _describe(await resolve_model(api_of(request).handle.require(), asked))
 
 
-def _describe(served: Served) -> Model:
+def _describe(served: Served) -> ModelCard:
     service, version = served.service, served.version
-    return Model(
+    defaults = {name: value for name, value in service.sampling_defaults.changed.items() if name in _SAMPLING}
+    if version is None or service.adapters is None:
+        return ModelCard(
+            id=served.name,
+            created=service.created,
+            root=service.model_name,
+            max_model_len=service.max_model_len,
+            default_sampling_params=defaults,
+        )
+    return ModelCard(
         id=served.name,
-        created=service.created if version is None else int(version.created),
-        root=service.model_name,
-        parent=None if version is None else service.model_name,
+        created=int(version.created),
+        root=str(service.adapters.directory(version)),
+        parent=service.model_name,
         max_model_len=service.max_model_len,
+        prompt_format=served.prompt_format or UNSET,
+        default_sampling_params=defaults,
     )

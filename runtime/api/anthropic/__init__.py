@@ -1,0 +1,1 @@
+"""Anthropic's messages API, translated into chats of OpenAI's API and back."""

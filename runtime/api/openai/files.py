@@ -1,0 +1,233 @@
+"""/v1/files: upload, list, retrieve, read and delete files."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+from litestar import Response, delete, get, post
+from litestar.response import Stream
+from msgspec import Struct
+
+from runtime.api.admin.views import check_names, choices, integer, number, single
+from runtime.api.handle import AnyRequest, api_of
+from runtime.api.http.form import FormReader
+from runtime.api.http.record import RequestRecord, record_of
+from runtime.errors import InvalidRequest
+from runtime.files.library import FileLibrary, Upload
+from runtime.files.records import (
+    MAX_EXPIRY_SECONDS,
+    MAX_FILENAME,
+    MIN_EXPIRY_SECONDS,
+    PURPOSES,
+    UPLOAD_PURPOSES,
+    StoredFile,
+)
+from runtime.support.durable import storage_unavailable
+
+MAX_PAGE = 10_000
+"""Most files of one page of the list, OpenAI's; its default too."""
+
+PIECE_BYTES = 256 * 1024
+"""Bytes that are read from the disk at once."""
+
+FILE_PART = "file"
+_FIELDS = frozenset({"purpose", "expires_after[anchor]", "expires_after[seconds]"})
+
+
+class FileObject(Struct, kw_only=True):
+    """A file, in OpenAI's form. Times are seconds since the epoch."""
+
+    id: str
+    object: Literal["file"] = "file"
+    bytes: int
+    created_at: int
+    expires_at: int | None = None
+    filename: str
+    purpose: str
+    status: Literal["processed"] = "processed"
+    status_details: None = None
+
+
+class FileList(Struct, kw_only=True):
+    object: Literal["list"] = "list"
+    data: list[FileObject]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class FileDeleted(Struct, kw_only=True):
+    id: str
+    object: Literal["file"] = "file"
+    deleted: bool = True
+
+
+@post("/v1/files", status_code=200)
+async def upload_file(request: AnyRequest) -> FileObject:
+    """Store a file, sent as a form with the parts `purpose` and `file`, in this or the other order."""
+    api = api_of(request)
+    library = api.handle.require_files()
+    check_names(request, ())
+    record = record_of(request)
+    form = FormReader(request, max_file=library.max_file, timeout=api.settings.server.body_timeout)
+    async with library.receiving() as upload:
+        filename = await _receive(form, upload)
+        file = await library.keep(
+            upload, owner=record.tenant, purpose=_purpose(form), filename=filename, lifetime=_lifetime(form.fields)
+        )
+    record.target = file.id
+    return file_object(file)
+
+
+@get("/v1/files")
+async def list_files(request: AnyRequest) -> FileList:
+    """The files, the newest first. `after` takes an id, `limit` up to 10,000, `order` asc or desc, `purpose` one."""
+    library = _library(request)
+    check_names(request, ("after", "limit", "order", "purpose"))
+    purposes = choices(request, "purpose", PURPOSES)
+    if len(purposes) > 1:
+        raise InvalidRequest(f"purpose: expected one value, got {len(purposes)}.", param="purpose")
+    order = single(request, "order") or "desc"
+    if order not in ("asc", "desc"):
+        raise InvalidRequest(f"order: expected asc or desc, got `{order[:50]}`.", param="order")
+    found, more = await library.store.page(
+        visible_to(record_of(request)),
+        after=single(request, "after"),
+        limit=integer(request, "limit", default=MAX_PAGE, least=1, most=MAX_PAGE),
+        newest_first=order == "desc",
+        purpose=purposes[0] if purposes else None,
+    )
+    data = [file_object(file) for file in found]
+    first, last = (data[0].id, data[-1].id) if data else (None, None)
+    return FileList(data=data, first_id=first, last_id=last, has_more=more)
+
+
+@get("/v1/files/{file_id:str}")
+async def retrieve_file(request: AnyRequest) -> FileObject:
+    """One file."""
+    check_names(request, ())
+    return file_object(await _library(request).store.get(_file_id(request), visible_to(record_of(request))))
+
+
+@get("/v1/files/{file_id:str}/content", media_type="application/octet-stream")
+async def file_content(request: AnyRequest) -> Response[bytes]:
+    """The file's bytes."""
+    library = _library(request)
+    check_names(request, ())
+    file = await library.store.get(_file_id(request), visible_to(record_of(request)))
+    try:
+        opened = await asyncio.to_thread(_open, library.path(file))
+    except OSError as error:
+        raise storage_unavailable("The file cannot be read", error) from error
+    headers = {"Content-Length": str(file.bytes), "X-Content-Type-Options": "nosniff"}
+    return Stream(_pieces(opened), media_type="application/octet-stream", headers=headers)  # type: ignore[return-value]
+
+
+@delete("/v1/files/{file_id:str}", status_code=200)
+async def delete_file(request: AnyRequest) -> FileDeleted:
+    """Delete a file. 409 while a batch reads it."""
+    check_names(request, ())
+    file_id = _file_id(request)
+    await _library(request).delete(file_id, visible_to(record_of(request)))
+    return FileDeleted(id=file_id)
+
+
+ROUTES = (upload_file, list_files, retrieve_file, file_content, delete_file)
+
+
+def visible_to(record: RequestRecord) -> str | None:
+    """Owner whose files and batches a request may see: those of its own key; None, all of them, for an admin key."""
+    return None if record.is_admin else record.tenant
+
+
+def file_object(file: StoredFile) -> FileObject:
+    return FileObject(
+        id=file.id,
+        bytes=file.bytes,
+        created_at=file.created_at,
+        expires_at=file.expires_at,
+        filename=file.filename,
+        purpose=file.purpose,
+    )
+
+
+async def _receive(form: FormReader, upload: Upload) -> str:
+    """Write the form's file into `upload`; its name. Raises `InvalidRequest`."""
+    filename: str | None = None
+    async for file in form.files():
+        if file.part != FILE_PART or filename is not None:
+            what = f"`{file.part[:100]}`" if file.part != FILE_PART else f"the part `{FILE_PART}` twice"
+            raise InvalidRequest(
+                f"The form has {what} as a file: send one, as the part `{FILE_PART}` (curl: -F {FILE_PART}=@FILE).",
+                param=file.part[:100],
+            )
+        filename = _checked_name(file.filename)
+        async for piece in file.pieces:
+            await upload.write(piece)
+    if filename is None:
+        raise InvalidRequest(
+            f"The form has no file: send one as the part `{FILE_PART}` (curl: -F {FILE_PART}=@FILE).", param=FILE_PART
+        )
+    if upload.size == 0:
+        raise InvalidRequest("The file is empty.", param=FILE_PART)
+    if unknown := form.fields.keys() - _FIELDS:
+        name = min(unknown)[:100]
+        raise InvalidRequest(
+            f"The form has an unknown field `{name}`; it takes: {', '.join(sorted(_FIELDS))}.",
+            param=name,
+            code="unknown_parameter",
+        )
+    return filename
+
+
+def _checked_name(given: str) -> str:
+    name = given.replace("\\", "/").rpartition("/")[2] or "upload"
+    if len(name) > MAX_FILENAME or not name.isprintable():
+        raise InvalidRequest(
+            f"The file's name must have at most {MAX_FILENAME} printable characters, got {len(name)}.", param=FILE_PART
+        )
+    return name
+
+
+def _purpose(form: FormReader) -> str:
+    given = form.fields.get("purpose")
+    if given not in UPLOAD_PURPOSES:
+        what = (
+            "The form has no `purpose`" if given is None else f"purpose must be one of those listed, got `{given[:50]}`"
+        )
+        raise InvalidRequest(f"{what}: it may be {', '.join(UPLOAD_PURPOSES)}.", param="purpose")
+    return given
+
+
+def _lifetime(fields: dict[str, str]) -> int | None:
+    """Seconds of `expires_after`; None without it."""
+    anchor, seconds = fields.get("expires_after[anchor]"), fields.get("expires_after[seconds]")
+    if anchor is None and seconds is None:
+        return None
+    if anchor != "created_at":
+        raise InvalidRequest(
+            f"expires_after.anchor must be created_at, got {'nothing' if anchor is None else f'`{anchor[:50]}`'}.",
+            param="expires_after.anchor",
+        )
+    return number(seconds or "", "expires_after.seconds", least=MIN_EXPIRY_SECONDS, most=MAX_EXPIRY_SECONDS)
+
+
+def _open(path: Path) -> BinaryIO:
+    return open(path, "rb")
+
+
+async def _pieces(file: BinaryIO) -> AsyncGenerator[bytes, None]:
+    try:
+        while piece := await asyncio.to_thread(file.read, PIECE_BYTES):
+            yield piece
+    finally:
+        file.close()
+
+
+def _library(request: AnyRequest) -> FileLibrary:
+    return api_of(request).handle.require_files()
+
+
+def _file_id(request: AnyRequest) -> str:
+    return str(request.path_params["file_id"])

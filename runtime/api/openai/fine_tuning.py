@@ -1,0 +1,272 @@
+"""/v1/fine_tuning/jobs: OpenAI's view of the jobs of /admin/train."""
+
+import asyncio
+import hashlib
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from litestar import get, post
+
+from runtime.api.admin.views import Page, check_names, integer, job_item, single
+from runtime.api.docs import BODY
+from runtime.api.handle import AnyRequest, Api, api_of
+from runtime.api.http.auth import TRAIN
+from runtime.api.http.record import record_of
+from runtime.api.openai.batches import check_metadata
+from runtime.api.openai.files import visible_to
+from runtime.api.openai.fine_tuning_views import (
+    TRAIN_FILE,
+    VALIDATION_FILE,
+    FineTuningCheckpoint,
+    FineTuningEvent,
+    FineTuningJob,
+    FineTuningRequest,
+    checkpoint_view,
+    event_view,
+    job_view,
+    model_name,
+    recipe_of,
+)
+from runtime.api.openai.schema import Intake
+from runtime.errors import InvalidRequest, ModelNotFound, NotFound, Unsupported
+from runtime.files.library import FileLibrary
+from runtime.files.records import StoredFile
+from runtime.support.durable import make_directory, storage_unavailable, sync_directory, sync_file
+from runtime.trainer.jobs.manager import JobManager
+from runtime.trainer.jobs.records import JobFile, JobSubmission
+
+MAX_SUFFIX = 64
+"""Characters of a suffix, OpenAI's."""
+
+MAX_PAGE = 100
+MAX_FIRST_LINE = 1024 * 1024
+"""Bytes of a file's first row that are looked at for its format."""
+
+OWN_KEYS = ("name", "base_model", "datasets", "test_datasets")
+"""Keys of a recipe that the request itself decides."""
+
+_SUFFIX_CHARS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-")
+_rows = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_intake = Intake(FineTuningRequest, neutral={})
+
+
+@post("/v1/fine_tuning/jobs", opt={TRAIN: True, BODY: FineTuningRequest}, status_code=200)
+async def create_fine_tuning_job(request: AnyRequest) -> FineTuningJob:
+    """Train an adapter on a file of /v1/files. It answers as `fine_tuned_model` once the job has succeeded."""
+    api = api_of(request)
+    jobs, library = api.handle.require_jobs(), api.handle.require_files()
+    check_names(request, ())
+    asked = await _intake.read(request, api)
+    _check(asked, api)
+    record = record_of(request)
+    files = [await _training_file(library, asked.training_file, visible_to(record), "training_file")]
+    if asked.validation_file is not None:
+        files.append(await _training_file(library, asked.validation_file, visible_to(record), "validation_file"))
+    job_id = jobs.new_id()
+    name = model_name(api.handle.require().model_name, asked.suffix, job_id)
+    with jobs.arriving():
+        try:
+            format = await asyncio.to_thread(_format_of, library.path(files[0]))
+            recipe = recipe_of(asked, name, format, api.handle.require().max_model_len)
+            folder = jobs.directories.incoming(job_id)
+            taken = await asyncio.to_thread(_take_files, [library.path(file) for file in files], files, folder)
+        except OSError as error:
+            await jobs.discard(job_id)
+            raise storage_unavailable("The files of the job cannot be stored", error) from error
+        except BaseException:
+            await jobs.discard(job_id)
+            raise
+    digest = hashlib.blake2b(recipe).hexdigest()
+    await jobs.submit(JobSubmission(id=job_id, recipe=recipe, files=taken, digest=digest))
+    record.target = job_id
+    return await _view(api, jobs, job_id)
+
+
+@get("/v1/fine_tuning/jobs", opt={TRAIN: True})
+async def list_fine_tuning_jobs(request: AnyRequest) -> Page[FineTuningJob]:
+    """The newest jobs first, those of /admin/train too. `after` takes an id, `limit` up to 100."""
+    api, jobs = api_of(request), _jobs(request)
+    check_names(request, ("after", "limit"))
+    limit = integer(request, "limit", default=20, least=1, most=MAX_PAGE)
+    found, more = await jobs.store.page(after=single(request, "after"), limit=limit, states=())
+    served = api.handle.require().model_name
+    data = [job_view(job, progress, served, job_item(job, progress).estimated_finish) for job, progress in found]
+    return Page(data=data, has_more=more)
+
+
+@get("/v1/fine_tuning/jobs/{job_id:str}", opt={TRAIN: True})
+async def retrieve_fine_tuning_job(request: AnyRequest) -> FineTuningJob:
+    """One job."""
+    check_names(request, ())
+    return await _view(api_of(request), _jobs(request), _job_id(request))
+
+
+@post("/v1/fine_tuning/jobs/{job_id:str}/cancel", opt={TRAIN: True}, status_code=200)
+async def cancel_fine_tuning_job(request: AnyRequest) -> FineTuningJob:
+    """Cancel a job: at once, or after the step that runs. 409 for one that has ended."""
+    await _jobs(request).cancel(_job_id(request))
+    return await _view(api_of(request), _jobs(request), _job_id(request))
+
+
+@post("/v1/fine_tuning/jobs/{job_id:str}/pause", opt={TRAIN: True}, status_code=200)
+async def pause_fine_tuning_job(request: AnyRequest) -> FineTuningJob:
+    """Pause a job that is queued or runs. 409 for any other."""
+    await _jobs(request).pause(_job_id(request))
+    return await _view(api_of(request), _jobs(request), _job_id(request))
+
+
+@post("/v1/fine_tuning/jobs/{job_id:str}/resume", opt={TRAIN: True}, status_code=200)
+async def resume_fine_tuning_job(request: AnyRequest) -> FineTuningJob:
+    """Resume a paused job. 409 for any other."""
+    await _jobs(request).resume(_job_id(request))
+    return await _view(api_of(request), _jobs(request), _job_id(request))
+
+
+@get("/v1/fine_tuning/jobs/{job_id:str}/events", opt={TRAIN: True})
+async def fine_tuning_events(request: AnyRequest) -> Page[FineTuningEvent]:
+    """Events of a job, the newest first. `after` takes an event's id, `limit` up to 100."""
+    jobs, job_id = _jobs(request), _job_id(request)
+    check_names(request, ("after", "limit"))
+    limit = integer(request, "limit", default=20, least=1, most=MAX_PAGE)
+    before = _number(single(request, "after"), f"ftevent-{job_id}-")
+    found = await jobs.store.latest_events(job_id, before=before, limit=limit + 1)
+    return Page(data=[event_view(job_id, event) for event in found[:limit]], has_more=len(found) > limit)
+
+
+@get("/v1/fine_tuning/jobs/{job_id:str}/checkpoints", opt={TRAIN: True})
+async def fine_tuning_checkpoints(request: AnyRequest) -> Page[FineTuningCheckpoint]:
+    """Checkpoints of a job, the newest first. While it runs they answer by their `fine_tuned_model_checkpoint`."""
+    jobs, job_id = _jobs(request), _job_id(request)
+    check_names(request, ("after", "limit"))
+    limit = integer(request, "limit", default=10, least=1, most=MAX_PAGE)
+    job = await jobs.store.get(job_id)
+    before = _number(single(request, "after"), f"ftckpt-{job_id}-")
+    stored = [one for one in await jobs.store.checkpoints(job_id) if before is None or one.step < before]
+    shown = stored[::-1][:limit]
+    data = [checkpoint_view(job, one, await jobs.store.gate_metrics(job_id, one.step)) for one in shown]
+    return Page(data=data, has_more=len(stored) > limit)
+
+
+ROUTES = (
+    create_fine_tuning_job,
+    list_fine_tuning_jobs,
+    retrieve_fine_tuning_job,
+    cancel_fine_tuning_job,
+    pause_fine_tuning_job,
+    resume_fine_tuning_job,
+    fine_tuning_events,
+    fine_tuning_checkpoints,
+)
+
+
+def _check(asked: FineTuningRequest, api: Api) -> None:
+    """Raise for what a job cannot do."""
+    served = api.handle.require().model_name
+    if asked.model != served:
+        raise ModelNotFound(
+            f"The model `{asked.model[:200]}` cannot be fine-tuned here: it can be `{served}`, the base model.",
+            param="model",
+        )
+    if asked.method is not None and asked.method.type != "supervised":
+        raise Unsupported(
+            f"method.type {asked.method.type} is not supported by these jobs yet: send supervised.", param="method.type"
+        )
+    if asked.integrations:
+        raise Unsupported(
+            "integrations are not supported: read the job's events, or /admin/jobs/ID/metrics.", param="integrations"
+        )
+    suffix = asked.suffix or ""
+    if len(suffix) > MAX_SUFFIX or not _SUFFIX_CHARS.issuperset(suffix):
+        raise InvalidRequest(
+            f"suffix must have at most {MAX_SUFFIX} letters, digits, `.`, `_` or `-`, got `{suffix[:100]}`.",
+            param="suffix",
+        )
+    if asked.seed is not None and not 0 <= asked.seed < 2**31:
+        raise InvalidRequest(f"seed must be from 0 to 2147483647, got {asked.seed}.", param="seed")
+    chosen = asked.chosen
+    bounds: dict[str, tuple[Any, float]] = {
+        "n_epochs": (chosen.n_epochs, 1000),
+        "batch_size": (chosen.batch_size, 1024),
+        "learning_rate_multiplier": (chosen.learning_rate_multiplier, 1000),
+    }
+    for name, (value, most) in bounds.items():
+        least = 0.0001 if name == "learning_rate_multiplier" else 1
+        if value != "auto" and not least <= value <= most:
+            raise InvalidRequest(f"{name} must be auto, or from {least:g} to {most:g}, got {value}.", param=name)
+    if own := [key for key in OWN_KEYS if key in (asked.recipe or {})]:
+        raise InvalidRequest(
+            f"recipe must not have `{own[0]}`, which the request decides; post such a recipe to /admin/train.",
+            param=f"recipe.{own[0]}",
+        )
+    check_metadata(asked.metadata, api.settings.limits)
+
+
+async def _training_file(library: FileLibrary, file_id: str, owner: str | None, param: str) -> StoredFile:
+    file = await library.store.get(file_id, owner, param=param)
+    if file.purpose != "fine-tune":
+        raise InvalidRequest(
+            f"{param} must name a file with the purpose fine-tune; the purpose of `{file.id}` is {file.purpose}.",
+            param=param,
+        )
+    return file
+
+
+def _format_of(path: Path) -> str:
+    """Type of a training file's rows, for a recipe: of its first one. Raises `InvalidRequest`, `OSError`."""
+    with open(path, "rb") as file:
+        line = file.readline(MAX_FIRST_LINE)
+    try:
+        row = _rows.decode(line)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        raise InvalidRequest(
+            "training_file: line 1 is not a JSON object; a file has one row a line.", param="training_file"
+        ) from None
+    if "messages" in row:
+        return "chat_template"
+    if "prompt" in row and "completion" in row:
+        return "prompt_completion"
+    raise InvalidRequest(
+        "training_file: line 1 has neither `messages` nor `prompt` and `completion`.", param="training_file"
+    )
+
+
+def _take_files(paths: list[Path], files: list[StoredFile], folder: Path) -> tuple[JobFile, ...]:
+    """Give a job its own names for stored files, which may be deleted afterwards. Raises `OSError`."""
+    make_directory(folder)
+    taken = []
+    for index, (path, file, name) in enumerate(zip(paths, files, (TRAIN_FILE, VALIDATION_FILE), strict=False)):
+        stored_as = f"{index:03d}-{name}"
+        try:
+            os.link(path, folder / stored_as)
+        except OSError:  # a file system without links
+            shutil.copyfile(path, folder / stored_as)
+            sync_file(folder / stored_as)
+        taken.append(JobFile(name=name, stored_as=stored_as, bytes=file.bytes))
+    sync_directory(folder)
+    return tuple(taken)
+
+
+async def _view(api: Api, jobs: JobManager, job_id: str) -> FineTuningJob:
+    job, progress = await jobs.store.describe(job_id)
+    return job_view(job, progress, api.handle.require().model_name, job_item(job, progress).estimated_finish)
+
+
+def _number(after: str | None, prefix: str) -> int | None:
+    """The number at the end of an id in `after`. Raises `NotFound`."""
+    if after is None:
+        return None
+    digits = after.removeprefix(prefix)
+    if not after.startswith(prefix) or not (digits.isascii() and digits.isdigit()) or len(digits) > 15:
+        raise NotFound(f"This job has no `{after[:100]}`.", param="after")
+    return int(digits)
+
+
+def _jobs(request: AnyRequest) -> JobManager:
+    return api_of(request).handle.require_jobs()
+
+
+def _job_id(request: AnyRequest) -> str:
+    return str(request.path_params["job_id"])

@@ -1,0 +1,167 @@
+"""Every field of the requests of OpenAI's, vLLM's and Anthropic's APIs, and what becomes of it: docs/api.md.
+
+The fields are those of the structs that bodies are decoded into, and those that are known and refused. What is said of
+them here is held by `tests/api/test_reference.py`, which sends each to a running app.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import msgspec
+from msgspec import Struct
+
+from runtime.api.anthropic import schema as anthropic
+from runtime.api.openai import schema as openai
+
+Effect = Literal["supported", "no effect", "refused"]
+Origin = Literal["OpenAI", "vLLM", "Anthropic", "Eft"]
+
+
+class Endpoint(Struct, frozen=True):
+    """A path, the struct of its body, and the fields that are refused there."""
+
+    path: str
+    body: type[Struct]
+    neutral: Mapping[str, tuple[Any, ...]] = {}
+
+
+class FieldRow(Struct, frozen=True):
+    """A row of a table."""
+
+    name: str
+    origin: Origin
+    effect: Effect
+    note: str
+
+
+ENDPOINTS = (
+    Endpoint("/v1/chat/completions", openai.ChatRequest, openai.NEUTRAL),
+    Endpoint("/v1/completions", openai.CompletionRequest, openai.COMPLETION_NEUTRAL),
+    Endpoint("/v1/messages", anthropic.MessageRequest, anthropic.NEUTRAL),
+    Endpoint("/tokenize", openai.TokenizeRequest),
+    Endpoint("/detokenize", openai.DetokenizeRequest),
+)
+
+OPENAI = frozenset(
+    {
+        "audio", "best_of", "echo", "frequency_penalty", "function_call", "functions", "logit_bias", "logprobs",
+        "max_completion_tokens", "max_tokens", "messages", "metadata", "modalities", "model", "moderation", "n",
+        "parallel_tool_calls", "prediction", "presence_penalty", "prompt", "prompt_cache_key",
+        "prompt_cache_options", "prompt_cache_retention", "reasoning_effort", "response_format",
+        "safety_identifier", "seed", "service_tier", "stop", "store", "stream", "stream_options", "suffix",
+        "temperature", "tool_choice", "tools", "top_logprobs", "top_p", "user", "verbosity", "web_search_options",
+    }
+)  # fmt: skip
+"""Fields of OpenAI's chats and completions."""
+
+OURS = frozenset({"deadline_ms", "early_stopping"})
+"""Fields of neither OpenAI nor vLLM."""
+
+LABELS = "A label for the client's own records; checked for its length, kept nowhere."
+NO_EFFECT: Mapping[str, str] = {
+    "user": LABELS,
+    "metadata": LABELS,
+    "safety_identifier": LABELS,
+    "session_id": LABELS,
+    "user_profile_id": LABELS,
+    "workspace_id": LABELS,
+    "prompt_cache_key": "Prefixes are cached for every request; `cache_salt` keeps them apart.",
+    "cache_control": "Prefixes are cached for every request.",
+}
+"""Fields that are accepted although nothing acts on them, and why."""
+
+NOTES: Mapping[str, str] = {
+    "best_of": "As many sequences, of which the `n` likeliest are the answer; not streamed above `n`.",
+    "cache_salt": "Prefixes are shared only with requests of the same salt.",
+    "chat_template": "Where model.trust_request_chat_template allows it, else 400: use `--chat-template`.",
+    "chat_template_kwargs": "The variables that are known, each of its type.",
+    "deadline_ms": "The request ends with 504 when it is not done by then; policy `deadline` goes by it.",
+    "early_stopping": "With `use_beam_search`.",
+    "include_metrics": "Times of the answer, for requests of one sequence.",
+    "length_penalty": "With `use_beam_search`.",
+    "messages": "Text, as a string or in parts.",
+    "model": "The served model, an adapter, an alias, or one version: `name@3`. Default: the served model.",
+    "priority": "Where scheduler.policy is `priority`; else 400.",
+    "return_token_ids": "Token ids beside the texts.",
+    "stream_options": "`include_usage`, `continuous_usage_stats`; with `stream`.",
+    "truncate_prompt_tokens": "-1 keeps as many as leave room for the answer.",
+    "truncation_side": "With `truncate_prompt_tokens`.",
+}
+"""What is worth knowing of supported fields."""
+
+ANTHROPIC_INSTEAD: Mapping[str, str] = {
+    "container": "This server runs no tools and keeps no containers.",
+    "context_management": "Send the messages that count; /v1/messages/count_tokens counts them.",
+    "diagnostics": "The server's log and /metrics have them.",
+    "inference_geo": "The answer is computed where the server stands.",
+    "mcp_servers": "Let the client call MCP servers, and pass their tools.",
+    "service_tier": "The operator gives keys their limits and the scheduler its policy.",
+    "speed": "There is one speed.",
+}
+"""What to do instead of the fields that /v1/messages refuses."""
+
+FOR_CHATS = "It is for chats."
+LATER = "Not supported yet."
+
+HEAD = """## Request fields
+
+Generated from the structs of `runtime/api` by `eft config api`; do not edit.
+
+Every field that OpenAI's, vLLM's and Anthropic's clients may send, and what Eft does with it:
+
+- *supported*: acted on. A value of a wrong type or out of range is a 400 that names the field, the limit and the value.
+- *no effect*: accepted and not acted on, for the reason given.
+- *refused*: a 400 that names the field, unless the value asks for nothing; such values are in the note.
+
+Other fields are unknown: they are named in the header `X-Eft-Warning` and in the log, or refused, as the setting
+limits.unknown_fields says. A field that is null counts as absent.
+`/v1/chat/completions/batch` takes the fields of a chat, with a list of chats in `messages`; `/invocations` takes the
+fields of the endpoint that its own fields lead to.
+"""
+
+
+def rows(endpoint: Endpoint) -> list[FieldRow]:
+    """The fields of an endpoint: those it acts on first, each group by name."""
+    own = sorted(endpoint.body.__struct_fields__)
+    found = [_row(endpoint, name) for name in own]
+    found += [
+        FieldRow(name, _origin(endpoint, name), "refused", _refusal(endpoint, name))
+        for name in sorted(endpoint.neutral.keys() - set(own))
+    ]
+    order: tuple[Effect, ...] = ("supported", "no effect", "refused")
+    return sorted(found, key=lambda row: order.index(row.effect))
+
+
+def reference_page() -> str:
+    """The page docs/api.md."""
+    return HEAD + "".join(_section(endpoint) for endpoint in ENDPOINTS)
+
+
+def _row(endpoint: Endpoint, name: str) -> FieldRow:
+    origin = _origin(endpoint, name)
+    if name in NO_EFFECT:
+        return FieldRow(name, origin, "no effect", NO_EFFECT[name])
+    return FieldRow(name, origin, "supported", "" if origin == "Anthropic" else NOTES.get(name, ""))
+
+
+def _origin(endpoint: Endpoint, name: str) -> Origin:
+    if issubclass(endpoint.body, anthropic.CountRequest):
+        return "Anthropic"
+    if name in OURS:
+        return "Eft"
+    known = issubclass(endpoint.body, openai.GenerationRequest)
+    return "OpenAI" if known and name in OPENAI else "vLLM"
+
+
+def _refusal(endpoint: Endpoint, name: str) -> str:
+    neutral = [value for value in endpoint.neutral[name] if value is not None]
+    values = ", ".join(f"`{msgspec.json.encode(value).decode()}`" for value in neutral)
+    instead = ANTHROPIC_INSTEAD if endpoint.neutral is anthropic.NEUTRAL else openai.INSTEAD
+    note = instead.get(name, LATER if name in openai.NEUTRAL else FOR_CHATS)
+    return f"{note} Accepted: {values}." if values else note
+
+
+def _section(endpoint: Endpoint) -> str:
+    lines = [f"\n### `POST {endpoint.path}`\n\n| field | from | what Eft does | |\n|---|---|---|---|\n"]
+    lines += [f"| `{row.name}` | {row.origin} | {row.effect} | {row.note} |\n" for row in rows(endpoint)]
+    return "".join(lines)

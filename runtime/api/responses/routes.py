@@ -1,0 +1,292 @@
+"""POST /v1/responses; GET, DELETE and cancel of stored ones, and their input items."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+from contextlib import ExitStack, aclosing
+from typing import Any
+
+import msgspec
+from litestar import Response, delete, get, post
+from msgspec.structs import replace
+
+from runtime.api.docs import BODY
+from runtime.api.handle import AnyRequest, Api, api_of
+from runtime.api.http.body import parse_fields, read_body
+from runtime.api.http.errors import to_request_error
+from runtime.api.http.record import RequestRecord, record_of
+from runtime.api.http.sse import EventStream, named_events, unless_disconnected
+from runtime.api.openai.chat import ChatAnswer, open_chat
+from runtime.api.openai.generation import Generation
+from runtime.api.openai.schema import ChatRequest, Intake, report_unknown
+from runtime.api.responses.schema import (
+    NEUTRAL,
+    DeletedResponse,
+    Item,
+    ItemList,
+    ReasoningOptions,
+    ResponseEvent,
+    ResponseFailure,
+    ResponseObject,
+    ResponseRequest,
+    ResponseTextFormat,
+    TextOptions,
+)
+from runtime.api.responses.translate import ResponseEvents, chat_body, ended, items_of, messages_of, new_id, output_of
+from runtime.errors import EngineUnavailable, InvalidRequest, NotFound
+from runtime.messages import Output
+from runtime.responses.store import ResponseStore, StoredResponse
+
+ENDED = frozenset({"completed", "incomplete", "cancelled", "failed"})
+MAX_PAGE = 100
+
+_OWN = frozenset(ResponseRequest.__struct_fields__)
+_CHAT = frozenset(ChatRequest.__struct_fields__) - {"messages", "n", "best_of", "max_tokens", "use_beam_search"}
+_intake = Intake(ResponseRequest, neutral=NEUTRAL, passed=_CHAT)
+_chats = Intake(ChatRequest)
+_stored = msgspec.json.Decoder(ResponseObject)
+_items = msgspec.json.Decoder(list[dict[str, Any]])
+_inputs = msgspec.json.Decoder(list[Any])
+
+
+@post("/v1/responses", status_code=200, opt={BODY: ResponseRequest})
+async def create_response(request: AnyRequest) -> Response[ResponseObject]:
+    """Answer input items: whole, as a stream of events, or in the background to be fetched later."""
+    api = api_of(request)
+    limits = api.settings.limits
+    body = await read_body(request, api.settings.server)
+    asked, _, unknown = await _intake.parse(body, limits)
+    report_unknown(request, unknown, limits.unknown_fields)
+    needs_store = asked.store or asked.background or asked.previous_response_id is not None
+    store, tenant = _store(api) if needs_store else api.handle.responses, record_of(request).tenant
+    history = await _history(asked.previous_response_id, store, tenant)
+    passed = {name: value for name, value in parse_fields(body).items() if name in _CHAT and name not in _OWN}
+    chat, given, _ = await _chats.parse(msgspec.json.encode({**passed, **chat_body(asked, history)}), limits)
+    generation, make, record = await open_chat(request, api, chat, given)
+    with ExitStack() as stack:
+        stack.callback(generation.close)
+        answer = make()
+        # Storing is OpenAI's default: a server that cannot store refuses only what asks for it.
+        keeper = _Keeper(None if asked.store is False else store, tenant, asked)
+        response = _begun(asked, chat, answer, f"resp_{record.request_id}", keeper)
+        if asked.background:
+            await keeper.put(response)
+            api.background.start(response.id, _finish(generation, answer, response, keeper, record))
+            stack.pop_all()
+            return Response(response)
+        if asked.stream:
+            events = ResponseEvents(response, lambda: int(time.time()))
+            named = named_events(
+                _kept(events, answer, keeper),
+                record,
+                name=lambda event: event.type,
+                failure=lambda error: ("error", events.failure(error.code or "server_error", error.message)),
+            )
+            return EventStream(named, stack.pop_all().close)
+        outputs = await unless_disconnected(request.receive, generation.collect())
+        response = _whole(answer, response, outputs)
+        await keeper.put(response)
+        return Response(response)
+
+
+@get("/v1/responses/{response_id:str}")
+async def retrieve_response(request: AnyRequest, response_id: str) -> Response[ResponseObject]:
+    """A stored response."""
+    found = await _store(api_of(request)).get(response_id, record_of(request).tenant)
+    return Response(_stored.decode(found.response))
+
+
+@delete("/v1/responses/{response_id:str}", status_code=200)
+async def delete_response(request: AnyRequest, response_id: str) -> Response[DeletedResponse]:
+    """Delete a stored response; one in the background is cancelled first."""
+    api = api_of(request)
+    store, tenant = _store(api), record_of(request).tenant
+    await store.get(response_id, tenant)
+    await api.background.cancel(response_id)
+    await store.delete(response_id, tenant)
+    return Response(DeletedResponse(id=response_id))
+
+
+@post("/v1/responses/{response_id:str}/cancel", status_code=200)
+async def cancel_response(request: AnyRequest, response_id: str) -> Response[ResponseObject]:
+    """Cancel a response in the background. One that has ended stays as it is."""
+    api = api_of(request)
+    store, tenant = _store(api), record_of(request).tenant
+    found = _stored.decode((await store.get(response_id, tenant)).response)
+    if not found.background:
+        raise InvalidRequest("Only responses in the background can be cancelled.", param="response_id")
+    await api.background.cancel(response_id)
+    stored = await store.get(response_id, tenant)
+    response = _stored.decode(stored.response)
+    if response.status not in ENDED:  # of a server that was ended since
+        response = replace(response, status="cancelled")
+        await store.put(replace(stored, response=msgspec.json.encode(response)))
+    return Response(response)
+
+
+@get("/v1/responses/{response_id:str}/input_items")
+async def list_input_items(
+    request: AnyRequest, response_id: str, limit: int = 20, order: str = "desc", after: str | None = None
+) -> Response[ItemList]:
+    """The items that a response answered, those of the conversation before it among them."""
+    if not 1 <= limit <= MAX_PAGE:
+        raise InvalidRequest(f"limit must be between 1 and {MAX_PAGE}, got {limit}.", param="limit")
+    if order not in ("asc", "desc"):
+        raise InvalidRequest(f"order must be asc or desc, got {order[:64]!r}.", param="order")
+    chain = await _store(api_of(request)).chain(response_id, record_of(request).tenant)
+    items = [item for stored in chain[:-1] for item in _all_items(stored)] + _inputs.decode(chain[-1].input)
+    for number, item in enumerate(items):
+        item.setdefault("id", f"item_{number}")
+    if order == "desc":
+        items.reverse()
+    if after is not None:
+        places = [number for number, item in enumerate(items) if item["id"] == after]
+        if not places:
+            raise NotFound(f"There is no item {after[:100]!r}.", param="after")
+        items = items[places[0] + 1 :]
+    page = items[:limit]
+    return Response(
+        ItemList(
+            data=page,
+            first_id=page[0]["id"] if page else None,
+            last_id=page[-1]["id"] if page else None,
+            has_more=len(items) > limit,
+        )
+    )
+
+
+ROUTES = (create_response, retrieve_response, delete_response, cancel_response, list_input_items)
+
+
+# -- storing ---------------------------------------------------------------------------------------
+
+
+class _Keeper:
+    """Stores the states of one response, if it is to be stored."""
+
+    def __init__(self, store: ResponseStore | None, tenant: str, asked: ResponseRequest) -> None:
+        self._store = store
+        self._tenant = tenant
+        self._input = msgspec.json.encode([_shown(item) for item in items_of(asked)]) if store is not None else b""
+
+    @property
+    def stores(self) -> bool:
+        return self._store is not None
+
+    async def put(self, response: ResponseObject) -> None:
+        """Raises `StorageUnavailable`."""
+        if self._store is None:
+            return
+        await self._store.put(
+            StoredResponse(
+                id=response.id,
+                tenant=self._tenant,
+                created_at=float(response.created_at),
+                previous_id=response.previous_response_id,
+                input=self._input,
+                response=msgspec.json.encode(response),
+            )
+        )
+
+
+def _shown(item: Any) -> dict[str, Any]:
+    """An input item as the API shows it: with an id, and without what it lacks."""
+    fields: dict[str, Any] = {k: v for k, v in msgspec.to_builtins(item).items() if v is not None}
+    if isinstance(fields.get("content"), str):
+        kind = "output_text" if fields.get("role") == "assistant" else "input_text"
+        fields["content"] = [{"type": kind, "text": fields["content"]}]
+    fields["content"] = [{k: v for k, v in part.items() if v is not None} for part in fields.get("content", ())]
+    if item.type != "message" and not fields["content"]:
+        del fields["content"]
+    return {"id": new_id("msg" if item.type == "message" else "item"), **fields}
+
+
+def _all_items(stored: StoredResponse) -> list[dict[str, Any]]:
+    output = msgspec.to_builtins(_stored.decode(stored.response).output)
+    return [*_items.decode(stored.input), *output]
+
+
+def _store(api: Api) -> ResponseStore:
+    """Raises `EngineUnavailable` where nothing is stored."""
+    api.handle.require()
+    if api.handle.responses is None:
+        raise EngineUnavailable(f"This server stores no responses. {api.handle.no_jobs}", code="storage_unavailable")
+    return api.handle.responses
+
+
+async def _history(previous: str | None, store: ResponseStore | None, tenant: str) -> list[dict[str, Any]]:
+    """Messages of the conversation that the response `previous` ends."""
+    if previous is None:
+        return []
+    assert store is not None, "required"
+    chain = await store.chain(previous, tenant)
+    if _stored.decode(chain[-1].response).status not in ENDED:
+        raise InvalidRequest("The previous response has not ended yet.", param="previous_response_id")
+    return messages_of(msgspec.convert([item for stored in chain for item in _all_items(stored)], list[Item]))
+
+
+# -- answering -------------------------------------------------------------------------------------
+
+
+def _begun(asked: ResponseRequest, chat: ChatRequest, answer: ChatAnswer, id: str, keeper: _Keeper) -> ResponseObject:
+    """The response as it is before its first token."""
+    text = asked.text or TextOptions()
+    return ResponseObject(
+        id=id,
+        created_at=answer.created,
+        status="in_progress",
+        background=bool(asked.background),
+        instructions=asked.instructions,
+        max_output_tokens=asked.max_output_tokens,
+        model=answer.model,
+        parallel_tool_calls=asked.parallel_tool_calls is not False,
+        previous_response_id=asked.previous_response_id,
+        prompt_cache_key=asked.prompt_cache_key,
+        reasoning=asked.reasoning or ReasoningOptions(),
+        safety_identifier=asked.safety_identifier,
+        store=keeper.stores,
+        temperature=chat.temperature,
+        text=text if text.format is not None else replace(text, format=ResponseTextFormat()),
+        tool_choice=asked.tool_choice or "auto",
+        tools=msgspec.to_builtins(asked.tools or []),
+        top_logprobs=asked.top_logprobs or 0,
+        top_p=chat.top_p,
+        user=asked.user,
+        metadata=asked.metadata or {},
+    )
+
+
+def _whole(answer: ChatAnswer, response: ResponseObject, outputs: list[Output]) -> ResponseObject:
+    chat = answer.whole(outputs)
+    reason = chat.choices[0].finish_reason
+    return ended(response, output_of(chat), chat.usage, reason, int(time.time()))
+
+
+async def _finish(
+    generation: Generation, answer: ChatAnswer, response: ResponseObject, keeper: _Keeper, record: RequestRecord
+) -> None:
+    """Complete a response in the background. One that fails says so in its `error`."""
+    try:
+        response = _whole(answer, response, await generation.collect())
+    except asyncio.CancelledError:
+        response = replace(response, status="cancelled")
+        raise
+    except Exception as error:
+        shown = to_request_error(error, record.request_id)
+        failure = ResponseFailure(code=shown.code or "server_error", message=shown.message)
+        response = replace(response, status="failed", error=failure)
+    finally:
+        generation.close()
+        await keeper.put(response)
+
+
+async def _kept(events: ResponseEvents, answer: ChatAnswer, keeper: _Keeper) -> AsyncGenerator[ResponseEvent, None]:
+    """The events of an answer. The response is stored before the event that ends it."""
+    async with aclosing(events.events(answer.chunks())) as found:
+        async for event in found:
+            if event.type in _LAST:
+                await keeper.put(events.response)
+            yield event
+
+
+_LAST = frozenset(f"response.{status}" for status in ENDED)
