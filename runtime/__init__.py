@@ -1,12 +1,12 @@
 """Eft's one process: engine, scheduler, blocks, workers, trainer, API and command line.
 
-`LLM` and `SamplingParams` are the way in for scripts; they are imported when first used, so that
+`LLM` and `SamplingParams` are the entry point for scripts; they are imported when first used, so that
 `import runtime` costs nothing.
 """
 
 from typing import TYPE_CHECKING, Any
 
-from runtime.openmp import limit_spinning
+from runtime.support.memory import limit_spinning
 
 if TYPE_CHECKING:
     from runtime.llm import LLM, Completion

@@ -1,7 +1,7 @@
 """Every way a request can fail, one class an outcome.
 
 The status code, OpenAI error type and default code sit on the class; the raise site gives the
-message and names the field. Knows nothing of HTTP frameworks: `runtime.api.errors` renders these.
+message and names the field. Independent of HTTP frameworks: `runtime.api.http.errors` renders these.
 """
 
 from typing import ClassVar
@@ -22,7 +22,7 @@ class RequestError(Exception):
 
 
 class InvalidRequest(RequestError):
-    """The request is malformed or asks for something out of range."""
+    """The request is malformed or has a value out of range."""
 
     status = 400
     type = "invalid_request_error"
@@ -35,7 +35,7 @@ class ContextLengthExceeded(InvalidRequest):
 
 
 class Unsupported(InvalidRequest):
-    """A field that we know but do not (yet) act on; refusing beats ignoring in silence."""
+    """A field of the API without effect here (yet); refusing it beats ignoring it in silence."""
 
     default_code = "unsupported_parameter"
 
@@ -99,7 +99,7 @@ class TooManyRequests(RequestError):
 
 
 class AdaptersBusy(TooManyRequests):
-    """Every adapter version in memory is answering somebody, and there is room for no more."""
+    """Every adapter version in memory is in use by a request, and there is room for no more."""
 
     default_code = "adapters_busy"
 
@@ -121,7 +121,7 @@ class EngineUnavailable(RequestError):
 
 
 class AdapterUnavailable(RequestError):
-    """An adapter version that is known cannot be used now: its files are gone or broken, or it was unloaded."""
+    """An existing adapter version cannot be used now: its files are gone or broken, or it was unloaded."""
 
     status = 503
     type = "service_unavailable"
@@ -137,8 +137,15 @@ class DeadlineExceeded(RequestError):
 
 
 class StorageUnavailable(RequestError):
-    """Nothing was stored: the disk is full, or the database cannot be written."""
+    """Nothing was stored: the disk is full, or the database cannot be written.
+
+    `cause` is more precise than the code, where possible: disk_full, too_many_files, storage_read_only.
+    """
 
     status = 503
     type = "service_unavailable"
     default_code = "storage_unavailable"
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None, cause: str = "") -> None:
+        super().__init__(message, param=param, code=code)
+        self.cause = cause or "storage_unavailable"

@@ -1,31 +1,58 @@
-"""What a training run reports: one struct an event, encoded with msgspec as they are.
+"""Events of a training run: one struct an event, encoded with msgspec as they are.
 
 Losses are in nats a token, times in seconds, learning rates as the optimiser uses them.
 """
 
+from typing import Literal
+
 from msgspec import Struct
+
+Activity = Literal["train", "eval"]
 
 
 class StepEvent(Struct, frozen=True, kw_only=True, tag="step"):
     """An optimiser step was taken."""
 
     step: int
-    """From 1."""
+    """Number of the step, from 1."""
     epoch: float
     loss: float
     """Mean over the trained tokens of the step."""
     learning_rate: float
     grad_norm: float
-    """Before clipping."""
+    """Norm of the gradient before clipping."""
     tokens: int
     """Tokens computed in this step."""
     trained_tokens: int
     accuracy: float
     """Share of the trained tokens that were the likeliest one."""
     seconds: float
-    """From the end of the last step to the end of this one."""
+    """Seconds from the end of the last step to the end of this one."""
     busy_seconds: float
-    """Of these, spent in training's slices: the rest went to requests."""
+    """Part of `seconds` spent in training's slices: the rest went to requests."""
+    metrics: dict[str, float] = {}
+    """Further metrics of the loss, by name: means over the step."""
+
+    @property
+    def named(self) -> dict[str, float]:
+        """All metrics by name."""
+        return {"loss": self.loss, "accuracy": self.accuracy, **self.metrics}
+
+
+class ProgressEvent(Struct, frozen=True, kw_only=True, tag="progress"):
+    """A step or an evaluation is under way, and takes longer than some seconds."""
+
+    step: int
+    """Steps that are done."""
+    total_steps: int
+    activity: Activity
+    """Activity that is under way."""
+    fraction: float
+    """Done share of the activity, from 0 to 1."""
+    seconds: float
+    """Seconds since the activity began."""
+    seconds_left: float | None
+    """Seconds left for the whole run at the pace so far; None before the first measurement."""
 
 
 class EvalEvent(Struct, frozen=True, kw_only=True, tag="eval"):
@@ -35,24 +62,31 @@ class EvalEvent(Struct, frozen=True, kw_only=True, tag="eval"):
     loss: float
     accuracy: float
     tokens: int
+    metrics: dict[str, float] = {}
+    """Further metrics of the loss, by name: means over the held-out rows."""
+
+    @property
+    def named(self) -> dict[str, float]:
+        """All metrics by name."""
+        return {"loss": self.loss, "accuracy": self.accuracy, **self.metrics}
 
 
 class CheckpointEvent(Struct, frozen=True, kw_only=True, tag="checkpoint"):
-    """Everything needed to go on from here was captured; `Run.take_snapshot` has it."""
+    """Everything needed to continue from here was captured; `Run.take_snapshot` has it."""
 
     step: int
     best: bool
-    """By the recipe's metric, the best so far."""
+    """True if it is the best so far, by the recipe's metric."""
 
 
 class PausedEvent(Struct, frozen=True, kw_only=True, tag="paused"):
-    """The run stands still at a step's end; it goes on with `resume`."""
+    """The run is paused at a step's end; it continues with `resume`."""
 
     step: int
 
 
 class CancelledEvent(Struct, frozen=True, kw_only=True, tag="cancelled"):
-    """The run ended because it was told to."""
+    """The run was cancelled, and has ended."""
 
     step: int
 
@@ -64,7 +98,7 @@ class FinishedEvent(Struct, frozen=True, kw_only=True, tag="finished"):
     best_step: int
     """The step whose weights are the result."""
     reason: str = "done"
-    """Or "early_stopping"."""
+    """Reason of the end: "done" or "early_stopping"."""
 
 
 class FailedEvent(Struct, frozen=True, kw_only=True, tag="failed"):
@@ -76,4 +110,6 @@ class FailedEvent(Struct, frozen=True, kw_only=True, tag="failed"):
     message: str
 
 
-RunEvent = StepEvent | EvalEvent | CheckpointEvent | PausedEvent | CancelledEvent | FinishedEvent | FailedEvent
+Report = StepEvent | ProgressEvent | EvalEvent
+"""Events that are stored, and need no other action."""
+RunEvent = Report | CheckpointEvent | PausedEvent | CancelledEvent | FinishedEvent | FailedEvent

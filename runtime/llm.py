@@ -15,11 +15,11 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from runtime.assembly import assemble
-from runtime.engine import Engine
+from runtime.engine.assembly import assemble
+from runtime.engine.engine import Engine
 from runtime.errors import TooManyRequests
-from runtime.messages import FinishReason, Output, SamplingParams, Submission
-from runtime.progress import progress_bar
+from runtime.messages import FinishReason, Output, SamplingParams, Submission, TokenLogprob
+from runtime.support.progress import progress_bar
 from settings.load import load as load_settings
 from settings.schema import Settings
 
@@ -32,6 +32,10 @@ class Completion(Struct, frozen=True, kw_only=True):
     text: str
     finish_reason: FinishReason
     stop_reason: str | int | None
+    logprobs: list[TokenLogprob] = []
+    """One for each of `token_ids`, where the parameters ask for `logprobs`."""
+    prompt_logprobs: list[TokenLogprob] = []
+    """One for each of `prompt_ids` except the first, where the parameters ask for `prompt_logprobs`."""
     cached_tokens: int
     """Prompt tokens whose KV came from the prefix cache."""
     ttft: float
@@ -58,6 +62,12 @@ class LLM:
         self.model_name = assembled.model_name
         self.engine: Engine = assembled.engine
         self.tokenizer = assembled.engine.tokenizer
+        self.sampling_defaults = assembled.sampling_defaults
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """Sampling parameters that the model's authors recommend in its generation_config.json, or those of the
+        settings instead. Change some with `msgspec.structs.replace`."""
+        return self.sampling_defaults.params
 
     def close(self) -> None:
         """End the processes that compute, where there are any besides this one."""
@@ -70,14 +80,15 @@ class LLM:
         *,
         progress: bool | None = None,
     ) -> list[Completion]:
-        """Complete every prompt (text, or token ids), in order. One `params` for all, or one each.
+        """Complete every prompt (text, or token ids), in order. One `params` for all, or one each; default: those of
+        `get_default_sampling_params`.
 
         `progress` shows a bar; by default on a terminal. Raises `InvalidRequest` before anything runs.
         """
         each_prompt: Sequence[str | Sequence[int]] = [prompts] if isinstance(prompts, str) else prompts
         ids = [self.tokenizer.encode(p) if isinstance(p, str) else list(p) for p in each_prompt]
         if params is None or isinstance(params, SamplingParams):
-            each = [params or SamplingParams()] * len(ids)
+            each = [self.get_default_sampling_params() if params is None else params] * len(ids)
         else:
             each = list(params)
         if len(each) != len(ids):
@@ -104,33 +115,35 @@ class LLM:
     def _run(
         self, prompts: list[list[int]], params: list[SamplingParams], *, progress: bool | None
     ) -> list[Completion]:
-        limits = self.settings.limits
         run = uuid.uuid4().hex[:8]
         submissions = [
             Submission(request_id=f"{run}-{index}", prompt_ids=ids, params=one)
             for index, (ids, one) in enumerate(zip(prompts, params, strict=True))
         ]
         for submission in submissions:
-            submission.params.verify(vocab_size=self.tokenizer.vocab_size, max_stop=limits.max_stop)
+            submission.params.verify(
+                vocab_size=self.engine.vocab_size, eos_ids=self.engine.eos_ids, limits=self.settings.limits
+            )
+            self.engine.check(submission)
         submissions = [self.engine.prepare(submission) for submission in submissions]
         if self.engine.lost:
             self.engine.recover()
         start = time.monotonic()
         queue = deque(submissions)
-        gathered: dict[str, _Gathered] = {}
+        gathered: dict[int, _Gathered] = {}
         with progress_bar("Generating", total=len(submissions), show=_wants(progress)) as bar:
             try:
                 self._feed(queue, start)
                 while self.engine.busy:
                     for output in self.engine.step():
-                        gathered.setdefault(output.request_id, _Gathered()).add(output)
+                        gathered.setdefault(output.id, _Gathered()).add(output)
                         if output.finish_reason is not None:
                             bar.advance(output.generated_tokens)
                     self._feed(queue, start)
             finally:
                 for submission in submissions:  # Ctrl-C: leave nothing behind
-                    self.engine.abort(submission.request_id)
-        return [gathered[s.request_id].completion(s.prompt_ids, start) for s in submissions]
+                    self.engine.abort(submission.id)
+        return [gathered[s.id].completion(s.prompt_ids, start) for s in submissions]
 
     def _feed(self, queue: deque[Submission], start: float) -> None:
         """Keep the queue of the scheduler filled as far as it takes prompts."""
@@ -139,7 +152,7 @@ class LLM:
                 self.engine.scheduler.check_room(len(queue[0].prompt_ids))
             except TooManyRequests:
                 return
-            self.engine.submit(msgspec.structs.replace(queue.popleft(), arrival=start))
+            self.engine.submit_all([msgspec.structs.replace(queue.popleft(), arrival=start)])
 
 
 class _Gathered:
@@ -148,6 +161,8 @@ class _Gathered:
     def __init__(self) -> None:
         self.text = ""
         self.token_ids: list[int] = []
+        self.logprobs: list[TokenLogprob] = []
+        self.prompt_logprobs: list[TokenLogprob] = []
         self.first = 0.0
         self.last: Output | None = None
         self.finished = 0.0
@@ -156,6 +171,8 @@ class _Gathered:
         self.first = self.first or time.monotonic()
         self.text += output.text
         self.token_ids += output.token_ids
+        self.logprobs += output.logprobs
+        self.prompt_logprobs += output.prompt_logprobs
         self.last = output
         self.finished = time.monotonic()
 
@@ -167,6 +184,8 @@ class _Gathered:
             prompt_ids=prompt_ids,
             token_ids=self.token_ids,
             text=self.text,
+            logprobs=self.logprobs,
+            prompt_logprobs=self.prompt_logprobs,
             finish_reason=last.finish_reason,
             stop_reason=last.stop_reason,
             cached_tokens=last.cached_tokens,

@@ -82,7 +82,9 @@ class Field(Struct, frozen=True, kw_only=True):
             return f" from {least} to {most}"
         if least is not None:
             return f" of at least {least}" + (" byte" if self.unit == "bytes" else "")
-        return f" above {above}" if above is not None else ""
+        if above is None:
+            return ""
+        return f" above {above}" + (f" and at most {most}" if most is not None else "")
 
 
 @functools.cache

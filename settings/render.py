@@ -28,8 +28,9 @@ file to start from.
 
 Counts take the units `K` (1024) and `M`; sizes `KiB`, `MiB`, `GiB`, `KB`, `MB`, `GB`; times `ms`,
 `s`, `m`, `h`, `d`. A number alone is a count, bytes or seconds. In TOML, a value with a unit is a
-string: `"4GiB"`. A list is a flag given several times, or a variable with commas. An unknown key is
-an error, and so is an unknown variable that begins with `EFT_` and the name of a section.
+string: `"4GiB"`. A list is a flag given several times, or a variable with commas; of any other flag
+that is given several times, the last one counts. An unknown key is an error, and so is an unknown
+variable that begins with `EFT_` and the name of a section.
 """
 
 

@@ -25,10 +25,22 @@ def doc(text: str, *, example: object = None, secret: bool = False, expects: str
     )
 
 
+MAX_RECIPE = 128 * 1024
+"""Bytes: reading YAML takes seconds a megabyte."""
+
 NonEmpty = Annotated[str, Meta(min_length=1)]
 Port = Annotated[int, Meta(ge=0, le=65535)]
 Share = Annotated[float, Meta(ge=0.0, le=0.9)]
+QueueShare = Annotated[float, Meta(gt=0.0, le=1.0)]
 TenantWeight = Annotated[str, Meta(pattern=r"^[0-9a-f]{12}=(?!0+(\.0+)?$)[0-9]{1,6}(\.[0-9]{1,6})?$")]
+HostPattern = Annotated[
+    str, Meta(pattern=r"^(\*|(\*\.)?[A-Za-z0-9._-]+(:[0-9]{1,5})?|\[[0-9A-Fa-f:.]+\](:[0-9]{1,5})?)$")
+]
+OriginPattern = Annotated[str, Meta(pattern=r"^(\*|[A-Za-z][A-Za-z0-9+.-]*://[A-Za-z0-9._\[\]:-]+)$")]
+HubAdapter = Annotated[
+    str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]*=[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[^@=\s]+)?$")
+]
+RootPath = Annotated[str, Meta(pattern=r"^((/[A-Za-z0-9._~-]+)+)?$")]
 Device = Annotated[str, Meta(pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$")]
 
 
@@ -61,8 +73,41 @@ class ModelSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     chat_template: Annotated[
         NonEmpty | None,
         doc(
-            "File with a Jinja chat template to use instead of the model's own.",
+            "Chat template to use instead of the model's own: a file of Jinja, or the name of a built-in one (alpaca, "
+            "chatml, gemma, llama2, llama3, mistral, phi3, qwen2.5, vicuna, zephyr).",
             example="chat_template.jinja",
+        ),
+    ] = None
+    tool_parser: Annotated[
+        Literal[
+            "auto", "hermes", "llama3_json", "mistral", "mistral_args", "granite", "phi4", "pythonic", "qwen3_coder"
+        ],
+        doc("Form in which the model writes calls of tools; auto tells it from the chat template, else hermes."),
+    ] = "auto"
+    reasoning_parser: Annotated[
+        Literal["auto", "none", "deepseek_r1", "qwen3", "mistral", "granite", "seed_oss"],
+        doc("Form of the model's reasoning, which is split from its answers; auto tells it from the chat template."),
+    ] = "auto"
+    trust_request_chat_template: Annotated[
+        bool,
+        doc(
+            "Take a `chat_template` that a request brings. A template is a program: it sees no files, but it may never "
+            "end, so this is for clients that are trusted."
+        ),
+    ] = False
+    generation_config: Annotated[
+        NonEmpty,
+        doc(
+            "Sampling of requests that do not say: `auto` is the model's generation_config.json, `none` is neutral, "
+            "else a folder or file with one, whose max_new_tokens then is a limit."
+        ),
+    ] = "auto"
+    override_generation_config: Annotated[
+        NonEmpty | None,
+        doc(
+            "JSON with values to use instead: temperature, top_p, top_k, min_p, max_new_tokens (a limit for every "
+            "request), eos_token_id.",
+            example='{"temperature": 0.5}',
         ),
     ] = None
     kernels: Annotated[
@@ -70,7 +115,11 @@ class ModelSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         doc("Backend of the ops; auto takes the fastest one that works here."),
     ] = "auto"
     deterministic: Annotated[
-        bool, doc("Refuse a model whose answers could depend, bit by bit, on what else runs beside them.")
+        bool,
+        doc(
+            "Refuse a model whose answers could depend, bit by bit, on what else runs beside them. Training is not cut "
+            "to fit between steps then: its result does not depend on requests either, and they wait longer."
+        ),
     ] = False
     threads: Annotated[
         Count | None, doc("CPU threads for the ops; default: all cores this process may use.", example=4)
@@ -113,6 +162,13 @@ class CacheSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     ] = "auto"
     num_blocks: Annotated[Count | None, doc("KV blocks, instead of a memory size.", example=1024)] = None
     prefix_caching: Annotated[bool, doc("Reuse the KV of prompts that begin alike.")] = True
+    share_prefixes: Annotated[
+        bool,
+        doc(
+            "Share cached prefixes between API keys. Saves memory where prompts are common, and tells each key, by "
+            "`cached_tokens`, what others have sent."
+        ),
+    ] = False
     swap_memory: Annotated[
         Bytes, doc("Host memory for the KV of preempted sequences, where scheduler.preemption_mode is swap.")
     ] = 4 * 1024**3
@@ -176,25 +232,108 @@ class ServerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     host: Annotated[NonEmpty, doc("Address to listen on.")] = "127.0.0.1"
     port: Annotated[Port, doc("Port to listen on; 0 takes a free one and prints it.")] = 8000
+    uds: Annotated[
+        NonEmpty | None,
+        doc(
+            "Unix socket to listen on, instead of host and port. Users who may write to the file may connect; /admin "
+            "takes a key, or the token in the state directory's file admin-token.",
+            example="/run/eft/eft.sock",
+        ),
+    ] = None
+    root_path: Annotated[
+        RootPath,
+        doc(
+            "Prefix of all paths behind a proxy that routes by path, such as /llm. Paths without it are answered too: "
+            "some proxies take it off.",
+            expects="empty, or a path such as /llm without a slash at its end",
+        ),
+    ] = ""
     api_key: Annotated[
         tuple[NonEmpty, ...],
         doc(
-            "Keys that clients must send as `Authorization: Bearer …`; none: no key is asked for.",
+            "Keys that clients must send as `Authorization: Bearer …`; none: no key is asked for. In a variable, "
+            "commas stand between keys. A flag shows in the list of processes: prefer the variable, or keys_file.",
             secret=True,
         ),
     ] = ()
     admin_key: Annotated[
         tuple[NonEmpty, ...],
-        doc("Keys for /admin and for loading adapters; none: clients on this machine only.", secret=True),
+        doc("Keys for /admin and for loading adapters; they open everything else too. See local_admin.", secret=True),
     ] = ()
+    keys_file: Annotated[
+        NonEmpty | None,
+        doc(
+            "File of keys with names, scopes and limits, made by `eft keys new`; read again when it changes.",
+            example="/etc/eft/keys.json",
+        ),
+    ] = None
+    local_admin: Annotated[
+        Literal["open", "token"],
+        doc(
+            "Without a key of any kind, on a server that listens on loopback: open lets requests straight from this "
+            "machine use /admin; token asks for the token in the state directory's file admin-token, as every other "
+            "server does."
+        ),
+    ] = "open"
+    allowed_hosts: Annotated[
+        tuple[HostPattern, ...],
+        doc(
+            "Names, beside those of this machine, by which a server without API keys may be addressed (`Host`): "
+            "`name`, `name:port`, `*.name`, or `*` for any. A server beyond loopback also answers to IP addresses.",
+            expects="a list of host names, each alone or with a port, `*.name`, or `*`",
+        ),
+    ] = ()
+    cors_origins: Annotated[
+        tuple[OriginPattern, ...],
+        doc(
+            "Origins whose pages may use the API, but not /admin, from a browser, such as `https://app.example`; `*` "
+            "for any.",
+            expects="a list of origins, such as https://app.example or http://localhost:3000, or `*`",
+        ),
+    ] = ()
+    key_requests_per_minute: Annotated[
+        Count | None,
+        doc("Most POST requests of one API key in a minute; without keys, of all clients together.", example=600),
+    ] = None
+    key_tokens_per_minute: Annotated[
+        Count | None, doc("Most tokens of one API key in a minute, prompts and outputs together.", example="100K")
+    ] = None
+    key_max_concurrent: Annotated[
+        Count | None, doc("Most requests of one API key that are being answered at once.", example=32)
+    ] = None
+    key_max_queue_share: Annotated[
+        QueueShare | None,
+        doc("Largest share of scheduler.max_waiting that the sequences of one API key may take.", example=0.5),
+    ] = None
+    key_min_priority: Annotated[
+        int | None, doc("Lowest `priority`, the most urgent, that an API key may ask for.", example=0)
+    ] = None
+    key_min_deadline: Annotated[
+        Seconds | None, doc("Shortest `deadline_ms` that an API key may ask for.", example="1s")
+    ] = None
+    audit_file: Annotated[
+        NonEmpty | None,
+        doc(
+            "File to append a line of JSON to for each admin action, beside the log.",
+            example="/var/log/eft/audit.jsonl",
+        ),
+    ] = None
+    max_event_streams: Annotated[Count, doc("Most clients that follow jobs' events at once.")] = 64
+    response_role: Annotated[NonEmpty, doc("Role of the messages that chats are answered with.")] = "assistant"
     public_metrics: Annotated[bool, doc("Serve /metrics without a key.")] = True
     docs_enabled: Annotated[bool, doc("Serve the OpenAPI schema and the API reference.")] = True
     max_body: Annotated[Bytes, doc("Largest request body.")] = 32 * 1024**2
+    max_connections: Annotated[
+        Count, doc("Most connections at once, fewer where descriptors are short; further ones wait to be accepted.")
+    ] = 8192
     header_timeout: Annotated[Seconds, doc("A request's headers must be complete in this time.")] = 10.0
     body_timeout: Annotated[Seconds, doc("A request's body must be complete in this time.")] = 60.0
     write_timeout: Annotated[Seconds, doc("A client that reads nothing for this long is cut off.")] = 60.0
     drain_timeout: Annotated[Seconds, doc("On SIGTERM, running requests get this long to finish.")] = 30.0
-    step_timeout: Annotated[Seconds, doc("/health answers 503 when a step takes longer than this.")] = 120.0
+    step_timeout: Annotated[
+        Seconds,
+        doc("/health answers 503 when a step, or anything else that the engine's thread does, takes longer than this."),
+    ] = 120.0
 
 
 class AdapterSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -204,6 +343,23 @@ class AdapterSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         Count, doc("Most adapter versions in memory; one more takes the place of the one unused for longest.")
     ] = 16
     max_lora_rank: Annotated[Count, doc("Largest rank of an adapter that is loaded or trained.")] = 256
+    resolve_folder: Annotated[
+        NonEmpty | None,
+        doc(
+            "Folder of PEFT's folders: where a request names an adapter that the server does not know, the folder of "
+            "this name in it is published and served. Default: none, and unknown names are answered 404.",
+            example="/srv/adapters",
+        ),
+    ] = None
+    resolve_hub: Annotated[
+        tuple[HubAdapter, ...],
+        doc(
+            "Adapters on the hub that are fetched when a request first names them: NAME=ORG/REPO, or "
+            "NAME=ORG/REPO@REVISION.",
+            expects="a list of NAME=ORG/REPO or NAME=ORG/REPO@REVISION",
+        ),
+    ] = ()
+    max_adapter_upload: Annotated[Bytes, doc("Largest upload of an adapter, as it is sent and unpacked.")] = 2 * 1024**3
 
 
 class TrainerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -221,17 +377,90 @@ class TrainerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     ] = ()
     min_share: Annotated[Share, doc("Share of the time that a running job gets even when requests never pause.")] = 0.2
     max_queued_jobs: Annotated[Count, doc("Most jobs waiting; one more is answered 429.")] = 100
-    max_recipe: Annotated[Bytes, doc("Largest recipe.")] = 1024**2
+    max_recipe: Annotated[
+        Bytes, Meta(le=MAX_RECIPE), doc("Largest recipe; at most 128KiB.", expects="a size of at most 128KiB")
+    ] = MAX_RECIPE
     max_upload: Annotated[Bytes, doc("Largest body of a recipe with its data files.")] = 512 * 1024**2
+    keep_jobs: Annotated[
+        Seconds | None,
+        doc(
+            "Delete a job this long after its end, with all its files; what it published stays. Default: never.",
+            example="180d",
+        ),
+    ] = None
+    keep_checkpoints: Annotated[
+        Seconds, doc("Delete the checkpoints of a job, with its optimiser's state, this long after its end.")
+    ] = 14 * 86400.0
+    keep_uploads: Annotated[Seconds, doc("Delete the data files sent along with a job this long after its end.")] = (
+        30 * 86400.0
+    )
+
+
+class FileSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Files of /v1/files, and the batches of /v1/batches that read and write them."""
+
+    max_file: Annotated[Bytes, doc("Largest file that is uploaded to /v1/files.")] = 512 * 1024**2
+    max_files_total: Annotated[Bytes, doc("Most bytes of all files together; an upload beyond is answered 413.")] = (
+        10 * 1024**3
+    )
+    keep_files: Annotated[
+        Seconds | None,
+        doc("Delete a file this long after it was made, outputs of batches too. Default: never.", example="30d"),
+    ] = None
+    max_batches: Annotated[Count, doc("Most batches that have not ended; one more is answered 429.")] = 100
+    max_batch_lines: Annotated[Count, doc("Most requests in a batch.")] = 50_000
+    batch_concurrency: Annotated[
+        Count, doc("Most requests of batches that are computed at once, of all batches together.")
+    ] = 16
+
+
+class ResponseSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Stored responses of /v1/responses."""
+
+    keep_responses: Annotated[Seconds | None, doc("Delete a stored response this long after it was made.")] = (
+        30 * 86_400.0
+    )
+    max_responses: Annotated[Count, doc("Most stored responses; one more deletes the oldest.")] = 100_000
 
 
 class LimitSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Caps on single requests; beyond them the answer is a 400 that names the cap."""
 
     max_stop: Annotated[Count, doc("Most stop strings in a request.")] = 16
+    max_stop_chars: Annotated[Count, doc("Most characters of a stop string, or of a bad word.")] = 256
+    max_stop_token_ids: Annotated[Count, doc("Most stop token ids in a request.")] = 128
+    max_bad_words: Annotated[Count, doc("Most bad words in a request.")] = 128
+    max_logit_bias: Annotated[Count, doc("Most tokens with a `logit_bias` in a request.")] = 1024
+    max_logprobs: Annotated[
+        Count, doc("Most tokens at each position whose log-probabilities a request may ask for.")
+    ] = 20
     max_n: Annotated[Count, doc("Most choices (`n`) in a request.")] = 64
+    max_beam_candidates: Annotated[
+        Count, doc("Most next tokens of a beam that are compared: beams times one more than there are stop token ids.")
+    ] = 512
     max_prompts: Annotated[Count, doc("Most prompts in one completions request.")] = 256
+    max_inputs: Annotated[Count, doc("Most inputs in a request to embed, score or rank texts.")] = 2048
+    max_sequences: Annotated[Count, doc("Most sequences of a request: its prompts times `n` or `best_of`.")] = 1024
     max_messages: Annotated[Count, doc("Most messages in a chat.")] = 4096
+    max_content_parts: Annotated[Count, doc("Most content parts in all messages of a chat.")] = 8192
+    max_template_kwargs: Annotated[Bytes, doc("Largest `chat_template_kwargs`, as JSON.")] = 1024
+    max_tools: Annotated[Count, doc("Most tools in a request.")] = 128
+    max_grammar: Annotated[
+        Bytes, doc("Most bytes of all schemas and grammars in a request, those of tools included.")
+    ] = 512 * 1024
+    grammar_timeout: Annotated[Seconds, doc("Longest time that compiling a request's grammar may take.")] = 10.0
+    max_label: Annotated[
+        Count,
+        doc(
+            "Most characters of `user`, `safety_identifier`, `prompt_cache_key`, `session_id`, of a key or value of "
+            "`metadata`, and of a message's `name` or `tool_call_id`."
+        ),
+    ] = 512
+    max_metadata: Annotated[Count, doc("Most entries of `metadata`.")] = 16
+    max_tokenize_chars: Annotated[
+        Count, doc("Most characters of a text for /tokenize, or of a prompt that is truncated.")
+    ] = 2 * 1024**2
+    max_detokenize_tokens: Annotated[Count, doc("Most token ids for /detokenize.")] = 1024**2
     unknown_fields: Annotated[
         Literal["ignore", "warn", "reject"],
         doc("Fields that we do not know: warn names them in the X-Eft-Warning header and the log."),
@@ -259,6 +488,8 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     server: ServerSettings = field(default_factory=ServerSettings)
     adapters: AdapterSettings = field(default_factory=AdapterSettings)
     trainer: TrainerSettings = field(default_factory=TrainerSettings)
+    files: FileSettings = field(default_factory=FileSettings)
+    responses: ResponseSettings = field(default_factory=ResponseSettings)
     limits: LimitSettings = field(default_factory=LimitSettings)
     observability: ObservabilitySettings = field(default_factory=ObservabilitySettings)
 

@@ -37,3 +37,13 @@ def parse(text: str, unit: str) -> float:
         known = ", ".join(name for name in scale if name)
         raise ValueError(f"expected a number with an optional unit ({known}), got {text!r}")
     return float(match[1]) * factor
+
+
+def show_duration(seconds: float) -> str:
+    """A duration for people, in its two largest units: `45 s`, `2 min 10 s`, `1 h 5 min`."""
+    whole = max(0, round(seconds))
+    minutes, seconds = divmod(whole, 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"

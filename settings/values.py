@@ -71,6 +71,8 @@ def show(field: Field, value: object) -> str:
         return "true" if value else "false"
     if isinstance(value, tuple):
         return ",".join(map(str, value))
+    if field.unit == "seconds" and isinstance(value, float) and value % 86400 == 0:
+        return f"{value / 86400:.0f}d"
     if field.unit == "seconds":
         text = format(Decimal(repr(value)), "f")  # positional: a unit cannot follow an exponent
         return (text.rstrip("0").rstrip(".") if "." in text else text) + "s"

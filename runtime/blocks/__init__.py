@@ -1,15 +1,14 @@
-"""Paged KV memory in whole blocks of tokens: who holds which block, and what can be found in it again.
+"""Paged KV memory in whole blocks of tokens: the sequences that hold each block, and the prefixes that can be found
+again.
 
-`BlockManager` is the way in. Deals in ints only: it knows neither tensors nor requests.
+`BlockManager` is the entry point. Deals in ints only, not in tensors or requests.
 """
 
-from runtime.blocks.manager import BlockManager
-from runtime.blocks.pool import BlockPool
-from runtime.blocks.prefix import KeyChain, PrefixIndex, PrefixKey
-from runtime.blocks.swap import SwapSpace
-from runtime.blocks.table import BlockTable, Fork, PrefixMatch
+from runtime.blocks.manager import NO_MATCH, BlockManager, BlockTable, Fork, PrefixMatch
+from runtime.blocks.pool import BlockPool, KeyChain, PrefixIndex, PrefixKey, SwapSpace
 
 __all__ = [
+    "NO_MATCH",
     "BlockManager",
     "BlockPool",
     "BlockTable",

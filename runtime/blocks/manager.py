@@ -1,15 +1,60 @@
-"""Block tables: which blocks a sequence holds, and which it can share with what was computed before.
+"""Block tables: the blocks that a sequence holds, and the computed blocks that it can share.
 
-Ask/act pairs: `match` then `adopt`, `can_grow` then `grow`, `can_fork` then `fork`. Tables only ever grow
-at the end, and are given back whole, or from the start where a sliding window has passed. What raises
-leaves everything as it was. Does not know requests, only tokens and tables.
+Check/act pairs: `match` then `adopt`, `can_grow` then `grow`, `can_fork` then `fork`. Tables only ever grow
+at the end, and are given back whole, or from the start where a sliding window has passed. A call that raises
+changes nothing. Deals in tokens and tables, not in requests.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
-from runtime.blocks.pool import BlockPool
-from runtime.blocks.prefix import KeyChain, PrefixIndex
-from runtime.blocks.table import BlockTable, Fork, PrefixMatch
+from runtime.blocks.pool import BlockPool, KeyChain, PrefixIndex
+
+# -- table -----------------------------------------------------------------------------------------
+#
+# Data types of the block manager: the blocks that a sequence holds, and the blocks that it can share.
+
+
+@dataclass(slots=True, eq=False)
+class BlockTable:
+    """The blocks of one sequence, in order of position. Owned by the manager; others only read it."""
+
+    blocks: list[int] = field(default_factory=list)
+    """Block ids by position. Those of the first `num_dropped` are no longer this sequence's."""
+    num_indexed: int = 0
+    """Blocks from the start that were offered to the prefix index, or came out of it."""
+    num_dropped: int = 0
+    """Blocks from the start that were given back because a sliding window has passed them."""
+
+    @property
+    def held(self) -> list[int]:
+        return self.blocks[self.num_dropped :]
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixMatch:
+    """The blocks that a new sequence can share. Valid until the pool next changes."""
+
+    blocks: tuple[int, ...]
+    num_tokens: int
+    """Tokens in `blocks`, and tokens in common with `start_of`."""
+    start_of: int | None
+    """A block that has its first tokens in common with the sequence's next one, and is to be copied there."""
+    num_evictable: int
+    """Number of `blocks` in the free list, which leave it when they are adopted."""
+
+
+NO_MATCH = PrefixMatch((), 0, None, 0)
+"""No blocks to share."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fork:
+    """A second table over the same first tokens, and what must be copied before it is used."""
+
+    table: BlockTable
+    copies: list[tuple[int, int]]
+    """(from, to) block ids: the one block that was filled in part, if there is one."""
 
 
 class BlockManager:
@@ -47,12 +92,12 @@ class BlockManager:
     # -- a new table ---------------------------------------------------------------------------
 
     def match(self, tokens: Sequence[int], chain: KeyChain) -> PrefixMatch:
-        """The longest run of known blocks at the start of `tokens`, and a block whose start goes on with it.
+        """The longest run of indexed blocks at the start of `tokens`, and a block whose first tokens continue it.
 
-        Always leaves at least the last token to compute: its logits are what the caller wants.
+        Always leaves at least the last token to compute: the caller needs its logits.
         """
         if not self.prefix_caching:
-            return PrefixMatch((), 0, None, 0)
+            return NO_MATCH
         blocks: list[int] = []
         known = len(tokens) - 1
         count = known // self.block_size
@@ -69,7 +114,7 @@ class BlockManager:
         return PrefixMatch(tuple(blocks), start + common, start_of, sum(map(self._pool.is_free, blocks)))
 
     def can_adopt(self, match: PrefixMatch, num_tokens: int) -> bool:
-        """Is there room for a new table of `num_tokens` that begins with `match`?"""
+        """True if there is room for a new table of `num_tokens` that begins with `match`."""
         fresh = self.blocks_for(num_tokens) - len(match.blocks)
         return fresh <= self._pool.num_free - match.num_evictable
 
@@ -79,16 +124,16 @@ class BlockManager:
         return self._share(BlockTable(list(match.blocks), len(match.blocks)), num_tokens)
 
     def can_fork(self, source: BlockTable, num_shared: int, num_tokens: int) -> bool:
-        """Can a new table of `num_tokens` have the first `num_shared` in common with `source`? For that `source`
-        must still have them all, and there must be room for the rest."""
+        """True if a new table of `num_tokens` can share the first `num_shared` with `source`: `source` still has them
+        all, and there is room for the rest."""
         fresh = self.blocks_for(num_tokens) - num_shared // self.block_size
         return source.num_dropped == 0 and fresh <= self._pool.num_free
 
     def fork(self, source: BlockTable, num_shared: int, num_tokens: int) -> Fork:
         """A new table whose first `num_shared` tokens are those of `source`, computed already.
 
-        Full blocks are shared; one that is filled in part is copied, because both sequences go on to
-        write into it. Needs `can_fork`.
+        Full blocks are shared; one that is filled in part is copied, because both sequences continue to write into it.
+        Needs `can_fork`.
         """
         full, rest = divmod(num_shared, self.block_size)
         table = BlockTable(source.blocks[:full], full)
@@ -159,15 +204,22 @@ class BlockManager:
             self._pool.release(block, reusable=block in self._index)
 
     def forget(self, table: BlockTable) -> None:
-        """Let nobody find what the blocks of a table hold, or held when it was freed."""
+        """Remove from the index what the blocks of a table hold, or held when it was freed."""
         for block in table.held:
             self._index.discard(block)
 
     def reset_prefixes(self) -> int:
-        """Forget all cached prefixes; running sequences keep their blocks. Returns how many blocks were known."""
+        """Forget all cached prefixes; running sequences keep their blocks. Returns the number of blocks that were
+        indexed."""
         count = len(self._index)
         self._index.clear()
         return count
+
+    def clear(self) -> None:
+        """Make every block free again and forget all prefixes. No table that was handed out may be used after."""
+        self._pool = BlockPool(self._pool.num_blocks)
+        self._index.clear()
+        self._tables.clear()
 
     def check_integrity(self) -> None:
         """Raise `AssertionError` when a block is lost, held twice without two tables, or wrongly indexed."""

@@ -1,4 +1,4 @@
-"""The command line. One small file a command; nothing here imports torch before a model is loaded."""
+"""The command line. One small file per command; nothing here imports torch before a model is loaded."""
 
 from collections.abc import Sequence
 

@@ -2,10 +2,14 @@
 
 import asyncio
 import os
-from collections.abc import Iterator
+import shutil
+import tarfile
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import IO, Annotated, Any
 from urllib.parse import quote
 
 import httpx
@@ -13,18 +17,10 @@ import msgspec
 from cyclopts import Parameter
 from rich.table import Table
 
-from runtime.cli.client import describe, error_text, remote
-from runtime.cli.errors import CommandError
+from runtime.cli.client import DEFAULT_URL, AdminKey, ServerRefusal, Url, admin_client, describe, error_text
 from runtime.cli.flags import Json
-from runtime.cli.output import console
+from runtime.cli.output import CommandError, UsageError, console
 
-DEFAULT_URL = "http://127.0.0.1:8000"
-
-Url = Annotated[str, Parameter(help="The server.")]
-AdminKey = Annotated[
-    str | None,
-    Parameter(help="Admin key of the server; default: EFT_ADMIN_KEY. A server on this machine may need none."),
-]
 Name = Annotated[str, Parameter(help="The adapter.")]
 
 
@@ -89,6 +85,47 @@ def rollback(name: Name, /, *, url: Url = DEFAULT_URL, admin_key: AdminKey = Non
     _show(_ask("POST", _path(name) + "/rollback", url, admin_key), json)
 
 
+def alias(
+    name: Name,
+    alias: Annotated[str, Parameter(help="Another name for it, taken from the adapter that has it.")],
+    /,
+    *,
+    url: Url = DEFAULT_URL,
+    admin_key: AdminKey = None,
+    json: Json = False,
+) -> None:
+    """Give an adapter another name too."""
+    _show(_ask("POST", _path(name) + "/alias", url, admin_key, {"alias": alias}), json)
+
+
+def unalias(
+    name: Name,
+    alias: Annotated[str, Parameter(help="The name to take away.")],
+    /,
+    *,
+    url: Url = DEFAULT_URL,
+    admin_key: AdminKey = None,
+    json: Json = False,
+) -> None:
+    """Take an alias away."""
+    _show(_ask("DELETE", f"{_path(name)}/alias/{quote(alias, safe='')}", url, admin_key), json)
+
+
+def canary(
+    name: Name,
+    version: Annotated[int, Parameter(help="Number of the version.")],
+    weight: Annotated[float, Parameter(help="Its share of the requests for the name, from 0 to 1; 0 takes it back.")],
+    /,
+    *,
+    url: Url = DEFAULT_URL,
+    admin_key: AdminKey = None,
+    json: Json = False,
+) -> None:
+    """Send a share of the requests to another version."""
+    body = {"version": version, "weight": weight}
+    _show(_ask("POST", _path(name) + "/canary", url, admin_key, body), json)
+
+
 def delete(
     name: Name,
     version: Annotated[int | None, Parameter(help="Only this version; default: the adapter with all of them.")] = None,
@@ -116,7 +153,7 @@ def _ask(method: str, path: str, url: str, admin_key: str | None, body: dict[str
     """The server's answer: JSON, or None for text. Raises `CommandError` with its message."""
 
     async def ask() -> httpx.Response:
-        async with remote(url, admin_key or os.environ.get("EFT_ADMIN_KEY")) as client:
+        async with admin_client(url, admin_key) as client:
             try:
                 return await client.request(method, path, json=body)
             except httpx.TransportError as error:
@@ -135,6 +172,12 @@ def _show(adapter: dict[str, Any], json: bool) -> None:
     state = "served" if adapter["served"] else "not served"
     aliases = f", also as {', '.join(adapter['aliases'])}" if adapter["aliases"] else ""
     print(f"{adapter['name']}: version {adapter['current']}, {state}{aliases}")
+    current: dict[str, Any] = next((version for version in adapter["versions"] if version["current"]), {})
+    if path := current.get("path"):
+        print(f"in {path}")
+    if (prompt := current.get("prompt")) and (prompt["format"] != "chat" or "system" in prompt):
+        system = f", with the system message {prompt['system']!r}" if "system" in prompt else ""
+        print(f"asked as {prompt['format']}{system}")
     canary = adapter["canary"] or {"version": None, "weight": 0.0}
     rows = (
         (
@@ -165,3 +208,141 @@ def _print_json(value: Any) -> None:
 
 def _yes(value: bool) -> str:
     return "yes" if value else "no"
+
+
+# -- adapter upload --------------------------------------------------------------------------------
+#
+# `eft adapters upload`: a folder of PEFT's on this machine, to a server that may be another one.
+
+_SENT = ("adapter_config.json", "adapter_model.safetensors", "eft.json")
+"""Files of an adapter; the last, the card of one that was trained by Eft, may be absent."""
+_READ = 1024 * 1024
+"""Bytes per read."""
+
+
+def upload(
+    name: Name,
+    folder: Annotated[Path, Parameter(help="Folder on this machine, as PEFT's save_pretrained writes it.")],
+    /,
+    *,
+    url: Url = DEFAULT_URL,
+    admin_key: AdminKey = None,
+    json: Json = False,
+) -> None:
+    """Send an adapter's files to the server, which serves them as the next version of the name."""
+    with ExitStack() as stack:
+        files = list[tuple[str, IO[bytes]]]()
+        for file in _SENT:
+            try:
+                files.append((file, stack.enter_context(open(folder / file, "rb"))))
+            except FileNotFoundError as error:
+                if file != _SENT[-1]:
+                    how = "give a folder that PEFT's save_pretrained wrote"
+                    raise UsageError(f"{folder} holds no {file}: {how}") from error
+            except OSError as error:
+                raise CommandError(f"cannot read {folder / file}: {error.strerror or error}") from error
+        _show(asyncio.run(_send(name, files, url, admin_key)), json)
+
+
+async def _send(name: str, files: list[tuple[str, IO[bytes]]], url: str, admin_key: str | None) -> dict[str, Any]:
+    """The server's view of the adapter."""
+    headers = {"content-type": "application/x-tar"}
+    async with admin_client(url, admin_key) as http:
+        try:
+            response = await http.post(
+                "/admin/adapters/upload", params={"name": name}, content=_archive(files), headers=headers, timeout=None
+            )
+        except httpx.TransportError as error:
+            raise CommandError(f"no server answers at {http.base_url}: {describe(error)}") from error
+    if response.is_error:
+        raise CommandError(error_text(response))
+    return dict(msgspec.json.decode(response.content))
+
+
+async def _archive(files: list[tuple[str, IO[bytes]]]) -> AsyncIterator[bytes]:
+    """A tar archive of the files, as it is read."""
+    for name, file in files:
+        info = tarfile.TarInfo(name)
+        info.size = os.fstat(file.fileno()).st_size
+        yield info.tobuf(tarfile.PAX_FORMAT)
+        left = info.size
+        while left:
+            data = file.read(min(left, _READ))
+            if not data:
+                raise CommandError(f"{name} was cut while it was read")
+            left -= len(data)
+            yield data
+        yield bytes(-info.size % tarfile.BLOCKSIZE)
+    yield bytes(2 * tarfile.BLOCKSIZE)
+
+
+# -- adapter download ------------------------------------------------------------------------------
+#
+# `eft adapters download`: a version's folder, as PEFT loads it, from a server to this machine.
+
+_PARTIAL = ".partial"
+
+
+def download(
+    name: Name,
+    /,
+    *,
+    version: Annotated[
+        int | None, Parameter(help="Number of the version; default: the one that the name means.")
+    ] = None,
+    output: Annotated[Path | None, Parameter(help="Folder to make; default: the adapter's name, here.")] = None,
+    url: Url = DEFAULT_URL,
+    admin_key: AdminKey = None,
+) -> None:
+    """Write an adapter's files into a folder that is not there yet, or leave none."""
+    folder = output or Path(name)
+    if folder.exists():
+        raise UsageError(f"{folder} is there already; it is left as it is (--output names another folder)")
+    partial = folder.with_name(folder.name + _PARTIAL)
+    try:
+        with tempfile.TemporaryFile() as archive:
+            label = asyncio.run(_fetch(archive, name, version, url, admin_key))
+            archive.seek(0)
+            files = _unpack(archive, partial)
+        partial.rename(folder)
+    except OSError as error:
+        raise CommandError(f"cannot write {folder}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    print(f"{label} is in {folder}: {', '.join(files)}.")
+
+
+async def _fetch(archive: IO[bytes], name: str, version: int | None, url: str, admin_key: str | None) -> str:
+    """Write the archive to a file; returns the version's label."""
+    path = f"/admin/adapters/{quote(name, safe='')}/export"
+    params = {} if version is None else {"version": version}
+    async with admin_client(url, admin_key) as http:
+        try:
+            async with http.stream("GET", path, params=params) as response:
+                if response.is_error:
+                    await response.aread()
+                    raise ServerRefusal(response)
+                async for data in response.aiter_bytes():
+                    archive.write(data)
+                return str(response.headers.get("x-eft-adapter-version", name))
+        except httpx.TransportError as error:
+            raise CommandError(f"no server answers at {http.base_url}: {describe(error)}") from error
+
+
+def _unpack(archive: IO[bytes], folder: Path) -> list[str]:
+    """Write the plain files of the archive into a new folder, without their paths; returns their names."""
+    names: list[str] = []
+    folder.mkdir(parents=True)
+    try:
+        with tarfile.open(fileobj=archive, mode="r:") as members:
+            for member in members:
+                name = Path(member.name).name
+                content = members.extractfile(member) if member.isfile() and name not in ("", "..") else None
+                if content is None or name in names:
+                    raise CommandError(f"the server sent no adapter: {member.name!r} is in its archive")
+                with open(folder / name, "xb") as file:
+                    shutil.copyfileobj(content, file)
+                names.append(name)
+    except tarfile.TarError as error:
+        raise CommandError(f"the server sent no adapter: {error}") from error
+    return names

@@ -9,10 +9,10 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from cyclopts import App, CycloptsError
+from cyclopts import App, CycloptsError, Parameter
 
-from runtime.cli.errors import CommandError
-from runtime.version import version
+from runtime.cli.output import CommandError
+from runtime.support.version import version
 from settings.errors import SettingsError
 
 INTERRUPTED = 130
@@ -23,10 +23,14 @@ app = App(
     version=version,
     result_action="return_value",
     suppress_keyboard_interrupt=False,
+    # Of a flag given twice the last one counts, so that a script's flags can be added to; a list collects them all.
+    default_parameter=Parameter(allow_repeating=True),
 )
 _bench = App(name="bench", help="Measure a server, or the engine alone.")
 _adapters = App(name="adapters", help="See and change the adapters of a running server.")
 _jobs = App(name="jobs", help="See, hold and end the training jobs of a server.")
+_keys = App(name="keys", help="Make, list and revoke the API keys of a keys file.")
+_state = App(name="state", help="Look after the state directory of a server on this machine.")
 _models = App(name="models", help="What models can be served, and whether one is whole.")
 _config = App(name="config", help="Show the settings, and write files to start from.")
 _recipe = App(name="recipe", help="Check fine-tuning recipes, and write one to start from.")
@@ -36,8 +40,8 @@ _SERVE = """Serve a model over the OpenAI API, until Ctrl-C or SIGTERM.
 Exit code 0: stopped; 1: it could not load or listen; 2: wrong usage or settings."""
 _CHAT = """Chat with a server, or with a model loaded here.
 
-Piped input: one question a line. In the dialogue: /reset, /system, /save, /help, /exit. Ctrl-C stops an
-answer."""
+An adapter is asked as it was trained: with the system message of its rows, or in alpaca's prompt. Piped input: one
+question a line. In the dialogue: /reset, /system, /save, /help, /exit. Ctrl-C stops an answer."""
 _BATCH = """Run a file of OpenAI batch lines, through a server or a model loaded here.
 
 Resumable: run it again, and it goes on where it stopped. Exit code 0: every request succeeded; 1: some
@@ -47,16 +51,22 @@ _VERIFY = """Check a model's files and tensors, and compare what it computes wit
 
 Needs the memory of the model in float32 twice, one after the other. Exit code 0: nothing is wrong; 1: something is."""
 
-_CHECK = """Check a recipe and its data, and print what would be trained.
+_CHECK = """Check a recipe and its data, and print what would be trained: the same as eft train --dry-run.
 
-Exit code 0: it can run; 2: it cannot, and every problem is listed."""
+By a server that runs on this machine, or by --url; with --model, or where none runs, it is checked here. Exit code 0:
+it can run; 2: it cannot, and every problem is listed."""
 _TRAIN = """Train an adapter from a recipe, on a running server, or with a model loaded here (--model).
 
 The data files that the recipe names are sent along, where they are on this machine. Exit code 0: published (or, without
 --follow, queued); 1: refused, failed or cancelled; 2: wrong usage; 3: trained, and not good enough to publish."""
 
-# By name, so that a command's module is imported when it is called, or its help is asked for. The
-# first paragraph of a help is what the list of commands shows.
+_REBUILD = """Make the database of the state directory again from its folders.
+
+What has rows stays as it is. Jobs that had not ended go on when the server is started. Exit code 0: done; 1: some
+folders could not be taken in, and are listed."""
+
+# By name, so that a command's module is imported when it is called, or its help is shown. The
+# first paragraph of a help is shown in the list of commands.
 _LAZY = [
     (app, "serve", "serve", _SERVE),
     (app, "chat", "chat", _CHAT),
@@ -69,6 +79,10 @@ _LAZY = [
     (_jobs, "cancel", "jobs:cancel", "End a job: at once, or after the step that is running."),
     (_jobs, "pause", "jobs:pause", "Hold a job; others go first meanwhile."),
     (_jobs, "resume", "jobs:resume", "Let a paused job go on where it stood."),
+    (_jobs, "rm", "jobs:remove", "Delete jobs that have ended, with their files; what they published stays."),
+    (_state, "du", "state:du", "Print what in the state directory takes how much room."),
+    (_state, "prune", "state:prune", "Delete what is old: jobs, checkpoints, uploaded files, lost+found."),
+    (_state, "rebuild", "state:rebuild", _REBUILD),
     (app, "doctor", "doctor", "Report what was found on this machine, and what is broken."),
     (_adapters, "list", "adapters:list_adapters", "Print every adapter and the version that its name means."),
     (_adapters, "show", "adapters:show", "Print the versions of an adapter."),
@@ -76,14 +90,23 @@ _LAZY = [
     (_adapters, "unload", "adapters:unload", "Serve an adapter no more; its versions stay."),
     (_adapters, "promote", "adapters:promote", "Point an adapter's name to another of its versions."),
     (_adapters, "rollback", "adapters:rollback", "Point an adapter's name to the version before."),
+    (_adapters, "alias", "adapters:alias", "Give an adapter another name too."),
+    (_adapters, "unalias", "adapters:unalias", "Take an adapter's other name away."),
+    (_adapters, "canary", "adapters:canary", "Send a share of the requests for an adapter to another version of it."),
+    (_adapters, "upload", "adapters:upload", "Send an adapter of PEFT's to a server, as a version of a name."),
+    (_adapters, "download", "adapters:download", "Copy an adapter to this machine, as a folder of PEFT's."),
     (_adapters, "delete", "adapters:delete", "Delete an adapter, or one of its versions."),
+    (_keys, "new", "keys:new", "Make a key, and print it: the file keeps only its digest."),
+    (_keys, "list", "keys:list_keys", "Print the names, scopes and limits of the keys."),
+    (_keys, "revoke", "keys:revoke", "Take a key out of the file; servers refuse it within seconds."),
     (_models, "list", "models:list_models", "Print the architectures that can be served, ours and those of plugins."),
-    (_models, "verify", "verify:verify", _VERIFY),
-    (_bench, "serve", "bench_serve", "Measure any OpenAI-style server under load: latencies and throughput."),
-    (_bench, "offline", "bench_offline", "Measure the engine, without a server."),
+    (_models, "verify", "models:verify", _VERIFY),
+    (_bench, "serve", "bench:bench_serve", "Measure any OpenAI-style server under load: latencies and throughput."),
+    (_bench, "offline", "bench:bench_offline", "Measure the engine, without a server."),
     (_config, "show", "config:show", "Print each setting, its value and where it came from."),
     (_config, "example", "config:example", "Print a settings file with every key, commented out."),
     (_config, "docs", "config:docs", "Print the reference page of all settings, in Markdown."),
+    (_config, "api", "config:api", "Print the reference page of the fields of requests, in Markdown."),
     (_config, "path", "config:path", "Print the path of the settings file that would be read."),
     (_recipe, "check", "recipe:check", _CHECK),
     (_recipe, "new", "recipe:new", "Print a commented recipe to start from, or write it to a file."),
@@ -98,6 +121,8 @@ app.command(_bench)
 app.command(_config)
 app.command(_recipe)
 app.command(_jobs)
+app.command(_keys)
+app.command(_state)
 app.command(_models)
 
 
@@ -106,7 +131,7 @@ def run(argv: Sequence[str] | None = None) -> int:
     try:
         result = app(argv, exit_on_error=False, print_error=False)
         sys.stdout.flush()
-    except BrokenPipeError:  # `eft config docs | head`: whoever read us has enough
+    except BrokenPipeError:  # `eft config docs | head`: the reader has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
@@ -128,6 +153,6 @@ def _fail(error: Exception) -> int:
 
 
 def _message(error: Exception) -> str:
-    """Our own exceptions speak for themselves; of others the class says half of it."""
+    """Message for the user. Our own exceptions need no more than their text; others get their class too."""
     ours = type(error).__module__.split(".")[0] in ("runtime", "kernels", "settings", "cyclopts")
     return str(error) if ours and str(error) else f"{type(error).__name__}: {error}"

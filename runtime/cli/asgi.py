@@ -1,8 +1,8 @@
-"""An httpx transport that runs an ASGI app in this process and streams what it sends.
+"""An httpx transport that runs an ASGI app in this process and streams its response.
 
 `httpx.ASGITransport` returns nothing before the app has finished, so an answer would not stream, and
 leaving it would not reach the app. Here the body arrives as it is sent, and closing the response is
-a disconnect, as it is over a socket. Runs no lifespan: who makes the app starts what it needs.
+a disconnect, as it is over a socket. Runs no lifespan: the caller starts everything that the app needs.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ _GRACE = 5.0
 
 
 class InProcessTransport(httpx.AsyncBaseTransport):
-    """Sends every request to one ASGI app."""
+    """Transport that sends every request to one ASGI app."""
 
     def __init__(self, app: App) -> None:
         self._app = app
@@ -29,7 +29,7 @@ class InProcessTransport(httpx.AsyncBaseTransport):
         exchange.start(self._app, _scope(request))
         try:
             start = await exchange.next_message()
-        except BaseException:  # cancelled while the app is at work: it must learn of it
+        except BaseException:  # cancelled while the app is at work: it must get the disconnect
             await exchange.aclose()
             raise
         if start is None:
@@ -65,11 +65,11 @@ class _Exchange(httpx.AsyncByteStream):
 
     async def _send(self, message: Message) -> None:
         if self._closed.is_set():
-            raise OSError("the client has gone")  # what a server's `send` does after a disconnect
+            raise OSError("the client has gone")  # as a server's `send` does after a disconnect
         self._sent.put_nowait(message)
 
     async def next_message(self) -> Message | None:
-        """The next thing sent; None at the end. Raises what the app raised."""
+        """The next message sent; None at the end. Raises the error of the app."""
         message = await self._sent.get()
         if message is None and self._task is not None:
             await self._task
@@ -83,7 +83,7 @@ class _Exchange(httpx.AsyncByteStream):
                 return
 
     async def aclose(self) -> None:
-        """Disconnect, and let the app finish. What it raises for want of a client is of no interest."""
+        """Disconnect, and give the app `_GRACE` seconds to finish. Errors that it raises then are dropped."""
         self._closed.set()
         if self._task is None:
             return

@@ -1,23 +1,93 @@
-"""`eft bench offline`: the engine alone, without HTTP, on prompts of random words."""
+"""`eft bench serve`: load on any OpenAI-style server, and a report."""
 
 import random
 import time
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
+import uvloop
 from cyclopts import Parameter
 from msgspec import Struct
 from rich.table import Table
 
-from runtime.cli.errors import UsageError
 from runtime.cli.flags import MODEL_SECTIONS, Config, Json, read_settings, with_settings
-from runtime.cli.load.prompts import WORDS
-from runtime.cli.load.report import Stats
-from runtime.cli.output import console
+from runtime.cli.load_prompts import WORDS, LoadSpec
+from runtime.cli.loadgen import Sample, Stats, render, run_load
+from runtime.cli.output import Meter, UsageError, console
 from settings.schema import Settings
 
 if TYPE_CHECKING:
     from runtime.llm import LLM, Completion
+
+
+_DEFAULT = LoadSpec()
+
+
+def bench_serve(
+    *,
+    url: Annotated[str, Parameter(help="The server, with or without a trailing /v1.")] = _DEFAULT.url,
+    model: Annotated[str | None, Parameter(help="Default: the first model that the server lists.")] = None,
+    endpoint: Annotated[Literal["chat", "completions"], Parameter(help="What to ask.")] = _DEFAULT.endpoint,
+    requests: Annotated[int, Parameter(help="How many.")] = _DEFAULT.requests,
+    concurrency: Annotated[
+        int | None, Parameter(help="Closed loop: requests at once; default 8. Not with --rate.")
+    ] = None,
+    rate: Annotated[
+        float | None,
+        Parameter(help="Open loop: requests a second, at Poisson times, however slow the answers."),
+    ] = None,
+    input_len: Annotated[int, Parameter(help="Prompt tokens of each request.")] = _DEFAULT.input_len,
+    output_len: Annotated[int, Parameter(help="Tokens to generate.")] = _DEFAULT.output_len,
+    ignore_eos: Annotated[
+        bool,
+        Parameter(help="Exactly --output-len tokens. --no-ignore-eos for servers that refuse the field."),
+    ] = _DEFAULT.ignore_eos,
+    shared_prefix: Annotated[
+        int, Parameter(help="Tokens that every prompt begins with, besides its own.")
+    ] = _DEFAULT.shared_prefix,
+    seed: Annotated[int, Parameter(help="Same seed, same load.")] = _DEFAULT.seed,
+    temperature: Annotated[float, Parameter(help="0 is greedy.")] = _DEFAULT.temperature,
+    api_key: Annotated[str | None, Parameter(help="Key for the server; default: EFT_API_KEY.")] = None,
+    timeout: Annotated[float, Parameter(help="Seconds after which a request has failed.")] = _DEFAULT.timeout,
+    json: Json = False,
+) -> int:
+    """Returns 1 where a request failed."""
+    spec = LoadSpec(
+        url=url,
+        model=model,
+        endpoint=endpoint,
+        requests=requests,
+        concurrency=concurrency,
+        rate=rate,
+        input_len=input_len,
+        output_len=output_len,
+        ignore_eos=ignore_eos,
+        shared_prefix=shared_prefix,
+        seed=seed,
+        temperature=temperature,
+        api_key=api_key,
+        timeout=timeout,
+    )
+    spec.verify()
+    with Meter("bench", requests) as meter:
+        failed = 0
+
+        def on_progress(sample: Sample) -> None:
+            nonlocal failed
+            failed += sample.error is not None
+            meter.advance(f"{failed} failed" if failed else "")
+
+        report = uvloop.run(run_load(spec, on_progress))
+    if json:
+        print(report.to_json().decode())
+    else:
+        console().print(render(report))
+    return 1 if report.failed else 0
+
+
+# -- offline ---------------------------------------------------------------------------------------
+#
+# `eft bench offline`: the engine alone, without HTTP, on prompts of random words.
 
 
 class OfflineSpec(Struct, frozen=True, kw_only=True):
@@ -31,14 +101,14 @@ class OfflineSpec(Struct, frozen=True, kw_only=True):
     seed: int
 
     def verify(self) -> None:
-        """Raise `UsageError` naming the first field that makes no sense."""
+        """Raise `UsageError` naming the first invalid field."""
         for name, least in {"requests": 1, "input_len": 1, "output_len": 1, "shared_prefix": 0}.items():
             if (value := getattr(self, name)) < least:
                 raise UsageError(f"{name} must be at least {least}, got {value}")
 
 
 class OfflineReport(Struct, frozen=True, kw_only=True):
-    """Rates are over `duration`, loading and warming up aside. Times are in seconds."""
+    """Results of a run. Rates are over `duration`, without loading and warm-up. Times are in seconds."""
 
     spec: OfflineSpec
     model: str
@@ -52,7 +122,7 @@ class OfflineReport(Struct, frozen=True, kw_only=True):
     output_tokens_per_s: float
     requests_per_s: float
     ttft: Stats | None
-    """From the start of the whole run: all requests are there at once."""
+    """Time to first token, from the start of the whole run: all requests are submitted at once."""
     e2e: Stats | None
 
 
@@ -91,7 +161,7 @@ def bench_offline(
 
 
 def _measure(spec: OfflineSpec, settings: Settings) -> OfflineReport:
-    from runtime.clash import refuse_clash
+    from runtime.support.version import refuse_clash
 
     refuse_clash()
     from runtime.llm import LLM
@@ -99,7 +169,7 @@ def _measure(spec: OfflineSpec, settings: Settings) -> OfflineReport:
     begin = time.perf_counter()
     llm = LLM(settings=settings)
     loaded = time.perf_counter()
-    # The first steps pay for what is set up lazily. Another seed: nothing of it helps the prefix cache.
+    # The first steps include lazy setup. Another seed, so that these prompts leave no hits in the prefix cache.
     _generate(llm, _prompts(llm, msgspec.structs.replace(spec, requests=1, seed=~spec.seed)), 2)
     prompts = _prompts(llm, spec)
     started = time.perf_counter()

@@ -1,6 +1,6 @@
-"""Where a command sends its requests: to a server, or to a model loaded in this process.
+"""Target of a command's requests: a server, or a model loaded in this process.
 
-Both are an `httpx.AsyncClient` with the API's paths, so what uses it need not know which.
+Both are an `httpx.AsyncClient` with the API's paths, so callers treat them alike.
 """
 
 import ipaddress
@@ -13,16 +13,22 @@ import httpx
 import msgspec
 
 from runtime.cli.asgi import InProcessTransport
-from runtime.cli.errors import CommandError, UsageError
-from settings.load import Loaded
+from runtime.cli.output import CommandError, UsageError
+from settings.errors import SettingsError
+from settings.load import Loaded, load
 from settings.schema import Settings
 
 if TYPE_CHECKING:
-    from runtime.service import EngineService
-    from runtime.trainer.state import State
+    from runtime.engine.service import EngineService
+    from runtime.engine.state import OpenedState
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from runtime.cli import client
 
 _CONNECT = httpx.Timeout(None, connect=10.0)
-"""No limit on how long an answer may take; the caller sets one where it wants one."""
+"""No limit on the time of an answer; the caller sets one if needed."""
 
 
 @asynccontextmanager
@@ -34,7 +40,7 @@ async def remote(url: str, api_key: str | None = None) -> AsyncIterator[httpx.As
         base_url=base,
         timeout=_CONNECT,
         headers=_authorization(key),
-        trust_env=not _is_loopback(base),  # a proxy in the environment knows nothing of our loopback
+        trust_env=not _is_loopback(base),  # a proxy in the environment does not reach our loopback
         limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
     ) as client:
         yield client
@@ -48,11 +54,11 @@ def in_process(loaded: Loaded, *, training: bool = False) -> AbstractAsyncContex
 
     Blocks while it loads, and is called outside of an event loop: Ctrl-C then ends it at once.
     """
-    from runtime.clash import refuse_clash
+    from runtime.support.version import refuse_clash
 
     refuse_clash()
-    from runtime import logs
-    from runtime.service import EngineService
+    from runtime.engine.service import EngineService
+    from runtime.support import logs
 
     settings = _quiet(loaded)
     logs.configure(settings.observability)
@@ -63,18 +69,22 @@ def in_process(loaded: Loaded, *, training: bool = False) -> AbstractAsyncContex
 async def _client_of(
     service: "EngineService", settings: Settings, *, training: bool
 ) -> AsyncIterator[httpx.AsyncClient]:
+    from runtime.access import Access
+    from runtime.access.access import make_token
     from runtime.api.app import create_app
     from runtime.api.handle import ServiceHandle
 
-    handle = ServiceHandle(service)
+    handle, access = ServiceHandle(service), Access(settings)
+    key = make_token(0)
+    access.ring.set_token(key)
     service.start()
     stack = AsyncExitStack()
     try:
         if training:
             state = await stack.enter_async_context(open_state(service, settings))
-            service.adapters, handle.jobs = state.adapters, state.jobs
-        transport = InProcessTransport(create_app(handle, settings))
-        key = next(iter(settings.server.admin_key if training else settings.server.api_key), None)
+            service.set_adapters(state.adapters)
+            handle.serve(service, state.jobs, problem=state.problem)
+        transport = InProcessTransport(create_app(handle, settings, access))
         async with httpx.AsyncClient(
             transport=transport, base_url="http://127.0.0.1", timeout=None, headers=_authorization(key)
         ) as client:
@@ -86,15 +96,32 @@ async def _client_of(
         await service.stop(0.0)
 
 
-def open_state(service: "EngineService", settings: Settings) -> "AbstractAsyncContextManager[State]":
+def open_state(service: "EngineService", settings: Settings) -> "AbstractAsyncContextManager[OpenedState]":
     """Jobs and adapters of the state directory."""
-    from runtime.trainer.state import open_state as opened
+    from runtime.engine.state import open_state as opened
 
     return opened(service, settings)
 
 
+def local_token(url: str, settings: Settings | None = None) -> str | None:
+    """The admin token of a server on this machine, whose state directory is the one that its settings name; default:
+    the settings here."""
+    from runtime.access.access import read_token
+    from runtime.support.state_directory import state_directory
+
+    try:
+        base = _base(url)
+        if base.host not in ("localhost", "127.0.0.1", "::1"):
+            return None
+        return read_token(
+            state_directory(settings or load().settings), base.port or (443 if base.scheme == "https" else 80)
+        )
+    except (UsageError, SettingsError):  # reported by the request itself
+        return None
+
+
 async def served_model(client: httpx.AsyncClient) -> str:
-    """The name of the first model that is served. Raises `CommandError` where none answers."""
+    """The name of the first model that is served. Raises `CommandError` if no server answers."""
     try:
         response = await client.get("/v1/models")
     except httpx.TransportError as error:
@@ -117,12 +144,12 @@ def error_text(response: httpx.Response) -> str:
 
 
 def describe(error: httpx.HTTPError) -> str:
-    """httpx leaves many messages empty; the class then says what happened."""
+    """Message of an httpx error; its class where httpx leaves the message empty."""
     return str(error) or type(error).__name__
 
 
 def _quiet(loaded: Loaded) -> Settings:
-    """Without the log lines that a server writes, unless they were asked for."""
+    """The settings without the log lines of a server, unless they were configured."""
     changes = {
         name: value
         for name, value in (("log_requests", False), ("log_level", "warning"))
@@ -154,4 +181,71 @@ def _is_loopback(url: httpx.URL) -> bool:
     try:
         return ipaddress.ip_address(url.host).is_loopback
     except ValueError:
+        return False
+
+
+# -- admin endpoints -------------------------------------------------------------------------------
+#
+# Requests to a server's admin endpoints, and messages for its refusals.
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+
+Url = Annotated[str, Parameter(help="The server.")]
+AdminKey = Annotated[
+    str | None,
+    Parameter(
+        help="Admin key of the server; default: EFT_ADMIN_KEY, else the token that a server on this machine leaves in "
+        "its state directory."
+    ),
+]
+
+
+class ServerRefusal(CommandError):
+    """A server answered with an error."""
+
+    def __init__(self, response: httpx.Response) -> None:
+        """Takes a response whose body was read."""
+        super().__init__(client.error_text(response))
+        self.status = response.status_code
+        try:
+            self.detail: dict[str, Any] = dict(msgspec.json.decode(response.content)["error"])
+        except (msgspec.DecodeError, KeyError, TypeError, ValueError):
+            self.detail = {"message": response.reason_phrase, "type": "", "param": None, "code": None}
+
+    @property
+    def message(self) -> str:
+        return str(self.detail.get("message", ""))
+
+    @property
+    def names_a_field(self) -> bool:
+        """True if something that was sent is at fault, not the key or the server."""
+        return self.status in (400, 409, 413) or (self.status < 500 and self.detail.get("param") is not None)
+
+
+def admin_client(url: str, admin_key: str | None) -> AbstractAsyncContextManager[httpx.AsyncClient]:
+    """A client that sends the admin key: the one given, EFT_ADMIN_KEY, or a local server's token."""
+    return client.remote(url, admin_key or os.environ.get("EFT_ADMIN_KEY") or client.local_token(url))
+
+
+async def ask(http: httpx.AsyncClient, method: str, path: str, **options: Any) -> Any:
+    """The decoded JSON of a success. Raises `CommandError` for anything else."""
+    return msgspec.json.decode((await send(http, method, path, **options)).content)
+
+
+async def send(http: httpx.AsyncClient, method: str, path: str, **options: Any) -> httpx.Response:
+    """A successful response. Raises `CommandError` for anything else."""
+    try:
+        response = await http.request(method, path, **options)
+    except httpx.TransportError as error:
+        raise CommandError(f"no server answers at {http.base_url}: {client.describe(error)}") from error
+    if response.is_error:
+        raise ServerRefusal(response)
+    return response
+
+
+async def answers(http: httpx.AsyncClient) -> bool:
+    """True if a server answers and is ready."""
+    try:
+        return (await http.get("/ready", timeout=2.0)).status_code == httpx.codes.OK
+    except httpx.HTTPError:
         return False

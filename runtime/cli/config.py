@@ -1,4 +1,4 @@
-"""`eft config`: what the settings are, where they came from, and files to start from."""
+"""`eft config`: the settings, their sources, and files to start from."""
 
 import os
 from typing import Any
@@ -6,9 +6,8 @@ from typing import Any
 import msgspec
 from rich.table import Table
 
-from runtime.cli.errors import CommandError
 from runtime.cli.flags import Config, Json, read_settings, with_settings
-from runtime.cli.output import console
+from runtime.cli.output import CommandError, console
 from settings import fields, render, sources, values
 from settings.load import Loaded
 
@@ -36,6 +35,13 @@ def example() -> None:
 def docs() -> None:
     """Print the reference page of all settings, in Markdown."""
     print(render.reference(), end="")
+
+
+def api() -> None:
+    """Print the reference page of the fields of requests, in Markdown."""
+    from runtime.api.reference import reference_page
+
+    print(reference_page(), end="")
 
 
 def path(*, config: Config = None) -> None:

@@ -1,4 +1,4 @@
-"""A flag for every setting, made from the schema, and the settings that a command line stands for."""
+"""A flag for every setting, made from the schema, and the settings of a command line."""
 
 import inspect
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, ParamSpec, TypeVar
 
 from cyclopts import Group, Parameter
 
-from runtime.cli.errors import UsageError
+from runtime.cli.output import UsageError
 from settings import fields, values
 from settings.fields import Field
 from settings.load import Loaded, load
@@ -24,7 +24,7 @@ Config = Annotated[
 Json = Annotated[bool, Parameter(help="Print JSON, for programs.", negative="", show_default=False)]
 
 MODEL_SECTIONS = ("model", "parallel", "cache", "scheduler", "limits", "observability")
-"""What concerns a command that loads a model without serving it over HTTP."""
+"""Sections of settings for a command that loads a model without serving it over HTTP."""
 
 _METAVAR = {"count": "COUNT", "bytes": "SIZE", "seconds": "TIME"}
 
@@ -32,7 +32,7 @@ _METAVAR = {"count": "COUNT", "bytes": "SIZE", "seconds": "TIME"}
 def with_settings(*sections: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Give a command that takes `**flags` a flag for every field of these sections (default: all).
 
-    A field that the command has a parameter for (`model`) is left to it. What was not given arrives as None.
+    A field for which the command has its own parameter (`model`) is skipped. A flag that is not given is None.
     """
 
     def decorate(command: Callable[P, R]) -> Callable[P, R]:
@@ -57,7 +57,7 @@ def read_settings(flags: dict[str, Any], config: Path | None, **more: Any) -> Lo
 
 
 def refuse_settings(flags: dict[str, Any], config: Path | None) -> None:
-    """Raise `UsageError` where settings were given to a command that talks to a server, and loads nothing."""
+    """Raise `UsageError` if settings were given to a command that uses a server, and loads nothing."""
     given = [fields.by_name()[name].flag for name, value in flags.items() if value is not None]
     if config is not None:
         given.append("--config")
@@ -82,7 +82,7 @@ def _annotation(field: Field) -> Any:
 
 
 def _type(field: Field) -> Any:
-    """What cyclopts parses. Numbers stay text: `settings.values` knows their units and limits."""
+    """Type that cyclopts parses. Numbers stay text: `settings.values` holds their units and limits."""
     if field.base is bool:
         return bool | None
     if field.base is tuple:

@@ -1,6 +1,7 @@
 """`eft jobs`: the training jobs of a server."""
 
 import asyncio
+import sys
 from collections.abc import Awaitable, Callable
 from datetime import datetime
 from typing import Annotated, Any, TypeVar
@@ -10,12 +11,11 @@ import msgspec
 from cyclopts import Parameter
 from rich.table import Table
 
-from runtime.cli.admin import DEFAULT_URL, AdminKey, Url, admin_client, ask, send
+from runtime.cli.client import DEFAULT_URL, AdminKey, Url, admin_client, ask, send
 from runtime.cli.flags import Json
-from runtime.cli.follow import events as stream_events
-from runtime.cli.follow import follow as follow_job
-from runtime.cli.output import console
-from runtime.cli.train import exit_code
+from runtime.cli.output import CommandError, UsageError, console
+from runtime.cli.train import events as stream_events
+from runtime.cli.train import exit_code, follow_to_end
 
 T = TypeVar("T")
 JobId = Annotated[str, Parameter(help="The job's id, ftjob-….")]
@@ -82,7 +82,7 @@ def events(
     async def live(http: httpx.AsyncClient) -> int:
         job = await ask(http, "GET", f"/admin/jobs/{job_id}")
         if not json:
-            return exit_code(await follow_job(http, job))
+            return exit_code(await follow_to_end(http, job))
         async for event in stream_events(http, job_id):
             _print_event(event, json=True)
         return exit_code(await ask(http, "GET", f"/admin/jobs/{job_id}"))
@@ -122,6 +122,31 @@ def pause(job_id: JobId, /, *, url: Url = DEFAULT_URL, admin_key: AdminKey = Non
 def resume(job_id: JobId, /, *, url: Url = DEFAULT_URL, admin_key: AdminKey = None, json: Json = False) -> int:
     """Asks for it, and does not wait."""
     return _act(job_id, "resume", url, admin_key, json=json)
+
+
+def remove(
+    *job_ids: Annotated[str, Parameter(help="Ids of jobs, ftjob-….")],
+    url: Url = DEFAULT_URL,
+    admin_key: AdminKey = None,
+    json: Json = False,
+) -> int:
+    """Returns 1 where one could not be deleted; the others are."""
+    if not job_ids:
+        raise UsageError("which jobs? Give their ids; `eft jobs list` has them")
+
+    async def delete(http: httpx.AsyncClient) -> int:
+        code = 0
+        for job_id in job_ids:
+            try:
+                done = await ask(http, "DELETE", f"/admin/jobs/{job_id}")
+            except CommandError as error:
+                print(f"eft: {job_id}: {error}", file=sys.stderr)
+                code = 1
+            else:
+                _print(done) if json else print(f"Deleted {done['id']}.")
+        return code
+
+    return _with(url, admin_key, delete)
 
 
 def _act(job_id: str, action: str, url: str, admin_key: str | None, *, json: bool) -> int:

@@ -1,5 +1,7 @@
-"""`eft recipe`: check a recipe and show its plan, start a new one, and print what keys there are."""
+"""`eft recipe`: check a recipe and show its plan, start a new one, and print the reference of its keys."""
 
+import asyncio
+import sys
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -7,17 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 from cyclopts import Parameter
 
-from runtime.cli.errors import CommandError, UsageError
+from runtime.cli.client import DEFAULT_URL, AdminKey, ServerRefusal, admin_client, answers
 from runtime.cli.flags import Config, Json, read_settings, with_settings
-from runtime.cli.recipe_plan import print_plan
+from runtime.cli.output import CommandError, UsageError
+from runtime.cli.recipe_files import RecipeFiles, read_recipe
+from runtime.cli.recipe_plan import print_job_plan
+from runtime.cli.train import submit
 from runtime.errors import RequestError
 from settings.load import Loaded
 
 if TYPE_CHECKING:
+    from runtime.checkpoints import Checkpoint
     from runtime.trainer.recipe import Recipe
     from runtime.trainer.shape import ModelShape
-    from runtime.trainer.summary import PlanSummary
-    from runtime.workers.loading import Checkpoint
     from settings.schema import Settings
 
 
@@ -28,10 +32,16 @@ class RecipeRefused(UsageError):
 @with_settings("model", "adapters", "trainer")
 def check(
     file: Annotated[Path, Parameter(help="The recipe.")],
+    /,
     model: Annotated[
-        str | None, Parameter(help="Model to train on, as for `eft serve`; default: that of the settings.")
+        str | None,
+        Parameter(help="Check here, without a server: the model to train on, as for `eft serve`."),
     ] = None,
     *,
+    url: Annotated[
+        str | None, Parameter(help=f"Server that checks it; default: {DEFAULT_URL} if one answers there.")
+    ] = None,
+    admin_key: AdminKey = None,
     keys_only: Annotated[
         bool, Parameter(help="Check the keys alone: load no model, read no data.", negative="", show_default=False)
     ] = False,
@@ -39,22 +49,36 @@ def check(
     config: Config = None,
     **flags: Any,
 ) -> int:
-    """Print the plan of a recipe, or all that is wrong with it."""
-    loaded = read_settings(flags, config, model=model)
+    """Print the plan of a recipe, or all that is wrong with it. By a server that runs, since it knows the model that it
+    serves; else by what is read here."""
+    here = keys_only or model is not None or config is not None or any(value is not None for value in flags.values())
+    if url is not None and here:
+        raise UsageError("--url is for a check by a server, which has a model and settings of its own")
+    files = read_recipe(file)
     try:
-        recipe = _load(file, loaded)
-        summary = None if keys_only else _plan(recipe, file, loaded)
+        plan = None if here else _by_server(files, url, admin_key)
+        if plan is None:
+            loaded = read_settings(flags, config, model=model)
+            recipe = _load(file, loaded)
+            if keys_only:
+                return _print_keys(file, recipe, json=json)
+            plan = _plan(recipe, files, file, loaded)
     except RequestError as error:
+        message = files.explain(error.message)
         if not json:
-            raise RecipeRefused(f"{file}: {error.message}") from error
+            raise RecipeRefused(f"{file}: {message}") from error
         print(msgspec.json.format(msgspec.json.encode(_as_error(error))).decode())
         return RecipeRefused.exit_code
-    if json:
-        print(msgspec.json.format(msgspec.json.encode(summary or {"notes": recipe.notes})).decode())
-    elif summary is None:
-        print("\n".join([f"{file}: the keys are fine.", *recipe.notes]))
-    else:
-        print_plan(summary)
+    except ServerRefusal as error:
+        if not error.names_a_field:
+            raise
+        if not json:
+            raise RecipeRefused(f"{file}: {files.explain(error.message)}") from error
+        print(msgspec.json.format(msgspec.json.encode({"error": error.detail, "problems": ()})).decode())
+        return RecipeRefused.exit_code
+    for notice in files.notices:
+        print(f"eft: {notice}", file=sys.stderr)
+    print_job_plan(plan, json=json)
     return 0
 
 
@@ -97,13 +121,39 @@ def _load(file: Path, loaded: Loaded) -> "Recipe":
     return load_recipe(data, max_lora_rank=loaded.settings.adapters.max_lora_rank)
 
 
-def _plan(recipe: "Recipe", file: Path, loaded: Loaded) -> "PlanSummary":
-    """Needs the model's files, and none of its weights. Whoever calls may read what lies beside the recipe, in
-    the working directory, and under the data roots of the settings."""
+def _by_server(files: RecipeFiles, url: str | None, admin_key: str | None) -> dict[str, Any] | None:
+    """The plan of a server; None if none was named and none answers, or it denies access."""
+
+    async def ask() -> dict[str, Any] | None:
+        async with admin_client(url or DEFAULT_URL, admin_key) as http:
+            if url is None and not await answers(http):
+                return None
+            try:
+                return await submit(http, files, dry_run=True)
+            except ServerRefusal as error:
+                if url is not None or error.names_a_field:
+                    raise
+                print(f"eft: {DEFAULT_URL} does not check it ({error.message}); checking here", file=sys.stderr)
+                return None
+
+    return asyncio.run(ask())
+
+
+def _print_keys(file: Path, recipe: "Recipe", *, json: bool) -> int:
+    if json:
+        print(msgspec.json.format(msgspec.json.encode({"notes": recipe.notes})).decode())
+    else:
+        print("\n".join([f"{file}: the keys are fine.", *recipe.notes]))
+    return 0
+
+
+def _plan(recipe: "Recipe", files: RecipeFiles, file: Path, loaded: Loaded) -> dict[str, Any]:
+    """The plan, as a server answers a dry run. Needs the model's files, but no weights. The caller may read files
+    beside the recipe, in the working directory, and under the data roots of the settings."""
+    from runtime.checkpoints import open_checkpoint
     from runtime.trainer.data.files import DataFiles
-    from runtime.trainer.plan import prepare
-    from runtime.trainer.summary import summarize
-    from runtime.workers.loading import open_checkpoint
+    from runtime.trainer.plan.plan import prepare, summarize
+    from runtime.trainer.recipe import adapter_name
 
     settings = loaded.settings
     checkpoint = open_checkpoint(
@@ -111,32 +161,38 @@ def _plan(recipe: "Recipe", file: Path, loaded: Loaded) -> "PlanSummary":
     )
     longest, shape = _shape(checkpoint, settings)
     names = [settings.model.served_model_name, checkpoint.name, settings.model.model]
+    roots = [file.resolve().parent, Path.cwd(), *map(Path, settings.trainer.data_roots)]
     plan = prepare(
         recipe,
         checkpoint.tokenizer,
-        DataFiles(roots=[file.resolve().parent, Path.cwd(), *map(Path, settings.trainer.data_roots)]),
+        DataFiles(files.data, roots),
         model_names=tuple(name for name in names if name),
         max_len=settings.model.max_model_len or longest,
         shape=shape,
     )
-    return summarize(plan)
+    return {
+        "object": "job.plan",
+        "name": adapter_name(recipe, ""),
+        "total_steps": plan.schedule.total_steps,
+        "summary": msgspec.to_builtins(summarize(plan)),
+    }
 
 
 def _shape(checkpoint: "Checkpoint", settings: "Settings") -> tuple[int, "ModelShape"]:
-    """The model's longest sequence, and its shape. One that is served through transformers has to be loaded for it."""
+    """The model's longest sequence, and its shape. A model that is served through transformers is loaded for it."""
+    from runtime.checkpoints.model_loading import spec_of
+    from runtime.model.families import find_model, is_native
     from runtime.trainer.shape import shape_of, shape_of_base
-    from runtime.workers.models import find_model, is_native
 
     size = 2 if settings.model.dtype == "bfloat16" else 4
     if is_native(checkpoint.config):
-        architecture = find_model(checkpoint.config)
-        spec = architecture.spec(checkpoint.config)
+        architecture, spec = find_model(checkpoint.config), spec_of(checkpoint)
         shape = shape_of(spec, architecture.LORA_TARGETS, bytes_per_value=size, prefix=architecture.layers())
         return spec.max_position, shape
-    from runtime import logs
-    from runtime.model_loading import base_of, load_model
+    from runtime.checkpoints.model_loading import base_of, load_model
+    from runtime.support import logs
 
-    logs.configure(settings.observability)  # to stderr: what is printed is the plan
+    logs.configure(settings.observability)  # to stderr: stdout is for the plan
     model = load_model(checkpoint, settings.model)
     return model.max_len, shape_of_base(model.spec, base_of(model, checkpoint, checkpoint.name), bytes_per_value=size)
 

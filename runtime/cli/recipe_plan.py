@@ -1,15 +1,31 @@
-"""A plan as `eft recipe check` prints it."""
+"""A plan as `eft recipe check` and `eft train --dry-run` print it, whether made by a server or here."""
 
+from typing import Any
+
+import msgspec
 from rich.text import Text
 
 from runtime.cli.output import console
-from runtime.trainer.plan import DataStats
-from runtime.trainer.preview import Piece
-from runtime.trainer.summary import PlanSummary
+from runtime.trainer.plan.plan import DataStats, PlanSummary, PreviewPiece
+
+
+def print_job_plan(plan: dict[str, Any], *, json: bool) -> None:
+    """Print the answer to `?dry_run=1`, or the same made here: `name`, `total_steps` and `summary`."""
+    if json:
+        print(msgspec.json.format(msgspec.json.encode(plan)).decode())
+        return
+    name = plan["name"] or "an adapter named by its job"
+    print(f"{name}: {plan['total_steps']} steps")
+    try:
+        summary = msgspec.convert(plan["summary"], PlanSummary)
+    except msgspec.ValidationError:  # of a server of another version
+        print(msgspec.json.format(msgspec.json.encode(plan["summary"]), indent=2).decode())
+        return
+    print_plan(summary)
 
 
 def print_plan(plan: PlanSummary) -> None:
-    """Numbers first, then notes, then the first examples with what is trained on in green (or in «»)."""
+    """Numbers first, then notes, then the first examples, with the trained tokens in green (or in «»)."""
     out = console()
     schedule, estimate = plan.schedule, plan.estimate
     batch = f"{plan.micro_batch_size} × {plan.gradient_accumulation_steps} × {plan.ranks}"
@@ -33,10 +49,15 @@ def print_plan(plan: PlanSummary) -> None:
     ]
     if estimate.seconds is not None:
         lines.append(("time", f"about {estimate.seconds:,.0f} s, undisturbed"))
+    lines.append(
+        ("fails", f"when the loss is above {plan.watchdog_threshold:.3g} for {plan.watchdog_patience} steps in a row")
+    )
+    lines.append(("ask it", plan.how_to_ask))
     for name, value in lines:
         out.print(f"{name:14}  {value}")
     for note in plan.notes:
-        out.print(f"note: {note}", style="yellow")
+        warns = note in plan.warnings
+        out.print(f"{'warning' if warns else 'note'}: {note}", style="bold red" if warns else "yellow")
     for number, pieces in enumerate(plan.previews, 1):
         out.print(f"\nexample {number}, «trained on»:", style="bold")
         out.print(_marked(pieces))
@@ -73,7 +94,7 @@ def _linears(plan: PlanSummary) -> str:
     return ", ".join(f"{name.rpartition('.')[2]} ×{count}" for name, count in plan.linears.items())
 
 
-def _marked(pieces: list[Piece]) -> Text:
+def _marked(pieces: list[PreviewPiece]) -> Text:
     text = Text()
     for piece in pieces:
         text.append(f"«{piece.text}»" if piece.trained else piece.text, style="green" if piece.trained else "dim")

@@ -1,17 +1,63 @@
-"""`eft serve`: the server, until it is told to stop."""
+"""`eft serve`: run the server until a signal stops it."""
 
 import asyncio
 import gc
 import os
+import shlex
 from typing import Annotated, Any
 
+import msgspec
 from cyclopts import Parameter
 
-from runtime.cli.banner import banner
-from runtime.cli.client import remote, served_model
-from runtime.cli.errors import CommandError
+from runtime.cli.client import local_token, remote, served_model
 from runtime.cli.flags import Config, read_settings, with_settings
+from runtime.cli.output import CommandError
 from settings.schema import Settings
+
+# -- banner ----------------------------------------------------------------------------------------
+#
+# Banner that `eft serve` prints when it is ready: its URL, and two snippets to try.
+
+_QUESTION = "Why is the sky blue?"
+_MAX_TOKENS = 100
+
+
+def banner(url: str, model: str, *, needs_key: bool) -> str:
+    """Text of the banner. `needs_key`: the snippets read the key from EFT_API_KEY; the key itself is never printed."""
+    return (
+        f"Serving {model} at {url} (Ctrl-C stops it). Try:\n\n"
+        f"{_curl(url, model, needs_key)}\n\n"
+        f"or, after `pip install openai`:\n\n{_python(url, model, needs_key)}\n"
+    )
+
+
+def _curl(url: str, model: str, needs_key: bool) -> str:
+    body = {"model": model, "messages": [{"role": "user", "content": _QUESTION}], "max_tokens": _MAX_TOKENS}
+    lines = [f"curl {url}/v1/chat/completions", "-H 'Content-Type: application/json'"]
+    if needs_key:
+        lines.append('-H "Authorization: Bearer $EFT_API_KEY"')
+    lines.append(f"-d {shlex.quote(msgspec.json.encode(body).decode())}")
+    return " \\\n  ".join(lines)
+
+
+def _python(url: str, model: str, needs_key: bool) -> str:
+    key = 'os.environ["EFT_API_KEY"]' if needs_key else '"none"'
+    return "\n".join(
+        [
+            *(["import os", ""] if needs_key else []),
+            "from openai import OpenAI",
+            "",
+            f'client = OpenAI(base_url="{url}/v1", api_key={key})',
+            "stream = client.chat.completions.create(",
+            f"    model={msgspec.json.encode(model).decode()},",
+            f'    messages=[{{"role": "user", "content": "{_QUESTION}"}}],',
+            f"    max_tokens={_MAX_TOKENS},",
+            "    stream=True,",
+            ")",
+            "for chunk in stream:",
+            '    print(chunk.choices[0].delta.content or "", end="", flush=True)',
+        ]
+    )
 
 
 @with_settings()
@@ -26,18 +72,18 @@ def serve(
 ) -> int:
     """Serve until Ctrl-C or SIGTERM. Returns the server's exit code."""
     settings = read_settings(flags, config, model=model).settings
-    from runtime.clash import refuse_clash
-    from runtime.workers.memory import share_one_arena
+    from runtime.support.memory import share_one_arena
+    from runtime.support.version import refuse_clash
 
     refuse_clash()
     share_one_arena()
     if "TORCHELASTIC_RUN_ID" in os.environ:  # one of torchrun's processes, of which only the first is the server
-        from runtime.ranks.torchrun import follow_torchrun
+        from runtime.workers.parallel.torchrun import follow_torchrun
 
         follow_torchrun(settings.parallel)
     import uvloop
 
-    from runtime import logs
+    from runtime.support import logs
 
     logs.configure(settings.observability)
     code: int = uvloop.run(_serve(settings))
@@ -47,7 +93,7 @@ def serve(
 async def _serve(settings: Settings) -> int:
     from runtime.api.server import serve as run_server
 
-    greetings: list[asyncio.Task[None]] = []  # a task that nobody holds may be collected
+    greetings: list[asyncio.Task[None]] = []  # a task without a reference may be collected
 
     def ready(url: str) -> None:
         gc.collect()
@@ -55,8 +101,8 @@ async def _serve(settings: Settings) -> int:
         gc.enable()
         greetings.append(asyncio.create_task(_greet(url, settings)))
 
-    # What is there once it serves, a few hundred thousand objects, stays: no collection needs to go through it, neither
-    # while it comes into being nor later, which would stop every stream for a tenth of a second, nor at the end.
+    # The few hundred thousand objects of a loaded server stay: no collection needs to visit them, neither
+    # during loading nor later, which would stop every stream for a tenth of a second, nor at the end.
     gc.disable()
     try:
         return await run_server(settings, on_ready=ready)
@@ -65,11 +111,16 @@ async def _serve(settings: Settings) -> int:
 
 
 async def _greet(url: str, settings: Settings) -> None:
-    """Ask the server what its model is called, as a client would, and print how to try it."""
-    keys = settings.server.api_key
+    """Get the model's name from the server, as a client would, and print the banner."""
+    if url.startswith("unix:"):
+        curl = f"curl --unix-socket {shlex.quote(url.removeprefix('unix:'))} http://localhost/v1/models"
+        print(f"Serving at {url} (Ctrl-C stops it). Try:\n\n{curl}", flush=True)
+        return
+    keys = (*settings.server.api_key, *settings.server.admin_key)
+    needs_key = bool(settings.server.api_key) or settings.server.keys_file is not None
     try:
-        async with remote(url, keys[0] if keys else None) as client:
+        async with remote(url, keys[0] if keys else local_token(url, settings)) as client:
             name = await served_model(client)
-    except CommandError:  # stopped this very moment, or a proxy in between: what we asked for will do
+    except CommandError:  # stopped just now, or a proxy in between: use the model of the settings
         name = settings.model.served_model_name or settings.model.model
-    print(banner(url, name, needs_key=bool(keys)), flush=True)
+    print(banner(url, name, needs_key=needs_key), flush=True)

@@ -1,24 +1,27 @@
-"""`eft train`: a recipe to a server, or to a model loaded here; and what comes of it."""
+"""`eft train`: send a recipe to a server, or to a model loaded here, and follow the job."""
 
 import asyncio
-from collections.abc import Iterator
+import sys
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractAsyncContextManager, ExitStack
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import quote
 
 import httpx
 import msgspec
 from cyclopts import Parameter
 
 from runtime.cli import client
-from runtime.cli.admin import DEFAULT_URL, AdminKey, admin_client, ask
-from runtime.cli.errors import UsageError
+from runtime.cli.client import DEFAULT_URL, AdminKey, ServerRefusal, admin_client, ask, describe, error_text
 from runtime.cli.flags import MODEL_SECTIONS, Config, Json, read_settings, refuse_settings, with_settings
-from runtime.cli.follow import follow as follow_job
+from runtime.cli.output import CommandError, Meter, UsageError
 from runtime.cli.recipe_files import RecipeFiles, read_recipe
 
 UNPUBLISHED = 3
-"""Exit code where the job is done and its recipe's gate was not passed."""
+"""Exit code if the job is done and its adapter did not pass the recipe's gate."""
 
 
 @with_settings(*MODEL_SECTIONS, "adapters", "trainer")
@@ -40,6 +43,8 @@ def train(
 ) -> int:
     """Returns 1 where the job failed or was cancelled, 3 where it was not good enough to publish."""
     files = read_recipe(recipe, name=name)
+    for notice in files.notices:
+        print(f"eft: {notice}", file=sys.stderr)
     if model is not None:
         if url is not None or admin_key is not None:
             raise UsageError("--url and --admin-key are for a server; with --model, training is done here")
@@ -48,7 +53,11 @@ def train(
         refuse_settings(flags, config)
         opened = admin_client(url or DEFAULT_URL, admin_key)
     job = asyncio.run(_train(opened, files, dry_run=dry_run, follow=follow or model is not None))
-    if json:
+    if dry_run:
+        from runtime.cli.recipe_plan import print_job_plan  # imported here: only this path needs it
+
+        print_job_plan(job, json=json)
+    elif json:
         print(msgspec.json.encode(job).decode())
     else:
         print("\n".join(_report(job, url, model)))
@@ -56,7 +65,7 @@ def train(
 
 
 def exit_code(job: dict[str, Any]) -> int:
-    """Of a job as it is now, or of a plan."""
+    """Exit code for the state of a job, or for a plan."""
     if job.get("status") in ("failed", "cancelled"):
         return 1
     return UNPUBLISHED if job.get("status") == "succeeded" and not job["adapter"] else 0
@@ -66,8 +75,26 @@ async def _train(
     opened: AbstractAsyncContextManager[httpx.AsyncClient], files: RecipeFiles, *, dry_run: bool, follow: bool
 ) -> dict[str, Any]:
     async with opened as http:
-        job = await submit(http, files, dry_run=dry_run)
-        return await follow_job(http, job) if follow and not dry_run else job
+        try:
+            job = await submit(http, files, dry_run=dry_run)
+        except ServerRefusal as error:
+            raise CommandError(f"{error.status}: {files.explain(error.message)}") from error
+        if not follow or dry_run:
+            return job
+        job = await follow_to_end(http, job)
+        return job | {"path": await _path_of(http, job)}
+
+
+async def _path_of(http: httpx.AsyncClient, job: dict[str, Any]) -> str | None:
+    """Path of the adapter that a job published, if the server reports it."""
+    if not job["adapter"]:
+        return None
+    name, _, number = job["adapter"].rpartition("@")
+    try:
+        versions = (await ask(http, "GET", f"/admin/adapters/{quote(name, safe='')}"))["versions"]
+    except CommandError:
+        return None
+    return next((version["path"] for version in versions if str(version["number"]) == number), None)
 
 
 async def submit(http: httpx.AsyncClient, files: RecipeFiles, *, dry_run: bool = False) -> dict[str, Any]:
@@ -81,17 +108,22 @@ async def submit(http: httpx.AsyncClient, files: RecipeFiles, *, dry_run: bool =
 
 
 def _report(job: dict[str, Any], url: str | None, model: str | None) -> Iterator[str]:
-    """What to say of a job, or of a plan, to a person."""
-    if job["object"] == "job.plan":
-        yield f"{job['name']}: {job['total_steps']} steps"
-        yield msgspec.json.format(msgspec.json.encode(job["summary"]), indent=2).decode()
-        return
+    """Lines of a report on a job, for a person."""
     match job["status"]:
         case "succeeded" if job["adapter"]:
             yield f"Published as {job['adapter']}. Try it:"
             if model:
                 yield f"  eft serve {model}"
             yield f"  eft chat {job['name']} --url {url or DEFAULT_URL}"
+            if asking := job["summary"].get("how_to_ask"):
+                yield f"Ask it {asking}"
+            if job.get("path"):
+                copy = (
+                    ""
+                    if model
+                    else f"; to copy it: eft adapters download {job['name']}" + (f" --url {url}" if url else "")
+                )
+                yield f"It lies in {job['path']}, as PEFT loads it{copy}"
         case "succeeded":
             yield f"{job['name']} is trained, and was not published; see: eft jobs events {job['id']}"
         case "failed":
@@ -101,3 +133,104 @@ def _report(job: dict[str, Any], url: str | None, model: str | None) -> Iterator
         case status:
             yield f"{job['id']} is {status}. Follow it:"
             yield f"  eft jobs events {job['id']} --follow" + (f" --url {url}" if url else "")
+
+
+# -- follow ----------------------------------------------------------------------------------------
+#
+# Follow a job to its end: step, loss, tokens per second, and remaining time.
+
+PATIENCE = 60.0
+"""Seconds without a connection after which the server counts as gone."""
+
+RECENT_STEPS = 20
+"""Steps over which the mean time of a step is taken, with the evaluations and checkpoints between them."""
+
+_PAUSE = 1.0
+_GATEWAY_ERRORS = (502, 503, 504)
+
+
+async def follow_to_end(http: httpx.AsyncClient, job: dict[str, Any]) -> dict[str, Any]:
+    """Show a job's events on stderr until its end; returns the finished job. Raises `CommandError`."""
+    pace = _Pace()
+    with Meter(job["name"] or job["id"], job["total_steps"] or 0, done=job["step"], remaining=False) as meter:
+        async for event in events(http, job["id"]):
+            data = event["data"]
+            if data.get("type") == "progress":
+                total = job["total_steps"] = data["total_steps"]
+                meter.total(total)
+                meter.reach(
+                    data["step"], pace.under_way(data), part=data["fraction"] if data["activity"] == "train" else 0
+                )
+            elif data.get("type") == "step":
+                total = job["total_steps"] = job["total_steps"] or (await _job(http, job["id"]))["total_steps"]
+                meter.total(total)
+                meter.reach(data["step"], pace.after(data, total))
+            else:
+                level = "" if event["level"] == "info" else f"{event['level']}: "
+                meter.say(level + event["message"])
+    return await _job(http, job["id"])
+
+
+async def events(http: httpx.AsyncClient, job_id: str, *, after: int = 0) -> AsyncIterator[dict[str, Any]]:
+    """A job's events until its end, reconnecting as needed. Raises `CommandError`."""
+    lost: float | None = None
+    while True:
+        headers = {"Accept": "text/event-stream", "Last-Event-ID": str(after)}
+        problem = "the connection ended"
+        try:
+            async with http.stream("GET", f"/admin/jobs/{job_id}/events", headers=headers) as response:
+                if response.is_error:
+                    await response.aread()
+                    problem = error_text(response)
+                    if response.status_code not in _GATEWAY_ERRORS:
+                        raise CommandError(problem)
+                else:
+                    async for line in response.aiter_lines():
+                        if line == "data: [DONE]":
+                            return
+                        if line.startswith("data: "):
+                            event = msgspec.json.decode(line.removeprefix("data: "))
+                            after, lost = int(event["id"]), None
+                            yield event
+        except httpx.TransportError as error:
+            problem = describe(error)
+        lost = time.monotonic() if lost is None else lost
+        if time.monotonic() - lost > PATIENCE:
+            raise CommandError(f"the server is gone: {problem}. The job goes on when it is back")
+        await asyncio.sleep(_PAUSE)
+
+
+async def _job(http: httpx.AsyncClient, job_id: str) -> dict[str, Any]:
+    job: dict[str, Any] = await ask(http, "GET", f"/admin/jobs/{job_id}")
+    return job
+
+
+class _Pace:
+    """Notes for the meter, from step and progress events of one job."""
+
+    def __init__(self) -> None:
+        self._recent: deque[tuple[float, int]] = deque(maxlen=RECENT_STEPS)
+        self._loss = ""
+
+    def after(self, step: dict[str, Any], total: int) -> str:
+        """Note at the end of a step: its loss, and the mean pace. One step alone is no measure: the time of the first
+        after an evaluation has the evaluation in it."""
+        self._loss = "loss nan" if step["loss"] is None else f"loss {step['loss']:.4f}"
+        self._recent.append((step["seconds"], step["tokens"]))
+        seconds = max(sum(time for time, _ in self._recent), 1e-9)
+        tokens = sum(tokens for _, tokens in self._recent)
+        left = _clock((total - step["step"]) * seconds / len(self._recent))
+        return f"{self._loss}, {tokens / seconds:.0f} tok/s, {left} left"
+
+    def under_way(self, progress: dict[str, Any]) -> str:
+        """Note within a step or an evaluation that takes long. The last loss stays in it: where steps take as long as
+        the meter waits between two lines, no note of a step's end would be shown."""
+        what = f"step {progress['step'] + 1}" if progress["activity"] == "train" else "evaluation"
+        left = progress["seconds_left"]
+        parts = (f"{what} {progress['fraction']:.0%} done", self._loss, "" if left is None else f"{_clock(left)} left")
+        return ", ".join(filter(None, parts))
+
+
+def _clock(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours:02d}:{rest // 60:02d}:{rest % 60:02d}"

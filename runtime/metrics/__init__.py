@@ -1,5 +1,4 @@
-"""Every metric, defined once: `table` says which there are, `Metrics` takes what is observed, `exposition` answers a
-scrape."""
+"""Every metric, defined once: `table` defines them, `Metrics` takes observations, `exposition` answers a scrape."""
 
 from runtime.metrics.exposition import render_process
 from runtime.metrics.recorder import PUBLISH_OUTCOMES, UNMATCHED, Metrics

@@ -1,4 +1,4 @@
-"""What a scrape is answered with: the families under their names and labels, put on when somebody asks."""
+"""Answer to a scrape: the metric families, with the names and labels that are added at the scrape."""
 
 from collections.abc import Iterable, Iterator
 
@@ -15,14 +15,14 @@ Families = dict[str, Gauge | Counter | Histogram]
 
 
 def render_process(accept: str = "") -> tuple[bytes, str]:
-    """What can be scraped while no model is loaded: the process's own metrics."""
+    """Metrics while no model is loaded: the process's own."""
     registry = CollectorRegistry()
     registry.register(ProcessNames(True))
     return render(registry, accept)
 
 
 def render(registry: CollectorRegistry, accept: str) -> tuple[bytes, str]:
-    """The exposition and its content type: OpenMetrics where `accept` asks for it, else plain text."""
+    """The exposition and its content type: OpenMetrics where `accept` requests it, else plain text."""
     if "application/openmetrics-text" in accept:
         text: bytes = openmetrics.generate_latest(registry)  # type: ignore[no-untyped-call]
         return text, openmetrics.CONTENT_TYPE_LATEST

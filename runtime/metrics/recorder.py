@@ -1,23 +1,63 @@
-"""What is observed, where it is observed, stored once.
+"""Recorder of all observations, each stored once, where it is made.
 
-The names `eft:…` and `vllm:…` (setting `observability.vllm_names`) and the labels `model_name` and `engine` are put on
-when somebody scrapes (`exposition`), so the engine thread pays for one counter, not for two. Knows nothing of HTTP
-frameworks, and nothing of torch.
+The names `eft:…` and `vllm:…` (setting `observability.vllm_names`) and the labels `model_name` and `engine` are added
+at a scrape (`exposition`), so the engine thread pays for one counter, not for two. Independent of HTTP frameworks and
+of torch.
 """
 
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from runtime.events import EvalEvent, StepEvent
 from runtime.messages import FinishReason, RequestTiming
 from runtime.metrics.exposition import Families, Names, ProcessNames, render
 from runtime.metrics.table import ADAPTER, TABLE
-from runtime.metrics.timing import durations, is_late, phase_of
-from runtime.trainer.events import EvalEvent, StepEvent
 
-_REASONS = frozenset({"queue_full", "context_length_exceeded", "conflict", "engine_unavailable", "other"})
+# -- timing ----------------------------------------------------------------------------------------
+#
+# Phase, lateness and durations of a request that has ended, from its times.
+
+
+def phase_of(timing: RequestTiming) -> str:
+    """Phase that the request had reached."""
+    if timing.scheduled is None:
+        return "queued"
+    return "prefill" if timing.first_token is None else "decode"
+
+
+def is_late(timing: RequestTiming) -> bool:
+    """True if the request missed its deadline."""
+    if timing.deadline is None or timing.finished is None or timing.finish_reason == "abort":
+        return False
+    return timing.finish_reason == "timeout" or timing.finished > timing.deadline
+
+
+def durations(timing: RequestTiming) -> Iterator[tuple[str, float]]:
+    """Durations in seconds, by the names of their metrics. Phases that the request never reached have none."""
+    if timing.finished is not None:
+        yield "e2e_request_latency_seconds", timing.finished - timing.arrival
+    if timing.scheduled is None:
+        return
+    yield "request_queue_time_seconds", timing.scheduled - timing.arrival
+    if timing.first_token is None or timing.last_token is None:
+        return
+    decode = timing.last_token - timing.first_token
+    yield "request_prefill_time_seconds", timing.first_token - timing.scheduled
+    yield "request_decode_time_seconds", decode
+    yield "request_inference_time_seconds", timing.last_token - timing.scheduled
+    if timing.generated_tokens > 1:
+        yield "request_time_per_output_token_seconds", decode / (timing.generated_tokens - 1)
+
+
+_REASONS = frozenset(
+    {
+        "queue_full", "context_length_exceeded", "conflict", "engine_unavailable", "rate_limit_exceeded",
+        "queue_share_full", "other",
+    }
+)  # fmt: skip
 PUBLISH_OUTCOMES = ("published", "refused", "failed")
 """Refused: the adapter did not fit. Failed: the server could not."""
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
@@ -55,14 +95,17 @@ class Metrics:
                     spec.name, spec.help, spec.labels, buckets=spec.buckets or lengths, registry=None
                 )
         self._adapters: dict[str, tuple[str, str]] = {}
-        """Key → labels, of the versions in memory: of these only are there samples, so there are never many."""
+        """Key → labels of the adapter versions in memory. Only these have samples, so there are never many."""
         self._block_bytes = block_bytes
         self._gauges["swap_capacity_bytes"].set(num_host_blocks * block_bytes)
         self._max_adapters = str(max_adapters)
         self._adapters_at_work = ("", "")
         self._requests = (0, 0, 0)
-        """That run, that wait, and that wait though there is room, as the gauges have them."""
+        """Running, waiting and deferred requests, as the gauges have them."""
         self._swapped = 0
+        self._step_tokens = 0
+        """Tokens of the step that is being delivered, as vLLM counts them: the generated ones, and all computed ones of
+        each prompt that was completed in it, over however many steps."""
         self._fill_labels(block_size, num_blocks, max_model_len)
         self._registry = CollectorRegistry()
         families: Families = {**self._gauges, **self._counters, **self._histograms}
@@ -86,8 +129,9 @@ class Metrics:
             self._counters["adapter_publishes"].labels(outcome)
         self._gauges["lora_requests_info"].labels(self._max_adapters, "", "").set(time.time())
 
-    def on_step(self, *, running: int, waiting: int, kv_usage: float, tokens: int, deferred: int = 0) -> None:
-        """After a step of `tokens` (0: none ran). `deferred` of the `waiting` would fit but must not run."""
+    def on_step(self, *, running: int, waiting: int, kv_usage: float, deferred: int = 0) -> None:
+        """After a step and all of its `on_tokens`, or when none ran. `deferred` of the `waiting` would fit but must not
+        run."""
         if self._requests != (now := (running, waiting, deferred)):  # they change less often than steps are done
             self._requests = now
             self._gauges["num_requests_running"].set(running)
@@ -96,8 +140,9 @@ class Metrics:
             by_reason.labels("capacity").set(waiting - deferred)
             by_reason.labels("deferred").set(deferred)
         self._gauges["kv_cache_usage_perc"].set(kv_usage)
-        if tokens:
-            self._histograms["iteration_tokens_total"].observe(tokens)
+        if self._step_tokens:
+            self._histograms["iteration_tokens_total"].observe(self._step_tokens)
+            self._step_tokens = 0
 
     def on_prefix_lookup(self, queries: int, hits: int) -> None:
         """A prompt of `queries` tokens was looked up and `hits` of them were cached."""
@@ -108,17 +153,17 @@ class Metrics:
         self._counters["num_preemptions"].inc(count)
 
     def on_drafts(self, drafted: int, accepted: int) -> None:
-        """So many tokens were guessed, and `accepted` of them were right."""
+        """`drafted` tokens were guessed, and `accepted` of them were right."""
         self._counters["spec_decode_num_draft_tokens"].inc(drafted)
         self._counters["spec_decode_num_accepted_tokens"].inc(accepted)
 
     def on_swap(self, *, out: int, back: int) -> None:
-        """So many blocks were copied to host memory and back from it."""
+        """`out` blocks were copied to host memory, and `back` blocks from it."""
         self._counters["swap_out_blocks"].inc(out)
         self._counters["swap_in_blocks"].inc(back)
 
     def on_swapped(self, held: int) -> None:
-        """Host memory holds so many blocks."""
+        """Host memory holds `held` blocks."""
         if held != self._swapped:
             self._swapped = held
             self._gauges["swap_used_bytes"].set(held * self._block_bytes)
@@ -126,7 +171,9 @@ class Metrics:
     def on_tokens(self, timing: RequestTiming, count: int, now: float) -> None:
         """`count` tokens came at `now`; called before `timing`'s own token times move on."""
         self._counters["generation_tokens"].inc(count)
+        self._step_tokens += count
         if timing.first_token is None:
+            self._step_tokens += max(0, timing.prompt_tokens - timing.cached_tokens)
             self._histograms["time_to_first_token_seconds"].observe(now - timing.arrival)
             if (labels := self._adapters.get(timing.adapter)) is not None:
                 self._histograms["adapter_time_to_first_token_seconds"].labels(*labels).observe(now - timing.arrival)
@@ -220,19 +267,21 @@ class Metrics:
 
     def on_eval(self, event: EvalEvent) -> None:
         """The held-out rows were scored."""
-        self._gauges["eval_metric"].labels("loss").set(event.loss)
-        self._gauges["eval_metric"].labels("accuracy").set(event.accuracy)
+        for name, value in event.named.items():
+            self._gauges["eval_metric"].labels(name).set(value)
 
     def on_jobs(self, counts: dict[str, int]) -> None:
-        """How many jobs are in each state."""
+        """Set the number of jobs in each state."""
         for state, count in counts.items():
             self._gauges["jobs"].labels(state).set(count)
 
-    def on_lag(self, seconds: float) -> None:
-        self._gauges["event_loop_lag_seconds"].set(seconds)
+    def on_loop(self, *, lag: float, tasks: int) -> None:
+        """The event loop at a scrape: its longest delay since the last one, in seconds, and its tasks."""
+        self._gauges["event_loop_lag_seconds"].set(lag)
+        self._gauges["event_loop_tasks"].set(tasks)
 
     def render(self, accept: str = "") -> tuple[bytes, str]:
-        """The exposition and its content type: OpenMetrics where `accept` asks for it, else plain text."""
+        """The exposition and its content type: OpenMetrics where `accept` requests it, else plain text."""
         return render(self._registry, accept)
 
 

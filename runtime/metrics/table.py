@@ -1,4 +1,4 @@
-"""Every metric, defined once: names, kinds, labels, buckets, and which of them has a second name."""
+"""Every metric, defined once: name, kind, labels, buckets, and a second name for some."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -80,7 +80,8 @@ TABLE: tuple[Spec, ...] = (
     Spec("request_max_num_generation_tokens", "histogram", "Longest choice of a request, in tokens."),
     Spec("request_params_max_tokens", "histogram", "The limit on generated tokens that was in force."),
     Spec("request_prefill_kv_computed_tokens", "histogram", "Prompt tokens computed, cached ones excluded."),
-    Spec("iteration_tokens_total", "histogram", "Tokens computed in one step.", buckets=_STEP_TOKENS),
+    Spec("iteration_tokens_total", "histogram", "Tokens generated, and of prompts completed, in one step.",
+         buckets=_STEP_TOKENS),
     Spec("request_params_n", "histogram", "Choices asked for.", buckets=_CHOICES),
     Spec("request_num_preemptions", "histogram", "Preemptions per request.", buckets=_PREEMPTIONS),
     Spec("http_requests", "counter", "HTTP requests.", ("method", "status", "handler"), twin="plain"),
@@ -116,4 +117,5 @@ TABLE: tuple[Spec, ...] = (
     Spec("eval_metric", "gauge", "Result of the last evaluation, by metric.", ("name",), twin="none"),
     Spec("event_loop_lag_seconds", "gauge", "Longest delay of the event loop seen since the last scrape.",
          twin="none"),
+    Spec("event_loop_tasks", "gauge", "Tasks of the event loop, at the scrape.", twin="none"),
 )  # fmt: skip
