@@ -1,11 +1,14 @@
 """Models that many tests share. Built or fetched once a session, and only when a test asks."""
 
 import contextlib
+import logging
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import structlog
 from hypothesis import HealthCheck, settings
 
 from tests.tiny import make_tiny_llama
@@ -18,11 +21,26 @@ with pytest.MonkeyPatch.context() as _patch, contextlib.suppress(ImportError):
     import triton.language  # noqa: F401
 
 
-# How long an example takes says what else the machine does; fixtures are read only, so examples may share them.
-settings.register_profile(
-    "eft", deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
-)
+# How long an example takes says what else the machine does; fixtures are read only, so examples may share them. The same
+# examples each time, so that a change is judged by what it changed; --hypothesis-profile=search looks for new ones.
+_CHECKS = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+settings.register_profile("eft", deadline=None, suppress_health_check=_CHECKS, derandomize=True)
+settings.register_profile("search", deadline=None, suppress_health_check=_CHECKS, max_examples=500)
 settings.load_profile("eft")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests that take minutes run where they are asked for: `-m slow`."""
+    if "slow" in config.getoption("-m"):
+        return
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.skip(reason="takes minutes: run it with -m slow"))
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    return "asyncio"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -31,6 +49,25 @@ def _state_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interrupts() -> None:
+    """Tests that press Ctrl-C can be run in the background, where a shell has SIGINT ignored."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def _logs_as_they_were() -> Iterator[None]:
+    """What a test configures for its logs is not there for the next one."""
+    root = logging.getLogger()
+    handlers, level, config = root.handlers[:], root.level, structlog.get_config()
+    config["processors"] = list(config["processors"])
+    yield
+    structlog.configure(**config)
+    root.handlers[:] = handlers
+    root.setLevel(level)
 
 
 @pytest.fixture(scope="session")
@@ -42,6 +79,6 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def demo_model() -> Path:
     """The GGUF file of SmolLM2-135M-Instruct. Mark the tests that use it `real_model`."""
-    from runtime.workers.loading.demo import demo_path
+    from runtime.checkpoints.demo import demo_path
 
     return demo_path()

@@ -5,9 +5,13 @@ import json
 import os
 import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -80,25 +84,122 @@ def test_both_targets_are_there_and_build_on_stages_that_are() -> None:
             assert source in found
 
 
+def environment_of(target: str) -> dict[str, str]:
+    """Variables of ENV, those with a value from the build aside."""
+    words = " ".join(value for step, value in inherited(target) if step == "ENV").split()
+    return dict(word.split("=", 1) for word in words if "$" not in word)
+
+
+class Image:
+    """The files that the steps of a target copy, laid out in a folder as they would be in the image, and the settings
+    of its process. What RUN adds, the installed packages, is this environment's."""
+
+    def __init__(self, target: str, folder: Path) -> None:
+        self.folder = folder
+        found = stages()
+        for stage in found.values():
+            self._lay_out(stage)
+        self.stage = found[target]
+
+    def _lay_out(self, stage: Stage) -> None:
+        root = self.folder / stage.name
+        if (self.folder / stage.base).is_dir():
+            shutil.copytree(self.folder / stage.base, root)
+        root.mkdir(exist_ok=True)
+        where = "/"
+        for instruction, arguments in stage.steps:
+            if instruction == "WORKDIR":
+                where = arguments
+                (root / where.lstrip("/")).mkdir(parents=True, exist_ok=True)
+            elif instruction == "COPY" and "--from=" not in arguments:
+                *sources, target = [word for word in arguments.split() if not word.startswith("--")]
+                for source in sources:
+                    self._copy(ROOT / source, root / (Path(where) / target).as_posix().lstrip("/"), target)
+
+    @staticmethod
+    def _copy(source: Path, destination: Path, target: str) -> None:
+        if source.is_dir():
+            shutil.copytree(source, destination, ignore=shutil.ignore_patterns("__pycache__"))
+            return
+        if target.endswith("/"):
+            destination /= source.name
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, destination)
+
+    def start(self, **more: str) -> subprocess.Popen[bytes]:
+        """Run the entry point's command from the copied sources alone."""
+        entry, *arguments = [
+            *json.loads(last(self.stage.name, "ENTRYPOINT")),
+            *json.loads(last(self.stage.name, "CMD")),
+        ]
+        scripts = tomllib.loads((self.folder / "build/src/pyproject.toml").read_text())["project"]["scripts"]
+        module, _, function = scripts[entry].partition(":")
+        source = str(self.folder / "build/src")
+        code = f"""
+import sys, kernels, runtime, settings
+assert all(package.__file__.startswith({source!r}) for package in (kernels, runtime, settings))
+from {module} import {function}
+sys.argv[0] = {entry!r}
+sys.exit({function}())
+"""
+        working = self.folder / self.stage.name / "state"
+        working.mkdir()
+        environment = {
+            **os.environ,
+            **environment_of(self.stage.name),
+            "PYTHONPATH": str(self.folder / "build/src"),
+            **more,
+        }
+        return subprocess.Popen([sys.executable, "-P", "-c", code, *arguments], env=environment, cwd=working)
+
+    def healthy(self, **more: str) -> bool:
+        """Run the command of HEALTHCHECK."""
+        command = json.loads(last(self.stage.name, "HEALTHCHECK").partition("CMD ")[2])
+        program = self.folder / self.stage.name / "usr/local/bin" / command[0]
+        environment = {**os.environ, **environment_of(self.stage.name), "no_proxy": "*", **more}
+        return subprocess.run([sys.executable, str(program)], env=environment, capture_output=True).returncode == 0
+
+
+@pytest.mark.timeout(300)
+def test_what_the_image_holds_serves_until_it_is_stopped(tiny_model: Path, tmp_path: Path) -> None:
+    """The sources that are copied suffice, in the image's environment; the health check follows; STOPSIGNAL ends it."""
+    image = Image("cpu", tmp_path)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    settings = {"EFT_SERVER_HOST": "127.0.0.1", "EFT_SERVER_PORT": port, "EFT_MODEL": str(tiny_model)}
+    settings |= {"XDG_CACHE_HOME": os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))}  # compiled kernels
+    assert not image.healthy(**settings)
+    server = image.start(**settings)
+    try:
+        deadline = time.monotonic() + 240
+        while not image.healthy(**settings):
+            assert server.poll() is None, "it ended"
+            assert time.monotonic() < deadline, "it never became healthy"
+            time.sleep(0.1)
+        server.send_signal(signal.Signals[last("cpu", "STOPSIGNAL")])
+        assert server.wait(60) == 0
+    finally:
+        server.kill()
+        server.wait()
+    assert not image.healthy(**settings)
+
+
 @pytest.mark.parametrize("target", ["cpu", "cuda"])
-def test_final_images(target: str) -> None:
-    uid, _, gid = last(target, "USER").partition(":")
-    assert int(uid) > 0
-    assert int(gid) > 0
-    assert json.loads(last(target, "ENTRYPOINT")) == ["eft"]  # the exec form: signals reach the server
-    assert json.loads(last(target, "CMD")) == ["serve"]
-    assert last(target, "STOPSIGNAL") == "SIGTERM"
-    assert json.loads(last(target, "HEALTHCHECK").partition("CMD ")[2]) == ["eft-health"]
-    assert json.loads(last(target, "VOLUME")) == ["/var/lib/eft", "/var/cache/eft"]
-    assert "EFT_SERVER_HOST=0.0.0.0" in " ".join(value for step, value in inherited(target) if step == "ENV")
+def test_images_run_without_root_and_keep_their_state(target: str) -> None:
+    """The user is a number (Kubernetes' runAsNonRoot asks for one), and what the server writes is on volumes."""
+    assert all(int(part) > 0 for part in last(target, "USER").split(":"))
+    volumes = [Path(volume) for volume in json.loads(last(target, "VOLUME"))]
+    assert Path(last(target, "WORKDIR")) in volumes
+    environment = environment_of(target)
+    for name in ("XDG_CACHE_HOME", "HF_HOME"):
+        assert any(Path(environment[name]).is_relative_to(volume) for volume in volumes), name
 
 
 def test_environment_variables_of_the_images_are_settings() -> None:
     from settings.load import load
 
-    environment = " ".join(value for step, value in inherited("cpu") if step == "ENV")
-    names = dict(pair.split("=", 1) for pair in environment.split() if pair.startswith("EFT_"))
-    settings = load(env=names).settings
+    settings = load(env=environment_of("cpu")).settings
     assert settings.server.host == "0.0.0.0"
     assert settings.model.device == "cpu"
 
@@ -169,11 +270,13 @@ def answering(status: int) -> Iterator[int]:
             thread.join()
 
 
-def health(port: int) -> int:
+def health(port: int | None, *arguments: str, folder: Path | None = None, **more: str) -> int:
     # A proxy that does not exist: asking it would fail.
-    environment = {**os.environ, "EFT_SERVER_PORT": str(port), "http_proxy": "http://127.0.0.1:1"}
-    command = [sys.executable, str(ROOT / ".ci" / "health")]
-    return subprocess.run(command, env=environment, capture_output=True, check=False).returncode
+    environment = {**os.environ, "http_proxy": "http://127.0.0.1:1", **more}
+    if port is not None:
+        environment["EFT_SERVER_PORT"] = str(port)
+    command = [sys.executable, str(ROOT / ".ci" / "health"), *arguments]
+    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, check=False).returncode
 
 
 def test_health_check_of_the_image() -> None:
@@ -182,3 +285,37 @@ def test_health_check_of_the_image() -> None:
     assert health(port) == 1  # gone
     with answering(503) as port:
         assert health(port) == 1
+
+
+@contextmanager
+def process(*arguments: str) -> Iterator[str]:
+    """One with these arguments, as the container's first would have them. Yields its id."""
+    sleeping = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", *arguments])
+    try:
+        yield str(sleeping.pid)
+    finally:
+        sleeping.kill()
+        sleeping.wait()
+
+
+def test_health_check_of_a_server_that_was_told_where_to_listen(tmp_path: Path) -> None:
+    """A flag wins over the environment, that over the file, as for the server."""
+    with answering(200) as port, answering(503) as other:
+        for arguments in (
+            ("serve", "demo", "--port", str(port)),
+            ("serve", f"--port={port}", "--host", "127.0.0.1"),
+            ("/sbin/docker-init", "--", "eft", "serve", "--host=0.0.0.0", f"--port={port}"),
+            ("serve", "--port", str(other), "--port", str(port)),
+        ):
+            with process(*arguments) as pid:
+                assert health(other, pid) == 0, arguments
+        with process("serve", "--host", "127.0.0.9", "--port", str(port)) as pid:
+            assert health(port, pid) == 1  # nothing listens there
+        with process("serve", "--port", "0") as pid:
+            assert health(port, pid) == 1
+        (tmp_path / "eft.toml").write_text(f"[server]\nport = {port}\n")
+        with process("serve") as pid:
+            assert health(None, pid, folder=tmp_path) == 0
+            assert health(other, pid, folder=tmp_path) == 1
+        with process("serve", "--config", str(tmp_path / "eft.toml")) as pid:
+            assert health(None, pid) == 0

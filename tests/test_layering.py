@@ -16,62 +16,124 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("runtime", "kernels", "settings")
 
-TEXT = {"runtime.tokenizer", "runtime.detokenizer", "runtime.chat_template", "runtime.special_text"}
-"""Between text and token ids."""
+SUBPARTS = {"runtime.trainer": {"recipe", "data", "plan", "jobs"}}
+"""Packages whose packages are parts of their own; what lies beside these is the part with the package's name."""
 
-# Part → the parts of ours that it may import, besides itself, settings and COMMON. A part is a package or
-# module right below `runtime`, or one of the other top-level packages.
+# Part → the parts of ours that it may import, besides itself and COMMON. A part is a package or module right below
+# `runtime`, one of SUBPARTS, or one of the other top-level packages. Every part is here, from the bottom to the top:
+# each may import only what stands above it in this table, so no circle is possible.
 ALLOWED: dict[str, set[str]] = {
     "settings": set(),
     "kernels": set(),
+    "runtime.errors": set(),
+    "runtime.messages": {"runtime.errors"},
+    "runtime.events": set(),
+    "runtime.support": {"runtime.errors", "settings"},
+    "runtime.text": set(),
     "runtime.blocks": set(),
     "runtime.scheduler": {"runtime.blocks"},
-    "runtime.workers": {"kernels", "runtime.durable", *TEXT},
+    "runtime.access": set(),
+    "runtime.responses": set(),
+    "runtime.metrics": {"runtime.events"},
+    "runtime.model": {"kernels"},
+    "runtime.checkpoints": {"kernels", "runtime.text", "runtime.model"},
+    "runtime.adapters": {"runtime.metrics", "runtime.model", "runtime.checkpoints"},
+    "runtime.trainer.recipe": {"runtime.adapters"},
+    "runtime.trainer.data": {"runtime.text", "runtime.adapters", "runtime.trainer.recipe"},
     "runtime.trainer": {
+        "kernels",
+        "runtime.events",
+        "runtime.model",
+        "runtime.trainer.recipe",
+        "runtime.trainer.data",
+    },
+    "runtime.trainer.plan": {
+        "runtime.text",
+        "runtime.adapters",
+        "runtime.trainer.recipe",
+        "runtime.trainer.data",
+        "runtime.trainer",
+    },
+    "runtime.trainer.jobs": {"runtime.events", "runtime.metrics", "runtime.adapters", "runtime.trainer.recipe"},
+    "runtime.files": set(),
+    "runtime.batches": {"runtime.files"},
+    "runtime.workers": {
+        "kernels",
+        "runtime.events",
+        "runtime.text",
+        "runtime.model",
+        "runtime.checkpoints",
+        "runtime.trainer",
+    },
+    "runtime.engine": {
+        "runtime.events",
+        "runtime.text",
+        "runtime.responses",
+        "runtime.blocks",
+        "runtime.scheduler",
+        "runtime.metrics",
+        "runtime.model",
+        "runtime.checkpoints",
+        "runtime.adapters",
+        "runtime.trainer.recipe",
+        "runtime.trainer.data",
+        "runtime.trainer",
+        "runtime.trainer.plan",
+        "runtime.trainer.jobs",
+        "runtime.files",
+        "runtime.batches",
+        "runtime.workers",
+    },
+    "runtime.llm": {"runtime.engine"},
+    "runtime": {"runtime.llm"},
+    "runtime.api": {
+        "runtime.text",
+        "runtime.access",
+        "runtime.responses",
+        "runtime.metrics",
+        "runtime.model",
+        "runtime.checkpoints",
+        "runtime.adapters",
+        "runtime.engine",
+        "runtime.trainer.jobs",
+        "runtime.files",
+        "runtime.batches",
+    },
+    "runtime.cli": {
+        "runtime.access",
+        "runtime.model",
+        "runtime.checkpoints",
+        "runtime.trainer.recipe",
+        "runtime.trainer.data",
+        "runtime.trainer",
+        "runtime.trainer.plan",
         "runtime.workers",
         "runtime.engine",
-        "runtime.apart",
-        "runtime.background",
-        "runtime.durable",
-        "runtime.logs",
-        "runtime.metrics",
-        "kernels",
-        *TEXT,
+        "runtime.trainer.jobs",
+        "runtime.llm",
+        "runtime.api",
     },
-    "runtime.verification": {"kernels", "runtime.model_loading", "runtime.workers", *TEXT},
-    "runtime.model_loading": {"kernels", "runtime.workers", "runtime.logs"},
-    "runtime.ranks": {
-        "runtime.workers",
-        "runtime.trainer",
-        "runtime.assembly",
-        "runtime.model_loading",
-        "runtime.logs",
-        "kernels",
-    },
-    "runtime.hooks": {"runtime.logs"},
-    "runtime.delivery": {"runtime.scheduler", "runtime.hooks", "runtime.metrics", *TEXT},
-    "runtime.beams": {"runtime.scheduler", "runtime.delivery"},
-    "runtime.engine": {
-        "runtime.beams",
-        "runtime.scheduler",
-        "runtime.blocks",
-        "runtime.workers",
-        "runtime.metrics",
-        "runtime.delivery",
-        "runtime.hooks",
-        *TEXT,
-    },
+    "runtime.__main__": {"runtime.cli"},
 }
 
-COMMON = {"runtime.errors", "runtime.messages", "runtime.failpoints"}
-"""What any part of `runtime` may import: nouns, and nothing that does work."""
+COMMON = {"settings", "runtime.errors", "runtime.messages", "runtime.support"}
+"""Known to all parts of `runtime` below them in the table."""
 
-LIGHT = {"runtime.blocks", "runtime.scheduler", "settings", *COMMON}
+LIGHT = {
+    "runtime.blocks",
+    "runtime.scheduler",
+    "runtime.events",
+    "runtime.trainer.recipe",
+    "runtime.files",
+    "runtime.batches",
+    *COMMON,
+}
 """Parts that may reach none of HEAVY, directly or through anything they import."""
 
 HEAVY = {"torch", "numpy", "transformers", "litestar", "uvicorn"}
 
 
+@functools.cache
 def modules() -> dict[str, Path]:
     found = {}
     for package in PACKAGES:
@@ -81,15 +143,15 @@ def modules() -> dict[str, Path]:
     return found
 
 
-def imports(source: str, *, deferred: bool) -> Iterator[str]:
+def imports(source: str, *, everywhere: bool) -> Iterator[str]:
     """Dotted names that the module imports; `from a import b` gives both a and a.b.
 
-    `deferred`: also those inside functions. Never those under `if TYPE_CHECKING:`.
+    `everywhere`: also those inside functions, and those under `if TYPE_CHECKING:`.
     """
     pending: list[ast.AST] = [ast.parse(source)]
     while pending:
         node = pending.pop()
-        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING") and not everywhere:
             pending += node.orelse
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -97,18 +159,18 @@ def imports(source: str, *, deferred: bool) -> Iterator[str]:
             assert node.level == 0, "imports are absolute here"
             yield node.module or ""
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        elif deferred or not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        elif everywhere or not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             pending += ast.iter_child_nodes(node)
 
 
 @functools.cache
-def graph(*, deferred: bool) -> dict[str, frozenset[str]]:
+def graph(*, everywhere: bool) -> dict[str, frozenset[str]]:
     """Module → what it imports: our modules, and the top names of everybody else's packages."""
     known = modules()
     edges = {}
     for name, path in known.items():
         used = set()
-        for target in imports(path.read_text(encoding="utf-8"), deferred=deferred):
+        for target in imports(path.read_text(encoding="utf-8"), everywhere=everywhere):
             top = target.split(".")[0]
             if top not in PACKAGES or target in known:
                 used.add(target if top in PACKAGES else top)
@@ -118,12 +180,15 @@ def graph(*, deferred: bool) -> dict[str, frozenset[str]]:
 
 def part(module: str) -> str:
     pieces = module.split(".")
-    return ".".join(pieces[:2]) if pieces[0] == "runtime" else pieces[0]
+    if pieces[0] != "runtime":
+        return pieces[0]
+    owner = ".".join(pieces[:2])
+    return ".".join(pieces[:3]) if len(pieces) > 2 and pieces[2] in SUBPARTS.get(owner, ()) else owner
 
 
 def reachable(start: str) -> dict[str, str]:
     """Everything that comes along when `start` is imported → the module that brings it."""
-    edges = graph(deferred=False)
+    edges = graph(everywhere=False)
     seen: dict[str, str] = {}
     pending = [start]
     while pending:
@@ -139,60 +204,113 @@ def reachable(start: str) -> dict[str, str]:
 
 def test_the_reader_of_imports_sees_them_all() -> None:
     source = "import a.b\nfrom c import d\nif TYPE_CHECKING:\n    import e\ndef f():\n    import g\n"
-    assert set(imports(source, deferred=True)) == {"a.b", "c", "c.d", "g"}
-    assert set(imports(source, deferred=False)) == {"a.b", "c", "c.d"}
+    assert set(imports(source, everywhere=True)) == {"a.b", "c", "c.d", "e", "g"}
+    assert set(imports(source, everywhere=False)) == {"a.b", "c", "c.d"}
 
 
-@pytest.mark.parametrize("owner", sorted(ALLOWED))
+def test_every_part_has_its_place_in_the_table() -> None:
+    assert {part(name) for name in modules()} == ALLOWED.keys()
+    order = list(ALLOWED)
+    for owner, allowed in ALLOWED.items():
+        below = [other for other in allowed if order.index(other) >= order.index(owner)]
+        assert not below, f"{owner} may import {below}, which stands below it"
+
+
+@pytest.mark.parametrize("owner", ALLOWED)
 def test_imports_point_one_way(owner: str) -> None:
-    inside = {name: used for name, used in graph(deferred=True).items() if part(name) == owner}
-    assert inside, f"{owner} has no modules"
-    allowed = {owner, "settings", *ALLOWED[owner]} | (COMMON if owner.startswith("runtime") else set())
-    wrong = {
-        f"{name} imports {target}"
-        for name, used in inside.items()
-        for target in used
-        if target.split(".")[0] in PACKAGES and target != "runtime" and part(target) not in allowed
-    }
-    assert not wrong
+    order = list(ALLOWED)
+    common = {name for name in COMMON if order.index(name) < order.index(owner)} if owner != "kernels" else set()
+    allowed = {owner, *ALLOWED[owner], *common}
+    edges = [(name, target) for name, used in graph(everywhere=True).items() for target in used if part(name) == owner]
+    assert not {f"{name} imports {target}" for name, target in edges if is_ours(target) and part(target) not in allowed}
+    used = {part(target) for _, target in edges if is_ours(target)}
+    assert not ALLOWED[owner] - used, "the table allows more than there is"
 
 
-def test_nothing_below_the_api_imports_it() -> None:
-    above = {"runtime.api", "runtime.cli", "runtime.__main__"}
-    wrong = {
-        f"{name} imports {target}"
-        for name, used in graph(deferred=True).items()
-        for target in used
-        if part(target) in above and part(name) not in above
-    }
+def is_ours(name: str) -> bool:
+    return name.split(".")[0] in PACKAGES
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    """Not even for its types, or inside a function."""
+    edges = {name: {target for target in used if target in modules()} for name, used in modules_used().items()}
+    while leaves := [name for name, used in edges.items() if not used]:
+        for name in leaves:
+            del edges[name]
+        for used in edges.values():
+            used.difference_update(leaves)
+    assert not edges, f"in a circle, or importing one: {sorted(edges)}"
+
+
+def modules_used() -> dict[str, set[str]]:
+    """Module → those whose names it uses: a package counts where a name of its own is imported from it, not where
+    one of its modules is."""
+    used: dict[str, set[str]] = {}
+    for name, path in modules().items():
+        targets = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                targets |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                names = {f"{node.module}.{alias.name}" for alias in node.names}
+                targets |= names & modules().keys()
+                targets |= {node.module or ""} if names - modules().keys() else set()
+        used[name] = targets - {name}
+    return used
+
+
+OWNERS = {
+    "handle": "runtime.api",
+    "service": "runtime.engine",
+    "engine": "runtime.engine",
+    "scheduler": "runtime.scheduler",
+    "executor": "runtime.workers",
+    "worker": "runtime.workers",
+    "decoder": "runtime.model",
+    "run": "runtime.trainer",
+    "jobs": "runtime.trainer.jobs",
+    "library": "runtime.adapters",
+}
+"""What objects of the large classes are called in other parts, and the part that their class is of."""
+
+
+def test_no_part_hangs_attributes_on_objects_of_others() -> None:
+    """What a part needs of another it passes as an argument, or there is a method for it."""
+    wrong = []
+    for name, path in modules().items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                holder = ast.unparse(node.value).split(".")[-1].lstrip("_")
+                if OWNERS.get(holder, part(name)) != part(name):
+                    wrong.append(f"{name} sets {ast.unparse(node)}")
     assert not wrong
 
 
 @pytest.mark.parametrize("owner", sorted(LIGHT))
 def test_light_parts_reach_nothing_heavy(owner: str) -> None:
-    inside = [name for name in graph(deferred=True) if part(name) == owner]
+    inside = [name for name in graph(everywhere=True) if part(name) == owner]
     assert inside, f"{owner} has no modules"
     for name in inside:
-        assert not HEAVY & graph(deferred=True)[name], name
+        assert not HEAVY & graph(everywhere=True)[name], name
         reached = reachable(name)
         assert not {f"{heavy} through {reached[heavy]}" for heavy in HEAVY & reached.keys()}, name
 
 
 def test_recipes_and_plans_need_no_torch() -> None:
     """They are checked where there is no engine, and while one is busy."""
-    for start in ("runtime.trainer.recipe", "runtime.trainer.plan", "runtime.trainer.summary"):
+    for start in ("runtime.trainer.recipe", "runtime.trainer.plan.plan", "runtime.trainer.plan.plan"):
         reached = reachable(start)
         assert not {f"{heavy} through {reached[heavy]}" for heavy in HEAVY & reached.keys()}, start
 
 
 def test_jobs_know_neither_http_nor_tensors() -> None:
-    inside = [name for name in graph(deferred=True) if name.startswith("runtime.trainer.jobs")]
+    inside = [name for name in graph(everywhere=True) if name.startswith("runtime.trainer.jobs")]
     assert inside
     for name in inside:
         reached = reachable(name)
         assert not {f"{name}: {heavy} through {reached[heavy]}" for heavy in HEAVY & reached.keys()}
         assert not {
-            target for target in graph(deferred=True)[name] if part(target) in ("runtime.workers", "runtime.api")
+            target for target in graph(everywhere=True)[name] if part(target) in ("runtime.workers", "runtime.api")
         }
 
 
@@ -209,8 +327,9 @@ def test_top_level_layout() -> None:
     names = {path.relative_to(ROOT).parts[0] for path in tracked()}
     folders = {"runtime", "kernels", "settings", "tests", "benchmarks", "docs", ".ci"}
     files = {
-        "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "Dockerfile", "pyproject.toml",
-        ".dockerignore", ".gitignore",
+        "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "LICENSE", "Makefile", "Dockerfile",
+        "pyproject.toml", "requirements.lock", "requirements-dev.lock", "requirements-torch.lock", ".dockerignore",
+        ".gitignore",
     }  # fmt: skip
     assert names == folders | files
 

@@ -3,14 +3,15 @@
 import shutil
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse
 
+from runtime.events import EvalEvent, StepEvent
 from runtime.messages import RequestTiming
 from runtime.metrics import TABLE, UNMATCHED, Metrics, render_process
-from runtime.trainer.events import EvalEvent, StepEvent
 
 # What vLLM's dashboards ask for, from its documentation of metrics.
 VLLM_NAMES = [
@@ -63,7 +64,7 @@ def busy() -> Metrics:
     timing.last_token, timing.generated_tokens = 17.0, 3
     timing.finished, timing.finish_reason = 17.5, "stop"
     metrics.on_finish(timing)
-    metrics.on_step(running=1, waiting=3, kv_usage=0.5, tokens=24, deferred=1)
+    metrics.on_step(running=1, waiting=3, kv_usage=0.5, deferred=1)
     metrics.on_preemptions(1)
     metrics.on_swap(out=5, back=2)
     metrics.on_swapped(3)
@@ -85,9 +86,9 @@ def busy() -> Metrics:
         )
     )
     metrics.on_slice(0.003)
-    metrics.on_eval(EvalEvent(step=1, loss=1.5, accuracy=0.75, tokens=50))
+    metrics.on_eval(EvalEvent(step=1, loss=1.5, accuracy=0.75, tokens=50, metrics={"rewards/margins": 0.25}))
     metrics.on_jobs({"running": 1, "queued": 2})
-    metrics.on_lag(0.001)
+    metrics.on_loop(lag=0.001, tasks=3)
     return metrics
 
 
@@ -166,6 +167,8 @@ def test_training() -> None:
     assert values["eft:train_slice_seconds_sum"] == 0.003
     assert values["eft:train_share"] == 0.75
     assert values["eft:eval_metric{name=accuracy}"] == 0.75
+    assert values["eft:eval_metric{name=loss}"] == 1.5
+    assert values["eft:eval_metric{name=rewards/margins}"] == 0.25
     assert values["eft:jobs{state=queued}"] == 2
     assert not any(name.startswith("vllm:train") for name in values)
 
@@ -191,8 +194,39 @@ def test_aborts_count_by_phase_and_observe_only_what_happened(timing: RequestTim
 
 def test_an_idle_step_is_no_iteration() -> None:
     metrics = make()
-    metrics.on_step(running=0, waiting=0, kv_usage=0.0, tokens=0)
+    metrics.on_step(running=0, waiting=0, kv_usage=0.0)
     assert samples(metrics)["eft:iteration_tokens_total_count"] == 0
+
+
+def test_the_tokens_of_an_iteration_are_those_of_vllm() -> None:
+    """What a step generated, and what was computed of each prompt that it completed (not what it computed itself)."""
+    metrics = make()
+
+    def step() -> list[float]:
+        before = samples(metrics)["eft:iteration_tokens_total_sum"]
+        metrics.on_step(running=1, waiting=0, kv_usage=0.0)
+        values = samples(metrics)
+        return [values["eft:iteration_tokens_total_count"], values["eft:iteration_tokens_total_sum"] - before]
+
+    long = RequestTiming(arrival=1.0, prompt_tokens=700, cached_tokens=100)
+    short = RequestTiming(arrival=1.0, prompt_tokens=5, first_token=2.0, last_token=2.0)
+    metrics.on_tokens(short, 1, 3.0)  # beside a part of the long prompt
+    assert step() == [1, 1]
+    assert step() == [1, 0]  # another part of it, and nothing was generated
+    metrics.on_tokens(long, 1, 4.0)
+    metrics.on_tokens(short, 3, 4.0)  # two drafts were right
+    assert step() == [2, 600 + 1 + 3]
+
+
+def test_an_engines_iterations_add_up_to_its_tokens(tiny_model: Path) -> None:
+    from runtime import LLM, SamplingParams
+
+    llm = LLM(str(tiny_model), num_blocks=64, max_batched_tokens=16)
+    prompts = [[5, 6, 7] * 20, [9, 10]]
+    llm.generate(prompts, SamplingParams(max_tokens=6, ignore_eos=True))
+    values = samples(llm.engine.metrics)
+    computed = sum(map(len, prompts)) - values["eft:prompt_tokens_cached_total"]
+    assert values["eft:iteration_tokens_total_sum"] == computed + values["eft:generation_tokens_total"] == 62 + 12
 
 
 def test_token_buckets_go_up_to_the_context() -> None:

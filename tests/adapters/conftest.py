@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 
+from runtime.adapters.library import AdapterLibrary
+from runtime.adapters.store import SCHEMA
+from runtime.checkpoints.peft import read_adapter
 from runtime.metrics import Metrics
-from runtime.trainer.adapters.library import AdapterLibrary
-from runtime.trainer.adapters.store import SCHEMA
-from runtime.trainer.database import Database
-from runtime.workers.loading.peft import read_adapter
-from runtime.workers.lora_base import LoraBase
-from runtime.workers.models.llama import Llama
-from tests.adapters import make_adapter
-from tests.parity.test_llama_logits import load
+from runtime.model.families.llama import Llama
+from runtime.model.lora_base import LoraBase
+from runtime.support.database import Database
+from tests.adapter_files import make_adapter
+from tests.parity.llama import load
 
 
 class FakeHost:

@@ -10,12 +10,12 @@ import msgspec
 import pytest
 
 import runtime
-from runtime import failpoints
-from runtime.trainer.adapters.library import AdapterLibrary
-from runtime.workers.lora_base import LoraBase
-from tests.trainer.adapters.conftest import FakeHost, with_library
+from runtime.adapters.library import AdapterLibrary
+from runtime.model.lora_base import LoraBase
+from runtime.support import failpoints
+from tests.adapters.conftest import FakeHost, with_library
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 
 PLACES = [
     "publish.after_reserve=1",
@@ -38,9 +38,9 @@ PUBLISH = """
 import json, os, sys
 from pathlib import Path
 import msgspec
-from runtime import failpoints
-from runtime.workers.lora_base import LoraBase
-from tests.trainer.adapters.conftest import with_library
+from runtime.support import failpoints
+from runtime.model.lora_base import LoraBase
+from tests.adapters.conftest import with_library
 base, source, places = msgspec.json.decode(sys.argv[1], type=LoraBase), Path(sys.argv[2]), json.loads(sys.argv[3])
 for state, place in places.items():
     async def body(library, host):
@@ -76,7 +76,7 @@ def check(state: Path, base: LoraBase, *, new: bool) -> None:
 def test_the_places_are_all_there_are() -> None:
     package = Path(runtime.__file__).parent
     text = "".join(
-        path.read_text() for path in [package / "durable.py", package / "trainer" / "adapters" / "publishing.py"]
+        path.read_text() for path in [package / "support" / "durable.py", package / "adapters" / "publishing.py"]
     )
     assert set(re.findall(r'failpoint\("([^"]+)"', text)) == {place.partition("=")[0] for place in PLACES}
 

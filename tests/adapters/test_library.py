@@ -2,18 +2,22 @@
 
 import asyncio
 import json
+import os
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from runtime.adapters.card import CARD, Card, Prompt, encode_card
+from runtime.adapters.library import AdapterLibrary
+from runtime.adapters.store import NameTaken
+from runtime.checkpoints.peft import AdapterInvalid
 from runtime.errors import AdaptersBusy, AdapterUnavailable, Conflict, InvalidRequest, NotFound
-from runtime.trainer.adapters.library import AdapterLibrary
-from runtime.workers.loading.peft import AdapterInvalid
-from runtime.workers.lora_base import LoraBase
-from tests.trainer.adapters.conftest import FakeHost, with_library
+from runtime.model.lora_base import LoraBase
+from tests.adapters.conftest import FakeHost, with_library
 
 
 def number(library: AdapterLibrary, model: str) -> int | None:
@@ -59,6 +63,70 @@ def test_everything_is_there_after_a_restart(tmp_path: Path, tiny_base: LoraBase
 
     with_library(tmp_path, tiny_base, before)
     with_library(tmp_path, tiny_base, after)
+
+
+@pytest.mark.parametrize(
+    ("served", "what"), [("NEWS", "adapter 'news'"), ("Latest", "alias 'latest'"), ("ｎews", "news")]
+)
+def test_a_model_served_under_a_name_that_is_taken_does_not_start(
+    tmp_path: Path, tiny_base: LoraBase, sources: list[Path], served: str, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def before(library: AdapterLibrary, host: FakeHost) -> None:
+        await library.publish("news", sources[0])
+        await library.set_alias("latest", "news")
+
+    async def after(library: AdapterLibrary, host: FakeHost) -> None:
+        assert number(library, "news") == 1
+
+    with_library(tmp_path, tiny_base, before)
+    monkeypatch.setattr(FakeHost, "model_name", served)
+    with pytest.raises(NameTaken, match=what) as caught:
+        with_library(tmp_path, tiny_base, after)
+    assert "--served-model-name" in str(caught.value)
+    monkeypatch.setattr(FakeHost, "model_name", "other")
+    with_library(tmp_path, tiny_base, after)
+
+
+def test_two_names_that_differ_in_case_published_at_once(
+    tmp_path: Path, tiny_base: LoraBase, sources: list[Path]
+) -> None:
+    async def body(library: AdapterLibrary, host: FakeHost) -> None:
+        done = await asyncio.gather(
+            *(library.publish(name, sources[0]) for name in ("News", "news", "NEWS")), return_exceptions=True
+        )
+        assert [isinstance(one, Conflict) for one in done].count(True) == 2
+        assert len(library.list()) == 1
+
+    with_library(tmp_path, tiny_base, body)
+
+
+def test_a_card_goes_along(tmp_path: Path, tiny_base: LoraBase, sources: list[Path]) -> None:
+    """From the folder that is published to the version's, and through a restart; what is none is no card."""
+    folders = [tmp_path / str(index) for index in range(4)]
+    for folder in folders:
+        shutil.copytree(sources[0], folder)
+    card = Card(prompt=Prompt(format="alpaca", template="{instruction}"))
+    (folders[0] / CARD).write_bytes(encode_card(card))
+    (folders[1] / CARD).write_text("{")
+    (folders[2] / CARD).symlink_to("/etc/passwd")
+    os.mkfifo(folders[3] / CARD)
+
+    async def publish(library: AdapterLibrary, host: FakeHost) -> None:
+        for folder in folders:
+            await library.publish("a", folder)
+        check(library)
+
+    async def restarted(library: AdapterLibrary, host: FakeHost) -> None:
+        check(library)
+
+    def check(library: AdapterLibrary) -> None:
+        versions = library.get("a").versions
+        assert [library.card(version) for version in versions.values()] == [card, Card(), Card(), Card()]
+        assert (library.directory(versions[1]) / CARD).read_bytes() == encode_card(card)
+        assert not any((library.directory(versions[number]) / CARD).exists() for number in (2, 3, 4))
+
+    with_library(tmp_path / "state", tiny_base, publish)
+    with_library(tmp_path / "state", tiny_base, restarted)
 
 
 def test_numbers_and_keys_are_never_used_again(tmp_path: Path, tiny_base: LoraBase, sources: list[Path]) -> None:
@@ -169,7 +237,7 @@ def test_in_use_or_drained(tmp_path: Path, tiny_base: LoraBase, sources: list[Pa
 def test_a_canary_gets_its_share(
     tmp_path: Path, tiny_base: LoraBase, sources: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("runtime.trainer.adapters.library.random.random", random.Random(1).random)
+    monkeypatch.setattr("runtime.adapters.library.random.random", random.Random(1).random)
 
     async def body(library: AdapterLibrary, host: FakeHost) -> None:
         for source in sources[:2]:
@@ -259,7 +327,7 @@ def test_who_asked_may_leave(tmp_path: Path, tiny_base: LoraBase, sources: list[
 
 
 def test_what_training_wrote(tmp_path: Path, tiny_base: LoraBase, sources: list[Path]) -> None:
-    from runtime.workers.loading.peft import read_adapter, write_adapter
+    from runtime.checkpoints.peft import read_adapter, write_adapter
 
     adapter = read_adapter(sources[0], tiny_base, max_rank=64)
 

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from runtime.adapters.library import AdapterLibrary
 from runtime.errors import InvalidRequest
-from runtime.trainer.adapters.library import AdapterLibrary
-from runtime.workers.lora_base import LoraBase
-from tests.trainer.adapters.conftest import FakeHost, with_library
+from runtime.model.lora_base import LoraBase
+from tests.adapters.conftest import FakeHost, with_library
 
 
 def test_they_are_found_by_name_and_step(tmp_path: Path, tiny_base: LoraBase, sources: list[Path]) -> None:

@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
+from runtime.adapters.library import AdapterLibrary
 from runtime.api.app import create_app
-from runtime.logs import configure
-from runtime.trainer.adapters import store
-from runtime.trainer.adapters.library import AdapterLibrary
-from runtime.trainer.database import Database
-from runtime.trainer.state import State
+from runtime.batches.manager import BatchManager
+from runtime.engine.state import SCHEMAS, OpenedState
+from runtime.files.library import FileLibrary
+from runtime.responses.store import ResponseStore
+from runtime.support.database import Database
+from runtime.support.logs import configure
 from settings.schema import CacheSettings, ModelSettings, ObservabilitySettings, ServerSettings, Settings
+from tests.api import blocking
 from tests.api.fakes import FakeService
 from tests.trainer.jobs.fakes import World
 
@@ -24,9 +27,16 @@ if TYPE_CHECKING:
     from runtime.api.server import OpenState
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
+blocking.install()
+
+
+@pytest.fixture(autouse=True)
+def _event_loop_is_never_blocked(request: pytest.FixtureRequest) -> Iterator[None]:
+    """For over 100 ms, by whatever the test asks of the app. `may_block(reason)` marks a test whose own doing would."""
+    with blocking.watching() as watch:
+        yield
+    if request.node.get_closest_marker("may_block") is None:
+        assert not watch.blocked, blocking.describe(watch)
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +57,7 @@ def client(service: FakeService) -> httpx.AsyncClient:
 
 def client_of(service: FakeService, settings: Settings, **headers: str) -> httpx.AsyncClient:
     transport = httpx.ASGITransport(app=create_app(service, settings), raise_app_exceptions=False)
-    return httpx.AsyncClient(transport=transport, base_url="http://test", headers=headers)
+    return httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", headers=headers)
 
 
 class RunningServer:
@@ -98,6 +108,7 @@ class RunningServer:
             self._ready.set()
 
     def _on_ready(self, url: str) -> None:
+        blocking.watch_loop(asyncio.get_running_loop())
         self.url = url
         self._ready.set()
 
@@ -123,14 +134,22 @@ def jobs_of(world: World) -> "OpenState":
     """Training jobs over fakes, beside a real library of adapters, for a server."""
 
     @contextlib.asynccontextmanager
-    async def open_state(service: Any, settings: Settings) -> AsyncIterator[State]:
+    async def open_state(service: Any, settings: Settings) -> AsyncIterator[OpenedState]:
         folder = world.path / "adapters-of-the-server"
-        database = Database(folder, [store.SCHEMA])
+        database = Database(folder, SCHEMAS)
         library = await AdapterLibrary.open(database, folder, service, max_loaded=4, max_rank=64)
+        files = FileLibrary(database, folder, settings.files)
+        await files.start()
+        batches = BatchManager(database, folder, files, settings.files, max_line=settings.server.max_body)
+        responses = ResponseStore(database, keep_seconds=None, max_responses=1000)
         try:
-            yield State(adapters=library, jobs=await world.start())
+            yield OpenedState(
+                adapters=library, jobs=await world.start(), files=files, batches=batches, responses=responses
+            )
         finally:
             await world.stop(0.0)
+            await batches.stop()
+            await files.stop()
             await library.close()
             database.close()
 

@@ -2,13 +2,13 @@
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from runtime.errors import Conflict, EngineUnavailable, RequestError
-from runtime.messages import Output, Submission
+from runtime.engine.delivery import OutputStream
+from runtime.errors import Conflict, ContextLengthExceeded, EngineUnavailable, RequestError
+from runtime.messages import Output, SamplingDefaults, Submission, TokenLogprob
 from runtime.metrics import Metrics
-from runtime.stream import OutputStream
 from settings.schema import Settings
 
 
@@ -19,22 +19,52 @@ class FakeTokenizer:
     eos_ids = (256,)
     chat_template: str | None = "a template that does not know the newer role"
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True, max_tokens: int | None = None) -> list[int]:
+        if max_tokens is not None and len(text) > 4 * max_tokens:
+            raise ContextLengthExceeded(f"{len(text)} characters are more than {max_tokens} tokens.")
         return list(text.encode())
 
     def decode(self, ids: list[int], *, skip_special_tokens: bool = True) -> str:
-        return bytes(id for id in ids if id < 256).decode("utf-8", "replace")
+        special = "" if skip_special_tokens else "<s>"
+        return special.join(bytes(part).decode("utf-8", "replace") for part in _split(ids, 256))
+
+    def token_string(self, id: int) -> str:
+        return f"<{id}>"
 
     def token_text(self, id: int) -> str:
-        return self.decode([id])
+        return self.decode([id], skip_special_tokens=False)
 
-    def encode_chat(self, messages: list[dict[str, Any]], **options: Any) -> list[int]:
+    def token_bytes(self, id: int) -> bytes:
+        return bytes([id]) if id < 256 else b"<s>"
+
+    def decode_one(self, id: int, *, skip_special_tokens: bool = True) -> str:
+        return self.decode([id], skip_special_tokens=skip_special_tokens)
+
+    def adapt_tools(self, messages: list[dict[str, Any]], tools: Sequence[Any]) -> tuple[list[dict[str, Any]], None]:
+        return messages, None
+
+    def encode_chat(
+        self, messages: list[dict[str, Any]], *, max_tokens: int | None = None, **options: Any
+    ) -> list[int]:
         self.last_chat = messages, options
-        return self.encode("\n".join(f"{message['role']}: {message['content']}" for message in messages))
+        text = "\n".join(f"{message['role']}: {message['content']}" for message in messages)
+        return self.encode(text, max_tokens=max_tokens)
+
+
+def _split(ids: list[int], separator: int) -> list[list[int]]:
+    parts: list[list[int]] = [[]]
+    for id in ids:
+        if id == separator:
+            parts.append([])
+        elif id < separator:
+            parts[-1].append(id)
+    return parts
 
 
 class FakeService:
     """Answers with the prompt itself, a token at a time, without end unless `max_tokens` ends it."""
+
+    reasoning = None
 
     def __init__(self, *, context: int = 200) -> None:
         self.tokenizer = FakeTokenizer()
@@ -42,13 +72,16 @@ class FakeService:
         self.created = 1
         self.adapters = None
         self.max_model_len = context
+        self.vocab_size = self.tokenizer.vocab_size
+        self.eos_ids = self.tokenizer.eos_ids
+        self.sampling_defaults = SamplingDefaults()
         self.num_running = self.num_waiting = 0
         self.kv_usage = 0.0
         self.healthy = self.ready = True
         self.metrics = Metrics("fake", vllm_names=True, max_model_len=context, block_size=16, num_blocks=8)
         self.submitted: list[Submission] = []
-        self.aborted: list[str] = []
-        self.running: dict[str, OutputStream] = {}
+        self.aborted: list[int] = []
+        self.running: dict[int, OutputStream] = {}
         self.reject: Callable[[Submission], RequestError | None] = lambda submission: None
         self.stall_after: int | None = None
         """Tokens after which every output stands still."""
@@ -57,43 +90,50 @@ class FakeService:
         self.logprobs: list[float] | None = None
         """Of the sequences in order of submission, whose text is then their number."""
 
-    def submit(self, submission: Submission) -> OutputStream:
-        if (error := self.reject(submission)) is not None:
-            raise error
-        if submission.request_id in self.running:
+    def submit_all(self, submissions: Sequence[Submission]) -> list[OutputStream]:
+        alive = {one.request_id for one in self.submitted if one.id in self.running}
+        if alive & {one.request_id for one in submissions}:
             raise Conflict("This id is in use.", param="request_id")
+        for submission in submissions:
+            if (error := self.reject(submission)) is not None:
+                raise error
+        return [self.submit(submission) for submission in submissions]
+
+    def submit(self, submission: Submission) -> OutputStream:
         self.submitted.append(submission)
-        stream = self.running[submission.request_id] = OutputStream(submission.request_id, self._abort)
+        stream = self.running[submission.id] = OutputStream(submission.id, self._abort)
         asyncio.get_running_loop().call_soon(self._step, submission, 1)
         return stream
 
     async def reset_prefixes(self) -> int:
         raise EngineUnavailable("There is no engine behind this.")
 
-    def _abort(self, request_id: str) -> None:
-        self.aborted.append(request_id)
-        self.running.pop(request_id, None)
+    def _abort(self, sequence: int) -> None:
+        self.aborted.append(sequence)
+        self.running.pop(sequence, None)
 
     def _step(self, submission: Submission, count: int) -> None:
-        stream = self.running.get(submission.request_id)
+        stream = self.running.get(submission.id)
         if stream is None or count - 1 == self.stall_after:
             return
         if count - 1 == self.fail_after:
-            del self.running[submission.request_id]
+            del self.running[submission.id]
             stream.fail(RequestError("It broke.", code="engine_failure"))
             return
         if count - 1 == self.timeout_after:
-            del self.running[submission.request_id]
-            stream.put(Output(request_id=submission.request_id, finish_reason="timeout"))
+            del self.running[submission.id]
+            stream.put(Output(id=submission.id, finish_reason="timeout"))
             return
-        number = self.submitted.index(submission)
+        number, params, prompt = self.submitted.index(submission), submission.params, submission.prompt_ids
+        logprob = TokenLogprob(-0.5, 1, [(97 + rank, -0.5 - rank) for rank in range(params.logprobs or 0)])
+        scored = TokenLogprob(-1.5, 2, [(97 + rank, -1.0 - rank) for rank in range(params.prompt_logprobs or 0)])
         id = submission.prompt_ids[(count - 1) % len(submission.prompt_ids)]
         last = count == submission.params.max_tokens
         if last:
-            del self.running[submission.request_id]
+            del self.running[submission.id]
         stream.put(
             Output(
-                request_id=submission.request_id,
+                id=submission.id,
                 text=str(number) if self.logprobs else self.tokenizer.decode([id]),
                 token_ids=[id],
                 finish_reason="length" if last else None,
@@ -101,6 +141,8 @@ class FakeService:
                 cached_tokens=1,
                 generated_tokens=count,
                 cumulative_logprob=self.logprobs[number] if self.logprobs else 0.0,
+                logprobs=[] if params.logprobs is None else [logprob],
+                prompt_logprobs=[] if params.prompt_logprobs is None or count > 1 else [scored] * (len(prompt) - 1),
             )
         )
         if not last:
@@ -123,6 +165,8 @@ class Exchange:
         self.arrived = asyncio.Event()
         self._inbox: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+        given = {"content-type": "application/json"} if body is not None else {}
+        given |= {name.lower(): value for name, value in (headers or {}).items()}
         self._inbox.put_nowait({"type": "http.request", "body": raw, "more_body": False})
         scope = {
             "type": "http",
@@ -132,7 +176,7 @@ class Exchange:
             "path": path,
             "raw_path": path.encode(),
             "query_string": b"",
-            "headers": [(name.lower().encode(), value.encode("latin-1")) for name, value in (headers or {}).items()],
+            "headers": [(name.encode(), value.encode("latin-1")) for name, value in given.items()],
             "scheme": "http",
             "server": ("test", 80),
             "client": ("127.0.0.1", 1),

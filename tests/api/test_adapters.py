@@ -1,23 +1,23 @@
 """Adapters over HTTP: the `openai` client asks for one by name, operators load, swap and delete them."""
 
+import io
+import itertools
+import tarfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
-import msgspec
 import openai
 import pytest
 
-from runtime import failpoints
-from settings.schema import AdapterSettings, Settings, TrainerSettings
-from tests.adapters import make_adapter, peft_greedy
+from runtime.support import failpoints
+from tests.adapter_files import make_adapter, peft_greedy
+from tests.api.adapter_requests import ASK, adapter_settings, answer, error
 from tests.api.conftest import RunningServer, tiny_settings
 from tests.api.fakes import events
-from tests.api.test_openai_client import eventually
-
-ASK: dict[str, Any] = {"prompt": [5, 77, 131, 9, 42], "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+from tests.api.waiting import eventually
 
 
 @pytest.fixture(scope="module")
@@ -27,14 +27,6 @@ def folder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed, name in enumerate(("one", "two", "three"), 1):
         make_adapter(tiny_model, folder / name, seed=seed)
     return folder
-
-
-def adapter_settings(model: Path, state: Path, data: Path, **server: object) -> Settings:
-    return msgspec.structs.replace(
-        tiny_settings(model, **server),
-        adapters=AdapterSettings(max_loaded=2, max_lora_rank=16),
-        trainer=TrainerSettings(state_dir=str(state), data_roots=(str(data),)),
-    )
 
 
 @pytest.fixture(scope="module")
@@ -56,17 +48,6 @@ def load(http: httpx.Client, name: str, path: Path, **more: Any) -> httpx.Respon
     return http.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": str(path), **more})
 
 
-def answer(http: httpx.Client, model: str, **more: Any) -> list[int]:
-    response = http.post("/v1/completions", json={**ASK, "model": model, "return_token_ids": True, **more})
-    assert response.status_code == 200, response.text
-    return list(response.json()["choices"][0]["token_ids"])
-
-
-def error(response: httpx.Response) -> tuple[int, str | None, str | None]:
-    detail = response.json()["error"]
-    return response.status_code, detail["param"], detail["code"]
-
-
 def test_the_openai_client_asks_for_an_adapter_by_name(
     running: RunningServer, http: httpx.Client, tiny_model: Path, folder: Path
 ) -> None:
@@ -76,7 +57,11 @@ def test_the_openai_client_asks_for_an_adapter_by_name(
     with openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0) as client:
         models = {model.id: model.model_dump() for model in client.models.list()}
         assert list(models) == [tiny_model.name, "helper", "assistant"]
-        assert models["helper"]["parent"] == models["helper"]["root"] == tiny_model.name
+        assert models["helper"]["parent"] == models["assistant"]["parent"] == tiny_model.name
+        shown = http.get("/admin/adapters/helper").json()
+        assert models["helper"]["root"] == models["assistant"]["root"] == shown["versions"][0]["path"]
+        assert (Path(models["helper"]["root"]) / "adapter_config.json").is_file()
+        assert models[tiny_model.name]["root"] == tiny_model.name
         assert models[tiny_model.name]["parent"] is None
         assert client.models.retrieve("assistant").id == "assistant"
         assert client.models.retrieve("helper@1").id == "helper@1"
@@ -97,6 +82,77 @@ def test_the_openai_client_asks_for_an_adapter_by_name(
         assert {chunk.model for chunk in chat} == {"helper"}
         with pytest.raises(openai.NotFoundError, match="`nobody` does not exist"):
             client.completions.create(model="nobody", prompt="a")
+
+
+def test_the_version_that_answers_is_in_a_header(http: httpx.Client, folder: Path, tiny_model: Path) -> None:
+    load(http, "seen", folder / "one")
+    load(http, "seen", folder / "two", load_inplace=True)
+    http.post("/admin/adapters/seen/alias", json={"alias": "viewed"})
+    asked = {
+        "/v1/completions": {"prompt": "a"},
+        "/v1/chat/completions": {"messages": [{"role": "user", "content": "a"}]},
+    }
+    versions = {"seen": "seen@2", "viewed": "seen@2", "seen@1": "seen@1", tiny_model.name: "base"}
+
+    def version(path: str, model: str, *, stream: bool) -> str:
+        body = {**asked[path], "model": model, "max_tokens": 2, "stream": stream}
+        answered = http.post(path, json=body)
+        assert answered.status_code == 200
+        return answered.headers["x-eft-adapter-version"]
+
+    for path, stream in itertools.product(asked, (False, True)):
+        assert {model: version(path, model, stream=stream) for model in versions} == versions
+    http.post("/admin/adapters/seen/canary", json={"version": 1, "weight": 1.0})
+    assert version("/v1/completions", "seen", stream=False) == "seen@1"
+
+
+def test_a_name_is_one_thing(http: httpx.Client, folder: Path, tiny_model: Path) -> None:
+    """In any case of letters: the base model's, an adapter's, an alias's."""
+    base = tiny_model.name
+    for name in (base, base.upper(), base.capitalize()):
+        refused = load(http, name, folder / "one")
+        assert error(refused) == (400, "lora_name", None)
+        assert "--served-model-name" in refused.json()["error"]["message"]
+    assert load(http, "News", folder / "one").status_code == 200
+    refused = load(http, "nEWS", folder / "two")
+    assert error(refused) == (409, "lora_name", "conflict")
+    assert "'News'" in refused.json()["error"]["message"]
+    assert load(http, "News", folder / "two", load_inplace=True).status_code == 200
+    for alias, status in (("NEWS", 409), (base.upper(), 400), ("News", 409), ("latest", 200), ("LATEST", 409)):
+        assert http.post("/admin/adapters/News/alias", json={"alias": alias}).status_code == status, alias
+    assert error(load(http, "Latest", folder / "one")) == (409, "lora_name", "conflict")
+    assert [model["id"] for model in http.get("/v1/models").json()["data"]] == [base, "News", "latest"]
+
+
+def test_export_is_a_folder_of_pefts(http: httpx.Client, folder: Path, tmp_path: Path) -> None:
+    load(http, "copied", folder / "one")
+    load(http, "copied", folder / "two", load_inplace=True)
+    for query, name, number in (("", "two", 2), ("?version=1&format=peft", "one", 1)):
+        answered = http.get(f"/admin/adapters/copied/export{query}")
+        assert (answered.status_code, answered.headers["content-type"]) == (200, "application/x-tar")
+        assert answered.headers["x-eft-adapter-version"] == f"copied@{number}"
+        assert answered.headers["content-disposition"] == f'attachment; filename="copied-{number}.tar"'
+        with tarfile.open(fileobj=io.BytesIO(answered.content)) as archive:
+            archive.extractall(tmp_path / str(number), filter="data")
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            assert (tmp_path / str(number) / "copied" / file).read_bytes() == (folder / name / file).read_bytes()
+    for query, status, param in (
+        ("?version=3", 404, "version"), ("?version=0", 400, "version"), ("?format=gguf", 400, "format"),
+        ("?format=x", 400, "format"), ("?verison=1", 400, "verison"),
+    ):  # fmt: skip
+        assert error(http.get(f"/admin/adapters/copied/export{query}"))[:2] == (status, param)
+    assert error(http.get("/admin/adapters/other/export"))[0] == 404
+
+
+def test_an_export_outlives_its_version(http: httpx.Client, folder: Path) -> None:
+    """The files are open before the answer begins, so that a deletion in the middle changes nothing of it."""
+    load(http, "copied", folder / "one")
+    with http.stream("GET", "/admin/adapters/copied/export") as answered:
+        assert http.delete("/admin/adapters/copied?drain=1").status_code == 200
+        content = answered.read()
+    assert len(content) == int(answered.headers["content-length"])
+    with tarfile.open(fileobj=io.BytesIO(content)) as archive:
+        assert sorted(archive.getnames()) == ["copied/adapter_config.json", "copied/adapter_model.safetensors"]
 
 
 def test_refusals_in_vllms_shape(http: httpx.Client, folder: Path, tiny_model: Path, tmp_path: Path) -> None:
@@ -245,3 +301,38 @@ def test_only_admins(tiny_model: Path, folder: Path, tmp_path: Path) -> None:
             headers = {"authorization": f"Bearer {key}"}
             response = httpx.post(f"{server.url}/v1/load_lora_adapter", json=body, headers=headers, timeout=60)
             assert response.status_code == status
+
+
+def test_an_inference_key_loads_no_old_versions(tiny_model: Path, folder: Path, tmp_path: Path) -> None:
+    """Two fit into memory. Names may be asked for by every key; versions that are on the disk only, not."""
+    settings = adapter_settings(tiny_model, tmp_path, folder, api_key=("user",), admin_key=("boss",))
+    user, boss = ({"authorization": f"Bearer {key}"} for key in ("user", "boss"))
+    with RunningServer(settings) as server, httpx.Client(base_url=server.url, timeout=60) as http:
+
+        def ask(model: str, headers: dict[str, str]) -> int:
+            return http.post("/v1/completions", json={**ASK, "model": model}, headers=headers).status_code
+
+        for name, path in (("a", "one"), ("a", "two"), ("b", "three")):
+            body = {"lora_name": name, "lora_path": str(folder / path), "load_inplace": True}
+            assert http.post("/v1/load_lora_adapter", json=body, headers=boss).status_code == 200
+        http.post("/admin/adapters/a/alias", json={"alias": "helper"}, headers=boss).raise_for_status()
+        assert [ask(model, user) for model in ("a", "b", "helper", "a@2")] == [200, 200, 200, 200]
+        refused = http.post("/v1/completions", json={**ASK, "model": "a@1"}, headers=user)
+        assert error(refused) == (403, "model", "forbidden")
+        assert ask("a:1", user) == 403
+        assert ask("a@1", boss) == 200  # and now it is in memory
+        assert ask("a@1", user) == 200
+        assert ask("a@9", user) == 404
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "9" * 19, "9" * 25, "9" * 5000, "0" * 5000, "1.5", "x", "٣", "1e3"])
+def test_numbers_of_versions(http: httpx.Client, folder: Path, number: str) -> None:
+    load(http, "a", folder / "one")
+    assert http.delete(f"/admin/adapters/a/versions/{number}").status_code in (400, 404)
+    for path, rest in (("promote", ""), ("canary", ', "weight": 0.5')):
+        body = f'{{"version": {number}{rest}}}'.encode()
+        answer = http.post(f"/admin/adapters/a/{path}", content=body, headers={"content-type": "application/json"})
+        assert answer.status_code in (400, 404)
+    asked = http.post("/v1/completions", json={**ASK, "model": f"a@{number[:200]}"})
+    assert asked.status_code == 404
+    assert http.delete("/admin/adapters/a", params={"drain": number[:200]}).status_code in (200, 400)

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from runtime import failpoints
+from runtime.support import failpoints
 from tests.api.conftest import RunningServer
-from tests.api.test_openai_client import eventually
+from tests.api.waiting import eventually
 
 GOLDEN = {"prompt": "The newt is a small", "max_tokens": 12, "temperature": 0, "return_token_ids": True}
 LIMIT = 1024 * 1024  # `max_body` of the shared server
@@ -35,7 +35,7 @@ def status(answer: bytes) -> int:
 def post(body: bytes, *headers: bytes, path: bytes = b"/v1/completions") -> bytes:
     lines = [
         b"POST " + path + b" HTTP/1.1",
-        b"Host: x",
+        b"Host: [::1]",
         b"Connection: close",
         b"Content-Type: application/json",
         *headers,
@@ -98,18 +98,20 @@ def test_the_golden_request_over_a_raw_socket(server: RunningServer, expected: o
         pytest.param(post(b"{}", b"X-Long: " + b"y" * 70_000), {400, 431}, id="huge header"),
         pytest.param(post(b"{}", *[b"X-H: y"] * 50_000), {400, 431}, id="50,000 headers"),
         pytest.param(post(b"{}", path=b"/" + b"a" * 70_000), {400, 431}, id="huge path"),
-        pytest.param(b"GET /v1/models/\x00 HTTP/1.1\r\nHost: x\r\n\r\n", {400}, id="NUL in the path"),
-        pytest.param(b"GET /v1/models/%00 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", {404}, id="escaped NUL"),
+        pytest.param(b"GET /v1/models/\x00 HTTP/1.1\r\nHost: [::1]\r\n\r\n", {400}, id="NUL in the path"),
         pytest.param(
-            b"GET /%ff%fe HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", {404}, id="path that is no UTF-8"
+            b"GET /v1/models/%00 HTTP/1.1\r\nHost: [::1]\r\nConnection: close\r\n\r\n", {404}, id="an escaped NUL"
+        ),
+        pytest.param(
+            b"GET /%ff%fe HTTP/1.1\r\nHost: [::1]\r\nConnection: close\r\n\r\n", {404}, id="path that is no UTF-8"
         ),
         pytest.param(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", {400}, id="TLS"),
         pytest.param(b"GET /health HTTP/1.1\r\n\r\n", {400}, id="no host"),
         pytest.param(
-            b"GET /v1/chat/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", {405}, id="wrong method"
+            b"GET /v1/chat/completions HTTP/1.1\r\nHost: [::1]\r\nConnection: close\r\n\r\n", {405}, id="wrong method"
         ),
         pytest.param(
-            b"GET /v1/models HTTP/1.1\r\nHost: x\r\nConnection: Upgrade, close\r\nUpgrade: websocket\r\n\r\n",
+            b"GET /v1/models HTTP/1.1\r\nHost: [::1]\r\nConnection: Upgrade, close\r\nUpgrade: websocket\r\n\r\n",
             {200},
             id="upgrade",
         ),
@@ -130,8 +132,8 @@ def test_it_is_answered_with_an_error_of_ours(server: RunningServer, sent: bytes
     [
         pytest.param(b"", id="silence"),
         pytest.param(b"GET /health HT", id="half a request line"),
-        pytest.param(b"GET /health HTTP/1.1\r\nHost: x\r\nX-", id="half headers"),
-        pytest.param(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\nGET /hea", id="half a second request"),
+        pytest.param(b"GET /health HTTP/1.1\r\nHost: [::1]\r\nX-", id="half headers"),
+        pytest.param(b"GET /health HTTP/1.1\r\nHost: [::1]\r\n\r\nGET /hea", id="half a second request"),
     ],
 )
 def test_unfinished_headers_end_the_connection(server: RunningServer, sent: bytes) -> None:
@@ -148,7 +150,7 @@ def test_an_unfinished_body_is_answered_and_ends(server: RunningServer) -> None:
 
 def test_an_idle_connection_may_wait_for_its_next_request(server: RunningServer) -> None:
     with socket.create_connection(server.address, timeout=10) as connection:
-        request = b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n"
+        request = b"GET /version HTTP/1.1\r\nHost: [::1]\r\n\r\n"
         connection.sendall(request)
         assert connection.recv(65536).startswith(b"HTTP/1.1 200")
         connection.settimeout(1.5)  # more than the header timeout
@@ -161,7 +163,7 @@ def test_an_idle_connection_may_wait_for_its_next_request(server: RunningServer)
 
 def test_slow_headers_that_arrive_in_time(server: RunningServer) -> None:
     with socket.create_connection(server.address, timeout=10) as connection:
-        for part in (b"GET /version HT", b"TP/1.1\r\nHo", b"st: x\r\n", b"\r\n"):
+        for part in (b"GET /version HT", b"TP/1.1\r\nHo", b"st: [::1]\r\n", b"\r\n"):
             connection.sendall(part)
         assert connection.recv(65536).startswith(b"HTTP/1.1 200")
 

@@ -9,11 +9,11 @@ import httpx
 import openai
 import pytest
 
-from runtime import failpoints
-from tests.adapters import peft_greedy
+from runtime.support import failpoints
+from tests.adapter_files import peft_greedy
+from tests.api.adapter_requests import ASK, adapter_settings, answer, error
 from tests.api.conftest import RunningServer
-from tests.api.test_adapters import ASK, adapter_settings, answer, error
-from tests.api.test_openai_client import eventually
+from tests.api.waiting import eventually
 
 RECIPE = """
 name: small
@@ -69,8 +69,9 @@ def test_a_running_job_s_checkpoints(http: httpx.Client, tiny_model: Path, state
     assert list(models(http))[:3] == [base, "small:ckpt-step-2", "small:ckpt-step-4"]
     asked = "small:ckpt-step-4"
     shown = http.get(f"/v1/models/{asked}").json()
-    assert (shown["id"], shown["root"], shown["parent"]) == (asked, base, base)
     folder = state / "jobs" / job_id / "checkpoints" / "step-4" / "adapter_files"
+    assert (shown["id"], shown["root"], shown["parent"]) == (asked, str(folder), base)
+    assert shown["prompt_format"] == "text"
     expected = peft_greedy(tiny_model, folder, ASK["prompt"], 8)
     assert expected != answer(http, base)
     with openai.OpenAI(base_url=f"{http.base_url}/v1", api_key="none", max_retries=0) as client:

@@ -1,7 +1,6 @@
 """The unmodified `openai` client against a real server with a tiny model."""
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 
 from settings.schema import SchedulerSettings
 from tests.api.conftest import RunningServer, tiny_settings
+from tests.api.waiting import eventually
 
 MESSAGES: Any = [{"role": "user", "content": "What is an eft?"}]
 
@@ -24,15 +24,6 @@ def client(server: RunningServer) -> Iterator[openai.OpenAI]:
 def metric(server: RunningServer, name: str) -> float:
     text = httpx.get(f"{server.url}/metrics").text
     return next(float(line.rpartition(" ")[2]) for line in text.splitlines() if line.startswith(name))
-
-
-def eventually(condition: Callable[[], bool]) -> bool:
-    """Whether it holds within seconds. What happens on the engine's thread is not there at once."""
-    for _ in range(200):
-        if condition():
-            return True
-        time.sleep(0.05)
-    return False
 
 
 def test_models(client: openai.OpenAI) -> None:
@@ -104,6 +95,23 @@ def test_stop_string(client: openai.OpenAI) -> None:
     assert stopped.text == whole[: whole.index(stop)]
 
 
+def test_log_probabilities(client: openai.OpenAI) -> None:
+    name = client.models.list().data[0].id
+    chat = client.chat.completions.create(
+        model=name, messages=MESSAGES, max_tokens=3, logprobs=True, top_logprobs=2, logit_bias={"9": -100}, seed=1
+    )
+    logprobs = chat.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.content is not None
+    assert [len(one.top_logprobs) for one in logprobs.content] == [2] * len(logprobs.content)
+    text = client.completions.create(model=name, prompt="word", max_tokens=2, logprobs=1, echo=True)
+    found = text.choices[0].logprobs
+    assert found is not None
+    assert found.token_logprobs is not None
+    assert found.token_logprobs[0] is None
+    assert found.text_offset == sorted(found.text_offset or [])
+
+
 def test_typed_errors(client: openai.OpenAI) -> None:
     name = client.models.list().data[0].id
     with pytest.raises(openai.BadRequestError) as bad:
@@ -111,7 +119,7 @@ def test_typed_errors(client: openai.OpenAI) -> None:
     assert bad.value.param == "temperature"
     assert bad.value.type == "invalid_request_error"
     with pytest.raises(openai.BadRequestError) as unsupported:
-        client.chat.completions.create(model=name, messages=MESSAGES, logprobs=True)
+        client.chat.completions.create(model=name, messages=MESSAGES, service_tier="flex")
     assert unsupported.value.code == "unsupported_parameter"
     with pytest.raises(openai.BadRequestError) as long:
         client.completions.create(model=name, prompt="word " * 2000)
@@ -122,7 +130,7 @@ def test_typed_errors(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("gpt-7")
     with pytest.raises(openai.NotFoundError):
-        client.embeddings.create(model=name, input="x")
+        client.moderations.create(input="x")
 
 
 def test_keys_and_a_full_queue(tiny_model: Path) -> None:

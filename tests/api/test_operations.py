@@ -26,7 +26,7 @@ async def test_everything_answers(client: httpx.AsyncClient, service: FakeServic
 async def test_while_the_model_loads() -> None:
     handle = ServiceHandle()
     transport = httpx.ASGITransport(app=create_app(handle, Settings()))
-    client = httpx.AsyncClient(transport=transport, base_url="http://test")
+    client = httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1")
     statuses = {path: (await client.get(path)).status_code for path in ("/health", "/ping", "/version", "/load")}
     assert set(statuses.values()) == {200}
     metrics = await client.get("/metrics")
@@ -153,6 +153,17 @@ async def test_docs_describe_every_body_and_load_nothing(client: httpx.AsyncClie
     assert "https://" not in page.text
 
 
+async def test_docs_say_what_becomes_of_each_field(client: httpx.AsyncClient) -> None:
+    page = (await client.get("/docs")).text
+    chat = page.partition("<code>POST</code> /v1/chat/completions<")[2].partition("<h2")[0]
+    rows = {row.partition("</code>")[0]: row for row in chat.split("<tr><td><code>")[1:]}
+    assert "Where model.trust_request_chat_template allows it" in rows["chat_template"]
+    assert "no effect: A label" in rows["user"]
+    assert "<td>refused</td>" in rows["functions"]
+    assert "tools" in rows["functions"]
+    assert chat.count("<tr>") == chat.count("</tr>") == len(rows)
+
+
 async def test_docs_can_be_off(service: FakeService) -> None:
     client = client_of(service, settings_with("server", docs_enabled=False))
     assert (await client.get("/docs")).status_code == 404
@@ -162,7 +173,7 @@ async def test_docs_can_be_off(service: FakeService) -> None:
 
 async def test_tokenize_and_detokenize(client: httpx.AsyncClient, service: FakeService) -> None:
     body = (await client.post("/tokenize", json={"prompt": "abc", "return_token_strs": True})).json()
-    assert body == {"count": 3, "max_model_len": 200, "tokens": [97, 98, 99], "token_strs": ["a", "b", "c"]}
+    assert body == {"count": 3, "max_model_len": 200, "tokens": [97, 98, 99], "token_strs": ["<97>", "<98>", "<99>"]}
     messages = [{"role": "user", "content": "Hi"}]
     chat = (await client.post("/tokenize", json={"messages": messages, "add_generation_prompt": False})).json()
     assert chat["tokens"] == list(b"user: Hi")
@@ -192,7 +203,7 @@ async def test_bad_tokenize_requests(client: httpx.AsyncClient, path: str, body:
 
 
 def test_uvicorn_is_quiet_about_bad_requests() -> None:
-    from runtime.logs import configure
+    from runtime.support.logs import configure
     from settings.schema import ObservabilitySettings
 
     configure(ObservabilitySettings(log_format="json"))

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -22,8 +22,18 @@ from runtime.api.server import serve
 from settings.schema import ModelSettings, ServerSettings, Settings
 from tests.api.conftest import RunningServer, tiny_settings
 from tests.api.fakes import events
+from tests.end_to_end.process import ServerProcess
 
 LONG = {"prompt": "The newt", "max_tokens": 500, "ignore_eos": True, "stream": True}
+
+TRAINING = """
+name: newt
+adapter: lora
+datasets: [{path: train.jsonl, type: completion}]
+sequence_len: 64
+max_steps: 4
+learning_rate: 1e-4
+"""
 
 MAIN = """
 import sys, msgspec, uvloop
@@ -165,7 +175,7 @@ def test_an_address_that_is_taken(tiny_model: Path, capfd: pytest.CaptureFixture
 
 
 def test_operators_are_answered_while_the_model_loads(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from runtime.service import EngineService
+    from runtime.engine.service import EngineService
 
     may_load = threading.Event()
     load = EngineService.load
@@ -196,3 +206,27 @@ def test_operators_are_answered_while_the_model_loads(tiny_model: Path, monkeypa
         assert await serving == 0
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("place", ["worker.row", "train.step"])
+def test_a_second_signal_ends_it_whatever_hangs(tiny_model: Path, tmp_path: Path, place: str) -> None:
+    """A step, or a slice of training, that would take ten minutes."""
+    with ServerProcess(
+        str(tiny_model), tmp_path, failpoints=f"{place}=sleep:600", drain_timeout="60s", threads=1
+    ) as server:
+        if place == "train.step":
+            server.train(TRAINING, {"train.jsonl": b'{"text": "the newt crosses the road"}\n' * 4})
+
+        def ask() -> None:
+            with suppress(httpx.HTTPError):
+                httpx.post(f"{server.url}/v1/completions", json={"prompt": "a"}, trust_env=False)
+
+        threading.Thread(target=ask, daemon=True).start()
+        time.sleep(1.0)
+        os.kill(server.pid, signal.SIGTERM)
+        time.sleep(0.5)
+        assert server.running
+        os.kill(server.pid, signal.SIGTERM)
+        began = time.monotonic()
+        server.wait_for_exit()
+        assert time.monotonic() - began < 10  # of the 60 and the 600 that something would have liked

@@ -32,7 +32,7 @@ async def test_a_client_that_leaves_before_its_whole_answer(service: FakeService
     exchange = Exchange(create_app(service, Settings()), URL, {"prompt": "abc", "n": choices})
     await until(lambda: len(service.submitted) == choices)
     await left(exchange)
-    assert sorted(service.aborted) == sorted(submission.request_id for submission in service.submitted)
+    assert sorted(service.aborted) == sorted(submission.id for submission in service.submitted)
     assert exchange.status == 499
     assert value(service, "eft:request_params_n_count") == 1
 

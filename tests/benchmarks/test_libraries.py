@@ -12,8 +12,8 @@ from benchmarks.peers import PeerFailed, Size
 from benchmarks.peers.over_pipes import child
 from benchmarks.peers.weights import hugging_face_directory
 from benchmarks.work import Measurement, Prompts
-from runtime.workers.loading import open_checkpoint
-from tests.workers.loading.gguf_files import write_gguf
+from runtime.checkpoints import open_checkpoint
+from tests.checkpoints.gguf.files import write_gguf
 
 SIZE = Size(at_once=2, context=64, threads=1)
 FAKE = (sys.executable, Path(__file__).parent / "fake_child.py")

@@ -21,8 +21,8 @@ from benchmarks.peers.llama_cpp import SERVER
 from benchmarks.peers.process import free_port, served
 from benchmarks.peers.weights import gguf_file
 from benchmarks.work import Measurement, Prompts
-from runtime.workers.loading import open_checkpoint
-from tests.workers.loading.gguf_files import write_gguf
+from runtime.checkpoints import open_checkpoint
+from tests.checkpoints.gguf.files import write_gguf
 
 HERE = Path(__file__).parent
 SIZE = Size(at_once=2, context=64, threads=1)

@@ -2,9 +2,9 @@
 
 import pytest
 
-from runtime import failpoints
 from runtime.blocks import BlockManager, BlockTable
-from tests.blocks.test_manager import TOKENS, add, cached
+from runtime.support import failpoints
+from tests.blocks.tables import TOKENS, add, cached
 
 
 def test_a_fork_shares_full_blocks_and_copies_the_one_that_is_filled_in_part() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.workers.loading import ModelLoadError, demo
+from runtime.checkpoints import ModelLoadError, demo
 
 CONTENT = b"GGUF and then some"
 
@@ -143,12 +143,12 @@ def test_where_the_cache_is(environ: dict[str, str], expected: Path) -> None:
 @pytest.mark.real_model
 def test_the_module_prints_the_path_and_the_file_is_the_real_one(demo_model: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "runtime.workers.loading.demo"],
+        [sys.executable, "-m", "runtime.checkpoints.demo"],
         capture_output=True,
         text=True,
         check=True,
         timeout=60,
-        cwd=Path(demo.__file__).parents[3],
+        cwd=Path(demo.__file__).parents[2],
         env=os.environ,
     )
     assert done.stdout == f"{demo_model}\n"

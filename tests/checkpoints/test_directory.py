@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from runtime.workers.loading import ModelLoadError, open_checkpoint
+from runtime.checkpoints import ModelLoadError, open_checkpoint
 
 INDEX = "model.safetensors.index.json"
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from runtime.workers.loading.errors import ModelLoadError
-from runtime.workers.loading.hf_tokenizer import load_tokenizer
+from runtime.checkpoints.hf_tokenizer import load_tokenizer
+from runtime.model.config import ModelLoadError
 
 TEXT = "The newt<|im_end|> of 1234 – ünï 😀 <think>x</think>\n"
 
@@ -80,6 +80,112 @@ def test_a_token_with_a_role_is_special(copy: Path) -> None:
     assert "<|im_end|>" not in ours.decode([2, 50])
 
 
+FLAGS = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+TOOL = {"content": "<tool>", **FLAGS}
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        {"additional_special_tokens": ["<tool>"]},
+        {"additional_special_tokens": [TOOL]},
+        {"extra_special_tokens": ["<tool>"]},
+        {"extra_special_tokens": [TOOL]},
+        {"extra_special_tokens": {"tool_token": "<tool>"}},
+        {"extra_special_tokens": {"tool_token": TOOL}},
+        {"model_specific_special_tokens": {"tool_token": "<tool>"}},
+        {"extra_special_tokens": [], "additional_special_tokens": ["<tool>"]},
+        {"tool_token": "<tool>"},
+        {"pad_token": "<tool>"},
+        {"added_tokens_decoder": {"512": TOOL | {"special": True}}},
+    ],
+    ids=str,
+)
+def test_a_special_token_is_special_in_every_spelling(copy: Path, spelling: dict[str, Any], file: str) -> None:
+    """Clients cannot write it, and outputs leave it out; templates print it where it has a name."""
+    tokenizer = json.loads((copy / "tokenizer.json").read_text())
+    tokenizer["added_tokens"].append({"id": 512, **TOOL})
+    (copy / "tokenizer.json").write_text(json.dumps(tokenizer))
+    ordinary = load_tokenizer(copy, {}, {})
+    assert 512 in ordinary.encode_chat([{"role": "user", "content": "a <tool> b"}])
+    if "pad_token" in spelling and file == "special_tokens_map.json":
+        change(copy / "tokenizer_config.json", pad_token="<tool>")
+    change(copy / file, **spelling)
+    ours = load_tokenizer(copy, {}, {})
+    assert 512 not in ours.encode_chat([{"role": "user", "content": "a <tool> b"}])
+    assert ours.encode("a <tool> b").count(512) == 1
+    assert "<tool>" not in ours.decode([70, 512, 71])
+    if "tool_token" in str(spelling):
+        change(copy / "tokenizer_config.json", chat_template="{{ tool_token }}{{ messages[0].content }}")
+        assert load_tokenizer(copy, {}, {}).render_chat([{"role": "user", "content": ""}]) == "<tool>"
+
+
+def test_a_token_that_becomes_special_keeps_its_whitespace_rules(copy: Path) -> None:
+    tokenizer = json.loads((copy / "tokenizer.json").read_text())
+    tokenizer["added_tokens"].append({"id": 512, **TOOL, "lstrip": True})
+    (copy / "tokenizer.json").write_text(json.dumps(tokenizer))
+    before = load_tokenizer(copy, {}, {}).encode("a   <tool> b")
+    change(copy / "tokenizer_config.json", extra_special_tokens=["<tool>"])
+    assert load_tokenizer(copy, {}, {}).encode("a   <tool> b") == before
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value", "message"),
+    [
+        ("tokenizer_config.json", "eos_token", 5, r"eos_token must be a token's text.*, got 5"),
+        (
+            "tokenizer_config.json",
+            "extra_special_tokens",
+            "<tool>",
+            'extra_special_tokens must be a list.*, got "<tool>"',
+        ),
+        (
+            "tokenizer_config.json",
+            "additional_special_tokens",
+            [1],
+            r"additional_special_tokens\[0\] must be .*, got 1",
+        ),
+        ("tokenizer_config.json", "chat_template", 3, "chat_template must be a text.*, got 3"),
+        (
+            "tokenizer_config.json",
+            "added_tokens_decoder",
+            {"x": 1},
+            "added_tokens_decoder must be an object",
+        ),
+        ("tokenizer_config.json", "added_tokens_decoder", {"1" * 5000: "x"}, "added_tokens_decoder must be an object"),
+        ("tokenizer_config.json", "image_token", "\ud800", r"image_token must be a token's text.*, got"),
+        ("tokenizer_config.json", "extra_special_tokens", ["\ud800"], r"extra_special_tokens\[0\] must be"),
+        ("tokenizer_config.json", "chat_template", "\udfff", "chat_template must be a text"),
+        ("special_tokens_map.json", "unk_token", {"content": "\ud800"}, "unk_token must be a token's text"),
+    ],
+)
+def test_wrong_values_are_named(copy: Path, file: str, key: str, value: Any, message: str) -> None:
+    change(copy / file, **{key: value})
+    with pytest.raises(ModelLoadError, match=message):
+        load_tokenizer(copy, {}, {})
+
+
+@pytest.mark.parametrize("value", ["2", [2, "x"], True, 2.5, [-1], {"a": 1}, -2])
+@pytest.mark.parametrize("generation", [True, False])
+def test_ends_that_are_no_ids_are_refused(tiny_model: Path, value: Any, generation: bool) -> None:
+    configs: list[dict[str, Any]] = [{}, {"eos_token_id": value}]
+    file = "generation_config.json" if generation else "config.json"
+    with pytest.raises(ModelLoadError, match=rf"{file}: eos_token_id must be a token id, a list of them"):
+        load_tokenizer(tiny_model, *(configs if generation else configs[::-1]))
+
+
+def test_the_last_of_several_templates_with_the_name_default_counts(copy: Path) -> None:
+    named = [{"name": ["odd"], "template": 1}, *({"name": "default", "template": text} for text in "ab"), {"x": 1}]
+    change(copy / "tokenizer_config.json", chat_template=named)
+    assert load_tokenizer(copy, {}, {}).chat_template == "b"
+
+
+def test_a_bos_that_the_configuration_asks_for_in_vain_is_said(copy: Path) -> None:
+    change(copy / "tokenizer_config.json", add_bos_token=True)
+    assert any("add_bos_token" in problem for problem in load_tokenizer(copy, {}, {}).turn_end.problems)
+
+
 @pytest.mark.parametrize(
     ("config", "generation", "expected"),
     [
@@ -87,6 +193,7 @@ def test_a_token_with_a_role_is_special(copy: Path) -> None:
         ({"eos_token_id": 7}, {}, (7, 2)),
         ({"eos_token_id": 7}, {"eos_token_id": [9, 2]}, (9, 2, 7)),
         ({"eos_token_id": None}, {"eos_token_id": None}, (2,)),
+        ({"eos_token_id": -1}, {"eos_token_id": []}, (2,)),
     ],
 )
 def test_every_configured_end_counts(

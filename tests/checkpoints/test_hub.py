@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from runtime.workers.loading.hub import UNWANTED, WANTED, is_hub_id
+from runtime.checkpoints.resolve import UNWANTED, WANTED, is_hub_id
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 OPEN = """
 import sys
-from runtime.workers.loading import ModelLoadError, open_checkpoint
+from runtime.checkpoints import ModelLoadError, open_checkpoint
 try:
     checkpoint = open_checkpoint(sys.argv[1], revision=sys.argv[2] or None)
     print(checkpoint.name, checkpoint.source, checkpoint.tokenizer.encode("newt"))

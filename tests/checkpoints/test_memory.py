@@ -12,15 +12,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.checkpoints.gguf.families import write_family
 from tests.tiny import make_tiny_llama
-from tests.workers.loading.gguf_families import write_family
 
 MEASURE = """
 import gc, json, sys
 from pathlib import Path
-from runtime.model_loading import load_model
-from runtime.workers.loading import gguf, open_checkpoint
-from runtime.workers.memory import give_back_memory, return_freed_memory
+from runtime.checkpoints.model_loading import load_model
+from runtime.checkpoints import open_checkpoint
+from runtime.checkpoints.gguf import checkpoint as gguf
+from runtime.support.memory import give_back_memory, return_freed_memory
 from settings.schema import ModelSettings
 
 def now(key):

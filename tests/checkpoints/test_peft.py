@@ -10,14 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from runtime import failpoints
+from runtime.checkpoints.peft import CONFIG, WEIGHTS, AdapterInvalid, read_adapter, write_adapter
 from runtime.errors import RequestError
-from runtime.workers.loading.peft import CONFIG, WEIGHTS, AdapterInvalid, read_adapter, write_adapter
-from runtime.workers.lora import LoraPart, LoraShape
-from runtime.workers.lora_base import LoraBase
-from runtime.workers.models.llama import Llama
-from tests.adapters import make_adapter
-from tests.parity.test_llama_logits import load
+from runtime.model.families.llama import Llama
+from runtime.model.lora import LoraPart, LoraShape
+from runtime.model.lora_base import LoraBase
+from runtime.support import failpoints
+from tests.adapter_files import make_adapter
+from tests.parity.llama import load
 from tests.tiny import make_tiny_llama
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj"

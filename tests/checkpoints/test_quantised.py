@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 
 from kernels import Int4Weight, Int8GroupWeight, Nf4Weight, QuantisedWeight
 from runtime import LLM, SamplingParams
-from runtime.model_loading import load_decoder
-from runtime.workers.loading import ModelLoadError, open_checkpoint
+from runtime.checkpoints import ModelLoadError, open_checkpoint
+from runtime.checkpoints.model_loading import load_decoder
 from settings.schema import ModelSettings
-from tests.parity.test_families import packed
+from tests.checkpoints.quantised_files import write_quantised
+from tests.parity.packing import packed
 from tests.tiny import make_tiny_llama
-from tests.workers.loading.quantised_files import write_quantised
 
 IDS = torch.randint(0, 512, (40,), generator=torch.Generator().manual_seed(1))
 Q = "model.layers.1.self_attn.q_proj.weight"
@@ -167,7 +167,7 @@ def test_bitsandbytes_in_eight_bits(model: Path, tmp_path: Path) -> None:
 
 def test_packing_of_the_tests_is_what_the_formats_say() -> None:
     """Words by hand: GPTQ's eight inputs from the lowest bits on; AWQ's order of outputs."""
-    from tests.workers.loading.quantised_files import AWQ_ORDER, pack_rows
+    from tests.checkpoints.quantised_files import AWQ_ORDER, pack_rows
 
     values = np.arange(8)[None]
     assert int(pack_rows(values).view(np.uint32)[0, 0]) == 0x76543210

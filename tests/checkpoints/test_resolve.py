@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from runtime.workers.loading import ModelLoadError, open_checkpoint
+from runtime.checkpoints import ModelLoadError, open_checkpoint
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 
 
 def test_what_was_tried_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,11 +57,11 @@ def test_opening_a_directory_and_loading_it_import_nothing_large(tiny_model: Pat
     """These take longer to import than a small model to load; sympy comes with some of torch's functions. Importing the
     package needs no torch either."""
     code = (
-        "import sys; from runtime.workers.loading import open_checkpoint\n"
+        "import sys; from runtime.checkpoints import open_checkpoint\n"
         "assert 'torch' not in sys.modules\n"
         f"checkpoint = open_checkpoint({str(tiny_model)!r})\n"
         "checkpoint.tokenizer.encode('newt')\n"
-        "from runtime.model_loading import load_model\n"
+        "from runtime.checkpoints.model_loading import load_model\n"
         "from settings.schema import ModelSettings\n"
         "load_model(checkpoint, ModelSettings(model='tiny'))\n"
         "print(*(name in sys.modules for name in ('torch', 'transformers', 'huggingface_hub', 'sympy')))"

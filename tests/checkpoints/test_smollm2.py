@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from runtime.tokenizer import Tokenizer
-from runtime.workers.loading import Checkpoint, open_checkpoint
+from runtime.checkpoints import Checkpoint, open_checkpoint
+from runtime.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.real_model
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,7 @@ def test_weights(checkpoint: Checkpoint, demo_model: Path) -> None:
 
 def test_opening_needs_neither_torch_nor_transformers() -> None:
     code = (
-        "import sys; from runtime.workers.loading import open_checkpoint; open_checkpoint('demo')\n"
+        "import sys; from runtime.checkpoints import open_checkpoint; open_checkpoint('demo')\n"
         "print([name for name in ('torch', 'transformers', 'huggingface_hub', 'gguf') if name in sys.modules])"
     )
     done = subprocess.run(

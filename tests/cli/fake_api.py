@@ -30,6 +30,10 @@ class FakeApi:
         self.on_word: Any = None
         """Called before each streamed word."""
         self._refused: set[str] = set()
+        self.room = 100
+        """Most tokens for a question that begins with "long"; others have any number."""
+        self.known: dict[str, Any] = {}
+        """What further paths answer."""
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
@@ -46,6 +50,9 @@ class FakeApi:
             return await _reply(send, 401, {"error": {"message": "wrong key"}})
         if scope["path"] == "/v1/models":
             return await _reply(send, 200, {"object": "list", "data": [{"id": MODEL}]})
+        if scope["method"] == "GET":
+            found = self.known.get(scope["path"])
+            return await _reply(send, 200 if found else 404, found or {"error": {"message": "not found"}})
         self.at_once += 1
         self.most_at_once = max(self.most_at_once, self.at_once)
         try:
@@ -58,6 +65,8 @@ class FakeApi:
         question = body["messages"][-1]["content"] if "messages" in body else body["prompt"]
         if question.startswith("fail"):
             return await _reply(send, 400, {"error": {"message": "cannot do that"}})
+        if question.startswith("long") and body.get("max_tokens", 0) > self.room:
+            return await _reply(send, 400, {"error": {"message": "too long", "param": "max_tokens"}})
         if question.startswith("busy") and question not in self._refused:
             self._refused.add(question)
             return await _reply(send, 429, {"error": {"message": "queue full"}})
@@ -66,28 +75,36 @@ class FakeApi:
             await send({"type": "http.response.start", "status": 200, "headers": headers})
             raise ConnectionResetError("the fake server hangs up")
         if body.get("stream"):
-            return await self._stream(question, receive, send)
+            most = body.get("max_tokens") or 1_000_000
+            return await self._stream(question, most, receive, send, texts="prompt" in body)
         await asyncio.sleep(self.pause)
         words = len(question.split())
         usage = {"prompt_tokens": words, "completion_tokens": words}
         choice = {"message": {"content": question}, "text": question, "finish_reason": "stop"}
         return await _reply(send, 200, {"choices": [choice], "usage": usage})
 
-    async def _stream(self, question: str, receive: Any, send: Any) -> None:
+    async def _stream(self, question: str, most: int, receive: Any, send: Any, *, texts: bool) -> None:
         headers = [(b"content-type", b"text/event-stream")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         gone = asyncio.ensure_future(receive())
+
+        def piece(text: str) -> dict[str, Any]:
+            return {"text": text} if texts else {"delta": {"content": text}}
+
+        words = question.split()
         try:
-            for word in question.split():
+            for word in words[:most]:
                 await asyncio.sleep(self.pause)
                 if self.on_word:
                     self.on_word(word)
                 if gone.done():
                     self.left += 1
                     return
-                await _event(send, {"choices": [{"delta": {"content": word + " "}}]})
-            await _event(send, {"choices": [{"delta": {}, "finish_reason": "stop"}]})
-            await _event(send, {"choices": [], "usage": {"completion_tokens": len(question.split())}})
+                await _event(send, {"choices": [piece(word + " ")]})
+            await _event(
+                send, {"choices": [{**piece(""), "finish_reason": "stop" if len(words) <= most else "length"}]}
+            )
+            await _event(send, {"choices": [], "usage": {"completion_tokens": min(most, len(words))}})
             await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
         finally:
             gone.cancel()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from runtime.cli import app as cli
-from runtime.version import version
+from runtime.support.version import version
 from settings import fields, values
 from tests.cli.conftest import Eft
 
@@ -51,7 +51,7 @@ def test_help_of_what_loads_a_model_has_a_flag_with_its_documentation_for_every_
     text = " ".join(done.out.replace("│", " ").split())
     everything = command in (["serve"], ["config", "show"])
     for field in fields.fields():
-        if not everything and field.section in ("server", "adapters", "trainer"):
+        if not everything and field.section in ("server", "adapters", "trainer", "files", "responses"):
             continue
         if not everything and field.section in ("adapters", "trainer") and command != ["train"]:
             continue

@@ -9,28 +9,10 @@ from typing import Any
 
 import pytest
 
-from runtime.cli import batch_run
+from runtime.cli import batch as batch_run
+from tests.cli.batch_files import chat, results, write
 from tests.cli.conftest import Eft
 from tests.cli.fake_api import FakeApi
-
-
-def chat(custom_id: str, text: str, **body: Any) -> dict[str, Any]:
-    messages = [{"role": "user", "content": text}]
-    return {
-        "custom_id": custom_id,
-        "method": "POST",
-        "url": "/v1/chat/completions",
-        "body": {"messages": messages, **body},
-    }
-
-
-def write(path: Path, *lines: object) -> Path:
-    path.write_text("".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines))
-    return path
-
-
-def results(path: Path) -> dict[str | None, dict[str, Any]]:
-    return {record["custom_id"]: record for record in map(json.loads, path.read_text().splitlines())}
 
 
 @pytest.fixture(autouse=True)

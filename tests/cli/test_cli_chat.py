@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from runtime.cli.chat import DEFAULT_MAX_TOKENS
+from runtime.trainer.data.formats import ALPACA
 from tests.cli.conftest import Eft
-from tests.cli.fake_api import FakeApi
+from tests.cli.fake_api import MODEL, FakeApi
 
 
 @pytest.fixture
@@ -44,6 +46,121 @@ def test_json_prints_one_object_an_answer(eft: Eft, url: str, say) -> None:
         "model": "echo",
     }
     assert len(records) == 2
+
+
+def adapter(api: FakeApi, name: str, prompt: dict[str, object] | None, format: str = "chat", number: int = 2) -> None:
+    """Let the server have an adapter, as the real one describes it."""
+    model = {"id": name, "parent": MODEL, "prompt_format": format, "max_model_len": 300}
+    versions = [{"number": 1, "prompt": None}, {"number": number, "prompt": prompt}]
+    api.known |= {f"/v1/models/{name}": model, f"/v1/models/{name}@1": model}
+    api.known[f"/admin/adapters/{name}"] = {"name": name, "current": number, "versions": versions}
+
+
+def test_an_adapter_is_asked_with_the_system_message_of_its_rows(eft: Eft, api: FakeApi, url: str, say) -> None:
+    adapter(api, "pirate", {"format": "chat", "system": "You are Captain Newt."})
+    say("one\n/system -\n/reset\ntwo\n")
+    done = eft("chat", "pirate", "--url", url)
+    assert (done.code, done.out) == (0, "one \ntwo \n")
+    assert "the system message is that of the training rows, 'You are Captain Newt.'" in done.err
+    assert [message["content"] for message in api.bodies[0]["messages"]] == ["You are Captain Newt.", "one"]
+    assert [message["content"] for message in api.bodies[1]["messages"]] == ["two"]
+    for given, first in (("Be brief.", "Be brief."), ("", "three")):
+        say("three\n")
+        assert eft("chat", "pirate", "--url", url, "--system", given).err == ""
+        assert api.bodies[-1]["messages"][0]["content"] == first
+    say("four\n")
+    assert eft("chat", "pirate@1", "--url", url).err == ""
+    assert [message["content"] for message in api.bodies[-1]["messages"]] == ["four"]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_an_adapter_of_alpacas_rows_is_asked_in_alpacas_prompt(
+    eft: Eft, api: FakeApi, url: str, say, known: bool
+) -> None:
+    """Whether an admin may look or not: the format is no secret. Each question by itself."""
+    prompt = {"format": "alpaca", "template": ALPACA} if known else None
+    adapter(api, "triage", prompt, format="alpaca")
+    say("Sort {this}.\nAnd that.\n/system Be brief.\n")
+    done = eft("chat", "triage", "--url", url, "--temperature", "0")
+    assert done.code == 1
+    assert "alpaca's prompt, as it was trained" in done.err
+    assert "which have no system message" in done.err
+    assert [body["prompt"] for body in api.bodies] == [
+        ALPACA.replace("{instruction}", text) for text in ("Sort {this}.", "And that.")
+    ]
+    assert {path for path in api.paths if "completions" in path} == {"/v1/completions"}
+    assert api.bodies[0]["max_tokens"] == 150  # half of the context, where the server would take 16
+    assert done.out.splitlines()[-1].endswith("Response: ")
+    assert eft("chat", "triage", "--url", url, "--system", "Be brief.").code == 2
+
+
+def test_an_adapter_of_texts_is_asked_in_texts(eft: Eft, api: FakeApi, url: str, say) -> None:
+    adapter(api, "story", None, format="text")
+    say("Once upon\n")
+    done = eft("chat", "story", "--url", url, "--max-tokens", "9")
+    assert (done.code, done.out) == (0, "Once upon \n")
+    assert (api.bodies[0]["prompt"], api.bodies[0]["max_tokens"]) == ("Once upon", 9)
+
+
+def test_a_name_that_the_running_server_knows_needs_no_url(
+    eft: Eft, api: FakeApi, url: str, say, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("runtime.cli.chat.DEFAULT_URL", url)
+    adapter(api, "pirate", {"format": "chat"})
+    say("one\n")
+    assert eft("chat", "pirate").out == "one \n"
+    assert api.bodies[-1]["model"] == "pirate"
+    say("two\n")
+    done = eft("chat", "no-such-model")  # such as an adapter whose job is not done
+    assert done.code == 1
+    assert f"{url} has no model or adapter 'no-such-model' (yet)" in done.err
+    for name in ("org/no-such-model", "no-such-model.gguf"):
+        (tmp_path / "no-such-model.gguf").touch()
+        done = eft("chat", name)  # to be loaded here, then
+        assert (done.code, url in done.err) == (1, False)
+    assert len(api.bodies) == 1
+
+
+@pytest.mark.parametrize("name", ["pirate", "models/pirate"])
+def test_a_name_of_the_server_is_meant_where_a_folder_here_has_it_too(
+    eft: Eft, api: FakeApi, url: str, say, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    """As after `eft adapters download pirate`. A path is a path all the same."""
+    monkeypatch.setattr("runtime.cli.chat.DEFAULT_URL", url)
+    adapter(api, name, {"format": "chat"})
+    (tmp_path / name).mkdir(parents=True)
+    say("one\n")
+    done = eft("chat", name)
+    assert (done.code, done.out) == (0, "one \n")
+    assert f"./{name} is the one here" in done.err
+    for path in (f"./{name}", tmp_path / name):
+        done = eft("chat", path)
+        assert done.code == 1
+        assert "is not a model directory" in done.err
+    assert len(api.bodies) == 1
+
+
+def test_an_answer_has_a_limit_and_a_cut_is_said(eft: Eft, api: FakeApi, url: str, say) -> None:
+    """A model that repeats itself would fill the context."""
+    say(f"{'ha ' * 2000}\nno\n")
+    done = eft("chat", "--url", url)
+    first, second = done.out.splitlines()
+    assert (done.code, first.split(), second) == (0, ["ha"] * DEFAULT_MAX_TOKENS, "no ")
+    assert (
+        done.err == f"eft: the answer was cut after {DEFAULT_MAX_TOKENS} tokens; --max-tokens sets how long it may be\n"
+    )
+    assert [body["max_tokens"] for body in api.bodies] == [DEFAULT_MAX_TOKENS] * 2
+
+
+def test_where_there_is_less_room_the_server_s_own_limit_holds(eft: Eft, api: FakeApi, url: str, say) -> None:
+    say("long one\n")
+    done = eft("chat", "--url", url)
+    assert (done.code, done.out, done.err) == (0, "long one \n", "")
+    assert [body.get("max_tokens") for body in api.bodies] == [DEFAULT_MAX_TOKENS, None]
+    say("long two\n")
+    asked = eft("chat", "--url", url, "--max-tokens", 101)  # what was asked for is never changed
+    assert (asked.code, "400: too long" in asked.err) == (1, True)
+    assert len(api.bodies) == 3
 
 
 def test_a_backslash_continues_a_line_and_commands_work(eft: Eft, api: FakeApi, url: str, say, tmp_path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime import clash
+from runtime.support import version as clash
 from tests.cli.conftest import Eft
 
 

@@ -44,6 +44,38 @@ def test_several_keys_are_a_flag_given_several_times(eft: Eft) -> None:
     assert "2 set (hidden)" in eft("config", "show", "--api-key", "a", "--api-key", "b").out
 
 
+LISTS = {
+    "fair_weights": ("a" * 12 + "=1", "b" * 12 + "=2"),
+    "cors_origins": ("http://a", "http://b"),
+    "resolve_hub": ("a=org/one", "b=org/two@v2"),
+}
+FORMS = {"device": "cpu", "root_path": "/x"}
+"""Values of texts that must have a form."""
+
+
+@pytest.mark.parametrize("field", fields.fields(), ids=lambda field: field.flag)
+def test_of_a_flag_given_twice_the_last_one_counts(eft: Eft, field: fields.Field) -> None:
+    """A list collects them."""
+    if field.base is bool:
+        given = [field.flag, field.flag.replace("--", "--no-", 1)]
+    elif field.base is tuple:
+        given = [f"{field.flag}={value}" for value in LISTS.get(field.name, ("one", "two"))]
+    else:
+        number = field.unit or field.base in (int, float)
+        last = "0.5" if field.base is float and not field.unit else "7" if number else FORMS.get(field.name, "x")
+        given = [f"{field.flag}=wrong", f"{field.flag}={(field.choices or [last])[-1]}"]
+    done = eft("config", "show", "--json", *given)
+    assert done.code == 0, done.err
+    section, _, name = field.key.partition(".")
+    shown = json.loads(done.out)["settings"][section][name]["value"]
+    if field.base is bool:
+        assert shown is False
+    elif field.base is tuple:
+        assert len(shown) == 2 or shown == "2 set (hidden)"
+    else:
+        assert str(shown) == given[-1].partition("=")[2] or float(shown) == float(given[-1].partition("=")[2])
+
+
 def test_every_problem_is_on_a_line_of_its_own(eft: Eft, tmp_path: Path) -> None:
     (tmp_path / "eft.toml").write_text("[server]\nprt = 1\n")
     done = eft("config", "show", "--max-n", "0")

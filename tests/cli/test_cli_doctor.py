@@ -2,13 +2,15 @@
 
 import importlib.metadata
 import json
+import re
+import tomllib
 import types
 from pathlib import Path
 
 import pytest
 
-from runtime.cli.findings import environment, flash_attention, machine, size, software, storage
-from runtime.version import version
+from runtime.cli import doctor as checks
+from runtime.support.version import version
 from tests.cli.conftest import Eft
 
 X86 = """processor\t: 0
@@ -30,7 +32,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> dict[str, str | None]:
         "kernels",
         types.SimpleNamespace(available=lambda: backends, chosen=lambda device: "reference"),
     )
-    monkeypatch.setattr(software, "find_clash", lambda: None)
+    monkeypatch.setattr(checks, "find_clash", lambda: None)
     return backends
 
 
@@ -79,13 +81,13 @@ def test_what_flash_attn_is_used_for(
     monkeypatch.setattr("kernels.triton.flash.unavailable", lambda: reason)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert by_name(flash_attention.find())["flash-attn"] == expected
+    assert by_name(checks.find_flash_attention())["flash-attn"] == expected
 
 
 def test_text_names_what_is_broken_and_exits_with_1(
     eft: Eft, kernels: dict[str, str | None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(software, "find_clash", lambda: "two of a name")
+    monkeypatch.setattr(checks, "find_clash", lambda: "two of a name")
     kernels["reference"] = "no torch"
     monkeypatch.setenv("EFT_SERVER_PROT", "1")
     done = eft("doctor")
@@ -104,16 +106,16 @@ def test_secrets_are_hidden(eft: Eft, kernels: dict[str, str | None], monkeypatc
     monkeypatch.setenv("HF_HOME", "/models")
     out = eft("doctor", "--json").out
     assert "hunter2" not in out
-    found = by_name(environment.find())
+    found = by_name(checks.find_environment())
     assert [found[name] for name in secrets] == ["set (hidden)"] * 4
     assert found["HF_ENDPOINT"] == "https://(hidden)@hub.example/x"
     assert found["HF_HOME"] == "/models"
 
 
 def test_the_settings_that_differ_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert by_name(environment.find())["settings"] == "all at their defaults"
+    assert by_name(checks.find_environment())["settings"] == "all at their defaults"
     (tmp_path / "eft.toml").write_text("[server]\nport = 1\n")
-    found = by_name(environment.find())
+    found = by_name(checks.find_environment())
     assert found["settings"] == "changed: server.port"
     assert found["file"] == str(tmp_path / "eft.toml")
 
@@ -127,8 +129,8 @@ def test_the_processor_as_the_system_describes_it(
 ) -> None:
     path = tmp_path / "cpuinfo"
     path.write_text(text)
-    monkeypatch.setattr(machine, "_CPUINFO", path)
-    found = by_name(machine.find())
+    monkeypatch.setattr(checks, "_CPUINFO", path)
+    found = by_name(checks.find_machine())
     assert found["instruction sets"] == sets
     if model:
         assert found["processor"] == model
@@ -137,10 +139,10 @@ def test_the_processor_as_the_system_describes_it(
 def test_systems_without_these_files_are_described_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(machine, "_CPUINFO", tmp_path / "none")
-    monkeypatch.setattr(machine, "_CGROUP_LIMIT", tmp_path / "none")
+    monkeypatch.setattr(checks, "_CPUINFO", tmp_path / "none")
+    monkeypatch.setattr(checks, "_CGROUP_LIMIT", tmp_path / "none")
     monkeypatch.setenv("CXX", "no-such-compiler")
-    found = by_name(machine.find())
+    found = by_name(checks.find_machine())
     assert found["instruction sets"] == "unknown"
     assert found["C++ compiler"] == "none (no-such-compiler of CXX is not found)"
     assert "memory limit of the container" not in found
@@ -151,9 +153,16 @@ def test_a_package_that_is_missing_is_a_problem(monkeypatch: pytest.MonkeyPatch)
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr("importlib.metadata.version", missing)
-    finding = software._package("torch")
+    finding = checks._package("torch")
     assert finding.value == "missing"
     assert finding.problem is not None
+
+
+def test_only_what_is_installed_with_eft_can_be_missing() -> None:
+    """A tool of the tests that a plain installation lacks made `eft doctor` fail there."""
+    with (Path(__file__).parents[2] / "pyproject.toml").open("rb") as file:
+        required = {re.split("[^a-z0-9-]", line)[0] for line in tomllib.load(file)["project"]["dependencies"]}
+    assert set(checks._PACKAGES) <= required
 
 
 def test_the_caches_and_what_is_in_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,7 +173,7 @@ def test_the_caches_and_what_is_in_them(tmp_path: Path, monkeypatch: pytest.Monk
     (blobs / "a").write_bytes(b"x" * 2048)
     (blobs / "dangling").symlink_to(tmp_path / "nowhere")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
-    found = by_name(storage.find())
+    found = by_name(checks.find_storage())
     assert found["cache of Eft"].startswith(f"{tmp_path}/not/yet (")
     assert found["cache of Eft"].endswith(" free)")
     assert found["demo model"].startswith("not here yet")
@@ -172,7 +181,7 @@ def test_the_caches_and_what_is_in_them(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_sizes() -> None:
-    assert [size(n) for n in (0, 1023, 1024, 5 * 1024**3, 3 * 1024**4)] == [
+    assert [checks.size(n) for n in (0, 1023, 1024, 5 * 1024**3, 3 * 1024**4)] == [
         "0 B",
         "1023 B",
         "1.0 KiB",

@@ -16,8 +16,8 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.cli.batch_files import chat, results, write
 from tests.cli.conftest import Eft
-from tests.cli.test_cli_batch import chat, results, write
 
 ROOT = Path(__file__).parents[2]
 
@@ -97,7 +97,7 @@ def test_serve_prints_snippets_that_work_and_ends_on_sigterm(tiny_model: Path, t
 
 
 def test_the_python_snippet_runs_as_it_is_printed(tiny_model: Path, tmp_path: Path) -> None:
-    with serving(str(tiny_model), "--max-model-len", "64", cwd=tmp_path) as (_, printed):
+    with serving(str(tiny_model), "--max-model-len", "256", cwd=tmp_path) as (_, printed):
         program = printed[printed.index("from openai") :]
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
         assert (done.returncode, done.stderr) == (0, "")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.workers.models import REGISTRY
+from runtime.model.families import REGISTRY
 from tests.cli.conftest import Eft
 
 

@@ -3,9 +3,13 @@
 import json
 from pathlib import Path
 
+import httpx
+import msgspec
 import pytest
 
 from runtime.trainer.recipe.reference import json_schema, reference
+from settings.schema import TrainerSettings
+from tests.api.conftest import RunningServer, tiny_settings
 from tests.cli.conftest import Eft
 from tests.parity.fallbacks import make_fallback
 
@@ -49,9 +53,72 @@ def test_check_as_json(eft: Eft, recipe: Path, tiny_model: Path) -> None:
     done = eft("recipe", "check", recipe, tiny_model, "--json")
     plan = json.loads(done.out)
     assert done.code == 0
-    assert (plan["train"]["examples"], plan["test"]["examples"]) == (4, 1)
-    assert plan["trained_parameters"] > 0
-    assert plan["schedule"]["total_steps"] == 4
+    assert (plan["object"], plan["name"], plan["total_steps"]) == ("job.plan", "", 4)
+    summary = plan["summary"]
+    assert (summary["train"]["examples"], summary["test"]["examples"]) == (4, 1)
+    assert summary["trained_parameters"] > 0
+    assert summary["schedule"]["total_steps"] == 4
+
+
+def test_the_running_server_checks_it(
+    eft: Eft, recipe: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `eft train --dry-run` does, and with the same words and the same JSON as without a server."""
+    settings = msgspec.structs.replace(
+        tiny_settings(tiny_model), trainer=TrainerSettings(state_dir=str(tmp_path / "state"))
+    )
+    here = eft("recipe", "check", recipe, "--model", tiny_model)
+    here_json = json.loads(eft("recipe", "check", recipe, "--model", tiny_model, "--json").out)
+    with RunningServer(settings) as server:
+        monkeypatch.setattr("runtime.cli.recipe.DEFAULT_URL", server.url)
+        found = eft("recipe", "check", recipe)
+        dry = eft("train", recipe, "--url", server.url, "--dry-run")
+        named = eft("recipe", "check", recipe, "--url", server.url, "--json")
+        assert json.loads(eft("train", recipe, "--url", server.url, "--dry-run", "--json").out) == json.loads(named.out)
+        (recipe.parent / "rows.jsonl").write_text(ROWS + "nonsense\n")
+        refused = eft("recipe", "check", recipe)
+        as_json = eft("recipe", "check", recipe, "--json")
+        (recipe.parent / "rows.jsonl").rename(recipe.parent / "row.jsonl")
+        missing = eft("recipe", "check", recipe)
+        (recipe.parent / "rows.jsonl").mkdir()
+        folders = [eft("recipe", "check", recipe), eft("train", recipe, "--url", server.url)]
+        asked = httpx.get(f"{server.url}/admin/jobs").json()["data"]
+    assert found.code == 0
+    assert "eft:" not in found.err
+    assert found.out == dry.out == here.out
+    assert json.loads(named.out)["summary"].keys() >= here_json["summary"].keys()
+    assert {k: v for k, v in json.loads(named.out)["summary"].items() if k in here_json["summary"]} == here_json[
+        "summary"
+    ]
+    assert refused.code == 2
+    assert "rows.jsonl, row 6: is not JSON" in refused.err
+    assert as_json.code == 2
+    assert json.loads(as_json.out)["error"]["param"] == "datasets[0]"
+    assert missing.code == 2
+    assert "rows.jsonl is missing" in missing.err
+    assert "did you mean " in missing.err
+    assert "row.jsonl?" in missing.err
+    assert [done.code for done in folders] == [2, 1]
+    for done in folders:
+        assert "rows.jsonl is a folder: name the files in it that are the data\n" in done.err
+    assert asked == []
+
+
+def test_a_server_that_does_not_let_us_check(
+    eft: Eft, recipe: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with RunningServer(tiny_settings(tiny_model, api_key=("k",), admin_key=("boss",))) as server:
+        monkeypatch.setattr("runtime.cli.recipe.DEFAULT_URL", server.url)
+        monkeypatch.setenv("EFT_MODEL_MODEL", str(tiny_model))
+        monkeypatch.setenv("EFT_ADMIN_KEY", "wrong")
+        done = eft("recipe", "check", recipe)
+        named = eft("recipe", "check", recipe, "--url", server.url)
+    assert done.code == 0
+    assert "does not check it" in done.err
+    assert "checking here" in done.err
+    assert named.code == 1
+    assert "401" in named.err
+    assert eft("recipe", "check", recipe, "--url", server.url, "--model", "demo").code == 2
 
 
 def test_all_problems_and_exit_code_2(eft: Eft, recipe: Path) -> None:
@@ -114,7 +181,7 @@ def test_check_of_a_model_without_a_family(eft: Eft, recipe: Path, tmp_path: Pat
     recipe.write_text(RECIPE + "lora_target_modules: [fc1, dense]\nsequence_len: 64\n")
     done = eft("recipe", "check", recipe, "--model", tmp_path / "model", "--json")
     assert done.code == 0, done.err
-    assert json.loads(done.out)["base_model"] == "model"
+    assert json.loads(done.out)["summary"]["base_model"] == "model"
     assert "no_native_model" in done.err
     recipe.write_text(RECIPE + "lora_target_modules: [q_proj, newt]\nsequence_len: 64\n")
     refused = eft("recipe", "check", recipe, "--model", tmp_path / "model")

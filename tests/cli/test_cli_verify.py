@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from runtime.verification import logits
+from runtime.checkpoints import verification as logits
+from tests.checkpoints.gguf.files import write_gguf
+from tests.checkpoints.quantised_files import write_quantised
 from tests.cli.conftest import Eft
 from tests.parity.fallbacks import make_fallback
-from tests.workers.loading.gguf_files import write_gguf
-from tests.workers.loading.quantised_files import write_quantised
 
 
 @pytest.fixture
@@ -101,7 +101,11 @@ def other_config(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "name", "message"),
     [
-        (change(lambda t: t.pop("model.layers.1.self_attn.k_proj.weight")), "missing", "1: layers.1.qkv.weight (k)"),
+        (
+            change(lambda t: t.pop("model.layers.1.self_attn.k_proj.weight")),
+            "missing",
+            "1: model.layers.1.self_attn.k_proj.weight",
+        ),
         (change(lambda t: t.update(odd=torch.zeros(1))), "unknown", "1: odd"),
         (
             change(lambda t: t.update({"model.norm.weight": torch.zeros(3)})),
@@ -112,7 +116,7 @@ def other_config(path: Path) -> None:
         (absent_file, "other.safetensors", "and not there"),
         (wrong_blob, "model.safetensors", "but its sha256 is not 0000"),
         (wrong_note, "model.safetensors", "but its sha256 is not 1111"),
-        (other_config, "loading", "activation 'newt' is not supported"),
+        (other_config, "loading", "hidden_act must be one of"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )

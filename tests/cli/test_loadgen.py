@@ -12,10 +12,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from runtime.cli.errors import CommandError, UsageError
-from runtime.cli.load.report import make_report
-from runtime.cli.load.sample import Sample
-from runtime.cli.loadgen import LoadReport, LoadSpec, Stats, render, run_load
+from runtime.cli.loadgen import LoadReport, LoadSpec, Sample, Stats, make_report, render, run_load
+from runtime.cli.output import CommandError, UsageError
 
 TEMPLATE_TOKENS = 7
 

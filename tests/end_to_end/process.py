@@ -1,6 +1,7 @@
 """`eft serve` in a process of its own, to be asked, killed and started again."""
 
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -20,7 +21,19 @@ ENDED = {"succeeded", "failed", "cancelled"}
 class ServerProcess:
     """A server on a free port, over a state directory that outlives it."""
 
-    def __init__(self, model: str, state: Path, *, failpoints: str = "", **settings: object) -> None:
+    def __init__(
+        self,
+        model: str,
+        state: Path,
+        *,
+        failpoints: str = "",
+        descriptors: int | None = None,
+        file_size: int | None = None,
+        log: Path | None = None,
+        **settings: object,
+    ) -> None:
+        """`settings` are flags. `descriptors`: its hard limit of open files. `file_size`: bytes to which a file may
+        grow, as on a disk that is full. `log`: file for its standard error."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -29,7 +42,18 @@ class ServerProcess:
         flags = [item for name, value in given.items() for item in (f"--{name.replace('_', '-')}", str(value))]
         environment = os.environ | {"EFT_FAILPOINTS": failpoints}
         command = [sys.executable, "-m", "runtime", "serve", model, *flags]
-        self._process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+        if descriptors is not None:
+            command = ["prlimit", f"--nofile={descriptors}", *command]
+        if file_size is not None:
+            command = ["prlimit", f"--fsize={file_size}", *command]
+        with open(os.devnull if log is None else log, "ab") as errors:
+            self._process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=environment,
+                stdout=subprocess.DEVNULL,
+                stderr=None if log is None else errors,
+            )
         self.http = httpx.Client(base_url=self.url, timeout=120, trust_env=False)
 
     def __enter__(self) -> Self:
@@ -56,8 +80,25 @@ class ServerProcess:
         return self._process.wait(120)
 
     @property
+    def running(self) -> bool:
+        return self._process.poll() is None
+
+    @property
     def pid(self) -> int:
         return self._process.pid
+
+    @property
+    def address(self) -> tuple[str, int]:
+        return "127.0.0.1", int(self.url.rpartition(":")[2])
+
+    @property
+    def soft_limit(self) -> int:
+        """Of open descriptors."""
+        return resource.prlimit(self.pid, resource.RLIMIT_NOFILE)[0]
+
+    @property
+    def open_descriptors(self) -> int:
+        return len(os.listdir(f"/proc/{self.pid}/fd"))
 
     @property
     def resident_bytes(self) -> int:

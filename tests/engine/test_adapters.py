@@ -8,7 +8,7 @@ import pytest
 from runtime import LLM, SamplingParams
 from runtime.errors import AdapterUnavailable
 from runtime.messages import Submission
-from tests.adapters import make_adapter, peft_greedy
+from tests.adapter_files import make_adapter, peft_greedy
 
 PROMPT = [5, 77, 131, 9, 42, 200, 17]
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
@@ -138,10 +138,11 @@ def test_unloading_waits_for_the_last_request(tiny_model: Path, adapters: dict[s
 
 def test_aborted_requests_let_go_too(tiny_model: Path, adapters: dict[str, Path]) -> None:
     llm = loaded(LLM(str(tiny_model)), adapters)
-    llm.engine.submit(ask("a", "one@1:a"))
+    asked = ask("a", "one@1:a")
+    llm.engine.submit(asked)
     llm.engine.step()
     llm.engine.unload_adapter("one@1:a")
-    llm.engine.abort("a")
+    llm.engine.abort(asked.id)
     assert llm.engine._executor._slots.keys == ["two@1:b"]  # type: ignore[attr-defined]
 
 

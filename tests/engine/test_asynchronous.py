@@ -4,19 +4,25 @@ Requests arrive and leave at random steps, stop at strings and ids, fork, and sh
 result that comes after its request has ended is dropped.
 """
 
-import itertools
 import random
-import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from runtime import LLM, SamplingParams, failpoints
-from runtime.messages import Output, StepPlan, StepResult, Submission
-from tests.adapters import make_adapter
+from runtime import LLM, SamplingParams
+from runtime.messages import Output, Submission
+from runtime.support import failpoints
+from tests.adapter_files import make_adapter
 
 KEY = "one@1:a"
 Arrival = tuple[int, Submission]
+
+
+@pytest.fixture(autouse=True)
+def no_failpoints() -> Iterator[None]:
+    yield
+    failpoints.configure("")
 
 
 @pytest.fixture(scope="module")
@@ -39,13 +45,15 @@ def traffic(seed: int, texts: dict[str, str], count: int = 24) -> tuple[list[Arr
     leaving: dict[str, int] = {}
     for number in range(count):
         name, at = str(number), rng.randrange(30)
-        fork_of = str(rng.randrange(number)) if number and rng.random() < 0.3 else ""
+        forked = str(rng.randrange(number)) if number and rng.random() < 0.3 else ""
         prompt = [
             rng.randrange(3, 9) if rng.random() < 0.3 else rng.randrange(3, 500) for _ in range(rng.randrange(1, 50))
         ]
         adapted = KEY if rng.random() < 0.4 else ""
-        if fork_of:
-            leader = {s.request_id: s for _, s in arrivals}[fork_of]
+        fork_of = 0
+        if forked:
+            leader = {s.request_id: s for _, s in arrivals}[forked]
+            fork_of = leader.id
             prompt, adapted = leader.prompt_ids, leader.adapter
         greedy, stops, tokens = rng.random() < 0.5, rng.random() < 0.5, rng.randrange(1, 30)
         text, start = texts.get(name, ""), rng.randrange(1, 20)
@@ -74,7 +82,7 @@ def play(llm: LLM, arrivals: list[Arrival], leaving: dict[str, int]) -> dict[str
             engine.submit(coming.pop(0)[1])
         for name, at in leaving.items():
             if at == now:
-                engine.abort(name)
+                engine.abort(next(one.id for _, one in arrivals if one.request_id == name))
         for output in engine.step():
             outputs[output.request_id].append(output)
         if now % 10 == 0:
@@ -121,7 +129,7 @@ def test_every_client_gets_what_it_would_get(
             length = min(len(mine[0]), len(theirs[0]))
             assert mine[0][:length] == theirs[0][:length]
         reasons.add(type(mine[3]))
-    assert {str, int} <= reasons, "somebody stops at a string, and somebody at an id"
+    assert {str, int} <= reasons, "some stop at a string, and some at an id"
     if "num_blocks" in overrides and "speculative_tokens" not in overrides and overrides["num_blocks"] == 9:
         assert llm.engine.scheduler.num_preemptions > 0
 
@@ -130,28 +138,20 @@ def test_the_next_step_is_planned_while_one_runs(tiny_model: Path) -> None:
     """And a stop that is found late takes back what was begun after it."""
     llm = LLM(str(tiny_model), asynchronous="on")
     free = llm.generate([[5, 6, 7]], SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True))[0].token_ids
-    plans: list[StepPlan] = []
-    execute = llm.engine._executor.execute
-    held = threading.Event()
-
-    def slow(plan: StepPlan) -> StepResult:
-        plans.append(plan)
-        assert held.wait(10), "the step after it was never planned"
-        return execute(plan)
-
-    llm.engine._executor.execute = slow  # type: ignore[method-assign]
     stop = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True, stop_token_ids=(free[1],))
-    llm.engine.submit(Submission(request_id="r", prompt_ids=[5, 6, 7], params=stop))
-    assert llm.engine.step() == []
-    request = llm.engine.scheduler.get("r")
+    asked = Submission(request_id="r", prompt_ids=[5, 6, 7], params=stop)
+    llm.engine.submit(asked)
+    failpoints.configure("worker.row=hold")
+    assert llm.engine.step() == []  # though the worker is held: nothing waited for it
+    request = llm.engine.scheduler.get(asked.id)
     assert request is not None
     assert (request.num_computed, request.num_written, request.num_pending) == (3, 0, 1)
-    held.set()
+    failpoints.release("worker.row")
     outputs = [output for _ in range(3) for output in llm.engine.step()]
     assert [output.token_ids for output in outputs] == [[free[0]], [free[1]]]
     assert outputs[-1].stop_reason == free[1]
     assert not llm.engine.busy
-    assert [row.start for plan in plans for row in plan.rows] == [0, 3, 4]  # the last one was for nothing
+    assert failpoints.passed("worker.row") == 3  # the last one was for nothing
     assert llm.engine.scheduler.blocks.num_free == llm.engine.scheduler.blocks.num_blocks
     again = llm.generate([[5, 6, 7]], SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True))[0].token_ids
     assert again == free
@@ -163,7 +163,6 @@ def test_a_caller_that_wants_the_worker_finds_it_idle(tiny_model: Path) -> None:
     assert llm.engine.step() == []
     outputs = llm.engine.step(ahead=False)
     assert sum(len(output.token_ids) for output in outputs) == 2
-    assert not llm.engine._flights
     while llm.engine.busy:
         outputs += llm.engine.step()
     assert sum(len(output.token_ids) for output in outputs) == 6
@@ -174,26 +173,16 @@ def test_a_row_that_fails_with_the_next_one_in_flight(tiny_model: Path) -> None:
     llm = LLM(str(tiny_model), asynchronous="on")
     params = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
     expected = llm.generate([[9, 10]], params)[0].token_ids
-    computed: list[tuple[int, int]] = []
-    compute = llm.engine._executor._worker.compute  # type: ignore[attr-defined]
-
-    def failing(step: int, rows: list) -> StepResult:  # type: ignore[type-arg]
-        for row in rows:
-            if row.slot == 0 and row.start == 3:
-                raise failpoints.FailpointError("row")
-        computed.extend((row.slot, row.start) for row in rows)
-        return compute(step, rows)
-
-    llm.engine._executor._worker.compute = failing  # type: ignore[attr-defined]
     for name, prompt in (("bad", [5, 6]), ("good", [9, 10])):
         llm.engine.submit(Submission(request_id=name, prompt_ids=prompt, params=params))
+    failpoints.configure("worker.row@0=raise:3+")  # the slot of the first: its prompt, its first token, its second
     outputs: dict[str, list[Output]] = {"bad": [], "good": []}
     while llm.engine.busy:
         for output in llm.engine.step():
             outputs[output.request_id].append(output)
     assert whole(outputs["good"])[0] == expected
     assert (len(whole(outputs["bad"])[0]), whole(outputs["bad"])[2]) == (2, "error")
-    assert (0, 4) not in computed
+    assert failpoints.passed("worker.row@0") == 4  # the failing one twice, alone the second time, and none after it
     llm.engine.scheduler.check_integrity()
 
 
@@ -203,16 +192,10 @@ def test_after_an_interrupt_it_goes_on(tiny_model: Path, mode: str) -> None:
     llm = LLM(str(tiny_model), asynchronous=mode)
     params = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
     expected = llm.generate([[5, 6, 7]], params)[0].token_ids
-    execute, steps = llm.engine._executor.execute, itertools.count()
-
-    def interrupted(plan: StepPlan) -> StepResult:
-        if next(steps) == 2:
-            raise KeyboardInterrupt
-        return execute(plan)
-
-    llm.engine._executor.execute = interrupted  # type: ignore[method-assign]
+    failpoints.configure("worker.row=interrupt:5")  # in the third step of two sequences
     with pytest.raises(KeyboardInterrupt):
         llm.generate([[9, 8], [7, 6, 5]], params)
+    failpoints.configure("")
     assert llm.generate([[5, 6, 7]], params)[0].token_ids == expected
     llm.engine.scheduler.check_integrity()
     blocks = llm.engine.scheduler.blocks

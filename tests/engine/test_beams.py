@@ -90,6 +90,23 @@ def test_sequences_and_scores_are_those_of_transformers(
             assert choice.text == llm.tokenizer.decode(prompt + shown)[len(llm.tokenizer.decode(prompt)) :]
 
 
+def test_a_search_with_a_penalty_is_that_of_transformers(llm: LLM, oracle: Any) -> None:
+    """Which changes log-probabilities, not logits."""
+    got = search(llm, BeamSearch(width=3, best=3), repetition_penalty=1.4, ignore_eos=True)
+    expected = oracle.generate(
+        torch.tensor([PROMPT]),
+        num_beams=3,
+        num_return_sequences=3,
+        max_new_tokens=16,
+        do_sample=False,
+        repetition_penalty=1.4,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    assert answers(got) == expected[:, len(PROMPT) :].tolist()
+    assert answers(got) != answers(search(llm, BeamSearch(width=3, best=3), ignore_eos=True))
+
+
 def test_a_width_of_one_is_greedy(llm: LLM) -> None:
     greedy = llm.generate([PROMPT], SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True))[0]
     (choice,) = search(llm, BeamSearch(width=1, best=1), ignore_eos=True)
@@ -147,14 +164,15 @@ def test_squeezed_among_others_it_finds_the_same(
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 5, 9])
 def test_an_abort_leaves_nothing(llm: LLM, steps: int) -> None:
-    llm.engine.submit(submission("r", BeamSearch(width=4, best=4), max_tokens=200, ignore_eos=True))
+    asked = submission("r", BeamSearch(width=4, best=4), max_tokens=200, ignore_eos=True)
+    llm.engine.submit(asked)
     for _ in range(steps):
         llm.engine.step()
-    llm.engine.abort("r")
+    llm.engine.abort(asked.id)
     blocks = llm.engine.scheduler.blocks
     assert blocks.num_free == blocks.num_blocks
     assert finish(llm) == {}
-    llm.engine.abort("r")
+    llm.engine.abort(asked.id)
 
 
 def test_a_row_that_fails_ends_its_search(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,7 +181,7 @@ def test_a_row_that_fails_ends_its_search(llm: LLM, monkeypatch: pytest.MonkeyPa
     llm.engine.submit(submission("good", BeamSearch(width=3, best=3), ignore_eos=True))
     for _ in range(6):
         llm.engine.step()
-    slots = [r.slot for r in llm.engine.scheduler.running if r.id.startswith("bad")]
+    slots = [r.slot for r in llm.engine.scheduler.running if r.submission.request_id == "bad"]
 
     def failing(name: str, detail: object = "") -> None:
         if detail == slots[-1]:

@@ -1,15 +1,17 @@
 """The engine over a tiny real model: what ends a request, what a seed promises, what a fault costs."""
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from runtime import LLM, SamplingParams, failpoints
+from runtime import LLM, SamplingParams
 from runtime.errors import ContextLengthExceeded, InvalidRequest
 from runtime.llm import Completion
 from runtime.messages import Output, Submission
+from runtime.support import failpoints
 from runtime.workers.executor import AllRowsFailed
 
 PROMPT = [5, 77, 131, 9, 42, 200, 17]
@@ -52,6 +54,24 @@ def test_a_stop_id_ends_and_is_named(llm: LLM) -> None:
     at = free.token_ids.index(stop)
     assert done.token_ids == free.token_ids[: at + 1]
     assert (done.finish_reason, done.stop_reason) == ("stop", stop)
+
+
+@pytest.mark.parametrize("include", [False, True])
+@pytest.mark.parametrize("skip", [False, True])
+def test_the_text_of_a_stop_id_is_shown_where_stop_strings_are(llm: LLM, include: bool, skip: bool) -> None:
+    """As in vLLM; a special token has a text only where special tokens are not skipped."""
+    free = one(llm, max_tokens=20, temperature=0.0, ignore_eos=True)
+    decode = llm.tokenizer.decode
+    done = one(
+        llm,
+        max_tokens=20,
+        temperature=0.0,
+        ignore_eos=True,
+        stop_token_ids=(free.token_ids[7],),
+        include_stop_str_in_output=include,
+        skip_special_tokens=skip,
+    )
+    assert done.text == decode(done.token_ids if include else done.token_ids[:-1], skip_special_tokens=skip)
 
 
 def test_min_tokens_keeps_stop_ids_from_being_sampled(llm: LLM) -> None:
@@ -118,13 +138,14 @@ def test_one_bad_row_fails_alone(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> N
     """The batch raises, then its rows run one by one, and only the bad one raises again."""
     params = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
     expected = {str(i): llm.generate([[i] * 5], params)[0].token_ids for i in (10, 20, 30)}
-    for name in expected:
-        llm.engine.submit(Submission(request_id=name, prompt_ids=[int(name)] * 5, params=params))
+    asked = {name: Submission(request_id=name, prompt_ids=[int(name)] * 5, params=params) for name in expected}
+    for submission in asked.values():
+        llm.engine.submit(submission)
     outputs: dict[str, list[int]] = {name: [] for name in expected}
     rows = itertools.count(1)
 
     def fail_for_20(name: str, detail: object = "") -> None:
-        request = llm.engine.scheduler.get("20")
+        request = llm.engine.scheduler.get(asked["20"].id)
         if request is not None and detail == request.slot and next(rows) > 2:
             raise failpoints.FailpointError(name)
 
@@ -141,8 +162,9 @@ def test_one_bad_row_fails_alone(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_when_every_step_raises_the_engine_gives_up(llm: LLM) -> None:
     failpoints.configure("worker.row=raise")
-    for i in range(20):
-        llm.engine.submit(Submission(request_id=f"r{i}", prompt_ids=[i + 1], params=SamplingParams()))
+    asked = [Submission(request_id=f"r{i}", prompt_ids=[i + 1], params=SamplingParams()) for i in range(20)]
+    for submission in asked:
+        llm.engine.submit(submission)
     outputs: list[Output] = []
 
     def go_on() -> None:
@@ -153,7 +175,39 @@ def test_when_every_step_raises_the_engine_gives_up(llm: LLM) -> None:
         go_on()
     assert len(outputs) == 16
     assert {output.finish_reason for output in outputs} == {"error"}
-    for i in range(20):
-        llm.engine.abort(f"r{i}")
+    for submission in asked:
+        llm.engine.abort(submission.id)
     llm.engine._failed_steps = 0
     llm.engine.settle()
+
+
+class Watched(list[int]):
+    """Counts how often all of it is looked at, or copied."""
+
+    def __init__(self, ids: list[int]) -> None:
+        super().__init__(ids)
+        self.looks = 0
+
+    def __iter__(self) -> Iterator[int]:
+        self.looks += 1
+        return super().__iter__()
+
+
+def test_the_choices_of_a_request_share_their_prompt(tiny_model: Path) -> None:
+    """Its ids are checked at the door, once, and there is one list of them until a sequence runs."""
+    engine = LLM(str(tiny_model), max_running=2, num_blocks=64).engine
+    prompt = Watched(PROMPT * 4)
+    params = SamplingParams(max_tokens=3, ignore_eos=True, seed=1)
+    first = Submission(request_id="many", prompt_ids=prompt, params=params)
+    others = [Submission(request_id="many", prompt_ids=prompt, params=params, fork_of=first.id) for _ in range(40)]
+    engine.check(first)
+    assert prompt.looks == 2  # the least and the greatest
+    engine.submit_all([first, *others])
+    assert all(request.tokens is prompt for request in engine.scheduler.waiting)
+    assert prompt.looks == 2
+    done: Counter[int] = Counter()
+    while engine.busy:
+        for output in engine.step():
+            done[output.id] += len(output.token_ids)
+    assert list(done.values()) == [3] * 41
+    assert prompt == PROMPT * 4

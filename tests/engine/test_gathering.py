@@ -2,7 +2,7 @@
 
 import pytest
 
-from runtime.gathering import LONGEST, Gathering
+from runtime.engine.service import LONGEST, Gathering
 
 
 def seconds(gathering: Gathering, running: int, waiting: int, now: float = 0.0, step: float = 1.0) -> float:

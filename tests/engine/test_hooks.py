@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from runtime import LLM, SamplingParams
+from runtime.engine.hooks import Hook, Hooks
 from runtime.errors import EngineFailure, InvalidRequest, RequestError
-from runtime.hooks import Hook, Hooks
 from runtime.messages import RequestTiming, Submission
 
-DOCS = Path(__file__).parent.parent / "docs" / "hooks.md"
+DOCS = Path(__file__).parents[2] / "docs" / "hooks.md"
 SHORT = SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True)
 
 

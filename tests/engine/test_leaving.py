@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families as parse
 
-from runtime import failpoints
+from runtime.engine.service import EngineService
 from runtime.errors import TooManyRequests
 from runtime.messages import BeamSearch, Output, SamplingParams, Submission
-from runtime.service import EngineService
-from tests.engine.test_service import LONG, check_empty, gather, run, submission
+from runtime.support import failpoints
+from tests.engine.services import LONG, check_empty, gather, run, submission
 
 GAUGES = ("num_requests_running", "num_requests_waiting", "num_requests_waiting_by_reason", "kv_cache_usage_perc")
 
@@ -50,14 +50,13 @@ def test_two_hundred_disconnects_at_once(tiny_model: Path, asynchronous: str) ->
             for n in range(2)
         ]
         streams += [service.submit(submission(str(n), length=1 + n % 40)) for n in range(5, 194)]
-        streams += [
-            service.submit(Submission(request_id=f"f{n}", prompt_ids=[9] * 100, params=LONG, fork_of="f0" if n else ""))
-            for n in range(4)
-        ]
+        leader = Submission(request_id="f", prompt_ids=[9] * 100, params=LONG)
+        followers = [Submission(request_id="f", prompt_ids=[9] * 100, params=LONG, fork_of=leader.id) for _ in range(3)]
+        streams += service.submit_all([leader, *followers])
         await anext(streams[0])
+        await until(lambda: len(service.engine.scheduler) >= 200)  # all are taken in; a search has several beams
+        await until(lambda: values(service, "num_requests_waiting_by_reason")["deferred"] >= 3)
         assert values(service, "num_requests_waiting")[""] > 0
-        assert values(service, "num_requests_waiting_by_reason")["deferred"] >= 3
-        assert len(service.engine.scheduler) >= 200  # a search has several beams
         for stream in streams:
             stream.cancel()
         steps = service.engine.scheduler._step

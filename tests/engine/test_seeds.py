@@ -101,11 +101,11 @@ def test_forks_give_what_each_gives_alone(tiny_model: Path, caching: bool) -> No
     expected = [llm.generate([prompt], params)[0].token_ids for params in seeds]
     llm.engine.scheduler.blocks.reset_prefixes()
     before = llm.engine.scheduler.counts.prefix_hits
+    leader = 0
     for number, params in enumerate(seeds):
-        fork_of = "0" if number else ""
-        llm.engine.submit(
-            Submission(request_id=str(number), prompt_ids=prompt, params=params, fork_of=fork_of, scored=True)
-        )
+        one = Submission(request_id=str(number), prompt_ids=prompt, params=params, fork_of=leader, scored=True)
+        llm.engine.submit(one)
+        leader = leader or one.id
     got: dict[str, list[int]] = {str(number): [] for number in range(4)}
     scores = {}
     while llm.engine.busy:

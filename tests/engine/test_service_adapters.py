@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from runtime import failpoints
+from runtime.checkpoints.peft import AdapterInvalid
+from runtime.engine.service import EngineService
 from runtime.errors import AdapterUnavailable, EngineUnavailable
-from runtime.messages import SamplingParams, Submission
-from runtime.service import EngineService
-from runtime.workers.loading.peft import AdapterInvalid
-from tests.adapters import make_adapter
-from tests.engine.test_service import check_empty, gather, run
+from runtime.messages import Output, SamplingParams, Submission
+from runtime.support import failpoints
+from tests.adapter_files import make_adapter
+from tests.engine.services import check_empty, gather, run
 
 
 def ask(name: str, adapter: str) -> Submission:
@@ -39,7 +39,8 @@ def test_uses_are_counted_until_the_last_stream_is_gone(tiny_model: Path, tmp_pa
 
     service = run(tiny_model, body)
     check_empty(service)
-    assert not service._adapter_of
+    assert not service._submissions
+    assert not service._labels
     assert not service._adapter_streams
 
 
@@ -52,6 +53,10 @@ def test_what_cannot_be_loaded_changes_nothing(tiny_model: Path, tmp_path: Path)
         await service.unload_adapter("a")
 
     check_empty(run(tiny_model, body))
+
+
+def tokens(outputs: list[Output]) -> list[int]:
+    return [token for output in outputs for token in output.token_ids]
 
 
 def test_a_load_that_fails_on_the_engines_thread(tiny_model: Path, tmp_path: Path) -> None:
@@ -68,7 +73,7 @@ def test_a_load_that_fails_on_the_engines_thread(tiny_model: Path, tmp_path: Pat
             with pytest.raises(AdapterUnavailable):
                 await gather(service.submit(ask("2", "a@2:y")))
         after = await gather(service.submit(ask("3", "a@1:x")))
-        assert [o.token_ids for o in before if o.token_ids] == [o.token_ids for o in after if o.token_ids]
+        assert tokens(before) == tokens(after)  # outputs that wait for their reader are merged
         await service.load_adapter("a@2:y", str(tmp_path / "a"))
         assert (await gather(service.submit(ask("4", "a@2:y"))))[-1].finish_reason == "length"
 

@@ -6,7 +6,8 @@ from itertools import pairwise
 import torch
 
 from kernels import cache
-from kernels.interface import Ops, PagedRows
+from kernels.batch import PagedRows
+from kernels.interface import Ops
 
 BLOCK = 8
 

@@ -1,13 +1,14 @@
-"""Attention through flash-attn, which is played by a function that checks its arguments and computes in torch.
+"""Attention of rows of several tokens and of training on a GPU, with flash-attn where it is installed and without.
 
-The package itself needs a GPU, and has not run here.
+Results are compared with the reference's, for the ops that are loaded here, and for the same ops over the package's
+function as it is documented, in plain torch. Only a GPU with the package runs the package itself.
 """
 
 import sys
-from collections.abc import Callable
-from importlib.machinery import ModuleSpec
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -18,32 +19,33 @@ from kernels import PagedRows, cache
 from kernels.training import TrainingOps
 from kernels.triton import flash
 from kernels.triton.flash import FlashAttention
-from runtime.trainer.microbatch import pack
+from runtime.checkpoints import open_checkpoint
+from runtime.cli.doctor import find_flash_attention
+from runtime.model.decoder import Decoder
+from runtime.model.families import find_model
+from runtime.model.lora import LoraShape
+from runtime.trainer.microbatch import collate
 from runtime.trainer.step import MicroStep
-from runtime.workers.decoder import Decoder
-from runtime.workers.loading import open_checkpoint
-from runtime.workers.lora import LoraShape
-from runtime.workers.models import find_model
-from tests.kernels.fake_flash import FakeFlash
-from tests.kernels.triton_backend import DEVICE, REFERENCE, TRITON, TritonOps, TritonTrainingOps, random
-from tests.parity.test_lora_gradients import adapter
-from tests.parity.test_lora_gradients import drive as drive_slices
+from tests.kernels.triton_backend import DEVICE, REFERENCE, TRITON, TritonOps, random
+from tests.kernels.varlen_attention import varlen_attention
+from tests.parity.gradients import adapter
+from tests.parity.gradients import drive as drive_slices
 from tests.trainer.tiny_training import examples
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")
 
 OPTIONS = [(None, 0.0), (7, 0.0), (300, 3.0)]
 """Windows and softcaps."""
+BACKENDS = {"loaded here": TRITON, "as documented": TritonOps(FlashAttention(varlen_attention))}
+
+needs_package = pytest.mark.skipif(flash.unavailable() is not None, reason=f"flash-attn: {flash.unavailable()}")
 
 
-@pytest.fixture
-def fake() -> FakeFlash:
-    return FakeFlash()
-
-
-@pytest.fixture
-def ops(fake: FakeFlash) -> TritonOps:
-    return TritonOps(FlashAttention(fake.flash_attn_varlen_func))
+@pytest.fixture(params=BACKENDS.values(), ids=BACKENDS)
+def ops(request: pytest.FixtureRequest) -> TritonOps:
+    found = request.param
+    assert isinstance(found, TritonOps)
+    return found
 
 
 class Paged:
@@ -75,19 +77,19 @@ class Paged:
 
 
 @pytest.mark.parametrize(("window", "softcap"), OPTIONS)
-def test_rows_of_several_tokens_go_there_and_the_others_do_not(
-    fake: FakeFlash, ops: TritonOps, window: int | None, softcap: float
-) -> None:
-    paged = Paged([(3, 1), (270, 1), (0, 17), (300, 5)], dtype=torch.float16)
+@pytest.mark.parametrize(
+    "shapes",
+    [[(3, 1), (270, 1), (0, 17), (300, 5)], [(0, 4), (255, 2)], [(3, 1), (9, 1)]],
+    ids=["both", "prompts", "decoding"],
+)
+def test_paged_rows(ops: TritonOps, shapes: list[tuple[int, int]], window: int | None, softcap: float) -> None:
+    paged = Paged(shapes, dtype=torch.float16)
     found, expected = paged.attend(ops, window, softcap), paged.attend(REFERENCE, window, softcap)
     torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
-    assert fake.calls == [{"sequences": 2, "paged": True, "deterministic": False}]
 
 
-def test_a_batch_of_prompts_alone(fake: FakeFlash, ops: TritonOps) -> None:
-    paged = Paged([(0, 4), (255, 2)], dtype=torch.float16)
-    torch.testing.assert_close(paged.attend(ops), paged.attend(REFERENCE), rtol=2e-3, atol=2e-3)
-    assert [call["sequences"] for call in fake.calls] == [2]
+def never(*args: Any, **options: Any) -> Tensor:
+    raise AssertionError("the package cannot read this")
 
 
 @pytest.mark.parametrize(
@@ -100,57 +102,46 @@ def test_a_batch_of_prompts_alone(fake: FakeFlash, ops: TritonOps) -> None:
         ([(0, 5)], 256, 12, torch.float16),  # heads of no multiple of 8
     ],
 )
-def test_what_it_cannot_read_is_left_to_triton(
-    fake: FakeFlash, ops: TritonOps, shapes: list[tuple[int, int]], block: int, dim: int, dtype: torch.dtype
+def test_what_the_package_cannot_read_is_left_to_triton(
+    shapes: list[tuple[int, int]], block: int, dim: int, dtype: torch.dtype
 ) -> None:
     paged = Paged(shapes, block=block, dim=dim, dtype=dtype)
-    assert torch.equal(paged.attend(ops), paged.attend(TRITON))
-    assert fake.calls == []
+    assert torch.equal(paged.attend(TritonOps(FlashAttention(never))), paged.attend(TritonOps()))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("window", "softcap"), OPTIONS)
 def test_packed_sequences_and_their_gradients(
-    fake: FakeFlash, dtype: torch.dtype, window: int | None, softcap: float
+    ops: TritonOps, dtype: torch.dtype, window: int | None, softcap: float
 ) -> None:
     lengths, made = [5, 1, 12], []
     weight = random(18, 4, 8, seed=7)
-    for ops in (TritonTrainingOps(FlashAttention(fake.flash_attn_varlen_func)), TrainingOps()):
-        plain = type(ops) is TrainingOps
+    for training in (kernels.triton.training_ops(ops), TrainingOps()):
+        plain = type(training) is TrainingOps
         q, k, v = (random(18, heads, 8, seed=heads + at).to(dtype) for at, heads in enumerate((4, 2, 2)))
         leaves = [(x.float() if plain else x).requires_grad_() for x in (q, k, v)]
-        out = ops.packed_attention(*leaves, lengths, 0.3, window=window, softcap=softcap)
+        out = training.packed_attention(*leaves, lengths, 0.3, window=window, softcap=softcap)
         (out.float() * weight).sum().backward()  # type: ignore[no-untyped-call]
         made.append([out, *(leaf.grad for leaf in leaves)])
-    tolerance = 4e-3 if dtype is torch.float16 else 4e-2
+    tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 4e-2}[dtype]
     for found, expected in zip(*made, strict=True):
         assert found is not None
         torch.testing.assert_close(found.float(), expected, rtol=tolerance, atol=tolerance)
-    assert fake.calls == [{"sequences": 3, "paged": False, "deterministic": True}]
 
 
-def test_floats_that_it_does_not_take_are_attended_to_as_before(fake: FakeFlash) -> None:
-    q = random(4, 2, 8, seed=1)
-    ops = TritonTrainingOps(FlashAttention(fake.flash_attn_varlen_func))
-    assert torch.equal(ops.packed_attention(q, q, q, [4], 0.3), TrainingOps().packed_attention(q, q, q, [4], 0.3))
-    assert fake.calls == []
-
-
-def test_a_training_step_attends_to_all_sequences_at_once(fake: FakeFlash, tiny_model: Path) -> None:
-    """In bfloat16, with the gradients of the same step without the package."""
+def test_a_training_step(ops: TritonOps, tiny_model: Path) -> None:
+    """In bfloat16, with the gradients of the same step on the ops without kernels."""
     data = examples(3, longest=20)
     made = []
-    serving = TritonOps(FlashAttention(fake.flash_attn_varlen_func))
-    for ops in (kernels.triton.training_ops(serving), TrainingOps()):
+    for training in (kernels.triton.training_ops(ops), TrainingOps()):
         decoder = half_decoder(tiny_model)
         lora = adapter(decoder, LoraShape(rank=4, alpha=8))
-        micro = MicroStep(decoder, ops, lora, pack(data, decoder.device), checkpointing=False)
+        micro = MicroStep(decoder, training, lora, collate(data, decoder.device), checkpointing=False)
         drive_slices(micro.forward_backward(0.1), "whole")
         made.append(
             (micro.score.mean, torch.cat([p.grad.flatten() for _, p in lora.parameters() if p.grad is not None]))
         )
     (loss, found), (expected_loss, expected) = made
-    assert [call["sequences"] for call in fake.calls] == [3] * decoder.spec.num_layers
     assert loss == pytest.approx(expected_loss, rel=1e-2)
     assert torch.nn.functional.cosine_similarity(found, expected, dim=0) > 0.999
 
@@ -164,47 +155,120 @@ def half_decoder(path: Path) -> Decoder:
     return decoder
 
 
-# -- whether there is any --------------------------------------------------------------------------
+@needs_package
+def test_the_package_is_used_where_it_works() -> None:
+    """Its backward pass gives the same bits twice."""
+    assert isinstance(TRITON, TritonOps)
+    assert TRITON.flash is not None
+    training = kernels.triton.training_ops(TRITON)
+    assert training.packs
+    grads = []
+    for _ in range(2):
+        q, k, v = (random(600, heads, 64, seed=heads).to(torch.bfloat16).requires_grad_() for heads in (8, 2, 2))
+        out = training.packed_attention(q, k, v, [400, 200], 0.125)
+        out.float().square().sum().backward()  # type: ignore[no-untyped-call]
+        grads.append([x.grad for x in (q, k, v)])
+    for first, second in zip(*grads, strict=True):
+        assert first is not None
+        assert second is not None
+        assert torch.equal(first, second)
 
 
-def package(function: Callable[..., Tensor]) -> ModuleType:
-    module = ModuleType(flash.PACKAGE)
-    module.__spec__ = ModuleSpec(flash.PACKAGE, None)
-    module.__dict__["flash_attn_varlen_func"] = function
-    return module
+# -- may the package be used -----------------------------------------------------------------------
 
 
-def old(q: Tensor, softmax_scale: float, causal: bool, window_size: tuple[int, int], deterministic: bool) -> Tensor:
-    raise AssertionError("not to be called")
+def test_results_that_are_right_are_no_fault() -> None:
+    assert flash.fault(FlashAttention(varlen_attention), torch.device(DEVICE)) is None
+
+
+def changed(change: Callable[[dict[str, Any]], None], *args: Any, **options: Any) -> Tensor:
+    change(options)
+    return varlen_attention(*args, **options)
+
+
+def backwards(options: dict[str, Any]) -> None:
+    if (table := options.get("block_table")) is not None:
+        options["block_table"] = table.flip(1).contiguous()
+
+
+FAULTS: dict[str, Callable[[dict[str, Any]], None]] = {
+    "sees later tokens": lambda options: options.update(causal=False, window_size=(-1, -1)),
+    "no window": lambda options: options.update(window_size=(-1, -1)),
+    "a window one wider": lambda options: options.update(window_size=(options["window_size"][0] + 1, 0)),
+    "no softcap": lambda options: options.update(softcap=0.0),
+    "another scale": lambda options: options.update(softmax_scale=None),
+    "another order of blocks": backwards,
+}
+
+
+@pytest.mark.parametrize("change", FAULTS.values(), ids=FAULTS)
+def test_results_that_are_wrong_are_a_fault(change: Callable[[dict[str, Any]], None]) -> None:
+    reason = flash.fault(FlashAttention(partial(changed, change)), torch.device(DEVICE))
+    assert reason is not None
+    assert reason.startswith("its results differ from the reference's by up to ")
+
+
+def test_a_function_that_raises_is_a_fault() -> None:
+    def raising(*args: Any, **options: Any) -> Tensor:
+        raise RuntimeError("no kernel image is available for execution on the device")
+
+    reason = flash.fault(FlashAttention(raising), torch.device(DEVICE))
+    assert reason == "does not run here: RuntimeError: no kernel image is available for execution on the device"
 
 
 @pytest.fixture
-def found(monkeypatch: pytest.MonkeyPatch, fake: FakeFlash) -> pytest.MonkeyPatch:
-    """A machine on which nothing is missing."""
-    monkeypatch.setitem(sys.modules, flash.PACKAGE, package(fake.flash_attn_varlen_func))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
-    return monkeypatch
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Write a package `flash_attn` with this source, found before any other."""
+    kept = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == flash.PACKAGE}
+
+    def install(source: str) -> None:
+        folder = tmp_path / flash.PACKAGE
+        folder.mkdir()
+        (folder / "__init__.py").write_text(source, encoding="utf-8")
+        monkeypatch.syspath_prepend(tmp_path)
+
+    yield install
+    sys.modules.pop(flash.PACKAGE, None)
+    sys.modules.update(kept)
 
 
-def test_it_is_taken_where_nothing_is_missing(found: pytest.MonkeyPatch, fake: FakeFlash) -> None:
-    assert flash.unavailable() is None
+ALL_OPTIONS = ", ".join(sorted(flash.OPTIONS))
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("import a_module_that_is_missing", "cannot be imported: ModuleNotFoundError: No module named"),
+        ("raise OSError('undefined symbol')", "cannot be imported: OSError: undefined symbol"),
+        ("def flash_attn_func(q): ...", "cannot be imported: AttributeError: "),
+        (
+            "def flash_attn_varlen_func(q, softmax_scale, causal, window_size, deterministic): ...",
+            "its version has no block_table, softcap",
+        ),
+        (
+            f"def flash_attn_varlen_func(*args, {ALL_OPTIONS}): raise RuntimeError('for another device')",
+            "does not run here: RuntimeError: for another device"
+            if torch.cuda.is_available()
+            else "there is no CUDA device",
+        ),
+    ],
+)
+def test_a_package_that_cannot_be_used_is_left_with_its_reason(
+    installed: Callable[[str], None], source: str, reason: str
+) -> None:
+    """Also by what `eft doctor` finds; the ops are then those without the package."""
+    installed(source)
+    said = flash.unavailable()
+    assert said is not None
+    assert said.startswith(reason)
+    assert [finding.value for finding in find_flash_attention()] == [f"not used: {said}"]
     loaded = kernels.triton.load()
     assert isinstance(loaded, TritonOps)
-    assert loaded.flash is not None
-    assert kernels.triton.training_ops(loaded).packs
+    assert loaded.flash is None
+    assert not kernels.triton.training_ops(loaded).packs
 
 
-def test_what_may_be_missing(found: pytest.MonkeyPatch) -> None:
-    found.setitem(sys.modules, flash.PACKAGE, package(old))
-    assert flash.unavailable() == "its version has no block_table, softcap"
-    found.setitem(sys.modules, flash.PACKAGE, ModuleType(flash.PACKAGE))
-    found.setattr(flash, "find_spec", lambda name: True)
-    assert str(flash.unavailable()).startswith("cannot be imported: AttributeError")
-    found.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    assert flash.unavailable() == "needs compute capability 8.0, and the device has 7.5"
-    found.setattr(torch.cuda, "is_available", lambda: False)
-    assert flash.unavailable() == "there is no CUDA device"
-    found.setattr(flash, "find_spec", lambda name: None)
+def test_a_package_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flash, "PACKAGE", "flash_attn_that_is_not_there")
     assert flash.unavailable() == "not installed"
     assert flash.load() is None

@@ -10,7 +10,7 @@ import kernels
 from kernels import Int4Weight, quantise_int4
 from kernels.cpu import CpuOps
 from kernels.cpu.variants import usable_variants
-from runtime.workers.layers import join
+from runtime.model.layers import join
 from tests.kernels.rows import check_broken_rows, check_normed, check_rows_alone, random
 
 REFERENCE = kernels.load("reference")

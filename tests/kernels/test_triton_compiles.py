@@ -10,8 +10,8 @@ import pytest
 pytest.importorskip("triton")
 
 KERNELS = {
-    "_decode", "_expand", "_flat", "_fold", "_gated", "_gradient", "_grouped", "_int8", "_join", "_prefill",
-    "_quantise_groups", "_quantise_turned", "_rms_norm", "_rope_and_cache", "_sample", "_shrink", "_temper",
+    "_decode", "_expand", "_flat", "_fold", "_gated", "_gradient", "_grouped", "_int8", "_merge_splits", "_prefill",
+    "_quantise_groups", "_quantise_rotated", "_rms_norm", "_rope_and_cache", "_sample", "_shrink", "_temper",
 }  # fmt: skip
 
 

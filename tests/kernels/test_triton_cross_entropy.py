@@ -24,9 +24,10 @@ def test_loss_and_gradient(rows: int, vocab: int, scale: float, softcap: float) 
     targets = torch.randint(0, vocab, (rows,), generator=torch.Generator().manual_seed(3)).to(DEVICE)
     if rows:
         targets[0] = (hidden[0] @ weight.t()).argmax()  # one that is right
+    shares = random(rows, 1, seed=4).squeeze(1)
     for head in (weight, quantise_int8(weight)):
         found, expected = (
-            ops.linear_cross_entropy(hidden, head, targets, 0.25, scale=scale, softcap=softcap)
+            ops.linear_cross_entropy(hidden, head, targets, shares, scale=scale, softcap=softcap)
             for ops in (TRAINING, PLAIN)
         )
         assert torch.allclose(found.loss, expected.loss, rtol=1e-5, atol=1e-5)

@@ -18,7 +18,10 @@ def calls(ops: TritonOps, dtype: torch.dtype) -> None:
         attention(ops, dtype, stored)
     adapters(ops, dtype)
     TritonTrainingOps().linear_cross_entropy(
-        torch.zeros(3, 64, dtype=dtype), torch.zeros(70, 64, dtype=dtype), torch.zeros(3, dtype=torch.int64), 0.5
+        torch.zeros(3, 64, dtype=dtype),
+        torch.zeros(70, 64, dtype=dtype),
+        torch.zeros(3, dtype=torch.int64),
+        torch.ones(3),
     )
     ones = torch.ones(2)
     ops.sample(torch.zeros(2, 70), ones.double(), ones, torch.full((2,), 70), ones, torch.zeros(2))

@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from runtime.workers.group import SOLO, Group
+from runtime.model.group import SOLO, Group
 
 T = TypeVar("T")
 
@@ -29,13 +29,13 @@ class ThreadGroup(Group):
         self.rank = rank
         self.size = size
 
-    def add_up(self, x: Tensor) -> Tensor:
-        return x.copy_(sum(self.collect(x)))  # type: ignore[arg-type]
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return x.copy_(sum(self.gather(x)))  # type: ignore[arg-type]
 
     def max(self, x: Tensor) -> Tensor:
-        return torch.stack(self.collect(x)).amax(0)
+        return torch.stack(self.gather(x)).amax(0)
 
-    def collect(self, x: Tensor) -> list[Tensor]:
+    def gather(self, x: Tensor) -> list[Tensor]:
         meeting = self._meeting
         meeting.brought[self.rank] = x.detach().clone()
         meeting.barrier.wait()

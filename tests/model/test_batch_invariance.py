@@ -8,19 +8,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kernels.batch import PagedRows
 from kernels.cpu import CpuOps
-from kernels.interface import PagedRows
-from runtime.assembly import assemble
-from runtime.model_loading import load_decoder
-from runtime.workers.attention import PagedAttention
-from runtime.workers.decoder import Decoder
-from runtime.workers.determinism import obstacle
-from runtime.workers.kv_cache import KVCache
-from runtime.workers.loading import open_checkpoint
-from runtime.workers.loading.errors import ModelLoadError
+from runtime.checkpoints import open_checkpoint
+from runtime.checkpoints.model_loading import load_decoder
+from runtime.engine.assembly import assemble
+from runtime.model.attention import KVCache, PagedAttention
+from runtime.model.config import ModelLoadError
+from runtime.model.decoder import Decoder
 from settings.schema import CacheSettings, ModelSettings, Settings
 from tests.parity.families import CASES, make_model
-from tests.tiny import make_tiny_llama, make_tiny_tokenizer
+from tests.tiny import VOCAB_SIZE, make_tiny_llama, make_tiny_tokenizer
 
 pytestmark = pytest.mark.skipif(CpuOps.unavailable() is not None, reason="promised by the C++ kernels")
 
@@ -111,11 +109,11 @@ def test_the_promise_is_made_or_the_model_refused(model: Path, tmp_path: Path) -
 def test_other_families_keep_the_promise(family: str, tmp_path: Path) -> None:
     """Soft caps and windows in attention, other norms and activations, rotation of some dimensions."""
     kind, options = CASES[family]
-    make_model(tmp_path, kind, options)
+    make_model(tmp_path, kind, {**options, "vocab_size": VOCAB_SIZE})
     make_tiny_tokenizer(tmp_path)
     settings = ModelSettings(model=str(tmp_path), kernels="cpu", deterministic=True)
     decoder = load_decoder(open_checkpoint(str(tmp_path)), settings)
-    assert obstacle(decoder) is None
+    assert decoder.batch_variance is None
     ids = torch.randint(3, 120, (150,), generator=torch.Generator().manual_seed(2))
     before = torch.get_num_threads()
     with torch.inference_mode():
@@ -125,3 +123,18 @@ def test_other_families_keep_the_promise(family: str, tmp_path: Path) -> None:
             assert torch.equal(hidden_states(decoder, ids, [70, 1, 1, 9, 64, 1, 1, 3], 5, torch.float32), whole)
         finally:
             torch.set_num_threads(before)
+
+
+def test_models_whose_logits_may_vary_say_why(tmp_path: Path) -> None:
+    """Whatever the kernels promise: experts see the batch, and other types are computed with by torch."""
+    kind, options = CASES["mixtral"]
+    make_model(tmp_path, kind, {**options, "vocab_size": VOCAB_SIZE})
+    make_tiny_tokenizer(tmp_path)
+    checkpoint = open_checkpoint(str(tmp_path))
+    reasons = [
+        load_decoder(checkpoint, ModelSettings(model=str(tmp_path), kernels=kernels, dtype=dtype)).batch_variance
+        for kernels, dtype in (("cpu", "float32"), ("cpu", "bfloat16"), ("reference", "float32"))
+    ]
+    for reason, expected in zip(reasons, ("mixtures of experts", "on the CPU only", "reference kernels"), strict=True):
+        assert reason is not None
+        assert expected in reason

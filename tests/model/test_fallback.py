@@ -8,19 +8,20 @@ import pytest
 import torch
 from structlog.testing import capture_logs
 
-from runtime.assembly import assemble
+from runtime.checkpoints.peft import read_adapter, write_adapter
+from runtime.checkpoints.verification import ours
+from runtime.engine.assembly import assemble
+from runtime.events import FinishedEvent, RunEvent, StepEvent
+from runtime.model.config import ModelLoadError
+from runtime.model.fallback import FallbackDecoder
+from runtime.model.fallback.linears import attending
 from runtime.trainer.data.files import DataFiles
-from runtime.trainer.events import FinishedEvent, RunEvent, StepEvent
-from runtime.trainer.plan import feed, prepare
+from runtime.trainer.plan.plan import feed, prepare
+from runtime.trainer.plan.served_model import by_linear
 from runtime.trainer.recipe import Document, recipe_from
 from runtime.trainer.run import TrainingRun
-from runtime.trainer.run_spec import run_spec as run_spec_of
 from runtime.trainer.shape import shape_of_base
-from runtime.verification.logits import ours
-from runtime.workers.fallback import FallbackDecoder
-from runtime.workers.fallback.interface import attending
-from runtime.workers.loading.errors import ModelLoadError
-from runtime.workers.loading.peft import read_adapter, write_adapter
+from runtime.trainer.sliced_run import RunSpec
 from settings.load import load as load_settings
 from tests.parity.fallbacks import make_fallback
 from tests.trainer.tiny_training import drive, examples, make_run, run_spec, write_nothing
@@ -140,7 +141,7 @@ def test_a_recipe_becomes_a_run(tmp_path: Path) -> None:
         max_len=decoder.max_len,
         shape=shape_of_base(decoder.spec, base, bytes_per_value=4),
     )
-    spec = run_spec_of(plan, base.places)
+    spec = RunSpec(recipe=plan.recipe, schedule=plan.schedule, targets=by_linear(plan.targets, base.places))
     assert spec.targets == {(layer, name): [""] for layer in range(4) for name in ("mlp.fc1", "self_attn.q_proj")}
     run = TrainingRun(decoder, spec, feed(plan).epoch, [], lambda event: None, write_nothing)
     assert sum(tensor.numel() for tensor in run._lora.capture().values()) == plan.estimate.parameters

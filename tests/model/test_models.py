@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from runtime import LLM, SamplingParams
-from runtime.workers.models import REGISTRY, find_model, plugins, supported
-from runtime.workers.spec import LINEARS
+from runtime.model.families import REGISTRY, find_model, plugins, supported
+from runtime.model.spec import LINEARS
 from tests.tiny import make_tiny_tokenizer
 
 PLUGIN = Path(__file__).parent.parent / "plugin"
@@ -143,8 +143,16 @@ def test_adapters_are_for_linears_that_every_layer_has(name: str) -> None:
         ("Qwen2ForCausalLM", {"layer_types": ["chunked_attention"] * 2}, "chunked_attention.*full_attention"),
         ("Qwen2ForCausalLM", {"layer_types": ["full_attention"]}, "1 entries for 2 layers"),
         ("SmolLM3ForCausalLM", {"no_rope_layers": [1]}, "no_rope_layers has 1 entries for 2 layers"),
-        ("LlamaForCausalLM", {"num_hidden_layers": "2"}, "num_hidden_layers must be an integer above 0, got '2'"),
-        ("LlamaForCausalLM", {"num_attention_heads": 0}, "num_attention_heads must be an integer above 0, got 0"),
+        (
+            "LlamaForCausalLM",
+            {"num_hidden_layers": "2"},
+            'num_hidden_layers must be an integer from 1 to 4096, got "2"',
+        ),
+        (
+            "LlamaForCausalLM",
+            {"num_attention_heads": 0},
+            "num_attention_heads must be an integer from 1 to 4096, got 0",
+        ),
         ("LlamaForCausalLM", {"rope_scaling": {"rope_type": "spiral"}}, "spiral.*longrope"),
     ],
 )

@@ -11,20 +11,20 @@ from torch import Tensor
 import kernels
 from kernels import Quantiser
 from kernels.training import TrainingOps
+from runtime.checkpoints.safetensors_files import find_weights
+from runtime.model.attention import PackedAttention
+from runtime.model.decoder import Decoder
+from runtime.model.families import find_model
+from runtime.model.families.family import Family
+from runtime.model.group import SOLO, Group
+from runtime.model.lora import LoraShape
+from runtime.model.lora_base import LoraBase
 from runtime.trainer.lora import TrainableLora
-from runtime.trainer.microbatch import pack
+from runtime.trainer.microbatch import collate
 from runtime.trainer.step import MicroStep
-from runtime.workers.attention import PackedAttention
-from runtime.workers.decoder import Decoder
-from runtime.workers.group import SOLO, Group
-from runtime.workers.loading.safetensors_files import find_weights
-from runtime.workers.lora import LoraShape
-from runtime.workers.lora_base import LoraBase
-from runtime.workers.models import find_model
-from runtime.workers.models.family import Family
+from tests.model.rank_threads import in_ranks
 from tests.parity.families import CASES, make_model
-from tests.parity.test_family_gradients import data
-from tests.workers.parallel.threads import in_ranks
+from tests.parity.gradients import data
 
 NAMES = [
     "llama",
@@ -83,7 +83,7 @@ def gradients(decoder: Decoder, family: type[Family]) -> dict[str, Tensor]:
     lora = TrainableLora(decoder, targets, LoraShape(rank=3, alpha=6), seed=3)
     whole = lora.capture()
     lora.restore({name: torch.randn(x.shape, generator=_seeded(name)) * 0.2 for name, x in whole.items()})
-    micro = MicroStep(decoder, TrainingOps(), lora, pack(data(), decoder.device), dropout=0.1, checkpointing=True)
+    micro = MicroStep(decoder, TrainingOps(), lora, collate(data(), decoder.device), dropout=0.1, checkpointing=True)
     slices = micro.forward_backward(1 / 10)
     wanted = next(slices)
     while True:

@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import save_file
 
 import kernels
-from runtime.workers.layers import Parameter
-from runtime.workers.loading.safetensors_files import find_weights
-from runtime.workers.split import Split
+from runtime.checkpoints.safetensors_files import find_weights
+from runtime.model.layers import Parameter
+from runtime.model.split import Split
 
 CPU = torch.device("cpu")
 

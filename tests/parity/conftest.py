@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from runtime.model_loading import load_decoder
-from runtime.workers.decoder import Decoder
-from runtime.workers.loading import open_checkpoint
+from runtime.checkpoints import open_checkpoint
+from runtime.checkpoints.model_loading import load_decoder
+from runtime.model.decoder import Decoder
 from settings.schema import ModelSettings
 
 QuantisedDemo = Callable[[str], Decoder]

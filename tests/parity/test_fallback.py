@@ -8,17 +8,17 @@ import torch
 
 from kernels.training import TrainingOps
 from runtime import LLM, SamplingParams
-from runtime.assembly import assemble
+from runtime.engine.assembly import assemble
 from runtime.messages import Submission
-from runtime.trainer.examples import Example
+from runtime.model.fallback import FallbackDecoder
+from runtime.model.lora import LoraShape
+from runtime.trainer.data.example import Example
 from runtime.trainer.fallback_step import FallbackStep
 from runtime.trainer.lora import TrainableLora
-from runtime.trainer.microbatch import pack
-from runtime.workers.fallback import FallbackDecoder
-from runtime.workers.lora import LoraShape
+from runtime.trainer.microbatch import collate
 from settings.load import load as load_settings
 from tests.parity.fallbacks import CASES, make_fallback
-from tests.parity.test_lora_gradients import drive
+from tests.parity.gradients import drive
 
 GREEDY = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True)
 PROMPTS = [[(11 * row + 5 * place) % 500 + 3 for place in range(length)] for row, length in enumerate((1, 6, 23, 45))]
@@ -133,7 +133,7 @@ def test_gradients_equal_peft(case: tuple[Path, Any], tmp_path: Path, checkpoint
         loss = loss + torch.nn.functional.cross_entropy(logits, wanted, reduction="sum", ignore_index=-100)
     trained = sum(example.num_trained for example in examples)
     (loss / trained).backward()
-    micro = FallbackStep(decoder, TrainingOps(), lora, pack(examples, decoder.device), checkpointing=checkpointing)
+    micro = FallbackStep(decoder, TrainingOps(), lora, collate(examples, decoder.device), checkpointing=checkpointing)
     drive(micro.forward_backward(1 / trained), "odd")
     assert micro.score.mean == pytest.approx(loss.item() / trained, abs=1e-4)
     for place, adapted in lora.linears.items():
@@ -141,6 +141,6 @@ def test_gradients_equal_peft(case: tuple[Path, Any], tmp_path: Path, checkpoint
         torch.testing.assert_close(
             adapted.b[0].grad, modules[place].lora_B["default"].weight.grad, atol=1e-4, rtol=1e-3
         )
-    scored = FallbackStep(decoder, TrainingOps(), lora, pack(examples, decoder.device))
+    scored = FallbackStep(decoder, TrainingOps(), lora, collate(examples, decoder.device))
     drive(scored.evaluate(), "whole")
     assert scored.score.mean == pytest.approx(micro.score.mean, abs=1e-5)

@@ -1,7 +1,6 @@
 """Every family against transformers: same files, same logits, however they are computed, and the same gradients."""
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,11 @@ from torch import Tensor
 import kernels
 from runtime import LLM, SamplingParams
 from runtime.messages import Row, Submission
-from runtime.workers.attention import PackedAttention, PagedAttention
+from runtime.model.attention import KVCache, PagedAttention
+from runtime.model.decoder import Decoder
 from runtime.workers.batch import build_batch
-from runtime.workers.decoder import Decoder
-from runtime.workers.kv_cache import KVCache
-from runtime.workers.loading.safetensors_files import find_weights
-from runtime.workers.models import find_model
-from runtime.workers.models.family import Family
 from tests.parity.families import CASES, SHAPE, make_model
+from tests.parity.packing import load, packed
 from tests.tiny import VOCAB_SIZE, make_tiny_tokenizer
 
 BLOCK = 4
@@ -30,27 +26,11 @@ SEQUENCES = [
 ]
 
 
-def load(path: Path, *, max_len: int = 128) -> tuple[Decoder, type[Family]]:
-    config = json.loads((path / "config.json").read_text())
-    model = find_model(config)
-    spec = model.spec(config)
-    decoder = Decoder(spec, kernels.load("reference"), max_len=max_len, dtype=torch.float32, device=torch.device("cpu"))
-    decoder.load(model.weights(find_weights(path).tensors(), spec))
-    return decoder, model
-
-
 @pytest.fixture(scope="module", params=CASES)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Decoder, Any]:
     path = tmp_path_factory.mktemp("model")
     oracle = make_model(path, *CASES[request.param])
     return load(path)[0], oracle
-
-
-def packed(decoder: Decoder, sequences: list[Tensor]) -> Tensor:
-    """Whole sequences without a cache, as training runs them: logits [T, vocab]."""
-    positions = torch.cat([torch.arange(len(ids)) for ids in sequences])
-    attention = PackedAttention(decoder.ops, [len(ids) for ids in sequences], decoder.spec)
-    return decoder.logits(decoder.forward(torch.cat(sequences), positions, attention))
 
 
 class Server:
@@ -77,7 +57,7 @@ class Server:
         attention = PagedAttention(self.decoder.ops, self.cache, batch.paged, self.decoder.spec)
         with torch.inference_mode():
             hidden = self.decoder.forward(batch.token_ids, batch.positions, attention)
-            logits = self.decoder.logits(hidden[batch.sample_at])
+            logits = self.decoder.logits(hidden[batch.logits_indices])
         return dict(zip(batch.slots, logits, strict=True))
 
 

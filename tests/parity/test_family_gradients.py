@@ -7,15 +7,14 @@ import pytest
 import torch
 
 from kernels.training import TrainingOps
-from runtime.trainer.examples import Example
+from runtime.model.families import find_model
+from runtime.model.lora import LoraShape
 from runtime.trainer.lora import TrainableLora
-from runtime.trainer.microbatch import pack
+from runtime.trainer.microbatch import collate
 from runtime.trainer.step import MicroStep
-from runtime.workers.lora import LoraShape
-from runtime.workers.models import find_model
-from tests.parity.families import CASES, SHAPE, make_model
-from tests.parity.test_families import load
-from tests.parity.test_lora_gradients import drive
+from tests.parity.families import CASES, make_model
+from tests.parity.gradients import data, drive
+from tests.parity.packing import load
 
 RANK, ALPHA = 4, 12
 NAMES = [
@@ -34,13 +33,6 @@ NAMES = [
     "falcon in sequence",
     "smollm3",
 ]
-
-
-def data() -> list[Example]:
-    generator = torch.Generator().manual_seed(5)
-    lengths = (25, 9)
-    ids = [torch.randint(0, SHAPE["vocab_size"], (length,), generator=generator).tolist() for length in lengths]
-    return [Example(one, [place >= 3 for place in range(len(one))]) for one in ids]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -83,7 +75,7 @@ def test_gradients_equal_peft(name: str, tmp_path: Path) -> None:
         loss = loss + torch.nn.functional.cross_entropy(logits, wanted, reduction="sum", ignore_index=-100)
     trained = sum(example.num_trained for example in data())
     (loss / trained).backward()
-    micro = MicroStep(decoder, TrainingOps(), lora, pack(data(), decoder.device), checkpointing=True)
+    micro = MicroStep(decoder, TrainingOps(), lora, collate(data(), decoder.device), checkpointing=True)
     drive(micro.forward_backward(1 / trained), "odd")
     assert micro.score.mean == pytest.approx(loss.item() / trained, abs=1e-4)
     for (layer, linear), adapted in lora.linears.items():

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 import kernels
-from runtime.workers.decoder import Decoder
-from runtime.workers.loading import Checkpoint, open_checkpoint
-from runtime.workers.models import find_model
+from runtime.checkpoints import Checkpoint, open_checkpoint
+from runtime.model.decoder import Decoder
+from runtime.model.families import find_model
+from tests.checkpoints.gguf.families import write_family
 from tests.parity.families import CASES, make_model
-from tests.parity.test_families import packed
+from tests.parity.packing import packed
 from tests.tiny import VOCAB_SIZE, make_tiny_tokenizer
-from tests.workers.loading.gguf_families import write_family
 
 NAMES = [
     "mistral with a window",

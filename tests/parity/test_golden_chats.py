@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from kernels.cpu import CpuOps
-from runtime.workers.attention import PackedAttention
-from runtime.workers.loading import open_checkpoint
+from runtime.checkpoints import open_checkpoint
+from runtime.model.attention import PackedAttention
 from tests.parity.conftest import QuantisedDemo
 from tests.parity.golden_chats import GOLDEN, QUANTIZATIONS, QUESTIONS, TOKENS, answers
 

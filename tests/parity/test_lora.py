@@ -6,17 +6,17 @@ from typing import Any
 import pytest
 import torch
 
-from runtime.model_loading import load_decoder
-from runtime.workers.adapter_slots import AdapterSlots, AdapterTokens
-from runtime.workers.attention import PackedAttention
-from runtime.workers.decoder import Decoder
-from runtime.workers.loading import open_checkpoint
-from runtime.workers.loading.peft import read_adapter, write_adapter
-from runtime.workers.lora_base import LoraBase
-from runtime.workers.models.llama import Llama
+from runtime.checkpoints import open_checkpoint
+from runtime.checkpoints.model_loading import load_decoder
+from runtime.checkpoints.peft import read_adapter, write_adapter
+from runtime.model.attention import PackedAttention
+from runtime.model.decoder import Decoder
+from runtime.model.families.llama import Llama
+from runtime.model.lora_base import LoraBase
 from settings.schema import ModelSettings
-from tests.adapters import ALL, make_adapter, peft_logits
-from tests.parity.test_llama_logits import load
+from tests.adapter_files import ALL, make_adapter, peft_logits
+from tests.parity.adapted import our_logits
+from tests.parity.llama import load
 
 IDS = torch.randint(0, 512, (40,), generator=torch.Generator().manual_seed(5))
 
@@ -45,16 +45,6 @@ def decoder(tiny_model: Path) -> Decoder:
 @pytest.fixture(scope="module")
 def base(decoder: Decoder) -> LoraBase:
     return LoraBase.of(decoder, Llama, "tiny")
-
-
-def our_logits(decoder: Decoder, base: LoraBase, adapter: Path, ids: torch.Tensor) -> torch.Tensor:
-    slots = AdapterSlots(base, decoder, max_rank=64)
-    slots.prepare("a", str(adapter))
-    slots.load("a")
-    attention = PackedAttention(decoder.ops, [len(ids)], decoder.spec)
-    with torch.inference_mode():
-        hidden = decoder.forward(ids, torch.arange(len(ids)), attention, slots.adaptation([AdapterTokens("a", None)]))
-        return decoder.logits(hidden)
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -7,11 +7,11 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import GPT2LMHeadModel
 
-from runtime.workers.loading.peft import read_adapter, write_adapter
-from runtime.workers.lora_base import LoraBase
+from runtime.checkpoints.peft import read_adapter, write_adapter
+from runtime.model.lora_base import LoraBase
+from tests.parity.adapted import our_logits
 from tests.parity.families import CASES, make_model
-from tests.parity.test_families import load
-from tests.parity.test_lora import our_logits
+from tests.parity.packing import load
 
 IDS = torch.randint(0, 128, (30,), generator=torch.Generator().manual_seed(5))
 

@@ -7,65 +7,18 @@ import pytest
 import torch
 
 from kernels.training import TrainingOps
-from runtime.trainer.examples import Example
+from runtime.model.lora import LoraShape
+from runtime.trainer.data.example import Example
 from runtime.trainer.lora import TrainableLora
-from runtime.trainer.microbatch import pack
-from runtime.trainer.slices import Slices
+from runtime.trainer.microbatch import collate
 from runtime.trainer.step import MicroStep
-from runtime.workers.decoder import Decoder
-from runtime.workers.lora import LoraShape
-from runtime.workers.models.llama import Llama
-from tests.parity.test_llama_logits import VARIANTS
+from tests.parity.gradients import adapter, drive, peft_model, peft_module
+from tests.parity.llama import VARIANTS
 from tests.tiny import make_tiny_llama
 from tests.trainer.tiny_training import all_targets, examples, load_decoder
 
 RANK, ALPHA = 4, 12
 SLICING = ["whole", "least", "odd"]
-
-
-def drive(slices: Slices, how: str) -> None:
-    """Do it all at once, in the smallest slices that are allowed, or in uneven ones."""
-    sizes = iter(range(10**9))
-    try:
-        wanted = next(slices)
-        while True:
-            least = min(wanted.least, wanted.amount)
-            granted = {"whole": wanted.amount, "least": least, "odd": least + 7 * (next(sizes) % 3)}[how]
-            wanted = slices.send(min(granted, wanted.amount))
-    except StopIteration:
-        return
-
-
-def peft_model(path: Path, lora: TrainableLora, *, rslora: bool = False) -> Any:
-    """transformers + PEFT with the very same adapter weights; B is not zero, so that A has a gradient."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import LlamaForCausalLM
-
-    modules = [name.split(".")[-1] for name in Llama.LORA_TARGETS]
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=modules, use_rslora=rslora, task_type="CAUSAL_LM")
-    model = get_peft_model(LlamaForCausalLM.from_pretrained(path, dtype=torch.float32), config)
-    with torch.no_grad():
-        for (layer, linear), parts in lora.layers_of(lora.capture()).items():
-            for part in parts:
-                module = peft_module(model, layer, linear, part.part)
-                module.lora_A["default"].weight.copy_(part.a)
-                module.lora_B["default"].weight.copy_(part.b)
-    return model.train()
-
-
-def peft_module(model: Any, layer: int, linear: str, part: str) -> Any:
-    (name,) = (name for name, place in Llama.LORA_TARGETS.items() if place == (linear, part))
-    return model.get_submodule(f"base_model.model.model.layers.{layer}.{name}")
-
-
-def adapter(decoder: Decoder, shape: LoraShape) -> TrainableLora:
-    lora = TrainableLora(decoder, all_targets(decoder), shape, seed=3)
-    generator = torch.Generator().manual_seed(4)
-    with torch.no_grad():
-        for name, parameter in lora.parameters():
-            if ".b." in name:
-                parameter.normal_(std=0.2, generator=generator)
-    return lora
 
 
 def peft_loss(model: Any, data: list[Example]) -> torch.Tensor:
@@ -84,11 +37,11 @@ def check(path: Path, *, slicing: str, checkpointing: bool, rslora: bool = False
     decoder = load_decoder(path)
     lora = adapter(decoder, LoraShape(rank=RANK, alpha=ALPHA, rslora=rslora))
     data = examples(3, longest=longest)
-    oracle = peft_model(path, lora, rslora=rslora)
+    oracle = peft_model(path, lora)
     loss = peft_loss(oracle, data)
     loss.backward()
     trained = sum(example.num_trained for example in data)
-    micro = MicroStep(decoder, TrainingOps(), lora, pack(data, decoder.device), checkpointing=checkpointing)
+    micro = MicroStep(decoder, TrainingOps(), lora, collate(data, decoder.device), checkpointing=checkpointing)
     drive(micro.forward_backward(1 / trained), slicing)
     assert micro.score.tokens == trained
     assert micro.score.mean == pytest.approx(loss.item(), abs=1e-4)
@@ -120,7 +73,7 @@ def test_rank_stabilised_scaling_is_peft_s(tmp_path: Path) -> None:
 def test_dropout_is_the_same_however_sliced(slicing: str, tmp_path: Path) -> None:
     """PEFT draws other masks, so the oracle is our own pass without slices."""
     decoder = load_decoder(make_tiny_llama(tmp_path / "model"))
-    data = pack(examples(3, longest=150), decoder.device)
+    data = collate(examples(3, longest=150), decoder.device)
     losses, grads = [], []
     for how, checkpointing in (("whole", False), (slicing, True)):
         lora = adapter(decoder, LoraShape(rank=RANK, alpha=ALPHA))
@@ -140,7 +93,7 @@ def test_dropout_is_the_same_however_sliced(slicing: str, tmp_path: Path) -> Non
 def test_an_evaluation_scores_what_training_would(tmp_path: Path) -> None:
     decoder = load_decoder(make_tiny_llama(tmp_path / "model"))
     lora = adapter(decoder, LoraShape(rank=RANK, alpha=ALPHA))
-    data = pack(examples(3), decoder.device)
+    data = collate(examples(3), decoder.device)
     trained = MicroStep(decoder, TrainingOps(), lora, data)
     drive(trained.forward_backward(1.0), "whole")
     evaluated = MicroStep(decoder, TrainingOps(), lora, data)
@@ -151,7 +104,7 @@ def test_an_evaluation_scores_what_training_would(tmp_path: Path) -> None:
 
 def test_a_new_adapter_changes_nothing(tmp_path: Path) -> None:
     decoder = load_decoder(make_tiny_llama(tmp_path / "model"))
-    data = pack(examples(3), decoder.device)
+    data = collate(examples(3), decoder.device)
     fresh = TrainableLora(decoder, all_targets(decoder), LoraShape(rank=4, alpha=8), seed=0)
     nothing = TrainableLora(decoder, {}, LoraShape(rank=4, alpha=8), seed=0)
     scores = []

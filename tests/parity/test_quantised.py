@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from runtime.workers.attention import PackedAttention
-from runtime.workers.decoder import Decoder
-from runtime.workers.loading import open_checkpoint
+from runtime.checkpoints import open_checkpoint
+from runtime.model.attention import PackedAttention
+from runtime.model.decoder import Decoder
 from tests.parity.conftest import QuantisedDemo
 
 pytestmark = pytest.mark.real_model

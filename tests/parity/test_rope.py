@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from runtime.workers.rope import SCALINGS, RopeSpec
+from runtime.model.rope import SCALINGS, RopeSpec
 
 HEAD_DIM, CONTEXT = 32, 256
 HALF = [1.0 + 0.25 * i for i in range(HEAD_DIM // 2)]

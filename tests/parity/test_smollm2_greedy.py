@@ -8,7 +8,7 @@ import torch
 
 from kernels import available
 from runtime import LLM, SamplingParams
-from runtime.workers.loading import open_checkpoint
+from runtime.checkpoints import open_checkpoint
 
 pytestmark = pytest.mark.real_model
 

@@ -4,8 +4,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from runtime import failpoints
 from runtime.blocks import BlockManager, BlockTable, KeyChain
+from runtime.support import failpoints
 
 SIZE, BLOCKS = 2, 8
 

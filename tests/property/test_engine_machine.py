@@ -9,18 +9,18 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from runtime import failpoints
-from runtime.beams import Search
-from runtime.beams.search import Beam
 from runtime.blocks import BlockManager, SwapSpace
-from runtime.engine import Engine
+from runtime.engine.beams import Beam, Search
+from runtime.engine.engine import Engine
 from runtime.errors import AdapterUnavailable
 from runtime.messages import BeamSearch, Output, SamplingParams, StepPlan, StepResult, Submission
 from runtime.metrics import Metrics
 from runtime.scheduler import Scheduler, Speculation
 from runtime.scheduler.policies import POLICIES, make_policy
-from runtime.tokenizer import Tokenizer
+from runtime.support import failpoints
+from runtime.text.tokenizer import Tokenizer
 from runtime.workers.executor import AllRowsFailed
+from settings.schema import SchedulerSettings
 from tests.scheduler.toy import ToyWorker, likeliest, solo
 
 BLOCK, BLOCKS, SLOTS, VOCAB = 2, 8, 3, 3
@@ -101,6 +101,10 @@ def searched_alone(submission: Submission) -> list[list[int]]:
     return [one.tokens for one in search.best]
 
 
+LABELS = st.sampled_from(["gateway-7", "gateway-7/beam-1", "gateway-7-1"])
+"""What clients call their requests: the same again, and what looks like a name of the engine's own."""
+
+
 class EngineMachine(RuleBasedStateMachine):
     @initialize(
         policy=st.sampled_from(sorted(POLICIES)),
@@ -114,11 +118,9 @@ class EngineMachine(RuleBasedStateMachine):
         scheduler = Scheduler(
             BlockManager(BLOCKS, BLOCK),
             make_policy(policy),
-            max_batched_tokens=6,
-            max_prefill_chunk=3,
-            max_running=SLOTS,
-            max_waiting=1000,
-            max_preemptions=2,
+            SchedulerSettings(
+                max_batched_tokens=6, max_prefill_chunk=3, max_running=SLOTS, max_waiting=1000, max_preemptions=2
+            ),
             speculation=Speculation(2, max_running=1, min_acceptance=0.1) if drafts else None,
             swap=self.host,
         )
@@ -127,9 +129,9 @@ class EngineMachine(RuleBasedStateMachine):
             scheduler, self.executor, ToyTokenizer(), metrics, max_len=LIMIT, asynchronous=asynchronous
         )
         self.version = 0
-        self.submitted: dict[str, Submission] = {}
-        self.outputs: dict[str, list[Output]] = {}
-        self.aborted: set[str] = set()
+        self.submitted: dict[int, Submission] = {}
+        self.outputs: dict[int, list[Output]] = {}
+        self.aborted: set[int] = set()
         self.publish()
 
     @property
@@ -139,8 +141,8 @@ class EngineMachine(RuleBasedStateMachine):
 
     def _submit(self, submission: Submission) -> None:
         self.engine.submit(submission)
-        self.submitted[submission.request_id] = submission
-        self.outputs[submission.request_id] = []
+        self.submitted[submission.id] = submission
+        self.outputs[submission.id] = []
 
     @rule(
         prompt=st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=LIMIT - 8),
@@ -149,6 +151,7 @@ class EngineMachine(RuleBasedStateMachine):
         stop=st.sampled_from([(), ("ab",), ("cc", "ba")]),
         stop_ids=st.sampled_from([(), (1,)]),
         priority=st.integers(0, 1),
+        label=LABELS,
         beams=st.none() | st.integers(1, 4),
         penalty=st.sampled_from([0.0, 1.0]),
     )
@@ -160,6 +163,7 @@ class EngineMachine(RuleBasedStateMachine):
         stop: tuple[str, ...],
         stop_ids: tuple[int, ...],
         priority: int,
+        label: str,
         beams: int | None,
         penalty: float,
     ) -> None:
@@ -167,7 +171,7 @@ class EngineMachine(RuleBasedStateMachine):
         params = SamplingParams(max_tokens=more, stop=() if searches else stop, stop_token_ids=stop_ids)
         self._submit(
             Submission(
-                request_id=str(len(self.submitted)),
+                request_id=label,
                 prompt_ids=prompt,
                 params=params,
                 adapter=self.key if adapted else "",
@@ -177,23 +181,23 @@ class EngineMachine(RuleBasedStateMachine):
         )
 
     @precondition(lambda self: self.submitted)
-    @rule(data=st.data(), more=st.integers(1, 8))
-    def fork(self, data: st.DataObject, more: int) -> None:
+    @rule(data=st.data(), more=st.integers(1, 8), label=LABELS)
+    def fork(self, data: st.DataObject, more: int, label: str) -> None:
         leader = self.submitted[data.draw(st.sampled_from(sorted(self.submitted)))]
         adapter = self.key if leader.adapter else ""
         self._submit(
             Submission(
-                request_id=str(len(self.submitted)),
+                request_id=label,
                 prompt_ids=leader.prompt_ids,
                 params=SamplingParams(max_tokens=more),
                 adapter=adapter,
-                fork_of=leader.request_id,
+                fork_of=leader.id,
             )
         )
 
     def _take(self, outputs: list[Output]) -> None:
         for output in outputs:
-            self.outputs[output.request_id].append(output)
+            self.outputs[output.id].append(output)
 
     @rule(ahead=st.booleans())
     def step(self, ahead: bool) -> None:
@@ -210,6 +214,20 @@ class EngineMachine(RuleBasedStateMachine):
     @rule(at=st.integers(1, 4))
     def step_with_a_failing_allocation(self, at: int) -> None:
         failpoints.configure(f"blocks.take=raise:{at}")
+        try:
+            self.step(ahead=True)
+        finally:
+            failpoints.configure("")
+
+    @rule(
+        place=st.sampled_from(
+            ["planner.enter", "scheduler.book", "engine.deliver", "scheduler.plan", "scheduler.commit"]
+        ),
+        at=st.integers(1, 3),
+    )
+    def step_in_which_the_engine_itself_raises(self, place: str, at: int) -> None:
+        """For one request, or for all of a plan or a result."""
+        failpoints.configure(f"{place}=raise:{at}")
         try:
             self.step(ahead=True)
         finally:

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from runtime.errors import Conflict
-from runtime.trainer.jobs.records import Job
-from runtime.trainer.jobs.states import AT_WORK, TRANSITIONS
+from runtime.trainer.jobs.records import AT_WORK, TRANSITIONS, Job
 from tests.trainer.jobs.fakes import World
 
 
@@ -24,6 +23,7 @@ class Jobs(RuleBasedStateMachine):
         self.folder = tempfile.TemporaryDirectory()
         self.world = World(Path(self.folder.name), steps_itself=False)
         self.ids: list[str] = []
+        self.names = (f"a{number}" for number in itertools.count())
 
     @initialize()
     def begin(self) -> None:
@@ -38,7 +38,7 @@ class Jobs(RuleBasedStateMachine):
 
     @rule(steps=st.integers(1, 4), every=st.integers(0, 2), good=st.booleans())
     def submit(self, steps: int, every: int, good: bool) -> None:
-        lines = [f"name: a{len(self.ids)}", f"steps: {steps}", f"every: {every}", "keep: 1"]
+        lines = [f"name: {next(self.names)}", f"steps: {steps}", f"every: {every}", "keep: 1"]
         job = self.runner.run(self.world.submit(*lines, *([] if good else ["good: no"])))
         self.ids.append(job.id)
 
@@ -56,6 +56,19 @@ class Jobs(RuleBasedStateMachine):
                 "resume": before.state == "paused",
             }
             assert not allowed[action], f"{action} of a {before.state} job"
+
+    @precondition(lambda self: self.ids)
+    @rule(data=st.data())
+    def delete(self, data: st.DataObject) -> None:
+        job_id = data.draw(st.sampled_from(self.ids))
+        before = self._jobs()[job_id]
+        try:
+            self.runner.run(self.world.manager.delete(job_id))
+        except Conflict:
+            assert not before.ended, f"deletion of a {before.state} job"
+        else:
+            assert before.ended
+            self.ids.remove(job_id)
 
     @rule(count=st.integers(1, 3))
     def step(self, count: int) -> None:
@@ -86,6 +99,15 @@ class Jobs(RuleBasedStateMachine):
             for checkpoint in self.runner.run(store.checkpoints(job_id)):
                 folder = directories.checkpoint(job_id, checkpoint.step)
                 assert (folder / "step").read_text() == str(checkpoint.step)
+
+    @invariant()
+    def on_the_disk_is_what_has_rows(self) -> None:
+        """After any end of the process: no job's folder without a job, and nothing of a job that there is, or that was
+        deleted, is in lost+found."""
+        if hasattr(self.world, "manager"):
+            folder = Path(self.folder.name)
+            assert {path.name for path in (folder / "jobs").iterdir()} <= set(self.ids)
+            assert not {path.name for path in folder.glob("lost+found/*/jobs/*") if (path / "job.json").exists()}
 
     @invariant()
     def every_state_follows_on_the_one_before(self) -> None:

@@ -11,11 +11,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from runtime import failpoints
 from runtime.blocks import BlockManager, SwapSpace
 from runtime.messages import StepPlan
-from runtime.scheduler import Request, Scheduler, Speculation, State
+from runtime.scheduler import Request, RequestState, Scheduler, Speculation
 from runtime.scheduler.policies import POLICIES, make_policy
+from runtime.support import failpoints
+from settings.schema import SchedulerSettings
 from tests.scheduler.toy import Ahead, ToyWorker, make_request, solo, step
 
 BLOCK, BLOCKS, SLOTS, BUDGET = 2, 7, 3, 6
@@ -36,11 +37,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler = Scheduler(
             BlockManager(BLOCKS, BLOCK, prefix_caching=caching),
             make_policy(policy),
-            max_batched_tokens=BUDGET,
-            max_prefill_chunk=3,
-            max_running=SLOTS,
-            max_waiting=100,
-            max_preemptions=2,
+            SchedulerSettings(
+                max_batched_tokens=BUDGET, max_prefill_chunk=3, max_running=SLOTS, max_waiting=100, max_preemptions=2
+            ),
             speculation=None if drafts is None else Speculation(drafts, max_running=2, min_acceptance=0.1),
             swap=None if host is None else SwapSpace(host),
             clock=lambda: self.now,
@@ -51,7 +50,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.requests: list[Request] = []
 
     def _submit(self, prompt: list[int], more: int, **fields: object) -> None:
-        request = make_request(str(len(self.requests)), prompt, more, limit=LIMIT, **fields)
+        label = "again" if len(self.requests) % 2 else "again/beam-1"
+        request = make_request(label, prompt, more, limit=LIMIT, **fields)
         self.scheduler.submit(request)
         self.requests.append(request)
 
@@ -89,9 +89,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def fork(self, data: st.DataObject, more: int) -> None:
         """Of any request there ever was: a finished leader is no leader."""
         leader = data.draw(st.sampled_from(self.requests)).submission
-        self._submit(
-            leader.prompt_ids, more, adapter=leader.adapter, cache_salt=leader.cache_salt, fork_of=leader.request_id
-        )
+        self._submit(leader.prompt_ids, more, adapter=leader.adapter, cache_salt=leader.cache_salt, fork_of=leader.id)
 
     @property
     def busy(self) -> bool:
@@ -162,7 +160,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert not self.busy, "a request never ends"
         self.scheduler.check_integrity()
         for request in self.requests:
-            assert request.state is State.FINISHED
+            assert request.state is RequestState.FINISHED
             expected = solo(request.submission.prompt_ids, len(request.tokens), adapter=request.submission.adapter)
             assert request.tokens == expected
             assert request.finish_reason != "length" or len(request.tokens) == request.max_len

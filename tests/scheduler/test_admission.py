@@ -6,6 +6,7 @@ from runtime.blocks import BlockManager
 from runtime.errors import TooManyRequests
 from runtime.scheduler import Scheduler
 from runtime.scheduler.policies import make_policy
+from settings.schema import SchedulerSettings
 from tests.scheduler.toy import ToyWorker, make_request, step
 
 
@@ -16,14 +17,11 @@ class Clock:
         return self.now
 
 
-def make(clock: Clock, *, waiting: int = 100, tokens: int | None = None) -> Scheduler:
+def make(clock: Clock, *, waiting: int = 100, tokens: int = 2**20) -> Scheduler:
     return Scheduler(
         BlockManager(64, 4),
         make_policy("fcfs"),
-        max_batched_tokens=64,
-        max_running=1,
-        max_waiting=waiting,
-        max_waiting_tokens=tokens,
+        SchedulerSettings(max_batched_tokens=64, max_running=1, max_waiting=waiting, max_waiting_tokens=tokens),
         clock=clock,
     )
 

@@ -8,6 +8,7 @@ from runtime.blocks import BlockManager
 from runtime.scheduler import Scheduler, Speculation
 from runtime.scheduler.drafts import PAUSE, Drafter
 from runtime.scheduler.policies import make_policy
+from settings.schema import SchedulerSettings
 from tests.scheduler.toy import ToyWorker, make_request, run, solo
 
 RULES = Speculation(num_tokens=4, max_running=4, min_acceptance=0.3)
@@ -17,9 +18,7 @@ def make(rules: Speculation | None = RULES, *, blocks: int = 200, budget: int = 
     return Scheduler(
         BlockManager(blocks, 4),
         make_policy("fcfs"),
-        max_batched_tokens=budget,
-        max_running=8,
-        max_waiting=100,
+        SchedulerSettings(max_batched_tokens=budget, max_running=8, max_waiting=100),
         speculation=rules,
     )
 

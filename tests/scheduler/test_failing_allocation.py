@@ -4,10 +4,11 @@ import itertools
 
 import pytest
 
-from runtime import failpoints
 from runtime.blocks import BlockManager, SwapSpace
 from runtime.scheduler import Scheduler, Speculation
 from runtime.scheduler.policies import POLICIES, make_policy
+from runtime.support import failpoints
+from settings.schema import SchedulerSettings
 from tests.scheduler.toy import ToyWorker, make_request, run, solo
 
 
@@ -16,15 +17,15 @@ def attempt(policy: str, at: int, swap: SwapSpace | None) -> bool:
     scheduler = Scheduler(
         BlockManager(9, 2),
         make_policy(policy),
-        max_batched_tokens=8,
-        max_running=4,
-        max_waiting=100,
+        SchedulerSettings(max_batched_tokens=8, max_running=4, max_waiting=100),
         speculation=Speculation(3, max_running=3, min_acceptance=0.0),
         swap=swap,
     )
     worker = ToyWorker(2)
     requests = [make_request(str(n), [n % 3, 1, n % 2], 6, priority=-n, tenant=str(n % 2)) for n in range(5)]
-    requests += [make_request(f"fork{n}", requests[0].submission.prompt_ids, 6, fork_of="0") for n in range(2)]
+    requests += [
+        make_request(f"fork{n}", requests[0].submission.prompt_ids, 6, fork_of=requests[0].id) for n in range(2)
+    ]
     failpoints.configure(f"blocks.take=raise:{at}")
     try:
         for request in requests:

@@ -6,6 +6,7 @@ from runtime.blocks import BlockManager
 from runtime.messages import Move
 from runtime.scheduler import Request, Scheduler
 from runtime.scheduler.policies import make_policy
+from settings.schema import SchedulerSettings
 from tests.scheduler.toy import ToyWorker, make_request, run, solo, step
 
 
@@ -13,14 +14,13 @@ def make(*, blocks: int = 64, running: int = 8, caching: bool = True, budget: in
     return Scheduler(
         BlockManager(blocks, 4, prefix_caching=caching),
         make_policy("fcfs"),
-        max_batched_tokens=budget,
-        max_running=running,
-        max_waiting=100,
+        SchedulerSettings(max_batched_tokens=budget, max_running=running, max_waiting=100),
     )
 
 
 def submit(scheduler: Scheduler, count: int, prompt: list[int], more: int) -> list[Request]:
-    requests = [make_request(str(n), prompt, more + n, fork_of="0" if n else "") for n in range(count)]
+    leader = make_request("0", prompt, more)
+    requests = [leader, *(make_request(str(n), prompt, more + n, fork_of=leader.id) for n in range(1, count))]
     for request in requests:
         scheduler.submit(request)
     return requests
@@ -87,7 +87,8 @@ def test_a_follower_can_be_aborted_while_it_waits() -> None:
 def test_another_prompt_is_no_fork() -> None:
     """A hook may have rewritten one of the choices."""
     scheduler, worker = make(), ToyWorker(4)
-    leader, other = make_request("0", [1] * 10, 3), make_request("1", [2] * 10, 3, fork_of="0")
+    leader = make_request("0", [1] * 10, 3)
+    other = make_request("1", [2] * 10, 3, fork_of=leader.id)
     scheduler.submit(leader)
     scheduler.submit(other)
     assert scheduler.waiting.num_deferred == 0

@@ -3,8 +3,9 @@
 import pytest
 
 from runtime.blocks import BlockManager
-from runtime.scheduler import Request, Scheduler, State
+from runtime.scheduler import Request, RequestState, Scheduler
 from runtime.scheduler.policies import POLICIES, Fair, make_policy
+from settings.schema import SchedulerSettings
 from tests.scheduler.toy import ToyWorker, make_request, run
 
 
@@ -19,15 +20,14 @@ class Bench:
         self.scheduler = Scheduler(
             BlockManager(blocks, 4),
             self.policy,
-            max_batched_tokens=budget,
-            max_running=running,
-            max_waiting=1000,
-            max_preemptions=preemptions,
+            SchedulerSettings(
+                max_batched_tokens=budget, max_running=running, max_waiting=1000, max_preemptions=preemptions
+            ),
             clock=lambda: self.now,
         )
         self.worker = ToyWorker(4)
         self.count = 0
-        self.told: list[Request] = []
+        self.new_token_ids: list[Request] = []
         """Requests that the scheduler has ended by itself."""
 
     def submit(self, *, length: int = 4, more: int = 4, **fields: object) -> Request:
@@ -43,7 +43,7 @@ class Bench:
         self.now += 1.0
         for item in self.scheduler.commit(plan, result):
             if not item.tokens:
-                self.told.append(item.request)
+                self.new_token_ids.append(item.request)
             elif len(item.request.tokens) >= item.request.max_len:
                 self.scheduler.finish(item.request, "length")
 
@@ -79,14 +79,14 @@ def test_priority_takes_a_slot_at_once_and_the_victim_resumes_from_the_cache() -
     bench.step()
     high = bench.submit(priority=0)
     bench.step()
-    assert high.state is State.RUNNING
-    assert low[0].state is State.RUNNING
-    assert low[1].state is State.PREEMPTED  # the worse of the two
+    assert high.state is RequestState.RUNNING
+    assert low[0].state is RequestState.RUNNING
+    assert low[1].state is RequestState.PREEMPTED  # the worse of the two
     while not high.finished:
         bench.step()
     queries, hits = bench.scheduler.counts.prefix_queries, bench.scheduler.counts.prefix_hits
     bench.step()
-    assert low[1].state is State.RUNNING
+    assert low[1].state is RequestState.RUNNING
     assert bench.scheduler.counts.prefix_queries - queries == len(low[1].tokens) - 1
     assert bench.scheduler.counts.prefix_hits - hits == 8  # two full blocks of four; a hit counts after preemption too
     assert low[1].timing.cached_tokens == 0  # what the client is told is about its prompt
@@ -97,8 +97,8 @@ def test_priority_does_not_preempt_equals() -> None:
     first, second = bench.submit(priority=1), bench.submit(priority=1)
     bench.step()
     bench.step()
-    assert first.state is State.RUNNING
-    assert second.state is State.WAITING
+    assert first.state is RequestState.RUNNING
+    assert second.state is RequestState.WAITING
 
 
 def test_priority_preempts_for_blocks_as_well_but_only_if_that_helps() -> None:
@@ -109,12 +109,12 @@ def test_priority_preempts_for_blocks_as_well_but_only_if_that_helps() -> None:
     bench.step()
     hopeful = bench.submit(length=16, more=1, priority=5)  # four blocks: the three of `worse` are not enough
     bench.step()
-    assert worse.state is State.RUNNING
-    assert hopeful.state is State.WAITING
+    assert worse.state is RequestState.RUNNING
+    assert hopeful.state is RequestState.WAITING
     bench.scheduler.finish(hopeful, "abort")
     modest = bench.submit(length=9, more=1, priority=5)
     bench.step()
-    assert worse.state is State.PREEMPTED
+    assert worse.state is RequestState.PREEMPTED
     assert modest.finished
     assert not better.finished or better.finish_reason == "length"
     run(bench.scheduler, bench.worker)
@@ -149,8 +149,8 @@ def test_a_deadline_is_kept_to_under_every_policy(policy: str) -> None:
     waiting = bench.submit(more=100, deadline=102.5)
     for _ in range(4):
         bench.step()
-    assert set(bench.told) == {running, waiting}
-    assert len(bench.told) == 2
+    assert set(bench.new_token_ids) == {running, waiting}
+    assert len(bench.new_token_ids) == 2
     assert {running.finish_reason, waiting.finish_reason} == {"timeout"}
     assert running.num_generated == 3
     assert waiting.timing.scheduled is None
@@ -162,7 +162,10 @@ def test_hopeless_requests_are_shed_before_they_cost_anything() -> None:
     first = bench.submit(more=10)
     while not first.finished:
         bench.step()  # learns: a step takes a second, an output has ten tokens
-    hopeless, feasible = bench.submit(more=10, deadline=bench.now + 5), bench.submit(more=10, deadline=bench.now + 30)
+    hopeless, feasible = (
+        bench.submit(more=10, deadline=bench.now + 5),
+        bench.submit(more=10, deadline=bench.now + 30),
+    )
     computed = bench.worker.num_computed
     assert bench.order_of_ends([hopeless, feasible]) == [0, 1]
     assert hopeless.finish_reason == "timeout"
@@ -187,11 +190,11 @@ def test_a_deadline_takes_the_place_of_one_without() -> None:
     bench.step()
     urgent = bench.submit(deadline=bench.now + 50)
     bench.step()
-    assert patient.state is State.PREEMPTED
+    assert patient.state is RequestState.PREEMPTED
     later = bench.submit(deadline=bench.now + 40)
     bench.step()
-    assert urgent.state is State.RUNNING  # has a deadline of its own to miss
-    assert later.state is State.WAITING
+    assert urgent.state is RequestState.RUNNING  # has a deadline of its own to miss
+    assert later.state is RequestState.WAITING
 
 
 def test_fair_alternates_between_tenants_whatever_they_queue() -> None:
@@ -206,7 +209,9 @@ def test_fair_alternates_between_tenants_whatever_they_queue() -> None:
 def test_fair_by_weight() -> None:
     """A weight of 3 gets three times the service, give or take a request of each."""
     policy = Fair({"a": 3.0})
-    scheduler = Scheduler(BlockManager(64, 4), policy, max_batched_tokens=64, max_running=2, max_waiting=1000)
+    scheduler = Scheduler(
+        BlockManager(64, 4), policy, SchedulerSettings(max_batched_tokens=64, max_running=2, max_waiting=1000)
+    )
     worker = ToyWorker(4)
     for number in range(200):
         scheduler.submit(make_request(str(number), [3, 4, 5, 6], 6, tenant="ab"[number % 2]))

@@ -5,6 +5,7 @@ import pytest
 from runtime.blocks import BlockManager
 from runtime.scheduler import Scheduler
 from runtime.scheduler.policies import POLICIES, make_policy
+from settings.schema import SchedulerSettings
 from tests.scheduler.toy import ToyWorker, make_request, run, solo, step
 
 
@@ -12,10 +13,7 @@ def make(policy: str, *, blocks: int, running: int, cap: int = 4) -> Scheduler:
     return Scheduler(
         BlockManager(blocks, 2),
         make_policy(policy),
-        max_batched_tokens=16,
-        max_running=running,
-        max_waiting=1000,
-        max_preemptions=cap,
+        SchedulerSettings(max_batched_tokens=16, max_running=running, max_waiting=1000, max_preemptions=cap),
     )
 
 

@@ -5,19 +5,17 @@ import pytest
 from runtime.blocks import BlockManager
 from runtime.errors import Conflict, TooManyRequests
 from runtime.messages import SamplingParams, StepPlan, StepResult, Submission
-from runtime.scheduler import Request, Scheduler, State
+from runtime.scheduler import Request, RequestState, Scheduler
 from runtime.scheduler.policies import make_policy
 from runtime.scheduler.request import TRANSITIONS
+from settings.schema import SchedulerSettings
 
 
 def make_scheduler(*, blocks: int = 64, budget: int = 16, chunk: int | None = None, running: int = 4) -> Scheduler:
     return Scheduler(
         BlockManager(blocks, 4),
         make_policy("fcfs"),
-        max_batched_tokens=budget,
-        max_prefill_chunk=chunk,
-        max_running=running,
-        max_waiting=3,
+        SchedulerSettings(max_batched_tokens=budget, max_prefill_chunk=chunk, max_running=running, max_waiting=3),
     )
 
 
@@ -63,7 +61,7 @@ def test_slots_bound_what_runs() -> None:
     scheduler = make_scheduler(running=2, budget=100)
     requests = [submit(scheduler, str(i), 4, first=100 * i) for i in range(3)]
     assert len(step(scheduler).rows) == 2
-    assert requests[2].state is State.WAITING
+    assert requests[2].state is RequestState.WAITING
     scheduler.finish(requests[0], "stop")
     assert {row.slot for row in step(scheduler).rows} == {requests[1].slot, requests[2].slot}
 
@@ -73,7 +71,7 @@ def test_growth_preempts_the_latest_and_it_resumes_from_the_cache() -> None:
     first, second = submit(scheduler, "first", 8), submit(scheduler, "second", 8, first=100)
     step(scheduler)  # both prompts: 2 blocks each, the pool is full
     step(scheduler)  # first needs a third block
-    assert second.state is State.PREEMPTED
+    assert second.state is RequestState.PREEMPTED
     assert scheduler.num_preemptions == 1
     assert len(first.tokens) == 10
     scheduler.finish(first, "stop")
@@ -86,9 +84,9 @@ def test_growth_preempts_the_latest_and_it_resumes_from_the_cache() -> None:
 
 def test_a_full_queue_and_a_twin_id_are_refused() -> None:
     scheduler = make_scheduler()
-    submit(scheduler, "a", 4)
+    twin = submit(scheduler, "a", 4)
     with pytest.raises(Conflict):
-        submit(scheduler, "a", 4)
+        scheduler.submit(Request(twin.submission, seed=0, max_len=8))
     submit(scheduler, "b", 4)
     submit(scheduler, "c", 4)
     with pytest.raises(TooManyRequests, match="3 requests"):
@@ -101,12 +99,12 @@ def test_a_failed_row_ends_alone() -> None:
     plan = scheduler.schedule()
     result = StepResult(step=1, slots=[plan.rows[1].slot], tokens=[7], failed={plan.rows[0].slot: "broke"})
     committed = scheduler.commit(plan, result)
-    assert [(item.request.id, item.tokens, item.error) for item in committed] == [
-        ("bad", [], "broke"),
-        ("good", [7], None),
+    assert [(item.request, item.tokens, item.error) for item in committed] == [
+        (bad, [], "broke"),
+        (good, [7], None),
     ]
     assert bad.finish_reason == "error"
-    assert good.state is State.RUNNING
+    assert good.state is RequestState.RUNNING
     scheduler.check_integrity()
 
 
@@ -131,7 +129,7 @@ def test_ending_a_request_in_any_state_gives_everything_back(state: str) -> None
 
 def test_transitions_outside_the_table_are_refused() -> None:
     for state, allowed in TRANSITIONS.items():
-        for target in State:
+        for target in RequestState:
             request = Request(Submission(request_id="x", prompt_ids=[1], params=SamplingParams()), seed=0, max_len=2)
             request.state = state
             if target in allowed:

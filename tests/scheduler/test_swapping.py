@@ -6,6 +6,7 @@ from runtime.blocks import BlockManager, SwapSpace
 from runtime.messages import Move
 from runtime.scheduler import Scheduler
 from runtime.scheduler.policies import make_policy
+from settings.schema import SchedulerSettings
 from tests.scheduler.toy import Ahead, ToyWorker, make_request, run, solo, step
 
 
@@ -14,9 +15,7 @@ def make(host: int, *, blocks: int = 4, caching: bool = False, running: int = 2)
     scheduler = Scheduler(
         BlockManager(blocks, 2, prefix_caching=caching),
         make_policy("priority"),
-        max_batched_tokens=32,
-        max_running=running,
-        max_waiting=100,
+        SchedulerSettings(max_batched_tokens=32, max_running=running, max_waiting=100),
         swap=space,
     )
     return scheduler, space
@@ -33,8 +32,9 @@ def test_out_before_and_in_after_others_write_there() -> None:
     high = make_request("high", [2, 2, 1, 0, 0], 2, priority=0)
     scheduler.submit(high)
     plan = scheduler.schedule()
-    assert plan.moves == [Move("out", block, target) for block, target in zip(held, low.kept or [], strict=True)]
-    assert low.num_kept == 5  # of six tokens that are known, the last one is not computed
+    copies = [Move("out", block, target) for block, target in zip(held, low.saved_blocks or [], strict=True)]
+    assert plan.moves == copies
+    assert low.num_saved == 5  # of six tokens that are known, the last one is not computed
     scheduler.commit(plan, worker.execute(plan))
     assert space.num_free == 1
     assert (scheduler.counts.swapped_out, scheduler.counts.swapped_in, scheduler.num_swapped) == (3, 0, 3)
@@ -61,7 +61,7 @@ def test_without_room_it_is_computed_again(host: int, kept: int | None) -> None:
     step(scheduler, worker)
     scheduler.submit(make_request("high", [2, 2, 1, 0, 0], 2, priority=0))
     step(scheduler, worker)
-    assert (low.kept and len(low.kept)) == kept
+    assert (low.saved_blocks and len(low.saved_blocks)) == kept
     run(scheduler, worker)
     assert low.tokens == solo(low.submission.prompt_ids, 8)
     assert space.num_free == host
@@ -75,7 +75,7 @@ def test_what_is_still_cached_is_not_copied_back() -> None:
     step(scheduler, worker)
     scheduler.submit(make_request("high", [2, 0], 1, priority=0))  # takes one block of four, and one is free
     step(scheduler, worker)
-    assert low.kept is not None
+    assert low.saved_blocks is not None
     plan = scheduler.schedule()
     assert [move.kind for move in plan.moves] == ["in"]
     scheduler.commit(plan, worker.execute(plan))

@@ -5,6 +5,7 @@ import pytest
 from runtime.blocks import BlockManager
 from runtime.scheduler import Scheduler
 from runtime.scheduler.policies import make_policy
+from settings.schema import SchedulerSettings
 from tests.scheduler.toy import Ahead, ToyWorker, make_request, solo, step
 
 
@@ -15,9 +16,7 @@ def test_long_outputs_hold_no_more_than_the_window(window: int, ahead: bool) -> 
     scheduler = Scheduler(
         BlockManager(40, 4),
         make_policy("fcfs"),
-        max_batched_tokens=16,
-        max_running=4,
-        max_waiting=10,
+        SchedulerSettings(max_batched_tokens=16, max_running=4, max_waiting=10),
         sliding_window=window,
     )
     worker = ToyWorker(4, window=window)

@@ -74,7 +74,7 @@ class ToyWorker:
                 failed[row.slot] = "the row failed"
                 continue
             known = self.tokens[row.slot]
-            if ends_with := row.draft or row.told:
+            if ends_with := row.draft or row.new_token_ids:
                 known[row.start + row.count - len(ends_with) :] = ends_with
             for position in range(row.start, row.start + row.count):
                 self.kv[self._place(row.slot, position)] = (self.adapter[row.slot], position, known[position])

@@ -12,6 +12,14 @@ COUNT = fields.by_key()["scheduler.max_batched_tokens"]
 
 
 @pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0 s"), (0.4, "0 s"), (59.6, "1 min 0 s"), (90, "1 min 30 s"), (3600, "1 h 0 min"), (90061, "25 h 1 min")],
+)
+def test_durations_for_people(seconds: float, text: str) -> None:
+    assert units.show_duration(seconds) == text
+
+
+@pytest.mark.parametrize(
     ("text", "unit", "number"),
     [
         ("32K", "count", 32768),

@@ -4,23 +4,13 @@ import errno
 import io
 import json
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import structlog
 
-from runtime.logs import MAX_VALUE, configure, get_logger
+from runtime.support.logs import MAX_VALUE, configure, get_logger
 from settings.schema import ObservabilitySettings
-
-
-@pytest.fixture(autouse=True)
-def _restore() -> Iterator[None]:
-    handlers, level = logging.getLogger().handlers[:], logging.getLogger().level
-    yield
-    structlog.reset_defaults()
-    logging.getLogger().handlers[:] = handlers
-    logging.getLogger().setLevel(level)
 
 
 def configured(log_format: str = "json", level: str = "info") -> io.StringIO:

@@ -9,7 +9,7 @@ import pytest
 THREADS = """
 import ctypes, threading
 from pathlib import Path
-from runtime.workers.memory import share_one_arena
+from runtime.support.memory import share_one_arena
 
 assert share_one_arena()
 malloc = ctypes.CDLL(None).malloc

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from runtime.openmp import SPINS
+from runtime.support.memory import SPINS
 
 SCRIPT = "import runtime, os, sys; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
 

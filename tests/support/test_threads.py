@@ -5,24 +5,23 @@ import threading
 
 import pytest
 
-from runtime.apart import call_apart, run_apart
-from runtime.trainer.jobs.threads import Worker
+from runtime.support.threads import WorkerThread, call_in_fresh_thread, run_in_fresh_thread
 
 
 def test_results_and_errors_come_back() -> None:
-    assert run_apart(divmod, 7, 2) == (3, 1)
+    assert run_in_fresh_thread(divmod, 7, 2) == (3, 1)
     with pytest.raises(ZeroDivisionError):
-        run_apart(divmod, 1, 0)
-    assert asyncio.run(call_apart(divmod, 7, 2)) == (3, 1)
+        run_in_fresh_thread(divmod, 1, 0)
+    assert asyncio.run(call_in_fresh_thread(divmod, 7, 2)) == (3, 1)
     with pytest.raises(ZeroDivisionError):
-        asyncio.run(call_apart(divmod, 1, 0))
+        asyncio.run(call_in_fresh_thread(divmod, 1, 0))
 
 
 def test_each_piece_of_work_has_a_thread_that_ends_with_it() -> None:
     async def main() -> list[threading.Thread]:
-        worker = Worker()
-        own = [await call_apart(threading.current_thread), await worker.call(threading.current_thread)]
-        return [*own, run_apart(threading.current_thread)]
+        worker = WorkerThread()
+        own = [await call_in_fresh_thread(threading.current_thread), await worker.call(threading.current_thread)]
+        return [*own, run_in_fresh_thread(threading.current_thread)]
 
     threads = asyncio.run(main())
     for thread in threads:
@@ -34,7 +33,7 @@ def test_each_piece_of_work_has_a_thread_that_ends_with_it() -> None:
 
 def test_a_worker_does_one_thing_after_the_other_even_when_nobody_waits_any_more() -> None:
     async def main() -> list[str]:
-        worker, seen, may_end, begun = Worker(), [], threading.Event(), threading.Event()
+        worker, seen, may_end, begun = WorkerThread(), [], threading.Event(), threading.Event()
 
         def slow() -> None:
             begun.set()

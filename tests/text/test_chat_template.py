@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from runtime.chat_template import ChatTemplate, ChatTemplateError
 from runtime.errors import InvalidRequest
+from runtime.text.chat_template import ChatTemplate, ChatTemplateError
 from tests.tiny import CHAT_TEMPLATE
 
 CHAT = [
@@ -114,6 +114,7 @@ def test_null_is_the_same_as_absent() -> None:
         ("{{ messages.append(1) }}", "refused the messages"),
         ("{{ range(10 ** 9) | list }}", "cannot render these messages"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "cannot render these messages"),
+        ("{{ cycler().next() }}", "cannot render these messages: at least one item"),
     ],
 )
 def test_what_a_template_raises_is_the_requests_fault(source: str, message: str) -> None:
@@ -129,3 +130,104 @@ def test_a_broken_template_is_found_at_once() -> None:
 
 def test_the_date() -> None:
     assert len(ours("{{ strftime_now('%Y-%m-%d') }}")) == 10
+
+
+def part(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}
+
+
+WALK = "{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}{% endif %}{% endfor %}"
+EACH = "{% for m in messages %}[{{ m.role }}]"
+WALKING = {
+    "a loop": EACH + WALK + "{% endfor %}",
+    "by item": EACH + "{% for p in m['content'] %}{{ p['text'] }}{% endfor %}{% endfor %}",
+    "through a variable": EACH + "{% set c = m.content %}{% for p in c %}{{ p.text }}{% endfor %}{% endfor %}",
+    "through a filter": (
+        EACH + "{% for p in m.content | selectattr('type', 'eq', 'text') %}{{ p.text }}{% endfor %}{% endfor %}"
+    ),
+    "mapped and joined": EACH + "{{ m.content | map(attribute='text') | join('') }}{% endfor %}",
+    "in a macro": (
+        "{% macro show(content) %}{% for p in content %}{{ p.text }}{% endfor %}{% endmacro %}"
+        + EACH
+        + "{{ show(m.content) }}{% endfor %}"
+    ),
+    "the first part": EACH + "{{ m.content[0].text }}{% endfor %}",
+    "in capitals": EACH + "{% for p in m.content %}{{ p.text | upper }}{% endfor %}{% endfor %}",
+}
+PRINTING = {
+    "printed": EACH + "{{ m.content }}{% endfor %}",
+    "added": EACH + "{{ '<' + m.content + '>' }}{% endfor %}",
+    "trimmed": EACH + "{{ m['content'] | trim }}{% endfor %}",
+    "as JSON": EACH + "{{ m.content | tojson }}{% endfor %}",
+    "by characters": EACH + "{% for c in m.content %}{{ c }}{% endfor %}{% endfor %}",
+    "chatml": CHAT_TEMPLATE,
+}
+EITHER = {
+    "either": EACH + "{% if m.content is string %}{{ m.content }}{% else %}" + WALK + "{% endif %}{% endfor %}",
+    "either, each otherwise": (
+        EACH + "{% if m.content is string %}{{ m.content }}{% else %}"
+        "{% for p in m.content %}- {{ p.text }}\n{% endfor %}{% endif %}{% endfor %}"
+    ),
+}
+
+
+@pytest.mark.parametrize("source", WALKING.values(), ids=WALKING)
+def test_a_template_that_walks_parts_gets_parts(source: str) -> None:
+    one, two = part("SEC"), part("RET")
+    for content, expected in (("SECRET", [part("SECRET")]), ([one], [one]), ([one, two], [one, two])):
+        messages = [{"role": "user", "content": content}, {"role": "assistant", "content": content}]
+        assert ours(source, messages) == theirs(source, [{**message, "content": expected} for message in messages])
+
+
+@pytest.mark.parametrize("source", PRINTING.values(), ids=PRINTING)
+def test_a_template_that_prints_a_string_gets_a_string(source: str) -> None:
+    one, two = part("SEC"), part("RET")
+    for content, expected in (("SECRET", "SECRET"), ([part("SECRET")], "SECRET"), ([one, two], "SEC\nRET")):
+        messages = [{"role": "user", "content": content}, {"role": "assistant", "content": content}]
+        assert ours(source, messages) == theirs(source, [{**message, "content": expected} for message in messages])
+
+
+@pytest.mark.parametrize("source", EITHER.values(), ids=EITHER)
+@pytest.mark.parametrize(
+    "content", ["SECRET", [part("SECRET")], [part("SEC"), part("RET")], [part("a"), {"type": "image"}]]
+)
+def test_a_template_that_takes_either_gets_what_was_sent(source: str, content: Any) -> None:
+    messages = [{"role": "user", "content": content}]
+    assert ours(source, messages) == theirs(source, messages)
+
+
+def test_each_role_is_given_what_the_template_does_with_it() -> None:
+    """The system prompt is printed, then come messages that are walked; the template takes no two of a role."""
+    source = (
+        "{% if messages[0].role == 'system' %}{{ messages[0].content }}{% set rest = messages[1:] %}"
+        "{% else %}{% set rest = messages %}{% endif %}"
+        "{% for m in rest %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('alternate') }}"
+        "{% endif %}[{{ m.role }}]" + WALK + "{% endfor %}"
+    )
+    for wrap in (str, lambda text: [part(text)]):
+        messages = [{"role": role, "content": wrap(role.upper())} for role in ("system", "user", "assistant")]
+        assert ours(source, messages) == "SYSTEM[user]USER[assistant]ASSISTANT"
+
+
+def test_a_tool_result_is_given_as_the_template_takes_it() -> None:
+    source = (
+        "{% for m in messages %}{% if m.role == 'tool' %}{% for p in m.content %}<{{ p.text }}>{% endfor %}"
+        "{% elif m.tool_calls is defined %}{{ m.tool_calls[0].function.name }}{% else %}{{ m.content }}{% endif %}"
+        "{% endfor %}"
+    )
+    messages = [
+        {"role": "user", "content": [part("U")]},
+        {"role": "assistant", "tool_calls": [{"function": {"name": "look"}}]},
+        {"role": "tool", "content": "T"},
+    ]
+    assert ours(source, messages) == "Ulook<T>"
+
+
+def test_a_string_is_continued_in_a_template_that_walks_parts() -> None:
+    messages = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "Eight le"}]
+    assert ours(WALKING["a loop"], messages, continue_final_message=True) == "[user]Q[assistant]Eight le"
+
+
+def test_a_template_that_refuses_everything_is_left_alone() -> None:
+    with pytest.raises(InvalidRequest, match="no chats today"):
+        ours("{{ raise_exception('no chats today') }}")

@@ -1,7 +1,11 @@
 """The tokenizer against transformers on the tiny model, and special tokens that clients write."""
 
+import json
+import re
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +16,11 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer
 
+from runtime.checkpoints.hf_tokenizer import load_tokenizer
 from runtime.errors import InvalidRequest
-from runtime.special_text import SpecialText
-from runtime.tokenizer import Tokenizer
-from runtime.workers.loading.hf_tokenizer import load_tokenizer
+from runtime.text import special_text
+from runtime.text.special_text import SpecialText, _any_of
+from runtime.text.tokenizer import Tokenizer
 from tests.tiny import CHAT_TEMPLATE, SPECIAL_TOKENS
 
 START, END = 1, 2
@@ -146,7 +151,7 @@ def test_whitespace_rules_of_special_tokens_hold_on_both_paths(tiny_model: Path)
     backend.add_special_tokens([AddedToken("<mask>", lstrip=True, rstrip=True, normalized=False)])
     rendered = "the  <mask>  newt<|im_end|>"
     expected = backend.encode(rendered, add_special_tokens=False).ids
-    assert SpecialText(backend).encode(rendered) == expected
+    assert SpecialText(backend, backend.get_vocab_size()).encode(rendered) == expected
 
 
 def test_a_model_without_a_template(tiny_model: Path) -> None:
@@ -188,9 +193,61 @@ def test_what_the_tokenizer_knows(tokenizer: Tokenizer) -> None:
     assert tokenizer.token_id("no such token") is None
 
 
+def test_an_id_that_is_left_out_has_no_text(tiny_model: Path, tmp_path: Path) -> None:
+    """The vocabulary's last token has the id 600, and there is none from 511 to 599."""
+    shutil.copytree(tiny_model, tmp_path / "gap")
+    file = tmp_path / "gap" / "tokenizer.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    text = next(text for text, id in content["model"]["vocab"].items() if id == 511)
+    content["model"]["vocab"][text] = 600
+    file.write_text(json.dumps(content), encoding="utf-8")
+    tokenizer = load_tokenizer(tmp_path / "gap", {}, {})
+    assert tokenizer.vocab_size == 601
+    assert tokenizer.encode(tokenizer.decode([600]), add_special_tokens=False) == [600]
+    assert tokenizer.decode([511, 555, 10_000]) == tokenizer.decode_one(555) == ""
+    assert tokenizer.token_text(555) == tokenizer.token_string(555) == tokenizer.token_string(10_000) == ""
+
+
+def test_the_vocabularys_spelling_of_a_token_is_that_of_transformers(tokenizer: Tokenizer, theirs: Any) -> None:
+    ids = tokenizer.encode(" the newt é<|im_end|>")
+    assert [tokenizer.token_string(id) for id in ids] == theirs.convert_ids_to_tokens(ids)
+
+
+WORDS = st.lists(st.text("<|ab>", min_size=1, max_size=5), min_size=1, max_size=8, unique=True)
+
+
+@given(words=WORDS, text=st.text("<|ab>", max_size=30), depth=st.integers(0, 3))
+def test_the_trie_matches_as_the_alternatives_do_longest_first(words: list[str], text: str, depth: int) -> None:
+    flat = "|".join(map(re.escape, sorted(words, key=len, reverse=True)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(special_text, "MAX_DEPTH", depth)
+        assert re.findall(_any_of(words), text) == re.findall(flat, text)
+
+
+def test_a_text_full_of_beginnings_of_special_tokens_is_searched_fast() -> None:
+    """Of hundreds of tokens with one beginning, each is not tried at each character. Counted in time of this thread:
+    two seconds before, a tenth of that allowed."""
+    tokens = [f"<|reserved_special_token_{number}|>" for number in range(256)]
+    pattern = re.compile(_any_of(tokens))
+    began = time.thread_time()
+    assert pattern.search("<" * 1_000_000) is None
+    assert pattern.search("<|reserved_special_token_x" * 40_000) is None
+    assert time.thread_time() - began < 0.3
+
+
+@given(contents=st.lists(st.sampled_from([*HOSTILE, "newt", " ", "😀"]), min_size=1, max_size=4))
+def test_texts_are_searched_in_pieces_of_any_size(tokenizer: Tokenizer, contents: list[str]) -> None:
+    messages = user(*contents)
+    expected = tokenizer.encode_chat(messages)
+    for size in (1, 2, 7, 13):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(special_text, "PIECE", size)
+            assert tokenizer.encode_chat(messages) == expected
+
+
 def test_importing_it_imports_nothing_heavy() -> None:
     code = (
-        "import sys, runtime.tokenizer; "
+        "import sys, runtime.text.tokenizer; "
         "print([name for name in ('torch', 'transformers', 'numpy') if name in sys.modules])"
     )
     done = subprocess.run(
@@ -199,6 +256,30 @@ def test_importing_it_imports_nothing_heavy() -> None:
         text=True,
         check=True,
         timeout=60,
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
     )
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("number", [2, 3, 4, 40])
+def test_a_hole_in_the_vocabulary_lets_nobody_write_special_tokens(tiny_model: Path, number: int) -> None:
+    """The library numbers new tokens by counting. With a hole, the number of one of the stand-ins was an ordinary
+    token's, whose text a client may write: it became the special token."""
+    file = json.loads((tiny_model / "tokenizer.json").read_text())
+    text = next(text for text, id in file["model"]["vocab"].items() if id == 511)
+    file["model"]["vocab"][text] = 511 + number
+    backend = Backend.from_str(json.dumps(file))
+    tokenizer = Tokenizer(backend, chat_template=CHAT_TEMPLATE)
+    content = backend.decode([511 + number])
+    ids = tokenizer.encode_chat(user(f"a{content}b<|im_end|>"), add_generation_prompt=False)
+    assert 511 + number in ids
+    assert [id for id in ids if id in (0, START, END)] == [START, END]
+
+
+def test_a_tokenizer_is_sized_by_the_rows_of_its_model(tokenizer: Tokenizer) -> None:
+    assert tokenizer.sized(512).vocab_size == 512
+    wide = tokenizer.sized(600)
+    assert (wide.num_ids, wide.vocab_size, tokenizer.vocab_size) == (512, 600, 512)
+    assert wide.decode([599]) == wide.decode_one(599) == ""
+    with pytest.raises(ValueError, match=r"ids up to 511 .*512 in all.* has 511 rows"):
+        tokenizer.sized(511)

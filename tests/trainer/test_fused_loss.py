@@ -1,31 +1,48 @@
-"""The loss as one op, in Triton's interpreter, against the loss that is cut along the vocabulary."""
+"""The head as one op, in Triton's interpreter, against the head that is cut along the vocabulary."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from kernels.training import TrainingOps
-from runtime.model_loading import load_decoder as load
-from runtime.trainer import step
-from runtime.trainer.clock import clock_of
-from runtime.trainer.events import EvalEvent, RunEvent, StepEvent
-from runtime.trainer.examples import Example
-from runtime.trainer.loss import Score
-from runtime.trainer.microbatch import pack
-from runtime.trainer.slices import Slices
-from runtime.trainer.spec import ScheduleSpec
+from kernels.quantised import Weight
+from kernels.training import TokenLosses, TrainingOps
+from runtime.checkpoints import open_checkpoint
+from runtime.checkpoints.model_loading import load_decoder as load
+from runtime.events import EvalEvent, RunEvent, StepEvent
+from runtime.model.decoder import Decoder
+from runtime.model.group import UnconnectedRank
+from runtime.model.lora import LoraShape
+from runtime.trainer.data.example import Example
+from runtime.trainer.losses import Score, logprobs
+from runtime.trainer.microbatch import collate
+from runtime.trainer.slices import clock_of
 from runtime.trainer.step import MicroStep
-from runtime.workers.decoder import Decoder
-from runtime.workers.loading import open_checkpoint
-from runtime.workers.lora import LoraShape
 from settings.schema import ModelSettings
-from tests.kernels.triton_backend import DEVICE, TRAINING, TRITON
-from tests.parity.test_lora_gradients import adapter
+from tests.kernels.triton_backend import DEVICE, TRAINING, TRITON, TritonTrainingOps
+from tests.parity.gradients import adapter
+from tests.parity.gradients import drive as drive_slices
+from tests.trainer.losses.samples import documented_dpo
 from tests.trainer.tiny_training import drive, examples, make_run, run_spec
+
+
+class CountingOps(TritonTrainingOps):
+    """Notes the rows of each call of the op, and which of them had a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[int] = []
+        self.with_grad: list[bool] = []
+
+    def linear_cross_entropy(
+        self, hidden: Tensor, weight: Weight, targets: Tensor, shares: Tensor | None, **options: Any
+    ) -> TokenLosses:
+        self.rows.append(len(hidden))
+        self.with_grad.append(shares is not None)
+        return super().linear_cross_entropy(hidden, weight, targets, shares, **options)
 
 
 @pytest.fixture(params=["none", "int8"])
@@ -36,38 +53,31 @@ def decoder(request: pytest.FixtureRequest, tiny_model: Path) -> Decoder:
     return load(open_checkpoint(str(tiny_model)), settings)
 
 
-def kinds(slices: Slices, grant: Callable[[int, int], int] = lambda least, amount: amount) -> list[str]:
-    """Do the work, and tell what it was made of."""
-    seen = []
-    try:
-        wanted = next(slices)
-        while True:
-            seen.append(wanted.kind)
-            wanted = slices.send(grant(min(wanted.least, wanted.amount), wanted.amount))
-    except StopIteration:
-        return seen
-
-
-def gradients(decoder: Decoder, ops: TrainingOps, data: list[Example]) -> tuple[Score, list[Tensor], list[str]]:
+def gradients(decoder: Decoder, ops: TrainingOps, data: list[Example]) -> tuple[Score, list[Tensor]]:
     """One micro-batch forwards and backwards."""
     lora = adapter(decoder, LoraShape(rank=4, alpha=8))
-    micro = MicroStep(decoder, ops, lora, pack(data, decoder.device))
-    seen = kinds(micro.forward_backward(1 / max(1, sum(example.num_trained for example in data))))
-    grads = [parameter.grad for _, parameter in lora.parameters() if parameter.grad is not None]
-    return micro.score, grads, seen
+    micro = MicroStep(decoder, ops, lora, collate(data, decoder.device))
+    drive_slices(micro.forward_backward(1 / max(1, sum(example.num_trained for example in data))), "whole")
+    return micro.score, [parameter.grad for _, parameter in lora.parameters() if parameter.grad is not None]
 
 
 @pytest.mark.parametrize(("scale", "softcap"), [(1.0, 0.0), (0.5, 3.0)])
-def test_gradients_of_the_adapters(decoder: Decoder, scale: float, softcap: float) -> None:
-    """Each example begins with tokens that are not trained on."""
+def test_gradients_of_the_adapters(
+    decoder: Decoder, scale: float, softcap: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each example begins with tokens that are not trained on, and those are not computed."""
     decoder.spec = replace(decoder.spec, logit_scale=scale, logit_softcap=softcap)
     data = examples(3, longest=24)
-    score, grads, seen = gradients(decoder, TRAINING, data)
-    expected, wanted, cut = gradients(decoder, TrainingOps(), data)
-    assert [kind for kind in seen if "loss" in kind] == ["fused_loss"]
-    assert not [kind for kind in seen if "logits" in kind]
-    assert [kind for kind in cut if "logits" in kind]
-    assert score.tokens == expected.tokens == sum(example.num_trained for example in data)
+    expected, wanted = gradients(decoder, TrainingOps(), data)
+    with monkeypatch.context() as patch:  # logits of all rows are never there
+        patch.setattr(Decoder, "logits", None)
+        patch.setattr(Decoder, "head_rows", None)
+        ops = CountingOps()
+        score, grads = gradients(decoder, ops, data)
+    trained = sum(example.num_trained for example in data)
+    assert ops.rows == [trained] < [sum(map(len, data))]
+    assert ops.with_grad == [True]
+    assert score.tokens == expected.tokens == trained
     assert score.correct == expected.correct
     assert score.loss == pytest.approx(expected.loss, rel=1e-5)
     assert len(grads) == len(wanted) > 0
@@ -76,29 +86,50 @@ def test_gradients_of_the_adapters(decoder: Decoder, scale: float, softcap: floa
         torch.testing.assert_close(found, other, rtol=1e-4, atol=1e-6)
 
 
-def test_rows_are_cut_between_the_least_and_the_most(
-    tiny_model: Path, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(step, "LEAST_FUSED", 5)
-    monkeypatch.setattr(step, "MOST_FUSED", 16)
-    data = pack(examples(3, longest=24), decoder.device)
+def test_rows_are_cut_between_the_least_and_the_most(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logprobs, "LEAST_FUSED_ROWS", 5)
+    monkeypatch.setattr(logprobs, "MOST_FUSED_ROWS", 16)
+    data = collate(examples(6, longest=24), decoder.device)
+    scores = []
+    for how, most in (("least", 5), ("whole", 16)):
+        ops = CountingOps()
+        micro = MicroStep(decoder, ops, adapter(decoder, LoraShape(rank=4, alpha=8)), data)
+        drive_slices(micro.evaluate(), how)
+        assert sum(ops.rows) == data.num_trained > 16
+        assert set(ops.rows[:-1]) == {most}
+        assert ops.rows[-1] <= most
+        assert not any(ops.with_grad)
+        scores.append(micro.score)
+    assert scores[0].loss == pytest.approx(scores[1].loss, rel=1e-6)
+    assert scores[0].correct == scores[1].correct
+
+
+def test_a_loss_over_pairs_passes_the_op_for_its_reference_its_value_and_its_gradient(decoder: Decoder) -> None:
+    loss = documented_dpo()()
+    data = collate(examples(4, longest=24), decoder.device)
+    counting = CountingOps()
     found = []
-    for grant in (lambda least, amount: least, lambda least, amount: amount):
-        micro = MicroStep(decoder, TRAINING, adapter(decoder, LoraShape(rank=4, alpha=8)), data)
-        seen = kinds(micro.evaluate(), grant)
-        found.append((seen.count("fused_score"), micro.score))
-    assert [count for count, _ in found] == [-(-data.num_trained // 5), -(-data.num_trained // 16)]
-    assert found[0][1].loss == pytest.approx(found[1][1].loss, rel=1e-6)
-    assert found[0][1].correct == found[1][1].correct
+    for ops in (counting, TrainingOps()):
+        lora = adapter(decoder, LoraShape(rank=4, alpha=8))
+        micro = MicroStep(decoder, ops, lora, data, loss=loss)
+        drive_slices(micro.forward_backward(0.5), "whole")
+        found.append((micro.score, [parameter.grad for _, parameter in lora.parameters()]))
+    (score, grads), (expected, wanted) = found
+    assert counting.with_grad == [False, False, True]
+    assert score.loss == pytest.approx(expected.loss, rel=1e-4)
+    assert score.metrics == pytest.approx(expected.metrics, rel=1e-3)
+    for grad, other in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(grad, other, rtol=1e-3, atol=1e-5)
 
 
 def test_a_batch_of_which_nothing_is_trained_on(decoder: Decoder) -> None:
     masked = [replace(example, trained=[False] * len(example)) for example in examples(2)]
-    for ops in (TRAINING, TrainingOps()):
-        score, grads, seen = gradients(decoder, ops, masked)
+    counting = CountingOps()
+    for ops in (counting, TrainingOps()):
+        score, grads = gradients(decoder, ops, masked)
         assert (score.loss, score.tokens) == (0.0, 0)
-        assert not [kind for kind in seen if "loss" in kind or "logits" in kind]
         assert all(torch.count_nonzero(grad) == 0 for grad in grads)
+    assert counting.rows == []
 
 
 def test_a_run_ends_in_the_same_adapter(decoder: Decoder) -> None:
@@ -107,7 +138,7 @@ def test_a_run_ends_in_the_same_adapter(decoder: Decoder) -> None:
     for ops in (decoder.ops, TRITON):
         decoder.ops = ops
         events: list[RunEvent] = []
-        spec = run_spec(decoder, schedule=ScheduleSpec(total_steps=2), eval_every=1)
+        spec = run_spec(decoder, total_steps=2, warmup_steps=0, eval_every=1)
         run = make_run(decoder, spec, events, test=[examples(1, seed=5, longest=12)], data=examples(4, longest=12))
         drive(run)
         losses = [event.loss for event in events if isinstance(event, StepEvent | EvalEvent)]
@@ -121,13 +152,10 @@ def test_a_run_ends_in_the_same_adapter(decoder: Decoder) -> None:
 
 
 def test_ranks_share_the_vocabulary_and_cut_it(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    from runtime.trainer.fused_loss import fuses
-    from runtime.workers.group import Member
-
     hidden = torch.zeros(1, 8, device=DEVICE)
-    assert fuses(decoder, TRAINING, hidden)
-    monkeypatch.setattr(decoder, "group", Member(2))
-    assert not fuses(decoder, TRAINING, hidden)
+    assert isinstance(logprobs.head_of(decoder, TRAINING, hidden), logprobs.FusedHead)
+    monkeypatch.setattr(decoder, "group", UnconnectedRank(2))
+    assert isinstance(logprobs.head_of(decoder, TRAINING, hidden), logprobs.ChunkedHead)
 
 
 def test_time_on_a_gpu_is_read_when_its_work_is_done(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,12 +8,11 @@ import torch
 from kernels import Ops, QuantisedWeight
 from kernels.cpu import CpuOps
 from kernels.reference import ReferenceOps
-from runtime.model_loading import load_decoder
-from runtime.trainer.events import RunEvent, StepEvent
+from runtime.checkpoints import open_checkpoint
+from runtime.checkpoints.model_loading import load_decoder
+from runtime.events import RunEvent, StepEvent
+from runtime.model.decoder import Decoder
 from runtime.trainer.run import TrainingRun
-from runtime.trainer.spec import ScheduleSpec
-from runtime.workers.decoder import Decoder
-from runtime.workers.loading import open_checkpoint
 from settings.schema import ModelSettings
 from tests.trainer.tiny_training import drive, make_run, run_spec
 
@@ -28,7 +27,7 @@ def load(path: Path, quantization: str, kernels: str) -> Decoder:
 def trained(decoder: Decoder) -> tuple[list[float], torch.Tensor]:
     """The losses of two steps, and the adapter after them."""
     events: list[RunEvent] = []
-    run: TrainingRun = make_run(decoder, run_spec(decoder, schedule=ScheduleSpec(total_steps=2)), events)
+    run: TrainingRun = make_run(decoder, run_spec(decoder, total_steps=2, warmup_steps=0), events)
     drive(run)
     weights = torch.cat([tensor.flatten() for tensor in run._lora.capture().values()])
     return [event.loss for event in events if isinstance(event, StepEvent)], weights

@@ -1,12 +1,14 @@
 """A run from its first to its last step: resuming, pausing, ending early, and what it reports."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from runtime import failpoints
-from runtime.trainer.events import (
+from runtime.events import (
     CancelledEvent,
     CheckpointEvent,
     EvalEvent,
@@ -16,11 +18,11 @@ from runtime.trainer.events import (
     RunEvent,
     StepEvent,
 )
+from runtime.model.decoder import Decoder
+from runtime.support import failpoints
 from runtime.trainer.run import TrainingRun
 from runtime.trainer.snapshot import ADAPTER, read_snapshot
-from runtime.trainer.spec import OptimizerSpec, ScheduleSpec, WatchdogSpec
-from runtime.workers.decoder import Decoder
-from tests.trainer.tiny_training import drive, examples, load_decoder, make_run, run_spec
+from tests.trainer.tiny_training import batches_of, drive, examples, load_decoder, make_run, run_spec, write_nothing
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +40,7 @@ def weights(run: TrainingRun) -> torch.Tensor:
 
 def test_it_learns_and_reports_every_step(decoder: Decoder) -> None:
     events: list[RunEvent] = []
-    spec = run_spec(decoder, schedule=ScheduleSpec(total_steps=30), save_every=None)
+    spec = run_spec(decoder, total_steps=30, warmup_steps=0, save_every=None)
     run = make_run(decoder, spec, events, data=examples(4))
     drive(run)
     assert [event.step for event in steps(events)] == list(range(1, 31))
@@ -68,7 +70,7 @@ def test_the_last_group_of_an_epoch_may_be_smaller(decoder: Decoder) -> None:
 
 @pytest.mark.parametrize("stop_at", [2, 4])
 def test_a_run_that_goes_on_from_a_snapshot_ends_the_same(decoder: Decoder, stop_at: int, tmp_path: Path) -> None:
-    spec = run_spec(decoder, dropout=0.1, eval_every=2)
+    spec = run_spec(decoder, lora_dropout=0.1, eval_every=2)
     test = [examples(2, seed=9)]
     whole: list[RunEvent] = []
     straight = make_run(decoder, spec, whole, test=test)
@@ -112,10 +114,8 @@ def test_a_snapshot_of_another_adapter_is_refused(decoder: Decoder, tmp_path: Pa
     drive(run)
     run.take_snapshot(6).write(tmp_path)
     restored = read_snapshot(tmp_path)
-    from runtime.workers.lora import LoraShape
-
     with pytest.raises(ValueError, match="another shape"):
-        make_run(decoder, run_spec(decoder, shape=LoraShape(rank=8, alpha=8)), [], restored=restored)
+        make_run(decoder, run_spec(decoder, lora_r=8), [], restored=restored)
 
 
 @pytest.mark.parametrize("damage", ["state.json", "parameters.safetensors", "best.safetensors"])
@@ -169,9 +169,12 @@ def test_the_best_weights_are_the_result(decoder: Decoder) -> None:
     events: list[RunEvent] = []
     spec = run_spec(
         decoder,
-        optimizer=OptimizerSpec(learning_rate=0.05, max_grad_norm=None),
-        schedule=ScheduleSpec(name="constant", total_steps=6),
-        watchdog=WatchdogSpec(threshold=1e9),
+        learning_rate=0.05,
+        max_grad_norm=0,
+        lr_scheduler="constant",
+        total_steps=6,
+        warmup_steps=0,
+        loss_watchdog_threshold=1e9,
         eval_every=1,
         save_every=None,
     )
@@ -194,16 +197,176 @@ def test_early_stopping(decoder: Decoder) -> None:
     events: list[RunEvent] = []
     spec = run_spec(
         decoder,
-        optimizer=OptimizerSpec(learning_rate=0.05, max_grad_norm=None),
-        schedule=ScheduleSpec(name="constant", total_steps=50),
-        watchdog=WatchdogSpec(threshold=1e9),
+        learning_rate=0.05,
+        max_grad_norm=0,
+        lr_scheduler="constant",
+        total_steps=50,
+        warmup_steps=0,
+        loss_watchdog_threshold=1e9,
         eval_every=1,
-        early_stopping=2,
+        early_stopping_patience=2,
     )
     drive(make_run(decoder, spec, events, test=[examples(4, seed=5)]))
     assert isinstance(events[-1], FinishedEvent)
     assert events[-1].reason == "early_stopping"
     assert events[-1].step < 50
+
+
+@settings(max_examples=25)
+@given(
+    total=st.integers(1, 9),
+    save_every=st.none() | st.integers(1, 4),
+    eval_every=st.none() | st.integers(1, 4),
+    patience=st.none() | st.integers(1, 3),
+    worse_from=st.integers(0, 9),
+    pause_at=st.none() | st.integers(1, 9),
+)
+def test_every_event_has_a_snapshot_of_its_own(
+    decoder: Decoder,
+    total: int,
+    save_every: int | None,
+    eval_every: int | None,
+    patience: int | None,
+    worse_from: int,
+    pause_at: int | None,
+) -> None:
+    """Checkpoints, evaluations, early stopping, pauses and the end at whatever steps, written at once or later."""
+    events: list[RunEvent] = []
+    spec = run_spec(
+        decoder,
+        total_steps=total,
+        warmup_steps=0,
+        save_every=save_every,
+        eval_every=eval_every,
+        early_stopping_patience=patience,
+    )
+    run = make_run(decoder, spec, events, data=examples(2, longest=6), test=[examples(1, longest=6)])
+    evaluate = run._evaluate
+
+    def worse_and_worse():  # type: ignore[no-untyped-def]
+        if run.step >= worse_from and run._progress.best_loss is not None:
+            run._progress.best_loss = -1.0
+        return (yield from evaluate())
+
+    run._evaluate = worse_and_worse  # type: ignore[method-assign]
+    seen = 0
+    while run.ready:
+        if pause_at is not None and run.step >= pause_at - 1:
+            run.pause()
+            pause_at = None
+        run.work(float("inf"))
+        if isinstance(events[-1], PausedEvent):
+            run.resume()
+    told = [event for event in events if isinstance(event, CheckpointEvent | PausedEvent | FinishedEvent)]
+    for event in told:
+        snapshot = run.take_snapshot(event.step)
+        assert snapshot.progress.step == event.step
+        # Only from the end nothing goes on.
+        assert bool(snapshot.optimizer) is not isinstance(event, FinishedEvent)
+        seen += 1
+    assert seen == len(told)
+    assert not run._snapshots
+    finished = told[-1]
+    assert isinstance(finished, FinishedEvent)
+    assert (finished.reason == "done") == (finished.step == total)
+    due = [step for step in range(1, finished.step) if save_every and step % save_every == 0]
+    assert [event.step for event in told if isinstance(event, CheckpointEvent)] == due
+
+
+def test_a_run_waits_for_a_slow_disk(decoder: Decoder) -> None:
+    """One snapshot is being written, one waits: the next is captured when that one is taken, and not before."""
+    events: list[RunEvent] = []
+    run = make_run(decoder, run_spec(decoder, save_every=1), events)
+    run.bound_untaken(1)
+    drive(run)
+    assert [event.step for event in events if isinstance(event, CheckpointEvent)] == [1]
+    assert run.step == 2
+    for step in range(1, 6):
+        assert run.take_snapshot(step).progress.step == step
+        assert run.ready
+        drive(run)
+        assert len(run._snapshots) == 1
+    assert isinstance(events[-1], FinishedEvent)
+    assert [event.loss for event in steps(events)] == [event.loss for event in steps(_all_at_once(decoder))]
+
+
+def test_a_run_that_waits_for_the_disk_can_be_cancelled(decoder: Decoder) -> None:
+    events: list[RunEvent] = []
+    run = make_run(decoder, run_spec(decoder, save_every=1), events)
+    run.bound_untaken(1)
+    drive(run)
+    run.cancel()
+    drive(run)
+    assert isinstance(events[-1], CancelledEvent)
+
+
+def _all_at_once(decoder: Decoder) -> list[RunEvent]:
+    events: list[RunEvent] = []
+    drive(make_run(decoder, run_spec(decoder, save_every=1), events))
+    return events
+
+
+@pytest.mark.parametrize("stop_at", [1, 3, 5])
+def test_a_run_that_goes_on_from_a_snapshot_is_the_same_bit_by_bit(
+    decoder: Decoder, stop_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also what is no parameter: the count of steps above the watchdog's threshold, and that memory ran out before."""
+    from runtime.trainer import run as module
+
+    short = module.collate
+
+    def collate(batch, device):  # type: ignore[no-untyped-def]
+        if len(batch) > 1:
+            raise MemoryError
+        return short(batch, device)
+
+    spec = run_spec(decoder, lora_dropout=0.1, save_every=1, loss_watchdog_threshold=1.0, loss_watchdog_patience=99)
+    data = examples(10, longest=20)
+    whole: list[RunEvent] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "collate", collate)
+        straight = make_run(decoder, spec, whole, data=data)
+        drive(straight)
+    straight.take_snapshot(stop_at).write(tmp_path)
+    second: list[RunEvent] = []
+    resumed = make_run(decoder, spec, second, data=data, restored=read_snapshot(tmp_path))
+    drive(resumed)
+    assert [event.loss for event in steps(second)] == [event.loss for event in steps(whole)[stop_at:]]
+    assert [event.grad_norm for event in steps(second)] == [event.grad_norm for event in steps(whole)[stop_at:]]
+    assert torch.equal(weights(resumed), weights(straight))
+    assert resumed._watchdog.above == straight._watchdog.above == 6
+
+
+def test_a_run_of_large_batches_is_the_same_bit_by_bit_too(decoder: Decoder, tmp_path: Path) -> None:
+    """Larger than the least that is cut off: what the pacer knew decides where, and goes with the snapshot."""
+    data = examples(8, longest=150)
+
+    def run_of(events: list[RunEvent], *, whole: bool = False, **more: Any) -> TrainingRun:
+        spec = run_spec(decoder, save_every=1, gradient_accumulation_steps=1)
+        return TrainingRun(decoder, spec, batches_of(data, 4), [], events.append, write_nothing, whole=whole, **more)
+
+    whole_events: list[RunEvent] = []
+    straight = run_of(whole_events)
+    drive(straight)
+    straight.take_snapshot(3).write(tmp_path)
+    again: list[RunEvent] = []
+    resumed = run_of(again, restored=read_snapshot(tmp_path))
+    drive(resumed)
+    assert [event.loss for event in steps(again)] == [event.loss for event in steps(whole_events)[3:]]
+    assert torch.equal(weights(resumed), weights(straight))
+
+
+def test_a_run_that_is_not_cut_does_not_depend_on_the_time_it_gets(decoder: Decoder) -> None:
+    """As with model.deterministic: whatever else the machine does."""
+    data = examples(8, longest=150)
+    found = []
+    for seconds in (float("inf"), 0.01, 1e-4):
+        spec = run_spec(decoder, gradient_accumulation_steps=1)
+        run = TrainingRun(decoder, spec, batches_of(data, 4), [], lambda event: None, write_nothing, whole=True)
+        drive(run, seconds)
+        found.append(weights(run))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
 
 
 def test_a_loss_that_is_no_number_fails_the_run(decoder: Decoder) -> None:
@@ -232,7 +395,7 @@ def test_a_gradient_that_is_no_number_fails_the_run_and_changes_nothing(
 
 def test_a_run_that_diverges_fails(decoder: Decoder) -> None:
     events: list[RunEvent] = []
-    spec = run_spec(decoder, watchdog=WatchdogSpec(threshold=0.001, patience=2))
+    spec = run_spec(decoder, loss_watchdog_threshold=0.001, loss_watchdog_patience=2)
     drive(make_run(decoder, spec, events))
     assert isinstance(events[-1], FailedEvent)
     assert (events[-1].code, len(steps(events))) == ("diverged", 1)
@@ -243,9 +406,9 @@ def test_out_of_memory_halves_the_micro_batches_once(decoder: Decoder, monkeypat
     from runtime.trainer import run as module
 
     sizes: list[int] = []
-    whole = module.pack
+    whole = module.collate
 
-    def pack(batch, device):  # type: ignore[no-untyped-def]
+    def collate(batch, device):  # type: ignore[no-untyped-def]
         sizes.append(len(batch))
         if len(batch) > 1:
             raise MemoryError
@@ -253,7 +416,7 @@ def test_out_of_memory_halves_the_micro_batches_once(decoder: Decoder, monkeypat
 
     expected: list[RunEvent] = []
     drive(make_run(decoder, run_spec(decoder), expected))
-    monkeypatch.setattr(module, "pack", pack)
+    monkeypatch.setattr(module, "collate", collate)
     events: list[RunEvent] = []
     drive(make_run(decoder, run_spec(decoder), events))
     assert sizes[0] == 2
@@ -264,10 +427,10 @@ def test_out_of_memory_halves_the_micro_batches_once(decoder: Decoder, monkeypat
 def test_out_of_memory_again_fails(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     from runtime.trainer import run as module
 
-    def pack(batch, device):  # type: ignore[no-untyped-def]
+    def collate(batch, device):  # type: ignore[no-untyped-def]
         raise MemoryError
 
-    monkeypatch.setattr(module, "pack", pack)
+    monkeypatch.setattr(module, "collate", collate)
     events: list[RunEvent] = []
     drive(make_run(decoder, run_spec(decoder), events))
     assert isinstance(events[-1], FailedEvent)

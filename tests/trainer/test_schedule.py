@@ -3,9 +3,11 @@
 from typing import Any
 
 import pytest
+import torch
+from transformers import get_scheduler
 
 from runtime.trainer.recipe import Document, recipe_from
-from runtime.trainer.schedule import Schedule, make_schedule
+from runtime.trainer.schedule import Schedule, make_schedule, rate_factor
 
 
 def schedule(microbatches: int, *, evaluates: bool = True, **keys: Any) -> Schedule:
@@ -75,3 +77,36 @@ def test_evaluations_and_checkpoints(keys: dict[str, Any], evals: int | None, sa
 
 def test_without_test_data_nothing_is_evaluated() -> None:
     assert schedule(100, evaluates=False, evals_per_epoch=4).eval_every is None
+
+
+@pytest.mark.parametrize(
+    ("keys", "name", "more"),
+    [
+        ({"lr_scheduler": "linear"}, "linear", {}),
+        ({"lr_scheduler": "constant"}, "constant", {}),
+        ({"lr_scheduler": "constant_with_warmup"}, "constant_with_warmup", {}),
+        ({"lr_scheduler": "cosine"}, "cosine", {}),
+        (
+            {"lr_scheduler": "cosine_min_lr_ratio", "cosine_min_lr_ratio": 0.25},
+            "cosine_with_min_lr",
+            {"min_lr_rate": 0.25},
+        ),
+        ({"lr_scheduler": "cosine", "cosine_min_lr_ratio": 0.25}, "cosine_with_min_lr", {"min_lr_rate": 0.25}),
+    ],
+)
+@pytest.mark.parametrize("warmup", [0, 3])
+def test_the_learning_rate_is_that_of_transformers(
+    keys: dict[str, Any], name: str, more: dict[str, Any], warmup: int
+) -> None:
+    basic = {"adapter": "lora", "learning_rate": 0.5, "datasets": [{"path": "a"}], "max_steps": 11}
+    given = {} if name == "constant" else {"warmup_steps": warmup}
+    recipe = recipe_from(Document({**basic, **given, **keys}), max_lora_rank=64)
+    planned = make_schedule(recipe, 11, evaluates=False)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
+    expected = get_scheduler(
+        name, optimizer, num_warmup_steps=warmup, num_training_steps=11, scheduler_specific_kwargs=more
+    )
+    for step in range(1, 12):
+        assert 0.5 * rate_factor(recipe, planned, step) == pytest.approx(expected.get_last_lr()[0]), step
+        optimizer.step()
+        expected.step()

@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.trainer.share import Share
-from runtime.trainer.slices import Pacer, Slice, Slices
+from runtime.trainer.slices import Pacer, Share, Slice, Slices
 
 
 class Work:

@@ -2,33 +2,36 @@
 
 import random
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import kernels
-from runtime.trainer.events import RunEvent
-from runtime.trainer.examples import Example
+from runtime.checkpoints import open_checkpoint
+from runtime.events import RunEvent
+from runtime.model.decoder import Decoder
+from runtime.model.families import find_model
+from runtime.model.group import SOLO, Group
+from runtime.model.lora import LoraLayers
+from runtime.trainer.data.example import Example
 from runtime.trainer.lora import Targets
+from runtime.trainer.recipe import Dataset, Recipe
 from runtime.trainer.run import TrainingRun
+from runtime.trainer.schedule import Schedule
+from runtime.trainer.sliced_run import LossSpec, RunSpec
 from runtime.trainer.snapshot import Restored
-from runtime.trainer.spec import OptimizerSpec, RunSpec, ScheduleSpec
-from runtime.workers.decoder import Decoder
-from runtime.workers.loading import open_checkpoint
-from runtime.workers.lora import LoraLayers, LoraShape
-from runtime.workers.models import find_model
 
 ALL_PARTS = {"qkv": ("q", "k", "v"), "out": ("",), "gate_up": ("gate", "up"), "down": ("",)}
 
 
-def load_decoder(path: Path) -> Decoder:
+def load_decoder(path: Path, group: Group = SOLO) -> Decoder:
     checkpoint = open_checkpoint(str(path))
     model = find_model(checkpoint.config)
     spec = model.spec(checkpoint.config)
     cpu = torch.device("cpu")
-    decoder = Decoder(spec, kernels.load("reference"), max_len=spec.max_position, dtype=torch.float32, device=cpu)
+    ops = kernels.load("reference")
+    decoder = Decoder(spec, ops, max_len=spec.max_position, dtype=torch.float32, device=cpu, group=group)
     decoder.load(model.weights(checkpoint.tensors(), spec))
     return decoder
 
@@ -49,16 +52,30 @@ def examples(count: int, *, seed: int = 0, longest: int = 40) -> list[Example]:
     return made
 
 
-def run_spec(decoder: Decoder, **changes: Any) -> RunSpec:
-    spec = RunSpec(
-        targets=all_targets(decoder),
-        shape=LoraShape(rank=4, alpha=8),
-        optimizer=OptimizerSpec(learning_rate=5e-3),
-        schedule=ScheduleSpec(total_steps=6, warmup_steps=1),
-        accumulation=2,
-        save_every=2,
+def run_spec(
+    decoder: Decoder,
+    *,
+    targets: Targets | None = None,
+    total_steps: int = 6,
+    warmup_steps: int = 1,
+    eval_every: int | None = None,
+    save_every: int | None = 2,
+    loss: LossSpec | None = None,
+    **keys: Any,
+) -> RunSpec:
+    """`keys` are those of the recipe."""
+    basic = {"learning_rate": 5e-3, "lora_r": 4, "lora_alpha": 8.0, "gradient_accumulation_steps": 2}
+    recipe = Recipe(adapter="lora", datasets=(Dataset(path="rows.jsonl"),), **{**basic, **keys})
+    schedule = Schedule(
+        microbatches_per_epoch=2 * total_steps,
+        steps_per_epoch=total_steps,
+        total_steps=total_steps,
+        epochs=1.0,
+        warmup_steps=warmup_steps,
+        eval_every=eval_every,
+        save_every=save_every,
     )
-    return replace(spec, **changes)
+    return RunSpec(recipe=recipe, schedule=schedule, targets=targets or all_targets(decoder), loss=loss or LossSpec())
 
 
 def batches_of(data: list[Example], size: int = 2) -> Callable[[int], list[list[Example]]]:

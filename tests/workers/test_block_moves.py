@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from runtime.messages import Move
-from runtime.workers.kv_cache import KVCache
-from runtime.workers.moves import batches, execute_moves
+from runtime.model.attention import KVCache
+from runtime.workers.batch import batches, execute_moves
 
 CPU = torch.device("cpu")
 

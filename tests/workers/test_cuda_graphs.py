@@ -8,14 +8,13 @@ import pytest
 import torch
 
 from runtime.messages import Row
+from runtime.model.attention import KVCache, PagedAttention
+from runtime.model.decoder import Decoder
 from runtime.workers.adapter_slots import AdapterTokens
-from runtime.workers.attention import PagedAttention
 from runtime.workers.batch import Batch, build_batch
 from runtime.workers.cuda_graphs import DecodeGraphs, padded, unsuited
-from runtime.workers.decoder import Decoder
-from runtime.workers.kv_cache import KVCache
 from tests.kernels.triton_backend import TRITON
-from tests.parity.test_llama_logits import load
+from tests.parity.llama import load
 from tests.tiny import make_tiny_llama
 
 BLOCK, PER, MAX_LEN = 8, 4, 32

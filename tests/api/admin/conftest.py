@@ -1,38 +1,20 @@
 """The app with training jobs over fakes."""
 
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import httpx
-import pytest
 
 from runtime.api.app import create_app
 from runtime.api.handle import ServiceHandle
 from settings.schema import Settings, TrainerSettings
 from tests.api.fakes import FakeService
+from tests.trainer.jobs.conftest import by_hand, world
 from tests.trainer.jobs.fakes import World
+
+__all__ = ["by_hand", "world"]
 
 RECIPE = b"name: shop\nsteps: 3\n"
 YAML = {"content-type": "application/yaml"}
-
-
-@pytest.fixture
-async def world(tmp_path: Path) -> AsyncIterator[World]:
-    """Jobs that run by themselves."""
-    world = World(tmp_path)
-    await world.start()
-    yield world
-    await world.stop()
-
-
-@pytest.fixture
-async def by_hand(tmp_path: Path) -> AsyncIterator[World]:
-    """Jobs that step when a test says so."""
-    world = World(tmp_path, steps_itself=False)
-    await world.start()
-    yield world
-    await world.stop(0.0)
 
 
 def app_of(world: World | None, **trainer: Any) -> Any:

@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from runtime.api.app import create_app
-from runtime.api.auth import ADMIN
+from runtime.api.http.auth import requirement
 from settings.schema import ServerSettings, Settings
 from tests.api.fakes import FakeService
 
@@ -31,8 +31,8 @@ def test_there_are_some() -> None:
     assert {("POST", "/admin/train"), ("GET", "/admin/jobs"), ("POST", "/admin/jobs/1/cancel")} <= paths
 
 
-def test_each_says_that_it_is_for_admins() -> None:
-    assert all(handler.opt.get(ADMIN) is True for _, _, handler in admin_routes())
+def test_each_asks_for_the_scope_train_or_admin() -> None:
+    assert all(requirement(handler) in ("train", "admin") for _, _, handler in admin_routes())
 
 
 @pytest.mark.parametrize(("key", "status"), [(None, 401), ("inference", 403), ("bos", 401), ("boss", None)])

@@ -9,14 +9,15 @@ from typing import Any
 import httpx
 import pytest
 
-from runtime.trainer.database import StateDirectoryInUse
+from runtime.support.database import StateDirectoryInUse
 from settings.schema import Settings
 from tests.api.conftest import RunningServer, jobs_of, tiny_settings
 from tests.trainer.jobs.fakes import World
 
 
-def head(path: str, *headers: str) -> bytes:
-    lines = [f"POST {path} HTTP/1.1", "Host: 127.0.0.1", "Content-Type: multipart/form-data; boundary=X", *headers]
+def head(server: RunningServer, path: str, *headers: str) -> bytes:
+    host = f"Host: {server.url.removeprefix('http://')}"
+    lines = [f"POST {path} HTTP/1.1", host, "Content-Type: multipart/form-data; boundary=X", *headers]
     return "\r\n".join(lines).encode() + b"\r\n\r\n"
 
 
@@ -41,7 +42,7 @@ def test_a_form_in_small_pieces(server: RunningServer) -> None:
     data = b"\r\n--\r\n-X\r" * 100  # nearly a boundary, again and again
     body = part('name="recipe"', b"name: pieces") + part('name="f"; filename="a b.jsonl"', data) + b"--X--\r\n"
     with socket.create_connection(server.address, timeout=10) as connection:
-        connection.sendall(head("/admin/train", f"Content-Length: {len(body)}", "Connection: close"))
+        connection.sendall(head(server, "/admin/train", f"Content-Length: {len(body)}", "Connection: close"))
         for start in range(0, len(body), 7):
             connection.sendall(body[start : start + 7])
         answer = b""
@@ -57,7 +58,9 @@ def test_a_form_in_small_pieces(server: RunningServer) -> None:
 def test_a_stalled_form_is_answered(server: RunningServer) -> None:
     before = folders(server)
     with socket.create_connection(server.address, timeout=10) as connection:
-        connection.sendall(head("/admin/train", "Content-Length: 1000") + part('name="f"; filename="a"', b"1")[:60])
+        connection.sendall(
+            head(server, "/admin/train", "Content-Length: 1000") + part('name="f"; filename="a"', b"1")[:60]
+        )
         assert connection.recv(65536).startswith(b"HTTP/1.1 408")
     assert folders(server) == before
 
@@ -68,7 +71,7 @@ def test_a_client_that_leaves_in_the_middle_leaves_nothing(tiny_model: Path, tmp
         root = world.manager.directories.root
         with socket.create_connection(server.address, timeout=10) as connection:
             sent = part('name="recipe"', b"name: a") + part('name="f"; filename="a"', b"1" * 3_000_000)
-            connection.sendall(head("/admin/train", "Content-Length: 9000000") + sent)
+            connection.sendall(head(server, "/admin/train", "Content-Length: 9000000") + sent)
             for _ in range(500):
                 if any(root.iterdir()):
                     break

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from settings.schema import ServerSettings, Settings
 from tests.api.admin.conftest import admin, app_of, start_job
 from tests.api.fakes import Exchange
 from tests.trainer.jobs.fakes import World
@@ -65,10 +66,13 @@ async def test_it_goes_on_from_the_last_event_id(world: World) -> None:
     assert parse(answer.text) == [(0, "[DONE]")]
 
 
-@pytest.mark.parametrize("value", ["x", "-1", "1" * 30])
+@pytest.mark.parametrize(
+    "value", ["x", "-1", "1" * 30, "0" * 20 + "9" * 30, "0" * 5000, "0" * 30, "٣", "", "1.0", "9" * 16, "1,2"]
+)
 async def test_a_last_event_id_that_is_no_number(world: World, value: str) -> None:
     job_id = await start_job(admin(world))
-    answer = await admin(world).get(f"/admin/jobs/{job_id}/events", headers={"last-event-id": value})
+    raw = [(b"last-event-id", value.encode())]
+    answer = await admin(world).get(f"/admin/jobs/{job_id}/events", headers=raw)
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "Last-Event-ID"
 
@@ -92,7 +96,7 @@ async def test_events_come_as_they_happen(by_hand: World) -> None:
 
 
 async def test_silence_is_broken_by_comments(by_hand: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runtime.api.admin.job_events.BEAT", 0.005)
+    monkeypatch.setattr("runtime.api.admin.jobs.BEAT", 0.005)
     job_id = await start_job(admin(by_hand))
     exchange = Exchange(app_of(by_hand), f"/admin/jobs/{job_id}/events", b"", method="GET", headers=SSE)
     for _ in range(3):
@@ -122,3 +126,54 @@ async def test_the_stream_ends_with_the_server_but_without_an_end(by_hand: World
     await by_hand.manager.stop(0.0)
     await asyncio.wait_for(exchange.task, 5)
     assert parse(text_of(exchange))[-1][1] != "[DONE]"
+
+
+async def test_so_many_may_follow_and_no_more(by_hand: World) -> None:
+    app = app_of(by_hand)
+    app.state.api.settings = Settings(server=ServerSettings(max_event_streams=3))
+    job_id = await start_job(admin(by_hand))
+    path = f"/admin/jobs/{job_id}/events"
+
+    async def follow() -> Exchange:
+        exchange = Exchange(app, path, b"", method="GET", headers=SSE)
+        await by_hand.settle()
+        return exchange
+
+    held = [await follow() for _ in range(3)]
+    refused = await follow()
+    await asyncio.wait_for(refused.task, 5)
+    assert refused.status == 429
+    assert (b"retry-after", b"5") in refused.sent[0]["headers"]
+    as_a_list = Exchange(app, path, b"", method="GET", headers={"host": "127.0.0.1"})
+    await asyncio.wait_for(as_a_list.task, 5)
+    assert as_a_list.status == 200
+    for exchange in held:
+        exchange.leave()
+        await asyncio.wait_for(exchange.task, 5)
+    again = await follow()
+    assert again.status == 200
+    again.leave()
+    await asyncio.wait_for(again.task, 5)
+    assert app.state.api.event_streams == 0
+
+
+async def test_many_events_are_few_queries(by_hand: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runtime.api.admin.jobs.LOOKS", 5)
+    asked = 0
+    events = by_hand.manager.store.events
+
+    async def counted(*arguments: Any, **options: Any) -> Any:
+        nonlocal asked
+        asked += 1
+        return await events(*arguments, **options)
+
+    monkeypatch.setattr(by_hand.manager.store, "events", counted)
+    job_id = await start_job(admin(by_hand))
+    exchange = Exchange(app_of(by_hand), f"/admin/jobs/{job_id}/events", b"", method="GET", headers=SSE)
+    await by_hand.settle()
+    for _ in range(50):
+        by_hand.manager.feed.touch(job_id)
+        await by_hand.settle()
+    assert asked <= 6
+    exchange.leave()
+    await asyncio.wait_for(exchange.task, 5)

@@ -6,9 +6,11 @@ import json
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
+from runtime.events import EvalEvent, FinishedEvent
 from tests.api.admin.conftest import admin, start_job
-from tests.trainer.jobs.fakes import World
+from tests.trainer.jobs.fakes import World, step_event
 
 pytestmark = pytest.mark.anyio
 
@@ -38,6 +40,7 @@ async def test_one_job(by_hand: World) -> None:
     assert (job["status"], job["step"], job["total_steps"], job["loss"]) == ("running", 4, 6, 0.25)
     assert job["trained_tokens"] == 40
     assert [checkpoint["step"] for checkpoint in job["checkpoints"]] == [2, 4]
+    assert job["step_progress"] is None
     assert 0 <= job["estimated_finish"] - job["started_at"] - 4 <= 10  # 2 steps of 2 seconds each
     await by_hand.step(2)
     await by_hand.until(job_id, "succeeded")
@@ -73,6 +76,35 @@ async def test_metrics_as_json_and_csv(world: World) -> None:
     assert [(row["type"], row["step"], row["learning_rate"]) for row in rows] == [
         ("step", "1", "0.0001"), ("step", "2", "0.0001"), ("step", "3", "0.0001"), ("eval", "3", ""),
     ]  # fmt: skip
+
+
+async def test_metrics_of_the_loss_go_wherever_loss_and_accuracy_go(by_hand: World) -> None:
+    client = admin(by_hand)
+    job_id = await start_job(client)
+    await by_hand.until(job_id, "running")
+    await by_hand.settle()
+    run = by_hand.runs.current
+    run.done = 3
+    run.emit(replace(step_event(3), metrics={"rewards/margins": 0.25, "rewards/std": float("nan")}))
+    run.emit(EvalEvent(step=3, loss=0.5, accuracy=0.75, tokens=10, metrics={"rewards/margins": 0.5}))
+    run.emit(FinishedEvent(step=3, best_step=3))
+    await by_hand.until(job_id, "succeeded")
+    expected = [{"rewards/margins": 0.25, "rewards/std": None}, {"rewards/margins": 0.5}]
+    rows = (await client.get(f"/admin/jobs/{job_id}/metrics")).json()["data"]
+    assert [row["metrics"] for row in rows] == expected
+    assert [row["loss"] for row in rows] == [pytest.approx(1 / 3), 0.5]
+    events = (await client.get(f"/admin/jobs/{job_id}/events")).json()["data"]
+    assert [event["data"]["metrics"] for event in events if event["type"] == "metrics"] == expected
+    answer = await client.get(f"/admin/jobs/{job_id}/metrics", headers={"accept": "text/csv"})
+    table = csv.DictReader(io.StringIO(answer.text))
+    assert [(row["loss"], row["rewards/margins"], row["rewards/std"]) for row in table] == [
+        (str(1 / 3), "0.25", ""), ("0.5", "0.5", ""),
+    ]  # fmt: skip
+    (published,) = by_hand.publisher.published
+    assert published["metrics"] == {
+        "step": 3, "train_loss": pytest.approx(1 / 3), "train_accuracy": 0.5, "train_rewards/margins": 0.25,
+        "eval_loss": 0.5, "eval_accuracy": 0.75, "eval_rewards/margins": 0.5,
+    }  # fmt: skip
 
 
 async def test_the_log_is_json_lines(world: World) -> None:
@@ -144,3 +176,30 @@ async def test_parameters_that_make_no_sense(world: World, query: str, param: st
 
 async def test_after_a_job_that_is_not_there(world: World) -> None:
     assert (await admin(world).get("/admin/jobs?after=ftjob-no")).status_code == 404
+
+
+async def test_a_job_that_has_ended_can_be_deleted(world: World) -> None:
+    client = admin(world)
+    job_id = await start_job(client)
+    await world.until(job_id, "succeeded")
+    await world.settle()
+    answer = await client.delete(f"/admin/jobs/{job_id}")
+    assert (answer.status_code, answer.json()) == (200, {"object": "job", "id": job_id, "deleted": True})
+    assert list(world.manager.directories.root.iterdir()) == []
+    for method, path in (("GET", ""), ("GET", "/events"), ("GET", "/logs"), ("DELETE", ""), ("POST", "/cancel")):
+        answer = await client.request(method, f"/admin/jobs/{job_id}{path}")
+        assert answer.status_code == 404
+        assert answer.json()["error"]["code"] == "job_not_found"
+    assert (await client.get("/admin/jobs")).json()["data"] == []
+    assert len(world.publisher.published) == 1
+
+
+async def test_a_job_that_has_not_ended_is_not_deleted(by_hand: World) -> None:
+    client = admin(by_hand)
+    job_id = await start_job(client)
+    await by_hand.until(job_id, "running")
+    answer = await client.delete(f"/admin/jobs/{job_id}")
+    assert answer.status_code == 409
+    assert answer.json()["error"]["code"] == "job_state"
+    assert (await client.get(f"/admin/jobs/{job_id}")).status_code == 200
+    assert (await client.delete(f"/admin/jobs/{job_id}?force=1")).status_code == 400

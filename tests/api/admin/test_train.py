@@ -1,10 +1,15 @@
 """POST /admin/train: what is taken as a recipe, with which files, and what is refused."""
 
+import asyncio
+import os
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from runtime.errors import InvalidRequest
+from runtime.trainer.jobs.records import JobSubmission
 from tests.api.admin.conftest import RECIPE, YAML, admin, start_job
 from tests.trainer.jobs.fakes import World
 
@@ -57,6 +62,58 @@ async def test_files_are_sent_along(world: World) -> None:
     ]
     uploads = world.manager.directories.uploads(job["id"])
     assert sorted(path.name for path in uploads.iterdir()) == ["000-data_train_set.jsonl", "001-.._.._etc_passwd"]
+
+
+@pytest.mark.parametrize(
+    ("part", "filename", "name"),
+    [
+        ("file", "x.jsonl", "x.jsonl"),
+        ("data/x.jsonl", "x.jsonl", "data/x.jsonl"),
+        ("data/x.jsonl", "y.jsonl", "data/x.jsonl"),
+        ("data/x.jsonl", "other/x.jsonl", "other/x.jsonl"),
+        ("file", "data/x.jsonl", "data/x.jsonl"),
+    ],
+)
+async def test_a_part_may_be_named_by_the_recipes_path(world: World, part: str, filename: str, name: str) -> None:
+    files = {"recipe": ("r", RECIPE), part: (filename, b"1\n")}
+    job = (await admin(world).post("/admin/train", files=files)).json()
+    assert [file["name"] for file in job["files"]] == [name]
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (RECIPE.replace(b"\n", b""), "--data-binary @recipe.yml"),
+        (b"# a comment first" + RECIPE.replace(b"\n", b""), "--data-binary @recipe.yml"),
+        (b"recipe=name%3A%20shop%0Asteps%3A%203", "--data-binary @recipe.yml"),
+        (b"recipe.yml", "write --data-binary @recipe.yml"),
+        (b"settings/recipes/tickets.YAML\n", "write --data-binary @settings/recipes/tickets.YAML"),
+    ],
+)
+@pytest.mark.parametrize("media_type", ["application/x-www-form-urlencoded", "application/yaml"])
+async def test_what_curl_sends_with_d_is_told_the_right_flag(
+    world: World, body: bytes, says: str, media_type: str
+) -> None:
+    if media_type == "application/yaml" and b": " not in body and b"%" in body:
+        return  # what a form would hold, and is one text in YAML
+    answer = await admin(world).post("/admin/train", content=body, headers={"content-type": media_type})
+    assert answer.status_code == 400
+    error = error_of(answer)
+    assert says in error["message"]
+    assert "-F recipe=@recipe.yml -F file=@data.jsonl" in error["message"]
+    assert error["param"] == "recipe"
+    assert stored(world) == []
+
+
+async def test_a_recipe_part_without_an_at_sign(world: World) -> None:
+    answer = await admin(world).post("/admin/train", files={"recipe": (None, b"orders.yml")})
+    assert "write -F recipe=@orders.yml" in error_of(answer)["message"]
+
+
+async def test_a_form_without_a_recipe_names_the_file_that_is_one(world: World) -> None:
+    files = {"file": ("orders.yml", RECIPE), "other": ("orders.jsonl", b"1\n")}
+    answer = await admin(world).post("/admin/train", files=files)
+    assert "-F recipe=@orders.yml" in error_of(answer)["message"]
 
 
 async def test_a_large_file_goes_to_disk_whole(world: World) -> None:
@@ -167,6 +224,19 @@ async def test_forms_that_are_refused(world: World, body: bytes, status: int, pa
 
 
 @pytest.mark.parametrize(
+    ("name", "how"), [("dry_run", "?dry_run=1"), ("file", "-F file=@data.jsonl"), ("learning_rate", "with an @")]
+)
+async def test_a_field_that_is_no_file_is_told_where_it_goes(world: World, name: str, how: str) -> None:
+    body = form(GOOD, part(f'name="{name}"'.encode(), b"1"))
+    headers = {"content-type": "multipart/form-data; boundary=X"}
+    answer = await admin(world).post("/admin/train", content=body, headers=headers)
+    assert answer.status_code == 400
+    assert error_of(answer)["param"] == name
+    assert how in error_of(answer)["message"]
+    assert stored(world) == []
+
+
+@pytest.mark.parametrize(
     ("query", "headers", "body", "status", "param"),
     [
         pytest.param("", YAML, b"", 400, "recipe", id="empty"),
@@ -202,8 +272,82 @@ async def test_a_full_disk_refuses_a_file(world: World, monkeypatch: pytest.Monk
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("runtime.api.admin.uploads._write", full)
+    monkeypatch.setattr("runtime.api.admin.train._write", full)
     answer = await admin(world).post("/admin/train", files={"recipe": RECIPE, "file": ("a", b"1")})
     assert answer.status_code == 503
     assert error_of(answer)["code"] == "storage_unavailable"
     assert stored(world) == []
+
+
+async def test_a_full_disk_refuses_a_file_whenever_it_is_full(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At each of the steps from the first folder to the last sync; nothing is left."""
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device", "/secret/path")
+
+    for place in ("make_directory", "create_file", "sync_directory"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"runtime.api.admin.train.{place}", full)
+            answer = await admin(world).post("/admin/train", files={"recipe": RECIPE, "file": ("a", b"1")})
+            assert answer.status_code == 503, place
+            assert "secret" not in error_of(answer)["message"]
+        assert stored(world) == [], place
+    for place in ("make_directory", "replace_file"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"runtime.trainer.jobs.manager.{place}", full)
+            answer = await admin(world).post("/admin/train", files={"recipe": RECIPE, "file": ("a", b"1")})
+            assert answer.status_code == 503, place
+        assert stored(world) == [], place
+    assert (await admin(world).get("/admin/jobs")).json()["data"] == []
+
+
+async def test_files_are_on_the_disk_before_the_answer(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each new folder's parent is synced, and each file, before the job has a row."""
+    synced: list[Path] = []
+
+    def fsync(descriptor: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+
+    monkeypatch.setattr("os.fsync", fsync)
+    create, seen = world.manager.store.create, list[list[Path]]()
+
+    async def created(*args: Any, **more: Any) -> Any:
+        seen.append(list(synced))
+        return await create(*args, **more)
+
+    monkeypatch.setattr(world.manager.store, "create", created)
+    answer = await admin(world).post("/admin/train", files={"recipe": RECIPE, "file": ("a.jsonl", b"1")})
+    assert answer.status_code == 201
+    jobs = world.manager.directories.root
+    folder = jobs / answer.json()["id"]
+    (before,) = seen
+    incoming = world.manager.directories.incoming(folder.name)
+    assert incoming / "000-a.jsonl" in before
+    for path in (jobs, incoming, folder):
+        assert path in before, path
+    assert before.index(incoming) < before.index(folder), "the files, then the name that they get"
+
+
+async def test_a_job_refused_at_the_moment_that_its_client_s_patience_ends_is_refused(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not a 404: the row was going while the wait for it ended."""
+    remove, wait, removing = world.manager.store.remove, asyncio.wait, asyncio.Event()
+    patience = 123.0  # ends when the row goes, however slow the disk is
+
+    async def slowly(job_id: str) -> None:
+        removing.set()
+        await asyncio.sleep(0.05)
+        await remove(job_id)
+
+    async def waits(tasks: Any, timeout: float | None = None) -> Any:
+        if timeout == patience:
+            await removing.wait()
+            return await wait(tasks, timeout=0)
+        return await wait(tasks, timeout=timeout)
+
+    monkeypatch.setattr(world.manager.store, "remove", slowly)
+    monkeypatch.setattr(asyncio, "wait", waits)
+    with pytest.raises(InvalidRequest, match="name"):
+        await world.manager.submit(JobSubmission(id=world.manager.new_id(), recipe=b"x"), patience=patience)
+    assert (await admin(world).get("/admin/jobs")).json()["data"] == []

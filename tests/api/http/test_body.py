@@ -8,10 +8,12 @@ from typing import Any
 import httpx
 import pytest
 
-from runtime.api.body import parse_fields
+from runtime.api.app import create_app
+from runtime.api.http.body import parse_fields
 from runtime.errors import InvalidRequest
+from settings.schema import Settings
 from tests.api.conftest import client_of
-from tests.api.fakes import FakeService, settings_with
+from tests.api.fakes import Exchange, FakeService, settings_with
 
 pytestmark = pytest.mark.anyio
 URL = "/v1/completions"
@@ -101,8 +103,34 @@ async def test_content_types(client: httpx.AsyncClient, headers: dict[str, str],
     assert (await client.post(URL, content=GOOD, headers=headers)).status_code == status
 
 
-async def test_no_content_type_is_json(client: httpx.AsyncClient) -> None:
-    assert (await client.post(URL, content=GOOD)).status_code == 200
+@pytest.mark.parametrize("headers", [[], [("content-type", "")], [("content-type", " ")]])
+async def test_a_body_needs_a_content_type(client: httpx.AsyncClient, headers: list[tuple[str, str]]) -> None:
+    """A browser's page may send a body without one to any address, and no preflight asks first."""
+
+    async def chunks() -> AsyncIterator[bytes]:
+        yield GOOD
+
+    for content in (GOOD, chunks()):
+        answer = await client.post(URL, content=content, headers=headers)
+        assert answer.status_code == 415
+        assert answer.json()["error"]["code"] == "unsupported_media_type"
+
+
+async def test_a_body_without_a_type_or_a_length_is_seen_when_it_is_there(service: FakeService) -> None:
+    exchange = Exchange(create_app(service, Settings()), URL, GOOD, headers={"content-type": ""})
+    await exchange.task
+    assert exchange.status == 415
+    assert service.submitted == []
+
+
+async def test_two_content_types_are_refused(client: httpx.AsyncClient) -> None:
+    twice = [("content-type", "text/plain"), ("content-type", "application/json")]
+    for headers in (twice, twice[::-1]):
+        assert (await client.post(URL, content=GOOD, headers=headers)).status_code == 415
+
+
+async def test_no_body_is_not_a_question_of_its_type(client: httpx.AsyncClient) -> None:
+    assert (await client.post(URL)).status_code == 400
 
 
 async def test_compressed_bodies_are_refused(client: httpx.AsyncClient) -> None:

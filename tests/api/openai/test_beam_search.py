@@ -57,7 +57,7 @@ async def test_one_search_for_each_prompt_reaches_the_engine(client: httpx.Async
     await client.post(URL, json={"prompt": ["a", "b"], "n": 2, "best_of": 5, **asked})
     wanted = BeamSearch(width=5, best=2, length_penalty=0.5, early_stopping="never")
     assert [submission.beams for submission in service.submitted] == [wanted, wanted]
-    assert [submission.fork_of for submission in service.submitted] == ["", ""]
+    assert [submission.fork_of for submission in service.submitted] == [0, 0]
 
 
 def test_the_best_come_back_in_order(server: RunningServer) -> None:

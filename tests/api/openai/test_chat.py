@@ -4,8 +4,10 @@ from typing import Any
 
 import httpx
 import pytest
+from msgspec.structs import replace
 
 from runtime.errors import TooManyRequests
+from runtime.messages import new_sequence_id
 from tests.api.conftest import client_of
 from tests.api.fakes import FakeService, events, settings_with
 
@@ -69,8 +71,42 @@ async def test_continuous_usage_counts_up(client: httpx.AsyncClient) -> None:
     options = {"include_usage": True, "continuous_usage_stats": True}
     chunks = events((await client.post(URL, json=chat(stream=True, stream_options=options))).text)
     counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
-    assert counts == sorted(counts)
-    assert counts[-1] == 4
+    assert counts == [0, 1, 2, 3, 4, 4, 4]  # role, four tokens, finish, usage: a role is no token
+    assert [chunk["usage"]["total_tokens"] for chunk in chunks] == [8 + count for count in counts]
+
+
+async def test_the_role_of_one_choice_counts_the_tokens_of_the_others(client: httpx.AsyncClient) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = events((await client.post(URL, json=chat(n=2, stream=True, stream_options=options))).text)
+    shown = 0
+    for chunk in chunks[:-1]:
+        shown += bool(chunk["choices"][0]["delta"].get("content"))
+        assert chunk["usage"]["completion_tokens"] == shown
+    assert shown == chunks[-1]["usage"]["completion_tokens"] == 8
+
+
+@pytest.mark.parametrize(
+    ("options", "at_the_end", "in_each"),
+    [
+        ({"include_usage": False}, False, False),
+        ({"include_usage": False, "continuous_usage_stats": True}, False, False),
+        ({"include_usage": True, "continuous_usage_stats": False}, True, False),
+        ({"include_usage": None, "continuous_usage_stats": True}, True, True),
+        ({"continuous_usage_stats": True}, True, True),
+        ({"continuous_usage_stats": None}, False, False),
+        ({}, False, False),
+    ],
+)
+@pytest.mark.parametrize("url", [URL, "/v1/completions"])
+async def test_usage_is_sent_as_it_was_asked_for(
+    client: httpx.AsyncClient, url: str, options: dict[str, Any], at_the_end: bool, in_each: bool
+) -> None:
+    body = chat() if url == URL else {"prompt": "abc", "max_tokens": 4}
+    chunks = events((await client.post(url, json={**body, "stream": True, "stream_options": options})).text)
+    assert bool(chunks[-1]["choices"] == []) == at_the_end
+    assert all(bool(chunk.get("usage")) == in_each for chunk in chunks if chunk["choices"])
+    if not at_the_end:
+        assert all("usage" not in chunk for chunk in chunks)
 
 
 async def test_choices_have_seeds_of_their_own(client: httpx.AsyncClient, service: FakeService) -> None:
@@ -91,12 +127,13 @@ async def test_streamed_choices_each_have_a_role_and_a_finish(client: httpx.Asyn
 
 
 async def test_all_or_none_of_the_choices_are_submitted(client: httpx.AsyncClient, service: FakeService) -> None:
-    service.reject = lambda submission: TooManyRequests("Full.", retry_after=3) if len(service.submitted) > 1 else None
+    verdicts = iter([None, None, TooManyRequests("Full.", retry_after=3)])
+    service.reject = lambda submission: next(verdicts)
     answer = await client.post(URL, json=chat(n=3))
     assert answer.status_code == 429
     assert answer.headers["retry-after"] == "3"
     assert answer.json()["error"]["type"] == "rate_limit_error"
-    assert service.aborted == [submission.request_id for submission in service.submitted]
+    assert service.submitted == []
     assert not service.running
 
 
@@ -157,10 +194,15 @@ async def test_request_id_in_the_body_wins_and_must_not_run_twice(
 ) -> None:
     answer = await client.post(URL, json=chat(request_id="a\r\nb"), headers={"X-Request-Id": "other"})
     assert answer.headers["x-request-id"] == "ab"
-    service.running["taken"] = service.submit(service.submitted[0])
+    service.stall_after = 1
+    running = service.submit(replace(service.submitted[0], id=new_sequence_id(), request_id="taken"))
     conflict = await client.post(URL, json=chat(request_id="taken", n=2))
     assert conflict.status_code == 409
     assert conflict.json()["error"]["code"] == "conflict"
+    running.cancel()
+    service.stall_after = None
+    again = await client.post(URL, json=chat(request_id="taken", n=2))
+    assert again.status_code == 200
 
 
 async def test_cache_salt_reaches_the_engine_and_is_bounded(client: httpx.AsyncClient, service: FakeService) -> None:
@@ -176,6 +218,7 @@ async def test_flags_and_variables_reach_the_template(client: httpx.AsyncClient,
         "add_generation_prompt": True,
         "continue_final_message": False,
         "template_kwargs": {"enable_thinking": False},
+        "chat_template": None,
     }
     await client.post(URL, json=chat(continue_final_message=True))
     assert service.tokenizer.last_chat[1]["add_generation_prompt"] is False
@@ -198,6 +241,13 @@ async def test_template_variables_are_whitelisted_scalars(
     assert answer.json()["error"]["param"] == param
 
 
+@pytest.mark.parametrize("message", [{"content": None}, {}, {"content": None, "tool_calls": None, "audio": None}])
+async def test_an_assistant_that_said_nothing(client: httpx.AsyncClient, service: FakeService, message: Any) -> None:
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", **message}, {"role": "user", "content": "b"}]
+    assert (await client.post(URL, json=chat(messages=messages))).status_code == 200
+    assert service.tokenizer.last_chat[0][1]["content"] == ""
+
+
 async def test_roles_and_parts(client: httpx.AsyncClient, service: FakeService) -> None:
     messages = [
         {"role": "developer", "content": "Be brief."},
@@ -207,7 +257,8 @@ async def test_roles_and_parts(client: httpx.AsyncClient, service: FakeService) 
     ]
     assert (await client.post(URL, json=chat(messages=messages))).status_code == 200
     seen = [(message["role"], message["content"]) for message in service.tokenizer.last_chat[0]]
-    assert seen == [("system", "Be brief."), ("user", "a\nb"), ("assistant", "c"), ("tool", "d")]
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert seen == [("system", "Be brief."), ("user", parts), ("assistant", "c"), ("tool", "d")]
 
 
 async def test_developer_stays_where_the_template_knows_it(client: httpx.AsyncClient, service: FakeService) -> None:
@@ -223,7 +274,8 @@ async def test_developer_stays_where_the_template_knows_it(client: httpx.AsyncCl
         ({"content": "x"}, "messages[0].role", None),
         ({"role": "user"}, "messages[0].content", None),
         ({"role": "user", "content": None}, "messages[0].content", None),
-        ({"role": "assistant", "content": None}, "messages[0].content", None),
+        ({"role": "system", "content": None}, "messages[0].content", None),
+        ({"role": "tool", "content": None}, "messages[0].content", None),
         ({"role": "user", "content": []}, "messages[0].content", None),
         ({"role": "user", "content": 3}, "messages[0].content", None),
         ({"role": "user", "content": [{"type": "text"}]}, "messages[0].content[0].text", None),
@@ -240,8 +292,8 @@ async def test_developer_stays_where_the_template_knows_it(client: httpx.AsyncCl
         ),
         (
             {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]},
-            "messages[0].tool_calls",
-            "unsupported_parameter",
+            "messages[0].tool_calls[0].function",
+            None,
         ),
     ],
 )

@@ -93,6 +93,41 @@ async def test_echo_of_a_truncated_prompt_is_what_the_model_saw(client: httpx.As
     assert (await client.post(URL, json=asked)).json()["choices"][0]["text"] == "efe"
 
 
+async def test_echo_of_the_end_that_is_cut_off(client: httpx.AsyncClient) -> None:
+    asked = {"prompt": "abcdef", "echo": True, "max_tokens": 1, "truncate_prompt_tokens": 2}
+    cut = await client.post(URL, json={**asked, "truncation_side": "right"})
+    assert cut.json()["choices"][0]["text"] == "aba"
+    assert (await client.post(URL, json={**asked, "truncation_side": "left"})).json()["choices"][0]["text"] == "efe"
+    for wrong in ({"truncation_side": "middle"}, {"truncation_side": "right", "truncate_prompt_tokens": None}):
+        answer = await client.post(URL, json={**asked, **wrong})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "truncation_side")
+
+
+@pytest.mark.parametrize(("skip", "text"), [(None, "aba"), (True, "aba"), (False, "a<s>ba")])
+async def test_echo_of_special_tokens(client: httpx.AsyncClient, skip: bool | None, text: str) -> None:
+    asked = {"prompt": [97, 256, 98], "echo": True, "max_tokens": 1, "skip_special_tokens": skip}
+    assert (await client.post(URL, json=asked)).json()["choices"][0]["text"] == text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_failure_between_the_start_and_the_answer_leaves_nothing_behind(
+    client: httpx.AsyncClient, service: FakeService, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("no answer today")
+
+    for renderer, url, body in (
+        ("completions.CompletionAnswer", URL, {"prompt": "abc", "n": 3}),
+        ("chat.ChatAnswer", "/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}], "n": 3}),
+    ):
+        monkeypatch.setattr(f"runtime.api.openai.{renderer}", fail)
+        service.submitted.clear()
+        answer = await client.post(url, json={**body, "stream": stream})
+        assert answer.status_code == 500
+        assert len(service.submitted) == 3
+        assert not service.running
+
+
 async def test_stream_ends_with_a_finish_chunk_and_usage(client: httpx.AsyncClient) -> None:
     asked = {"prompt": "abc", "max_tokens": 3, "stream": True, "stream_options": {"include_usage": True}}
     *parts, usage = events((await client.post(URL, json=asked)).text)

@@ -6,8 +6,8 @@ import httpx
 import msgspec
 import pytest
 
-from runtime.api.openai import cost
-from runtime.api.openai.cost import check_cost, check_strings
+from runtime.api.openai import schema as cost
+from runtime.api.openai.schema import check_cost, check_strings
 from runtime.errors import InvalidRequest
 
 pytestmark = pytest.mark.anyio
@@ -65,7 +65,7 @@ def test_what_a_context_can_hold_passes(body: Any) -> None:
 async def test_large_bodies_are_parsed_beside_the_loop_with_the_same_answers(
     client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("runtime.api.openai.intake.LARGE", 10)
+    monkeypatch.setattr("runtime.api.openai.schema.LARGE", 10)
     good = await client.post("/v1/completions", json={"prompt": "abc", "max_tokens": 2, "colour": 1})
     assert good.json()["choices"][0]["text"] == "ab"
     assert good.headers["x-eft-warning"] == "unknown fields: colour"

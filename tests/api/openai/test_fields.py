@@ -5,10 +5,9 @@ from typing import Any
 import httpx
 import pytest
 
-from runtime.api.openai.fields import NEUTRAL
-from runtime.api.openai.schema import ChatRequest, CompletionRequest
+from runtime.api.openai.schema import COMPLETION_NEUTRAL, INSTEAD, NEUTRAL, ChatRequest, CompletionRequest
 from tests.api.conftest import RunningServer, client_of
-from tests.api.fakes import FakeService, settings_with
+from tests.api.fakes import FakeService, events, settings_with
 
 pytestmark = pytest.mark.anyio
 CHAT = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
@@ -16,33 +15,20 @@ CHAT = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
 ASKS: dict[str, Any] = {
     "add_special_tokens": True,
     "echo": True,
-    "frequency_penalty": 0.5,
     "function_call": {"name": "f"},
-    "include_reasoning": "yes",
-    "logit_bias": {"5": 1},
-    "logprobs": True,
     "modalities": ["text", "audio"],
-    "parallel_tool_calls": "yes",
-    "presence_penalty": -1,
     "priority": 1,
     "prompt_cache_retention": "24h",
-    "reasoning_effort": "high",
-    "repetition_penalty": 1.1,
-    "response_format": {"type": "json_object"},
-    "return_tokens_as_token_ids": True,
     "service_tier": "flex",
-    "spaces_between_special_tokens": False,
+    "spaces_between_special_tokens": "no",
     "store": True,
     "suffix": "end",
-    "tool_choice": "required",
-    "tools": [{"type": "function", "function": {"name": "f"}}],
-    "top_logprobs": 5,
     "verbosity": "high",
 }
 """A value that asks for something, where a bare 3 would not do."""
 
 
-@pytest.mark.parametrize("field", sorted(NEUTRAL))
+@pytest.mark.parametrize("field", sorted(NEUTRAL.keys() - set(ChatRequest.__struct_fields__)))
 async def test_neutral_values_pass_and_others_are_refused_by_name(
     client: httpx.AsyncClient, service: FakeService, field: str
 ) -> None:
@@ -57,6 +43,7 @@ async def test_neutral_values_pass_and_others_are_refused_by_name(
     assert error["code"] == "unsupported_parameter"
     assert error["param"] == field
     assert "not supported yet" in error["message"]
+    assert INSTEAD.get(field, "") in error["message"]
     assert len(service.submitted) == before
 
 
@@ -73,12 +60,25 @@ async def test_zero_is_not_false(client: httpx.AsyncClient, field: str, value: A
     assert answer.json()["error"]["param"] == field
 
 
-async def test_completions_refuse_logprobs_too(client: httpx.AsyncClient) -> None:
-    answer = await client.post("/v1/completions", json={"prompt": "a", "logprobs": 0})
-    assert answer.json()["error"]["code"] == "unsupported_parameter"
+@pytest.mark.parametrize(("field", "value"), [("top_logprobs", 5), ("documents", [{"text": "a"}])])
+async def test_a_completion_refuses_the_fields_of_a_chat(client: httpx.AsyncClient, field: str, value: Any) -> None:
+    error = (await client.post("/v1/completions", json={"prompt": "a", field: value})).json()["error"]
+    assert error["code"] == "unsupported_parameter"
+    assert INSTEAD[field] in error["message"]
+
+
+async def test_documents_reach_a_template_that_prints_them(client: httpx.AsyncClient, service: FakeService) -> None:
+    documents = [{"title": "t", "text": "a"}]
+    refused = await client.post("/v1/chat/completions", json={**CHAT, "documents": documents})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "documents"
+    service.tokenizer.chat_template = "{% for one in documents %}{{ one.text }}{% endfor %}"
+    assert (await client.post("/v1/chat/completions", json={**CHAT, "documents": documents})).status_code == 200
+    assert service.tokenizer.last_chat[1]["template_kwargs"] == {"documents": documents}
 
 
 def test_no_field_is_both_acted_on_and_refused() -> None:
+    assert INSTEAD.keys() <= NEUTRAL.keys()
     acted_on = set(ChatRequest.__struct_fields__) & set(CompletionRequest.__struct_fields__)
     assert acted_on.isdisjoint(NEUTRAL)
 
@@ -88,6 +88,22 @@ async def test_a_huge_value_is_refused_unread(client: httpx.AsyncClient) -> None
     answer = await client.post("/v1/chat/completions", json={**CHAT, "response_format": schema})
     assert answer.json()["error"]["param"] == "response_format"
     assert len(answer.content) < 1000
+
+
+async def test_every_answer_names_the_version(client: httpx.AsyncClient) -> None:
+    """Refusals too, so that a result can be traced; and the fingerprint is in every whole answer and chunk."""
+    for path, prompt in (("/v1/chat/completions", CHAT), ("/v1/completions", {"prompt": "a", "max_tokens": 1})):
+        for fields, status in (
+            ({}, 200),
+            ({"stream": True}, 200),
+            ({"temperature": -1}, 400),
+            ({"max_tokens": 999}, 400),
+        ):
+            answer = await client.post(path, json={**prompt, **fields})
+            assert (answer.status_code, answer.headers["x-eft-adapter-version"]) == (status, "base")
+            if status == 200:
+                parts = events(answer.text) if fields else [answer.json()]
+                assert all(part["system_fingerprint"].startswith("fp_") for part in parts)
 
 
 UNKNOWN = {
@@ -131,3 +147,24 @@ async def test_hostile_names_cannot_split_the_header(client: httpx.AsyncClient) 
     assert answer.status_code == 200
     assert "and 12 more" in answer.headers["x-eft-warning"]
     assert not [name for name in answer.headers if name.startswith("x-evil")]
+
+
+ASKS_OF_CHATS: dict[str, Any] = {
+    "include_reasoning": "yes",
+    "parallel_tool_calls": "yes",
+    "reasoning_effort": "high",
+    "thinking_token_budget": 3,
+    "tool_choice": "required",
+    "tools": [{"type": "function", "function": {"name": "f"}}],
+}
+
+
+@pytest.mark.parametrize("field", sorted(COMPLETION_NEUTRAL.keys() - NEUTRAL.keys()))
+async def test_fields_of_chats_are_refused_in_completions(client: httpx.AsyncClient, field: str) -> None:
+    for value in COMPLETION_NEUTRAL[field]:
+        answer = await client.post("/v1/completions", json={"prompt": "a", "max_tokens": 1, field: value})
+        assert answer.status_code == 200, (field, value)
+    answer = await client.post("/v1/completions", json={"prompt": "a", field: ASKS_OF_CHATS[field]})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["code"] == "unsupported_parameter"
+    assert answer.json()["error"]["param"] == field

@@ -1,11 +1,14 @@
 """Sampling fields: what reaches the engine, and the ranges of the bad-input catalogue."""
 
 import hashlib
+import inspect
+from collections import Counter
 from typing import Any
 
 import httpx
 import pytest
 
+from runtime.api.openai.schema import ChatRequest, CompletionRequest
 from runtime.messages import SamplingParams
 from settings.schema import Settings
 from tests.api.conftest import client_of
@@ -21,6 +24,14 @@ FIELDS: dict[str, Any] = {
     "top_p": 0.25,
     "top_k": 7,
     "min_p": 0.125,
+    "repetition_penalty": 1.25,
+    "presence_penalty": -0.5,
+    "frequency_penalty": 0.75,
+    "logit_bias": {"5": 1.5, "7": -100},
+    "bad_words": ["bad"],
+    "allowed_token_ids": [5, 7, 9],
+    "logprobs": 2,
+    "prompt_logprobs": 3,
     "seed": -5,
     "stop": ["x", "y"],
     "stop_token_ids": [3, 4],
@@ -33,8 +44,23 @@ FIELDS: dict[str, Any] = {
 async def test_every_field_reaches_the_engine(client: httpx.AsyncClient, service: FakeService) -> None:
     assert set(FIELDS) == set(SamplingParams.__struct_fields__)
     await client.post(URL, json={"prompt": "a", **FIELDS})
-    expected = {**FIELDS, "stop": ("x", "y"), "stop_token_ids": (3, 4)}
+    expected = {
+        **FIELDS,
+        "stop": ("x", "y"),
+        "stop_token_ids": (3, 4),
+        "logit_bias": {5: 1.5, 7: -100.0},
+        "bad_words": ("bad",),
+        "allowed_token_ids": (5, 7, 9),
+    }
     assert service.submitted[0].params == SamplingParams(**expected)
+
+
+@pytest.mark.parametrize("kind", [ChatRequest, CompletionRequest])
+def test_a_sampling_field_is_declared_once(kind: type) -> None:
+    """In `SamplingParams`, which bodies inherit; a chat's `logprobs` alone has a type of its own."""
+    declared = Counter(name for base in kind.__mro__ for name in inspect.get_annotations(base))
+    repeated = {name for name in SamplingParams.__struct_fields__ if declared[name] != 1}
+    assert repeated <= {"logprobs"}
 
 
 async def test_null_is_the_default(client: httpx.AsyncClient, service: FakeService) -> None:
@@ -74,6 +100,20 @@ async def test_labels_of_the_client_are_accepted(client: httpx.AsyncClient) -> N
         ("top_k", 1.5),
         ("min_p", -0.1),
         ("seed", 2**64),
+        ("repetition_penalty", 0),
+        ("repetition_penalty", 1e308),
+        ("presence_penalty", -2.1),
+        ("frequency_penalty", 2.1),
+        ("logit_bias", {"257": 1}),
+        ("logit_bias", {"-1": 1}),
+        ("logit_bias", {"x": 1}),
+        ("logit_bias", {"1": 100.5}),
+        ("logit_bias", {"1": "much"}),
+        ("logit_bias", [1]),
+        ("bad_words", [""]),
+        ("bad_words", "bad"),
+        ("allowed_token_ids", []),
+        ("allowed_token_ids", [257]),
         ("stop", [""]),
         ("stop", ""),
         ("stop", ["x"] * 1000),
@@ -130,8 +170,10 @@ async def test_all_of_best_of_are_generated_scored_and_forked_and_n_come_back(
     answer = await client.post(URL, json={"prompt": ["a", "b"], "n": 2, "best_of": 3, "max_tokens": 2})
     assert [choice["index"] for choice in answer.json()["choices"]] == [0, 1, 2, 3]
     assert answer.json()["usage"]["completion_tokens"] == 12  # all that were generated count
-    first, second = service.submitted[0].request_id, service.submitted[3].request_id
-    assert [s.fork_of for s in service.submitted] == ["", first, first, "", second, second]
+    first, second = service.submitted[0].id, service.submitted[3].id
+    assert [s.fork_of for s in service.submitted] == [0, first, first, 0, second, second]
+    assert len({s.id for s in service.submitted}) == 6
+    assert len({s.request_id for s in service.submitted}) == 1
     assert all(s.scored for s in service.submitted)
 
 

@@ -11,7 +11,7 @@ import gguf
 import numpy as np
 from safetensors.numpy import load_file
 
-from tests.workers.loading.gguf_files import bpe_vocabulary, permute
+from tests.checkpoints.gguf.files import bpe_vocabulary, permute
 
 ARCHITECTURES = {
     "llama": "LLAMA",

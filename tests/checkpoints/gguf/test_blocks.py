@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, quants
 
-from runtime.workers.loading.gguf_blocks import FORMATS, VALUES_AT_ONCE, dequantise, type_name
+from runtime.checkpoints.gguf.blocks import FORMATS, VALUES_AT_ONCE, dequantise, type_name
 
 BLOCKS = [type for type, format in FORMATS.items() if format.values > 1]
 
@@ -23,14 +23,15 @@ def test_random_blocks_equal_the_reference(type: int) -> None:
     np.testing.assert_array_equal(got, expected)
 
 
-@pytest.mark.parametrize("name", ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q8_0"])
+@pytest.mark.parametrize("name", ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
 def test_quantised_values_come_back(name: str) -> None:
     """What the reference quantises comes back to within half a step of the format."""
     type = GGMLQuantizationType[name]
     values = np.random.default_rng(1).uniform(-1, 1, size=(8, 64)).astype(np.float32)
     packed = quants.quantize(values, type)
     got = dequantise(FORMATS[type], packed.reshape(-1).view(np.uint8)).reshape(values.shape)
-    step = {"F32": 0.0, "F16": 2**-11, "BF16": 2**-8, "Q8_0": 1 / 127, "Q4_0": 2 / 15, "Q4_1": 2 / 15}[name]
+    floats = {"F32": 0.0, "F16": 2**-11, "BF16": 2**-8, "Q8_0": 1 / 127}
+    step = floats.get(name, {"4": 2 / 15, "5": 2 / 31}.get(name[1], 0.0))
     assert np.abs(got - values).max() <= step
 
 

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from runtime.workers.loading import ModelLoadError, open_checkpoint
+from runtime.checkpoints import ModelLoadError, open_checkpoint
+from tests.checkpoints.gguf.files import gguf_tensors, permute, write_gguf
 from tests.tiny import make_tiny_llama
-from tests.workers.loading.gguf_files import gguf_tensors, permute, write_gguf
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -152,9 +152,24 @@ def test_another_architecture_is_refused(tiny_model: Path, tmp_path: Path) -> No
         open_checkpoint(str(path))
 
 
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
+def test_quantised_weights_are_those_that_the_reference_makes_of_them(
+    tiny_model: Path, tmp_path: Path, name: str
+) -> None:
+    """Under Hugging Face's names and in its order of rows."""
+    kind = GGMLQuantizationType[name]
+    got = dict(open_checkpoint(str(write_gguf(tmp_path / "it.gguf", tiny_model, quantisation=kind))).tensors())
+    for tensor, values in load_file(tiny_model / "model.safetensors").items():
+        rows = values.numpy()
+        if rows.ndim == 2:
+            rows = quants.dequantize(quants.quantize(rows, kind), kind)
+        np.testing.assert_array_equal(got[tensor].numpy(), rows)
+
+
 def test_an_unsupported_block_format_is_refused(tiny_model: Path, tmp_path: Path) -> None:
-    path = write_gguf(tmp_path / "it.gguf", tiny_model, quantisation=GGMLQuantizationType.Q5_0)
-    with pytest.raises(ModelLoadError, match=r"is in Q5_0.*F32, F16, Q4_0, Q4_1, Q8_0, Q4_K, Q6_K, BF16"):
+    path = write_gguf(tmp_path / "it.gguf", tiny_model, quantisation=GGMLQuantizationType.MXFP4)
+    supported = r"F32, F16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS, BF16\."
+    with pytest.raises(ModelLoadError, match=rf"is in MXFP4, which is not supported; supported are: {supported}"):
         open_checkpoint(str(path))
 
 

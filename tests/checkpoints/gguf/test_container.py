@@ -9,9 +9,9 @@ from gguf import GGUFReader
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.workers.loading import ModelLoadError, open_checkpoint
-from runtime.workers.loading.gguf_container import GgufFile
-from tests.workers.loading.gguf_files import write_gguf
+from runtime.checkpoints import ModelLoadError, open_checkpoint
+from runtime.checkpoints.gguf.container import GgufFile
+from tests.checkpoints.gguf.files import write_gguf
 
 
 @pytest.fixture(scope="module")

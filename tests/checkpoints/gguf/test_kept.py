@@ -8,17 +8,17 @@ import torch
 from gguf import GGMLQuantizationType
 
 from kernels import Int4Weight, Int8GroupWeight
-from runtime.model_loading import load_decoder
-from runtime.workers.attention import PackedAttention
-from runtime.workers.decoder import Decoder
-from runtime.workers.loading import open_checkpoint
-from runtime.workers.loading.errors import ModelLoadError
-from runtime.workers.loading.gguf_container import TensorInfo
-from runtime.workers.loading.gguf_kept import Q8_0, kept
-from runtime.workers.loading.gguf_models.families import FAMILIES
-from runtime.workers.lora_base import fingerprint
+from runtime.checkpoints import open_checkpoint
+from runtime.checkpoints.gguf.container import TensorInfo
+from runtime.checkpoints.gguf.families.families import FAMILIES
+from runtime.checkpoints.gguf.kept import Q8_0, kept
+from runtime.checkpoints.model_loading import load_decoder
+from runtime.model.attention import PackedAttention
+from runtime.model.config import ModelLoadError
+from runtime.model.decoder import Decoder
+from runtime.model.lora_base import fingerprint
 from settings.schema import ModelSettings
-from tests.workers.loading.gguf_files import write_gguf
+from tests.checkpoints.gguf.files import write_gguf
 
 KINDS = {"Q4_0": Int4Weight, "Q4_1": Int4Weight, "Q8_0": Int8GroupWeight}
 

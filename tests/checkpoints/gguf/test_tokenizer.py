@@ -9,17 +9,18 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 from tokenizers import Regex, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX as QWEN2_IN_TRANSFORMERS
 
-from runtime.tokenizer import Tokenizer
-from runtime.workers.loading.gguf_metadata import Metadata
-from runtime.workers.loading.gguf_pieces import merges_of_pieces
-from runtime.workers.loading.gguf_tokenizer import LLAMA3, QWEN2, SUPPORTED, WORDS, _pre_tokenizer, load_tokenizer
+from runtime.checkpoints.gguf.container import Metadata, merges_of_pieces
+from runtime.checkpoints.gguf.tokenizer import LLAMA3, QWEN2, SUPPORTED, WORDS, _pre_tokenizer, load_tokenizer
+from runtime.model.config import ModelLoadError
+from runtime.text.tokenizer import Tokenizer
+from tests.checkpoints.gguf.files import bpe_vocabulary
 from tests.tiny import CORPUS
-from tests.workers.loading.gguf_files import bpe_vocabulary
 
 TEXTS = [
     "The newt is 1234 years old, isn't it?  It'S 56.7% ² ½ ٣٤٥!",
@@ -86,8 +87,33 @@ def test_llama3_puts_its_bos_before_a_text(tiny_model: Path) -> None:
     assert loaded(pre="llama-bpe", add_bos_token=False, **fields).encode("newt")[0] != 1
     assert loaded(pre="llama-bpe", **fields).encode("newt", add_special_tokens=False)[0] != 1
     assert loaded(pre="qwen2", **fields).encode("newt")[0] != 1
-    around = loaded(pre="qwen2", add_bos_token=True, add_eos_token=True, eos_token_id=2, **fields)
-    assert around.encode("newt")[:: len(around.encode("newt")) - 1] == [1, 2]
+
+
+@pytest.mark.parametrize("pre", ["gpt-2", "qwen2", "llama-bpe"])
+def test_a_prompt_does_not_end_with_an_eos(tiny_model: Path, pre: str) -> None:
+    """Whatever `add_eos_token` says, as from a directory whose tokenizer_config.json says it."""
+    fields = bpe_vocabulary(tiny_model) | {"model": "gpt2", "pre": pre, "bos_token_id": 1, "eos_token_id": 2}
+    plain = loaded(add_bos_token=True, **fields).encode("newt")
+    assert plain[0] == 1
+    for flag in (True, False):
+        assert loaded(add_bos_token=True, add_eos_token=flag, **fields).encode("newt") == plain
+    assert loaded(add_bos_token=False, add_eos_token=True, **fields).encode("newt") == plain[1:]
+
+
+@pytest.mark.parametrize("role", ["padding", "unknown", "eot", "eom"])
+@pytest.mark.parametrize("id", [512, 2**31 - 1])
+def test_an_id_without_a_token_that_nothing_needs_is_left_out(tiny_model: Path, role: str, id: int) -> None:
+    fields = bpe_vocabulary(tiny_model) | {"model": "gpt2", "pre": "gpt-2", "eos_token_id": 2}
+    with capture_logs() as logs:
+        tokenizer = loaded(**fields, **{f"{role}_token_id": id})
+    assert (tokenizer.encode("newt"), tokenizer.eos_ids) == (loaded(**fields).encode("newt"), (2,))
+    assert [line["key"] for line in logs] == [f"tokenizer.ggml.{role}_token_id"]
+
+
+@pytest.mark.parametrize("role", ["bos", "eos"])
+def test_an_id_without_a_token_that_is_needed_is_refused(tiny_model: Path, role: str) -> None:
+    with pytest.raises(ModelLoadError, match=rf"{role}_token_id is 512, and there are 512 tokens"):
+        loaded(model="gpt2", pre="gpt-2", **bpe_vocabulary(tiny_model), **{f"{role}_token_id": 512})
 
 
 def test_llama3_takes_whole_words_of_the_vocabulary_without_merges(tiny_model: Path) -> None:
@@ -116,6 +142,16 @@ def test_kinds_of_token(tiny_model: Path) -> None:
     assert tokenizer.decode([509, 510]) == "<tool>"
     assert tokenizer.decode([509, 510], skip_special_tokens=False) == "<tool><ctl>"
     assert tokenizer.vocab_size == 512
+
+
+@pytest.mark.parametrize("role", ["bos", "eos", "eot", "eom"])
+def test_a_user_defined_token_with_a_role_is_special(tiny_model: Path, role: str) -> None:
+    """Clients cannot write it."""
+    fields = bpe_vocabulary(tiny_model) | {"model": "gpt2", "pre": "gpt-2"}
+    fields["tokens"][511], fields["token_type"][511] = "<end>", 4
+    fields["merges"] = [merge for merge in fields["merges"] if merge.replace(" ", "") in fields["tokens"]]
+    assert loaded(**fields).decode([511]) == "<end>"
+    assert loaded(**fields, **{f"{role}_token_id": 511}).decode([511]) == ""
 
 
 def test_ids_that_end_generation(tiny_model: Path) -> None:

@@ -3,10 +3,10 @@
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from runtime.workers.models.family import Family, lora_targets
-from runtime.workers.models.llama import Llama
-from runtime.workers.rope import RopeSpec
-from runtime.workers.spec import DecoderSpec
+from runtime.model.families.family import Family, lora_targets
+from runtime.model.families.llama import Llama
+from runtime.model.rope import RopeSpec
+from runtime.model.spec import DecoderSpec
 
 
 class Newt(Family):

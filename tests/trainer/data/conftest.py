@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from runtime.tokenizer import Tokenizer
-from runtime.workers.loading.hf_tokenizer import load_tokenizer
+from runtime.checkpoints.hf_tokenizer import load_tokenizer
+from runtime.text.tokenizer import Tokenizer
 
 MakeTokenizer = Callable[[str | None], Tokenizer]
 

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
+from runtime.trainer.data.example import RowProblem
 from runtime.trainer.data.messages import Chat, ChatRows
-from runtime.trainer.data.problems import RowProblem
 from runtime.trainer.recipe import Dataset
 
 SHAREGPT = {
@@ -69,11 +69,84 @@ def test_system_messages() -> None:
     assert pairs(read(with_system, drop_system_message=True)) == [("user", "Hi"), ("assistant", "Hello")]
 
 
+@pytest.mark.parametrize("column", ["Be brief.", None, ""])
+def test_a_system_column(column: str | None) -> None:
+    """It is the first message, unless the chat begins with one of the system; null and nothing count as absent."""
+    row = {"system": column, **chat(USER, ANSWER)}
+    own = [("system", column)] if column else []
+    assert pairs(read(row)) == [*own, ("user", "Hi"), ("assistant", "Hello")]
+    assert read(row).turns == [len(own) + 1]
+    assert pairs(read(row, system="D"))[0] == ("system", column or "D")
+    assert pairs(read({**row, **chat({"role": "system", "content": "S"}, USER)}))[0] == ("system", "S")
+    assert pairs(read(row, drop_system_message=True)) == [("user", "Hi"), ("assistant", "Hello")]
+    named = {"sys": column, **chat(USER, ANSWER)}
+    assert pairs(read(named, field_system="sys")) == pairs(read(row))
+    assert pairs(read(named))[0] == ("user", "Hi")
+
+
+@pytest.mark.parametrize("empty", [[], {}, None, "", "[]"])
+def test_empty_tool_calls_are_left_out(empty: object) -> None:
+    assert "tool_calls" not in read(chat(USER, {**ANSWER, "tool_calls": empty})).messages[1]
+
+
+@pytest.mark.parametrize(
+    ("message", "problem"),
+    [
+        ({**ANSWER, "content": ""}, "message 2: the answer is empty"),
+        ({**ANSWER, "content": " \n"}, "message 2: the answer is empty"),
+        ({**ANSWER, "content": [{"type": "text", "text": ""}]}, "message 2: the answer is empty"),
+        ({**ANSWER, "content": "", "tool_calls": []}, "message 2: the answer is empty"),
+        (
+            {
+                **ANSWER,
+                "content": [{"type": "text", "text": "a", "train": 0}, {"type": "text", "text": "", "train": 1}],
+            },
+            "message 2: the answer is empty in the parts that are trained on",
+        ),
+        ({**USER, "content": "", "weight": 1}, "message 2: the user's text, which is trained on, is empty"),
+        ({**ANSWER, "function_call": {"name": "f"}}, "message 2 has a function_call, OpenAI's older form"),
+        ({**ANSWER, "tool_calls": {"name": "f"}}, "message 2: tool_calls is no list"),
+        ({**ANSWER, "tool_calls": ["f"]}, "message 2 has a tool call that is no object"),
+        ({**ANSWER, "tool_calls": [{"function": "f"}]}, "message 2 has a tool call without the name of a function"),
+        ({**ANSWER, "tool_calls": [{"function": {"name": 3}}]}, "without the name of a function"),
+        ({**ANSWER, "tool_calls": [{"function": {"arguments": {}}}]}, "without the name of a function"),
+        ({**ANSWER, "tool_calls": [{"function": {"name": "f", "arguments": 3}}]}, "whose arguments are no object"),
+        ({**ANSWER, "tool_calls": [{"name": "f", "arguments": ["a"]}]}, "whose arguments are no object"),
+        ({**ANSWER, "name": 3}, "message 2: name is no text"),
+        ({**ANSWER, "tool_call_id": {"a": 1}}, "message 2: tool_call_id is no text"),
+        ({**ANSWER, "reasoning_content": ["thought"]}, "message 2: reasoning_content is no text"),
+        ({**ANSWER, "content": [{"type": "text", "text": "a", "weight": 0.5}]}, "message 2, a part: weight must be 0"),
+        ({**ANSWER, "content": [{"type": "text", "text": "a", "train": "no"}]}, "message 2, a part: train must be 0"),
+        ({**ANSWER, "content": [{"type": "text", "text": "a", "train": True, "weight": 0}]}, "say different things"),
+    ],
+)
+def test_answers_that_teach_nothing_or_are_marked_wrongly(message: dict[str, Any], problem: str) -> None:
+    with pytest.raises(RowProblem, match=problem):
+        read(chat(USER, message))
+
+
+def test_an_empty_message_that_is_not_trained_on_may_stand() -> None:
+    found = read(chat(USER, {**ANSWER, "content": "", "weight": 0}, {**USER, "content": ""}, ANSWER))
+    assert found.turns == [3]
+    calls = [{"type": "function", "function": {"name": "f", "arguments": {}}}]
+    assert read(chat(USER, {"role": "assistant", "content": "", "tool_calls": calls})).turns == [1]
+    assert read(chat(USER, {**ANSWER, "content": "", "reasoning_content": "Hm."})).turns == [1]
+
+
+def test_what_nothing_reads_is_known() -> None:
+    rows = ChatRows(Dataset(path="a", message_field_training="learn"), system=None, template=None)
+    rows.read(chat(USER, {**ANSWER, "train": False, "learn": True, "weight": None, "id": 3}))
+    assert rows.seen.unread == {"train", "id"}
+    assert not rows.seen.masked
+    rows.read(chat(USER, {**ANSWER, "learn": False}, ANSWER))
+    assert rows.seen.masked
+
+
 def test_further_fields_and_parts() -> None:
     call = {"role": "assistant", "tool_calls": [{"id": "1"}], "extra": 1}
     parts = {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}
     found = read(chat(parts, call))
-    assert found.messages[0]["content"] == "a\nb"
+    assert found.messages[0]["content"] == parts["content"]
     assert found.messages[1] == {"role": "assistant", "tool_calls": [{"id": "1"}], "content": ""}
 
 
@@ -103,6 +176,9 @@ def test_a_chat_in_a_csv_cell() -> None:
         (chat({"role": "user", "content": 3}), "message 1 has no text"),
         (chat({"role": "user", "content": [{"type": "image_url"}]}), "message 1 has a part that is no text"),
         (chat({**ANSWER, "weight": 0.5}), "message 1: weight must be 0 or 1"),
+        ({**chat(USER, ANSWER), "tools": 0}, "tools is no list"),
+        ({**chat(USER, ANSWER), "tools": ["f"]}, "tools has an entry that is no object"),
+        ({**chat(USER, ANSWER), "tools": "[null]"}, "tools has an entry that is no object"),
     ],
 )
 def test_rows_that_make_no_chat(row: dict[str, Any], message: str) -> None:

@@ -1,20 +1,27 @@
 """Rows out of files: pyarrow and the csv module write them, and bad ones are written by hand."""
 
 import csv
+import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pyarrow
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pyarrow import parquet
 
 from runtime.errors import InvalidRequest
 from runtime.trainer.data import readers
+from runtime.trainer.data import readers as json_array
+from runtime.trainer.data.example import RowProblem
 from runtime.trainer.data.files import DataFile
-from runtime.trainer.data.problems import RowProblem
 from runtime.trainer.data.readers import read_rows
 
+ROOT = Path(__file__).parents[3]
 ROWS = [
     {"text": "one\nline", "other": 'say "ü", 😀'},
     {"text": "", "other": " spaces "},
@@ -96,7 +103,7 @@ def test_a_csv_record_of_another_length(tmp_path: Path) -> None:
     [
         ("a.csv", b'a,b\n"open', "line 2: unexpected end"),
         ("a.csv", b"a,a\n1,2\n", "names a column twice"),
-        ("a.csv", b"a,b\n1,\xff\n", "not UTF-8 text"),
+        ("a.csv", b"a,\xff\n1,2\n", "the header is not UTF-8 text"),
         ("a.json", b"[1, 2", "not a JSON array"),
         ("a.json", b"[" * 100_000, "not a JSON array"),
         ("a.parquet", b"PAR1 nonsense PAR1", "not a Parquet file"),
@@ -108,6 +115,59 @@ def test_files_that_are_not_of_their_format(tmp_path: Path, name: str, data: byt
     (tmp_path / name).write_bytes(data)
     with pytest.raises(InvalidRequest, match=message):
         read(tmp_path / name)
+
+
+def parquet_texts(path: Path, texts: list[bytes]) -> None:
+    """A column of texts, valid or not."""
+    buffers = pyarrow.array(texts, pyarrow.binary()).buffers()
+    column = pyarrow.Array.from_buffers(pyarrow.string(), len(texts), buffers)
+    parquet.write_table(pyarrow.table({"n": list(range(len(texts))), "text": column}), path)
+
+
+@pytest.mark.parametrize(
+    ("data", "problem"),
+    [
+        (b'{"text": "a\\ud800b"}', "column 'text' holds a lone surrogate (U+D800) at character 1"),
+        (b'{"text": "\\uDFFF"}', "column 'text' holds a lone surrogate (U+DFFF) at character 0"),
+        (b'{"text": "\\ud800\\ud800\\udc00"}', "column 'text' holds a lone surrogate (U+D800) at character 0"),
+        (b'{"text": "\xed\xa0\x80"}', "column 'text' holds a lone surrogate (U+D800) at character 0"),
+        (
+            b'{"a": "ok", "messages": [{"role": "user", "content": "x"}, {"role": "user", "content": "\\udc00"}]}',
+            "column 'messages', [1].content holds a lone surrogate (U+DC00) at character 0",
+        ),
+        (b'{"te\\ud800xt": 1}', "column 'te?xt' holds a lone surrogate (U+D800) at character 2"),
+        (b'{"a": {"\\ud800": 1}}', "column 'a', a key holds a lone surrogate (U+D800) at character 0"),
+        (b'{"a": "b: {", "text": "x\xff"}', "is not UTF-8 text: byte 24 is 0xff, in column 'text'"),
+        (b'{"a": [{"x": 1, "y": "\xc3("}], "b": 2}', "is not UTF-8 text: byte 22 is 0xc3, in column 'a'"),
+    ],
+)
+def test_text_that_is_no_unicode_is_named_by_row_and_column(tmp_path: Path, data: bytes, problem: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"text": "\\ud83d\\ude00"}\n' + data + b'\n{"text": "ok"}\n')
+    assert read(path) == [(1, {"text": "😀"}), (2, problem), (3, {"text": "ok"})]
+
+
+def test_text_that_is_no_unicode_in_an_array(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_bytes(b'[{"text": "ok"}, {"text": "a\\ud800"}]')
+    assert read(path) == [(1, {"text": "ok"}), (2, "column 'text' holds a lone surrogate (U+D800) at character 1")]
+
+
+def test_text_that_is_no_unicode_in_cells(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_bytes(b'a,text\n1,ok\n2,"x\xed\xa0\x80"\n3,ok\n\xff,ok\n')
+    assert read(path) == [
+        (1, {"a": "1", "text": "ok"}),
+        (2, "column 'text' is not UTF-8 text: character 1 is byte 0xed"),
+        (3, {"a": "3", "text": "ok"}),
+        (4, "column 'a' is not UTF-8 text: character 0 is byte 0xff"),
+    ]
+    parquet_texts(tmp_path / "rows.parquet", [b"ok", b"x\xed\xa0\x80", b"fine"])
+    assert read(tmp_path / "rows.parquet") == [
+        (1, {"n": 0, "text": "ok"}),
+        (2, "column 'text' is not UTF-8 text: byte 1 is 0xed"),
+        (3, {"n": 2, "text": "fine"}),
+    ]
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.json"])
@@ -133,3 +193,87 @@ def test_a_parquet_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     parquet.write_table(table, tmp_path / "a.parquet")
     with pytest.raises(InvalidRequest, match="row group 0 has"):
         read(tmp_path / "a.parquet")
+
+
+def memory_of_reading(path: Path) -> tuple[int, int]:
+    """Rows of a file, and the most MiB that a process takes to read it beyond what it has before."""
+    script = (
+        "import resource, sys\nfrom pathlib import Path\nimport pyarrow.parquet\n"
+        "from runtime.trainer.data.files import DataFile\nfrom runtime.trainer.data.readers import read_rows\n"
+        "most = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024\n"
+        "before, path = most(), Path(sys.argv[1])\n"
+        "rows = sum(1 for _ in read_rows(DataFile(path.name, path)))\nprint(rows, most() - before)"
+    )
+    command = [sys.executable, "-c", script, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    rows, mebibytes = done.stdout.split()
+    return int(rows), int(mebibytes)
+
+
+def test_a_large_json_array_is_not_held_as_a_whole(tmp_path: Path) -> None:
+    row = json.dumps({"text": "x" * 1000}).encode()
+    with (tmp_path / "a.json").open("wb") as stream:
+        stream.write(b"[\n" + b",\n".join([row] * 100_000) + b"]\n")
+    assert (tmp_path / "a.json").stat().st_size > 100_000_000
+    rows, mebibytes = memory_of_reading(tmp_path / "a.json")
+    assert rows == 100_000
+    assert mebibytes < 30
+
+
+def test_a_small_parquet_file_of_large_rows_is_not_held_as_a_whole(tmp_path: Path) -> None:
+    """By its own metadata 1 MiB: a value of the dictionary, 1000 times. Decoded it would be a gigabyte."""
+    table = pyarrow.table({"text": ["x" * 1024**2] * 1000})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    assert parquet.ParquetFile(tmp_path / "a.parquet").metadata.row_group(0).total_byte_size < 2 * 1024**2
+    del table
+    rows, mebibytes = memory_of_reading(tmp_path / "a.parquet")
+    assert rows == 1000
+    assert mebibytes < 150
+
+
+def test_parquet_rows_that_are_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "MAX_LINE", 1000)
+    parquet.write_table(pyarrow.table({"text": ["x" * 2000] * 40}), tmp_path / "a.parquet")
+    with pytest.raises(InvalidRequest, match="rows 1 to 16 have 32"):
+        read(tmp_path / "a.parquet")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text() | st.sampled_from(['"', "\\", "],[", "{}"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(items=st.lists(JSON, max_size=8), chunk=st.integers(1, 40), indent=st.sampled_from([None, 2]))
+def test_the_items_of_an_array_wherever_the_file_is_cut(items: list[Any], chunk: int, indent: int | None) -> None:
+    data = json.dumps(items, indent=indent, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_array, "CHUNK", chunk)
+        found = list(json_array.array_items(io.BytesIO(data), longest=10_000))
+    assert [json.loads(item) for item in found] == items
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b'[{"a": 1}', "ends within row 1"),
+        (b'[{"a": 1}, {"a": "x', "ends within row 2"),
+        (b'[{"a": 1},, {}]', "row 2 is empty"),
+        (b'[{"a": 1},]', "row 2 is empty"),
+        (b'[{"a": 1}] {}', "something follows"),
+    ],
+)
+def test_arrays_that_are_none(tmp_path: Path, data: bytes, message: str) -> None:
+    (tmp_path / "a.json").write_bytes(data)
+    with pytest.raises(InvalidRequest, match=f"not a JSON array: .*{message}"):
+        read(tmp_path / "a.json")
+
+
+def test_a_bad_item_of_an_array_has_its_number_and_does_not_end_it(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(b'[{"a": 1}, {"a": nonsense}, 3, {"a": 2}]')
+    rows = read(tmp_path / "a.json")
+    assert [number for number, _ in rows] == [1, 2, 3, 4]
+    assert "not JSON" in rows[1][1]
+    assert "not an object" in rows[2][1]
+    assert rows[3][1] == {"a": 2}

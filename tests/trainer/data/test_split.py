@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.errors import InvalidRequest
-from runtime.trainer.data.split import row_range
+from runtime.trainer.data.examples import row_range
 
 
 def never() -> int:

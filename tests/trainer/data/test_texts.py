@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.tokenizer import Tokenizer
-from runtime.trainer.data.problems import RowProblem
-from runtime.trainer.data.texts import TextEncoder, alpaca, prompt_completion
+from runtime.text.tokenizer import Tokenizer
+from runtime.trainer.data.example import RowProblem
+from runtime.trainer.data.formats import TextEncoder, alpaca, prompt_completion
 
 EXAMPLES = settings(max_examples=60)
 END = 2
@@ -64,6 +64,8 @@ def test_whole_texts(tokenizer: Tokenizer) -> None:
         ({"instruction": None, "output": "b"}, "instruction is no text"),
         ({"instruction": "a", "output": 3}, "output is no text"),
         ({}, "no field 'instruction'; it is empty"),
+        ({"instruction": "a", "output": ""}, r"the answer is empty \(output\)"),
+        ({"instruction": "a", "output": " \t"}, r"the answer is empty \(output\)"),
     ],
 )
 def test_columns_that_are_missing(row: dict[str, object], message: str) -> None:

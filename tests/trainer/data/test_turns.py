@@ -3,15 +3,20 @@
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from runtime.tokenizer import Tokenizer
-from runtime.trainer.data.problems import RowProblem
+from runtime.api.openai.prompts import chat_prompt
+from runtime.api.openai.schema import ChatRequest
+from runtime.text.tokenizer import Tokenizer
+from runtime.trainer.data.example import Example, RowProblem
+from runtime.trainer.data.messages import ChatRows
 from runtime.trainer.data.turns import ChatEncoder
-from runtime.trainer.examples import Example
+from runtime.trainer.recipe import Dataset
+from settings.schema import LimitSettings
 from tests.tiny import SPECIAL_TOKENS
 from tests.trainer.data.conftest import MakeTokenizer
 
@@ -78,6 +83,44 @@ def test_the_prompt_is_what_serving_computes(tokenizer: Tokenizer) -> None:
     assert example.token_ids[: len(prompt)] == prompt
     assert trained_text(tokenizer, example) == "Eight.<|im_end|>Four.<|im_end|>"
     assert example.token_ids == tokenizer.encode_chat(CHAT, add_generation_prompt=False)
+
+
+TURN = "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+END_OF_TURN = "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+WALK = "{% for p in m.content %}{{ p.text }}{% endfor %}"
+FORMS = {
+    "walks": TURN + WALK + END_OF_TURN,
+    "prints": TURN + "{{ m.content }}" + END_OF_TURN,
+    "either": TURN + "{% if m.content is string %}{{ m.content }}{% else %}" + WALK + "{% endif %}" + END_OF_TURN,
+    "walks users": TURN + "{% if m.role == 'user' %}" + WALK + "{% else %}{{ m.content }}{% endif %}" + END_OF_TURN,
+    "walks answers": TURN + "{% if m.role == 'user' %}{{ m.content }}{% else %}" + WALK + "{% endif %}" + END_OF_TURN,
+}
+WORDS = st.text(alphabet="ZQ nep.", min_size=1, max_size=6).filter(lambda text: bool(text.strip()))
+CONTENTS = WORDS | st.lists(WORDS, min_size=1, max_size=3).map(
+    lambda texts: [{"type": "text", "text": text} for text in texts]
+)
+
+
+@EXAMPLES
+@given(template=st.sampled_from(sorted(FORMS)), question=CONTENTS, answer=CONTENTS)
+def test_parts_are_trained_on_as_they_are_served(
+    make_tokenizer: MakeTokenizer, template: str, question: Any, answer: Any
+) -> None:
+    """Whatever the template does with a list of parts: a row gives the tokens that the API gives for its messages."""
+    tokenizer = make_tokenizer(FORMS[template])
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    body = msgspec.json.encode({"model": "m", "messages": messages})
+    request = msgspec.json.decode(body, type=ChatRequest)
+    served = chat_prompt(request, tokenizer.chat_template, LimitSettings(max_messages=9)).messages
+    row = ChatRows(Dataset(path="a"), system=None, template=tokenizer.chat_template).read({"messages": messages})
+    encoder = ChatEncoder(tokenizer, ends=tokenizer.eos_ids, eos="turn", everything=False)
+    example = encoder.encode(row.messages, row.turns, row.tools, row.spans)
+    assert example.token_ids == tokenizer.encode_chat(served, add_generation_prompt=False)
+    trained = trained_text(tokenizer, example)
+    assert trained.endswith("<|im_end|>")
+    texts = [answer] if isinstance(answer, str) else [part["text"] for part in answer]
+    walked = template in ("walks", "either", "walks answers")
+    assert trained.removesuffix("<|im_end|>") == ("" if walked else "\n").join(texts)
 
 
 @pytest.mark.parametrize(

@@ -9,29 +9,28 @@ from pathlib import Path
 from typing import Any
 
 from runtime.errors import InvalidRequest
-from runtime.trainer.database import Database
-from runtime.trainer.events import (
+from runtime.events import (
     CancelledEvent,
     CheckpointEvent,
     EvalEvent,
     FailedEvent,
     FinishedEvent,
     PausedEvent,
+    ProgressEvent,
     RunEvent,
     StepEvent,
 )
+from runtime.support.database import Database
 from runtime.trainer.jobs.directories import JobDirectories
 from runtime.trainer.jobs.manager import JobManager
-from runtime.trainer.jobs.ports import Ports
-from runtime.trainer.jobs.records import Job, Submission
-from runtime.trainer.jobs.schema import SCHEMA
+from runtime.trainer.jobs.records import Job, JobSubmission, PreparedJob
+from runtime.trainer.jobs.rows import SCHEMA
+from runtime.trainer.recipe import Publish
 
 
-@dataclass
-class FakePrepared:
-    name: str
-    total_steps: int
-    summary: dict[str, Any]
+@dataclass(frozen=True, eq=False, kw_only=True)
+class FakePrepared(PreparedJob):
+    publish: Publish = field(default_factory=Publish)
     plan: object = None
     good: bool = True
 
@@ -46,8 +45,10 @@ class FakePreparer:
         self.calls = 0
         self.hold = False
         """Until it is False again, recipes are being read."""
+        self.kept: list[Path | None] = []
+        """Files for prepared data, a call each."""
 
-    def prepare(self, recipe_yaml: bytes, uploads: dict[str, Path]) -> FakePrepared:
+    def prepare(self, recipe_yaml: bytes, uploads: Mapping[str, Path], kept: Path | None) -> FakePrepared:
         self.calls += 1
         while self.hold:
             time.sleep(0.005)
@@ -58,12 +59,21 @@ class FakePreparer:
             os._exit(9)
         if "data" in keys and keys["data"] not in uploads:
             raise InvalidRequest(f"{keys['data']} was not sent.", param="datasets", code="data_not_found")
+        self.kept.append(kept)
+        if kept is not None:
+            kept.write_bytes(recipe_yaml)
         rows = sum(path.read_bytes().count(b"\n") for path in uploads.values())
         steps = int(keys.get("steps", "3"))
         summary: dict[str, Any] = {"total_steps": steps, "rows": rows, "every": int(keys.get("every", "0"))}
+        if "slow" in keys:
+            summary["slow"] = True
+        if "warning" in keys:
+            summary["warnings"] = [keys["warning"]]
         if "keep" in keys:
             summary["save_total_limit"] = int(keys["keep"])
-        return FakePrepared(keys["name"].strip("'"), steps, summary, good=keys.get("good") != "no")
+        return FakePrepared(
+            name=keys["name"].strip("'"), total_steps=steps, summary=summary, good=keys.get("good") != "no"
+        )
 
 
 class FakeSnapshot:
@@ -104,10 +114,10 @@ class FakeRun:
         if self.paused:
             self.step()
 
-    async def take_snapshot(self, step: int) -> FakeSnapshot:
+    async def take_snapshot(self, step: int) -> Callable[[Path], None]:
         assert step <= self.done
         await asyncio.sleep(0)
-        return FakeSnapshot(step, self._runs.disk_error)
+        return FakeSnapshot(step, self._runs.disk_error).write
 
     def close(self) -> None:
         self.closed = True
@@ -121,6 +131,8 @@ class FakeRun:
             self.emit(CancelledEvent(step=self.done))
             return
         if self.done < self._prepared.total_steps:
+            if self._prepared.summary.get("slow"):
+                self.emit(progress_event(self.done, self._prepared.total_steps))
             self.done += 1
             self.emit(step_event(self.done))
         every = self._prepared.summary["every"]
@@ -190,6 +202,25 @@ class FakePublisher:
         return self.versions.setdefault(job_id, f"{name}@{len(self.versions) + 1}")
 
 
+class FakeEngine:
+    """`JobEngine` of the three."""
+
+    def __init__(self, preparer: FakePreparer, runs: FakeRuns, publisher: FakePublisher) -> None:
+        self.preparer, self.runs, self.publisher = preparer, runs, publisher
+
+    def prepare(self, *args: Any) -> FakePrepared:
+        return self.preparer.prepare(*args)
+
+    def start(self, *args: Any) -> FakeRun:
+        return self.runs.start(*args)
+
+    async def publish(self, **more: Any) -> str:
+        return await self.publisher.publish(**more)
+
+    async def offer(self, **more: Any) -> None:
+        await self.publisher.offer(**more)
+
+
 class FakeMeters:
     def __init__(self) -> None:
         self.steps: list[StepEvent] = []
@@ -220,8 +251,10 @@ class World:
     async def start(self) -> JobManager:
         self.runs = FakeRuns(steps_itself=self.steps_itself)
         self.database = Database(self.path, [SCHEMA])
-        ports = Ports(self.preparer, self.runs, self.publisher, self.meters)
-        self.manager = JobManager(self.database, JobDirectories(self.path), ports, max_waiting=self.max_waiting)
+        engine = FakeEngine(self.preparer, self.runs, self.publisher)
+        self.manager = JobManager(
+            self.database, JobDirectories(self.path), engine, self.meters, max_waiting=self.max_waiting
+        )
         await self.manager.start()
         return self.manager
 
@@ -236,7 +269,7 @@ class World:
 
     async def submit(self, *lines: str, **more: Any) -> Job:
         recipe = "\n".join(lines).encode()
-        asked = Submission(id=self.manager.new_id(), recipe=recipe, digest=recipe.decode(), **more)
+        asked = JobSubmission(id=self.manager.new_id(), recipe=recipe, digest=recipe.decode(), **more)
         return (await self.manager.submit(asked))[0]
 
     async def until(self, job_id: str, *states: str) -> Job:
@@ -262,10 +295,19 @@ class World:
             await self.settle()
 
     async def settle(self) -> None:
-        """Until nothing is under way in the manager's lane."""
-        for _ in range(20):
-            await self.database.call(lambda c: None)
-            await asyncio.sleep(0.001)
+        """Until nothing is under way in the manager's lane, nor on its disk, which others may keep busy."""
+        quiet = 0
+        async with asyncio.timeout(20):
+            while quiet < 20:
+                await self.database.call(lambda c: None)
+                await asyncio.sleep(0.001)
+                quiet = 0 if self.manager._disk._running else quiet + 1
+
+
+def progress_event(step: int, total: int) -> ProgressEvent:
+    """Halfway through the step after `step`, of 20 seconds."""
+    left = (total - step - 0.5) * 20.0
+    return ProgressEvent(step=step, total_steps=total, activity="train", fraction=0.5, seconds=10.0, seconds_left=left)
 
 
 def step_event(step: int) -> StepEvent:

@@ -3,39 +3,65 @@
 import asyncio
 import errno
 import json
-from collections.abc import AsyncIterator
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from runtime.errors import Conflict, InvalidRequest, StorageUnavailable, TooManyRequests
+from runtime.events import ProgressEvent
 from runtime.trainer.jobs.records import JobError, JobEvent
 from tests.trainer.jobs.fakes import World
 
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
+async def test_what_is_under_way_is_stored_and_told(by_hand: World) -> None:
+    job = await by_hand.submit("name: shop", "steps: 3")
+    await by_hand.until(job.id, "running")
+    await by_hand.settle()
+
+    def under_way(step: int, fraction: float, left: float | None) -> ProgressEvent:
+        return ProgressEvent(
+            step=step, total_steps=3, activity="train", fraction=fraction, seconds=9.0, seconds_left=left
+        )
+
+    by_hand.runs.current.emit(under_way(0, 0.25, None))
+    by_hand.runs.current.emit(under_way(0, 0.5, 90.0))
+    await by_hand.settle()
+    _, progress = await by_hand.manager.store.describe(job.id)
+    assert (progress.step, progress.fraction, progress.step_seconds) == (0, 0.5, None)
+    assert 80 < (progress.finish or 0) - time.time() <= 90
+    await by_hand.step()
+    _, progress = await by_hand.manager.store.describe(job.id)
+    assert (progress.step, progress.fraction, progress.finish, progress.step_seconds) == (1, None, None, 2.0)
+    by_hand.runs.current.emit(under_way(1, 0.1, 3700.0))
+    await by_hand.settle()
+    _, progress = await by_hand.manager.store.describe(job.id)
+    assert (progress.step, progress.fraction, progress.loss) == (1, 0.1, 1.0)
+    _, events = await by_hand.manager.store.events(job.id, after=0, limit=100)
+    assert [event.message for event in events if event.kind == "progress"] == [
+        "Step 1 of 3 is 25% done.",
+        "Step 1 of 3 is 50% done; about 1 min 30 s left.",
+        "Step 2 of 3 is 10% done; about 1 h 1 min left.",
+    ]
+    assert [row["step"] for row in await by_hand.manager.store.metrics(job.id, after=0, limit=10)] == [1]
 
 
-@pytest.fixture
-async def world(tmp_path: Path) -> AsyncIterator[World]:
-    """Runs go on by themselves."""
-    world = World(tmp_path)
-    await world.start()
-    yield world
-    await world.stop()
+async def test_warnings_of_a_plan_are_events(world: World) -> None:
+    job = await world.submit("name: shop", "warning: all steps are warmup")
+    await world.until(job.id, "succeeded")
+    _, events = await world.manager.store.events(job.id, after=0, limit=100)
+    messages = [(event.level, event.message) for event in events]
+    at = messages.index(("warning", "all steps are warmup"))
+    assert messages[at + 1][1].startswith("The recipe is valid")
 
 
-@pytest.fixture
-async def by_hand(tmp_path: Path) -> AsyncIterator[World]:
-    """A step is taken when the test says so."""
-    world = World(tmp_path, steps_itself=False)
-    await world.start()
-    yield world
-    await world.stop(0.0)
+async def test_names_of_jobs_differ_in_more_than_case(by_hand: World) -> None:
+    await by_hand.submit("name: shop")
+    with pytest.raises(Conflict, match="is making an adapter `SHOP` already"):
+        await by_hand.submit("name: SHOP")
 
 
 async def test_from_recipe_to_adapter(world: World) -> None:
@@ -189,9 +215,9 @@ async def test_a_log_does_not_come_back_after_its_job(world: World) -> None:
 
 async def test_a_wrong_recipe_that_nobody_waits_for_is_a_failed_job(world: World) -> None:
     world.preparer.hold = True
-    from runtime.trainer.jobs.records import Submission
+    from runtime.trainer.jobs.records import JobSubmission
 
-    job, _ = await world.manager.submit(Submission(id=world.manager.new_id(), recipe=b"x"), patience=0.01)
+    job, _ = await world.manager.submit(JobSubmission(id=world.manager.new_id(), recipe=b"x"), patience=0.01)
     assert job.state == "validating"
     world.preparer.hold = False
     failed = await world.until(job.id, "failed")
@@ -368,6 +394,56 @@ async def test_old_checkpoints_go(world: World) -> None:
     assert [c.step for c in await world.manager.store.checkpoints(job.id)] == [7, 8]
     folder = world.manager.directories.checkpoint(job.id, 8).parent
     assert sorted(path.name for path in folder.iterdir()) == ["step-7", "step-8"]
+
+
+@pytest.mark.parametrize("recipe", ["name: a", "steps: 3"])
+@pytest.mark.parametrize("crashed", [True, False])
+async def test_what_was_refused_on_a_full_disk_is_no_job_of_the_next_process(
+    world: World, monkeypatch: pytest.MonkeyPatch, recipe: str, crashed: bool
+) -> None:
+    """Its row was stored before the disk was full, and could not be deleted any more."""
+
+    async def full(*_: Any) -> None:
+        raise StorageUnavailable("The server cannot store this now: database or disk is full.")
+
+    monkeypatch.setattr(world.manager.store, "accept", full)
+    monkeypatch.setattr(world.manager.store, "remove", full)
+    with pytest.raises(StorageUnavailable if recipe == "name: a" else InvalidRequest):
+        await world.submit(recipe)
+    assert len((await world.manager.store.page(after=None, limit=10, states=()))[0]) == 1
+    await (world.crash() if crashed else world.stop())
+    calls = world.preparer.calls
+    await world.start()
+    assert await world.manager.store.page(after=None, limit=10, states=()) == ([], False)
+    assert list(world.manager.directories.root.iterdir()) == []
+    assert not (world.path / "lost+found").exists()
+    assert world.preparer.calls == calls
+    await world.until((await world.submit("name: a")).id, "succeeded")
+
+
+async def test_what_was_refused_on_a_full_disk_goes_when_there_is_room(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.trainer.jobs.store.RETRY", 0.01)
+    store, room = world.manager.store, False
+    remove = store.remove
+
+    async def removes(job_id: str) -> None:
+        if not room:
+            raise StorageUnavailable("The server cannot store this now: database or disk is full.")
+        await remove(job_id)
+
+    monkeypatch.setattr(store, "remove", removes)
+    with pytest.raises(InvalidRequest):
+        await world.submit("steps: 3")
+    room = True
+    for _ in range(1000):
+        jobs, _ = await store.page(after=None, limit=10, states=())
+        if not jobs and not list(world.manager.directories.root.iterdir()):
+            break
+        await asyncio.sleep(0.01)
+    else:
+        pytest.fail("it is still there")
 
 
 async def test_a_full_database_takes_no_job(world: World) -> None:

@@ -1,20 +1,17 @@
 """What the end of a process leaves of jobs, and what the next one makes of it."""
 
 import asyncio
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from runtime.errors import Conflict
+from runtime.trainer.jobs.records import JobSubmission
 from runtime.trainer.jobs.store import MAX_CRASHES
 from tests.trainer.jobs.fakes import World
 
 pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
 
 
 async def test_stopping_writes_a_checkpoint_and_the_next_process_goes_on_from_it(tmp_path: Path) -> None:
@@ -193,6 +190,58 @@ async def test_leftovers_are_cleared_up_and_lost_checkpoints_forgotten(tmp_path:
     await world.settle()
     assert world.runs.started == [(job.id, 2)]
     assert [path.name for path in directories.root.iterdir()] == [job.id]
-    assert sorted(path.name for path in (directories.root / job.id).iterdir()) == ["checkpoints", "log.jsonl"]
+    assert sorted(path.name for path in (directories.root / job.id).iterdir()) == [
+        "checkpoints", "examples.bin", "job.json", "log.jsonl",
+    ]  # fmt: skip
     assert [path.name for path in directories.checkpoint(job.id, 2).parent.iterdir()] == ["step-2"]
     await world.stop(0.0)
+
+
+async def test_prepared_data_is_kept_until_the_end_of_its_job(tmp_path: Path) -> None:
+    """From the reading of the recipe over a restart to any end; none is kept for a recipe that is tried out."""
+    world = World(tmp_path, steps_itself=False)
+    await world.start()
+    directories = world.manager.directories
+    job = await world.submit("name: a", "steps: 3", "every: 1")
+    waiting = await world.submit("name: b")
+    await world.until(job.id, "running")
+    await world.settle()
+    assert Counter(world.preparer.kept) == {directories.prepared(job.id): 2, directories.prepared(waiting.id): 1}
+    assert directories.prepared(job.id).exists()
+    await world.manager.cancel(waiting.id)
+    await world.settle()
+    assert not directories.prepared(waiting.id).exists()
+    await world.crash()
+    await world.start()
+    await world.until(job.id, "running")
+    await world.settle()
+    assert world.preparer.kept[-1] == directories.prepared(job.id)
+    assert directories.prepared(job.id).exists()
+    await world.step(3)
+    await world.until(job.id, "succeeded")
+    await world.settle()
+    assert not directories.prepared(job.id).exists()
+    assert await world.manager.store.discards() == []
+    submission = JobSubmission(id=world.manager.new_id(), recipe=b"name: c")
+    await world.manager.dry_run(submission)
+    assert world.preparer.kept[-1] is None
+    await world.stop()
+
+
+async def test_a_job_that_is_cancelled_while_it_is_read_leaves_no_prepared_data(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    await world.start()
+    world.preparer.hold = True
+    submission = JobSubmission(id=world.manager.new_id(), recipe=b"name: a")
+    job, _ = await world.manager.submit(submission, patience=0.01)
+    async with asyncio.timeout(10):
+        while not world.preparer.calls:
+            await world.settle()
+    reading = world.manager._validation._tasks[job.id]
+    await world.manager.cancel(job.id)
+    await world.settle()
+    world.preparer.hold = False
+    await asyncio.wait_for(reading, 10)
+    assert world.preparer.kept == [world.manager.directories.prepared(job.id)]
+    assert not world.manager.directories.prepared(job.id).exists()
+    await world.stop()

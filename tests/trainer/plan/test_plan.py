@@ -1,21 +1,24 @@
 """From recipe and files to a plan."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
+from runtime.adapters.card import Prompt
+from runtime.checkpoints.hf_tokenizer import load_tokenizer
 from runtime.errors import Forbidden, InvalidRequest, ModelNotFound
-from runtime.tokenizer import Tokenizer
+from runtime.text.templates import builtin_template
+from runtime.text.tokenizer import Tokenizer
+from runtime.trainer.data.example import BadRows
 from runtime.trainer.data.files import DataFiles
-from runtime.trainer.data.problems import BadRows
-from runtime.trainer.plan import Plan, eval_microbatches, feed, prepare
+from runtime.trainer.data.prepared import KeptData
+from runtime.trainer.plan.plan import Plan, PlanSummary, eval_microbatches, feed, prepare, summarize
 from runtime.trainer.recipe import Document, load_recipe, recipe_from
 from runtime.trainer.shape import ModelShape
-from runtime.trainer.summary import PlanSummary, summarize
-from runtime.workers.loading.hf_tokenizer import load_tokenizer
 
 SHAPE = ModelShape(
     num_layers=2,
@@ -24,7 +27,7 @@ SHAPE = ModelShape(
     vocab_size=512,
     linears={"self_attn.q_proj": (64, 64), "self_attn.k_proj": (64, 32), "mlp.down_proj": (128, 64)},
 )
-EXAMPLES = Path(__file__).parent.parent.parent / "settings" / "recipes"
+EXAMPLES = Path(__file__).parents[3] / "settings" / "recipes"
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +46,13 @@ class Planner:
         lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
         (self.folder / name).write_text("".join(line + "\n" for line in lines))
 
-    def plan(self, *, max_len: int = 512, **keys: Any) -> Plan:
+    def plan(
+        self, *, max_len: int = 512, files: DataFiles | None = None, kept: KeptData | None = None, **keys: Any
+    ) -> Plan:
         basic = {"adapter": "lora", "learning_rate": 1e-4, "datasets": [{"path": "rows.jsonl"}]}
         recipe = recipe_from(Document({**basic, **keys}), max_lora_rank=64)
-        files = DataFiles(roots=[self.folder])
-        return prepare(recipe, self.tokenizer, files, model_names=("tiny",), max_len=max_len, shape=SHAPE)
+        files = files or DataFiles(roots=[self.folder])
+        return prepare(recipe, self.tokenizer, files, model_names=("tiny",), max_len=max_len, shape=SHAPE, kept=kept)
 
 
 @pytest.fixture
@@ -137,7 +142,8 @@ def test_rows_that_are_too_long(planner: Planner) -> None:
     dropped = planner.plan(sequence_len=limit)
     assert len(dropped.train) == 5
     assert dropped.train_stats.counts.too_long == 5
-    assert any("5 rows are longer" in note for note in dropped.notes)
+    rows = ", ".join(f"{row} ({lengths[row - 1]} tokens)" for row in range(6, 11))
+    assert dropped.notes == [f"5 rows are longer than sequence_len ({limit}) and left out: rows.jsonl rows {rows}."]
     cut = planner.plan(sequence_len=limit, excess_length_strategy="truncate")
     assert [len(example) for example in cut.train] == [min(length, limit) for length in lengths]
     assert cut.train_stats.counts.truncated == 5
@@ -154,7 +160,9 @@ def test_rows_that_are_too_short_or_untrained(planner: Planner) -> None:
     assert (len(plan.train), plan.train_stats.counts.too_short) == (1, 2)
     plan = planner.plan()
     assert (len(plan.train), plan.train_stats.counts.untrained) == (2, 1)
-    assert any("1 rows have no token to train on" in note for note in plan.notes)
+    (note,) = plan.notes
+    assert note.startswith("1 rows have no token to train on")
+    assert "rows.jsonl row 2 (" in note
 
 
 def test_bad_rows_are_listed_with_their_numbers(planner: Planner) -> None:
@@ -170,6 +178,179 @@ def test_bad_rows_are_listed_with_their_numbers(planner: Planner) -> None:
         planner.plan()
     assert caught.value.message.count("\n") == 10
     assert "row 11:" not in caught.value.message
+
+
+def test_rows_of_all_files_are_listed_by_number(planner: Planner) -> None:
+    long = chat("a", "b " * 300)
+    planner.write("a.jsonl", [chat("a", "b"), long, long])
+    planner.write("b.jsonl", [*[long] * 30, chat("c", "d")])
+    planner.write("t.jsonl", [long, chat("e", "f")])
+    plan = planner.plan(
+        datasets=[{"path": "a.jsonl"}, {"path": "b.jsonl"}], test_datasets=[{"path": "t.jsonl"}], sequence_len=64
+    )
+    training, test = plan.notes
+    assert re.sub(r" \(\d+ tokens\)", "", training) == (
+        "32 rows are longer than sequence_len (64) and left out: a.jsonl rows 2, 3; b.jsonl rows 1, 2, 3, 4, 5, 6, 7, "
+        "8 and 22 more."
+    )
+    assert test.startswith("1 rows of test_datasets are longer than sequence_len (64) and left out: t.jsonl row 1 (")
+    cut = planner.plan(datasets=[{"path": "a.jsonl"}], sequence_len=64, excess_length_strategy="truncate")
+    assert cut.notes[0].startswith("2 rows are longer than sequence_len (64) and cut, their ends with it: a.jsonl rows")
+
+
+EMPTY = [
+    ("chat_template", {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]}),
+    ("chat_template.alpaca", {"instruction": "a", "output": ""}),
+    ("alpaca", {"instruction": "a", "output": ""}),
+    ("prompt_completion", {"prompt": "a", "completion": ""}),
+    ("completion", {"text": ""}),
+]
+
+
+@pytest.mark.parametrize("everything", [False, True])
+@pytest.mark.parametrize(("kind", "row"), EMPTY)
+def test_an_empty_answer_is_a_row_error_in_every_format(
+    planner: Planner, kind: str, row: dict[str, Any], everything: bool
+) -> None:
+    good = json.loads(json.dumps(row).replace('""', '"b"'))
+    planner.write("rows.jsonl", [good, row])
+    with pytest.raises(BadRows, match=r"rows\.jsonl, row 2: .*is empty"):
+        planner.plan(datasets=[{"path": "rows.jsonl", "type": kind}], train_on_inputs=everything)
+
+
+def test_what_nothing_reads_is_noted(planner: Planner) -> None:
+    row = {"id": 1, "source": None, **chat("a", "b")}
+    row["messages"][1] |= {"train": False, "lang": "en"}
+    planner.write("rows.jsonl", [row, {**row, "z": 1}])
+    assert planner.plan().notes == [
+        "datasets[0]: nothing reads the columns id, z.",
+        "datasets[0]: nothing reads the messages' fields lang, train (if train says what is trained on, set "
+        "message_field_training: train).",
+    ]
+    files = DataFiles({"a/rows.jsonl": planner.folder / "rows.jsonl", "b.jsonl": planner.folder / "b"})
+    assert "The recipe names no such file, so what was sent is not used: b.jsonl." in planner.plan(files=files).notes
+
+
+@pytest.mark.parametrize(
+    ("keys", "warning"),
+    [
+        (
+            {"warmup_steps": 100, "max_steps": 5},
+            "All 5 steps are warmup (warmup_steps is 100): the learning rate rises",
+        ),
+        ({"warmup_steps": 1, "max_steps": 1}, "The only step is warmup (warmup_steps is 1)"),
+        ({"warmup_ratio": 1.0, "max_steps": 5}, "All 5 steps are warmup: the learning rate rises from 0 to 8e-05"),
+        ({"warmup_steps": 3, "max_steps": 5}, "3 of 5 steps are warmup (warmup_steps is 3): more than half"),
+        ({"warmup_steps": 0.8, "max_steps": 5}, "4 of 5 steps are warmup: more than half"),
+        ({"warmup_steps": 2, "max_steps": 5}, None),
+        ({"warmup_steps": 100, "max_steps": 5, "lr_scheduler": "constant"}, None),
+        ({}, None),
+    ],
+)
+def test_a_warmup_that_takes_the_run(planner: Planner, keys: dict[str, Any], warning: str | None) -> None:
+    plan = planner.plan(**keys)
+    assert [note[: len(warning or "")] for note in plan.warnings] == ([] if warning is None else [warning])
+    assert plan.notes[: len(plan.warnings)] == plan.warnings
+
+
+NEVER_ENDS = (
+    "{% for m in messages %}<|turn|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}"
+)
+
+
+def test_an_adapter_that_would_never_stop(planner: Planner, tiny_model: Path) -> None:
+    """ChatML on a base model whose vocabulary has no such token: it is several ordinary ones."""
+    source = NEVER_ENDS.replace("im_end", "im_stop")
+    base = Planner(planner.folder, load_tokenizer(tiny_model, {}, {}, chat_template=source))
+    (warning,) = base.plan().warnings
+    assert "learn to stop" in warning
+    fine = Planner(planner.folder, load_tokenizer(tiny_model, {}, {}, chat_template=NEVER_ENDS))
+    assert fine.plan().warnings == []
+    (warning,) = fine.plan(datasets=[{"path": "rows.jsonl", "train_on_eos": "none"}]).warnings
+    assert warning == (
+        "datasets[0].train_on_eos is none: no token that ends a turn is trained on, so the adapter will not learn to "
+        "stop."
+    )
+    assert fine.plan(datasets=[{"path": "rows.jsonl", "train_on_eos": "last"}]).warnings == []
+    assert any("learn to stop" in note for note in base.plan(train_on_inputs=True).warnings)
+
+
+def test_an_end_at_which_serving_does_not_stop(planner: Planner) -> None:
+    """An ordinary token that the recipe alone calls the end of a turn."""
+    own = planner.tokenizer
+    id = own.token_id("?")
+    template = (own.chat_template or "").replace("<|im_end|>", "?")
+    other = Planner(planner.folder, Tokenizer(own._backend, eos_ids=[0], chat_template=template))
+    (warning,) = other.plan(eot_tokens=["?"]).warnings
+    assert "answers end with '?' (eot_tokens), at which the served model does not stop" in warning
+    assert f"`stop_token_ids: [{id}]`" in warning
+
+
+@pytest.mark.parametrize(
+    "answer", [{"content": "b", "weight": 0}, {"content": [{"type": "text", "text": "b", "train": 0}]}]
+)
+def test_flags_that_train_on_inputs_overrides(planner: Planner, answer: dict[str, Any]) -> None:
+    masked = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", **answer}]}
+    planner.write("rows.jsonl", [masked, chat("a", "b")])
+    (masked_out,) = planner.plan().warnings
+    assert masked_out.startswith("1 rows have no token to train on")
+    (warning,) = planner.plan(train_on_inputs=True).warnings
+    assert warning.startswith("datasets[0]: train_on_inputs trains on every token, also on messages and parts whose")
+
+
+def test_texts_without_an_end(planner: Planner) -> None:
+    planner.write("rows.jsonl", [{"prompt": "a", "completion": "b"}])
+    endless = Planner(planner.folder, Tokenizer(planner.tokenizer._backend))
+    (warning,) = endless.plan().warnings
+    assert "no token that ends a text: the adapter will not learn to stop" in warning
+
+
+def test_chats_without_the_token_that_texts_begin_with(planner: Planner) -> None:
+    from tokenizers import Tokenizer as Backend
+    from tokenizers.processors import TemplateProcessing
+
+    backend = Backend.from_str(planner.tokenizer.definition)
+    backend.post_processor = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
+    template = planner.tokenizer.chat_template or ""
+    without = Planner(planner.folder, Tokenizer(backend, bos_id=0, eos_ids=[2], chat_template=template))
+    (warning,) = without.plan().warnings
+    assert "<|endoftext|>" in warning
+    written = Tokenizer(backend, bos_id=0, eos_ids=[2], chat_template="<|endoftext|>" + template)
+    assert Planner(planner.folder, written).plan().warnings == []
+    planner.write("rows.jsonl", [{"prompt": "a", "completion": "b"}])
+    assert without.plan().warnings == []
+
+
+def test_how_an_adapter_is_asked(planner: Planner) -> None:
+    plan = planner.plan()
+    assert plan.prompt == Prompt(format="chat")
+    assert plan.how_to_ask == "in /v1/chat/completions."
+    assert planner.plan(default_system_message="Be brief.").prompt == Prompt(format="chat", system="Be brief.")
+    with_system = [{"system": name, **chat("a", "b")} for name in ("Be brief.", "Be long.")]
+    planner.write("two.jsonl", with_system)
+    assert planner.plan(datasets=[{"path": "two.jsonl"}]).prompt == Prompt(format="chat")
+    planner.write("one.jsonl", with_system[:1] * 3)
+    one = planner.plan(datasets=[{"path": "one.jsonl"}])
+    assert one.prompt == Prompt(format="chat", system="Be brief.")
+    assert "'Be brief.'" in one.how_to_ask
+    planner.write("alpaca.jsonl", [{"instruction": "Add.", "output": "3"}] * 20)
+    alpaca = planner.plan(datasets=[{"path": "alpaca.jsonl"}, {"path": "one.jsonl"}])
+    assert alpaca.prompt.format == "alpaca"
+    assert "Rows are rendered in several ways (20 as alpaca, 3 as chat): a request has one of them." in alpaca.notes
+    assert (alpaca.prompt.template or "").replace("{instruction}", "Add.") == alpaca.previews[0][0].text
+    assert "/v1/completions" in alpaca.how_to_ask
+    assert "chat_template.alpaca" in alpaca.how_to_ask
+
+
+def test_alpacas_rows_as_chats(planner: Planner) -> None:
+    planner.write("a.jsonl", [{"instruction": "Add.", "input": "1 2", "output": "3"}])
+    plan = planner.plan(datasets=[{"path": "a.jsonl", "type": "chat_template.alpaca"}], default_system_message="S")
+    assert "".join(piece.text for piece in plan.previews[0]) == (
+        "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nAdd.\n\n1 2<|im_end|>\n<|im_start|>assistant\n3<|im_end|>\n"
+    )
+    assert [piece.text for piece in plan.previews[0] if piece.trained] == ["3<|im_end|>"]
+    assert plan.prompt == Prompt(format="chat", system="S")
 
 
 def test_types_are_told_by_the_first_row(planner: Planner) -> None:
@@ -228,6 +409,17 @@ def test_what_cannot_be_planned(planner: Planner, keys: dict[str, Any], error: t
     with pytest.raises(error) as caught:
         planner.plan(**keys)
     assert caught.value.param == param  # type: ignore[attr-defined]
+
+
+def test_a_built_in_template_may_be_named_where_the_model_is_served_with_it(planner: Planner, tiny_model: Path) -> None:
+    with pytest.raises(InvalidRequest, match=r"does not write ### Instruction:.*--chat-template alpaca\)"):
+        planner.plan(chat_template="alpaca")
+    bare = Planner(planner.folder, Tokenizer(planner.tokenizer._backend, eos_ids=[0]))
+    with pytest.raises(InvalidRequest, match=r"has no chat template.*--chat-template alpaca\)"):
+        bare.plan(chat_template="alpaca")
+    source = builtin_template("alpaca")
+    served = Planner(planner.folder, load_tokenizer(tiny_model, {}, {}, chat_template=source))
+    assert served.plan(chat_template="alpaca").train == served.plan(chat_template="tokenizer_default").train
 
 
 def test_what_is_the_models_own_may_be_named(planner: Planner) -> None:
@@ -293,3 +485,69 @@ def test_the_example_recipes(name: str, tokenizer: Tokenizer) -> None:
 def test_the_starter_is_a_recipe() -> None:
     recipe = load_recipe((EXAMPLES / "starter.yaml").read_bytes(), max_lora_rank=64)
     assert recipe.notes == ()
+
+
+# -- kept data -------------------------------------------------------------------------------------
+
+
+def same(one: Plan, other: Plan) -> bool:
+    told = msgspec.to_builtins(summarize(one)) == msgspec.to_builtins(summarize(other))
+    return told and (one.train, one.test, one.bins) == (other.train, other.test, other.bins)
+
+
+KEYS: dict[str, Any] = {
+    "val_set_size": 3,
+    "sample_packing": True,
+    "sequence_len": 20,
+    "datasets": [{"path": "rows.jsonl", "train_on_eos": "none"}],
+    "dataset_exact_deduplication": True,
+    "excess_length_strategy": "truncate",
+}
+
+
+def test_data_is_read_once(planner: Planner, tmp_path: Path) -> None:
+    """A second plan is made of the kept examples alone, and is the same in all that it says."""
+    kept = KeptData(tmp_path / "examples.bin", lambda: "digest")
+    first = planner.plan(kept=kept, **KEYS)
+    assert any("train_on_eos is none" in warning for warning in first.warnings)
+    assert first.train_stats.counts.truncated
+    assert same(first, planner.plan(**KEYS))
+    again = planner.plan(kept=kept, files=DataFiles(), **KEYS)  # no file may be read
+    assert same(first, again)
+    assert list(feed(again).epoch(1)) == list(feed(first).epoch(1))
+
+
+@pytest.mark.parametrize("fault", ["damaged", "tokenizer", "recipe"])
+def test_kept_data_that_cannot_be_used_is_made_again(
+    planner: Planner, tmp_path: Path, fault: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "examples.bin"
+    first = planner.plan(kept=KeptData(path, lambda: "digest"), **KEYS)
+    whole = path.read_bytes()
+    digest, keys = "digest", KEYS
+    if fault == "damaged":
+        path.write_bytes(whole[:-3])
+    elif fault == "tokenizer":
+        digest = "another"
+    else:
+        keys = KEYS | {"train_on_inputs": True}
+    found = planner.plan(kept=KeptData(path, lambda: digest), **keys)
+    assert same(found, planner.plan(**keys))
+    assert same(found, first) == (fault != "recipe")
+    assert same(found, planner.plan(kept=KeptData(path, lambda: digest), files=DataFiles(), **keys))
+    out = capsys.readouterr()
+    assert "data_is_tokenised_again" in out.out + out.err
+
+
+def test_a_plan_is_made_where_nothing_can_be_kept(planner: Planner, tmp_path: Path) -> None:
+    """The job goes on: a disk that takes no examples is no fault of its recipe."""
+    (tmp_path / "file").write_text("")
+    kept = KeptData(tmp_path / "file" / "examples.bin", lambda: "digest")
+    assert same(planner.plan(kept=kept), planner.plan())
+
+
+def test_kept_data_is_no_way_around_the_checks(planner: Planner, tmp_path: Path) -> None:
+    kept = KeptData(tmp_path / "examples.bin", lambda: "digest")
+    planner.plan(kept=kept, **KEYS)
+    with pytest.raises(InvalidRequest, match="sequence_len must be at most 16"):
+        planner.plan(kept=kept, max_len=16, **KEYS)

@@ -5,18 +5,19 @@ from typing import Any
 
 import pytest
 
+from runtime.checkpoints.hf_tokenizer import load_tokenizer
+from runtime.events import EvalEvent, FinishedEvent, RunEvent, StepEvent
+from runtime.model.families.llama import Llama
 from runtime.trainer.data.files import DataFiles
-from runtime.trainer.events import EvalEvent, FinishedEvent, RunEvent, StepEvent
-from runtime.trainer.plan import Plan, feed, prepare
+from runtime.trainer.plan.plan import Plan, feed, prepare
+from runtime.trainer.plan.served_model import by_linear
 from runtime.trainer.recipe import Document, recipe_from
 from runtime.trainer.run import TrainingRun
-from runtime.trainer.run_spec import run_spec
 from runtime.trainer.shape import shape_of
-from runtime.workers.loading.hf_tokenizer import load_tokenizer
-from runtime.workers.models.llama import Llama
+from runtime.trainer.sliced_run import RunSpec
 from tests.trainer.tiny_training import drive, load_decoder, write_nothing
 
-EXAMPLES = Path(__file__).parent.parent.parent / "settings" / "recipes"
+EXAMPLES = Path(__file__).parents[3] / "settings" / "recipes"
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +37,10 @@ def make_plan(tiny_model: Path, decoder: Any, **keys: Any) -> Plan:
     )
 
 
+def spec_of(plan: Plan) -> RunSpec:
+    return RunSpec(recipe=plan.recipe, schedule=plan.schedule, targets=by_linear(plan.targets, Llama.LORA_TARGETS))
+
+
 def test_a_run_takes_the_steps_of_its_plan(tiny_model: Path, decoder: Any) -> None:
     plan = make_plan(
         tiny_model,
@@ -48,7 +53,7 @@ def test_a_run_takes_the_steps_of_its_plan(tiny_model: Path, decoder: Any) -> No
         val_set_size=2,
         evals_per_epoch=1,
     )
-    spec = run_spec(plan, Llama.LORA_TARGETS)
+    spec = spec_of(plan)
     assert spec.targets == {
         (layer, name): parts for layer in (0, 1) for name, parts in (("qkv", ["q", "v"]), ("gate_up", ["up"]))
     }
@@ -69,32 +74,37 @@ def test_a_run_takes_the_steps_of_its_plan(tiny_model: Path, decoder: Any) -> No
 @pytest.mark.parametrize(
     ("keys", "path", "value"),
     [
-        ({"optimizer": "paged_adamw_8bit"}, "optimizer.name", "adamw_8bit"),
-        ({"optimizer": "sgd"}, "optimizer.name", "sgd"),
-        ({"max_grad_norm": 0}, "optimizer.max_grad_norm", None),
-        ({"max_grad_norm": 0.5}, "optimizer.max_grad_norm", 0.5),
-        ({"adam_beta2": 0.95, "adam_beta1": 0.8}, "optimizer.betas", (0.8, 0.95)),
-        ({"adam_epsilon": 1e-6}, "optimizer.epsilon", 1e-6),
-        ({"weight_decay": 0.1}, "optimizer.weight_decay", 0.1),
-        ({"lr_scheduler": "constant_with_warmup", "warmup_steps": 3}, "schedule.name", "constant"),
+        ({"optimizer": "paged_adamw_8bit"}, "recipe.optimizer_family", "adamw_8bit"),
+        ({"optimizer": "sgd"}, "recipe.optimizer_family", "sgd"),
+        ({"max_grad_norm": 0}, "recipe.max_grad_norm", 0.0),
+        ({"max_grad_norm": 0.5}, "recipe.max_grad_norm", 0.5),
+        ({"adam_beta2": 0.95, "adam_beta1": 0.8}, "recipe.adam_beta1", 0.8),
+        ({"adam_beta2": 0.95, "adam_beta1": 0.8}, "recipe.adam_beta2", 0.95),
+        ({"adam_epsilon": 1e-6}, "recipe.adam_epsilon", 1e-6),
+        ({"weight_decay": 0.1}, "recipe.weight_decay", 0.1),
+        ({"lr_scheduler": "constant_with_warmup", "warmup_steps": 3}, "recipe.lr_scheduler", "constant_with_warmup"),
         ({"lr_scheduler": "constant_with_warmup", "warmup_steps": 3}, "schedule.warmup_steps", 3),
-        ({"lr_scheduler": "linear"}, "schedule.name", "linear"),
-        ({"lr_scheduler": "cosine_min_lr_ratio", "cosine_min_lr_ratio": 0.1}, "schedule.name", "cosine"),
-        ({"cosine_min_lr_ratio": 0.1}, "schedule.min_ratio", 0.1),
-        ({"lora_dropout": 0.05}, "dropout", 0.05),
+        ({"lr_scheduler": "linear"}, "recipe.lr_scheduler", "linear"),
+        (
+            {"lr_scheduler": "cosine_min_lr_ratio", "cosine_min_lr_ratio": 0.1},
+            "recipe.lr_scheduler",
+            "cosine_min_lr_ratio",
+        ),
+        ({"cosine_min_lr_ratio": 0.1}, "recipe.cosine_min_lr_ratio", 0.1),
+        ({"lora_dropout": 0.05}, "recipe.lora_dropout", 0.05),
         ({"peft_use_rslora": True}, "shape.rslora", True),
         ({"lora_alpha": 32}, "shape.alpha", 32.0),
-        ({"loss_watchdog_threshold": 5, "loss_watchdog_patience": 2}, "watchdog.threshold", 5.0),
-        ({"gradient_checkpointing": "offload"}, "checkpointing", True),
-        ({"gradient_accumulation_steps": 3}, "accumulation", 3),
-        ({"seed": 7}, "seed", 7),
-        ({"early_stopping_patience": 2, "val_set_size": 2}, "early_stopping", 2),
-        ({"save_steps": 5}, "save_every", 5),
-        ({"val_set_size": 2, "eval_steps": 4}, "eval_every", 4),
+        ({"loss_watchdog_threshold": 5, "loss_watchdog_patience": 2}, "recipe.loss_watchdog_threshold", 5.0),
+        ({"gradient_checkpointing": "offload"}, "recipe.gradient_checkpointing", True),
+        ({"gradient_accumulation_steps": 3}, "recipe.gradient_accumulation_steps", 3),
+        ({"seed": 7}, "recipe.seed", 7),
+        ({"early_stopping_patience": 2, "val_set_size": 2}, "recipe.early_stopping_patience", 2),
+        ({"save_steps": 5}, "schedule.save_every", 5),
+        ({"val_set_size": 2, "eval_steps": 4}, "schedule.eval_every", 4),
     ],
 )
 def test_every_key_arrives(tiny_model: Path, decoder: Any, keys: dict[str, Any], path: str, value: object) -> None:
-    found: Any = run_spec(make_plan(tiny_model, decoder, **keys), Llama.LORA_TARGETS)
+    found: Any = spec_of(make_plan(tiny_model, decoder, **keys))
     for name in path.split("."):
         found = getattr(found, name)
     assert found == value

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 
 from runtime.errors import InvalidRequest
+from runtime.model.families.llama import Llama
+from runtime.trainer.plan.served_model import Target, resolve_targets
 from runtime.trainer.recipe import Document, recipe_from
 from runtime.trainer.shape import ModelShape, shape_of
-from runtime.trainer.targets import Target, resolve_targets
-from runtime.workers.models.llama import Llama
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +84,6 @@ def test_what_is_absent_is_refused_with_what_there_is(shape: ModelShape, modules
 
 
 def test_an_expression_that_takes_forever(shape: ModelShape, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runtime.trainer.targets._PATIENCE", 0.05)
+    monkeypatch.setattr("runtime.trainer.plan.served_model._PATIENCE", 0.05)
     with pytest.raises(InvalidRequest, match=r"no linear|takes over"):
         resolve(shape, lora_target_modules=r"((([\w.]+)+)+)+!(?<=a)")

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from runtime.trainer.recipe import RecipeError
 from runtime.trainer.recipe.document import MAX_BYTES, MAX_DEPTH, MAX_NODES, read_document
-from runtime.trainer.recipe.scalars import plain
+from runtime.trainer.recipe.types import plain
 
 
 @pytest.mark.parametrize(
@@ -46,6 +46,10 @@ def test_scalars(text: str, value: object) -> None:
     found = read_document(f"key: {text}".encode()).values["key"]
     assert found == value
     assert type(found) is type(value)
+
+
+def test_a_pair_of_escapes_is_one_character_as_in_json() -> None:
+    assert read_document(b'a: "\\ud83d\\ude00"').values == {"a": "\U0001f600"}
 
 
 def test_not_a_number_and_nothing() -> None:
@@ -102,6 +106,8 @@ def test_lines_and_nesting() -> None:
         (b"? [a]\n: b", "a key must be a text"),
         (b"a:\n" + b" - 1\n" * (MAX_NODES + 1), "at most 10000 keys and values"),
         (b"#" * (MAX_BYTES + 1), "at most 131072 bytes"),
+        (b'a: 1\nb: "x\\ud800y"', r"b, line 2: holds a lone surrogate \(U\+D800\)"),
+        (b'a:\n  "\\udfff": 1', r"a, line 2: holds a lone surrogate \(U\+DFFF\)"),
     ],
 )
 def test_documents_that_are_refused(data: bytes, message: str) -> None:

@@ -10,13 +10,13 @@ from pathlib import Path
 import psutil
 import pytest
 
+from runtime.engine.service import EngineService
 from runtime.errors import EngineFailure, EngineUnavailable, RequestError
 from runtime.messages import SamplingParams, Submission
-from runtime.ranks.executor import DistributedExecutor
-from runtime.service import EngineService
-from tests.adapters import make_adapter
+from runtime.workers.parallel.executor import DistributedExecutor
+from tests.adapter_files import make_adapter
 from tests.end_to_end.process import ServerProcess
-from tests.engine.test_service import check_empty, gather, run
+from tests.engine.services import check_empty, gather, run
 
 TIMEOUT = 4.0
 """A step of the tiny model takes milliseconds; ranks that are started again get as long as they need."""
@@ -27,7 +27,7 @@ LONG = SamplingParams(max_tokens=480, temperature=0.0, ignore_eos=True)
 def pids(service: EngineService) -> list[int]:
     executor = service.engine._executor
     assert isinstance(executor, DistributedExecutor)
-    return executor.crew.pids
+    return executor.ranks.pids
 
 
 async def until(condition: Callable[[], bool], seconds: float = 60) -> None:

@@ -1,23 +1,28 @@
 """Ranks in processes of their own, over gloo, against one rank in this process: the same tokens."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from msgspec.structs import replace
 
 from runtime import LLM, SamplingParams
+from runtime.checkpoints.peft import AdapterInvalid
 from runtime.llm import Completion
 from runtime.messages import Submission
-from runtime.workers.loading.errors import ModelLoadError
-from runtime.workers.loading.peft import AdapterInvalid
-from tests.adapters import make_adapter, peft_greedy
+from runtime.model.config import ModelLoadError
+from runtime.text.grammar import GrammarBuilder, regex_part
+from tests.adapter_files import make_adapter, peft_greedy
 from tests.parity.families import make_model
 from tests.tiny import VOCAB_SIZE, make_tiny_llama, make_tiny_tokenizer
 
 PROMPTS = [[3 + (seed * 7 + at * at) % 500 for at in range(length)] for seed, length in ((1, 1), (2, 9), (3, 60))]
 GREEDY = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
 SAMPLED = SamplingParams(max_tokens=12, temperature=1.5, top_p=0.9, seed=5, min_tokens=4)
+GREEDY_TEXT = SamplingParams(max_tokens=60, temperature=0.0)
+SAMPLED_TEXT = SamplingParams(max_tokens=60, temperature=1.5, seed=5)
 PARAMS = [GREEDY, GREEDY, SAMPLED]
 
 
@@ -50,6 +55,41 @@ def test_tokens_equal_one_rank(ranks: tuple[LLM, LLM]) -> None:
     for params in (GREEDY, PARAMS):  # greedy alone: the ranks exchange their best tokens only
         assert tokens(several.generate(PROMPTS, params)) == tokens(one.generate(PROMPTS, params))
     several.engine.scheduler.check_integrity()
+
+
+def test_rules_and_log_probabilities_equal_one_rank(ranks: tuple[LLM, LLM]) -> None:
+    """Of tokens that lie on different ranks."""
+    bias = {3: 2.0, VOCAB_SIZE - 1: 3.0, VOCAB_SIZE // 2: -100.0}
+    ruled = replace(SAMPLED, repetition_penalty=1.5, frequency_penalty=0.5, logit_bias=bias, logprobs=4)
+    masked = replace(GREEDY, allowed_token_ids=tuple(range(0, VOCAB_SIZE, 7)), logprobs=0, prompt_logprobs=3)
+    found, expected = (llm.generate(PROMPTS, [masked, masked, ruled]) for llm in ranks)
+    assert tokens(found) == tokens(expected)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert len(ours.logprobs) == len(ours.token_ids)
+        for one, other in zip(
+            [*ours.logprobs, *ours.prompt_logprobs], [*theirs.logprobs, *theirs.prompt_logprobs], strict=True
+        ):
+            assert one.logprob == pytest.approx(other.logprob, abs=1e-3)
+            assert [value for _, value in one.top] == pytest.approx([value for _, value in other.top], abs=1e-3)
+
+
+def test_grammars_hold_on_all_ranks(ranks: tuple[LLM, LLM]) -> None:
+    found = []
+    for llm in ranks:
+        builder = GrammarBuilder(llm.engine.grammars.special_id)
+        grammar = builder.build(builder.part("body", regex_part("[a-z]{3,20}: (newt|eft of the pond)", "regex")))
+        asked = [
+            Submission(request_id="r", prompt_ids=prompt, grammar=grammar, params=params)
+            for prompt, params in zip(PROMPTS, [GREEDY_TEXT, SAMPLED_TEXT, SAMPLED_TEXT], strict=True)
+        ]
+        llm.engine.submit_all(asked)
+        texts = dict.fromkeys((one.id for one in asked), "")
+        while llm.engine.busy:
+            for output in llm.engine.step():
+                texts[output.id] += output.text
+        found.append(list(texts.values()))
+    assert found[0] == found[1]
+    assert all(re.fullmatch("[a-z]{3,20}: (newt|eft of the pond)", text) for text in found[0])
 
 
 def test_two_adapters_and_the_base_in_one_batch(ranks: tuple[LLM, LLM], tiny_model: Path, tmp_path: Path) -> None:

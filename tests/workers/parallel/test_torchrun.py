@@ -14,8 +14,8 @@ import psutil
 import pytest
 
 from runtime import LLM, SamplingParams
-from runtime.ranks.torchrun import Torchrun
-from runtime.workers.loading.errors import ModelLoadError
+from runtime.model.config import ModelLoadError
+from runtime.workers.parallel.torchrun import Torchrun
 from tests.end_to_end.process import ROOT, wait_until
 
 GIVEN = {

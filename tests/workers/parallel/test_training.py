@@ -8,10 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from runtime.assembly import Assembled, assemble
-from runtime.ranks.executor import DistributedExecutor
-from runtime.trainer.batches import pack
-from runtime.trainer.events import (
+from runtime.checkpoints.peft import write_adapter
+from runtime.engine.assembly import Assembled, assemble
+from runtime.events import (
     CancelledEvent,
     CheckpointEvent,
     EvalEvent,
@@ -21,23 +20,22 @@ from runtime.trainer.events import (
     RunEvent,
     StepEvent,
 )
-from runtime.trainer.feed import Feed
-from runtime.trainer.sliced_run import SlicedRun
+from runtime.model.lora import LoraLayers
+from runtime.trainer.batches import ExampleFeed, pack
+from runtime.trainer.recipe import Dataset, Recipe
+from runtime.trainer.sliced_run import RunSpec, SlicedRun
 from runtime.trainer.snapshot import Restored, read_snapshot
-from runtime.trainer.spec import RunSpec
-from runtime.workers.loading.peft import write_adapter
-from runtime.workers.lora import LoraLayers
+from runtime.workers.parallel.executor import DistributedExecutor
 from settings.load import load
 from tests.trainer.tiny_training import drive, examples, run_spec
 
 DATA = examples(12, seed=1)
-FEED = Feed(
+FEED = ExampleFeed(
     train=DATA[:8],
     bins=pack([len(one) for one in DATA[:8]], 1),
-    micro_batch_size=2,
-    seed=3,
-    shuffle=True,
-    by_length=False,
+    recipe=Recipe(
+        adapter="lora", datasets=(Dataset(path="rows.jsonl"),), learning_rate=1e-4, micro_batch_size=2, seed=3
+    ),
     test=[DATA[8:10], DATA[10:]],
 )
 
@@ -60,7 +58,7 @@ def models(tiny_model: Path) -> Iterator[tuple[Assembled, Assembled]]:
 
 
 def spec(model: Assembled, **changes: Any) -> RunSpec:
-    return run_spec(model.decoder, dropout=0.1, eval_every=3, checkpointing=True, **changes)
+    return run_spec(model.decoder, lora_dropout=0.1, eval_every=3, gradient_checkpointing=True, **changes)
 
 
 def start(
@@ -156,7 +154,7 @@ def test_a_run_outlives_its_ranks(models: tuple[Assembled, Assembled], tmp_path:
         run.work(0.05)
     executor = models[0].engine._executor
     assert isinstance(executor, DistributedExecutor)
-    executor.crew.give_up("a test")
+    executor.ranks.give_up("a test")
     assert not run.ready
     models[0].engine.recover()
     drive(run)

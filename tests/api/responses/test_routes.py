@@ -1,0 +1,203 @@
+"""/v1/responses over a fake engine that echoes the prompt, a byte a token."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from runtime.api.app import create_app
+from runtime.api.handle import ServiceHandle
+from runtime.responses.store import SCHEMA, ResponseStore
+from runtime.support.database import Database
+from settings.schema import ServerSettings, Settings
+from tests.api.fakes import FakeService
+
+pytestmark = pytest.mark.anyio
+URL = "/v1/responses"
+KEYS = ("one", "two")
+
+
+def app_of(service: FakeService, store: ResponseStore | None, settings: Settings | None = None) -> httpx.AsyncClient:
+    handle = ServiceHandle(service)  # type: ignore[arg-type]
+    handle.responses = store
+    transport = httpx.ASGITransport(app=create_app(handle, settings or Settings()), raise_app_exceptions=False)
+    return httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1")
+
+
+@pytest.fixture
+async def database(tmp_path: Path) -> AsyncIterator[Database]:
+    database = await asyncio.to_thread(Database, tmp_path, [SCHEMA])
+    yield database
+    await asyncio.to_thread(database.close)
+
+
+@pytest.fixture
+def store(database: Database) -> ResponseStore:
+    return ResponseStore(database, keep_seconds=None, max_responses=100)
+
+
+@pytest.fixture
+async def stored(service: FakeService, store: ResponseStore) -> AsyncIterator[httpx.AsyncClient]:
+    async with app_of(service, store) as client:
+        yield client
+
+
+def events_of(text: str) -> list[dict[str, Any]]:
+    found = []
+    for block in filter(None, text.split("\n\n")):
+        name, data = block.split("\n", 1)
+        found.append(json.loads(data.removeprefix("data: ")))
+        assert name == f"event: {found[-1]['type']}"
+    return found
+
+
+async def test_a_whole_response(stored: httpx.AsyncClient) -> None:
+    answer = await stored.post(URL, json={"input": "Hi", "max_output_tokens": 4, "metadata": {"a": "b"}})
+    body = answer.json()
+    assert answer.status_code == 200, body
+    assert (body["object"], body["status"], body["model"]) == ("response", "incomplete", "fake")
+    assert body["incomplete_details"] == {"reason": "max_output_tokens"}
+    assert (body["store"], body["metadata"]) == (True, {"a": "b"})
+    (item,) = body["output"]
+    assert (item["type"], item["role"], item["status"]) == ("message", "assistant", "incomplete")
+    assert item["content"] == [{"type": "output_text", "text": "user", "annotations": [], "logprobs": []}]
+    assert body["usage"]["input_tokens"] == 8
+    assert body["usage"]["output_tokens"] == 4
+    assert (await stored.get(f"{URL}/{body['id']}")).json() == body
+
+
+async def test_events_join_to_the_whole_response(stored: httpx.AsyncClient) -> None:
+    asked = {"input": "Hi", "max_output_tokens": 6, "stream": True}
+    events = events_of((await stored.post(URL, json=asked)).text)
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    kinds = [event["type"] for event in events if not event["type"].endswith(".delta")]
+    assert kinds == [
+        "response.created",
+        "response.in_progress",
+        "response.output_item.added",
+        "response.content_part.added",
+        "response.output_text.done",
+        "response.content_part.done",
+        "response.output_item.done",
+        "response.incomplete",
+    ]
+    final = events[-1]["response"]
+    text = "".join(event["delta"] for event in events if event["type"] == "response.output_text.delta")
+    assert text == final["output"][0]["content"][0]["text"] == "user: "
+    assert (await stored.get(f"{URL}/{final['id']}")).json() == final
+
+
+async def test_a_conversation_goes_on(stored: httpx.AsyncClient, service: FakeService) -> None:
+    first = (await stored.post(URL, json={"input": "Hi", "max_output_tokens": 4, "instructions": "Be brief."})).json()
+    asked = {"input": "More", "previous_response_id": first["id"], "max_output_tokens": 2}
+    second = (await stored.post(URL, json=asked)).json()
+    assert second["previous_response_id"] == first["id"]
+    prompt = bytes(service.submitted[-1].prompt_ids).decode()
+    assert prompt.index("user: Hi") < prompt.index("assistant: syst") < prompt.index("user: More")
+    assert "Be brief." not in prompt  # instructions are those of one response
+    items = (await stored.get(f"{URL}/{second['id']}/input_items", params={"order": "asc"})).json()
+    assert [item["role"] for item in items["data"]] == ["user", "assistant", "user"]
+    page = await stored.get(f"{URL}/{second['id']}/input_items", params={"limit": 1, "after": items["last_id"]})
+    assert page.json()["data"] == [items["data"][1]]
+    assert page.json()["has_more"]
+
+
+async def test_calls_and_their_outputs_stay_in_the_conversation(
+    stored: httpx.AsyncClient, service: FakeService
+) -> None:
+    call = {"type": "function_call", "call_id": "c1", "name": "f", "arguments": "{}"}
+    output = {"type": "function_call_output", "call_id": "c1", "output": "snow"}
+    asked = {"input": [{"role": "user", "content": "Hi"}, call, output], "max_output_tokens": 2}
+    first = await stored.post(URL, json=asked)
+    assert first.status_code == 200, first.text
+    assert "snow" in bytes(service.submitted[-1].prompt_ids).decode()
+    items = (await stored.get(f"{URL}/{first.json()['id']}/input_items", params={"order": "asc"})).json()["data"]
+    assert [item["type"] for item in items] == ["message", "function_call", "function_call_output"]
+
+
+async def test_a_deleted_response_is_gone(stored: httpx.AsyncClient) -> None:
+    id = (await stored.post(URL, json={"input": "Hi", "max_output_tokens": 2})).json()["id"]
+    deleted = await stored.delete(f"{URL}/{id}")
+    assert deleted.json() == {"id": id, "object": "response", "deleted": True}
+    for answer in (await stored.get(f"{URL}/{id}"), await stored.delete(f"{URL}/{id}")):
+        assert answer.status_code == 404
+    more = await stored.post(URL, json={"input": "More", "previous_response_id": id})
+    assert (more.status_code, more.json()["error"]["param"]) == (404, "previous_response_id")
+
+
+async def test_what_is_not_to_be_stored_is_not(stored: httpx.AsyncClient) -> None:
+    body = (await stored.post(URL, json={"input": "Hi", "max_output_tokens": 2, "store": False})).json()
+    assert body["store"] is False
+    assert (await stored.get(f"{URL}/{body['id']}")).status_code == 404
+
+
+async def test_a_server_without_a_store_answers_what_needs_none(service: FakeService) -> None:
+    async with app_of(service, None) as client:
+        plain = await client.post(URL, json={"input": "Hi", "max_output_tokens": 2})
+        assert (plain.status_code, plain.json()["store"]) == (200, False)
+        for more in ({"store": True}, {"previous_response_id": "resp_1"}, {"background": True}):
+            assert (await client.post(URL, json={"input": "Hi", **more})).status_code == 503
+
+
+async def test_responses_belong_to_the_key_that_made_them(service: FakeService, store: ResponseStore) -> None:
+    settings = Settings(server=ServerSettings(api_key=KEYS))
+    one, two = ({"Authorization": f"Bearer {key}"} for key in KEYS)
+    async with app_of(service, store, settings) as client:
+        made = await client.post(URL, json={"input": "Hi", "max_output_tokens": 2}, headers=one)
+        assert made.status_code == 200, made.text
+        id = made.json()["id"]
+        assert (await client.get(f"{URL}/{id}", headers=one)).status_code == 200
+        assert (await client.get(f"{URL}/{id}", headers=two)).status_code == 404
+
+
+async def test_a_response_in_the_background_is_fetched_later(stored: httpx.AsyncClient) -> None:
+    begun = (await stored.post(URL, json={"input": "Hi", "max_output_tokens": 4, "background": True})).json()
+    assert begun["status"] == "in_progress"
+    for _ in range(6000):
+        now = (await stored.get(f"{URL}/{begun['id']}")).json()
+        if now["status"] != "in_progress":
+            break
+        await asyncio.sleep(0.01)
+    assert now["status"] == "incomplete"
+    assert now["output"][0]["content"][0]["text"] == "user"
+    assert (await stored.post(f"{URL}/{begun['id']}/cancel")).json() == now
+
+
+async def test_a_response_in_the_background_is_cancelled(stored: httpx.AsyncClient, service: FakeService) -> None:
+    service.stall_after = 1
+    begun = (await stored.post(URL, json={"input": "Hi", "max_output_tokens": 9, "background": True})).json()
+    cancelled = (await stored.post(f"{URL}/{begun['id']}/cancel")).json()
+    assert cancelled["status"] == "cancelled"
+    assert not service.running
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"input": []}, "input"),
+        ({"max_output_tokens": 0}, "max_completion_tokens"),
+        ({"include": ["weather"]}, "include"),
+        ({"background": True, "store": False}, "background"),
+        ({"background": True, "stream": True}, "background"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ({"tools": [{"type": "function", "name": "f"}], "tool_choice": "maybe"}, "tool_choice"),
+        ({"conversation": "c"}, "conversation"),
+        ({"input": [{"type": "image_generation_call"}]}, "input[0]"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0]"),
+        ({"metadata": {str(n): "" for n in range(17)}}, "metadata"),
+        ({"temperature": -1}, "temperature"),
+    ],
+)
+async def test_what_cannot_be_done_is_named(stored: httpx.AsyncClient, fields: dict[str, Any], param: str) -> None:
+    answer = await stored.post(URL, json={"input": "Hi", **fields})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+
+
+async def test_sampling_fields_of_a_chat_are_passed_on(stored: httpx.AsyncClient, service: FakeService) -> None:
+    await stored.post(URL, json={"input": "Hi", "max_output_tokens": 2, "top_k": 7, "seed": 3, "stop": ["x"]})
+    params = service.submitted[-1].params
+    assert (params.max_tokens, params.top_k, params.seed, params.stop) == (2, 7, 3, ("x",))

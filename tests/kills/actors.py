@@ -1,0 +1,214 @@
+"""Clients that keep a server at work while it is killed: jobs with files, adapters from outside, deletions.
+
+Each notes in the ledger what it is about to ask for, and what was answered."""
+
+import hashlib
+import json
+import random
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from tests.kills.ledger import ENDED, AdapterEntry, JobEntry, Ledger
+
+MAX_OPEN = 4
+"""Jobs that wait or run at once."""
+
+RECIPE = """
+name: {name}
+adapter: lora
+lora_r: 4
+datasets:
+  - path: train.jsonl
+    type: completion
+sequence_len: 64
+micro_batch_size: 2
+max_steps: {steps}
+learning_rate: 1e-3
+loss_watchdog_threshold: 100
+save_steps: {save}
+save_total_limit: 2
+"""
+
+
+class Gone(Exception):
+    """The server was killed before it answered."""
+
+
+class Actor(threading.Thread):
+    """Does one thing after the other until the server is gone."""
+
+    def __init__(self, ledger: Ledger, url: str, seed: int, over: threading.Event) -> None:
+        super().__init__(daemon=True)
+        self.ledger = ledger
+        self.rng = random.Random(seed)
+        self.failure: BaseException | None = None
+        self._over = over
+        self._http = httpx.Client(base_url=url, timeout=60, trust_env=False)
+
+    def run(self) -> None:
+        try:
+            while not self._over.is_set():
+                self.act()
+        except Gone:
+            pass
+        except BaseException as error:
+            self.failure = error
+        finally:
+            self._http.close()
+
+    def act(self) -> None:
+        raise NotImplementedError
+
+    def ask(self, method: str, path: str, **options: Any) -> httpx.Response:
+        """Raises `Gone`."""
+        try:
+            answer = self._http.request(method, path, **options)
+        except httpx.TransportError as error:
+            self.ledger.unanswered += 1
+            raise Gone from error
+        assert answer.status_code < 500, (method, path, answer.status_code, answer.text)
+        self.ledger.acknowledged += answer.status_code < 300 and method != "GET"
+        return answer
+
+    def rest(self, most: float) -> None:
+        self._over.wait(self.rng.uniform(0, most))
+
+
+class Trainer(Actor):
+    """Asks for jobs, under keys, so that a job whose answer was lost is not asked for twice; deletes and cancels some.
+    What it asks for again is `owed`, by key."""
+
+    def __init__(self, ledger: Ledger, url: str, seed: int, over: threading.Event, owed: dict[str, Any]) -> None:
+        super().__init__(ledger, url, seed, over)
+        self._owed = owed
+
+    def act(self) -> None:
+        if self._owed or len(self._open()) < MAX_OPEN:
+            self._submit()
+        ended = [job for job in self.ledger.jobs.values() if job.status in ENDED and not job.deleted]
+        if len(ended) > 12 or (ended and self.rng.random() < 0.2):
+            self._delete_job(self.rng.choice(ended))
+        if (waiting := self._open()) and self.rng.random() < 0.1:
+            self.ask("POST", f"/admin/jobs/{self.rng.choice(waiting).id}/cancel")
+        self._look()
+        self.rest(0.1)
+
+    def _open(self) -> list[JobEntry]:
+        return [job for job in self.ledger.jobs.values() if job.status not in ENDED and not job.deleted]
+
+    def _submit(self) -> None:
+        if not self._owed:
+            key = f"key-{self.rng.getrandbits(48):x}"
+            text = "the newt crosses the road at night "
+            rows = "".join(
+                json.dumps({"text": f"{text}{n} {key}"}) + "\n" for n in range(self.rng.choice((4, 40, 4000)))
+            )
+            recipe = RECIPE.format(
+                name=f"job-{self.rng.randrange(40)}-{key}", steps=self.rng.randint(1, 6), save=self.rng.randint(1, 2)
+            )
+            self._owed[key] = recipe, rows.encode()
+        key, (recipe, data) = next(iter(self._owed.items()))
+        files = [
+            ("recipe", ("recipe.yaml", recipe.encode(), "application/yaml")),
+            ("data", ("train.jsonl", data, "application/jsonl")),
+        ]
+        answer = self.ask("POST", "/admin/train", files=files, headers={"Idempotency-Key": key})
+        assert answer.status_code in (200, 201, 202), answer.text
+        job = answer.json()
+        with self.ledger.lock:
+            del self._owed[key]
+            digest = hashlib.sha256(data).hexdigest()
+            self.ledger.jobs[job["id"]] = JobEntry(job["id"], job["name"] or "", {"train.jsonl": digest})
+
+    def _delete_job(self, job: JobEntry) -> None:
+        job.deleting = True
+        answer = self.ask("DELETE", f"/admin/jobs/{job.id}")
+        assert answer.status_code == 200, answer.text
+        job.deleted = True
+
+    def _look(self) -> None:
+        for job in self._open():
+            found = self.ask("GET", f"/admin/jobs/{job.id}").json()
+            if found["status"] in ENDED:
+                job.adapter, job.status = found["adapter"], found["status"]
+
+
+class Publisher(Actor):
+    """Works on one adapter of its own."""
+
+    def __init__(
+        self, ledger: Ledger, url: str, seed: int, over: threading.Event, name: str, sources: list[Path]
+    ) -> None:
+        super().__init__(ledger, url, seed, over)
+        self._sources = sources
+        self._entry = ledger.adapters.setdefault(name, AdapterEntry(name, aliases={f"{name}-alias": False}))
+
+    def act(self) -> None:
+        entry = self._entry
+        options: list[Callable[[], None]] = [self._publish]
+        if entry.current is not None:
+            options += [self._publish, self._alias, self._promote, self._delete_version]
+            if self.rng.random() < 0.2:
+                options = [self._delete_all]
+        self.rng.choice(options)()
+        self.rest(0.1)
+
+    def _publish(self) -> None:
+        entry = self._entry
+        entry.pending = "publish"
+        body = {"lora_name": entry.name, "lora_path": str(self.rng.choice(self._sources)), "load_inplace": True}
+        answer = self.ask("POST", "/v1/load_lora_adapter", json=body)
+        assert answer.status_code == 200, answer.text
+        self._settle()
+
+    def _promote(self) -> None:
+        entry = self._entry
+        entry.pending = "promote"
+        answer = self.ask(
+            "POST", f"/admin/adapters/{entry.name}/promote", json={"version": self.rng.choice(list(entry.versions))}
+        )
+        assert answer.status_code == 200, answer.text
+        self._settle()
+
+    def _alias(self) -> None:
+        entry = self._entry
+        (alias,) = entry.aliases
+        there, entry.aliases[alias] = entry.aliases[alias], None
+        path = f"/admin/adapters/{entry.name}/alias"
+        answer = self.ask("DELETE", f"{path}/{alias}") if there else self.ask("POST", path, json={"alias": alias})
+        assert answer.status_code == 200, answer.text
+        entry.aliases[alias] = not there
+
+    def _delete_version(self) -> None:
+        entry = self._entry
+        old = [number for number in entry.versions if number != entry.current]
+        if not old:
+            return
+        number = self.rng.choice(old)
+        entry.deleting = {number}
+        answer = self.ask("DELETE", f"/admin/adapters/{entry.name}/versions/{number}?drain=1")
+        assert answer.status_code == 200, answer.text
+        with self.ledger.lock:
+            del entry.versions[number]
+            entry.deleting = set()
+
+    def _delete_all(self) -> None:
+        entry = self._entry
+        entry.pending, entry.deleting = "delete", set(entry.versions)
+        entry.aliases = dict.fromkeys(entry.aliases)
+        answer = self.ask("DELETE", f"/admin/adapters/{entry.name}?drain=1")
+        assert answer.status_code == 200, answer.text
+        with self.ledger.lock:
+            entry.versions, entry.current, entry.pending, entry.deleting = {}, None, "", set()
+            entry.aliases = dict.fromkeys(entry.aliases, False)
+
+    def _settle(self) -> None:
+        """Note what the server says that there is after an acknowledged change."""
+        found = self.ask("GET", f"/admin/adapters/{self._entry.name}").json()
+        with self.ledger.lock:
+            self._entry.versions = {version["number"]: version["sha256"] for version in found["versions"]}
+            self._entry.current, self._entry.pending = found["current"], ""

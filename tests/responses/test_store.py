@@ -1,0 +1,67 @@
+"""The store of responses: retention, chains, and whose they are."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from runtime.errors import InvalidRequest, NotFound
+from runtime.responses import store as module
+from runtime.responses.store import SCHEMA, ResponseStore, StoredResponse
+from runtime.support.database import Database
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Iterator[Database]:
+    database = Database(tmp_path, [SCHEMA])
+    yield database
+    database.close()
+
+
+def response(id: str, *, at: float = 0.0, previous: str | None = None, tenant: str = "") -> StoredResponse:
+    return StoredResponse(id=id, tenant=tenant, created_at=at, previous_id=previous, input=b"[]", response=b"{}")
+
+
+async def test_the_oldest_go_first(database: Database) -> None:
+    store = ResponseStore(database, keep_seconds=None, max_responses=2)
+    for number in range(4):
+        await store.put(response(str(number), at=number))
+    for gone in "01":
+        with pytest.raises(NotFound):
+            await store.get(gone, "")
+    assert (await store.get("3", "")).id == "3"
+
+
+async def test_those_that_are_too_old_go(database: Database) -> None:
+    now = 100.0
+    store = ResponseStore(database, keep_seconds=50, max_responses=9, clock=lambda: now)
+    await store.put(response("old", at=60))
+    now = 111.0
+    await store.put(response("new", at=111))
+    with pytest.raises(NotFound):
+        await store.get("old", "")
+    assert (await store.get("new", "")).created_at == 111
+
+
+async def test_a_chain_is_read_from_its_beginning(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = ResponseStore(database, keep_seconds=None, max_responses=99)
+    for number in range(5):
+        await store.put(response(str(number), previous=str(number - 1) if number else None))
+    assert [one.id for one in await store.chain("4", "")] == list("01234")
+    monkeypatch.setattr(module, "MAX_CHAIN", 4)
+    with pytest.raises(InvalidRequest, match="at most 4"):
+        await store.chain("4", "")
+    await store.delete("0", "")
+    with pytest.raises(NotFound, match="'0'"):
+        await store.chain("3", "")
+
+
+async def test_others_see_nothing(database: Database) -> None:
+    store = ResponseStore(database, keep_seconds=None, max_responses=9)
+    await store.put(response("a", tenant="one"))
+    for call in (store.get("a", "two"), store.chain("a", "two"), store.delete("a", "two")):
+        with pytest.raises(NotFound):
+            await call
+    await store.delete("a", "one")

@@ -1,0 +1,158 @@
+"""Answers under JSON schemas, checked by `jsonschema`, and what is refused."""
+
+import json
+from typing import Any
+
+import jsonschema
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from runtime.errors import InvalidRequest
+from runtime.text.grammar import GrammarBuilder, GrammarCompiler, json_part
+from runtime.text.grammar.schema import MAX_DEPTH, check_schema, parse_schema
+from runtime.text.tokenizer import Tokenizer
+from tests.text.grammar.walks import walk
+
+
+def text_of(compiler: GrammarCompiler, schema: Any) -> str:
+    builder = GrammarBuilder(compiler.special_id)
+    return builder.build(builder.part("body", json_part(schema, "schema")))
+
+
+SCALARS = st.one_of(
+    st.just({"type": "boolean"}),
+    st.just({"type": "null"}),
+    st.just({}),
+    st.builds(
+        lambda low, size: {"type": "integer", "minimum": low, "maximum": low + size},
+        st.integers(-200, 200),
+        st.integers(0, 50),
+    ),
+    st.builds(
+        lambda low, size: {"type": "integer", "exclusiveMinimum": low, "exclusiveMaximum": low + size},
+        st.integers(-200, 200),
+        st.integers(2, 50),
+    ),
+    st.builds(
+        lambda low, size: {"type": "number", "exclusiveMinimum": low, "exclusiveMaximum": low + size},
+        st.integers(-20, 20) | st.floats(-20, 20).map(lambda x: round(x, 2)),
+        st.integers(1, 50),
+    ),
+    st.builds(
+        lambda low, size: {"type": "string", "minLength": low, "maxLength": low + size},
+        st.integers(0, 4),
+        st.integers(0, 5),
+    ),
+    st.sampled_from(["^[a-c]{1,3}$", "x|yz", "^a+b?$", r"^\d{2}-\d$", "[^a]b$"]).map(
+        lambda pattern: {"type": "string", "pattern": pattern}
+    ),
+    st.sampled_from(["date", "time", "date-time", "uuid", "ipv4"]).map(lambda form: {"type": "string", "format": form}),
+    st.lists(st.sampled_from(["red", 'a"b', "ü\n", 3, 2.5, None, True, [1], {"k": "v"}]), min_size=1, max_size=4).map(
+        lambda values: {"enum": values}
+    ),
+    st.sampled_from(["x", 7, None, {"a": [1, {"b": False}]}]).map(lambda value: {"const": value}),
+)
+
+
+def objects(children: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    names = st.sampled_from(["a", "b", "city name", 'q"', "été", "uniqueItems"])
+
+    def of(properties: dict[str, Any], count: int, rest: Any) -> dict[str, Any]:
+        found = {"type": "object", "properties": properties, "required": list(properties)[:count]}
+        return found if rest is None else {**found, "additionalProperties": rest}
+
+    return st.builds(
+        of,
+        st.dictionaries(names, children, max_size=4),
+        st.integers(0, 4),
+        st.none() | st.just(False) | st.just({"type": "integer", "maximum": 5}),
+    )
+
+
+def arrays(children: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return st.builds(
+        lambda items, low, size: {"type": "array", "items": items, "minItems": low, "maxItems": low + size},
+        children,
+        st.integers(0, 2),
+        st.integers(0, 2),
+    )
+
+
+SCHEMAS = st.recursive(
+    SCALARS,
+    lambda children: (
+        objects(children)
+        | arrays(children)
+        | st.lists(children, min_size=1, max_size=3).map(lambda some: {"anyOf": some})
+    ),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=150)
+@given(schema=SCHEMAS, seed=st.integers(0, 2**32))
+def test_every_finished_answer_is_valid(
+    compiler: GrammarCompiler, tokenizer: Tokenizer, schema: Any, seed: int
+) -> None:
+    ids, finished = walk(compiler, tokenizer, text_of(compiler, schema), seed)
+    if finished:
+        jsonschema.validate(json.loads(tokenizer.decode(ids)), schema)
+
+
+@pytest.mark.parametrize(
+    ("schema", "keyword"),
+    [
+        ({"type": "array", "uniqueItems": True}, "uniqueItems"),
+        ({"properties": {"a": {"not": {"type": "string"}}}}, "not"),
+        ({"type": "string", "format": "iban"}, "iban"),
+        ({"propertyNames": {"pattern": "^a"}}, "propertyNames"),
+        ({"anyOf": [{"contains": {"const": 1}}]}, "contains"),
+        ({"divisibleBy": 3}, "divisibleBy"),
+        ({"items": {"x-guidance": {"lenient": True}}}, "x-guidance"),
+        ({"if": {"const": 1}, "then": False}, "if"),
+        ({"dependentRequired": {"a": ["b"]}}, "dependentRequired"),
+        ({"type": "stsring"}, "stsring"),
+        ({"type": "string", "pattern": "[.*"}, "regex"),
+        ({"$ref": "http://127.0.0.1:1/schema.json"}, "http://127.0.0.1:1/schema.json"),
+        ({"type": "string", "minLength": 5, "maxLength": 2}, "minLength"),
+        ({"properties": {"a": {"$ref": "#/$defs/none"}}}, "none"),
+        (False, "schema"),
+        ({"$ref": "#"}, "cannot be used"),
+    ],
+)
+def test_what_cannot_be_enforced_is_refused_by_name(compiler: GrammarCompiler, schema: Any, keyword: str) -> None:
+    with pytest.raises(InvalidRequest, match=keyword.replace(".", r"\.")) as caught:
+        compiler.compile(text_of(compiler, schema), param="schema")
+    assert caught.value.param == "schema"
+    assert len(caught.value.message) < 500
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "array", "items": {"type": "integer"}, "uniqueItems": False},
+        {"type": "object", "propertyNames": {"type": "string"}, "dependentRequired": {}},
+        {"if": {"const": 1}},
+        {"type": "object", "unevaluatedProperties": True, "properties": {"not": {"const": 1}}},
+        {"const": {"uniqueItems": True}},
+        {"type": "object", "additionalProperties": False, "title": "T", "description": "d", "default": {}},
+        True,
+    ],
+)
+def test_values_that_allow_everything_are_no_obstacle(compiler: GrammarCompiler, schema: Any) -> None:
+    compiler.compile(text_of(compiler, schema))
+
+
+def test_a_schema_that_is_too_deep_is_refused_by_its_depth() -> None:
+    schema: Any = {"type": "string"}
+    for _ in range(MAX_DEPTH):
+        schema = {"items": schema}
+    with pytest.raises(InvalidRequest, match=f"at most {MAX_DEPTH} deep"):
+        check_schema(schema, "schema")
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '"a"', '{"minimum": NaN}', "[" * 100_000])
+def test_what_is_no_schema_is_refused(text: str) -> None:
+    with pytest.raises(InvalidRequest, match="must be a JSON schema"):
+        parse_schema(text, "schema")

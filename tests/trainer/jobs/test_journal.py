@@ -1,0 +1,67 @@
+"""A job's log on a disk that is full, and after a process that was killed in the middle of a line."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runtime.trainer.jobs.followers import append, mend, tail
+from tests.limited import FULL_DISK, run_limited
+from tests.trainer.jobs.journals import event
+
+
+def numbers(path: Path) -> list[int]:
+    return [json.loads(line)["number"] for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    path = tmp_path / "job" / "log.jsonl"
+    assert append(path, [event(1), event(2)])
+    return path
+
+
+@pytest.mark.parametrize(
+    "torn",
+    [b"", b'{"number": 3, "mess', b'{"number"', b"\0\0\0\0", b'{"other": 3}\n', b"nonsense\n{", b'"text"\n[1]\n'],
+)
+def test_what_is_torn_is_cut_off_and_the_rest_stays(log: Path, torn: bytes) -> None:
+    with log.open("ab") as file:
+        file.write(torn)
+    assert mend(log) == 2
+    assert append(log, [event(3)])
+    assert numbers(log) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("content", [b"", b'{"num', b"nonsense\n"])
+def test_a_log_of_which_nothing_is_whole_begins_anew(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "log.jsonl").write_bytes(content)
+    assert mend(tmp_path / "log.jsonl") == 0
+    assert (tmp_path / "log.jsonl").read_bytes() == b""
+
+
+def test_no_log(tmp_path: Path) -> None:
+    assert mend(tmp_path / "log.jsonl") == 0
+    assert tail(tmp_path / "log.jsonl", 10) == b""
+
+
+def test_a_full_disk_leaves_whole_lines(log: Path) -> None:
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom runtime.trainer.jobs.followers import append\n"
+        "from tests.trainer.jobs.journals import event\n"
+        + FULL_DISK.format(size=log.stat().st_size + 150)
+        + "log, two = Path(sys.argv[1]), [event(3), event(4)]\n"
+        + "print([append(log, two), append(log, two)], append(log, two[:1]))"
+    )
+    assert run_limited(code, log) == "[False, False] True"
+    assert numbers(log) == [1, 2, 3]
+    assert mend(log) == 3
+
+
+def test_the_last_lines(log: Path) -> None:
+    for number in range(3, 40):
+        append(log, [event(number)])
+    assert [json.loads(line)["number"] for line in tail(log, 3).splitlines()] == [37, 38, 39]
+    found: Any = tail(log, 1000)
+    assert len(found.splitlines()) == 39
