@@ -2,11 +2,16 @@
 #
 #   docker build --target cpu  --build-arg TORCH_INDEX=<index with torch's CPU builds> -t eft:cpu .
 #   docker build --target cuda -t eft:cuda .
-#   docker run -p 8000:8000 -v eft-cache:/var/cache/eft eft:cpu
-#   docker run -p 8000:8000 -v eft-cache:/var/cache/eft --gpus all eft:cuda serve <model>
+#   docker run -p 127.0.0.1:8000:8000 -v eft-state:/var/lib/eft -v eft-cache:/var/cache/eft eft:cpu
+#   docker run -p 8000:8000 -e EFT_SERVER_API_KEY -v eft-state:/var/lib/eft -v eft-cache:/var/cache/eft \
+#       --gpus all eft:cuda serve <model>
+#
+# /var/lib/eft holds jobs, checkpoints and adapters: without a volume of its name they go with the container.
+# The server in a container listens on every address: beyond this machine, give it an API key.
 #
 # TORCH_INDEX is the package index to take torch from. Empty, torch comes from pip's usual index, whose
-# Linux builds need an NVIDIA driver to use the GPU, work without one, and are several GB larger.
+# Linux builds need an NVIDIA driver to use the GPU, work without one, and are several GB larger. Packages come as the
+# lock files have them, with their hashes. The base image by its digest: --build-arg PYTHON_IMAGE=python@sha256:…
 
 ARG PYTHON_IMAGE=python:3.12-slim-bookworm
 
@@ -16,7 +21,7 @@ ARG TORCH_INDEX=
 ENV PIP_NO_CACHE_DIR=1 VENV=/opt/eft
 WORKDIR /src
 COPY .ci/lib.sh .ci/python .ci/
-COPY pyproject.toml ./
+COPY pyproject.toml requirements.lock requirements-torch.lock ./
 RUN .ci/python deps
 COPY README.md LICENSE ./
 COPY kernels kernels

@@ -4,20 +4,22 @@
 
 VENV ?= .venv
 MODEL ?= demo
+MINUTES ?= 30
+JOBS ?= 2
 ARGS ?=
 BIN := $(VENV)/bin
 RUN := $(VENV)/.installed-run
 DEV := $(VENV)/.installed-dev
 DEMO := $(VENV)/.fetched-demo
 # Python without a .py for ruff to find it by.
-SCRIPTS := .ci/health .ci/smoke
+SCRIPTS := .ci/audit .ci/health .ci/lock .ci/smoke
 export VENV
 
 # The tests find promtool, and whatever else was put beside the interpreter.
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test lint format bench clean
+.PHONY: help install serve test lint format bench soak kills clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -26,12 +28,12 @@ help:  ## list the targets
 $(RUN): pyproject.toml .ci/python .ci/lib.sh
 	.ci/python run
 
-$(DEV): pyproject.toml .ci/python .ci/lib.sh
+$(DEV): pyproject.toml requirements-dev.lock .ci/python .ci/lib.sh
 	.ci/python dev
 
 # Only for its progress to be seen: serving `demo` fetches the model too, should the cache be gone.
-$(DEMO): runtime/workers/loading/demo.py | $(RUN)
-	$(BIN)/python -m runtime.workers.loading.demo
+$(DEMO): runtime/checkpoints/demo.py | $(RUN)
+	$(BIN)/python -m runtime.checkpoints.demo
 	@touch $@
 
 install: $(RUN)  ## make the virtual environment and install Eft into it
@@ -39,9 +41,9 @@ install: $(RUN)  ## make the virtual environment and install Eft into it
 serve: $(RUN) $(if $(filter demo,$(MODEL)),$(DEMO))  ## serve MODEL (default: demo) on 127.0.0.1:8000
 	@$(BIN)/eft serve $(MODEL) $(ARGS)
 
-test: $(DEV)  ## install what the tests need and run them (ARGS="-k name" for some)
+test: $(DEV)  ## install what the tests need and run them, JOBS at once (ARGS="-k name" for some)
 	@.ci/debian || true
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 lint: $(DEV)  ## check style, types and the Dockerfile
 	$(BIN)/ruff check . $(SCRIPTS)
@@ -56,6 +58,12 @@ format: $(DEV)  ## rewrite the code in its style
 
 bench: $(DEV) $(DEMO)  ## compare with Hugging Face generate on this machine (ARGS="--repeats 1" is quick)
 	$(BIN)/python -m benchmarks.compare $(ARGS)
+
+soak: $(DEV)  ## load, abuse and train on one server for MINUTES, and look for what it leaks
+	$(BIN)/python -m tests.faults.soak --minutes $(MINUTES) $(ARGS)
+
+kills: $(DEV)  ## kill servers at random, and check what they acknowledged (ARGS="--kills 200")
+	$(BIN)/python -m tests.kills $(ARGS)
 
 clean:  ## remove the virtual environment and the caches
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

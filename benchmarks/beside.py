@@ -14,7 +14,7 @@ from rich.table import Table
 from benchmarks.loads import LOADS, Load, measure
 from benchmarks.peers import PEERS, Eft, Installed, Peer, Size
 from benchmarks.work import Measurement, Prompts
-from runtime.workers.loading import open_checkpoint
+from runtime.checkpoints import open_checkpoint
 
 OURS = "Eft"
 """How the labels of our own variants begin."""

@@ -16,8 +16,9 @@ import uvloop
 from benchmarks.peers.process import free_port
 from benchmarks.work import Job, Outcome
 from runtime import LLM, SamplingParams
-from runtime.cli.loadgen import LoadReport, LoadSpec, run_load
-from runtime.workers.loading import open_checkpoint
+from runtime.checkpoints import open_checkpoint
+from runtime.cli.load_prompts import LoadSpec
+from runtime.cli.loadgen import LoadReport, run_load
 from settings.fields import by_name
 
 PAD = 0

@@ -29,8 +29,8 @@ from rich.table import Table
 from benchmarks.linears import COLD, SHAPES, TYPES, ColdLinear, repeated
 from benchmarks.peak import Kind, Machine
 from kernels import cache
+from kernels.batch import PagedRows
 from kernels.cpu import CpuOps
-from kernels.interface import PagedRows
 
 ROWS = (1, 8, 32, 512)
 READ_LIMIT, PEAK_LIMIT = 0.75, 0.55

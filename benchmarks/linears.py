@@ -71,8 +71,7 @@ class ColdLinear:
         self._weights = [_copied(weight) for _ in range(1 + COLD // self.num_bytes)]
         pairs = [ops.op_of(copied) for copied in self._weights]
         self._op = ctypes.cast(pairs[0][0], ctypes.c_void_p)  # type: ignore[arg-type]
-        self._count = len(pairs[0][1])
-        self._addresses = array("q", (tensor.data_ptr() for _, tensors in pairs for tensor in tensors))
+        self._addresses = array("q", (address for _, addresses in pairs for address in addresses))
         self._next = 0
 
     def timer(self, rows: int) -> Callable[[], float]:
@@ -85,7 +84,7 @@ class ColdLinear:
         """Seconds for each of the next weights."""
         first = self._next if self._next + calls <= len(self._weights) else 0
         self._next = first + calls
-        address = self._addresses.buffer_info()[0] + first * self._count * self._addresses.itemsize
+        address = self._addresses.buffer_info()[0] + first * 3 * self._addresses.itemsize
         start = time.perf_counter()
         self._library.multiply_weights(
             self._op,
@@ -93,7 +92,6 @@ class ColdLinear:
             *x.shape,
             y.shape[1],
             address,
-            self._count,
             calls,
             y.data_ptr(),
             torch.get_num_threads(),

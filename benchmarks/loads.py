@@ -9,7 +9,7 @@ from msgspec import Struct
 
 from benchmarks.peers import Driver, PeerFailed
 from benchmarks.work import Measurement, Prompts, Unit
-from runtime.cli.load.sample import Sample
+from runtime.cli.loadgen import Sample
 
 WARM_OUTPUT = 8
 """Tokens that each request of the warm-up generates, at most."""

@@ -114,18 +114,18 @@ def decode(llm: LLM, at_once: int, seconds: float) -> float:
     """Tokens a second of `at_once` requests that have their first token already."""
     engine = llm.engine
     params = greedy(min(OUTPUT, engine.max_len - PROMPT))
-    names = [f"{time.monotonic()}-{index}" for index in range(at_once)]
-    for index, name in enumerate(names):
-        prompt = [1 + index, *range(100, 99 + PROMPT)]
-        engine.submit(engine.prepare(Submission(request_id=name, prompt_ids=prompt, params=params)))
-    begun: set[str] = set()
+    prompts = [[1 + index, *range(100, 99 + PROMPT)] for index in range(at_once)]
+    submissions = [Submission(request_id="bench", prompt_ids=prompt, params=params) for prompt in prompts]
+    for submission in submissions:
+        engine.submit(engine.prepare(submission))
+    begun: set[int] = set()
     while len(begun) < at_once:
-        begun |= {output.request_id for output in engine.step()}
+        begun |= {output.id for output in engine.step()}
     tokens, begin = 0, time.perf_counter()
     while (now := time.perf_counter()) < begin + seconds:
         tokens += sum(len(output.token_ids) for output in engine.step())
-    for name in names:
-        engine.abort(name)
+    for submission in submissions:
+        engine.abort(submission.id)
     engine.settle()
     return tokens / (now - begin)
 

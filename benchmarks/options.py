@@ -10,7 +10,7 @@ from benchmarks.beside import Asked
 from benchmarks.peers import PEERS, Eft
 from benchmarks.scenarios import SCENARIOS
 from benchmarks.work import Measurement
-from runtime.workers.loading.demo import cache_directory
+from runtime.checkpoints.demo import cache_directory
 from settings.fields import by_name
 
 Results = dict[str, list[Measurement]]

@@ -1,8 +1,7 @@
 // What the machine can do at most: reading memory, float32 multiply-adds, products of bytes. One call is one thread's.
 // And a loop around linears, so that what they can do is not measured through Python.
-#include "call_linear.h"
-#include "export.h"
-#include "tile_dots.h"
+#include "exports.h"
+#include "int8_dot.h"
 
 // Reads `bytes`, a multiple of 1024, `times` over; what comes next is left to the hardware to guess.
 EXPORT float read_memory(const char* from, long bytes, long times) {
@@ -69,10 +68,10 @@ EXPORT long multiply_wide_bytes(long count, int32_t seed, float* out) {
 #elif defined(__AVXVNNI__)
         sum = (vi)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)w, (__m256i)x);
 #elif defined(__AVX2__)
-        sum += fold_pairs(pairs(w, x));
-        KEEP(w);
+            sum += sum_pairs(multiply_pairs(w, x));
+            KEEP(w);
 #else
-        sum = dot4(sum, x, Fours(w));
+            sum = dot_quad(sum, x, Int8Quad(w));
 #endif
     });
 }
@@ -83,17 +82,17 @@ EXPORT long multiply_bytes(long count, int32_t seed, float* out) {
 #if defined(__AVX512VNNI__)
         sum = (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, (__m512i)x);
 #elif defined(__AVX2__)
-        sum = add_pairs(sum, pairs(w, x));
-        KEEP(w);
+            sum = add_pairs(sum, multiply_pairs(w, x));
+            KEEP(w);
 #else
-        sum = dot4(sum, x, Fours(w));
+            sum = dot_quad(sum, x, Int8Quad(w));
 #endif
     });
 }
 
-// y [rows, out] = x [rows, in] times each of `calls` weights in turn, of `count` tensors each.
-EXPORT void multiply_weights(void* op, const float* x, long rows, long in, long out, const void* const* tensors,
-                             long count, long calls, float* y, int threads) {
-    for (const void* const* t = tensors; t < tensors + calls * count; t += count)
-        call_linear(op, x, rows, in, out, t, count, nullptr, {}, y, threads);
+// y [rows, out] = x [rows, in] times each of `calls` weights in turn; `weights` [calls][3]: as for a `LinearFunction`.
+EXPORT void multiply_weights(LinearFunction* op, const float* x, long rows, long in, long out,
+                             const void* const* weights, long calls, float* y, int threads) {
+    for (const void* const* w = weights; w < weights + calls * 3; w += 3)
+        op(x, in, rows, in, out, w[0], w[1], w[2], nullptr, nullptr, 0.0f, nullptr, y, 0, threads);
 }

@@ -83,7 +83,7 @@ def compiled(variant: Variant) -> ctypes.CDLL:
     library.multiply_floats.argtypes = [ctypes.c_long, ctypes.c_float, ctypes.c_void_p]
     pointer, number = ctypes.c_void_p, ctypes.c_long
     library.multiply_weights.argtypes = [
-        pointer, pointer, number, number, number, pointer, number, number, pointer, ctypes.c_int
+        pointer, pointer, number, number, number, pointer, number, pointer, ctypes.c_int
     ]  # fmt: skip
     library.multiply_weights.restype = None
     library.multiply_bytes.argtypes = [ctypes.c_long, ctypes.c_int32, ctypes.c_void_p]

@@ -19,6 +19,7 @@ from runtime.blocks import BlockManager
 from runtime.messages import SamplingParams, StepPlan, StepResult, Submission
 from runtime.scheduler import Request, Scheduler
 from runtime.scheduler.policies import POLICIES, make_policy
+from settings.schema import SchedulerSettings
 
 PROMPT, OUTPUT = 200, 200
 """Tokens of each request, about what chats have."""
@@ -46,9 +47,12 @@ def measure(policy: str, *, running: int, waiting: int, steps: int) -> list[floa
     scheduler = Scheduler(
         BlockManager(running * (PROMPT + OUTPUT + 16) // 16, 16),
         make_policy(policy),
-        max_batched_tokens=2048,
-        max_running=running,
-        max_waiting=running + waiting + 1,
+        SchedulerSettings(
+            max_batched_tokens=2048,
+            max_running=running,
+            max_waiting=running + waiting + 1,
+            max_waiting_tokens=(running + waiting + 1) * PROMPT,
+        ),
     )
     made = 0
     while made < running + waiting:

@@ -26,23 +26,24 @@ from rich.table import Table
 from benchmarks import machine
 from benchmarks.inprocess import load_transformers
 from kernels.training import TrainingOps
+from runtime.checkpoints import open_checkpoint
+from runtime.checkpoints.model_loading import load_decoder
+from runtime.engine.service import EngineService
+from runtime.events import RunEvent, StepEvent
 from runtime.messages import SamplingParams, Submission
-from runtime.model_loading import load_decoder
-from runtime.service import EngineService
-from runtime.trainer.events import RunEvent, StepEvent
-from runtime.trainer.examples import Example
-from runtime.trainer.host import TrainingHost
+from runtime.model.decoder import Decoder
+from runtime.model.lora import LoraLayers, LoraShape
+from runtime.model.model import Model
+from runtime.support.memory import keep_freed_memory
+from runtime.trainer.data.example import Example
 from runtime.trainer.lora import TrainableLora
-from runtime.trainer.microbatch import pack
+from runtime.trainer.microbatch import collate
+from runtime.trainer.recipe import Dataset, Recipe
 from runtime.trainer.run import TrainingRun
-from runtime.trainer.share import Share
-from runtime.trainer.spec import OptimizerSpec, RunSpec, ScheduleSpec, WatchdogSpec
+from runtime.trainer.schedule import Schedule
+from runtime.trainer.sliced_run import RunSpec, TrainingHost
+from runtime.trainer.slices import Share
 from runtime.trainer.step import MicroStep
-from runtime.workers.decoder import Decoder
-from runtime.workers.loading import open_checkpoint
-from runtime.workers.lora import LoraLayers, LoraShape
-from runtime.workers.memory import keep_freed_memory
-from runtime.workers.model import Model
 from settings.load import load as load_settings
 
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -118,7 +119,7 @@ def loop(name: str, repeats: int, *, checkpointing: bool) -> Table:
 
 
 def our_step(decoder: Decoder, lora: TrainableLora, examples: list[Example], *, checkpointing: bool) -> float:
-    micro = MicroStep(decoder, TrainingOps(), lora, pack(examples, decoder.device), checkpointing=checkpointing)
+    micro = MicroStep(decoder, TrainingOps(), lora, collate(examples, decoder.device), checkpointing=checkpointing)
     slices = micro.forward_backward(1 / sum(example.num_trained for example in examples))
     try:
         wanted = next(slices)
@@ -207,14 +208,26 @@ class Job:
     def __init__(self, decoder: Model, *, checkpointing: bool) -> None:
         rng = random.Random(0)
         epoch = [uniform(rng) for _ in range(64)]
-        spec = RunSpec(
-            targets=targets(decoder),
-            shape=LoraShape(rank=16, alpha=32),
-            optimizer=OptimizerSpec(learning_rate=1e-5),
-            schedule=ScheduleSpec(name="constant", total_steps=1_000_000),
-            checkpointing=checkpointing,
-            watchdog=WatchdogSpec(threshold=100.0),  # random tokens are worse than guessing
+        recipe = Recipe(
+            adapter="lora",
+            lora_r=16,
+            lora_alpha=32.0,
+            datasets=(Dataset(path="rows.jsonl"),),
+            learning_rate=1e-5,
+            lr_scheduler="constant",
+            gradient_checkpointing=checkpointing,
+            loss_watchdog_threshold=100.0,  # random tokens are worse than guessing
         )
+        schedule = Schedule(
+            microbatches_per_epoch=len(epoch),
+            steps_per_epoch=len(epoch),
+            total_steps=1_000_000,
+            epochs=1_000_000 / len(epoch),
+            warmup_steps=0,
+            eval_every=None,
+            save_every=None,
+        )
+        spec = RunSpec(recipe=recipe, schedule=schedule, targets=targets(decoder))
         self.done: list[tuple[float, int]] = []
         self.run = TrainingRun(decoder, spec, lambda _: epoch, [], self.note, write_nothing)
 

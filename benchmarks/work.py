@@ -7,7 +7,7 @@ from typing import Literal, Protocol
 
 from msgspec import Struct
 
-from runtime.cli.load.prompts import WORDS
+from runtime.cli.load_prompts import WORDS
 
 Encode = Callable[[str], list[int]]
 Unit = Literal["output tok/s", "prompt tok/s", "s to first token"]

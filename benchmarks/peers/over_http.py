@@ -5,10 +5,8 @@ import time
 import msgspec
 
 from benchmarks.peers.events import AnswerError, post
-from runtime.cli.load.exchange import streamed_body
-from runtime.cli.load.prompts import path_of
-from runtime.cli.load.sample import Sample
-from runtime.cli.load.spec import LoadSpec
+from runtime.cli.load_prompts import LoadSpec, path_of
+from runtime.cli.loadgen import Sample, streamed_body
 
 
 class HttpDriver:

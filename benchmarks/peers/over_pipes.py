@@ -14,7 +14,7 @@ from msgspec import Struct
 
 from benchmarks.peers.peer import Size
 from benchmarks.peers.process import READY_TIMEOUT, not_ready, running
-from runtime.cli.load.sample import Sample
+from runtime.cli.loadgen import Sample
 
 
 class Event(Struct):

@@ -6,7 +6,7 @@ from typing import ClassVar, Protocol
 
 from msgspec import Struct
 
-from runtime.cli.load.sample import Sample
+from runtime.cli.loadgen import Sample
 
 
 class Size(Struct, frozen=True, kw_only=True):

@@ -17,7 +17,7 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, Ll
 from safetensors.torch import save_file
 
 from benchmarks.peers.peer import PeerFailed
-from runtime.workers.loading import Checkpoint, open_checkpoint
+from runtime.checkpoints import Checkpoint, open_checkpoint
 
 FILE_TYPES = {
     "F32": LlamaFileType.ALL_F32,

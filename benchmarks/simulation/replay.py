@@ -9,6 +9,7 @@ from runtime.blocks import BlockManager
 from runtime.messages import SamplingParams, StepPlan, StepResult, Submission
 from runtime.scheduler import Committed, Request, Scheduler
 from runtime.scheduler.policies import make_policy
+from settings.schema import SchedulerSettings
 
 BLOCK = 16
 CONTEXT = 2 * LONGEST + 512
@@ -42,12 +43,15 @@ class Replay:
         self._scheduler = Scheduler(
             self._blocks,
             make_policy(policy),
-            max_batched_tokens=max_batched_tokens,
-            max_running=max_running,
-            max_waiting=traffic.requests,
+            SchedulerSettings(
+                max_batched_tokens=max_batched_tokens,
+                max_running=max_running,
+                max_waiting=traffic.requests,
+                max_waiting_tokens=traffic.requests * CONTEXT,
+            ),
             clock=lambda: self._now,
         )
-        self._arrivals: dict[str, Arrival] = {}
+        self._arrivals: dict[int, Arrival] = {}
         self._count = 0
         self._waste = 0.0
         self._looks = 0
@@ -89,7 +93,7 @@ class Replay:
             arrival=arrival.at,
             deadline=arrival.deadline,
         )
-        self._arrivals[submission.request_id] = arrival
+        self._arrivals[submission.id] = arrival
         request = Request(submission, seed=0, max_len=len(submission.prompt_ids) + arrival.output)
         self._scheduler.submit(request)
 
