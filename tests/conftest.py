@@ -21,8 +21,8 @@ with pytest.MonkeyPatch.context() as _patch, contextlib.suppress(ImportError):
     import triton.language  # noqa: F401
 
 
-# How long an example takes says what else the machine does; fixtures are read only, so examples may share them. The same
-# examples each time, so that a change is judged by what it changed; --hypothesis-profile=search looks for new ones.
+# How long an example takes says what else the machine does; fixtures are read only, so examples may share them.
+# The same examples each time judge a change by what it changed; --hypothesis-profile=search looks for new ones.
 _CHECKS = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 settings.register_profile("eft", deadline=None, suppress_health_check=_CHECKS, derandomize=True)
 settings.register_profile("search", deadline=None, suppress_health_check=_CHECKS, max_examples=500)

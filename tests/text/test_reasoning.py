@@ -51,7 +51,9 @@ def reference(form: ReasoningFormat, text: str, inside: bool | None) -> tuple[st
 
 
 TEXTS = st.lists(
-    st.sampled_from(["<think>", "</think>", "<", "</", "</ ", "think>", " ", "\n", "a", "word", "[THINK]", "[/THINK]", "ü"]),
+    st.sampled_from(
+        ["<think>", "</think>", "<", "</", "</ ", "think>", " ", "\n", "a", "word", "[THINK]", "[/THINK]", "ü"]
+    ),
     max_size=12,
 ).map("".join)
 
