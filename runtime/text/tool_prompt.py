@@ -1,4 +1,5 @@
-"""Tools and calls in prompts: in the form that a chat template prints, or as text where it prints none.
+"""Tools and calls in prompts: in the form that a chat template prints, or as text where it prints none. The same for
+requests and for the rows that are trained on.
 
 A template that knows nothing of tools would leave them out in silence, and calls in the history too. Then the tools are
 described in the system message, and calls and their results are written into the messages, in the form of Hermes, which
@@ -68,6 +69,24 @@ class ToolSupport:
             text_arguments=f'"{key}"' not in as_object and f'"{key}"' in as_text,
             system=bool(shown([{"role": "system", "content": "Hello"}, user])),
         )
+
+
+def shown_tool(function: Mapping[str, Any]) -> dict[str, Any]:
+    """A tool as prompts have it, in OpenAI's shape: the name, the description and the parameters of its function, with
+    nothing that the model is not to see."""
+    shown: dict[str, Any] = {"name": function["name"]}
+    if function.get("description") is not None:
+        shown["description"] = function["description"]
+    parameters = function.get("parameters")
+    shown["parameters"] = {"type": "object", "properties": {}} if parameters is None else parameters
+    return {"type": "function", "function": shown}
+
+
+def shown_call(function: Mapping[str, Any], index: int, id: str | None) -> dict[str, Any]:
+    """A call in the history as prompts have it; `index` is its number in its message."""
+    arguments = function.get("arguments")
+    called = {"name": function["name"], "arguments": {} if arguments is None or arguments == "" else arguments}
+    return {"id": id or f"call{index:05}", "type": "function", "function": called}
 
 
 def prepare_tools(

@@ -40,6 +40,7 @@ from runtime.text.grammar.schema import check_depth, parse_schema
 from runtime.text.grammar.source import literal
 from runtime.text.reasoning import ReasoningFormat
 from runtime.text.tool_calls import FORMATS, Tool, ToolFormat, detect_format
+from runtime.text.tool_prompt import shown_tool
 from settings.schema import Settings
 
 if TYPE_CHECKING:
@@ -475,11 +476,11 @@ def _tools(asked: ChatRequest, settings: Settings) -> tuple[Tool, ...]:
 def _shown(spec: ToolSpec) -> dict[str, object]:
     """A tool for the template: in OpenAI's shape, with what is absent left out."""
     assert spec.function is not None
-    function: dict[str, object] = {"name": spec.function.name}
-    if spec.function.description is not None:
-        function["description"] = spec.function.description
-    if not is_null(spec.function.parameters):
-        function["parameters"] = json.loads(bytes(spec.function.parameters))
-    else:
-        function["parameters"] = {"type": "object", "properties": {}}
-    return {"type": "function", "function": function}
+    function, parameters = spec.function, spec.function.parameters
+    return shown_tool(
+        {
+            "name": function.name,
+            "description": function.description,
+            "parameters": None if is_null(parameters) else json.loads(bytes(parameters)),
+        }
+    )

@@ -18,6 +18,7 @@ from runtime.messages import check_ids
 from runtime.text.chat_template import Message
 from runtime.text.grammar.schema import check_depth
 from runtime.text.tokenizer import Tokenizer
+from runtime.text.tool_prompt import shown_call
 from settings.schema import LimitSettings
 
 # -- messages --------------------------------------------------------------------------------------
@@ -188,8 +189,7 @@ def _calls(message: ChatMessage, path: str) -> list[dict[str, Any]] | None:
         if not isinstance(arguments, dict):
             raise InvalidRequest(f"{field} must be a JSON object.", param=field)
         check_depth(arguments, field)
-        function = {"name": call.function.name, "arguments": arguments}
-        found.append({"id": call.id or f"call{index:05}", "type": "function", "function": function})
+        found.append(shown_call({"name": call.function.name, "arguments": arguments}, index, call.id))
     return found
 
 

@@ -109,7 +109,7 @@ def tool_calls_of(value: Any, index: int) -> list[Any]:
             raise RowProblem(f"message {index} has a tool call that is no object")
         function = call.get("function", call)
         named = isinstance(function, dict) and isinstance(function.get("name"), str)
-        if "function" in call and not named:
+        if not named:
             raise RowProblem(f"message {index} has a tool call without the name of a function")
         arguments = function.get("arguments")
         if isinstance(arguments, str):
@@ -174,7 +174,7 @@ class ChatRows:
         self.fields = frozenset({entry.field_messages, entry.field_tools, entry.field_system})
         """Columns that are read."""
         training = [entry.message_field_training] if entry.message_field_training else []
-        self._read = frozenset([*_KEPT, *self._properties.values(), WEIGHT, *training])
+        self._read = frozenset([*_KEPT, "reasoning", *self._properties.values(), WEIGHT, *training])
         self.seen = Seen()
 
     def read(self, row: Mapping[str, Any]) -> Chat:
@@ -229,6 +229,8 @@ class ChatRows:
         for name, field in self._properties.items():
             if item.get(field) is not None:
                 message[name] = item[field]
+        if "reasoning_content" not in message and item.get("reasoning") is not None:
+            message["reasoning_content"] = item["reasoning"]  # the newer name of the same, in our answers too
         message["role"] = self._role(message, item, index)
         for key in _TEXTS:
             if not isinstance(message.get(key, ""), str):
@@ -290,8 +292,12 @@ def _tools(value: Any, field: str) -> list[Any] | None:
     if value in (None, "", [], {}):
         return None
     tools = _list(without_nulls(value), field)
-    if not all(isinstance(tool, Mapping) for tool in tools):
-        raise RowProblem(f"{field} has an entry that is no object")
+    for tool in tools:
+        if not isinstance(tool, Mapping):
+            raise RowProblem(f"{field} has an entry that is no object")
+        function = tool.get("function", tool)
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise RowProblem(f"{field} has an entry without the name of a function")
     return tools or None
 
 

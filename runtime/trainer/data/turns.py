@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from runtime.text.tokenizer import Tokenizer
+from runtime.text.tool_prompt import shown_call, shown_tool
 from runtime.trainer.data.example import Example, RowProblem
 from runtime.trainer.data.messages import Span, text_of
 from runtime.trainer.recipe.schema import Eos
@@ -134,6 +135,7 @@ class ChatEncoder:
         Raises `RowProblem` for a chat that the template refuses, or renders differently from its beginning,
         and `InvalidRequest` when there is no template.
         """
+        messages, tools = _as_served(messages), [shown_tool(tool.get("function", tool)) for tool in tools or ()]
         whole = self._ids(messages, tools)
         if self._everything:
             end_id = next((id for id in reversed(whole) if id in self._ends), None)
@@ -200,18 +202,37 @@ class ChatEncoder:
         """Marks of a message's tokens `text`: the ones that are trained on."""
 
         def beginning(end: int) -> list[int]:
-            cut = [*messages[:turn], {**messages[turn], "content": messages[turn]["content"][:end]}]
+            last = {**messages[turn], "content": messages[turn]["content"][:end]}
+            cut = [*messages[:turn], last]
+            shown, shown_tools = self._tokenizer.adapt_tools(cut, tools or ())
+            if last.get("tool_calls") and not shown[-1].get("tool_calls"):  # written behind the text, as text
+                del last["tool_calls"]
+                shown, shown_tools = self._tokenizer.adapt_tools(cut, tools or ())
             return self._tokenizer.encode_chat(
-                cut, add_generation_prompt=False, continue_final_message=True, tools=tools
+                shown, add_generation_prompt=False, continue_final_message=True, tools=shown_tools
             )
 
         return mark_spans(self._tokenizer, whole, text, marked, beginning)
 
     def _ids(self, messages: Messages, tools: Tools, *, prompt: bool = False) -> list[int]:
-        return self._tokenizer.encode_chat(messages, add_generation_prompt=prompt, tools=tools)
+        shown, shown_tools = self._tokenizer.adapt_tools(messages, tools or ())
+        return self._tokenizer.encode_chat(shown, add_generation_prompt=prompt, tools=shown_tools)
 
     def _text(self, messages: Messages, tools: Tools, *, prompt: bool = False) -> str:
-        return self._tokenizer.render_chat(messages, add_generation_prompt=prompt, tools=tools)
+        shown, shown_tools = self._tokenizer.adapt_tools(messages, tools or ())
+        return self._tokenizer.render_chat(shown, add_generation_prompt=prompt, tools=shown_tools)
+
+
+def _as_served(messages: Messages) -> list[dict[str, Any]]:
+    """The messages with their calls in the form that a request's history gets."""
+    found = []
+    for message in messages:
+        calls = [
+            shown_call(call.get("function", call), index, call.get("id"))
+            for index, call in enumerate(message.get("tool_calls") or ())
+        ]
+        found.append({**message, "tool_calls": calls} if calls else dict(message))
+    return found
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:

@@ -30,9 +30,9 @@ USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content
 
 
 def test_openais_lines() -> None:
-    found = read({**chat({"role": "developer", "content": "S"}, USER, ANSWER), "tools": [{"type": "function"}]})
+    found = read({**chat({"role": "developer", "content": "S"}, USER, ANSWER), "tools": [{"name": "f"}]})
     assert pairs(found) == [("system", "S"), ("user", "Hi"), ("assistant", "Hello")]
-    assert (found.turns, found.tools) == ([2], [{"type": "function"}])
+    assert (found.turns, found.tools) == ([2], [{"name": "f"}])
 
 
 @pytest.mark.parametrize(("template", "role"), [("…'developer'…", "developer"), ("…", "system"), (None, "system")])
@@ -143,11 +143,11 @@ def test_what_nothing_reads_is_known() -> None:
 
 
 def test_further_fields_and_parts() -> None:
-    call = {"role": "assistant", "tool_calls": [{"id": "1"}], "extra": 1}
+    call = {"role": "assistant", "tool_calls": [{"id": "1", "name": "f"}], "extra": 1}
     parts = {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}
     found = read(chat(parts, call))
     assert found.messages[0]["content"] == parts["content"]
-    assert found.messages[1] == {"role": "assistant", "tool_calls": [{"id": "1"}], "content": ""}
+    assert found.messages[1] == {"role": "assistant", "tool_calls": [{"id": "1", "name": "f"}], "content": ""}
 
 
 def test_reasoning() -> None:
@@ -179,6 +179,8 @@ def test_a_chat_in_a_csv_cell() -> None:
         ({**chat(USER, ANSWER), "tools": 0}, "tools is no list"),
         ({**chat(USER, ANSWER), "tools": ["f"]}, "tools has an entry that is no object"),
         ({**chat(USER, ANSWER), "tools": "[null]"}, "tools has an entry that is no object"),
+        ({**chat(USER, ANSWER), "tools": [{"type": "function"}]}, "tools has an entry without the name of a function"),
+        ({**chat(USER, {**ANSWER, "tool_calls": [{"arguments": {}}]})}, "without the name of a function"),
     ],
 )
 def test_rows_that_make_no_chat(row: dict[str, Any], message: str) -> None:
