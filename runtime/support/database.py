@@ -35,7 +35,21 @@ def _sum_up_steps(connection: sqlite3.Connection) -> None:
     )
 
 
-MIGRATIONS: tuple[tuple[str, Callable[[sqlite3.Connection], None]], ...] = (("job_progress", _sum_up_steps),)
+def _add_column(table: str, column: str, kind: str) -> Callable[[sqlite3.Connection], None]:
+    """A migration that adds a column. New tables have it already."""
+
+    def add(connection: sqlite3.Connection) -> None:
+        if column not in {row["name"] for row in connection.execute(f"PRAGMA table_info({table})")}:
+            connection.execute(f"ALTER TABLE {table} ADD COLUMN {column} {kind}")
+
+    return add
+
+
+MIGRATIONS: tuple[tuple[str, Callable[[sqlite3.Connection], None]], ...] = (
+    ("job_progress", _sum_up_steps),
+    ("jobs", _add_column("jobs", "owner", "TEXT NOT NULL DEFAULT ''")),
+    ("batches", _add_column("batches", "usage", "TEXT")),
+)
 """Migration from each version to the next, with the table that it changes."""
 
 VERSION = len(MIGRATIONS)

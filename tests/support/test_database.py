@@ -97,6 +97,7 @@ def test_an_older_version_is_migrated(tmp_path: Path) -> None:
     connection = sqlite3.connect(tmp_path / FILE)
     connection.executescript(schema.SCHEMA)
     connection.executescript("DROP TRIGGER job_progress_sums; DROP TABLE job_progress; DROP TABLE job_discards;")
+    connection.executescript("ALTER TABLE jobs DROP COLUMN owner;")
     connection.execute("INSERT INTO jobs (id, state, created_at, recipe, digest) VALUES ('j', 'running', 0, x'', '')")
     for number, (step, tokens) in enumerate([(1, 10), (2, 20), (3, 30), (2, 20), (3, 31)], 1):
         data = f'{{"step": {step}, "loss": 1.0, "trained_tokens": {tokens}, "seconds": 2.0}}'
@@ -108,6 +109,7 @@ def test_an_older_version_is_migrated(tmp_path: Path) -> None:
         database = Database(tmp_path, SCHEMAS)
         progress = database.run(lambda c: job_rows.progress(c, "j")).result()
         assert (progress.step, progress.trained_tokens, progress.step_seconds) == (3, 61, 2.0)
+        assert database.run(lambda c: job_rows.get(c, "j")).result().owner == ""
         database.close()
 
 

@@ -10,10 +10,11 @@ from runtime.adapters.card import Prompt
 from runtime.adapters.store import AdapterRecord, Canary, Version
 from runtime.api.admin.export import export_adapter
 from runtime.api.admin.uploads import NAME_PART, receive_adapter
-from runtime.api.admin.views import allowed_folder, check_names, flag, library_of
+from runtime.api.admin.views import allowed_folder, library_of
 from runtime.api.docs import BODY
 from runtime.api.handle import AnyRequest, api_of
 from runtime.api.http.auth import ADMIN, TRAIN
+from runtime.api.http.query import check_names, flag
 from runtime.api.http.record import record_of
 from runtime.api.openai.schema import Intake
 from runtime.errors import InvalidRequest, NotFound

@@ -15,9 +15,10 @@ from litestar.response import Stream
 
 from runtime.adapters.card import CARD
 from runtime.adapters.store import Version
-from runtime.api.admin.views import check_names, integer, library_of
+from runtime.api.admin.views import library_of
 from runtime.api.handle import AnyRequest, api_of
 from runtime.api.http.auth import ADMIN
+from runtime.api.http.query import check_names, integer
 from runtime.checkpoints.peft.config import CONFIG, WEIGHTS
 from runtime.errors import AdapterUnavailable, InvalidRequest, NotFound, Unsupported
 

@@ -10,22 +10,28 @@ import msgspec
 from litestar import Response, delete, get, post
 
 from runtime.access.limits import Bucket
-from runtime.api.admin.train import detail_of
+from runtime.api.admin.train import detail_of, job_id_of
 from runtime.api.admin.views import (
     EventItem,
     JobDeleted,
     JobDetail,
     JobItem,
-    Page,
-    check_names,
-    choices,
     event_item,
-    integer,
     job_item,
-    number,
 )
 from runtime.api.handle import AnyRequest, Api, api_of
 from runtime.api.http.auth import TRAIN
+from runtime.api.http.query import (
+    ObjectPage,
+    Page,
+    check_names,
+    choices,
+    integer,
+    number,
+    object_page,
+    page_request,
+)
+from runtime.api.http.record import record_of, visible_to
 from runtime.api.http.sse import DONE, Events, EventStream
 from runtime.errors import NotFound, TooManyRequests
 from runtime.trainer.jobs.followers import tail
@@ -102,7 +108,6 @@ def first_number(request: AnyRequest) -> int:
     return number(last, "Last-Event-ID", least=0, most=_MOST)
 
 
-MAX_JOBS = 100
 MAX_EVENTS = 1000
 MAX_ROWS = 10_000
 MAX_LINES = 10_000
@@ -116,34 +121,36 @@ _COLUMNS = (
 
 
 @get("/admin/jobs", opt={TRAIN: True})
-async def list_jobs(request: AnyRequest) -> Page[JobItem]:
-    """The newest jobs first. `after` takes an id, `limit` up to 100, `status` one or several states."""
-    check_names(request, ("after", "limit", "status"))
+async def list_jobs(request: AnyRequest) -> ObjectPage[JobItem]:
+    """The newest jobs first. `after` takes an id, `limit` up to 100, `order` asc or desc, `status` one or several
+    states."""
+    page = page_request(request, further=("status",))
     found, more = await _jobs(request).store.page(
-        after=request.query_params.get("after"),
-        limit=integer(request, "limit", default=20, least=1, most=MAX_JOBS),
+        after=page.after,
+        limit=page.limit,
         states=choices(request, "status", STATES),
+        owner=visible_to(record_of(request)),
+        newest_first=page.newest_first,
     )
-    return Page(data=[job_item(job, progress) for job, progress in found], has_more=more)
+    return object_page([job_item(job, progress) for job, progress in found], more)
 
 
 @get("/admin/jobs/{job_id:str}", opt={TRAIN: True})
 async def retrieve_job(request: AnyRequest) -> JobDetail:
     """One job, with its plan, files and checkpoints."""
     check_names(request, ())
-    return await detail_of(_jobs(request), _job_id(request))
+    return await detail_of(_jobs(request), await job_id_of(request))
 
 
 @get("/admin/jobs/{job_id:str}/events", opt={TRAIN: True})
 async def job_events(request: AnyRequest) -> Response[Page[EventItem]]:
     """Events numbered above `after`. With `Accept: text/event-stream`: also future events, until the job's end;
     continues after Last-Event-ID."""
-    jobs, job_id = _jobs(request), _job_id(request)
+    jobs, job_id = _jobs(request), await job_id_of(request)
     check_names(request, ("after", "limit"))
     limit = integer(request, "limit", default=100, least=1, most=MAX_EVENTS)
     after = first_number(request)
     if "text/event-stream" in request.headers.get("accept", ""):
-        await jobs.store.get(job_id)
         return follow(api_of(request), event_stream(jobs, job_id, after))
     _, events = await jobs.store.events(job_id, after=after, limit=limit + 1)
     return Response(Page(data=[event_item(event) for event in events[:limit]], has_more=len(events) > limit))
@@ -152,7 +159,7 @@ async def job_events(request: AnyRequest) -> Response[Page[EventItem]]:
 @get("/admin/jobs/{job_id:str}/metrics", opt={TRAIN: True})
 async def job_metrics(request: AnyRequest) -> Response[Page[dict[str, Any]]]:
     """A row for each step and each evaluation after step `after`; as CSV with `Accept: text/csv`."""
-    jobs, job_id = _jobs(request), _job_id(request)
+    jobs, job_id = _jobs(request), await job_id_of(request)
     check_names(request, ("after", "limit"))
     limit = integer(request, "limit", default=MAX_ROWS, least=1, most=MAX_ROWS)
     after = integer(request, "after", default=0, least=0, most=_ALL)
@@ -165,10 +172,9 @@ async def job_metrics(request: AnyRequest) -> Response[Page[dict[str, Any]]]:
 @get("/admin/jobs/{job_id:str}/logs", media_type="application/jsonl", opt={TRAIN: True})
 async def job_logs(request: AnyRequest) -> Response[bytes]:
     """The last `lines` of the job's log, a JSON object each."""
-    jobs, job_id = _jobs(request), _job_id(request)
+    jobs, job_id = _jobs(request), await job_id_of(request)
     check_names(request, ("lines",))
     lines = integer(request, "lines", default=1000, least=1, most=MAX_LINES)
-    await jobs.store.get(job_id)
     text = await asyncio.to_thread(tail, jobs.directories.log(job_id), lines)
     return Response(text, media_type="application/jsonl")
 
@@ -177,7 +183,7 @@ async def job_logs(request: AnyRequest) -> Response[bytes]:
 async def cancel_job(request: AnyRequest) -> JobDetail:
     """Cancel a job: at once, or, if it is running, after the current step (`wanted` is then cancel). 409 at its end."""
     jobs = _jobs(request)
-    job = await jobs.cancel(_job_id(request))
+    job = await jobs.cancel(await job_id_of(request))
     return await detail_of(jobs, job.id)
 
 
@@ -186,7 +192,7 @@ async def pause_job(request: AnyRequest) -> JobDetail:
     """Pause a queued or a running job; a running one stops after the current step, with a checkpoint. Other jobs
     run meanwhile. 409 for any other."""
     jobs = _jobs(request)
-    job = await jobs.pause(_job_id(request))
+    job = await jobs.pause(await job_id_of(request))
     return await detail_of(jobs, job.id)
 
 
@@ -194,7 +200,7 @@ async def pause_job(request: AnyRequest) -> JobDetail:
 async def resume_job(request: AnyRequest) -> JobDetail:
     """Queue a paused job again; it continues from its checkpoint. 409 for any other."""
     jobs = _jobs(request)
-    job = await jobs.resume(_job_id(request))
+    job = await jobs.resume(await job_id_of(request))
     return await detail_of(jobs, job.id)
 
 
@@ -202,14 +208,10 @@ async def resume_job(request: AnyRequest) -> JobDetail:
 async def delete_job(request: AnyRequest) -> JobDeleted:
     """Delete a job that has ended: its files, checkpoints, events and log. The adapter that it published stays. 409
     for one that has not ended."""
-    jobs, job_id = _jobs(request), _job_id(request)
+    jobs, job_id = _jobs(request), await job_id_of(request)
     check_names(request, ())
     await jobs.delete(job_id)
     return JobDeleted(id=job_id)
-
-
-def _job_id(request: AnyRequest) -> str:
-    return str(request.path_params["job_id"])
 
 
 def _jobs(request: AnyRequest) -> JobManager:

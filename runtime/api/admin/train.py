@@ -12,12 +12,13 @@ from typing import Any, BinaryIO, Self
 from litestar import Request, Response, post
 from multipart import parse_options_header
 
-from runtime.api.admin.views import DryRun, JobDetail, check_names, flag, job_detail
+from runtime.api.admin.views import DryRun, JobDetail, job_detail
 from runtime.api.handle import AnyRequest, api_of
 from runtime.api.http.auth import TRAIN
 from runtime.api.http.body import check_encoding, check_typed, content_type, receive_all, receive_chunks
 from runtime.api.http.form import MULTIPART, data_of, segments
-from runtime.api.http.record import record_of
+from runtime.api.http.query import check_names, flag
+from runtime.api.http.record import record_of, visible_to
 from runtime.errors import InvalidRequest, PayloadTooLarge, UnsupportedMediaType
 from runtime.support.durable import create_file, make_directory, storage_unavailable, sync_directory
 from runtime.trainer.jobs.manager import JobManager
@@ -94,6 +95,7 @@ async def receive_submission(
         files=tuple(JobFile(name=file.name, stored_as=file.stored_as, bytes=file.size) for file in files),
         digest=digest.hexdigest(),
         idempotency_key=idempotency_key,
+        owner=record_of(request).tenant,
     )
 
 
@@ -264,6 +266,12 @@ async def train(request: AnyRequest) -> Response[JobDetail | DryRun]:
     location = {"Location": f"/admin/jobs/{job.id}"}
     status = 202 if job.state == "validating" else 201 if created else 200
     return Response(await detail_of(jobs, job.id), status_code=status, headers=location)
+
+
+async def job_id_of(request: AnyRequest) -> str:
+    """Id of the job that the path names. Raises `NotFound` for one that the request's key may not see."""
+    jobs = api_of(request).handle.require_jobs()
+    return (await jobs.store.get(str(request.path_params["job_id"]), visible_to(record_of(request)))).id
 
 
 async def detail_of(jobs: JobManager, job_id: str) -> JobDetail:

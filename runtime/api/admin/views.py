@@ -1,29 +1,18 @@
 """Answers of the admin endpoints: jobs, their events and files, in the form of OpenAI's lists."""
 
-import re
 import time
-from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
 
-from runtime.api.handle import AnyRequest, Api
-from runtime.errors import Forbidden, InvalidRequest, NotFound, StorageUnavailable
+from runtime.api.handle import Api
+from runtime.errors import Forbidden, NotFound, StorageUnavailable
 from runtime.support.state_directory import state_directory
 from runtime.trainer.jobs.records import Job, JobCheckpoint, JobEvent, JobFile, JobProgress
 
 if TYPE_CHECKING:
     from runtime.adapters.library import AdapterLibrary
-
-
-T = TypeVar("T")
-
-
-class Page(Struct, Generic[T], kw_only=True):
-    object: str = "list"
-    data: list[T]
-    has_more: bool = False
 
 
 class JobFailure(Struct):
@@ -166,67 +155,6 @@ def _estimated_finish(job: Job, progress: JobProgress) -> int | None:
 
 def _seconds(moment: float | None) -> int | None:
     return None if moment is None else int(moment)
-
-
-# -- query -----------------------------------------------------------------------------------------
-#
-# Query parameters of the admin endpoints. A bad one is a 400 that names it.
-
-_YES = frozenset({"1", "true", "yes"})
-_NO = frozenset({"0", "false", "no"})
-_NUMBER = re.compile(r"[0-9]{1,16}")
-"""At most 16 digits: SQLite stores such a number, and `int` parses it at once."""
-
-
-def check_names(request: AnyRequest, known: Iterable[str]) -> None:
-    """Raise for a parameter that the endpoint does not have: none is silently ignored."""
-    for name in request.query_params:
-        if name not in known:
-            has = ", ".join(sorted(known)) or "none"
-            raise InvalidRequest(f"There is no parameter `{name[:100]}`; this endpoint has: {has}.", param=name[:100])
-
-
-def integer(request: AnyRequest, name: str, *, default: int, least: int, most: int) -> int:
-    text = single(request, name)
-    return default if text is None else number(text, name, least=least, most=most)
-
-
-def number(text: str, name: str, *, least: int, most: int) -> int:
-    """`text`, all of it, as a whole number in a range. Raises `InvalidRequest` that names `name`."""
-    if _NUMBER.fullmatch(text) is None or not least <= int(text) <= most:
-        raise InvalidRequest(f"{name}: expected a whole number from {least} to {most}, got `{text[:50]}`.", param=name)
-    return int(text)
-
-
-def single(request: AnyRequest, name: str) -> str | None:
-    """A parameter's value; None if it is absent. Raises `InvalidRequest` if it is given twice."""
-    given = request.query_params.getall(name, [])
-    if len(given) > 1:
-        raise InvalidRequest(f"{name}: expected one value, got {len(given)}.", param=name)
-    return given[0] if given else None
-
-
-def flag(request: AnyRequest, name: str, *, empty: bool | None = None) -> bool:
-    """A boolean parameter: False if it is absent; `empty` if it has no value (None: refused)."""
-    given = single(request, name)
-    if given == "" and empty is not None:
-        return empty
-    text = "0" if given is None else given.lower()
-    if text not in _YES | _NO:
-        raise InvalidRequest(f"{name}: expected 1 or 0, got `{text[:50]}`.", param=name)
-    return text in _YES
-
-
-def choices(request: AnyRequest, name: str, allowed: Iterable[str]) -> tuple[str, ...]:
-    """Values given once or several times, or with commas in between."""
-    given = [part for text in request.query_params.getall(name, []) for part in text.split(",")]
-    for value in given:
-        if value not in allowed:
-            raise InvalidRequest(
-                f"{name}: expected one of {', '.join(allowed)}, got `{value[:50]}`.",
-                param=name,
-            )
-    return tuple(given)
 
 
 # -- library ---------------------------------------------------------------------------------------

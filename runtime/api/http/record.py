@@ -53,6 +53,12 @@ class RequestRecord:
     """Fields of the request's log line. Numbers and names, never text of a prompt or an output."""
 
 
+def visible_to(record: RequestRecord) -> str | None:
+    """Owner whose files, batches and jobs a request may see: those of its own key; None, all of them, for an admin
+    key."""
+    return None if record.is_admin else record.tenant
+
+
 def record_of(connection: ASGIConnection[Any, Any, Any, Any]) -> RequestRecord:
     """The record of the request that `connection` belongs to."""
     record: RequestRecord = connection.scope["state"][_KEY]

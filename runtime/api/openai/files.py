@@ -9,10 +9,10 @@ from litestar import Response, delete, get, post
 from litestar.response import Stream
 from msgspec import Struct
 
-from runtime.api.admin.views import check_names, choices, integer, number, single
 from runtime.api.handle import AnyRequest, api_of
 from runtime.api.http.form import FormReader
-from runtime.api.http.record import RequestRecord, record_of
+from runtime.api.http.query import ObjectPage, check_names, choices, number, object_page, page_request
+from runtime.api.http.record import record_of, visible_to
 from runtime.errors import InvalidRequest
 from runtime.files.library import FileLibrary, Upload
 from runtime.files.records import (
@@ -25,7 +25,7 @@ from runtime.files.records import (
 )
 from runtime.support.durable import storage_unavailable
 
-MAX_PAGE = 10_000
+MAX_FILES = 10_000
 """Most files of one page of the list, OpenAI's; its default too."""
 
 PIECE_BYTES = 256 * 1024
@@ -47,14 +47,6 @@ class FileObject(Struct, kw_only=True):
     purpose: str
     status: Literal["processed"] = "processed"
     status_details: None = None
-
-
-class FileList(Struct, kw_only=True):
-    object: Literal["list"] = "list"
-    data: list[FileObject]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
 
 
 class FileDeleted(Struct, kw_only=True):
@@ -81,26 +73,21 @@ async def upload_file(request: AnyRequest) -> FileObject:
 
 
 @get("/v1/files")
-async def list_files(request: AnyRequest) -> FileList:
+async def list_files(request: AnyRequest) -> ObjectPage[FileObject]:
     """The files, the newest first. `after` takes an id, `limit` up to 10,000, `order` asc or desc, `purpose` one."""
     library = _library(request)
-    check_names(request, ("after", "limit", "order", "purpose"))
+    page = page_request(request, default=MAX_FILES, most=MAX_FILES, further=("purpose",))
     purposes = choices(request, "purpose", PURPOSES)
     if len(purposes) > 1:
         raise InvalidRequest(f"purpose: expected one value, got {len(purposes)}.", param="purpose")
-    order = single(request, "order") or "desc"
-    if order not in ("asc", "desc"):
-        raise InvalidRequest(f"order: expected asc or desc, got `{order[:50]}`.", param="order")
     found, more = await library.store.page(
         visible_to(record_of(request)),
-        after=single(request, "after"),
-        limit=integer(request, "limit", default=MAX_PAGE, least=1, most=MAX_PAGE),
-        newest_first=order == "desc",
+        after=page.after,
+        limit=page.limit,
+        newest_first=page.newest_first,
         purpose=purposes[0] if purposes else None,
     )
-    data = [file_object(file) for file in found]
-    first, last = (data[0].id, data[-1].id) if data else (None, None)
-    return FileList(data=data, first_id=first, last_id=last, has_more=more)
+    return object_page([file_object(file) for file in found], more)
 
 
 @get("/v1/files/{file_id:str}")
@@ -134,11 +121,6 @@ async def delete_file(request: AnyRequest) -> FileDeleted:
 
 
 ROUTES = (upload_file, list_files, retrieve_file, file_content, delete_file)
-
-
-def visible_to(record: RequestRecord) -> str | None:
-    """Owner whose files and batches a request may see: those of its own key; None, all of them, for an admin key."""
-    return None if record.is_admin else record.tenant
 
 
 def file_object(file: StoredFile) -> FileObject:

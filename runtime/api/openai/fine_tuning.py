@@ -10,13 +10,14 @@ from typing import Any
 import msgspec
 from litestar import get, post
 
-from runtime.api.admin.views import Page, check_names, integer, job_item, single
+from runtime.api.admin.train import job_id_of
+from runtime.api.admin.views import job_item
 from runtime.api.docs import BODY
 from runtime.api.handle import AnyRequest, Api, api_of
 from runtime.api.http.auth import TRAIN
-from runtime.api.http.record import record_of
+from runtime.api.http.query import ObjectPage, check_names, object_page, page_request
+from runtime.api.http.record import record_of, visible_to
 from runtime.api.openai.batches import check_metadata
-from runtime.api.openai.files import visible_to
 from runtime.api.openai.fine_tuning_views import (
     TRAIN_FILE,
     VALIDATION_FILE,
@@ -41,7 +42,6 @@ from runtime.trainer.jobs.records import JobFile, JobSubmission
 MAX_SUFFIX = 64
 """Characters of a suffix, OpenAI's."""
 
-MAX_PAGE = 100
 MAX_FIRST_LINE = 1024 * 1024
 """Bytes of a file's first row that are looked at for its format."""
 
@@ -80,74 +80,84 @@ async def create_fine_tuning_job(request: AnyRequest) -> FineTuningJob:
             await jobs.discard(job_id)
             raise
     digest = hashlib.blake2b(recipe).hexdigest()
-    await jobs.submit(JobSubmission(id=job_id, recipe=recipe, files=taken, digest=digest))
+    await jobs.submit(JobSubmission(id=job_id, recipe=recipe, files=taken, digest=digest, owner=record.tenant))
     record.target = job_id
     return await _view(api, jobs, job_id)
 
 
 @get("/v1/fine_tuning/jobs", opt={TRAIN: True})
-async def list_fine_tuning_jobs(request: AnyRequest) -> Page[FineTuningJob]:
-    """The newest jobs first, those of /admin/train too. `after` takes an id, `limit` up to 100."""
+async def list_fine_tuning_jobs(request: AnyRequest) -> ObjectPage[FineTuningJob]:
+    """The newest jobs first, those of /admin/train too. `after` takes an id, `limit` up to 100, `order` asc or desc."""
     api, jobs = api_of(request), _jobs(request)
-    check_names(request, ("after", "limit"))
-    limit = integer(request, "limit", default=20, least=1, most=MAX_PAGE)
-    found, more = await jobs.store.page(after=single(request, "after"), limit=limit, states=())
+    page = page_request(request)
+    found, more = await jobs.store.page(
+        after=page.after,
+        limit=page.limit,
+        states=(),
+        owner=visible_to(record_of(request)),
+        newest_first=page.newest_first,
+    )
     served = api.handle.require().model_name
     data = [job_view(job, progress, served, job_item(job, progress).estimated_finish) for job, progress in found]
-    return Page(data=data, has_more=more)
+    return object_page(data, more)
 
 
 @get("/v1/fine_tuning/jobs/{job_id:str}", opt={TRAIN: True})
 async def retrieve_fine_tuning_job(request: AnyRequest) -> FineTuningJob:
     """One job."""
     check_names(request, ())
-    return await _view(api_of(request), _jobs(request), _job_id(request))
+    return await _view(api_of(request), _jobs(request), await job_id_of(request))
 
 
 @post("/v1/fine_tuning/jobs/{job_id:str}/cancel", opt={TRAIN: True}, status_code=200)
 async def cancel_fine_tuning_job(request: AnyRequest) -> FineTuningJob:
     """Cancel a job: at once, or after the step that runs. 409 for one that has ended."""
-    await _jobs(request).cancel(_job_id(request))
-    return await _view(api_of(request), _jobs(request), _job_id(request))
+    jobs, job_id = _jobs(request), await job_id_of(request)
+    await jobs.cancel(job_id)
+    return await _view(api_of(request), jobs, job_id)
 
 
 @post("/v1/fine_tuning/jobs/{job_id:str}/pause", opt={TRAIN: True}, status_code=200)
 async def pause_fine_tuning_job(request: AnyRequest) -> FineTuningJob:
     """Pause a job that is queued or runs. 409 for any other."""
-    await _jobs(request).pause(_job_id(request))
-    return await _view(api_of(request), _jobs(request), _job_id(request))
+    jobs, job_id = _jobs(request), await job_id_of(request)
+    await jobs.pause(job_id)
+    return await _view(api_of(request), jobs, job_id)
 
 
 @post("/v1/fine_tuning/jobs/{job_id:str}/resume", opt={TRAIN: True}, status_code=200)
 async def resume_fine_tuning_job(request: AnyRequest) -> FineTuningJob:
     """Resume a paused job. 409 for any other."""
-    await _jobs(request).resume(_job_id(request))
-    return await _view(api_of(request), _jobs(request), _job_id(request))
+    jobs, job_id = _jobs(request), await job_id_of(request)
+    await jobs.resume(job_id)
+    return await _view(api_of(request), jobs, job_id)
 
 
 @get("/v1/fine_tuning/jobs/{job_id:str}/events", opt={TRAIN: True})
-async def fine_tuning_events(request: AnyRequest) -> Page[FineTuningEvent]:
-    """Events of a job, the newest first. `after` takes an event's id, `limit` up to 100."""
-    jobs, job_id = _jobs(request), _job_id(request)
-    check_names(request, ("after", "limit"))
-    limit = integer(request, "limit", default=20, least=1, most=MAX_PAGE)
-    before = _number(single(request, "after"), f"ftevent-{job_id}-")
-    found = await jobs.store.latest_events(job_id, before=before, limit=limit + 1)
-    return Page(data=[event_view(job_id, event) for event in found[:limit]], has_more=len(found) > limit)
+async def fine_tuning_events(request: AnyRequest) -> ObjectPage[FineTuningEvent]:
+    """Events of a job, the newest first. `after` takes an event's id, `limit` up to 100, `order` asc or desc."""
+    jobs, job_id, page = _jobs(request), await job_id_of(request), page_request(request)
+    after = _number(page.after, f"ftevent-{job_id}-")
+    if page.newest_first:
+        found = await jobs.store.latest_events(job_id, before=after, limit=page.limit + 1)
+    else:
+        _, found = await jobs.store.events(job_id, after=after or 0, limit=page.limit + 1)
+    return object_page([event_view(job_id, event) for event in found[: page.limit]], len(found) > page.limit)
 
 
 @get("/v1/fine_tuning/jobs/{job_id:str}/checkpoints", opt={TRAIN: True})
-async def fine_tuning_checkpoints(request: AnyRequest) -> Page[FineTuningCheckpoint]:
+async def fine_tuning_checkpoints(request: AnyRequest) -> ObjectPage[FineTuningCheckpoint]:
     """Checkpoints of a job, the newest first. While it runs they answer by their `fine_tuned_model_checkpoint`."""
-    jobs, job_id = _jobs(request), _job_id(request)
-    check_names(request, ("after", "limit"))
-    limit = integer(request, "limit", default=10, least=1, most=MAX_PAGE)
+    jobs, job_id, page = _jobs(request), await job_id_of(request), page_request(request, default=10)
     job = await jobs.store.get(job_id)
-    before = _number(single(request, "after"), f"ftckpt-{job_id}-")
-    stored = [one for one in await jobs.store.checkpoints(job_id) if before is None or one.step < before]
-    shown = stored[::-1][:limit]
+    after = _number(page.after, f"ftckpt-{job_id}-")
+    stored = await jobs.store.checkpoints(job_id)
+    if page.newest_first:
+        stored.reverse()
+    behind = [one for one in stored if after is None or (one.step < after if page.newest_first else one.step > after)]
+    shown = behind[: page.limit]
     data = [checkpoint_view(job, one, await jobs.store.gate_metrics(job_id, one.step)) for one in shown]
-    return Page(data=data, has_more=len(stored) > limit)
+    return object_page(data, len(behind) > page.limit)
 
 
 ROUTES = (
@@ -266,7 +276,3 @@ def _number(after: str | None, prefix: str) -> int | None:
 
 def _jobs(request: AnyRequest) -> JobManager:
     return api_of(request).handle.require_jobs()
-
-
-def _job_id(request: AnyRequest) -> str:
-    return str(request.path_params["job_id"])

@@ -79,6 +79,8 @@ class JobSubmission(Struct, frozen=True, kw_only=True):
     digest: str = ""
     """Digest of recipe and files: equal ones are "the same body" for an idempotency key."""
     idempotency_key: str | None = None
+    owner: str = ""
+    """Tenant label of the key that it belongs to; "" without keys."""
 
 
 class Job(Struct, frozen=True, kw_only=True):
@@ -101,6 +103,8 @@ class Job(Struct, frozen=True, kw_only=True):
     error: JobError | None
     adapter: str | None
     """The version that was published. None in a job that succeeded: its recipe's gate was not passed."""
+    owner: str = ""
+    """Tenant label of the key that it belongs to; "" for one that was made without keys."""
 
     @property
     def ended(self) -> bool:
@@ -198,6 +202,7 @@ def new_record(submission: JobSubmission) -> JobRecord:
         attempts=0,
         error=None,
         adapter=None,
+        owner=submission.owner,
     )
     return JobRecord(
         job=job, digest=submission.digest, idempotency_key=submission.idempotency_key, files=submission.files

@@ -87,6 +87,7 @@ def _columns(job: Job) -> dict[str, object]:
         "error_message": error and error.message,
         "error_param": error and error.param,
         "adapter": job.adapter,
+        "owner": job.owner,
     }
 
 

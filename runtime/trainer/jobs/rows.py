@@ -35,11 +35,11 @@ _COLUMNS = frozenset(
 )
 
 
-def get(connection: sqlite3.Connection, job_id: str) -> Job:
-    """The job. Raises `NotFound`."""
+def get(connection: sqlite3.Connection, job_id: str, owner: str | None = None, *, param: str = "job_id") -> Job:
+    """The job. `owner`: tenant that asks; None may see every job. Raises `NotFound`, which names `param`."""
     row = connection.execute("SELECT * FROM jobs WHERE id = ?", (job_id,)).fetchone()
-    if row is None:
-        raise NotFound(f"There is no job `{job_id[:100]}`.", param="job_id", code="job_not_found")
+    if row is None or owner not in (None, row["owner"]):
+        raise NotFound(f"There is no job `{job_id[:100]}`.", param=param, code="job_not_found")
     return to_job(row)
 
 
@@ -221,6 +221,7 @@ def to_job(row: sqlite3.Row) -> Job:
         attempts=row["attempts"],
         error=error or None,
         adapter=row["adapter"],
+        owner=row["owner"],
     )
 
 
@@ -246,28 +247,38 @@ class JobReader:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    async def get(self, job_id: str) -> Job:
-        """The job. Raises `NotFound`."""
-        return await self._database.call(lambda c: get(c, job_id))
+    async def get(self, job_id: str, owner: str | None = None) -> Job:
+        """The job. `owner`: tenant that asks; None may see every job. Raises `NotFound`."""
+        return await self._database.call(lambda c: get(c, job_id, owner))
 
     async def describe(self, job_id: str) -> tuple[Job, JobProgress]:
         return await self._database.call(lambda c: (get(c, job_id), progress(c, job_id)))
 
     async def page(
-        self, *, after: str | None, limit: int, states: tuple[str, ...]
+        self,
+        *,
+        after: str | None,
+        limit: int,
+        states: tuple[str, ...],
+        owner: str | None = None,
+        newest_first: bool = True,
     ) -> tuple[list[tuple[Job, JobProgress]], bool]:
-        """The newest first, from behind the job `after`, and whether there are more. Raises `NotFound`."""
+        """Jobs from behind the job `after`, and whether there are more. `owner`: as in `get`. Raises `NotFound`."""
 
         def work(c: sqlite3.Connection) -> tuple[list[tuple[Job, JobProgress]], bool]:
             where, values = ["1"], list[Any]()
+            if owner is not None:
+                where.append("owner = ?")
+                values.append(owner)
             if after is not None:
-                get(c, after)
-                where.append("number < (SELECT number FROM jobs WHERE id = ?)")
+                get(c, after, owner, param="after")
+                where.append(f"number {'<' if newest_first else '>'} (SELECT number FROM jobs WHERE id = ?)")
                 values.append(after)
             if states:
                 where.append(f"state IN ({', '.join('?' * len(states))})")
                 values.extend(states)
-            query = f"SELECT * FROM jobs WHERE {' AND '.join(where)} ORDER BY number DESC LIMIT ?"
+            order = "DESC" if newest_first else "ASC"
+            query = f"SELECT * FROM jobs WHERE {' AND '.join(where)} ORDER BY number {order} LIMIT ?"
             found = [to_job(row) for row in c.execute(query, (*values, limit + 1)).fetchall()]
             return [(job, progress(c, job.id)) for job in found[:limit]], len(found) > limit
 
@@ -394,7 +405,8 @@ CREATE TABLE IF NOT EXISTS jobs (
     error_param TEXT,
     adapter TEXT,
     digest TEXT NOT NULL,
-    idempotency_key TEXT UNIQUE
+    idempotency_key TEXT UNIQUE,
+    owner TEXT NOT NULL DEFAULT ''
 );
 CREATE INDEX IF NOT EXISTS jobs_by_state ON jobs (state, number);
 

@@ -70,6 +70,12 @@ class JobStore(JobReader):
             key = submission.idempotency_key
             if key is not None:
                 row = c.execute("SELECT * FROM jobs WHERE idempotency_key = ?", (key,)).fetchone()
+                if row is not None and row["owner"] != submission.owner:
+                    raise Conflict(
+                        "This Idempotency-Key belongs to a job of another API key: send another.",
+                        param="Idempotency-Key",
+                        code="idempotency_key_reused",
+                    )
                 if row is not None and row["digest"] != submission.digest:
                     raise Conflict(
                         "This Idempotency-Key was used with another recipe or other files.",
@@ -82,9 +88,9 @@ class JobStore(JobReader):
             if sum(by_state.get(state, 0) for state in WAITING) >= max_waiting:
                 raise TooManyRequests(f"{max_waiting} jobs are waiting already. Try again later.", retry_after=60)
             c.execute(
-                "INSERT INTO jobs (id, state, created_at, attempts, recipe, digest, idempotency_key) "
-                "VALUES (?, 'validating', ?, 1, ?, ?, ?)",
-                (submission.id, time.time(), submission.recipe, submission.digest, key),
+                "INSERT INTO jobs (id, state, created_at, attempts, recipe, digest, idempotency_key, owner) "
+                "VALUES (?, 'validating', ?, 1, ?, ?, ?, ?)",
+                (submission.id, time.time(), submission.recipe, submission.digest, key, submission.owner),
             )
             files = [(submission.id, file.name, file.stored_as, file.bytes) for file in submission.files]
             c.executemany("INSERT INTO job_files (job_id, name, stored_as, bytes) VALUES (?, ?, ?, ?)", files)
