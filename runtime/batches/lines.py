@@ -33,6 +33,7 @@ class _Chooser(msgspec.Struct):
 
     model: str | None = None
     stream: bool | None = None
+    background: bool | None = None
 
 
 _lines = msgspec.json.Decoder(Line)
@@ -146,6 +147,9 @@ class _Checker:
         if chosen.stream:
             message = "stream must be left out or false: a batch's answers come whole."
             self.refuse(number, "unsupported_parameter", message, "body.stream")
+        if chosen.background:
+            message = "background must be left out or false: a batch is in the background as a whole."
+            self.refuse(number, "unsupported_parameter", message, "body.background")
         if self.found.total == 1:
             self.found.model = chosen.model
 

@@ -1,6 +1,7 @@
 """All batches of a server: created, listed, cancelled, and run until they have ended. Event loop only."""
 
 import asyncio
+import copy
 import secrets
 import time
 from pathlib import Path
@@ -128,8 +129,11 @@ class BatchManager:
         return self.current(batch)
 
     def current(self, batch: Batch) -> Batch:
-        """The row with the counts of now."""
+        """The row with the counts and the usage of now."""
         if batch.id not in self._runs or batch.ended:
             return batch
-        counts = self._runs[batch.id][0].counts
-        return replace(batch, total=counts.total, completed=counts.completed, failed=counts.failed)
+        run = self._runs[batch.id][0]
+        counts = run.counts
+        return replace(
+            batch, total=counts.total, completed=counts.completed, failed=counts.failed, usage=copy.deepcopy(run.usage)
+        )

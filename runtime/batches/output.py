@@ -15,7 +15,7 @@ from typing import NamedTuple
 import msgspec
 from msgspec import Struct
 
-from runtime.batches.records import Answer, Counts, LineError
+from runtime.batches.records import Answer, BatchUsage, Counts, LineError
 from runtime.support.durable import PRIVATE_FILE, make_directory, sync_directory
 from runtime.support.failpoints import failpoint
 from runtime.support.logs import get_logger
@@ -46,8 +46,35 @@ class OutputLine(Struct, frozen=True, kw_only=True):
     error: LineError | None
 
 
+class _Details(Struct):
+    cached_tokens: int | None = None
+    reasoning_tokens: int | None = None
+
+
+class _Usage(Struct):
+    """The usage of an answer of any endpoint: responses have other names than the rest."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+    prompt_tokens_details: _Details | None = None
+    completion_tokens_details: _Details | None = None
+    input_tokens_details: _Details | None = None
+    output_tokens_details: _Details | None = None
+
+
+class _Body(Struct):
+    usage: _Usage | None = None
+
+
+class _Response(Struct):
+    body: _Body
+
+
 class _Answered(Struct):
     custom_id: str | None
+    response: _Response | None = None
 
 
 _answered = msgspec.json.Decoder(_Answered)
@@ -84,7 +111,9 @@ class AppendedFile:
         self.size = 0
         """Bytes that are whole and synced."""
         self.custom_ids: list[str] = []
-        """Ids of the answered requests."""
+        """Ids of the requests that were answered before."""
+        self.usage = BatchUsage()
+        """Tokens of all answers."""
         self._read()
 
     def append(self, lines: list[bytes]) -> None:
@@ -100,6 +129,8 @@ class AppendedFile:
             os.ftruncate(self._descriptor, self.size)
             raise
         self.size += len(data)
+        for line in lines:
+            _add_usage(self.usage, _answered.decode(line))
 
     def close(self) -> None:
         os.close(self._descriptor)
@@ -107,11 +138,12 @@ class AppendedFile:
     def _read(self) -> None:
         for line in self._lines():
             try:
-                custom_id = _answered.decode(line).custom_id
+                answered = _answered.decode(line)
             except msgspec.MsgspecError:  # written in part when the power failed
                 break
-            if custom_id is not None:
-                self.custom_ids.append(custom_id)
+            if answered.custom_id is not None:
+                self.custom_ids.append(answered.custom_id)
+            _add_usage(self.usage, answered)
             self.size += len(line)
         os.ftruncate(self._descriptor, self.size)
 
@@ -121,6 +153,18 @@ class AppendedFile:
             for line in file:
                 if line.endswith(b"\n"):
                     yield line
+
+
+def _add_usage(total: BatchUsage, answered: _Answered) -> None:
+    if answered.response is None or (usage := answered.response.body.usage) is None:
+        return
+    total.input_tokens += usage.prompt_tokens + usage.input_tokens
+    total.output_tokens += usage.completion_tokens + usage.output_tokens
+    total.total_tokens = total.input_tokens + total.output_tokens
+    for read in (usage.prompt_tokens_details, usage.input_tokens_details):
+        total.input_tokens_details.cached_tokens += (read and read.cached_tokens) or 0
+    for written in (usage.completion_tokens_details, usage.output_tokens_details):
+        total.output_tokens_details.reasoning_tokens += (written and written.reasoning_tokens) or 0
 
 
 class _Waiting(NamedTuple):
@@ -154,6 +198,11 @@ class BatchOutput:
         for name in (OUTPUT, ERRORS):
             self._files[name] = AppendedFile(self._folder / name)
         sync_directory(self._folder)
+
+    @property
+    def usage(self) -> BatchUsage:
+        """Tokens of the answers on the disk."""
+        return self._files[OUTPUT].usage if OUTPUT in self._files else BatchUsage()
 
     def size(self, name: str) -> int:
         return self._files[name].size

@@ -3,7 +3,7 @@
 import re
 from typing import Literal, Protocol, get_args
 
-from msgspec import Struct
+from msgspec import Struct, field
 
 State = Literal["validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"]
 STATES: tuple[State, ...] = get_args(State)
@@ -24,7 +24,7 @@ ENDED = frozenset(state for state, following in TRANSITIONS.items() if not follo
 STAMPED: dict[State, str] = {state: f"{state}_at" for state in STATES if state != "validating"}
 """State → the column with the time at which it began."""
 
-Endpoint = Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings"]
+Endpoint = Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses"]
 ENDPOINTS: tuple[Endpoint, ...] = get_args(Endpoint)
 
 MAX_WINDOW_SECONDS = 30 * 86400
@@ -67,6 +67,24 @@ class Counts(Struct, kw_only=True):
     failed: int = 0
 
 
+class CachedTokens(Struct, kw_only=True):
+    cached_tokens: int = 0
+
+
+class ReasoningTokens(Struct, kw_only=True):
+    reasoning_tokens: int = 0
+
+
+class BatchUsage(Struct, kw_only=True):
+    """Tokens of all answers of a batch."""
+
+    input_tokens: int = 0
+    input_tokens_details: CachedTokens = field(default_factory=CachedTokens)
+    output_tokens: int = 0
+    output_tokens_details: ReasoningTokens = field(default_factory=ReasoningTokens)
+    total_tokens: int = 0
+
+
 class Batch(Struct, frozen=True, kw_only=True):
     """One row. Times are seconds since the epoch."""
 
@@ -88,6 +106,7 @@ class Batch(Struct, frozen=True, kw_only=True):
     total: int = 0
     completed: int = 0
     failed: int = 0
+    usage: BatchUsage | None = None
     created_at: int
     expires_at: int
     in_progress_at: int | None = None

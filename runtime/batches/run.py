@@ -7,7 +7,7 @@ from pathlib import Path
 
 from runtime.batches.lines import NumberedLine, check_file, requests_of
 from runtime.batches.output import ERRORS, OK, OUTPUT, BatchOutput, answer_line, error_line
-from runtime.batches.records import MAX_LISTED_ERRORS, Answer, Ask, Batch, Counts, LineError, State
+from runtime.batches.records import MAX_LISTED_ERRORS, Answer, Ask, Batch, BatchUsage, Counts, LineError, State
 from runtime.batches.store import BatchStore
 from runtime.errors import Conflict, StorageUnavailable
 from runtime.files.library import FileLibrary, new_file_id
@@ -74,6 +74,11 @@ class BatchRun:
         """Requests of the batch, as answered so far."""
         counts = self._output.counts
         return Counts(total=self._total, completed=counts.completed, failed=counts.failed)
+
+    @property
+    def usage(self) -> BatchUsage:
+        """Tokens of the answers so far."""
+        return self._output.usage
 
     def cancel(self) -> None:
         """Stop answering: the row says `cancelling` already."""
@@ -223,6 +228,7 @@ class BatchRun:
             total=self._total,
             completed=self._output.counts.completed,
             failed=self._output.counts.failed,
+            usage=self._output.usage,
             **{column: file.id for column, file in made.items()},
             **({} if errors is None else {"errors": errors}),
         )

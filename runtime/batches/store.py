@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from runtime.batches.records import ENDED, STAMPED, TRANSITIONS, Batch, LineError, State
+from runtime.batches.records import ENDED, STAMPED, TRANSITIONS, Batch, BatchUsage, LineError, State
 from runtime.errors import Conflict, InvalidRequest, NotFound, TooManyRequests
 from runtime.files import store as files
 from runtime.files.records import StoredFile
@@ -31,6 +31,7 @@ CREATE TABLE IF NOT EXISTS batches (
     total INTEGER NOT NULL DEFAULT 0,
     completed INTEGER NOT NULL DEFAULT 0,
     failed INTEGER NOT NULL DEFAULT 0,
+    usage TEXT,
     created_at INTEGER NOT NULL,
     expires_at INTEGER NOT NULL,
     in_progress_at INTEGER,
@@ -47,8 +48,9 @@ CREATE INDEX IF NOT EXISTS batches_by_status ON batches (status, number);
 MAX_SHOWN_ID = 100
 """Characters of an unknown id that an error repeats."""
 
-_JSON = ("metadata", "errors")
+_JSON = ("metadata", "errors", "usage")
 _errors_decoder = msgspec.json.Decoder(list[LineError])
+_usage_decoder = msgspec.json.Decoder(BatchUsage)
 _ENDED = ", ".join(f"'{state}'" for state in sorted(ENDED))
 
 
@@ -93,8 +95,10 @@ class BatchStore:
         """As `find`."""
         return await self._database.call(lambda c: find(c, batch_id, owner))
 
-    async def page(self, owner: str | None, *, after: str | None, limit: int) -> tuple[list[Batch], bool]:
-        """Batches, the newest first, from behind the batch `after`, and whether there are more. Raises `NotFound`."""
+    async def page(
+        self, owner: str | None, *, after: str | None, limit: int, newest_first: bool
+    ) -> tuple[list[Batch], bool]:
+        """Batches from behind the batch `after`, and whether there are more. Raises `NotFound`."""
 
         def work(c: sqlite3.Connection) -> tuple[list[Batch], bool]:
             where, values = ["1"], list[Any]()
@@ -103,9 +107,10 @@ class BatchStore:
                 values.append(owner)
             if after is not None:
                 find(c, after, owner, param="after")
-                where.append("number < (SELECT number FROM batches WHERE id = ?)")
+                where.append(f"number {'<' if newest_first else '>'} (SELECT number FROM batches WHERE id = ?)")
                 values.append(after)
-            query = f"SELECT * FROM batches WHERE {' AND '.join(where)} ORDER BY number DESC LIMIT ?"
+            order = "DESC" if newest_first else "ASC"
+            query = f"SELECT * FROM batches WHERE {' AND '.join(where)} ORDER BY number {order} LIMIT ?"
             found = [_to_batch(row) for row in c.execute(query, (*values, limit + 1))]
             return found[:limit], len(found) > limit
 
@@ -173,5 +178,6 @@ def _to_column(name: str, value: object) -> object:
 def _to_batch(row: sqlite3.Row) -> Batch:
     columns = {name: row[name] for name in Batch.__struct_fields__}
     columns["metadata"] = row["metadata"] and msgspec.json.decode(row["metadata"])
+    columns["usage"] = row["usage"] and _usage_decoder.decode(row["usage"])
     columns["errors"] = _errors_decoder.decode(row["errors"])
     return Batch(**columns)

@@ -5,17 +5,17 @@ from typing import Any, Literal
 from litestar import get, post
 from msgspec import Struct
 
-from runtime.api.admin.views import check_names, integer, single
 from runtime.api.docs import BODY
 from runtime.api.handle import AnyRequest, api_of
-from runtime.api.http.record import record_of
-from runtime.api.openai.files import visible_to
+from runtime.api.http.query import ObjectPage, check_names, object_page, page_request
+from runtime.api.http.record import record_of, visible_to
 from runtime.api.openai.schema import Intake
 from runtime.batches.manager import BatchManager
 from runtime.batches.records import (
     ENDPOINTS,
     MAX_WINDOW_SECONDS,
     Batch,
+    BatchUsage,
     Counts,
     LineError,
     window_seconds,
@@ -23,9 +23,6 @@ from runtime.batches.records import (
 from runtime.errors import InvalidRequest
 from runtime.files.records import MAX_EXPIRY_SECONDS, MIN_EXPIRY_SECONDS
 from settings.schema import LimitSettings
-
-MAX_PAGE = 100
-"""Most batches of one page of the list, OpenAI's."""
 
 
 class ExpiresAfter(Struct, kw_only=True):
@@ -69,20 +66,13 @@ class BatchObject(Struct, kw_only=True):
     cancelling_at: int | None
     cancelled_at: int | None
     request_counts: Counts
+    usage: BatchUsage
     metadata: dict[str, str] | None
-
-
-class BatchList(Struct, kw_only=True):
-    object: Literal["list"] = "list"
-    data: list[BatchObject]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
 
 
 _intake = Intake(BatchRequest)
 
-_SAME = frozenset(Batch.__struct_fields__) & frozenset(BatchObject.__struct_fields__) - {"errors"}
+_SAME = frozenset(Batch.__struct_fields__) & frozenset(BatchObject.__struct_fields__) - {"errors", "usage"}
 
 
 @post("/v1/batches", status_code=200, opt={BODY: BatchRequest})
@@ -120,18 +110,14 @@ async def create_batch(request: AnyRequest) -> BatchObject:
 
 
 @get("/v1/batches")
-async def list_batches(request: AnyRequest) -> BatchList:
-    """The newest batches first. `after` takes an id, `limit` up to 100."""
+async def list_batches(request: AnyRequest) -> ObjectPage[BatchObject]:
+    """The newest batches first. `after` takes an id, `limit` up to 100, `order` asc or desc."""
     batches = _batches(request)
-    check_names(request, ("after", "limit"))
+    page = page_request(request)
     found, more = await batches.store.page(
-        visible_to(record_of(request)),
-        after=single(request, "after"),
-        limit=integer(request, "limit", default=20, least=1, most=MAX_PAGE),
+        visible_to(record_of(request)), after=page.after, limit=page.limit, newest_first=page.newest_first
     )
-    data = [batch_object(batches.current(batch)) for batch in found]
-    first, last = (data[0].id, data[-1].id) if data else (None, None)
-    return BatchList(data=data, first_id=first, last_id=last, has_more=more)
+    return object_page([batch_object(batches.current(batch)) for batch in found], more)
 
 
 @get("/v1/batches/{batch_id:str}")
@@ -157,6 +143,7 @@ def batch_object(batch: Batch) -> BatchObject:
     return BatchObject(
         **fields,
         errors=BatchErrors(data=batch.errors) if batch.errors else None,
+        usage=batch.usage or BatchUsage(),
         request_counts=Counts(total=batch.total, completed=batch.completed, failed=batch.failed),
     )
 

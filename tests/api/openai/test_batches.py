@@ -64,14 +64,21 @@ def test_a_batch_answers_as_a_request_does(client: openai.OpenAI) -> None:
 
 @pytest.mark.parametrize(
     ("endpoint", "body"),
-    [("/v1/completions", {"prompt": "The newt", "max_tokens": 4}), ("/v1/embeddings", {"input": "The newt"})],
+    [
+        ("/v1/completions", {"prompt": "The newt", "max_tokens": 4}),
+        ("/v1/embeddings", {"input": "The newt"}),
+        ("/v1/responses", {"input": "The newt", "max_output_tokens": 4}),
+    ],
 )
 def test_other_endpoints(client: openai.OpenAI, endpoint: str, body: dict[str, Any]) -> None:
     line = {"custom_id": "one", "method": "POST", "url": endpoint, "body": body}
     done = ended(client, batch_of(client, jsonl(line), endpoint=endpoint).id)
     assert done.status == "completed"
     [answer] = lines_of(client, done.output_file_id)
-    assert answer["response"]["body"]["usage"]["prompt_tokens"] > 0
+    usage = answer["response"]["body"]["usage"]
+    assert usage.get("prompt_tokens", usage.get("input_tokens")) == done.usage.input_tokens > 0
+    assert usage["total_tokens"] == done.usage.total_tokens
+    assert done.usage.output_tokens == (0 if endpoint == "/v1/embeddings" else 4)
 
 
 def test_answers_that_are_errors_go_to_the_error_file(client: openai.OpenAI) -> None:
@@ -103,6 +110,7 @@ def test_bad_lines_fail_the_batch_by_number(client: openai.OpenAI) -> None:
         ({**good, "custom_id": "c", "url": "/admin/train"}, "invalid_url"),
         ({**good, "custom_id": "d", "body": "text"}, "invalid_body"),
         ({**good, "custom_id": "e", "body": {**good["body"], "stream": True}}, "unsupported_parameter"),
+        ({**good, "custom_id": "h", "body": {"input": "Hi", "background": True}}, "unsupported_parameter"),
         ({**good, "custom_id": "f", "colour": "blue"}, "invalid_line"),
         ({"custom_id": "g"}, "invalid_line"),
         (b'{"body": ' + b"[" * 100_000, "invalid_json_line"),
