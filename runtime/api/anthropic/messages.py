@@ -9,6 +9,7 @@ import msgspec
 from litestar import Request, Response, post
 
 from runtime.api.anthropic.schema import (
+    INSTEAD,
     NEUTRAL,
     CountRequest,
     Message,
@@ -40,8 +41,8 @@ _TYPES = {
     HTTPStatus.GATEWAY_TIMEOUT: "timeout_error",
 }
 
-_messages = Intake(MessageRequest, neutral=NEUTRAL)
-_counts = Intake(CountRequest, neutral=NEUTRAL)
+_messages = Intake(MessageRequest, neutral=NEUTRAL, instead=INSTEAD)
+_counts = Intake(CountRequest, neutral=NEUTRAL, instead=INSTEAD)
 _chats = Intake(ChatRequest)
 
 
@@ -118,5 +119,5 @@ async def count_message_tokens(request: AnyRequest) -> Response[TokenCount]:
 async def _as_chat(asked: CountRequest, api: Api) -> tuple[ChatRequest, frozenset[str]]:
     """The chat that a message is, checked as one, and the fields that it sets."""
     body = msgspec.json.encode(chat_body(asked, max_messages=api.settings.limits.max_messages))
-    chat, given, _ = await _chats.parse(body, api.settings.limits)
+    chat, given = (await _chats.parse(body, api.settings.limits))[:2]
     return chat, given

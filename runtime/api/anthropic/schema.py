@@ -22,6 +22,17 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 }
 """Known fields that nothing acts on, with the values that change nothing."""
 
+INSTEAD: Mapping[str, str] = {
+    "container": "This server runs no tools and keeps no containers.",
+    "context_management": "Send the messages that count; /v1/messages/count_tokens counts them.",
+    "diagnostics": "The server's log and /metrics have them.",
+    "inference_geo": "The answer is computed where the server stands.",
+    "mcp_servers": "Let the client call MCP servers, and pass their tools.",
+    "service_tier": "The operator gives keys their limits and the scheduler its policy.",
+    "speed": "There is one speed.",
+}
+"""Field name → the way to what it asks for, or the reason why there is none."""
+
 
 # -- requests --------------------------------------------------------------------------------------
 

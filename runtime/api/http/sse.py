@@ -71,7 +71,7 @@ async def with_end(chunks: AsyncGenerator[msgspec.Struct, None], record: Request
             async for chunk in chunks:
                 yield event(chunk)
     except Exception as error:
-        yield b"data: " + encode(_noted(error, record)) + b"\n\n"
+        yield b"data: " + encode(noted(error, record)) + b"\n\n"
     yield DONE
 
 
@@ -88,11 +88,11 @@ async def named_events(
             async for one in events:
                 yield b"event: " + name(one).encode() + b"\n" + event(one)
     except Exception as error:
-        kind, data = failure(_noted(error, record))
+        kind, data = failure(noted(error, record))
         yield b"event: " + kind.encode() + b"\n" + event(data)
 
 
-def _noted(error: Exception, record: RequestRecord) -> RequestError:
+def noted(error: Exception, record: RequestRecord) -> RequestError:
     """The error that ends a stream, as it may be shown; its code is in the request's log line."""
     shown = to_request_error(error, record.request_id)
     record.log.update(error_code=shown.code)

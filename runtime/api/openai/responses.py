@@ -172,6 +172,12 @@ class ModelList(Struct, kw_only=True):
     data: list[ModelCard]
 
 
+class ModelDeleted(Struct, kw_only=True):
+    id: str
+    object: Literal["model"] = "model"
+    deleted: bool = True
+
+
 class Tokens(Struct, kw_only=True):
     count: int
     max_model_len: int

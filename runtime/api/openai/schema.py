@@ -6,7 +6,7 @@ null counts as absent: clients send both.
 
 import asyncio
 from collections.abc import Iterable, Mapping
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import msgspec
 from litestar import Request
@@ -380,10 +380,16 @@ _MAX_NAMED = 8
 """Most unknown fields that the warning lists."""
 
 
-def check_fields(fields: Fields, known: Iterable[str], neutral: Mapping[str, tuple[Any, ...]] = NEUTRAL) -> list[str]:
+def check_fields(
+    fields: Fields,
+    known: Iterable[str],
+    neutral: Mapping[str, tuple[Any, ...]] = NEUTRAL,
+    instead: Mapping[str, str] = INSTEAD,
+) -> list[str]:
     """Raise `Unsupported` for the first field with a value that is not supported; return the unknown names.
 
-    `known` are the fields that the endpoint acts on; `neutral` as `NEUTRAL` is for OpenAI's API.
+    `known` are the fields that the endpoint acts on; `neutral` and `instead` as `NEUTRAL` and `INSTEAD` are for
+    OpenAI's API.
     """
     unknown = []
     for name, value in fields.items():
@@ -392,7 +398,7 @@ def check_fields(fields: Fields, known: Iterable[str], neutral: Mapping[str, tup
         if name not in neutral:
             unknown.append(name)
         elif not _is_neutral(value, neutral[name]):
-            hint = f" {INSTEAD[name]}" if name in INSTEAD else ""
+            hint = f" {instead[name]}" if name in instead else ""
             raise Unsupported(f"`{name}` is not supported yet, got {_shown(value)}.{hint}", param=name)
     return unknown
 
@@ -406,6 +412,13 @@ def unknown_nested(fields: Fields, *, max_messages: int) -> list[str]:
     if options := _value(fields, "stream_options", _object):
         unknown += [f"stream_options.{name}" for name in options if name not in _OPTION_FIELDS]
     return unknown + _unknown_in_messages(fields.get("messages", _null()), "messages", max_messages)
+
+
+def unknown_keys(value: msgspec.Raw | None, kind: type[msgspec.Struct], path: str) -> list[str]:
+    """Keys of the object `value`, decoded as `kind` already, that `kind` does not have; each with its path."""
+    known = frozenset(kind.__struct_fields__)
+    given = (None if value is None else _object.decode(value)) or {}
+    return [f"{path}.{name}" for name, one in given.items() if name not in known and bytes(one) != b"null"]
 
 
 def _unknown_in_messages(value: msgspec.Raw, path: str, max_messages: int) -> list[str]:
@@ -519,6 +532,17 @@ LARGE = 256 * 1024
 """Bytes from which a body is decoded on its own thread."""
 
 
+class Parsed(NamedTuple, Generic[S]):
+    """A body that was read."""
+
+    asked: S
+    given: frozenset[str]
+    """Names of the fields that it sets."""
+    unknown: list[str]
+    fields: Fields
+    """Its top level."""
+
+
 class Intake(Generic[S]):
     """Reader of requests of one kind."""
 
@@ -527,10 +551,13 @@ class Intake(Generic[S]):
         kind: type[S],
         *,
         neutral: Mapping[str, tuple[Any, ...]] = NEUTRAL,
+        instead: Mapping[str, str] = INSTEAD,
         passed: Iterable[str] = (),
     ) -> None:
-        """`neutral`: as `NEUTRAL` is for OpenAI's API. `passed`: fields that another reader of the body acts on."""
+        """`neutral`, `instead`: as `NEUTRAL` and `INSTEAD` are for OpenAI's API. `passed`: fields that another reader
+        of the body acts on."""
         self._neutral = neutral
+        self._instead = instead
         self._known = frozenset(kind.__struct_fields__).union(passed)
         self._optional = frozenset(field.encode_name for field in msgspec.structs.fields(kind) if not field.required)
         self._decoder = msgspec.json.Decoder(kind)
@@ -543,25 +570,24 @@ class Intake(Generic[S]):
         """The request's body as a struct, and the names of the fields that it sets."""
         body = await read_body(request, api.settings.server)
         limits = api.settings.limits
-        asked, given, unknown = await self.parse(body, limits)
-        report_unknown(request, unknown, limits.unknown_fields)
-        return asked, given
+        parsed = await self.parse(body, limits)
+        report_unknown(request, parsed.unknown, limits.unknown_fields)
+        return parsed.asked, parsed.given
 
-    async def parse(self, body: bytes, limits: LimitSettings) -> tuple[S, frozenset[str], list[str]]:
-        """A body as a struct, the names of the fields that it sets, and those of unknown ones."""
+    async def parse(self, body: bytes, limits: LimitSettings) -> Parsed[S]:
+        """A body as a struct. Raises a `RequestError` for an invalid one."""
         if len(body) > LARGE:
             return await asyncio.to_thread(self._parse, body, limits)
         return self._parse(body, limits)
 
-    def _parse(self, body: bytes, limits: LimitSettings) -> tuple[S, frozenset[str], list[str]]:
-        """The struct, the names of fields that are set, and those of unknown ones."""
+    def _parse(self, body: bytes, limits: LimitSettings) -> Parsed[S]:
         check_strings(body, max_messages=limits.max_messages)
         fields = parse_fields(body)
         check_cost(fields, {"chat_template_kwargs": limits.max_template_kwargs})
-        unknown = check_fields(fields, self._known, self._neutral)
+        unknown = check_fields(fields, self._known, self._neutral, self._instead)
         absent = {name for name, value in fields.items() if name in self._optional and bytes(value) == b"null"}
         if absent:
             body = msgspec.json.encode({name: value for name, value in fields.items() if name not in absent})
         asked = decode(body, self._decoder)
         unknown += unknown_nested(fields, max_messages=limits.max_messages)
-        return asked, frozenset(fields.keys() - absent), unknown
+        return Parsed(asked, frozenset(fields.keys() - absent), unknown, fields)

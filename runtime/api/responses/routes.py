@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator
-from contextlib import ExitStack, aclosing
+from contextlib import ExitStack, aclosing, suppress
 from typing import Any
 
 import msgspec
@@ -12,37 +12,49 @@ from msgspec.structs import replace
 
 from runtime.api.docs import BODY
 from runtime.api.handle import AnyRequest, Api, api_of
-from runtime.api.http.body import parse_fields, read_body
+from runtime.api.http.body import read_body
 from runtime.api.http.errors import to_request_error
+from runtime.api.http.query import ObjectPage, check_names, flag, page_request, single
 from runtime.api.http.record import RequestRecord, record_of
-from runtime.api.http.sse import EventStream, named_events, unless_disconnected
+from runtime.api.http.sse import EventStream, named_events, noted, unless_disconnected
 from runtime.api.openai.chat import ChatAnswer, open_chat
 from runtime.api.openai.generation import Generation
+from runtime.api.openai.logprobs import count_logprobs, write_answer
 from runtime.api.openai.schema import ChatRequest, Intake, report_unknown
 from runtime.api.responses.schema import (
+    INSTEAD,
     NEUTRAL,
     DeletedResponse,
     Item,
-    ItemList,
     ReasoningOptions,
     ResponseEvent,
-    ResponseFailure,
     ResponseObject,
     ResponseRequest,
     ResponseTextFormat,
     TextOptions,
 )
-from runtime.api.responses.translate import ResponseEvents, chat_body, ended, items_of, messages_of, new_id, output_of
-from runtime.errors import EngineUnavailable, InvalidRequest, NotFound
+from runtime.api.responses.translate import (
+    ResponseEvents,
+    chat_body,
+    check_included,
+    ended,
+    failed,
+    items_of,
+    messages_of,
+    named_as_asked,
+    new_id,
+    output_of,
+    unknown_inside,
+)
+from runtime.errors import EngineUnavailable, InvalidRequest, NotFound, StorageUnavailable, Unsupported
 from runtime.messages import Output
 from runtime.responses.store import ResponseStore, StoredResponse
 
 ENDED = frozenset({"completed", "incomplete", "cancelled", "failed"})
-MAX_PAGE = 100
 
 _OWN = frozenset(ResponseRequest.__struct_fields__)
 _CHAT = frozenset(ChatRequest.__struct_fields__) - {"messages", "n", "best_of", "max_tokens", "use_beam_search"}
-_intake = Intake(ResponseRequest, neutral=NEUTRAL, passed=_CHAT)
+_intake = Intake(ResponseRequest, neutral=NEUTRAL, instead=INSTEAD, passed=_CHAT)
 _chats = Intake(ChatRequest)
 _stored = msgspec.json.Decoder(ResponseObject)
 _items = msgspec.json.Decoder(list[dict[str, Any]])
@@ -55,14 +67,15 @@ async def create_response(request: AnyRequest) -> Response[ResponseObject]:
     api = api_of(request)
     limits = api.settings.limits
     body = await read_body(request, api.settings.server)
-    asked, _, unknown = await _intake.parse(body, limits)
-    report_unknown(request, unknown, limits.unknown_fields)
+    asked, _, unknown, fields = await _intake.parse(body, limits)
+    report_unknown(request, unknown + unknown_inside(fields), limits.unknown_fields)
     needs_store = asked.store or asked.background or asked.previous_response_id is not None
     store, tenant = _store(api) if needs_store else api.handle.responses, record_of(request).tenant
     history = await _history(asked.previous_response_id, store, tenant)
-    passed = {name: value for name, value in parse_fields(body).items() if name in _CHAT and name not in _OWN}
-    chat, given, _ = await _chats.parse(msgspec.json.encode({**passed, **chat_body(asked, history)}), limits)
-    generation, make, record = await open_chat(request, api, chat, given)
+    passed = {name: value for name, value in fields.items() if name in _CHAT and name not in _OWN}
+    with named_as_asked():
+        chat, given = (await _chats.parse(msgspec.json.encode({**passed, **chat_body(asked, history)}), limits))[:2]
+        generation, make, record = await open_chat(request, api, chat, given)
     with ExitStack() as stack:
         stack.callback(generation.close)
         answer = make()
@@ -77,30 +90,38 @@ async def create_response(request: AnyRequest) -> Response[ResponseObject]:
         if asked.stream:
             events = ResponseEvents(response, lambda: int(time.time()))
             named = named_events(
-                _kept(events, answer, keeper),
+                _kept(events, answer, keeper, record),
                 record,
                 name=lambda event: event.type,
-                failure=lambda error: ("error", events.failure(error.code or "server_error", error.message)),
+                failure=lambda error: ("error", next(events.failure(error))),
             )
             return EventStream(named, stack.pop_all().close)
         outputs = await unless_disconnected(request.receive, generation.collect())
-        response = _whole(answer, response, outputs)
+        response = await _whole(answer, response, outputs)
         await keeper.put(response)
         return Response(response)
 
 
 @get("/v1/responses/{response_id:str}")
-async def retrieve_response(request: AnyRequest, response_id: str) -> Response[ResponseObject]:
-    """A stored response."""
-    found = await _store(api_of(request)).get(response_id, record_of(request).tenant)
+async def retrieve_response(request: AnyRequest) -> Response[ResponseObject]:
+    """A stored response, whole."""
+    check_names(request, ("include", "include[]", "include_obfuscation", "starting_after", "stream"))
+    check_included([*request.query_params.getall("include", []), *request.query_params.getall("include[]", [])])
+    flag(request, "include_obfuscation")
+    if flag(request, "stream"):
+        raise Unsupported("`stream`: events are not kept; leave it out, and the response comes whole.", param="stream")
+    if single(request, "starting_after") is not None:
+        raise Unsupported("`starting_after`: events are not kept; leave it out.", param="starting_after")
+    found = await _store(api_of(request)).get(_response_id(request), record_of(request).tenant)
     return Response(_stored.decode(found.response))
 
 
 @delete("/v1/responses/{response_id:str}", status_code=200)
-async def delete_response(request: AnyRequest, response_id: str) -> Response[DeletedResponse]:
+async def delete_response(request: AnyRequest) -> Response[DeletedResponse]:
     """Delete a stored response; one in the background is cancelled first."""
+    check_names(request, ())
     api = api_of(request)
-    store, tenant = _store(api), record_of(request).tenant
+    store, tenant, response_id = _store(api), record_of(request).tenant, _response_id(request)
     await store.get(response_id, tenant)
     await api.background.cancel(response_id)
     await store.delete(response_id, tenant)
@@ -108,10 +129,11 @@ async def delete_response(request: AnyRequest, response_id: str) -> Response[Del
 
 
 @post("/v1/responses/{response_id:str}/cancel", status_code=200)
-async def cancel_response(request: AnyRequest, response_id: str) -> Response[ResponseObject]:
+async def cancel_response(request: AnyRequest) -> Response[ResponseObject]:
     """Cancel a response in the background. One that has ended stays as it is."""
+    check_names(request, ())
     api = api_of(request)
-    store, tenant = _store(api), record_of(request).tenant
+    store, tenant, response_id = _store(api), record_of(request).tenant, _response_id(request)
     found = _stored.decode((await store.get(response_id, tenant)).response)
     if not found.background:
         raise InvalidRequest("Only responses in the background can be cancelled.", param="response_id")
@@ -125,34 +147,25 @@ async def cancel_response(request: AnyRequest, response_id: str) -> Response[Res
 
 
 @get("/v1/responses/{response_id:str}/input_items")
-async def list_input_items(
-    request: AnyRequest, response_id: str, limit: int = 20, order: str = "desc", after: str | None = None
-) -> Response[ItemList]:
-    """The items that a response answered, those of the conversation before it among them."""
-    if not 1 <= limit <= MAX_PAGE:
-        raise InvalidRequest(f"limit must be between 1 and {MAX_PAGE}, got {limit}.", param="limit")
-    if order not in ("asc", "desc"):
-        raise InvalidRequest(f"order must be asc or desc, got {order[:64]!r}.", param="order")
-    chain = await _store(api_of(request)).chain(response_id, record_of(request).tenant)
+async def list_input_items(request: AnyRequest) -> Response[ObjectPage[Any]]:
+    """The items that a response answered, those of the conversation before it among them; the newest first. `after`
+    takes an id, `limit` up to 100, `order` asc or desc."""
+    page = page_request(request, further=("include", "include[]"))
+    check_included([*request.query_params.getall("include", []), *request.query_params.getall("include[]", [])])
+    chain = await _store(api_of(request)).chain(_response_id(request), record_of(request).tenant)
     items = [item for stored in chain[:-1] for item in _all_items(stored)] + _inputs.decode(chain[-1].input)
     for number, item in enumerate(items):
         item.setdefault("id", f"item_{number}")
-    if order == "desc":
+    if page.newest_first:
         items.reverse()
-    if after is not None:
-        places = [number for number, item in enumerate(items) if item["id"] == after]
+    if page.after is not None:
+        places = [number for number, item in enumerate(items) if item["id"] == page.after]
         if not places:
-            raise NotFound(f"There is no item {after[:100]!r}.", param="after")
+            raise NotFound(f"There is no item `{page.after[:100]}`.", param="after")
         items = items[places[0] + 1 :]
-    page = items[:limit]
-    return Response(
-        ItemList(
-            data=page,
-            first_id=page[0]["id"] if page else None,
-            last_id=page[-1]["id"] if page else None,
-            has_more=len(items) > limit,
-        )
-    )
+    shown = items[: page.limit]
+    first, last = (shown[0]["id"], shown[-1]["id"]) if shown else (None, None)
+    return Response(ObjectPage(data=shown, first_id=first, last_id=last, has_more=len(items) > page.limit))
 
 
 ROUTES = (create_response, retrieve_response, delete_response, cancel_response, list_input_items)
@@ -198,12 +211,20 @@ def _shown(item: Any) -> dict[str, Any]:
     fields["content"] = [{k: v for k, v in part.items() if v is not None} for part in fields.get("content", ())]
     if item.type != "message" and not fields["content"]:
         del fields["content"]
+    if item.type == "reasoning":
+        fields.setdefault("summary", [])
+    else:
+        fields.setdefault("status", "completed")
     return {"id": new_id("msg" if item.type == "message" else "item"), **fields}
 
 
 def _all_items(stored: StoredResponse) -> list[dict[str, Any]]:
     output = msgspec.to_builtins(_stored.decode(stored.response).output)
     return [*_items.decode(stored.input), *output]
+
+
+def _response_id(request: AnyRequest) -> str:
+    return str(request.path_params["response_id"])
 
 
 def _store(api: Api) -> ResponseStore:
@@ -238,6 +259,7 @@ def _begun(asked: ResponseRequest, chat: ChatRequest, answer: ChatAnswer, id: st
         background=bool(asked.background),
         instructions=asked.instructions,
         max_output_tokens=asked.max_output_tokens,
+        max_tool_calls=asked.max_tool_calls,
         model=answer.model,
         parallel_tool_calls=asked.parallel_tool_calls is not False,
         previous_response_id=asked.previous_response_id,
@@ -246,7 +268,7 @@ def _begun(asked: ResponseRequest, chat: ChatRequest, answer: ChatAnswer, id: st
         safety_identifier=asked.safety_identifier,
         store=keeper.stores,
         temperature=chat.temperature,
-        text=text if text.format is not None else replace(text, format=ResponseTextFormat()),
+        text=text if text.format is not None else replace(text, format=ResponseTextFormat(type="text")),
         tool_choice=asked.tool_choice or "auto",
         tools=msgspec.to_builtins(asked.tools or []),
         top_logprobs=asked.top_logprobs or 0,
@@ -256,10 +278,13 @@ def _begun(asked: ResponseRequest, chat: ChatRequest, answer: ChatAnswer, id: st
     )
 
 
-def _whole(answer: ChatAnswer, response: ResponseObject, outputs: list[Output]) -> ResponseObject:
-    chat = answer.whole(outputs)
-    reason = chat.choices[0].finish_reason
-    return ended(response, output_of(chat), chat.usage, reason, int(time.time()))
+async def _whole(answer: ChatAnswer, response: ResponseObject, outputs: list[Output]) -> ResponseObject:
+    def write() -> ResponseObject:
+        chat = answer.whole(outputs)
+        reason = chat.choices[0].finish_reason
+        return ended(response, output_of(chat), chat.usage, reason, int(time.time()))
+
+    return await write_answer(write, count_logprobs(*(output.logprobs for output in outputs)))
 
 
 async def _finish(
@@ -267,25 +292,32 @@ async def _finish(
 ) -> None:
     """Complete a response in the background. One that fails says so in its `error`."""
     try:
-        response = _whole(answer, response, await generation.collect())
+        response = await _whole(answer, response, await generation.collect())
     except asyncio.CancelledError:
         response = replace(response, status="cancelled")
         raise
     except Exception as error:
-        shown = to_request_error(error, record.request_id)
-        failure = ResponseFailure(code=shown.code or "server_error", message=shown.message)
-        response = replace(response, status="failed", error=failure)
+        response = failed(response, to_request_error(error, record.request_id), [])
     finally:
         generation.close()
         await keeper.put(response)
 
 
-async def _kept(events: ResponseEvents, answer: ChatAnswer, keeper: _Keeper) -> AsyncGenerator[ResponseEvent, None]:
-    """The events of an answer. The response is stored before the event that ends it."""
-    async with aclosing(events.events(answer.chunks())) as found:
-        async for event in found:
-            if event.type in _LAST:
-                await keeper.put(events.response)
+async def _kept(
+    events: ResponseEvents, answer: ChatAnswer, keeper: _Keeper, record: RequestRecord
+) -> AsyncGenerator[ResponseEvent, None]:
+    """The events of an answer. The response is stored before the event that ends it, that of a failure too."""
+    try:
+        async with aclosing(events.events(answer.chunks())) as found:
+            async for event in found:
+                if event.type in _LAST:
+                    await keeper.put(events.response)
+                yield event
+    except Exception as error:
+        last = list(events.failure(noted(error, record)))
+        with suppress(StorageUnavailable):
+            await keeper.put(events.response)
+        for event in last:
             yield event
 
 

@@ -13,9 +13,11 @@ Status = Literal["queued", "in_progress", "completed", "incomplete", "cancelled"
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
 
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "access_programs": (None, {}),
+    "background_options": (None, {}),
     "context_management": (None, [], {}),
     "conversation": (None,),
-    "max_tool_calls": (None,),
+    "image": (None, {}),
     "moderation": (None,),
     "prompt": (None,),
     "prompt_cache_options": (None, {}),
@@ -24,6 +26,21 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "truncation": (None, "disabled"),
 }
 """Known fields that nothing acts on, with the values that change nothing."""
+
+INSTEAD: Mapping[str, str] = {
+    "access_programs": "There are no such programs here.",
+    "background_options": "A response in the background begins at once; batches have a completion window.",
+    "context_management": "Shorten the input, or send truncate_prompt_tokens.",
+    "conversation": "Name the response before it in previous_response_id.",
+    "image": "Inputs and answers are text.",
+    "moderation": "Check the text before it is sent.",
+    "prompt": "Prompts are not kept here: send them in instructions and input.",
+    "prompt_cache_options": "Prompts are cached by their content; cache_salt separates them.",
+    "prompt_cache_retention": "Prompts are cached by their content, while there is memory.",
+    "service_tier": "Use priority, where the server's scheduler.policy is priority.",
+    "truncation": "Send truncate_prompt_tokens: -1 drops the oldest tokens that leave no room for the answer.",
+}
+"""Field name → the way to what it asks for, or the reason why there is none."""
 
 INCLUDED = frozenset(
     {
@@ -78,8 +95,8 @@ class FunctionTool(Struct, kw_only=True):
     strict: bool | None = None
 
 
-class ResponseTextFormat(Struct, kw_only=True):
-    type: Literal["text", "json_object", "json_schema"] = "text"
+class ResponseTextFormat(Struct, kw_only=True, omit_defaults=True):
+    type: Literal["text", "json_object", "json_schema"]
     name: str | None = None
     description: str | None = None
     schema: dict[str, Any] | None = None
@@ -109,6 +126,8 @@ class ResponseRequest(Struct, kw_only=True):
     instructions: str | None = None
     previous_response_id: str | None = None
     max_output_tokens: int | None = None
+    max_tool_calls: int | None = None
+    """Limits calls of tools that the server itself runs: there are none."""
     temperature: float | None = None
     top_p: float | None = None
     top_logprobs: int | None = None
@@ -169,6 +188,8 @@ OutputItem = OutputMessage | ReasoningItem | FunctionCallItem
 
 class InputTokensDetails(Struct, kw_only=True):
     cached_tokens: int = 0
+    cache_write_tokens: int = 0
+    """Always 0: tokens are cached without being charged for."""
 
 
 class OutputTokensDetails(Struct, kw_only=True):
@@ -187,9 +208,16 @@ class IncompleteDetails(Struct, kw_only=True):
     reason: Literal["max_output_tokens", "content_filter"]
 
 
+FailureCode = Literal["server_error", "rate_limit_exceeded", "invalid_prompt"]
+
+
 class ResponseFailure(Struct, kw_only=True):
-    code: str
+    code: FailureCode
+    """Those of OpenAI's codes that may arise here."""
     message: str
+    type: str | None = None
+    """Code that the same error has in other endpoints."""
+    param: str | None = None
 
 
 class ResponseObject(Struct, kw_only=True):
@@ -205,7 +233,7 @@ class ResponseObject(Struct, kw_only=True):
     incomplete_details: IncompleteDetails | None = None
     instructions: str | None = None
     max_output_tokens: int | None = None
-    max_tool_calls: None = None
+    max_tool_calls: int | None = None
     model: str
     output: list[OutputItem] = field(default_factory=list)
     parallel_tool_calls: bool = True
@@ -216,7 +244,7 @@ class ResponseObject(Struct, kw_only=True):
     service_tier: str = "default"
     store: bool = True
     temperature: float | None = None
-    text: TextOptions = field(default_factory=lambda: TextOptions(format=ResponseTextFormat()))
+    text: TextOptions = field(default_factory=lambda: TextOptions(format=ResponseTextFormat(type="text")))
     tool_choice: Any = "auto"
     tools: list[Any] = field(default_factory=list)
     top_logprobs: int = 0
@@ -233,14 +261,6 @@ class DeletedResponse(Struct, kw_only=True):
     id: str
     object: Literal["response"] = "response"
     deleted: bool = True
-
-
-class ItemList(Struct, kw_only=True):
-    object: Literal["list"] = "list"
-    data: list[Any]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
 
 
 # -- events ----------------------------------------------------------------------------------------

@@ -1,17 +1,21 @@
 """A response's request as the body of a chat, and the chat's answer as output items or as events."""
 
+import re
 import uuid
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, contextmanager
 from typing import Any
 
 import msgspec
 from msgspec import UNSET
 from msgspec.structs import replace
 
-from runtime.api.openai.responses import ChatCompletion, Usage
+from runtime.api.http.body import Fields
+from runtime.api.openai.responses import ChatChoice, ChatChunkChoice, ChatCompletion, Usage
+from runtime.api.openai.schema import unknown_keys
 from runtime.api.responses.schema import (
     INCLUDED,
+    FailureCode,
     FunctionCallItem,
     FunctionTool,
     IncompleteDetails,
@@ -24,13 +28,16 @@ from runtime.api.responses.schema import (
     OutputText,
     OutputTokensDetails,
     ReasoningItem,
+    ReasoningOptions,
     ReasoningText,
     ResponseEvent,
+    ResponseFailure,
     ResponseObject,
     ResponseRequest,
     ResponseUsage,
+    TextOptions,
 )
-from runtime.errors import InvalidRequest, Unsupported
+from runtime.errors import InvalidRequest, RequestError, TooManyRequests, Unsupported
 
 LOGPROBS = "message.output_text.logprobs"
 MAX_METADATA = 16
@@ -61,6 +68,10 @@ def chat_body(asked: ResponseRequest, history: list[dict[str, Any]]) -> dict[str
         "temperature": asked.temperature,
         "top_p": asked.top_p,
         "stream": asked.stream,
+        "user": asked.user,
+        "safety_identifier": asked.safety_identifier,
+        "prompt_cache_key": asked.prompt_cache_key,
+        "verbosity": None if asked.text is None else asked.text.verbosity,
     }
     if asked.stream:
         body["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}
@@ -83,12 +94,66 @@ def chat_body(asked: ResponseRequest, history: list[dict[str, Any]]) -> dict[str
     return {name: value for name, value in body.items() if value is not None}
 
 
-def _check(asked: ResponseRequest) -> None:
-    for name in asked.include or ():
+def check_included(names: Iterable[str]) -> None:
+    """Raise `InvalidRequest` for a value of `include` that OpenAI does not have."""
+    for name in names:
         if name not in INCLUDED:
             raise InvalidRequest(
-                f"include must hold only {', '.join(sorted(INCLUDED))}, got {name[:64]!r}.", param="include"
+                f"include must hold only {', '.join(sorted(INCLUDED))}, got `{name[:64]}`.", param="include"
             )
+
+
+def unknown_inside(fields: Fields) -> list[str]:
+    """Unknown keys inside of the fields of a request that was decoded, each with its path. Raises `Unsupported` for
+    those of OpenAI's that cannot be acted on."""
+    found = unknown_keys(fields.get("reasoning"), ReasoningOptions, "reasoning")
+    found += unknown_keys(fields.get("text"), TextOptions, "text")
+    for index, tool in enumerate(_tool_list.decode(fields["tools"]) or () if "tools" in fields else ()):
+        found += unknown_keys(tool, FunctionTool, f"tools[{index}]")
+    for path in found:
+        if (instead := _INSIDE.get(path.rpartition(".")[2])) is not None:
+            raise Unsupported(f"`{path}` is not supported. {instead}", param=path)
+    return found
+
+
+_INSIDE = {
+    "allowed_callers": "Tools are called by the model alone.",
+    "async": "The client runs the tools, and sends their results when it has them.",
+    "defer_loading": "Send the tools that the model may call.",
+    "output_schema": "Describe the result in the tool's description.",
+    "context": "Thoughts of earlier turns are those that the input has.",
+    "mode": "There is one mode: choose an effort.",
+}
+"""Last part of a path → what to do instead."""
+
+_tool_list = msgspec.json.Decoder(list[msgspec.Raw] | None)
+
+_ASKED = {
+    "max_completion_tokens": "max_output_tokens",
+    "messages": "input",
+    "reasoning_effort": "reasoning.effort",
+    "response_format": "text.format",
+    "verbosity": "text.verbosity",
+}
+"""Field of the chat → the field of the request that it is made of."""
+
+
+@contextmanager
+def named_as_asked() -> Iterator[None]:
+    """Errors about the chat that a request becomes, with the names that its fields have in the request."""
+    try:
+        yield
+    except RequestError as error:
+        name, rest = re.fullmatch(r"(\w*)(.*)", error.param or "", re.DOTALL).groups()  # type: ignore[union-attr]
+        if name in _ASKED:
+            error.message = re.sub(rf"\b{name}\b", _ASKED[name], error.message)
+            # The chat has the messages of earlier responses too: their numbers are not those of the input's items.
+            error.param = _ASKED[name] if name == "messages" else f"{_ASKED[name]}{rest}"
+        raise
+
+
+def _check(asked: ResponseRequest) -> None:
+    check_included(asked.include or ())
     if asked.metadata is not None:
         sizes = [(len(key), len(value)) for key, value in asked.metadata.items()]
         if len(sizes) > MAX_METADATA or any(key > 64 or value > 512 for key, value in sizes):
@@ -96,6 +161,8 @@ def _check(asked: ResponseRequest) -> None:
                 f"metadata must have at most {MAX_METADATA} keys of at most 64 characters, with values of at most 512.",
                 param="metadata",
             )
+    if asked.max_tool_calls is not None and asked.max_tool_calls < 1:
+        raise InvalidRequest(f"max_tool_calls must be at least 1, got {asked.max_tool_calls}.", param="max_tool_calls")
     if asked.background and asked.store is False:
         raise InvalidRequest("background needs store: the response is fetched later.", param="background")
     if asked.background and asked.stream:
@@ -217,9 +284,15 @@ def usage_of(usage: Usage) -> ResponseUsage:
     )
 
 
+def _plain(choice: ChatChoice | ChatChunkChoice) -> dict[str, Any]:
+    """A choice as JSON has it. Its log-probabilities are a list; they may be encoded already."""
+    logprobs = [] if choice.logprobs is None else choice.logprobs.content
+    return {**msgspec.to_builtins(replace(choice, logprobs=None)), "logprobs": logprobs}
+
+
 def output_of(chat: ChatCompletion) -> list[OutputItem]:
     """Output items of an answer to a chat."""
-    choice = msgspec.to_builtins(chat.choices[0])
+    choice = _plain(chat.choices[0])
     message = choice["message"]
     status: ItemStatus = "incomplete" if choice["finish_reason"] == "length" else "completed"
     found: list[OutputItem] = []
@@ -227,8 +300,7 @@ def output_of(chat: ChatCompletion) -> list[OutputItem]:
         found.append(ReasoningItem(id=new_id("rs"), content=[ReasoningText(text=thoughts)], status=status))
     calls = message.get("tool_calls") or ()
     if (text := message.get("content")) or not calls:
-        logprobs = (choice.get("logprobs") or {}).get("content") or []
-        part = OutputText(text=text or "", logprobs=logprobs)
+        part = OutputText(text=text or "", logprobs=choice["logprobs"])
         found.append(OutputMessage(id=new_id("msg"), status=status, content=[part]))
     found += [
         FunctionCallItem(
@@ -254,6 +326,17 @@ def ended(response: ResponseObject, output: list[OutputItem], usage: Usage, reas
         completed_at=None if cut else now,
         incomplete_details=IncompleteDetails(reason="max_output_tokens") if cut else None,
     )
+
+
+def failed(response: ResponseObject, error: RequestError, output: list[OutputItem]) -> ResponseObject:
+    """The response, which this error has ended; `output` are the items that were complete."""
+    code: FailureCode = "server_error"
+    if isinstance(error, TooManyRequests):
+        code = "rate_limit_exceeded"
+    elif isinstance(error, InvalidRequest):
+        code = "invalid_prompt"
+    failure = ResponseFailure(code=code, message=error.message, type=error.code, param=error.param)
+    return replace(response, status="failed", error=failure, output=output)
 
 
 class _OpenItem:
@@ -289,7 +372,7 @@ class ResponseEvents:
                 if isinstance(chunk.usage, Usage):
                     self._usage = chunk.usage
                 for choice in chunk.choices:
-                    for event in self._on_choice(msgspec.to_builtins(choice)):
+                    for event in self._on_choice(_plain(choice)):
                         yield event
         if not self._output and self._open is None:
             for event in self._enter("text", 0, OutputMessage(id=new_id("msg"), status="in_progress", content=[])):
@@ -299,9 +382,11 @@ class ResponseEvents:
         self.response = ended(self.response, self._output, self._usage, self._reason, self._now())
         yield self._event(f"response.{self.response.status}", response=self.response)
 
-    def failure(self, code: str, message: str) -> ResponseEvent:
-        """The event that ends a stream which failed."""
-        return self._event("error", code=code, message=message, param=None)
+    def failure(self, error: RequestError) -> Iterator[ResponseEvent]:
+        """The events that end a stream which failed. The response is failed from here on."""
+        self.response = failed(self.response, error, self._output)
+        yield self._event("error", code=error.code, message=error.message, param=error.param)
+        yield self._event("response.failed", response=self.response)
 
     def _event(self, type: str, **fields: Any) -> ResponseEvent:
         event = ResponseEvent(type=type, sequence_number=self._number, **fields)
@@ -315,8 +400,7 @@ class ResponseEvents:
             yield from self._delta("response.reasoning_text.delta", thoughts)
         if text := delta.get("content"):
             yield from self._enter("text", 0, OutputMessage(id=new_id("msg"), status="in_progress", content=[]))
-            logprobs = (choice.get("logprobs") or {}).get("content") or []
-            yield from self._delta("response.output_text.delta", text, logprobs)
+            yield from self._delta("response.output_text.delta", text, choice["logprobs"])
         for call in delta.get("tool_calls") or ():
             function = call.get("function") or {}
             if call.get("id"):

@@ -11,9 +11,12 @@ import pytest
 
 from runtime.api.app import create_app
 from runtime.api.handle import ServiceHandle
+from runtime.api.http.body import parse_fields
+from runtime.api.openai import schema
 from runtime.responses.store import SCHEMA, ResponseStore
 from runtime.support.database import Database
 from settings.schema import ServerSettings, Settings
+from tests.api.conformance import checked_event
 from tests.api.fakes import FakeService
 
 pytestmark = pytest.mark.anyio
@@ -179,7 +182,15 @@ async def test_a_response_in_the_background_is_cancelled(stored: httpx.AsyncClie
     ("fields", "param"),
     [
         ({"input": []}, "input"),
-        ({"max_output_tokens": 0}, "max_completion_tokens"),
+        ({"max_output_tokens": 0}, "max_output_tokens"),
+        ({"max_tool_calls": 0}, "max_tool_calls"),
+        ({"text": {"verbosity": "low"}}, "text.verbosity"),
+        ({"reasoning": {"mode": "pro"}}, "reasoning.mode"),
+        ({"tools": [{"type": "function", "name": "f", "defer_loading": True}]}, "tools[0].defer_loading"),
+        ({"truncation": "auto"}, "truncation"),
+        ({"prompt": {"id": "p"}}, "prompt"),
+        ({"service_tier": "flex"}, "service_tier"),
+        ({"user": "u" * 1000}, "user"),
         ({"include": ["weather"]}, "include"),
         ({"background": True, "store": False}, "background"),
         ({"background": True, "stream": True}, "background"),
@@ -201,3 +212,64 @@ async def test_sampling_fields_of_a_chat_are_passed_on(stored: httpx.AsyncClient
     await stored.post(URL, json={"input": "Hi", "max_output_tokens": 2, "top_k": 7, "seed": 3, "stop": ["x"]})
     params = service.submitted[-1].params
     assert (params.max_tokens, params.top_k, params.seed, params.stop) == (2, 7, 3, ("x",))
+
+
+async def test_a_stream_that_fails_ends_with_the_failed_response(
+    stored: httpx.AsyncClient, service: FakeService
+) -> None:
+    service.fail_after = 2
+    events = events_of((await stored.post(URL, json={"input": "Hi", "max_output_tokens": 6, "stream": True})).text)
+    assert [event["type"] for event in events[-2:]] == ["error", "response.failed"]
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    final = checked_event(json.dumps(events[-1])).response
+    assert (final.status, final.error.code, final.error.message) == ("failed", "server_error", "It broke.")
+    assert checked_event(json.dumps(events[-2])).message == "It broke."
+    assert (await stored.get(f"{URL}/{final.id}")).json() == events[-1]["response"]
+
+
+@pytest.mark.parametrize(
+    ("path", "query", "param"),
+    [
+        ("", {"stream": "true"}, "stream"),
+        ("", {"starting_after": "3"}, "starting_after"),
+        ("", {"include": "weather"}, "include"),
+        ("", {"colour": "blue"}, "colour"),
+        ("/input_items", {"limit": "0"}, "limit"),
+        ("/input_items", {"limit": "x"}, "limit"),
+        ("/input_items", {"order": "up"}, "order"),
+        ("/input_items", {"before": "x"}, "before"),
+    ],
+)
+async def test_parameters_that_a_stored_response_cannot_follow(
+    stored: httpx.AsyncClient, path: str, query: dict[str, str], param: str
+) -> None:
+    id = (await stored.post(URL, json={"input": "Hi", "max_output_tokens": 2})).json()["id"]
+    answer = await stored.get(f"{URL}/{id}{path}", params=query)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+    known = {"include[]": "message.output_text.logprobs", **({"stream": "false"} if not path else {})}
+    assert (await stored.get(f"{URL}/{id}{path}", params=known)).status_code == 200
+
+
+async def test_unknown_keys_inside_of_fields_are_named(stored: httpx.AsyncClient) -> None:
+    asked = {
+        "text": {"colour": "blue"},
+        "reasoning": {"depth": 3},
+        "tools": [{"type": "function", "name": "f", "x": 1}],
+    }
+    answer = await stored.post(URL, json={"input": "Hi", "max_output_tokens": 2, "tool_choice": "none", **asked})
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["x-eft-warning"] == "unknown fields: reasoning.depth, text.colour, tools[0].x"
+
+
+async def test_the_body_is_parsed_once(stored: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The chat that it becomes is parsed too; it has the input in another form."""
+    parsed: list[bytes] = []
+
+    def counted(body: bytes) -> dict[str, Any]:
+        parsed.append(body)
+        return parse_fields(body)
+
+    monkeypatch.setattr(schema, "parse_fields", counted)
+    asked = {"input": "Hi", "max_output_tokens": 2, "top_k": 3}
+    assert (await stored.post(URL, json=asked)).status_code == 200
+    assert [json.loads(body).keys() >= asked.keys() for body in parsed] == [True, False]
