@@ -142,9 +142,13 @@ class AdapterLibrary:
         """Checkpoints of running jobs, each with a name of its own as its id."""
         return self._offers.list()
 
+    def find(self, name: str) -> AdapterRecord | None:
+        """The adapter of this name or alias; None where there is none."""
+        return self._catalogue.find(name)
+
     def get(self, name: str) -> AdapterRecord:
         """The adapter of this name or alias. Raises `NotFound`."""
-        record = self._catalogue.find(name)
+        record = self.find(name)
         if record is None:
             raise NotFound(f"There is no adapter {name[:200]!r}.", param="name")
         return record

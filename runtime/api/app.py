@@ -34,7 +34,7 @@ from runtime.api.openai.chat import create_batch_of_chats, create_chat_completio
 from runtime.api.openai.completions import create_completion
 from runtime.api.openai.embeddings import create_embeddings
 from runtime.api.openai.invocations import invoke
-from runtime.api.openai.models import list_models, retrieve_model
+from runtime.api.openai.models import delete_model, list_models, retrieve_model
 from runtime.api.openai.scores import rerank, score
 from runtime.api.openai.tokenize import detokenize, tokenize, tokenizer_info
 from runtime.api.operations import get_version, health, load, metrics_handler, ping, ready, reset_cache
@@ -64,6 +64,7 @@ def create_app(service: "EngineService | ServiceHandle", settings: Settings, acc
             *responses.ROUTES,
             list_models,
             retrieve_model,
+            delete_model,
             tokenize,
             detokenize,
             tokenizer_info,

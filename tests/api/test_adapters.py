@@ -48,6 +48,35 @@ def load(http: httpx.Client, name: str, path: Path, **more: Any) -> httpx.Respon
     return http.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": str(path), **more})
 
 
+def test_fine_tuned_models_are_deleted_by_the_openai_client(
+    running: RunningServer, http: httpx.Client, tiny_model: Path, folder: Path
+) -> None:
+    for name in ("one", "two"):
+        assert load(http, "trial", folder / name, load_inplace=True).status_code == 200
+    assert http.post("/admin/adapters/trial/alias", json={"alias": "other"}).status_code == 200
+    refused = {
+        tiny_model.name: (409, "base_model", "served base model"),
+        "other": (409, "conflict", "alias of `trial`"),
+        "trial@2": (409, "conflict", "current version"),
+        "trial@7": (404, "model_not_found", "does not exist"),
+        "nothing": (404, "model_not_found", "does not exist"),
+    }
+    for name, (status, code, text) in refused.items():
+        answer = http.delete(f"/v1/models/{name}")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (status, code), answer.text
+        assert text in answer.json()["error"]["message"]
+    with openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0) as client:
+        for name in ("trial@1", "trial@2", "trial", "other"):
+            card = client.models.retrieve(name).model_dump()
+            assert (card["id"], card["parent"]) == (name, tiny_model.name)
+            assert card["created"] > 1_700_000_000
+        for name in ("trial@1", "trial"):
+            assert client.models.delete(name).model_dump() == {"id": name, "object": "model", "deleted": True}
+            with pytest.raises(openai.NotFoundError):
+                client.models.retrieve(name)
+    assert http.get("/admin/adapters").json()["adapters"] == []
+
+
 def test_the_openai_client_asks_for_an_adapter_by_name(
     running: RunningServer, http: httpx.Client, tiny_model: Path, folder: Path
 ) -> None:

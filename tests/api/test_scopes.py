@@ -58,6 +58,7 @@ def needed(method: str, path: str) -> str:
     if (method, path) in TRAIN:
         return "train"
     changes = path.startswith("/admin") or path in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
+    changes = changes or (method, path) == ("DELETE", "/v1/models/{}")
     return "admin" if changes else "inference"
 
 

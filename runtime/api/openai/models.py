@@ -1,15 +1,19 @@
-"""GET /v1/models and /v1/models/{id}."""
+"""GET /v1/models; GET and DELETE /v1/models/{id}."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from litestar import get
+from litestar import delete, get
 from msgspec import UNSET
 
+from runtime.adapters.store import split_version
+from runtime.api.admin.views import library_of
 from runtime.api.handle import AnyRequest, api_of
-from runtime.api.http.record import RequestRecord
-from runtime.api.openai.responses import ModelCard, ModelList
-from runtime.errors import Forbidden, ModelNotFound
+from runtime.api.http.auth import ADMIN
+from runtime.api.http.query import check_names
+from runtime.api.http.record import RequestRecord, record_of
+from runtime.api.openai.responses import ModelCard, ModelDeleted, ModelList
+from runtime.errors import Conflict, Forbidden, ModelNotFound, NotFound
 
 if TYPE_CHECKING:
     from runtime.adapters.store import Version
@@ -117,8 +121,50 @@ async def list_models(request: AnyRequest) -> ModelList:
 @get("/v1/models/{model_id:path}")  # a path: names of hub models have a slash in them
 async def retrieve_model(request: AnyRequest) -> ModelCard:
     """One model."""
-    asked = str(request.path_params["model_id"]).removeprefix("/")
-    return _describe(await resolve_model(api_of(request).handle.require(), asked))
+    check_names(request, ())
+    return _describe(await resolve_model(api_of(request).handle.require(), _model_id(request)))
+
+
+@delete("/v1/models/{model_id:path}", status_code=200, opt={ADMIN: True})
+async def delete_model(request: AnyRequest) -> ModelDeleted:
+    """Delete a fine-tuned model: an adapter with all its versions, or one version, `name@3`. 409 for one that is in
+    use, and for the served base model."""
+    check_names(request, ())
+    api, asked = api_of(request), _model_id(request)
+    service = api.handle.require()
+    if asked == service.model_name:
+        raise Conflict(
+            f"`{asked[:200]}` is the served base model, which only the server's end unloads: fine-tuned models can be "
+            "deleted.",
+            param="model",
+            code="base_model",
+        )
+    library = library_of(api)
+    if any(asked == version.id for version in library.checkpoints()):
+        raise Conflict(
+            f"`{asked[:200]}` is a checkpoint of a job that runs: it goes when the job has ended.", param="model"
+        )
+    try:
+        if (record := library.find(asked)) is not None:
+            if asked != record.name:
+                raise Conflict(
+                    f"`{asked[:200]}` is an alias of `{record.name}`: delete that, or the alias, with DELETE "
+                    f"/admin/adapters/{record.name}/alias/{asked[:200]}.",
+                    param="model",
+                )
+            await library.delete(asked)
+        elif (parts := split_version(asked)) is not None:
+            await library.delete_version(*parts)
+        else:
+            find_model(service, asked)  # raises
+    except NotFound:
+        raise ModelNotFound(f"The model `{asked[:200]}` does not exist.", param="model") from None
+    record_of(request).target = asked
+    return ModelDeleted(id=asked)
+
+
+def _model_id(request: AnyRequest) -> str:
+    return str(request.path_params["model_id"]).removeprefix("/")
 
 
 def _describe(served: Served) -> ModelCard:
