@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 from runtime.engine.delivery import OutputStream
@@ -71,6 +72,7 @@ class FakeService:
         self.model_name = "fake"
         self.created = 1
         self.adapters = None
+        self.decoder = SimpleNamespace(spec=SimpleNamespace(hidden_size=2))
         self.max_model_len = context
         self.vocab_size = self.tokenizer.vocab_size
         self.eos_ids = self.tokenizer.eos_ids
@@ -123,6 +125,10 @@ class FakeService:
         if count - 1 == self.timeout_after:
             del self.running[submission.id]
             stream.put(Output(id=submission.id, finish_reason="timeout"))
+            return
+        if submission.pooling is not None:
+            del self.running[submission.id]
+            stream.put(Output(id=submission.id, finish_reason="stop", pooled=[1.0, 0.0]))
             return
         number, params, prompt = self.submitted.index(submission), submission.params, submission.prompt_ids
         logprob = TokenLogprob(-0.5, 1, [(97 + rank, -0.5 - rank) for rank in range(params.logprobs or 0)])

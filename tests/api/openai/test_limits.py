@@ -13,6 +13,7 @@ from tests.api.fakes import FakeService, settings_with
 
 pytestmark = pytest.mark.anyio
 CHAT, TEXT, TOKENIZE, DETOKENIZE = "/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"
+EMBED = "/v1/embeddings"
 
 
 def chat(count: int = 1, **fields: Any) -> dict[str, Any]:
@@ -46,6 +47,7 @@ CASES: dict[str, tuple[int, str, dict[str, Any], dict[str, Any], str, str]] = {
     "max_stop": (3, TEXT, text(stop=["x"] * 3), text(stop=["x"] * 4), "stop", "4"),
     "max_stop_chars": (5, CHAT, chat(stop=["a", "x" * 5]), chat(stop=["a", "x" * 6]), "stop", "6"),
     "max_stop_token_ids": (3, TEXT, text(stop_token_ids=[1] * 3), text(stop_token_ids=[1] * 4), "stop_token_ids", "4"),
+    "max_inputs": (2, EMBED, {"input": ["a"] * 2}, {"input": [[97]] * 3}, "input", "3"),
     "max_n": (4, CHAT, chat(n=4), chat(n=5), "n", "5"),
     # One more is the end of sequence.
     "max_beam_candidates": (12, TEXT, beams(3, 2), beams(3, 3), "stop_token_ids", "15"),
@@ -88,9 +90,8 @@ CASES: dict[str, tuple[int, str, dict[str, Any], dict[str, Any], str, str]] = {
 
 
 def test_every_cap_is_tried() -> None:
-    # The first two are no caps; the third is of embeddings, which need a real engine.
-    elsewhere = {"unknown_fields", "grammar_timeout", "max_inputs"}
-    assert set(CASES) == set(LimitSettings.__struct_fields__) - elsewhere
+    no_caps = {"unknown_fields", "grammar_timeout"}
+    assert set(CASES) == set(LimitSettings.__struct_fields__) - no_caps
 
 
 @pytest.mark.parametrize("setting", CASES)
