@@ -12,6 +12,8 @@ from msgspec import Struct
 
 from runtime.api.anthropic import schema as anthropic
 from runtime.api.openai import schema as openai
+from runtime.api.openai.pooling import EmbeddingRequest, RerankRequest, ScoreRequest
+from runtime.api.responses import schema as responses
 
 Effect = Literal["supported", "no effect", "refused"]
 Origin = Literal["OpenAI", "vLLM", "Anthropic", "Eft"]
@@ -23,6 +25,11 @@ class Endpoint(Struct, frozen=True):
     path: str
     body: type[Struct]
     neutral: Mapping[str, tuple[Any, ...]] = {}
+    instead: Mapping[str, str] = {}
+    openai: frozenset[str] = frozenset()
+    """Fields that OpenAI's endpoint has."""
+    notes: Mapping[str, str] | None = None
+    """Notes of this endpoint's own, in the place of `NO_EFFECT` and `NOTES`."""
 
 
 class FieldRow(Struct, frozen=True):
@@ -33,14 +40,6 @@ class FieldRow(Struct, frozen=True):
     effect: Effect
     note: str
 
-
-ENDPOINTS = (
-    Endpoint("/v1/chat/completions", openai.ChatRequest, openai.NEUTRAL),
-    Endpoint("/v1/completions", openai.CompletionRequest, openai.COMPLETION_NEUTRAL),
-    Endpoint("/v1/messages", anthropic.MessageRequest, anthropic.NEUTRAL),
-    Endpoint("/tokenize", openai.TokenizeRequest),
-    Endpoint("/detokenize", openai.DetokenizeRequest),
-)
 
 OPENAI = frozenset(
     {
@@ -54,7 +53,7 @@ OPENAI = frozenset(
 )  # fmt: skip
 """Fields of OpenAI's chats and completions."""
 
-OURS = frozenset({"deadline_ms", "early_stopping"})
+OURS = frozenset({"deadline_ms", "early_stopping", "pooling"})
 """Fields of neither OpenAI nor vLLM."""
 
 LABELS = "A label for the client's own records; checked for its length, kept nowhere."
@@ -89,19 +88,50 @@ NOTES: Mapping[str, str] = {
 }
 """What is worth knowing of supported fields."""
 
-ANTHROPIC_INSTEAD: Mapping[str, str] = {
-    "container": "This server runs no tools and keeps no containers.",
-    "context_management": "Send the messages that count; /v1/messages/count_tokens counts them.",
-    "diagnostics": "The server's log and /metrics have them.",
-    "inference_geo": "The answer is computed where the server stands.",
-    "mcp_servers": "Let the client call MCP servers, and pass their tools.",
-    "service_tier": "The operator gives keys their limits and the scheduler its policy.",
-    "speed": "There is one speed.",
+GIVEN_BACK = "A label; given back with the response."
+RESPONSE_NOTES: Mapping[str, str] = {
+    "background": "Answered at once, and fetched later; not with `stream`.",
+    "include": "`message.output_text.logprobs`; what belongs to tools that the server does not run adds nothing.",
+    "input": "Text; messages, calls, their results and thoughts.",
+    "instructions": "Of this response alone.",
+    "max_tool_calls": "Limits the calls of tools that the server itself runs: there are none.",
+    "metadata": GIVEN_BACK,
+    "model": "As in chats.",
+    "previous_response_id": "The conversation goes on, with its calls and their results, without its instructions.",
+    "prompt_cache_key": GIVEN_BACK,
+    "reasoning": "`effort`. There is no `summary`: the thoughts themselves are in the answer.",
+    "safety_identifier": GIVEN_BACK,
+    "store": "Default: true, where there is a state directory.",
+    "text": "`format`; of `verbosity`, `medium`.",
+    "tools": "Functions.",
+    "user": GIVEN_BACK,
 }
-"""What to do instead of the fields that /v1/messages refuses."""
+"""The same for the fields of responses."""
+
+EMBEDDINGS = frozenset({"dimensions", "encoding_format", "input", "model", "user"})
+"""Fields of OpenAI's embeddings."""
 
 FOR_CHATS = "It is for chats."
 LATER = "Not supported yet."
+
+ENDPOINTS = (
+    Endpoint("/v1/chat/completions", openai.ChatRequest, openai.NEUTRAL, openai.INSTEAD, OPENAI),
+    Endpoint("/v1/completions", openai.CompletionRequest, openai.COMPLETION_NEUTRAL, openai.INSTEAD, OPENAI),
+    Endpoint(
+        "/v1/responses",
+        responses.ResponseRequest,
+        responses.NEUTRAL,
+        responses.INSTEAD,
+        frozenset({*responses.ResponseRequest.__struct_fields__, *responses.NEUTRAL}),
+        RESPONSE_NOTES,
+    ),
+    Endpoint("/v1/embeddings", EmbeddingRequest, openai=EMBEDDINGS),
+    Endpoint("/v1/score", ScoreRequest),
+    Endpoint("/v1/rerank", RerankRequest),
+    Endpoint("/v1/messages", anthropic.MessageRequest, anthropic.NEUTRAL, anthropic.INSTEAD),
+    Endpoint("/tokenize", openai.TokenizeRequest),
+    Endpoint("/detokenize", openai.DetokenizeRequest),
+)
 
 HEAD = """## Request fields
 
@@ -115,6 +145,7 @@ Every field that OpenAI's, vLLM's and Anthropic's clients may send, and what Eft
 
 Other fields are unknown: they are named in the header `X-Eft-Warning` and in the log, or refused, as the setting
 limits.unknown_fields says. A field that is null counts as absent.
+`/v1/responses` takes the sampling fields of a chat too, such as `top_k`, `seed` and `stop`.
 `/v1/chat/completions/batch` takes the fields of a chat, with a list of chats in `messages`; `/invocations` takes the
 fields of the endpoint that its own fields lead to.
 """
@@ -139,6 +170,8 @@ def reference_page() -> str:
 
 def _row(endpoint: Endpoint, name: str) -> FieldRow:
     origin = _origin(endpoint, name)
+    if endpoint.notes is not None:
+        return FieldRow(name, origin, "supported", endpoint.notes.get(name, ""))
     if name in NO_EFFECT:
         return FieldRow(name, origin, "no effect", NO_EFFECT[name])
     return FieldRow(name, origin, "supported", "" if origin == "Anthropic" else NOTES.get(name, ""))
@@ -149,15 +182,13 @@ def _origin(endpoint: Endpoint, name: str) -> Origin:
         return "Anthropic"
     if name in OURS:
         return "Eft"
-    known = issubclass(endpoint.body, openai.GenerationRequest)
-    return "OpenAI" if known and name in OPENAI else "vLLM"
+    return "OpenAI" if name in endpoint.openai else "vLLM"
 
 
 def _refusal(endpoint: Endpoint, name: str) -> str:
     neutral = [value for value in endpoint.neutral[name] if value is not None]
     values = ", ".join(f"`{msgspec.json.encode(value).decode()}`" for value in neutral)
-    instead = ANTHROPIC_INSTEAD if endpoint.neutral is anthropic.NEUTRAL else openai.INSTEAD
-    note = instead.get(name, LATER if name in openai.NEUTRAL else FOR_CHATS)
+    note = endpoint.instead.get(name, LATER if name in openai.NEUTRAL else FOR_CHATS)
     return f"{note} Accepted: {values}." if values else note
 
 

@@ -1,20 +1,26 @@
 """The table of request fields against the app: each field is sent, and does what the table says."""
 
+import asyncio
 import re
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import httpx
 import msgspec
 import pytest
-from openai.types import completion_create_params
+from openai.types import completion_create_params, embedding_create_params
 from openai.types.chat import completion_create_params as chat_create_params
+from openai.types.responses import response_create_params
 
 from runtime.api import reference
+from runtime.api.app import create_app
+from runtime.api.handle import ServiceHandle
 from runtime.api.openai.schema import CompletionRequest
 from runtime.api.reference import ENDPOINTS, FieldRow, reference_page, rows
+from runtime.responses.store import SCHEMA, ResponseStore
+from runtime.support.database import Database
 from settings.schema import ModelSettings, SchedulerSettings, Settings
-from tests.api.conftest import client_of
 from tests.api.fakes import FakeService
 
 pytestmark = pytest.mark.anyio
@@ -24,6 +30,10 @@ BASE: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"messages": HI, "max_tokens": 4},
     "/v1/completions": {"prompt": "abc", "max_tokens": 4},
     "/v1/messages": {"messages": HI, "max_tokens": 4},
+    "/v1/responses": {"input": "Hi", "max_output_tokens": 4},
+    "/v1/embeddings": {"input": "Hi"},
+    "/v1/score": {"text_1": "Hi", "text_2": "Ho"},
+    "/v1/rerank": {"query": "Hi", "documents": ["Ho"]},
     "/tokenize": {"messages": HI},
     "/detokenize": {"tokens": [65, 66]},
 }
@@ -32,6 +42,7 @@ BASE: dict[str, dict[str, Any]] = {
 EXAMPLES: dict[str, dict[str, Any]] = {
     "add_generation_prompt": {"add_generation_prompt": True},
     "add_special_tokens": {"add_special_tokens": False},
+    "background": {"background": True},
     "best_of": {"best_of": 2},
     "cache_salt": {"cache_salt": "mine"},
     "chat_template": {"chat_template": "{{ messages }}"},
@@ -40,15 +51,24 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "deadline_ms": {"deadline_ms": 60_000},
     "early_stopping": {"early_stopping": True, "use_beam_search": True},
     "echo": {"echo": True},
+    "dimensions": {"dimensions": 1},
+    "encoding_format": {"encoding_format": "base64"},
     "ignore_eos": {"ignore_eos": True},
+    "include": {"include": ["reasoning.encrypted_content"]},
     "include_stop_str_in_output": {"include_stop_str_in_output": True},
     "length_penalty": {"length_penalty": 2.0, "use_beam_search": True},
+    "instructions": {"instructions": "Be brief"},
     "max_completion_tokens": {"max_completion_tokens": 3},
+    "max_tool_calls": {"max_tool_calls": 3},
+    "metadata": {"metadata": {"a": "b"}},
     "max_tokens": {"max_tokens": 3},
     "min_p": {"min_p": 0.1},
     "min_tokens": {"min_tokens": 2},
     "model": {"model": "fake"},
     "n": {"n": 2},
+    "normalize": {"normalize": False},
+    "pooling": {"pooling": "last"},
+    "previous_response_id": {"previous_response_id": "resp_first"},
     "priority": {"priority": 5},
     "request_id": {"request_id": "mine"},
     "return_token_ids": {"return_token_ids": True},
@@ -56,6 +76,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "seed": {"seed": 7},
     "skip_special_tokens": {"skip_special_tokens": False},
     "stop": {"stop": ["x"]},
+    "store": {"store": True},
     "stop_sequences": {"stop_sequences": ["x"]},
     "stop_token_ids": {"stop_token_ids": [3]},
     "stream": {"stream": True},
@@ -64,6 +85,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "temperature": {"temperature": 0.5},
     "top_k": {"top_k": 4},
     "top_p": {"top_p": 0.5},
+    "top_n": {"top_n": 1},
     "truncate_prompt_tokens": {"truncate_prompt_tokens": 2},
     "truncation_side": {"truncation_side": "left", "truncate_prompt_tokens": 2},
     "use_beam_search": {"use_beam_search": True},
@@ -114,12 +136,21 @@ IDS = [f"{endpoint.path}-{row.name}" for endpoint, row in ROWS]
 
 
 @pytest.fixture
-def client(service: FakeService) -> httpx.AsyncClient:
-    """Of an app whose operator allows what can be allowed."""
+async def client(service: FakeService, tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
+    """Of an app whose operator allows what can be allowed. It has a response `resp_first`."""
     settings = Settings(
         model=ModelSettings(trust_request_chat_template=True), scheduler=SchedulerSettings(policy="priority")
     )
-    return client_of(service, settings)
+    database = await asyncio.to_thread(Database, tmp_path, [SCHEMA])
+    handle = ServiceHandle(service)  # type: ignore[arg-type]
+    handle.responses = ResponseStore(database, keep_seconds=None, max_responses=9)
+    transport = httpx.ASGITransport(app=create_app(handle, settings), raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+        first = await client.post("/v1/responses", json=BASE["/v1/responses"], headers={"x-request-id": "first"})
+        assert first.json()["id"] == "resp_first"
+        service.submitted.clear()
+        yield client
+    await asyncio.to_thread(database.close)
 
 
 def refused(answer: httpx.Response, name: str) -> bool:
@@ -162,6 +193,8 @@ async def test_a_field_does_what_the_table_says(
             assert refused(await answer_of(client, path, **{name: value}), name)
     if row.effect == "supported":
         fields = {"prompt": "Hi"} if name == "prompt" else EXAMPLES.get(name, {})
+        if path == "/v1/responses" and name == "stream_options":
+            fields = {"stream": True, "stream_options": {"include_obfuscation": False}}
         body = {**({} if name == "prompt" and path == "/tokenize" else BASE[path]), **fields}
         answer = await client.post(path, json=body)
         assert answer.status_code == 200, answer.text
@@ -209,12 +242,18 @@ def test_every_field_of_the_other_apis_is_in_the_table() -> None:
         assert not theirs - reference.OPENAI, "the table gives these another origin"
         assert not {*VLLM, *more} - names(path)
     assert not set(ANTHROPIC) - names("/v1/messages")
+    theirs = set(response_create_params.ResponseCreateParamsBase.__annotations__) | {"stream"}
+    assert not theirs - names("/v1/responses")
+    assert set(embedding_create_params.EmbeddingCreateParams.__annotations__) == reference.EMBEDDINGS
+    assert not reference.EMBEDDINGS - names("/v1/embeddings")
 
 
 def test_origins() -> None:
-    found = {row.name: row.origin for endpoint in ENDPOINTS[:3] for row in rows(endpoint)}
+    found = {row.name: row.origin for endpoint in ENDPOINTS[:1] + ENDPOINTS[-3:-2] for row in rows(endpoint)}
     assert (found["top_k"], found["deadline_ms"], found["seed"]) == ("Anthropic", "Eft", "OpenAI")
-    of_texts = {row.name: row.origin for row in rows(reference.Endpoint("x", CompletionRequest))}
+    of_texts = {
+        row.name: row.origin for row in rows(reference.Endpoint("x", CompletionRequest, openai=reference.OPENAI))
+    }
     assert (of_texts["top_k"], of_texts["prompt"], of_texts["suffix" if "suffix" in of_texts else "echo"]) == (
         "vLLM",
         "OpenAI",

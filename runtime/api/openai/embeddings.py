@@ -13,8 +13,8 @@ from runtime.api.http.sse import unless_disconnected
 from runtime.api.openai.models import resolve_model
 from runtime.api.openai.pooling import (
     DEFAULT_POOLING,
+    EmbeddingRequest,
     PooledUsage,
-    PoolingRequest,
     Vector,
     normalised,
     pooled,
@@ -24,16 +24,6 @@ from runtime.api.openai.pooling import (
 from runtime.api.openai.schema import Intake
 from runtime.api.openai.submissions import take_id
 from runtime.errors import InvalidRequest
-
-_Format = Literal["float", "base64"]
-
-
-class EmbeddingRequest(PoolingRequest, kw_only=True):
-    input: str | list[str | int | list[int]]
-    encoding_format: _Format | None = None
-    dimensions: int | None = None
-    normalize: bool | None = None
-    """vLLM's: false leaves the vectors as the model has them."""
 
 
 class EmbeddingItem(Struct, kw_only=True):

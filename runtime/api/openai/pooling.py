@@ -3,6 +3,7 @@
 import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import ExitStack
+from typing import Literal
 
 import msgspec
 import numpy as np
@@ -34,6 +35,35 @@ class PoolingRequest(msgspec.Struct, kw_only=True):
     add_special_tokens: bool | None = None
     truncate_prompt_tokens: int | None = None
     request_id: str | None = None
+
+
+class EmbeddingRequest(PoolingRequest, kw_only=True):
+    input: str | list[str | int | list[int]]
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = None
+    normalize: bool | None = None
+    """vLLM's: false leaves the vectors as the model has them."""
+
+
+class ScoreRequest(PoolingRequest, kw_only=True):
+    """Two texts, one text and several, or two lists of as many: `text_1` and `text_2`, or `queries` and
+    `documents`."""
+
+    text_1: str | list[str] | None = None
+    text_2: str | list[str] | None = None
+    queries: str | list[str] | None = None
+    documents: str | list[str] | None = None
+
+
+class RerankDocument(msgspec.Struct, kw_only=True):
+    text: str
+
+
+class RerankRequest(PoolingRequest, kw_only=True):
+    query: str
+    documents: list[str | RerankDocument]
+    top_n: int | None = None
+    return_documents: bool | None = None
 
 
 class PooledUsage(msgspec.Struct, kw_only=True):

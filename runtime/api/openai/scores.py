@@ -21,6 +21,9 @@ from runtime.api.openai.pooling import (
     DEFAULT_POOLING,
     PooledUsage,
     PoolingRequest,
+    RerankDocument,
+    RerankRequest,
+    ScoreRequest,
     Vector,
     normalised,
     pooled,
@@ -30,27 +33,6 @@ from runtime.api.openai.pooling import (
 from runtime.api.openai.schema import Intake
 from runtime.api.openai.submissions import take_id
 from runtime.errors import InvalidRequest
-
-
-class ScoreRequest(PoolingRequest, kw_only=True):
-    """Two texts, one text and several, or two lists of as many: `text_1` and `text_2`, or `queries` and
-    `documents`."""
-
-    text_1: str | list[str] | None = None
-    text_2: str | list[str] | None = None
-    queries: str | list[str] | None = None
-    documents: str | list[str] | None = None
-
-
-class RerankDocument(Struct, kw_only=True):
-    text: str
-
-
-class RerankRequest(PoolingRequest, kw_only=True):
-    query: str
-    documents: list[str | RerankDocument]
-    top_n: int | None = None
-    return_documents: bool | None = None
 
 
 class TextScore(Struct, kw_only=True):
