@@ -298,18 +298,26 @@ def download(
     folder = output or Path(name)
     if folder.exists():
         raise UsageError(f"{folder} is there already; it is left as it is (--output names another folder)")
+    try:
+        label = asyncio.run(fetch_adapter(folder, name, version, url, admin_key))
+    except OSError as error:
+        raise CommandError(f"cannot write {folder}: {error.strerror or error}") from error
+    print(f"{label} is in {folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}.")
+
+
+async def fetch_adapter(folder: Path, name: str, version: int | None, url: str, admin_key: str | None) -> str:
+    """Write a version's files into a new folder, or leave none; returns the version's label. Raises `CommandError` and
+    `OSError`."""
     partial = folder.with_name(folder.name + _PARTIAL)
     try:
         with tempfile.TemporaryFile() as archive:
-            label = asyncio.run(_fetch(archive, name, version, url, admin_key))
+            label = await _fetch(archive, name, version, url, admin_key)
             archive.seek(0)
-            files = _unpack(archive, partial)
+            _unpack(archive, partial)
         partial.rename(folder)
-    except OSError as error:
-        raise CommandError(f"cannot write {folder}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    print(f"{label} is in {folder}: {', '.join(files)}.")
+    return label
 
 
 async def _fetch(archive: IO[bytes], name: str, version: int | None, url: str, admin_key: str | None) -> str:

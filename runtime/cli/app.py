@@ -60,6 +60,11 @@ _TRAIN = """Train an adapter from a recipe, on a running server, or with a model
 The data files that the recipe names are sent along, where they are on this machine. Exit code 0: published (or, without
 --follow, queued); 1: refused, failed or cancelled; 2: wrong usage; 3: trained, and not good enough to publish."""
 
+_EXPORT = """Write an adapter for other programs: merged into its base, as GGUF, or alone.
+
+The base is read from its own files, on this machine. A base whose files hold integers (GGUF) is merged in floats and
+written as asked; the difference to what is served is measured and printed."""
+
 _REBUILD = """Make the database of the state directory again from its folders.
 
 What has rows stays as it is. Jobs that had not ended go on when the server is started. Exit code 0: done; 1: some
@@ -83,6 +88,7 @@ _LAZY = [
     (_state, "du", "state:du", "Print what in the state directory takes how much room."),
     (_state, "prune", "state:prune", "Delete what is old: jobs, checkpoints, uploaded files, lost+found."),
     (_state, "rebuild", "state:rebuild", _REBUILD),
+    (app, "export", "export", _EXPORT),
     (app, "doctor", "doctor", "Report what was found on this machine, and what is broken."),
     (_adapters, "list", "adapters:list_adapters", "Print every adapter and the version that its name means."),
     (_adapters, "show", "adapters:show", "Print the versions of an adapter."),

@@ -89,7 +89,8 @@ class Tokenizer:
         backend.no_truncation()
         self._backend = backend
         self._template = None if chat_template is None else ChatTemplate(chat_template, template_tokens)
-        self._template_tokens = template_tokens
+        self.template_tokens: Mapping[str, str] = template_tokens or {}
+        """Tokens that a template may print by name."""
         self._template_of = lru_cache(MAX_OTHER_TEMPLATES)(self._compile)
         vocab = backend.get_vocab(with_added_tokens=True)  # every id once: it takes long with a large vocabulary
         self.bos_id = bos_id
@@ -211,7 +212,7 @@ class Tokenizer:
         return self._backend.token_to_id(text)
 
     def _compile(self, chat_template: str) -> ChatTemplate:
-        return ChatTemplate(chat_template, self._template_tokens)
+        return ChatTemplate(chat_template, self.template_tokens)
 
     def render_chat(
         self,

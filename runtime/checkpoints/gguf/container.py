@@ -65,11 +65,15 @@ class GgufFile:
         num_tensors, num_fields = cursor.number("Q"), cursor.number("Q")
         cursor.expect(num_fields, 13, "metadata fields")  # the smallest: a key's length, a type, one byte
         self.fields: dict[str, Any] = {}
+        self.entries: dict[str, tuple[int, int]] = {}
+        """Key → start and end of its entry in the file, the key included."""
         for _ in range(num_fields):
+            start = cursor.at
             key = cursor.string()
             if key in self.fields:
                 raise cursor.error(f"the key {key!r} occurs twice")
             self.fields[key] = cursor.value(cursor.number("I"))
+            self.entries[key] = start, cursor.at
         cursor.expect(num_tensors, 32, "tensors")
         infos = [_tensor_info(cursor) for _ in range(num_tensors)]
         alignment = self.fields.get("general.alignment", DEFAULT_ALIGNMENT)

@@ -131,6 +131,47 @@ class GgufFamily:
         else:
             yield full, tensor
 
+    def full_name(self, name: str) -> str:
+        """Hugging Face's name of one of the file's tensors, for which `knows` is true."""
+        if name in self.outside:
+            return self.outside[name]
+        match = _LAYER_NAME.fullmatch(name)
+        assert match is not None
+        return f"{self.prefix}{match[1]}.{self.layer[match[2]]}.{match[3]}"
+
+    def file_name(self, name: str) -> str | None:
+        """The file's name of a tensor with Hugging Face's name; None for one that it does not have."""
+        outside = {theirs: ours for ours, theirs in self.outside.items()}
+        if name in outside:
+            return outside[name]
+        index, _, inner = name.removeprefix(self.prefix).partition(".")
+        module, _, kind = inner.rpartition(".")
+        short = {theirs: ours for ours, theirs in self.layer.items()}.get(module)
+        return f"blk.{index}.{short}.{kind}" if short and name.startswith(self.prefix) else None
+
+    def file_form(self, name: str, tensor: "Tensor", config: Config) -> "Tensor":
+        """The inverse of `tensors` for one whole tensor: from Hugging Face's order of rows to the file's. `name` is the
+        file's."""
+        import torch
+
+        if self.undo_all is not None and tensor.ndim == 1:
+            return tensor + 1
+        match = _LAYER_NAME.fullmatch(name)
+        undo = None if match is None else self.undo.get(match[2])
+        if undo is None:
+            return tensor
+        if undo is transposed:
+            return transposed(tensor, config)
+        if undo is as_row:
+            return tensor.reshape(-1)
+        order = undo(torch.arange(len(tensor)), config).flatten()
+        return torch.empty_like(tensor).index_copy_(0, order, tensor)
+
+    def lora_b(self, name: str, b: "Tensor", config: Config) -> "Tensor":
+        """`file_form` for the factor [out, rank] of a change to a linear: its rows are those of the weight."""
+        match = _LAYER_NAME.fullmatch(name)
+        return b if match is not None and self.undo.get(match[2]) is transposed else self.file_form(name, b, config)
+
     def weight(self, name: str, weight: "GroupedWeight", config: Config) -> tuple[str, "GroupedWeight"]:
         """As `tensors` for a matrix in integers: only whole rows can be moved; a matrix that the file stores transposed
         is not moved."""

@@ -1,0 +1,95 @@
+"""Export of an adapter (`eft export`)."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from msgspec import Struct
+from torch import Tensor
+
+from runtime.checkpoints import Checkpoint
+from runtime.checkpoints.export.directory import write_model
+from runtime.checkpoints.export.gguf_file import TYPES, write_lora, write_merged
+from runtime.checkpoints.export.merge import Merge, open_merge
+from runtime.checkpoints.peft.config import CONFIG, WEIGHTS
+from runtime.errors import InvalidRequest
+from runtime.support.durable import fresh_directory, make_directory, sync_directory
+
+ExportFormat = Literal["merged", "peft", "gguf", "gguf-lora"]
+FORMATS: tuple[str, ...] = get_args(ExportFormat)
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+"""Types of a merged directory."""
+
+
+class Exported(Struct, frozen=True):
+    """What was written."""
+
+    path: str
+    format: str
+    type: str | None
+    """The type asked for; None: that of the base."""
+    bytes: int
+
+
+def export_adapter(
+    checkpoint: Checkpoint, adapter: Path, to: Path, format: str, *, type: str | None = None, name: str | None = None
+) -> Exported:
+    """Write the adapter in the folder `adapter` to `to`, which must not exist: a folder (merged, peft) or a file (gguf,
+    gguf-lora); after a crash it is there and whole, or not there.
+
+    `type`: f32, f16, bf16, q8_0 or q4_k for gguf; float32, float16 or bfloat16 for merged; default: the base's. Raises
+    `InvalidRequest` for a format or type that does not exist, `ModelLoadError` and `AdapterInvalid` where the files do
+    not fit, and `OSError`, `FileExistsError` among them.
+    """
+    check_format(format, type)
+    if to.exists():
+        raise FileExistsError(17, "it is there already", str(to))
+    merge = open_merge(checkpoint, adapter)
+    if format in ("gguf", "gguf-lora"):
+        write = write_lora if format == "gguf-lora" else partial(write_merged, type=type)
+        _write_file(to, lambda path: write(path, merge, name=name or to.stem))
+    else:
+        with fresh_directory(to) as folder:
+            if format == "merged":
+                write_model(folder, checkpoint, _tensors(merge, type))
+            else:
+                for file in (CONFIG, WEIGHTS):
+                    shutil.copyfile(adapter / file, folder / file)
+    files = [to] if to.is_file() else list(to.iterdir())
+    return Exported(str(to), format, type, sum(file.stat().st_size for file in files))
+
+
+def check_format(format: str, type: str | None) -> None:
+    """Raise `InvalidRequest` for a format, or a type that the format does not have."""
+    if format not in FORMATS:
+        raise InvalidRequest(f"format: expected one of {', '.join(FORMATS)}, got `{format[:50]}`.", param="format")
+    types = {"merged": list(DTYPES), "gguf": list(TYPES)}.get(format, [])
+    if type is not None and type not in types:
+        there = f"expected one of {', '.join(types)}" if types else f"{format} is always in its own type"
+        raise InvalidRequest(f"type: {there}, got `{type[:50]}`.", param="type")
+
+
+def _tensors(merge: Merge, type: str | None) -> Iterator[tuple[str, Tensor]]:
+    if type is None:
+        yield from merge.tensors()
+        return
+    for name, tensor in merge.tensors():
+        yield name, tensor.to(DTYPES[type]) if tensor.is_floating_point() else tensor
+
+
+def _write_file(path: Path, write: Callable[[Path], None]) -> None:
+    make_directory(path.parent)
+    partial_path = path.with_name(path.name + ".partial")
+    partial_path.unlink(missing_ok=True)
+    try:
+        write(partial_path)
+        partial_path.rename(path)
+        sync_directory(path.parent)
+    except BaseException:
+        partial_path.unlink(missing_ok=True)
+        raise
