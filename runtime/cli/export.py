@@ -58,7 +58,7 @@ def export(
             name, folder = _from_server(adapter, stack, url, admin_key)
         settings = read_settings(flags, config, model=model or _base_of(folder)).settings
         checkpoint = _open(settings.model, given=model is not None)
-        from runtime.checkpoints.export import export_adapter  # imports torch
+        from runtime.checkpoints.export.export import export_adapter  # imports torch
         from runtime.checkpoints.peft import AdapterInvalid
         from runtime.model.config import ModelLoadError
 

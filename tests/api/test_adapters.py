@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import torch
 
 from runtime.support import failpoints
 from tests.adapter_files import make_adapter, peft_greedy
@@ -166,11 +167,36 @@ def test_export_is_a_folder_of_pefts(http: httpx.Client, folder: Path, tmp_path:
         for file in ("adapter_config.json", "adapter_model.safetensors"):
             assert (tmp_path / str(number) / "copied" / file).read_bytes() == (folder / name / file).read_bytes()
     for query, status, param in (
-        ("?version=3", 404, "version"), ("?version=0", 400, "version"), ("?format=gguf", 400, "format"),
+        ("?version=3", 404, "version"), ("?version=0", 400, "version"), ("?format=gguf&type=q3", 400, "type"),
         ("?format=x", 400, "format"), ("?verison=1", 400, "verison"),
     ):  # fmt: skip
         assert error(http.get(f"/admin/adapters/copied/export{query}"))[:2] == (status, param)
     assert error(http.get("/admin/adapters/other/export"))[0] == 404
+
+
+def test_an_export_is_the_merged_model(http: httpx.Client, folder: Path, tmp_path: Path, tiny_model: Path) -> None:
+    """As a directory of transformers', and as a GGUF file: the greedy tokens of the served adapter."""
+    from transformers import AutoModelForCausalLM
+
+    load(http, "out", folder / "one")
+    merged = http.get("/admin/adapters/out/export?format=merged")
+    assert merged.headers["content-type"] == "application/x-tar"
+    with tarfile.open(fileobj=io.BytesIO(merged.content)) as archive:
+        archive.extractall(tmp_path, filter="data")
+    written = http.get("/admin/adapters/out/export?format=gguf&type=f32")
+    assert written.headers["content-disposition"] == 'attachment; filename="out-1.gguf"'
+    (tmp_path / "out.gguf").write_bytes(written.content)
+    prompt = [5, 9, 200, 31, 77]
+    body = {"model": "out", "prompt": prompt, "max_tokens": 12, "temperature": 0, "return_token_ids": True}
+    served = http.post("/v1/completions", json={**body, "ignore_eos": True}).json()["choices"][0]["token_ids"]
+    for model in (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out"),
+        AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="out.gguf"),
+    ):
+        ids = torch.tensor([prompt])
+        found = model.generate(ids, max_new_tokens=12, min_new_tokens=12, do_sample=False)[0, len(prompt) :]
+        assert found.tolist() == served
+    assert http.get("/admin/adapters/out/export?format=gguf-lora").content[:4] == b"GGUF"
 
 
 def test_an_export_outlives_its_version(http: httpx.Client, folder: Path) -> None:

@@ -91,6 +91,31 @@ def test_the_life_of_an_adapter(eft: Eft, url: str, folder: Path, monkeypatch: p
     assert (missing.code, missing.err) == (1, "eft: 404: There is no adapter 'a'.\n")
 
 
+def test_export(
+    eft: Eft, url: str, folder: Path, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EFT_ADMIN_KEY", "boss")
+    assert eft("adapters", "load", "a", folder / "1", "--url", url).code == 0
+    done = eft("export", "a@1", "--to", tmp_path / "merged", "--model", tiny_model, "--url", url)
+    assert done.code == 0, done.err
+    assert f"a is in {tmp_path / 'merged'}: " in done.out
+    assert "100.0% of" in done.out
+    made = eft("export", folder / "1", "--to", tmp_path / "a.gguf", "--format", "gguf", "--type", "f16", "--json")
+    found = json.loads(made.out)
+    assert (found["format"], found["bytes"]) == ("gguf", (tmp_path / "a.gguf").stat().st_size)
+    assert found["difference"]["same_tokens"] > 0.9
+    for arguments, code, message in (
+        (("a", "--to", tmp_path / "merged"), 2, "is there already"),
+        (("a@x", "--to", tmp_path / "x"), 2, "expected NAME or NAME@VERSION"),
+        (("b", "--to", tmp_path / "x"), 1, "404"),
+        (("a", "--to", tmp_path / "x", "--type", "q4_k"), 1, "type: expected one of float32, float16, bfloat16"),
+        ((folder / "1", "--to", tmp_path / "x", "--model", tmp_path), 1, "holds no config.json"),
+    ):
+        refused = eft("export", *arguments, "--url", url)
+        assert (refused.code, message in refused.err) == (code, True), refused.err
+    assert not (tmp_path / "x").exists()
+
+
 def test_download_gives_a_folder_of_pefts(
     eft: Eft, url: str, folder: Path, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

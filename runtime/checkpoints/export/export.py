@@ -6,24 +6,18 @@ import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Literal, get_args
 
 import torch
 from msgspec import Struct
 from torch import Tensor
 
 from runtime.checkpoints import Checkpoint
+from runtime.checkpoints.export import check_format
 from runtime.checkpoints.export.directory import write_model
-from runtime.checkpoints.export.gguf_file import TYPES, write_lora, write_merged
+from runtime.checkpoints.export.gguf_file import write_lora, write_merged
 from runtime.checkpoints.export.merge import Merge, open_merge
 from runtime.checkpoints.peft.config import CONFIG, WEIGHTS
-from runtime.errors import InvalidRequest
 from runtime.support.durable import fresh_directory, make_directory, sync_directory
-
-ExportFormat = Literal["merged", "peft", "gguf", "gguf-lora"]
-FORMATS: tuple[str, ...] = get_args(ExportFormat)
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-"""Types of a merged directory."""
 
 
 class Exported(Struct, frozen=True):
@@ -64,22 +58,12 @@ def export_adapter(
     return Exported(str(to), format, type, sum(file.stat().st_size for file in files))
 
 
-def check_format(format: str, type: str | None) -> None:
-    """Raise `InvalidRequest` for a format, or a type that the format does not have."""
-    if format not in FORMATS:
-        raise InvalidRequest(f"format: expected one of {', '.join(FORMATS)}, got `{format[:50]}`.", param="format")
-    types = {"merged": list(DTYPES), "gguf": list(TYPES)}.get(format, [])
-    if type is not None and type not in types:
-        there = f"expected one of {', '.join(types)}" if types else f"{format} is always in its own type"
-        raise InvalidRequest(f"type: {there}, got `{type[:50]}`.", param="type")
-
-
 def _tensors(merge: Merge, type: str | None) -> Iterator[tuple[str, Tensor]]:
     if type is None:
         yield from merge.tensors()
         return
     for name, tensor in merge.tensors():
-        yield name, tensor.to(DTYPES[type]) if tensor.is_floating_point() else tensor
+        yield name, tensor.to(getattr(torch, type)) if tensor.is_floating_point() else tensor
 
 
 def _write_file(path: Path, write: Callable[[Path], None]) -> None:

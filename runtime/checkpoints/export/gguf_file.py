@@ -23,6 +23,7 @@ from runtime.checkpoints.gguf.writing import (
     F32,
     Q4_K,
     Q8_0,
+    TYPES,
     OutTensor,
     Value,
     encode_field,
@@ -35,8 +36,6 @@ from runtime.checkpoints.model_loading import spec_of
 from runtime.model.config import ModelLoadError
 from runtime.model.lora import LoraPart
 
-TYPES = {"f32": F32, "f16": F16, "bf16": BF16, "q8_0": Q8_0, "q4_k": Q4_K}
-"""Name of a type, for users → GGML's number."""
 FILE_TYPES = {F32: 0, F16: 1, Q8_0: 7, Q4_K: 14, BF16: 32}
 """GGML's number → llama.cpp's number for a file that is mostly of this type."""
 FILE_TYPE = "general.file_type"
@@ -46,7 +45,11 @@ def write_merged(path: Path, merge: Merge, *, type: str | None, name: str) -> No
     """Write the merged model. `type`: a key of TYPES; default: each tensor as in a GGUF base, where the type can be
     written, else f16. Raises `ModelLoadError` for an architecture that GGUF files are not written of, and `OSError`."""
     wanted = None if type is None else TYPES[type]
-    fields, tensors = _from_gguf(merge, wanted) if is_gguf(merge.checkpoint) else _from_model(merge, wanted or F16)
+    fields, tensors = (
+        _from_gguf(merge, wanted)
+        if is_gguf(merge.checkpoint)
+        else _from_model(merge, F16 if wanted is None else wanted)
+    )
     fields["general.name"] = encode_field("general.name", value_of(name))
     write_gguf(path, fields, tensors)
 

@@ -22,6 +22,8 @@ from runtime.support.durable import create_file
 VERSION = 3
 F32, F16, Q8_0, Q4_K, BF16 = 0, 1, 8, 12, 30
 """GGML's numbers of types."""
+TYPES = {"f32": F32, "f16": F16, "bf16": BF16, "q8_0": Q8_0, "q4_k": Q4_K}
+"""Name of a type, for users → GGML's number."""
 UINT32, INT32, FLOAT32, BOOL = 4, 5, 6, 7
 """GGUF's numbers of value types."""
 
