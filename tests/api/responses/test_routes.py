@@ -94,6 +94,23 @@ async def test_events_join_to_the_whole_response(stored: httpx.AsyncClient) -> N
     assert (await stored.get(f"{URL}/{final['id']}")).json() == final
 
 
+@pytest.mark.parametrize("asked", [{"top_logprobs": 2}, {"include": ["message.output_text.logprobs"]}])
+async def test_log_probabilities(stored: httpx.AsyncClient, asked: dict[str, Any]) -> None:
+    asked = {"input": "Hi", "max_output_tokens": 3, **asked}
+    answer = await stored.post(URL, json=asked)
+    assert answer.status_code == 200, answer.text
+    (part,) = answer.json()["output"][0]["content"]
+    assert [one["token"] for one in part["logprobs"]] == ["u", "s", "e"]
+    assert all(one["logprob"] == -0.5 for one in part["logprobs"])
+    assert all(len(one["top_logprobs"]) == asked.get("top_logprobs", 0) for one in part["logprobs"])
+    events = events_of((await stored.post(URL, json={**asked, "stream": True})).text)
+    deltas = [event["logprobs"] for event in events if event["type"] == "response.output_text.delta"]
+    assert [one for found in deltas for one in found] == part["logprobs"]
+    final = events[-1]["response"]
+    assert final["output"][0]["content"][0]["logprobs"] == part["logprobs"]
+    assert (await stored.get(f"{URL}/{final['id']}")).json() == final
+
+
 async def test_a_conversation_goes_on(stored: httpx.AsyncClient, service: FakeService) -> None:
     first = (await stored.post(URL, json={"input": "Hi", "max_output_tokens": 4, "instructions": "Be brief."})).json()
     asked = {"input": "More", "previous_response_id": first["id"], "max_output_tokens": 2}
