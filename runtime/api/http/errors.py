@@ -20,6 +20,9 @@ _log = get_logger("api")
 
 JSON = "application/json"
 
+MAX_ECHO = 200
+"""Most characters of msgspec's message that an error repeats."""
+
 
 class ClientDisconnected(RequestError):
     """The client left before its answer was ready. Not sent to anyone; logged and counted as 499."""
@@ -97,6 +100,8 @@ def from_validation(error: msgspec.ValidationError) -> InvalidRequest:
     missing = re.search(r"missing required field `([^`]+)`", message)
     if missing is not None:
         param = f"{param}.{missing[1]}" if param else missing[1]
+    if len(message) > MAX_ECHO:  # it holds the value that was sent
+        message = message[:MAX_ECHO] + "…"
     return InvalidRequest(f"{param}: {message}." if param else f"{message}.", param=param)
 
 
