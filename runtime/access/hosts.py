@@ -11,16 +11,21 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-_AUTHORITY = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::([0-9]{1,5}))?")
+_AUTHORITY = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::(0|[1-9][0-9]{0,4}))?")
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 _PROXY_HEADERS = frozenset(
     {
         "forwarded", "via", "x-real-ip", "x-client-ip", "x-cluster-client-ip", "true-client-ip", "fastly-client-ip",
-        "fly-client-ip", "x-proxyuser-ip", "x-host", "x-arr-log-id", "proxy-connection",
+        "fly-client-ip", "x-proxyuser-ip", "x-host", "x-arr-log-id", "proxy-connection", "client-ip", "remote-addr",
+        "wl-proxy-client-ip", "x-coming-from", "ali-cdn-real-ip", "incap-client-ip", "cdn-loop", "x-varnish",
+        "surrogate-capability", "max-forwards", "x-request-start", "x-rewrite-url",
     }
 )  # fmt: skip
-_PROXY_PREFIXES = ("x-forwarded", "x-original-", "x-envoy-", "cf-", "x-azure-", "x-amzn-", "x-goog-", "x-vercel-")
+_PROXY_PREFIXES = (
+    "x-forward", "x-original-", "x-envoy-", "cf-", "x-azure-", "x-ms-", "x-amzn-", "x-goog-", "x-appengine-",
+    "x-vercel-", "x-akamai-", "akamai-", "x-sucuri-", "x-nginx-", "ngrok-", "tailscale-", "x-tailscale-",
+)  # fmt: skip
 
 
 class Authority(NamedTuple):
@@ -129,8 +134,13 @@ class HostRule:
 
 
 def proxy_header(names: Iterable[str]) -> str | None:
-    """The first of these header names (in lower case) that only proxies, sidecars and gateways add."""
-    return next((name for name in names if name in _PROXY_HEADERS or name.startswith(_PROXY_PREFIXES)), None)
+    """The first of these header names (in lower case) that only proxies, sidecars and gateways add. Some write `_`
+    for `-`."""
+    for name in names:
+        spelled = name.replace("_", "-")
+        if spelled in _PROXY_HEADERS or spelled.startswith(_PROXY_PREFIXES):
+            return name
+    return None
 
 
 class Arrival(NamedTuple):

@@ -107,6 +107,9 @@ async def test_other_addresses_may_not(address: str) -> None:
         {"x-envoy-external-address": "203.0.113.9"},
         {"x-original-host": "models.example"},
         {"true-client-ip": "203.0.113.9"},
+        {"X_Forwarded_For": "203.0.113.9"},
+        {"cdn-loop": "cloudflare"},
+        {"tailscale-user-login": "eve@example.com"},
     ],
 )
 async def test_what_a_proxy_brings_may_not(headers: dict[str, str]) -> None:
