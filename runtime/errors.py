@@ -40,6 +40,12 @@ class Unsupported(InvalidRequest):
     default_code = "unsupported_parameter"
 
 
+class GrammarTooComplex(InvalidRequest):
+    """The output cannot be held to the request's grammar any further: it has reached a limit of work or states."""
+
+    default_code = "grammar_too_complex"
+
+
 class Unauthorized(RequestError):
     status = 401
     type = "invalid_request_error"

@@ -303,6 +303,13 @@ class TokenLogprob(Struct, frozen=True, array_like=True):
     """The likeliest tokens and their log-probabilities, likeliest first."""
 
 
+ROW_FAILED = "An internal error ended this request; the others go on."
+"""`Output.error` of a sequence that could not be computed."""
+
+GRAMMAR_TOO_COMPLEX = "The output cannot be held to its grammar any further: the grammar is too complex."
+"""`Output.error` of a sequence that its own grammar ended: the request's fault, where all others are the server's."""
+
+
 class Output(Struct, frozen=True, kw_only=True):
     """Addition of one step to one sequence. Deltas: the consumer appends."""
 

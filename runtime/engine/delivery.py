@@ -9,8 +9,8 @@ from types import TracebackType
 from msgspec.structs import replace
 
 from runtime.engine.hooks import Hooks
-from runtime.errors import EngineFailure, RequestError
-from runtime.messages import FinishReason, Output
+from runtime.errors import EngineFailure, GrammarTooComplex, RequestError
+from runtime.messages import GRAMMAR_TOO_COMPLEX, FinishReason, Output
 from runtime.metrics import Metrics
 from runtime.scheduler import INTERNAL_ERROR, Committed, Request, Scheduler
 from runtime.text.detokenizer import Detokenizer
@@ -224,7 +224,8 @@ class OutputStream:
         return self
 
     async def __anext__(self) -> Output:
-        """The next delta. Raises `EngineFailure`, or what `fail` was given, for a request that failed."""
+        """The next delta. Raises `EngineFailure`, `GrammarTooComplex`, or what `fail` was given, for a request that
+        failed."""
         if self._exhausted:
             raise StopAsyncIteration
         while not self._queue:
@@ -233,7 +234,7 @@ class OutputStream:
         output = self._queue.popleft()
         self._exhausted = output.finish_reason is not None
         if output.finish_reason == "error":
-            raise self._failure or EngineFailure(output.error or "The engine failed.")
+            raise self._failure or _failure(output.error)
         return output
 
     async def __aenter__(self) -> "OutputStream":
@@ -243,3 +244,10 @@ class OutputStream:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.cancel()
+
+
+def _failure(error: str | None) -> RequestError:
+    """The failure of a request by its `Output.error`."""
+    if error == GRAMMAR_TOO_COMPLEX:
+        return GrammarTooComplex(error)
+    return EngineFailure(error or "The engine failed.")

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from runtime.engine.assembly import Assembled, assemble
 from runtime.engine.delivery import OutputStream
 from runtime.errors import Conflict, EngineFailure, EngineUnavailable, RequestError
-from runtime.messages import Output, Submission
+from runtime.messages import ROW_FAILED, Output, Submission
 from runtime.support.logs import get_logger
 from runtime.support.threads import call_in_fresh_thread, run_in_fresh_thread
 from runtime.text.reasoning import reasoning_format
@@ -437,7 +437,7 @@ class EngineService:
             failure = error
         except Exception:
             log.exception("submission_failed", request_id=submissions[0].request_id)
-            failure = EngineFailure("An internal error ended this request; the others go on.")
+            failure = EngineFailure(ROW_FAILED)
         else:
             return
         self.on_event_loop(self._fail, [one.id for one in submissions], failure)

@@ -14,7 +14,7 @@ from typing import Protocol, TypeVar
 
 from msgspec.structs import replace
 
-from runtime.messages import Row, StepPlan, StepResult, TokenLogprob
+from runtime.messages import ROW_FAILED, Row, StepPlan, StepResult, TokenLogprob
 from runtime.support.logs import get_logger
 from runtime.workers.adapter_slots import AdapterSlots
 from runtime.workers.worker import Worker
@@ -108,7 +108,7 @@ class RowByRow(ABC):
                 raise
             except Exception:
                 log.exception("row_failed", step=step, slot=row.slot)
-                failed[row.slot] = "An internal error ended this request; the others go on."
+                failed[row.slot] = ROW_FAILED
                 continue
             slots += result.slots
             tokens += result.tokens

@@ -13,12 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from runtime.messages import Admission, Row
+from runtime.messages import GRAMMAR_TOO_COMPLEX, ROW_FAILED, Admission, Row
 from runtime.support.failpoints import failpoint
 from runtime.support.logs import get_logger
 from runtime.text.grammar import MAX_FORCED, GrammarCompiler, GrammarFailed, GrammarState
-
-FAILED = "The output cannot be held to its grammar any further: it is too complex."
 
 log = get_logger(__name__)
 
@@ -114,9 +112,10 @@ class GrammarMasks:
             except Exception as error:
                 if isinstance(error, GrammarFailed):
                     log.warning("grammar_failed", slot=row.slot, reason=str(error))
+                    masks.failed[row.slot] = GRAMMAR_TOO_COMPLEX
                 else:
                     log.exception("grammar_failed", slot=row.slot)
-                masks.failed[row.slot] = FAILED
+                    masks.failed[row.slot] = ROW_FAILED
                 bits[first : len(masks.indices)] = -1
         masks.bits = bits.view(np.uint8)
         if self._device.type == "cpu":

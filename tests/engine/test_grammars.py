@@ -3,6 +3,7 @@
 The oracle of all ways to run is the engine that plans ahead, which takes every token in a step of its own.
 """
 
+import asyncio
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,7 +13,9 @@ import jsonschema
 import pytest
 
 from runtime import LLM, SamplingParams
-from runtime.messages import Output, Submission
+from runtime.engine.delivery import OutputStream
+from runtime.errors import GrammarTooComplex, InvalidRequest
+from runtime.messages import GRAMMAR_TOO_COMPLEX, ROW_FAILED, Output, Submission
 from runtime.support import failpoints
 from runtime.text.grammar import GrammarBuilder, Part, choice_part, json_part, regex_part
 from tests.adapter_files import make_adapter
@@ -202,6 +205,20 @@ def test_a_state_that_fails_ends_its_request_alone(tiny_model: Path, adapter: Pa
     assert sorted(ends, key=str) == ["error", "stop", "stop"]
     for outputs, expected in zip(after, before, strict=True):
         if outputs[-1].finish_reason == "error":
-            assert "grammar" in str(outputs[-1].error)
+            assert outputs[-1].error == ROW_FAILED
         else:
             assert text(outputs) == expected
+
+
+def test_a_grammar_that_is_too_complex_is_the_requests_fault(tiny_model: Path, adapter: Path) -> None:
+    """It compiles, and its first tokens are found; then the states become too many."""
+    llm = make(tiny_model, adapter)
+    heavy = source(llm, regex_part("a?" * 3000 + "a" * 3000, "regex"))
+    (outputs,) = run(llm, [submission(PROMPT, heavy)])
+    assert outputs[-1].finish_reason == "error"
+    assert outputs[-1].error == GRAMMAR_TOO_COMPLEX
+    stream = OutputStream(outputs[-1].id, lambda _: None)
+    stream.put(outputs[-1])
+    with pytest.raises(GrammarTooComplex, match="too complex"):
+        asyncio.run(anext(stream))  # type: ignore[arg-type]
+    assert issubclass(GrammarTooComplex, InvalidRequest)
