@@ -13,7 +13,8 @@ ADDRESSES = ["10.1.2.3:8000", "192.168.1.10", "203.0.113.9:80", "[2001:db8::1]:8
 NAMES = ["evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.nip.io", "eft", "eft:8000", "x_y:1"]
 NO_HOSTS = [
     "", " ", ":", ":8000", "a b", "a/b", "[::1", "::1", "[]", "[zz]", "localhost:", "localhost:x", "localhost:70000",
-    "localhost:8000:1", "localhost:08000", "user@localhost", "localhost, evil", "localhöst", "2130706433", "0x7f000001", "127.1", ".",
+    "localhost:8000:1", "localhost:08000", "user@localhost", "localhost, evil", "localhöst", "2130706433", "0x7f000001",
+    "127.1", ".",
 ]  # fmt: skip
 
 
