@@ -154,7 +154,7 @@ class SamplingParams(DefaultedParams, frozen=True, kw_only=True, forbid_unknown_
                 )
         _check_count("bad_words", len(self.bad_words), limits.max_bad_words, "texts")
         if not all(map(str.strip, self.bad_words)):
-            raise InvalidRequest("bad_words must not hold an empty text, or one of white space alone.", param="bad_words")
+            raise InvalidRequest("bad_words must not hold empty texts, or white space alone.", param="bad_words")
         if (longest := max(map(len, self.bad_words), default=0)) > limits.max_stop_chars:
             limit = f"texts of at most {limits.max_stop_chars} characters"
             raise _out_of_range("bad_words", limit, f"one of {longest}")
