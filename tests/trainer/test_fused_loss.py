@@ -22,7 +22,7 @@ from runtime.trainer.microbatch import collate
 from runtime.trainer.slices import clock_of
 from runtime.trainer.step import MicroStep
 from settings.schema import ModelSettings
-from tests.kernels.triton_backend import DEVICE, TRAINING, TRITON, TritonTrainingOps
+from tests.kernels.triton.backend import DEVICE, TRAINING, TRITON, TritonTrainingOps
 from tests.parity.gradients import adapter
 from tests.parity.gradients import drive as drive_slices
 from tests.trainer.losses.samples import documented_dpo

@@ -13,7 +13,7 @@ from runtime.model.decoder import Decoder
 from runtime.workers.adapter_slots import AdapterTokens
 from runtime.workers.batch import Batch, build_batch
 from runtime.workers.cuda_graphs import DecodeGraphs, padded, unsuited
-from tests.kernels.triton_backend import TRITON
+from tests.kernels.triton.backend import TRITON
 from tests.parity.llama import load
 from tests.tiny import make_tiny_llama
 

@@ -1,4 +1,4 @@
-"""A call of every op that has a kernel in Triton, with small tensors on the CPU: for `compile_triton`."""
+"""A call of every op that has a kernel in Triton, with small tensors on the CPU: for `compile_all`."""
 
 import torch
 

@@ -1,6 +1,6 @@
 """Compiles, for a GPU that is not there, every kernel that the ops launch.
 
-`python -m tests.kernels.compile_triton 80 bfloat16`: compute capability, and the type of activations.
+`python -m tests.kernels.triton.compile_all 80 bfloat16`: compute capability, and the type of activations.
 
 Nothing runs: launches end after compilation, and tensors lie on the CPU. Writes the name of each kernel.
 """
@@ -14,7 +14,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from kernels.triton import launch
-from tests.kernels.triton_calls import calls
+from tests.kernels.triton.calls import calls
 
 
 class Pretended:

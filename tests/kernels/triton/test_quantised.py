@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kernels import Int8GroupWeight, QuantisedWeight, quantise_int4, quantise_int8, quantise_nf4
-from tests.kernels.triton_backend import DEVICE, REFERENCE, TRITON, random
+from tests.kernels.triton.backend import DEVICE, REFERENCE, TRITON, random
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")  # numpy's, of what is not finite
 

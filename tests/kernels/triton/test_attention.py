@@ -11,7 +11,7 @@ from runtime.messages import Row
 from runtime.model.attention import KVCache, PagedAttention
 from runtime.model.decoder import Decoder
 from runtime.workers.batch import build_batch
-from tests.kernels.triton_backend import DEVICE, REFERENCE, SPLIT, TRITON, random
+from tests.kernels.triton.backend import DEVICE, REFERENCE, SPLIT, TRITON, random
 from tests.parity.llama import load
 from tests.tiny import make_tiny_llama
 

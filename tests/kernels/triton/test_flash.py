@@ -26,8 +26,8 @@ from runtime.model.families import find_model
 from runtime.model.lora import LoraShape
 from runtime.trainer.microbatch import collate
 from runtime.trainer.step import MicroStep
-from tests.kernels.triton_backend import DEVICE, REFERENCE, TRITON, TritonOps, random
-from tests.kernels.varlen_attention import varlen_attention
+from tests.kernels.triton.backend import DEVICE, REFERENCE, TRITON, TritonOps, random
+from tests.kernels.triton.varlen_attention import varlen_attention
 from tests.parity.gradients import adapter
 from tests.parity.gradients import drive as drive_slices
 from tests.trainer.tiny_training import examples

@@ -6,7 +6,7 @@ import torch
 from kernels import quantise_int8
 from kernels.training import TrainingOps
 from kernels.triton import training_ops
-from tests.kernels.triton_backend import DEVICE, REFERENCE, TRAINING, random
+from tests.kernels.triton.backend import DEVICE, REFERENCE, TRAINING, random
 
 PLAIN = training_ops(REFERENCE)
 

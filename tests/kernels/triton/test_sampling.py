@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from runtime.workers.sampler import uniform
-from tests.kernels.triton_backend import DEVICE, REFERENCE, TRITON, random
+from tests.kernels.triton.backend import DEVICE, REFERENCE, TRITON, random
 
 PARAMETERS = [
     (1.0, None, 1.0, 0.0),

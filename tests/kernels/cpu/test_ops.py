@@ -90,7 +90,7 @@ def test_no_second_openmp_runtime_is_loaded() -> None:
 
 def test_a_variant_can_be_forced_and_a_wrong_one_is_refused() -> None:
     script = "import kernels; ops = kernels.load('cpu'); print(ops.variant.name)"
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     for name in ("plain", "abacus"):
         environment = {**os.environ, VARIABLE: name}
         done = subprocess.run(

@@ -9,7 +9,7 @@ import torch
 
 import kernels
 from kernels import cache
-from tests.kernels.triton_backend import DEVICE, REFERENCE, TRITON, random
+from tests.kernels.triton.backend import DEVICE, REFERENCE, TRITON, random
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")  # numpy's, of what is meant to overflow
 

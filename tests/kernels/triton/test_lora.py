@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kernels import LoraFactors, LoraSegment
-from tests.kernels.triton_backend import DEVICE, REFERENCE, TRITON, random
+from tests.kernels.triton.backend import DEVICE, REFERENCE, TRITON, random
 
 PARTS, SIZE, TOKENS = (70, 16, 12), 90, 21
 
