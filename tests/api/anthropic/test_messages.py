@@ -1,6 +1,5 @@
 """Anthropic's messages over a fake engine that echoes the prompt, a byte a token."""
 
-import json
 from typing import Any
 
 import httpx
@@ -8,6 +7,7 @@ import pytest
 
 from tests.api.conftest import client_of
 from tests.api.fakes import FakeService, settings_with
+from tests.api.named_events import events_of
 
 pytestmark = pytest.mark.anyio
 URL = "/v1/messages"
@@ -15,16 +15,6 @@ URL = "/v1/messages"
 
 def message(**fields: Any) -> dict[str, Any]:
     return {"model": "fake", "max_tokens": 6, "messages": [{"role": "user", "content": "Hi"}], **fields}
-
-
-def events_of(text: str) -> list[dict[str, Any]]:
-    """The data of all events, whose names repeat their types."""
-    found = []
-    for block in filter(None, text.split("\n\n")):
-        name, data = block.split("\n", 1)
-        found.append(json.loads(data.removeprefix("data: ")))
-        assert name == f"event: {found[-1]['type']}"
-    return found
 
 
 async def test_a_whole_message(client: httpx.AsyncClient) -> None:

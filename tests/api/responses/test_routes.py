@@ -18,6 +18,7 @@ from runtime.support.database import Database
 from settings.schema import ServerSettings, Settings
 from tests.api.conformance import checked_event
 from tests.api.fakes import FakeService
+from tests.api.named_events import events_of
 
 pytestmark = pytest.mark.anyio
 URL = "/v1/responses"
@@ -47,15 +48,6 @@ def store(database: Database) -> ResponseStore:
 async def stored(service: FakeService, store: ResponseStore) -> AsyncIterator[httpx.AsyncClient]:
     async with app_of(service, store) as client:
         yield client
-
-
-def events_of(text: str) -> list[dict[str, Any]]:
-    found = []
-    for block in filter(None, text.split("\n\n")):
-        name, data = block.split("\n", 1)
-        found.append(json.loads(data.removeprefix("data: ")))
-        assert name == f"event: {found[-1]['type']}"
-    return found
 
 
 async def test_a_whole_response(stored: httpx.AsyncClient) -> None:

@@ -9,16 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.errors import InvalidRequest
-from runtime.text.grammar import GrammarBuilder, GrammarCompiler, json_part
+from runtime.text.grammar import GrammarCompiler
 from runtime.text.grammar.schema import MAX_DEPTH, check_schema, parse_schema
 from runtime.text.tokenizer import Tokenizer
+from tests.text.grammar.grammars import text_of
 from tests.text.grammar.walks import walk
-
-
-def text_of(compiler: GrammarCompiler, schema: Any) -> str:
-    builder = GrammarBuilder(compiler.special_id)
-    return builder.build(builder.part("body", json_part(schema, "schema")))
-
 
 SCALARS = st.one_of(
     st.just({"type": "boolean"}),

@@ -15,7 +15,7 @@ from runtime.text.grammar import GrammarBuilder, GrammarCompiler, GrammarFailed,
 from runtime.text.grammar import compiler as compiler_module
 from runtime.text.grammar.source import MAX_CHOICES
 from runtime.text.tokenizer import Tokenizer
-from tests.text.grammar.test_schemas import text_of
+from tests.text.grammar.grammars import text_of
 from tests.text.grammar.walks import allowed, walk
 
 SCHEMA: Any = {
