@@ -160,13 +160,13 @@ def find_flash_attention() -> list[Finding]:
         settings = load().settings
     except SettingsError:  # another finding names these
         settings = Settings()
-    if (obstacle := _unread(settings, block)) is not None:
+    if (obstacle := cache_obstacle(settings, block)) is not None:
         return [Finding("software", "flash-attn", f"used in training; prompts are left to Triton, as {obstacle}")]
     return [Finding("software", "flash-attn", "used for prompts and in training")]
 
 
-def _unread(settings: Settings, block: int) -> str | None:
-    """Reason why it cannot read the cache of these settings; None if it can."""
+def cache_obstacle(settings: Settings, block: int) -> str | None:
+    """Reason why flash-attn, with blocks of `block` tokens, cannot read the cache of these settings; None if it can."""
     cache = settings.cache
     if cache.block_size % block:
         return f"cache.block_size is {cache.block_size}, and it reads multiples of {block}"
@@ -182,7 +182,6 @@ def _unread(settings: Settings, block: int) -> str | None:
 
 _CPUINFO = Path("/proc/cpuinfo")
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
-# In order of introduction; the flags by which kernels here or in torch are chosen.
 _INSTRUCTION_SETS = (
     "sse4_2", "avx", "f16c", "fma", "avx2", "avx_vnni", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16",
     "avx512_fp16", "amx_tile", "amx_int8", "amx_bf16", "asimd", "asimddp", "i8mm", "bf16", "sve", "sve2",
@@ -200,26 +199,26 @@ def find_machine() -> list[Finding]:
 
 
 def _processor() -> list[Finding]:
-    info = _read_cpuinfo()
-    model = info.get("model name") or platform.processor() or "unknown"
-    flags = set((info.get("flags") or info.get("Features") or "").split())
-    known = [name for name in _INSTRUCTION_SETS if name in flags]
+    try:
+        info = _CPUINFO.read_text(encoding="utf-8", errors="replace")
+    except OSError:  # a system without such a file
+        info = ""
+    model, instruction_sets = parse_cpuinfo(info)
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return [
-        Finding("machine", "processor", model),
+        Finding("machine", "processor", model or platform.processor() or "unknown"),
         Finding("machine", "cores", f"{usable} usable of {os.cpu_count()}"),
-        Finding("machine", "instruction sets", ", ".join(known) or "unknown"),
+        Finding("machine", "instruction sets", ", ".join(instruction_sets) or "unknown"),
     ]
 
 
-def _read_cpuinfo() -> dict[str, str]:
-    """The first processor's lines; empty on systems without such a file."""
-    try:
-        first = _CPUINFO.read_text(encoding="utf-8", errors="replace").split("\n\n")[0]
-    except OSError:
-        return {}
-    pairs = (line.partition(":") for line in first.splitlines())
-    return {name.strip(): value.strip() for name, _, value in pairs}
+def parse_cpuinfo(text: str) -> tuple[str | None, list[str]]:
+    """Model and instruction sets of the first processor in /proc/cpuinfo, of x86 or ARM; those that kernels here or in
+    torch are chosen by, in order of introduction."""
+    pairs = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
+    info = {name.strip(): value.strip() for name, _, value in pairs}
+    flags = set((info.get("flags") or info.get("Features") or "").split())
+    return info.get("model name"), [name for name in _INSTRUCTION_SETS if name in flags]
 
 
 def _memory() -> list[Finding]:
@@ -275,6 +274,8 @@ def find_storage() -> list[Finding]:
 def _directory(name: str, path: Path) -> Finding:
     """Path of a directory and its free space. A missing one gets the free space of its parent."""
     there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not there.is_dir():
+        return Finding("storage", name, str(path), f"{name}: {path} cannot be made, as {there} is not a directory")
     try:
         room = f"{size(shutil.disk_usage(there).free)} free"
     except OSError as error:
