@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from runtime.batches.records import Ask
     from runtime.engine.service import EngineService
     from runtime.files.library import FileLibrary
-    from runtime.responses.store import ResponseStore
+    from runtime.responses import ResponseStore
     from runtime.trainer.jobs.manager import JobManager
 
 

@@ -23,8 +23,8 @@ from runtime.engine.jobs import EngineJobs
 from runtime.errors import StorageUnavailable
 from runtime.files import store as file_store
 from runtime.files.library import FileLibrary
+from runtime.responses import ResponseStore
 from runtime.responses import store as response_store
-from runtime.responses.store import ResponseStore
 from runtime.support.database import FILE, LOCK, Database, DatabaseUnusable, check, connect, migrate
 from runtime.support.durable import DISK_FULL, PARTIAL, reason, tighten
 from runtime.support.logs import get_logger

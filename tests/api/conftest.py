@@ -15,7 +15,7 @@ from runtime.api.app import create_app
 from runtime.batches.manager import BatchManager
 from runtime.engine.state import SCHEMAS, OpenedState
 from runtime.files.library import FileLibrary
-from runtime.responses.store import ResponseStore
+from runtime.responses import ResponseStore
 from runtime.support.database import Database
 from runtime.support.logs import configure
 from settings.schema import CacheSettings, ModelSettings, ObservabilitySettings, ServerSettings, Settings

@@ -48,7 +48,7 @@ from runtime.api.responses.translate import (
 )
 from runtime.errors import EngineUnavailable, InvalidRequest, NotFound, StorageUnavailable, Unsupported
 from runtime.messages import Output
-from runtime.responses.store import ResponseStore, StoredResponse
+from runtime.responses import ResponseStore, StoredResponse
 
 ENDED = frozenset({"completed", "incomplete", "cancelled", "failed"})
 

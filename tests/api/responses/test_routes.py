@@ -13,7 +13,7 @@ from runtime.api.app import create_app
 from runtime.api.handle import ServiceHandle
 from runtime.api.http.body import parse_fields
 from runtime.api.openai import schema
-from runtime.responses.store import SCHEMA, ResponseStore
+from runtime.responses import SCHEMA, ResponseStore
 from runtime.support.database import Database
 from settings.schema import ServerSettings, Settings
 from tests.api.conformance import checked_event

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from runtime.errors import InvalidRequest, NotFound
+from runtime.responses import SCHEMA, ResponseStore, StoredResponse
 from runtime.responses import store as module
-from runtime.responses.store import SCHEMA, ResponseStore, StoredResponse
 from runtime.support.database import Database
 
 pytestmark = pytest.mark.anyio
