@@ -9,17 +9,19 @@ import sys
 import time
 import uuid
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
 from msgspec import Struct
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from runtime.engine.assembly import assemble
 from runtime.engine.engine import Engine
 from runtime.errors import TooManyRequests
 from runtime.messages import FinishReason, Output, SamplingParams, Submission, TokenLogprob
-from runtime.support.progress import progress_bar
 from settings.load import load as load_settings
 from settings.schema import Settings
 
@@ -196,3 +198,38 @@ class _Gathered:
 
 def _wants(progress: bool | None) -> bool:
     return sys.stderr.isatty() and "EFT_NO_PROGRESS" not in os.environ if progress is None else progress
+
+
+# -- progress --------------------------------------------------------------------------------------
+
+
+class ProgressBar:
+    """Counts finished requests and shows the tokens that they generated: on a terminal, and nowhere else."""
+
+    def __init__(self, progress: Progress | None, task: TaskID | None) -> None:
+        self._progress = progress
+        self._task = task
+        self._tokens = 0
+
+    def advance(self, tokens: int) -> None:
+        """Count one more finished request, with `tokens` generated tokens."""
+        self._tokens += tokens
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, advance=1, tokens=self._tokens)
+
+
+@contextmanager
+def progress_bar(label: str, *, total: int, show: bool) -> Iterator[ProgressBar]:
+    """Context with a bar on stderr for `total` requests."""
+    if not show:
+        yield ProgressBar(None, None)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[tokens]} tokens"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        yield ProgressBar(progress, progress.add_task(label, total=total, tokens=0))

@@ -18,13 +18,14 @@ import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from runtime.support.logs import get_logger
-from runtime.support.tenants import LABEL_DIGITS
 
 Scope = Literal["inference", "train", "admin"]
 SCOPES: tuple[Scope, ...] = ("inference", "train", "admin")
 
 KEY_PREFIX = "eft-"
 MAX_FILE_BYTES = 4 * 1024**2
+LABEL_DIGITS = 12
+"""Digits of a key's SHA-256 that are its tenant's label, in scheduling and logs: no key can be recovered from them."""
 
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Count = Annotated[int, Meta(ge=1)]

@@ -10,6 +10,7 @@ from cyclopts import Parameter
 from rich.table import Table
 
 from runtime.access.keys import (
+    LABEL_DIGITS,
     SCOPES,
     KeysFileError,
     Scope,
@@ -22,7 +23,6 @@ from runtime.access.keys import (
 )
 from runtime.cli.flags import Config, Json
 from runtime.cli.output import CommandError, UsageError, console
-from runtime.support.tenants import LABEL_DIGITS
 from settings.load import load
 
 KeysPath = Annotated[Path | None, Parameter(help="The keys file; default: the setting server.keys_file.")]

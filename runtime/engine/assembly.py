@@ -1,5 +1,6 @@
 """Assembly of an engine from settings: loads the model, sizes the cache, connects the parts."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import psutil
@@ -22,7 +23,6 @@ from runtime.model.model import Model, make_cache, make_device
 from runtime.scheduler import Scheduler, Speculation
 from runtime.scheduler.policies import BackgroundLast, make_policy
 from runtime.support.memory import keep_freed_memory, return_freed_memory
-from runtime.support.tenants import tenant_weights
 from runtime.text.grammar import GrammarCompiler
 from runtime.trainer.run import make_run_on
 from runtime.trainer.sliced_run import MakeRun
@@ -236,12 +236,17 @@ def make_scheduler(
         )
     return Scheduler(
         BlockManager(num_blocks, cache.block_size, prefix_caching=cache.prefix_caching),
-        BackgroundLast(make_policy(settings.policy, weights=tenant_weights(settings.fair_weights))),
+        BackgroundLast(make_policy(settings.policy, weights=_tenant_weights(settings.fair_weights))),
         settings,
         speculation=speculation,
         sliding_window=window,
         swap=SwapSpace(num_host_blocks) if num_host_blocks else None,
     )
+
+
+def _tenant_weights(items: Iterable[str]) -> dict[str, float]:
+    """`scheduler.fair_weights` as tenant → weight. Their form was checked with the settings."""
+    return {tenant: float(weight) for tenant, _, weight in (item.partition("=") for item in items)}
 
 
 def _asynchronous(mode: str, device: torch.device) -> bool:

@@ -13,9 +13,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from runtime.checkpoints import ModelLoadError, open_checkpoint
 from runtime.errors import InvalidRequest
-from runtime.text import templates
-from runtime.text.chat_template import ChatTemplate
-from runtime.text.templates import BUILTIN_TEMPLATES, builtin_template
+from runtime.text import chat_template
+from runtime.text.chat_template import BUILTIN_TEMPLATES, ChatTemplate, builtin_template
 from runtime.text.turn_end import turn_end
 from runtime.trainer.data.formats import ALPACA
 
@@ -130,7 +129,7 @@ def render(name: str, chat: list[Any], *, prompt: bool = True, **options: Any) -
 
 
 def test_every_file_is_listed_and_every_name_has_a_test() -> None:
-    folder = Path(templates.__file__).parent
+    folder = Path(chat_template.__file__).parent / "templates"
     assert {path.stem for path in folder.glob("*.jinja")} == set(BUILTIN_TEMPLATES) == EXPECTED.keys() == ENDS.keys()
     assert builtin_template("../templates/chatml") is None
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import regex
 
 from runtime.errors import InvalidRequest
-from runtime.text.templates import BUILTIN_TEMPLATES, builtin_template
+from runtime.text.chat_template import BUILTIN_TEMPLATES, builtin_template
 from runtime.text.tokenizer import Tokenizer
 from runtime.trainer.recipe import Recipe
 from runtime.trainer.shape import ModelShape

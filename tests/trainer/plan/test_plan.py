@@ -11,7 +11,7 @@ import pytest
 from runtime.adapters.card import Prompt
 from runtime.checkpoints.hf_tokenizer import load_tokenizer
 from runtime.errors import Forbidden, InvalidRequest, ModelNotFound
-from runtime.text.templates import builtin_template
+from runtime.text.chat_template import builtin_template
 from runtime.text.tokenizer import Tokenizer
 from runtime.trainer.data.example import BadRows
 from runtime.trainer.data.files import DataFiles
