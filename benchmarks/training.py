@@ -42,7 +42,7 @@ from runtime.trainer.recipe import Dataset, Recipe
 from runtime.trainer.run import TrainingRun
 from runtime.trainer.schedule import Schedule
 from runtime.trainer.sliced_run import RunSpec, TrainingHost
-from runtime.trainer.slices import Share
+from runtime.trainer.slices import TrainingShare
 from runtime.trainer.step import MicroStep
 from settings.load import load as load_settings
 
@@ -158,7 +158,7 @@ async def beside(repeats: int, tokens: int, *, checkpointing: bool) -> Table:
     settings = load_settings(env={}, flags={"model": "demo", "dtype": "float32", "prefix_caching": False}).settings
     service = EngineService.load(settings)
     decoder = service.decoder
-    share = Share(tpot_target=settings.scheduler.tpot_target, min_share=settings.trainer.min_share)
+    share = TrainingShare(tpot_target=settings.scheduler.tpot_target, min_share=settings.trainer.min_share)
     host = service.background = TrainingHost(share)
     service.start()
     await stream(service, 20)

@@ -259,6 +259,20 @@ def modules_used() -> dict[str, set[str]]:
     return used
 
 
+def test_no_type_has_the_name_of_another() -> None:
+    """Classes and aliases of types, wherever they stand."""
+    places: dict[str, list[str]] = {}
+    for module, path in modules().items():
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            targets = node.targets if isinstance(node, ast.Assign) else ()
+            names = [target.id for target in targets if isinstance(target, ast.Name)]
+            names += [node.name] if isinstance(node, ast.ClassDef) else []
+            for name in names:
+                if re.fullmatch(r"[A-Z]\w*[a-z]\w*", name):
+                    places.setdefault(name, []).append(module)
+    assert not {name: found for name, found in places.items() if len(found) > 1}
+
+
 OWNERS = {
     "handle": "runtime.api",
     "service": "runtime.engine",

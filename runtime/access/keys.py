@@ -27,9 +27,9 @@ MAX_FILE_BYTES = 4 * 1024**2
 LABEL_DIGITS = 12
 """Digits of a key's SHA-256 that are its tenant's label, in scheduling and logs: no key can be recovered from them."""
 
-Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-Count = Annotated[int, Meta(ge=1)]
-Share = Annotated[float, Meta(gt=0, le=1)]
+KeyName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+PositiveCount = Annotated[int, Meta(ge=1)]
+PositiveShare = Annotated[float, Meta(gt=0, le=1)]
 PositiveSeconds = Annotated[float, Meta(gt=0)]
 
 
@@ -51,10 +51,10 @@ class KeyLimits(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 class OwnLimits(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """A stored key's limits. What is left out is the setting's; null is no limit."""
 
-    requests_per_minute: Count | UnsetType | None = UNSET
-    tokens_per_minute: Count | UnsetType | None = UNSET
-    max_concurrent: Count | UnsetType | None = UNSET
-    max_queue_share: Share | UnsetType | None = UNSET
+    requests_per_minute: PositiveCount | UnsetType | None = UNSET
+    tokens_per_minute: PositiveCount | UnsetType | None = UNSET
+    max_concurrent: PositiveCount | UnsetType | None = UNSET
+    max_queue_share: PositiveShare | UnsetType | None = UNSET
     min_priority: int | UnsetType | None = UNSET
     min_deadline: PositiveSeconds | UnsetType | None = UNSET
 
@@ -67,7 +67,7 @@ class OwnLimits(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, o
 class StoredKey(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One entry of the keys file."""
 
-    name: Name
+    name: KeyName
     scopes: Annotated[tuple[Scope, ...], Meta(min_length=1)]
     sha256: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
     created: str

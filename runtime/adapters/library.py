@@ -28,7 +28,14 @@ from runtime.adapters.store import (
     clashes,
     split_version,
 )
-from runtime.adapters.versions import AdapterHost, LoadedVersions, NamesMirror, Source, sweep, write_missing_record
+from runtime.adapters.versions import (
+    AdapterHost,
+    LoadedVersions,
+    NamesMirror,
+    VersionSource,
+    sweep,
+    write_missing_record,
+)
 from runtime.errors import AdaptersBusy, AdapterUnavailable, Conflict, InvalidRequest, NotFound, StorageUnavailable
 from runtime.support.database import Database
 from runtime.support.durable import PARTIAL, make_directory, reason, remove
@@ -37,7 +44,7 @@ from runtime.support.logs import get_logger
 P = ParamSpec("P")
 T = TypeVar("T")
 Records = list[AdapterRecord]
-Names = list[NameRecord]
+NameRecords = list[NameRecord]
 INCOMING = ".incoming"
 """Folder beside those of the adapters, whose names never begin with a dot."""
 
@@ -219,7 +226,7 @@ class AdapterLibrary:
     async def publish(
         self,
         name: str,
-        source: Source,
+        source: VersionSource,
         *,
         new: bool = False,
         job: str | None = None,
@@ -255,7 +262,7 @@ class AdapterLibrary:
             return await self._serve(record.version)
         return await self._publish(name, path)
 
-    async def _publish(self, name: str, source: Source, **details: Any) -> Version:
+    async def _publish(self, name: str, source: VersionSource, **details: Any) -> Version:
         outcome = "failed"
         try:
             version = await self._publisher.publish(name, source, self._change, **details)
@@ -457,7 +464,7 @@ class AdapterLibrary:
     async def _change(self, work: Callable[[Connection], T]) -> T:
         """Run one transaction, and read the catalogue after it."""
 
-        def transaction(connection: Connection) -> tuple[T, Catalogue, Names]:
+        def transaction(connection: Connection) -> tuple[T, Catalogue, NameRecords]:
             result = work(connection)
             return result, store.read_catalogue(connection), store.read_names(connection)
 

@@ -13,7 +13,7 @@ import msgspec
 
 from runtime.adapters import store
 from runtime.adapters.store import CheckpointVersion, Version, checkpoint_name
-from runtime.adapters.versions import LoadedVersions, Source, digest, stage
+from runtime.adapters.versions import LoadedVersions, VersionSource, digest, stage
 from runtime.checkpoints.peft import AdapterInvalid, read_files
 from runtime.checkpoints.peft.config import CONFIG, parse_config
 from runtime.errors import AdaptersBusy
@@ -40,7 +40,7 @@ class VersionPublisher:
         """The folder of a version's files."""
         return self._root / name / str(number)
 
-    async def publish(self, name: str, source: Source, transaction: Transaction, **details: Any) -> Version:
+    async def publish(self, name: str, source: VersionSource, transaction: Transaction, **details: Any) -> Version:
         """Publish a version from `source`. Raises `AdapterInvalid`, `StorageUnavailable`; nothing of the version is
         left then."""
         number: int = await transaction(lambda connection: store.reserve_number(connection, name))
@@ -76,7 +76,7 @@ class VersionPublisher:
         except OSError:
             return False
 
-    def _stage(self, source: Source, directory: Path, details: dict[str, Any]) -> Version:
+    def _stage(self, source: VersionSource, directory: Path, details: dict[str, Any]) -> Version:
         """Put the files in place, and return the version."""
         made: list[Version] = []
 

@@ -29,7 +29,7 @@ from runtime.support.durable import (
 from runtime.support.logs import get_logger
 from runtime.support.state_directory import LostFound
 
-Source = Path | Callable[[Path], None]
+VersionSource = Path | Callable[[Path], None]
 """A folder with an adapter's files, or a function that writes them to a folder that does not exist yet."""
 
 RECORD = "version.json"
@@ -39,7 +39,7 @@ _log = get_logger("adapters")
 
 
 def stage(
-    source: Source, directory: Path, base: LoraBase, describe: Callable[[int, str], bytes], *, max_rank: int
+    source: VersionSource, directory: Path, base: LoraBase, describe: Callable[[int, str], bytes], *, max_rank: int
 ) -> None:
     """Bring an adapter's files to `directory`, checked and on the disk. Blocks.
 
@@ -64,7 +64,7 @@ def stage(
             remove(written)
 
 
-def _folder(source: Source) -> Path:
+def _folder(source: VersionSource) -> Path:
     if not isinstance(source, Path) or not source.is_dir():
         raise AdapterInvalid("The adapter must be a folder, as PEFT's save_pretrained writes it.")
     return source

@@ -13,7 +13,7 @@ from runtime.metrics import render_process
 from runtime.support.version import version
 
 
-class Status(Struct):
+class ServerStatus(Struct):
     status: str
 
 
@@ -30,24 +30,24 @@ class ServerLoad(Struct):
 
 
 @get("/health", opt={OPEN: True})
-async def health(request: AnyRequest) -> Status:
+async def health(request: AnyRequest) -> ServerStatus:
     """Liveness: 503 when the engine is dead or stuck; 200 while it is loading."""
     return _health(request)
 
 
 @route("/ping", http_method=["GET", "POST"], status_code=200)
-async def ping(request: AnyRequest) -> Status:
+async def ping(request: AnyRequest) -> ServerStatus:
     """Same as /health; the path that SageMaker requires."""
     return _health(request)
 
 
 @get("/ready", opt={OPEN: True})
-async def ready(request: AnyRequest) -> Status:
+async def ready(request: AnyRequest) -> ServerStatus:
     """Readiness: 503 while loading and while draining."""
     service = api_of(request).handle.require()
     if not service.ready:
         raise EngineUnavailable("The server takes no new requests.")
-    return Status("ready")
+    return ServerStatus("ready")
 
 
 @get("/version")
@@ -84,11 +84,11 @@ def metrics_handler(*, public: bool) -> Any:
     return metrics
 
 
-def _health(request: AnyRequest) -> Status:
+def _health(request: AnyRequest) -> ServerStatus:
     service = api_of(request).handle.service
     if service is not None and not service.healthy:
         raise EngineUnavailable("The engine is dead or stuck.")
-    return Status("ok")
+    return ServerStatus("ok")
 
 
 # -- prefix cache ----------------------------------------------------------------------------------

@@ -16,10 +16,10 @@ from runtime.api.openai.pooling import EmbeddingRequest, RerankRequest, ScoreReq
 from runtime.api.responses import schema as responses
 
 Effect = Literal["supported", "no effect", "refused"]
-Origin = Literal["OpenAI", "vLLM", "Anthropic", "Eft"]
+FieldOrigin = Literal["OpenAI", "vLLM", "Anthropic", "Eft"]
 
 
-class Endpoint(Struct, frozen=True):
+class BodyEndpoint(Struct, frozen=True):
     """A path, the struct of its body, and the fields that are refused there."""
 
     path: str
@@ -36,7 +36,7 @@ class FieldRow(Struct, frozen=True):
     """A row of a table."""
 
     name: str
-    origin: Origin
+    origin: FieldOrigin
     effect: Effect
     note: str
 
@@ -115,9 +115,9 @@ FOR_CHATS = "It is for chats."
 LATER = "Not supported yet."
 
 ENDPOINTS = (
-    Endpoint("/v1/chat/completions", openai.ChatRequest, openai.NEUTRAL, openai.INSTEAD, OPENAI),
-    Endpoint("/v1/completions", openai.CompletionRequest, openai.COMPLETION_NEUTRAL, openai.INSTEAD, OPENAI),
-    Endpoint(
+    BodyEndpoint("/v1/chat/completions", openai.ChatRequest, openai.NEUTRAL, openai.INSTEAD, OPENAI),
+    BodyEndpoint("/v1/completions", openai.CompletionRequest, openai.COMPLETION_NEUTRAL, openai.INSTEAD, OPENAI),
+    BodyEndpoint(
         "/v1/responses",
         responses.ResponseRequest,
         responses.NEUTRAL,
@@ -125,12 +125,12 @@ ENDPOINTS = (
         frozenset({*responses.ResponseRequest.__struct_fields__, *responses.NEUTRAL}),
         RESPONSE_NOTES,
     ),
-    Endpoint("/v1/embeddings", EmbeddingRequest, openai=EMBEDDINGS),
-    Endpoint("/v1/score", ScoreRequest),
-    Endpoint("/v1/rerank", RerankRequest),
-    Endpoint("/v1/messages", anthropic.MessageRequest, anthropic.NEUTRAL, anthropic.INSTEAD),
-    Endpoint("/tokenize", openai.TokenizeRequest),
-    Endpoint("/detokenize", openai.DetokenizeRequest),
+    BodyEndpoint("/v1/embeddings", EmbeddingRequest, openai=EMBEDDINGS),
+    BodyEndpoint("/v1/score", ScoreRequest),
+    BodyEndpoint("/v1/rerank", RerankRequest),
+    BodyEndpoint("/v1/messages", anthropic.MessageRequest, anthropic.NEUTRAL, anthropic.INSTEAD),
+    BodyEndpoint("/tokenize", openai.TokenizeRequest),
+    BodyEndpoint("/detokenize", openai.DetokenizeRequest),
 )
 
 HEAD = """## Request fields
@@ -151,7 +151,7 @@ fields of the endpoint that its own fields lead to.
 """
 
 
-def rows(endpoint: Endpoint) -> list[FieldRow]:
+def rows(endpoint: BodyEndpoint) -> list[FieldRow]:
     """The fields of an endpoint: those it acts on first, each group by name."""
     own = sorted(endpoint.body.__struct_fields__)
     found = [_row(endpoint, name) for name in own]
@@ -168,7 +168,7 @@ def reference_page() -> str:
     return HEAD + "".join(_section(endpoint) for endpoint in ENDPOINTS)
 
 
-def _row(endpoint: Endpoint, name: str) -> FieldRow:
+def _row(endpoint: BodyEndpoint, name: str) -> FieldRow:
     origin = _origin(endpoint, name)
     if endpoint.notes is not None:
         return FieldRow(name, origin, "supported", endpoint.notes.get(name, ""))
@@ -177,7 +177,7 @@ def _row(endpoint: Endpoint, name: str) -> FieldRow:
     return FieldRow(name, origin, "supported", "" if origin == "Anthropic" else NOTES.get(name, ""))
 
 
-def _origin(endpoint: Endpoint, name: str) -> Origin:
+def _origin(endpoint: BodyEndpoint, name: str) -> FieldOrigin:
     if issubclass(endpoint.body, anthropic.CountRequest):
         return "Anthropic"
     if name in OURS:
@@ -185,14 +185,14 @@ def _origin(endpoint: Endpoint, name: str) -> Origin:
     return "OpenAI" if name in endpoint.openai else "vLLM"
 
 
-def _refusal(endpoint: Endpoint, name: str) -> str:
+def _refusal(endpoint: BodyEndpoint, name: str) -> str:
     neutral = [value for value in endpoint.neutral[name] if value is not None]
     values = ", ".join(f"`{msgspec.json.encode(value).decode()}`" for value in neutral)
     note = endpoint.instead.get(name, LATER if name in openai.NEUTRAL else FOR_CHATS)
     return f"{note} Accepted: {values}." if values else note
 
 
-def _section(endpoint: Endpoint) -> str:
+def _section(endpoint: BodyEndpoint) -> str:
     lines = [f"\n### `POST {endpoint.path}`\n\n| field | from | what Eft does | |\n|---|---|---|---|\n"]
     lines += [f"| `{row.name}` | {row.origin} | {row.effect} | {row.note} |\n" for row in rows(endpoint)]
     return "".join(lines)

@@ -39,7 +39,7 @@ class Check(Struct, frozen=True):
     ok: bool = True
 
 
-class Report(Struct, frozen=True):
+class VerificationReport(Struct, frozen=True):
     """All findings, in the order of the checks."""
 
     model: str
@@ -284,7 +284,7 @@ class _Computed:
     integers: bool
 
 
-def verify(settings: ModelSettings) -> Report:
+def verify(settings: ModelSettings) -> VerificationReport:
     """Verify the model that the settings name. Raises `ModelLoadError` where its files cannot be opened at all."""
     return_freed_memory()
     checkpoint = open_checkpoint(settings.model, revision=settings.revision, chat_template=settings.chat_template)
@@ -299,7 +299,7 @@ def verify(settings: ModelSettings) -> Report:
             checks += _computed(checkpoint, settings)
     except (ModelLoadError, ValueError, KeyError) as error:
         checks.append(Check("loading", str(error), ok=False))
-    return Report(checkpoint.name, checks)
+    return VerificationReport(checkpoint.name, checks)
 
 
 def _computed(checkpoint: Checkpoint, settings: ModelSettings) -> list[Check]:

@@ -21,7 +21,7 @@ from runtime.cli.client import DEFAULT_URL, AdminKey, ServerRefusal, Url, admin_
 from runtime.cli.flags import Json
 from runtime.cli.output import CommandError, UsageError, console
 
-Name = Annotated[str, Parameter(help="The adapter.")]
+AdapterName = Annotated[str, Parameter(help="The adapter.")]
 
 
 def list_adapters(*, url: Url = DEFAULT_URL, admin_key: AdminKey = None, json: Json = False) -> None:
@@ -36,13 +36,13 @@ def list_adapters(*, url: Url = DEFAULT_URL, admin_key: AdminKey = None, json: J
     return None
 
 
-def show(name: Name, /, *, url: Url = DEFAULT_URL, admin_key: AdminKey = None, json: Json = False) -> None:
+def show(name: AdapterName, /, *, url: Url = DEFAULT_URL, admin_key: AdminKey = None, json: Json = False) -> None:
     """Print the versions of an adapter."""
     _show(_ask("GET", _path(name), url, admin_key), json)
 
 
 def load(
-    name: Name,
+    name: AdapterName,
     path: Annotated[
         Path | None, Parameter(help="Folder on the server with an adapter of PEFT's; default: serve what was unloaded.")
     ] = None,
@@ -62,13 +62,13 @@ def load(
     _show(_ask("GET", _path(name), url, admin_key), json)
 
 
-def unload(name: Name, /, *, url: Url = DEFAULT_URL, admin_key: AdminKey = None, json: Json = False) -> None:
+def unload(name: AdapterName, /, *, url: Url = DEFAULT_URL, admin_key: AdminKey = None, json: Json = False) -> None:
     """Serve an adapter no more; its versions stay."""
     _show(_ask("POST", _path(name) + "/unload", url, admin_key), json)
 
 
 def promote(
-    name: Name,
+    name: AdapterName,
     version: Annotated[int, Parameter(help="Number of the version.")],
     /,
     *,
@@ -80,13 +80,13 @@ def promote(
     _show(_ask("POST", _path(name) + "/promote", url, admin_key, {"version": version}), json)
 
 
-def rollback(name: Name, /, *, url: Url = DEFAULT_URL, admin_key: AdminKey = None, json: Json = False) -> None:
+def rollback(name: AdapterName, /, *, url: Url = DEFAULT_URL, admin_key: AdminKey = None, json: Json = False) -> None:
     """Point an adapter's name to the version before."""
     _show(_ask("POST", _path(name) + "/rollback", url, admin_key), json)
 
 
 def alias(
-    name: Name,
+    name: AdapterName,
     alias: Annotated[str, Parameter(help="Another name for it, taken from the adapter that has it.")],
     /,
     *,
@@ -99,7 +99,7 @@ def alias(
 
 
 def unalias(
-    name: Name,
+    name: AdapterName,
     alias: Annotated[str, Parameter(help="The name to take away.")],
     /,
     *,
@@ -112,7 +112,7 @@ def unalias(
 
 
 def canary(
-    name: Name,
+    name: AdapterName,
     version: Annotated[int, Parameter(help="Number of the version.")],
     weight: Annotated[float, Parameter(help="Its share of the requests for the name, from 0 to 1; 0 takes it back.")],
     /,
@@ -127,7 +127,7 @@ def canary(
 
 
 def delete(
-    name: Name,
+    name: AdapterName,
     version: Annotated[int | None, Parameter(help="Only this version; default: the adapter with all of them.")] = None,
     /,
     *,
@@ -221,7 +221,7 @@ _READ = 1024 * 1024
 
 
 def upload(
-    name: Name,
+    name: AdapterName,
     folder: Annotated[Path, Parameter(help="Folder on this machine, as PEFT's save_pretrained writes it.")],
     /,
     *,
@@ -284,7 +284,7 @@ _PARTIAL = ".partial"
 
 
 def download(
-    name: Name,
+    name: AdapterName,
     /,
     *,
     version: Annotated[

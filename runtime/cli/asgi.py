@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 
-Message = MutableMapping[str, Any]
+AsgiMessage = MutableMapping[str, Any]
 App = Callable[[Any, Any, Any], Awaitable[None]]
 
 _GRACE = 5.0
@@ -43,32 +43,32 @@ class _Exchange(httpx.AsyncByteStream):
 
     def __init__(self, body: bytes) -> None:
         self._body: bytes | None = body
-        self._sent: asyncio.Queue[Message | None] = asyncio.Queue()
+        self._sent: asyncio.Queue[AsgiMessage | None] = asyncio.Queue()
         self._closed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
-    def start(self, app: App, scope: Message) -> None:
+    def start(self, app: App, scope: AsgiMessage) -> None:
         self._task = asyncio.create_task(self._run(app, scope))
 
-    async def _run(self, app: App, scope: Message) -> None:
+    async def _run(self, app: App, scope: AsgiMessage) -> None:
         try:
             await app(scope, self._receive, self._send)
         finally:
             self._sent.put_nowait(None)
 
-    async def _receive(self) -> Message:
+    async def _receive(self) -> AsgiMessage:
         if self._body is not None:
             body, self._body = self._body, None
             return {"type": "http.request", "body": body, "more_body": False}
         await self._closed.wait()
         return {"type": "http.disconnect"}
 
-    async def _send(self, message: Message) -> None:
+    async def _send(self, message: AsgiMessage) -> None:
         if self._closed.is_set():
             raise OSError("the client has gone")  # as a server's `send` does after a disconnect
         self._sent.put_nowait(message)
 
-    async def next_message(self) -> Message | None:
+    async def next_message(self) -> AsgiMessage | None:
         """The next message sent; None at the end. Raises the error of the app."""
         message = await self._sent.get()
         if message is None and self._task is not None:
@@ -94,7 +94,7 @@ class _Exchange(httpx.AsyncByteStream):
             self._task.exception()
 
 
-def _scope(request: httpx.Request) -> Message:
+def _scope(request: httpx.Request) -> AsgiMessage:
     return {
         "type": "http",
         "asgi": {"version": "3.0", "spec_version": "2.4"},

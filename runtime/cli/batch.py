@@ -20,7 +20,7 @@ from msgspec import Struct
 
 from runtime.cli import client
 from runtime.cli.client import describe, error_text
-from runtime.cli.flags import MODEL_SECTIONS, Config, Json, read_settings, refuse_settings, with_settings
+from runtime.cli.flags import MODEL_SECTIONS, ConfigFile, Json, read_settings, refuse_settings, with_settings
 from runtime.cli.output import CommandError, Meter, UsageError
 
 # -- batch files -----------------------------------------------------------------------------------
@@ -321,7 +321,7 @@ def batch(
     concurrency: Annotated[int, Parameter(help="Requests at once.")] = 32,
     timeout: Annotated[float, Parameter(help="Seconds that one answer may take.")] = 600.0,
     json: Json = False,
-    config: Config = None,
+    config: ConfigFile = None,
     **flags: Any,
 ) -> int:
     """Do what of `input` is not in `output` yet. Returns 1 where a request failed, in this run or before."""

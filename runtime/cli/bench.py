@@ -10,7 +10,7 @@ from cyclopts import Parameter
 from msgspec import Struct
 from rich.table import Table
 
-from runtime.cli.flags import MODEL_SECTIONS, Config, Json, read_settings, with_settings
+from runtime.cli.flags import MODEL_SECTIONS, ConfigFile, Json, read_settings, with_settings
 from runtime.cli.load_prompts import WORDS, LoadSpec
 from runtime.cli.loadgen import Sample, Stats, render, run_load
 from runtime.cli.output import Meter, UsageError, console
@@ -139,7 +139,7 @@ def bench_offline(
     shared_prefix: Annotated[int, Parameter(help="Tokens that every prompt begins with, besides its own.")] = 0,
     seed: Annotated[int, Parameter(help="Same seed, same prompts.")] = 0,
     json: Json = False,
-    config: Config = None,
+    config: ConfigFile = None,
     **flags: Any,
 ) -> None:
     """Generate greedily, all requests submitted at once, and report the rates."""

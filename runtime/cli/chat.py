@@ -19,7 +19,7 @@ from runtime.cli import client
 from runtime.cli.asking import DEFAULT_MAX_TOKENS as TEXT_MAX_TOKENS
 from runtime.cli.asking import Asking, how_to_ask
 from runtime.cli.client import describe, error_text
-from runtime.cli.flags import MODEL_SECTIONS, Config, read_settings, refuse_settings, with_settings
+from runtime.cli.flags import MODEL_SECTIONS, ConfigFile, read_settings, refuse_settings, with_settings
 from runtime.cli.output import CommandError, UsageError
 from settings.suggest import hint
 
@@ -32,7 +32,7 @@ DEFAULT_MAX_TOKENS = 1024
 itself until the context is full, which takes minutes and leaves no room for another question."""
 
 
-class Answer(Struct):
+class ChatReply(Struct):
     """The last answer, complete once its stream has ended."""
 
     text: str = ""
@@ -60,7 +60,7 @@ class Conversation:
         self._params = params
         self.asking = asking or Asking()
         self._turns: list[dict[str, str]] = []
-        self.answer = Answer()
+        self.answer = ChatReply()
 
     @property
     def messages(self) -> list[dict[str, str]]:
@@ -77,7 +77,7 @@ class Conversation:
         The text received so far stays in the conversation, as an answer of the model.
         """
         self._turns.append({"role": "user", "content": question})
-        self.answer = Answer()
+        self.answer = ChatReply()
         try:
             async for text in self._stream():
                 self.answer.text += text
@@ -322,7 +322,7 @@ def chat(
     ] = None,
     seed: Annotated[int | None, Parameter(help="Same seed, same answers.")] = None,
     json: Annotated[bool, Parameter(help="One JSON object per answer.", negative="", show_default=False)] = False,
-    config: Config = None,
+    config: ConfigFile = None,
     **flags: Any,
 ) -> int:
     """Answer questions until the input ends. Returns 1 where one that was piped in failed."""

@@ -6,14 +6,14 @@ from typing import Any
 import msgspec
 from rich.table import Table
 
-from runtime.cli.flags import Config, Json, read_settings, with_settings
+from runtime.cli.flags import ConfigFile, Json, read_settings, with_settings
 from runtime.cli.output import CommandError, console
 from settings import fields, render, sources, values
 from settings.load import Loaded
 
 
 @with_settings()
-def show(*, json: Json = False, config: Config = None, **flags: Any) -> None:
+def show(*, json: Json = False, config: ConfigFile = None, **flags: Any) -> None:
     """Print each setting, its value and where it came from. Keys and tokens are hidden."""
     loaded = read_settings(flags, config)
     if json:
@@ -44,7 +44,7 @@ def api() -> None:
     print(reference_page(), end="")
 
 
-def path(*, config: Config = None) -> None:
+def path(*, config: ConfigFile = None) -> None:
     """Print the path of the settings file that would be read; exit 1 when there is none."""
     found = sources.locate(os.environ, config)
     if found is None:

@@ -15,7 +15,7 @@ from settings.load import Loaded, load
 P = ParamSpec("P")
 R = TypeVar("R")
 
-Config = Annotated[
+ConfigFile = Annotated[
     Path | None,
     Parameter(help="TOML file with settings; default: what EFT_CONFIG names, else ./eft.toml where it exists."),
 ]

@@ -21,16 +21,16 @@ from runtime.access.keys import (
     make_key,
     read_keys,
 )
-from runtime.cli.flags import Config, Json
+from runtime.cli.flags import ConfigFile, Json
 from runtime.cli.output import CommandError, UsageError, console
 from settings.load import load
 
 KeysPath = Annotated[Path | None, Parameter(help="The keys file; default: the setting server.keys_file.")]
-KeyName = Annotated[str, Parameter(help="Name of the key, for lists and logs.")]
+KeyNameArgument = Annotated[str, Parameter(help="Name of the key, for lists and logs.")]
 
 
 def new(
-    name: KeyName,
+    name: KeyNameArgument,
     /,
     *,
     scope: Annotated[
@@ -46,7 +46,7 @@ def new(
     ] = None,
     min_deadline: Annotated[float | None, Parameter(help="Shortest `deadline_ms`, in seconds.")] = None,
     file: KeysPath = None,
-    config: Config = None,
+    config: ConfigFile = None,
     json: Json = False,
 ) -> None:
     """Make a key, store its digest, and print it. It is shown this once."""
@@ -86,7 +86,7 @@ def new(
         print(key)
 
 
-def list_keys(*, file: KeysPath = None, config: Config = None, json: Json = False) -> None:
+def list_keys(*, file: KeysPath = None, config: ConfigFile = None, json: Json = False) -> None:
     """Print the keys' names, scopes and limits. The keys themselves are nowhere."""
     try:
         keys = read_keys(_path(file, config)).keys
@@ -102,7 +102,7 @@ def list_keys(*, file: KeysPath = None, config: Config = None, json: Json = Fals
     console().print(table)
 
 
-def revoke(name: KeyName, /, *, file: KeysPath = None, config: Config = None) -> None:
+def revoke(name: KeyNameArgument, /, *, file: KeysPath = None, config: ConfigFile = None) -> None:
     """Take a key out of the file. Servers that read it refuse the key within seconds."""
     path = _path(file, config)
 

@@ -87,7 +87,7 @@ class LoadSpec(Struct, frozen=True, kw_only=True):
         return times
 
 
-Prompt = str | list[int]
+LoadPrompt = str | list[int]
 T = TypeVar("T")
 
 _NOUNS = (
@@ -108,7 +108,7 @@ _NOT_THAT_FORM = (ValueError, KeyError, TypeError, msgspec.ValidationError)
 """Exceptions of reading a field from an answer of another form."""
 
 
-async def make_prompts(client: httpx.AsyncClient, model: str, spec: LoadSpec) -> list[Prompt]:
+async def make_prompts(client: httpx.AsyncClient, model: str, spec: LoadSpec) -> list[LoadPrompt]:
     """`spec.requests` prompts, the same for the same seed and server.
 
     Raises `CommandError` if the server does not report the number of tokens of a prompt.
@@ -121,7 +121,7 @@ async def make_prompts(client: httpx.AsyncClient, model: str, spec: LoadSpec) ->
     return [" ".join(words) for words in _draw(WORDS, spec, shared=shared, own=max(1, own))]
 
 
-def request_body(model: str, spec: LoadSpec, prompt: Prompt, max_tokens: int) -> dict[str, Any]:
+def request_body(model: str, spec: LoadSpec, prompt: LoadPrompt, max_tokens: int) -> dict[str, Any]:
     """Request fields that both endpoints need: model, prompt in the endpoint's form, length."""
     form = {"prompt": prompt} if spec.endpoint == "completions" else {"messages": [_user(prompt)]}
     return {"model": model, "max_tokens": max_tokens, "temperature": spec.temperature, **form}
@@ -131,7 +131,7 @@ def path_of(spec: LoadSpec) -> str:
     return "/v1/completions" if spec.endpoint == "completions" else "/v1/chat/completions"
 
 
-def _user(prompt: Prompt) -> dict[str, Any]:
+def _user(prompt: LoadPrompt) -> dict[str, Any]:
     return {"role": "user", "content": prompt}
 
 

@@ -20,7 +20,7 @@ from msgspec import Struct
 from rich.table import Table
 
 from runtime.cli.client import describe, error_text, remote, served_model
-from runtime.cli.load_prompts import LoadSpec, Prompt, make_prompts, path_of, request_body
+from runtime.cli.load_prompts import LoadPrompt, LoadSpec, make_prompts, path_of, request_body
 
 # -- one request -----------------------------------------------------------------------------------
 #
@@ -140,7 +140,7 @@ class Sample(Struct, kw_only=True):
 # One streamed request, timed chunk by chunk.
 
 
-async def exchange(client: httpx.AsyncClient, model: str, spec: LoadSpec, number: int, prompt: Prompt) -> Sample:
+async def exchange(client: httpx.AsyncClient, model: str, spec: LoadSpec, number: int, prompt: LoadPrompt) -> Sample:
     """Send request `number` and read its stream to the end. Failures are in `Sample.error`, not raised."""
     sample = Sample(started=time.perf_counter())
     try:
@@ -156,7 +156,7 @@ async def exchange(client: httpx.AsyncClient, model: str, spec: LoadSpec, number
     return sample
 
 
-def streamed_body(model: str, spec: LoadSpec, number: int, prompt: Prompt) -> dict[str, Any]:
+def streamed_body(model: str, spec: LoadSpec, number: int, prompt: LoadPrompt) -> dict[str, Any]:
     """Body of request `number`, for a streamed answer."""
     body = request_body(model, spec, prompt, spec.output_len)
     body |= {"seed": spec.seed + number, "stream": True, "stream_options": {"include_usage": True}}
@@ -327,7 +327,7 @@ async def _send_all(
     client: httpx.AsyncClient,
     model: str,
     spec: LoadSpec,
-    prompts: list[Prompt],
+    prompts: list[LoadPrompt],
     on_progress: OnProgress | None,
 ) -> list[Sample]:
     begin = time.perf_counter()

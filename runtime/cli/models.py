@@ -6,7 +6,7 @@ import msgspec
 from cyclopts import Parameter
 from rich.table import Table
 
-from runtime.cli.flags import Config, Json, read_settings, with_settings
+from runtime.cli.flags import ConfigFile, Json, read_settings, with_settings
 from runtime.cli.output import console
 
 
@@ -37,7 +37,7 @@ def verify(
     model: Annotated[str | None, Parameter(help="As for `eft serve`; default: that of the settings.")] = None,
     *,
     json: Json = False,
-    config: Config = None,
+    config: ConfigFile = None,
     **flags: Any,
 ) -> int:
     """Print what was looked at; exit code 1 when something is wrong."""

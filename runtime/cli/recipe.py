@@ -10,7 +10,7 @@ import msgspec
 from cyclopts import Parameter
 
 from runtime.cli.client import DEFAULT_URL, AdminKey, ServerRefusal, admin_client, answers
-from runtime.cli.flags import Config, Json, read_settings, with_settings
+from runtime.cli.flags import ConfigFile, Json, read_settings, with_settings
 from runtime.cli.output import CommandError, UsageError
 from runtime.cli.recipe_files import RecipeFiles, read_recipe
 from runtime.cli.recipe_plan import print_job_plan
@@ -46,7 +46,7 @@ def check(
         bool, Parameter(help="Check the keys alone: load no model, read no data.", negative="", show_default=False)
     ] = False,
     json: Json = False,
-    config: Config = None,
+    config: ConfigFile = None,
     **flags: Any,
 ) -> int:
     """Print the plan of a recipe, or all that is wrong with it. By a server that runs, since it knows the model that it

@@ -10,7 +10,7 @@ import msgspec
 from cyclopts import Parameter
 
 from runtime.cli.client import local_token, remote, served_model
-from runtime.cli.flags import Config, read_settings, with_settings
+from runtime.cli.flags import ConfigFile, read_settings, with_settings
 from runtime.cli.output import CommandError
 from settings.schema import Settings
 
@@ -67,7 +67,7 @@ def serve(
         Parameter(help="A model directory, a GGUF file, a hub id, or `demo`; default: the setting model.model."),
     ] = None,
     *,
-    config: Config = None,
+    config: ConfigFile = None,
     **flags: Any,
 ) -> int:
     """Serve until Ctrl-C or SIGTERM. Returns the server's exit code."""

@@ -7,7 +7,7 @@ import msgspec
 from cyclopts import Parameter
 from rich.table import Table
 
-from runtime.cli.flags import Config, Json, read_settings, with_settings
+from runtime.cli.flags import ConfigFile, Json, read_settings, with_settings
 from runtime.cli.output import CommandError, console
 from settings.schema import Settings
 
@@ -16,7 +16,7 @@ LARGEST = 10
 
 
 @with_settings("trainer")
-def du(*, json: Json = False, config: Config = None, **flags: Any) -> None:
+def du(*, json: Json = False, config: ConfigFile = None, **flags: Any) -> None:
     """Print what takes how much room. Works beside a running server."""
     from runtime.engine.state_upkeep import usage
 
@@ -42,7 +42,7 @@ def prune(
     *,
     dry_run: Annotated[bool, Parameter(help="Only print what would be deleted.", negative="")] = False,
     lost_found: Annotated[bool, Parameter(help="Also delete all of lost+found.", negative="")] = False,
-    config: Config = None,
+    config: ConfigFile = None,
     **flags: Any,
 ) -> None:
     """Delete what --keep-jobs, --keep-checkpoints and --keep-uploads say, and compact the database."""
@@ -67,7 +67,7 @@ def rebuild(
     *,
     lost_found: Annotated[bool, Parameter(help="Also put back what is in lost+found.", negative="")] = False,
     json: Json = False,
-    config: Config = None,
+    config: ConfigFile = None,
     **flags: Any,
 ) -> int:
     """Make the database again from the folders of jobs and adapters. Returns 1 where some could not be taken in."""

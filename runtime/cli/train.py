@@ -16,7 +16,7 @@ from cyclopts import Parameter
 
 from runtime.cli import client
 from runtime.cli.client import DEFAULT_URL, AdminKey, ServerRefusal, admin_client, ask, describe, error_text
-from runtime.cli.flags import MODEL_SECTIONS, Config, Json, read_settings, refuse_settings, with_settings
+from runtime.cli.flags import MODEL_SECTIONS, ConfigFile, Json, read_settings, refuse_settings, with_settings
 from runtime.cli.output import CommandError, Meter, UsageError
 from runtime.cli.recipe_files import RecipeFiles, read_recipe
 
@@ -38,7 +38,7 @@ def train(
     follow: Annotated[bool, Parameter(help="Show how it goes, until its end.", negative="")] = False,
     dry_run: Annotated[bool, Parameter(help="Only say what the recipe would do.", negative="")] = False,
     json: Json = False,
-    config: Config = None,
+    config: ConfigFile = None,
     **flags: Any,
 ) -> int:
     """Returns 1 where the job failed or was cancelled, 3 where it was not good enough to publish."""

@@ -23,8 +23,8 @@ from runtime.engine.jobs import EngineJobs
 from runtime.errors import StorageUnavailable
 from runtime.files import store as file_store
 from runtime.files.library import FileLibrary
+from runtime.responses import SCHEMA as RESPONSE_SCHEMA
 from runtime.responses import ResponseStore
-from runtime.responses import store as response_store
 from runtime.support.database import FILE, LOCK, Database, DatabaseUnusable, check, connect, migrate
 from runtime.support.durable import DISK_FULL, PARTIAL, reason, tighten
 from runtime.support.logs import get_logger
@@ -32,13 +32,13 @@ from runtime.support.state_directory import NAMES, state_directory
 from runtime.trainer.jobs import rows
 from runtime.trainer.jobs.manager import JobManager, running_jobs
 from runtime.trainer.sliced_run import TrainingHost
-from runtime.trainer.slices import Share
+from runtime.trainer.slices import TrainingShare
 from settings.schema import Settings
 
 if TYPE_CHECKING:
     from runtime.engine.service import EngineService
 
-SCHEMAS = (*rows.SCHEMAS, file_store.SCHEMA, batch_store.SCHEMA, response_store.SCHEMA)
+SCHEMAS = (*rows.SCHEMAS, file_store.SCHEMA, batch_store.SCHEMA, RESPONSE_SCHEMA)
 """The tables of all parts that keep rows in the state directory's database."""
 
 _log = get_logger("state")
@@ -80,7 +80,7 @@ async def open_state(service: "EngineService", settings: Settings) -> AsyncItera
         stack.push_async_callback(library.close)
         jobs = files = batches = responses = None
         if problem is None:
-            share = Share(tpot_target=settings.scheduler.tpot_target, min_share=settings.trainer.min_share)
+            share = TrainingShare(tpot_target=settings.scheduler.tpot_target, min_share=settings.trainer.min_share)
             service.background = host = TrainingHost(share, service.metrics.on_slice)
             engine = EngineJobs(service, library, settings, directory, host)
             running = running_jobs(database, directory, engine, service.metrics, settings.trainer)

@@ -29,7 +29,7 @@ def render(registry: CollectorRegistry, accept: str) -> tuple[bytes, str]:
     return generate_latest(registry), CONTENT_TYPE_PLAIN_0_0_4
 
 
-class Names(Collector):
+class NamesCollector(Collector):
     """Collects the table's families under their names and labels."""
 
     def __init__(self, families: Families, labels: dict[str, str], twins: bool) -> None:

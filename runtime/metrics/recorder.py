@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from runtime.events import EvalEvent, StepEvent
 from runtime.messages import FinishReason, RequestTiming
-from runtime.metrics.exposition import Families, Names, ProcessNames, render
+from runtime.metrics.exposition import Families, NamesCollector, ProcessNames, render
 from runtime.metrics.table import ADAPTER, TABLE
 
 # -- timing ----------------------------------------------------------------------------------------
@@ -109,7 +109,7 @@ class Metrics:
         self._fill_labels(block_size, num_blocks, max_model_len)
         self._registry = CollectorRegistry()
         families: Families = {**self._gauges, **self._counters, **self._histograms}
-        self._registry.register(Names(families, {"model_name": model_name}, vllm_names))
+        self._registry.register(NamesCollector(families, {"model_name": model_name}, vllm_names))
         self._registry.register(ProcessNames(vllm_names))
 
     def _fill_labels(self, block_size: int, num_blocks: int, max_model_len: int) -> None:

@@ -26,7 +26,7 @@ _PREEMPTIONS = (1, 2, 3, 4, 5, 10, 20)
 
 ADAPTER = ("adapter", "version")
 
-Kind = Literal["gauge", "counter", "histogram"]
+MetricKind = Literal["gauge", "counter", "histogram"]
 Twin = Literal["vllm", "plain", "none"]
 
 
@@ -35,7 +35,7 @@ class Spec:
     """One family. `buckets` None in a histogram: the 1-2-5 series up to the context length."""
 
     name: str
-    kind: Kind
+    kind: MetricKind
     help: str
     labels: tuple[str, ...] = ()
     buckets: tuple[float, ...] | None = None

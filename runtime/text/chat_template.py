@@ -28,8 +28,8 @@ from runtime.errors import InvalidRequest
 # which may depend on the role. A template silently loses the text of a form that it does not expect. So each template
 # is probed: with a marked text for each role, in both forms.
 
-Message = Mapping[str, Any]
-Render = Callable[[Sequence[Message]], str]
+TemplateMessage = Mapping[str, Any]
+Render = Callable[[Sequence[TemplateMessage]], str]
 """Renders messages as they are. Raises `InvalidRequest` for what the template refuses."""
 
 OTHERS = "user"
@@ -52,11 +52,11 @@ class ContentFormat:
         self._roles = {role: accepts for role, accepts in tried.items() if accepts is not None}
         self._others = self._roles.get(OTHERS, Accepts(string=True, parts=False))
 
-    def adapt(self, messages: Sequence[Message]) -> list[Message]:
+    def adapt(self, messages: Sequence[TemplateMessage]) -> list[TemplateMessage]:
         """The messages with each content in a form that the template prints."""
         return [self._adapt(message) for message in messages]
 
-    def _adapt(self, message: Message) -> Message:
+    def _adapt(self, message: TemplateMessage) -> TemplateMessage:
         content, accepts = message.get("content"), self._roles.get(message.get("role", ""), self._others)
         if isinstance(content, str) and accepts.parts and not accepts.string:
             return {**message, "content": [{"type": "text", "text": content}]}
@@ -98,7 +98,7 @@ def _shown(render: Render, role: str, content: Any) -> str | None:
     return None
 
 
-def _chats(role: str, content: Any) -> list[list[Message]]:
+def _chats(role: str, content: Any) -> list[list[TemplateMessage]]:
     """Chats in which `role` has its usual place. The other messages are of the same form."""
     message = {"role": role, "content": content}
     other = "Hello" if isinstance(content, str) else [{"type": "text", "text": "Hello"}]
@@ -139,7 +139,7 @@ class ChatTemplate:
 
     def render(
         self,
-        messages: Sequence[Message],
+        messages: Sequence[TemplateMessage],
         *,
         add_generation_prompt: bool,
         continue_final_message: bool = False,
@@ -151,7 +151,7 @@ class ChatTemplate:
 
         Raises `InvalidRequest` when the template refuses the messages, or fails on them.
         """
-        chat: list[Message] = [
+        chat: list[TemplateMessage] = [
             {key: value for key, value in message.items() if value is not None} for message in messages
         ]
         if not chat:
@@ -168,7 +168,7 @@ class ChatTemplate:
         text = self._render(chat, {**variables, "tools": tools, "add_generation_prompt": add_generation_prompt})
         return _cut_at_mark(text, mark) if continue_final_message else text
 
-    def _render(self, chat: Sequence[Message], variables: Mapping[str, Any]) -> str:
+    def _render(self, chat: Sequence[TemplateMessage], variables: Mapping[str, Any]) -> str:
         try:
             return self._template.render(
                 {"tools": None, "documents": None, **self._variables, **variables, "messages": chat}
@@ -184,7 +184,7 @@ class ChatTemplate:
             ) from error
 
 
-def _with_mark_at_end(message: Message, mark: str) -> dict[str, Any]:
+def _with_mark_at_end(message: TemplateMessage, mark: str) -> dict[str, Any]:
     content = message.get("content")
     if isinstance(content, str):
         return {**message, "content": content + mark}

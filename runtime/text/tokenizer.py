@@ -14,7 +14,7 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 
 from runtime.errors import ContextLengthExceeded, InvalidRequest
-from runtime.text.chat_template import ChatTemplate, ChatTemplateError, Message
+from runtime.text.chat_template import ChatTemplate, ChatTemplateError, TemplateMessage
 from runtime.text.special_text import SpecialText
 from runtime.text.token_bounds import bound_of
 from runtime.text.tool_prompt import ToolSupport, prepare_tools
@@ -216,7 +216,7 @@ class Tokenizer:
 
     def render_chat(
         self,
-        messages: Sequence[Message],
+        messages: Sequence[TemplateMessage],
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
@@ -248,8 +248,8 @@ class Tokenizer:
         )
 
     def adapt_tools(
-        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]
-    ) -> tuple[Sequence[Message], Sequence[Mapping[str, Any]] | None]:
+        self, messages: Sequence[TemplateMessage], tools: Sequence[Mapping[str, Any]]
+    ) -> tuple[Sequence[TemplateMessage], Sequence[Mapping[str, Any]] | None]:
         """Messages and tools in the form that the chat template prints, for `render_chat` and `encode_chat`. Arguments
         of calls in `messages` are objects."""
         uses = tools or any(message.get("tool_calls") or message.get("role") == "tool" for message in messages)
@@ -270,7 +270,7 @@ class Tokenizer:
 
     def encode_chat(
         self,
-        messages: Sequence[Message],
+        messages: Sequence[TemplateMessage],
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,

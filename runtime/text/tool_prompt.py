@@ -13,9 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from runtime.errors import InvalidRequest
-from runtime.text.chat_template import ChatTemplate
-
-Message = Mapping[str, Any]
+from runtime.text.chat_template import ChatTemplate, TemplateMessage
 
 INSTRUCTIONS = """You can call these functions, one JSON schema a line:
 <tools>
@@ -47,7 +45,7 @@ class ToolSupport:
         name, key, value = (f"{letter}{secrets.token_hex(6)}" for letter in "nkv")
         user, answer = {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Yes."}
 
-        def shown(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None) -> str:
+        def shown(messages: Sequence[TemplateMessage], tools: Sequence[Mapping[str, Any]] | None = None) -> str:
             try:
                 return template.render(messages, add_generation_prompt=False, tools=tools, variables={})
             except InvalidRequest:
@@ -58,7 +56,9 @@ class ToolSupport:
             call = {"id": "call00000", "type": "function", "function": function}
             result = {"role": "tool", "name": name, "tool_call_id": "call00000", "content": "7"}
             calling = {"role": "assistant", "tool_calls": [call]}
-            chats: list[list[Message]] = [[user, one, result, answer] for one in ({**calling, "content": ""}, calling)]
+            chats: list[list[TemplateMessage]] = [
+                [user, one, result, answer] for one in ({**calling, "content": ""}, calling)
+            ]
             return next((text for chat in chats if name in (text := shown(chat))), "")
 
         tool = {"type": "function", "function": {"name": name, "description": "d", "parameters": {"type": "object"}}}
@@ -90,8 +90,8 @@ def shown_call(function: Mapping[str, Any], index: int, id: str | None) -> dict[
 
 
 def prepare_tools(
-    known: ToolSupport, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]
-) -> tuple[list[Message], list[Mapping[str, Any]] | None]:
+    known: ToolSupport, messages: Sequence[TemplateMessage], tools: Sequence[Mapping[str, Any]]
+) -> tuple[list[TemplateMessage], list[Mapping[str, Any]] | None]:
     """The messages and the tools as the template gets them, where there are tools or calls in the history. Arguments of
     calls in `messages` are objects."""
     if known.calls and (known.tools or not tools):
@@ -103,7 +103,7 @@ def prepare_tools(
     return (_described(written, tools, known) if tools else written), None
 
 
-def _with_text_arguments(message: Message) -> Message:
+def _with_text_arguments(message: TemplateMessage) -> TemplateMessage:
     if not (calls := message.get("tool_calls")):
         return message
     each = [
@@ -113,7 +113,7 @@ def _with_text_arguments(message: Message) -> Message:
     return {**message, "tool_calls": each}
 
 
-def _as_text(message: Message) -> Message:
+def _as_text(message: TemplateMessage) -> TemplateMessage:
     """A message with its calls as text, or with the result of one."""
     if message.get("role") == "tool":
         return {"role": "user", "content": f"<tool_response>\n{_text(message)}\n</tool_response>"}
@@ -127,9 +127,9 @@ def _as_text(message: Message) -> Message:
     return {**{key: value for key, value in message.items() if key != "tool_calls"}, "content": content}
 
 
-def _merged(messages: Sequence[Message]) -> list[Message]:
+def _merged(messages: Sequence[TemplateMessage]) -> list[TemplateMessage]:
     """Results of several calls as one message: many templates want users and assistants to take turns."""
-    found: list[Message] = []
+    found: list[TemplateMessage] = []
     for message in messages:
         last = found[-1] if found else None
         if (
@@ -144,12 +144,14 @@ def _merged(messages: Sequence[Message]) -> list[Message]:
     return found
 
 
-def _is_result(message: Message) -> bool:
+def _is_result(message: TemplateMessage) -> bool:
     content = message.get("content")
     return message.get("role") == "user" and isinstance(content, str) and content.startswith("<tool_response>")
 
 
-def _described(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], known: ToolSupport) -> list[Message]:
+def _described(
+    messages: Sequence[TemplateMessage], tools: Sequence[Mapping[str, Any]], known: ToolSupport
+) -> list[TemplateMessage]:
     """The messages with a description of the tools in the first one, or in one before it."""
     text = INSTRUCTIONS.format(tools="\n".join(_dumped(tool["function"]) for tool in tools))
     first, *rest = messages
@@ -158,7 +160,7 @@ def _described(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], 
     return [{"role": "system" if known.system else "user", "content": text}, *messages]
 
 
-def _text(message: Message) -> str:
+def _text(message: TemplateMessage) -> str:
     content = message.get("content") or ""
     return content if isinstance(content, str) else "\n".join(part.get("text", "") for part in content)
 

@@ -20,7 +20,7 @@ from runtime.trainer.batches import ExampleFeed
 from runtime.trainer.lora import Targets
 from runtime.trainer.recipe import Recipe
 from runtime.trainer.schedule import Schedule, rate_factor
-from runtime.trainer.slices import Pacer, Share, Slices
+from runtime.trainer.slices import Pacer, Slices, TrainingShare
 from runtime.trainer.snapshot import Restored, Snapshot
 
 # -- input -----------------------------------------------------------------------------------------
@@ -171,7 +171,7 @@ class TrainingHost:
     `attach` and `detach` are called on the engine thread.
     """
 
-    def __init__(self, share: Share, on_slices: Callable[[float], None] = lambda seconds: None) -> None:
+    def __init__(self, share: TrainingShare, on_slices: Callable[[float], None] = lambda seconds: None) -> None:
         """`on_slices` is called with the seconds of every stretch of training."""
         self._share = share
         self._on_slices = on_slices

@@ -167,7 +167,7 @@ MAX_SAVED_GAPS = 0.25
 MAX_RISE_RATIO = 1.25
 
 
-class Share:
+class TrainingShare:
     """Budgets for one engine."""
 
     def __init__(self, *, tpot_target: float | None, min_share: float) -> None:

@@ -21,7 +21,7 @@ NO_ADAPTERS: Mapping[int, str] = {}
 
 
 @dataclass(frozen=True)
-class Batch:
+class FlatBatch:
     """One step's flat batch of T tokens."""
 
     rows: list[Row]
@@ -51,7 +51,7 @@ def build_batch(
     *,
     vocab_size: int | None = None,
     pooled: Container[int] = (),
-) -> Batch:
+) -> FlatBatch:
     """`tokens` holds every slot's tokens so far and then its draft, `tables` [slots, max_blocks] its block ids
     (int64), `adapters` the keys of the slots that are not for the base. Slots in `pooled` sample nothing.
 
@@ -94,7 +94,7 @@ def build_batch(
         wrong = found[0].min() if found[0].min() < 0 else found[0].max()
         raise TokenOutOfRange(f"token id {wrong} in a batch, and the embedding has {vocab_size} rows")
     flat = torch.from_numpy(found).to(device)
-    return Batch(
+    return FlatBatch(
         rows=rows,
         token_ids=flat[0],
         positions=flat[1],

@@ -15,7 +15,7 @@ from kernels import PagedRows
 from kernels.nf4 import Nf4Weight
 from runtime.model.attention import KVCache, PagedAttention
 from runtime.model.decoder import Decoder
-from runtime.workers.batch import Batch
+from runtime.workers.batch import FlatBatch
 
 STEP = 8
 """Rows are padded to a multiple of this number from here on, and to a power of two below."""
@@ -66,11 +66,11 @@ class DecodeGraphs:
         self._record = record or _record
         self._graphs: dict[int, _Graph] = {}
 
-    def takes(self, batch: Batch) -> bool:
+    def takes(self, batch: FlatBatch) -> bool:
         """True if all rows are of one token, for the base, and few enough."""
         return not batch.adapters and len(batch.paged.counts) == len(batch.token_ids) <= MOST
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: FlatBatch) -> Tensor:
         """`Decoder.forward` for a batch that it takes. The result is overwritten by the next call."""
         count = len(batch.token_ids)
         size = padded(count)
@@ -83,7 +83,7 @@ class DecodeGraphs:
             self._fill(graph.token_ids, graph.positions, graph.rows, batch, index)
         return graph.replay()[:count]
 
-    def _new(self, batch: Batch, index: Tensor) -> _Graph:
+    def _new(self, batch: FlatBatch, index: Tensor) -> _Graph:
         """Record a graph. Recording runs the step, so the graph's inputs are this batch's from the beginning."""
         size, device, block = len(index), index.device, self._cache.block_size
         rows = PagedRows(
@@ -100,7 +100,7 @@ class DecodeGraphs:
         return _Graph(token_ids, positions, rows, replay)
 
     @staticmethod
-    def _fill(token_ids: Tensor, positions: Tensor, rows: PagedRows, batch: Batch, index: Tensor) -> None:
+    def _fill(token_ids: Tensor, positions: Tensor, rows: PagedRows, batch: FlatBatch, index: Tensor) -> None:
         token_ids.copy_(batch.token_ids[index])
         positions.copy_(batch.positions[index])
         rows.slots.copy_(batch.paged.slots[index])

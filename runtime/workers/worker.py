@@ -16,7 +16,7 @@ from runtime.model.model import Model
 from runtime.support.failpoints import failpoint
 from runtime.text.grammar import GrammarCompiler
 from runtime.workers.adapter_slots import AdapterSlots
-from runtime.workers.batch import Batch, build_batch, execute_moves
+from runtime.workers.batch import FlatBatch, build_batch, execute_moves
 from runtime.workers.cuda_graphs import DecodeGraphs, unsuited
 from runtime.workers.grammar_masks import GrammarMasks, Masks
 from runtime.workers.pooler import Pooler
@@ -142,7 +142,7 @@ class Worker:
         step: int,
         hidden: Tensor,
         prompt_logprobs: dict[int, list[TokenLogprob]],
-        batch: Batch,
+        batch: FlatBatch,
         rows: list[Row],
         masks: Masks | None,
     ) -> StepResult:
@@ -189,7 +189,7 @@ class Worker:
                     forced[row.slot] = found
         return forced
 
-    def _with_pooled(self, result: StepResult, hidden: Tensor, batch: Batch) -> StepResult:
+    def _with_pooled(self, result: StepResult, hidden: Tensor, batch: FlatBatch) -> StepResult:
         """The result with the vectors of the prompts that are complete. The last thing of a step: pooling is not to be
         done twice. `hidden` [T, hidden]: of all tokens."""
         index = torch.tensor(self._pooler.wanted(batch.pooled), dtype=torch.int64, device=hidden.device)
@@ -204,7 +204,7 @@ class Worker:
     def _clear_broken(self, slot: int) -> None:
         self._cache.clear_broken(self._tables[slot, : self._num_blocks[slot]].tolist())
 
-    def _hidden(self, batch: Batch, due: list[PromptToken], everything: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _hidden(self, batch: FlatBatch, due: list[PromptToken], everything: Tensor | None) -> tuple[Tensor, Tensor]:
         """[len(batch.slots), hidden] after the last layer: of the tokens after which one is sampled. And
         [len(due), hidden]: of the tokens before those in `due`. `everything`: of all tokens, where it was computed."""
         device = batch.logits_indices.device
@@ -217,7 +217,7 @@ class Worker:
         hidden = self._forward(batch, logits_indices)
         return hidden, hidden[:0]
 
-    def _hidden_of_both(self, batch: Batch, due: list[PromptToken]) -> tuple[Tensor, Tensor]:
+    def _hidden_of_both(self, batch: FlatBatch, due: list[PromptToken]) -> tuple[Tensor, Tensor]:
         sampled = batch.logits_indices.tolist()
         places = sorted([*sampled, *(token.index for token in due)])
         found = {place: number for number, place in enumerate(places)}
@@ -226,7 +226,7 @@ class Worker:
         sampling = torch.tensor([found[place] for place in sampled], dtype=torch.int64, device=device)
         return hidden[sampling], hidden[torch.tensor([found[token.index] for token in due], device=device)]
 
-    def _forward(self, batch: Batch, logits_indices: Tensor | None) -> Tensor:
+    def _forward(self, batch: FlatBatch, logits_indices: Tensor | None) -> Tensor:
         if self._graphs is not None and self._graphs.takes(batch):
             hidden = self._graphs.forward(batch)
             return hidden if logits_indices is None else hidden[logits_indices]
@@ -235,7 +235,7 @@ class Worker:
         adaptation = self.adapters.adaptation(batch.adapters) if self.adapters and batch.adapters else None
         return decoder.forward(batch.token_ids, batch.positions, attention, adaptation, logits_indices=logits_indices)
 
-    def _sample(self, hidden: Tensor, batch: Batch, masks: Masks | None) -> Sampled:
+    def _sample(self, hidden: Tensor, batch: FlatBatch, masks: Masks | None) -> Sampled:
         logits, vocabulary = self._decoder.local_logits(hidden), self._decoder.vocabulary
         if (found := self._sampler.argmax(logits, batch.slots, batch.lengths)) is not None:
             return found
@@ -244,7 +244,7 @@ class Worker:
 
     # -- log-probabilities of prompts ----------------------------------------------------------
 
-    def _due_in_prompts(self, batch: Batch) -> list[PromptToken]:
+    def _due_in_prompts(self, batch: FlatBatch) -> list[PromptToken]:
         """The tokens of prompts whose log-probabilities are asked for, and which this batch's tokens predict."""
         if not self._scored:
             return []

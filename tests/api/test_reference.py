@@ -18,7 +18,7 @@ from runtime.api.app import create_app
 from runtime.api.handle import ServiceHandle
 from runtime.api.openai.schema import CompletionRequest
 from runtime.api.reference import ENDPOINTS, FieldRow, reference_page, rows
-from runtime.responses.store import SCHEMA, ResponseStore
+from runtime.responses import SCHEMA, ResponseStore
 from runtime.support.database import Database
 from settings.schema import ModelSettings, SchedulerSettings, Settings
 from tests.api.fakes import FakeService
@@ -184,7 +184,7 @@ def wrong(body: type[msgspec.Struct], name: str) -> list[Any]:
 
 @pytest.mark.parametrize(("endpoint", "row"), ROWS, ids=IDS)
 async def test_a_field_does_what_the_table_says(
-    client: httpx.AsyncClient, service: FakeService, endpoint: reference.Endpoint, row: FieldRow
+    client: httpx.AsyncClient, service: FakeService, endpoint: reference.BodyEndpoint, row: FieldRow
 ) -> None:
     path, name = endpoint.path, row.name
     declared = name in endpoint.body.__struct_fields__
@@ -252,7 +252,7 @@ def test_origins() -> None:
     found = {row.name: row.origin for endpoint in ENDPOINTS[:1] + ENDPOINTS[-3:-2] for row in rows(endpoint)}
     assert (found["top_k"], found["deadline_ms"], found["seed"]) == ("Anthropic", "Eft", "OpenAI")
     of_texts = {
-        row.name: row.origin for row in rows(reference.Endpoint("x", CompletionRequest, openai=reference.OPENAI))
+        row.name: row.origin for row in rows(reference.BodyEndpoint("x", CompletionRequest, openai=reference.OPENAI))
     }
     assert (of_texts["top_k"], of_texts["prompt"], of_texts["suffix" if "suffix" in of_texts else "echo"]) == (
         "vLLM",

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.trainer.slices import Pacer, Share, Slice, Slices
+from runtime.trainer.slices import Pacer, Slice, Slices, TrainingShare
 
 
 class Work:
@@ -162,12 +162,12 @@ def test_everything_is_done_exactly_once_and_never_below_the_least(
 
 
 def test_without_a_target_a_token_may_take_a_third_longer() -> None:
-    share = Share(tpot_target=None, min_share=0.1)
+    share = TrainingShare(tpot_target=None, min_share=0.1)
     assert share.budget(0.030, decoding=True, first_tokens_due=False) == pytest.approx(0.0105)
 
 
 def test_neither_a_prompt_nor_a_pause_of_the_machine_makes_a_long_step_typical() -> None:
-    share = Share(tpot_target=None, min_share=0.01)
+    share = TrainingShare(tpot_target=None, min_share=0.01)
     share.settle(share.budget(0.500, decoding=False, first_tokens_due=False), 0.0)
     for _ in range(50):
         share.settle(0.0, 0.0)
@@ -181,18 +181,18 @@ def test_neither_a_prompt_nor_a_pause_of_the_machine_makes_a_long_step_typical()
 
 
 def test_with_a_target_training_gets_the_rest_of_it() -> None:
-    share = Share(tpot_target=0.050, min_share=0.1)
+    share = TrainingShare(tpot_target=0.050, min_share=0.1)
     assert share.budget(0.030, decoding=True, first_tokens_due=False) == pytest.approx(0.020)
 
 
 @pytest.mark.parametrize("due", [True, False])
 def test_the_least_share_is_given_even_where_the_target_is_missed(due: bool) -> None:
-    share = Share(tpot_target=0.010, min_share=0.2)
+    share = TrainingShare(tpot_target=0.010, min_share=0.2)
     assert share.budget(0.040, decoding=True, first_tokens_due=due) == pytest.approx(0.010)  # a fifth of 50 ms
 
 
 def test_what_is_not_used_is_saved_but_not_without_end() -> None:
-    share = Share(tpot_target=0.050, min_share=0.1)
+    share = TrainingShare(tpot_target=0.050, min_share=0.1)
     budgets = []
     for _ in range(6):
         budget = share.budget(0.040, decoding=True, first_tokens_due=False)
@@ -203,7 +203,7 @@ def test_what_is_not_used_is_saved_but_not_without_end() -> None:
 
 
 def test_what_was_taken_too_much_is_owed() -> None:
-    share = Share(tpot_target=0.050, min_share=0.1)
+    share = TrainingShare(tpot_target=0.050, min_share=0.1)
     budget = share.budget(0.040, decoding=True, first_tokens_due=False)
     share.settle(budget, budget + 0.015)
     assert share.budget(0.040, decoding=True, first_tokens_due=False) == pytest.approx(-0.005)
@@ -217,7 +217,7 @@ def test_what_was_taken_too_much_is_owed() -> None:
 )
 def test_over_time_training_gets_its_share_and_no_gap_is_long(steps: list[float], least: float, minimum: float) -> None:
     """Whatever the smallest slice costs, as long as it is small beside a gap."""
-    share = Share(tpot_target=1e-6, min_share=minimum)
+    share = TrainingShare(tpot_target=1e-6, min_share=minimum)
     floor = minimum / (1 - minimum)
     trained = 0.0
     for step in steps:

@@ -11,7 +11,7 @@ from runtime.messages import Row
 from runtime.model.attention import KVCache, PagedAttention
 from runtime.model.decoder import Decoder
 from runtime.workers.adapter_slots import AdapterTokens
-from runtime.workers.batch import Batch, build_batch
+from runtime.workers.batch import FlatBatch, build_batch
 from runtime.workers.cuda_graphs import DecodeGraphs, padded, unsuited
 from tests.kernels.triton.backend import TRITON
 from tests.parity.llama import load
@@ -42,7 +42,7 @@ def new_cache(decoder: Decoder) -> KVCache:
     )
 
 
-def batch_of(decoder: Decoder, starts: dict[int, int]) -> Batch:
+def batch_of(decoder: Decoder, starts: dict[int, int]) -> FlatBatch:
     """Each slot's token number `starts[slot]`."""
     tokens = {slot: [(7 * slot + 3 * at) % 500 for at in range(MAX_LEN)] for slot in starts}
     tables = np.arange(3 * PER).reshape(3, PER)[:, ::-1].copy()

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import msgspec
 from msgspec import Struct, field
 
-from runtime.trainer.jobs.records import Job, JobCheckpoint, JobEvent, JobProgress, State
+from runtime.trainer.jobs.records import Job, JobCheckpoint, JobEvent, JobProgress, JobState
 
 ORGANIZATION = "eft"
 """Organisation in the names of fine-tuned models and in `organization_id`."""
@@ -133,7 +133,7 @@ class FineTuningCheckpoint(Struct, kw_only=True):
     metrics: CheckpointMetrics
 
 
-_STATUS: dict[State, str] = {"validating": "validating_files", "evaluating": "running", "publishing": "running"}
+_STATUS: dict[JobState, str] = {"validating": "validating_files", "evaluating": "running", "publishing": "running"}
 _requests = msgspec.json.Decoder(FineTuningRequest)
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from runtime.api.handle import Api
 from runtime.api.http.record import RequestRecord
 from runtime.api.openai.models import Served
-from runtime.api.openai.prompts import Prompt, PromptEncoder, count_prompts
+from runtime.api.openai.prompts import PromptEncoder, PromptInput, count_prompts
 from runtime.engine.delivery import OutputStream
 from runtime.errors import ContextLengthExceeded, EngineUnavailable, InvalidRequest, RequestError
 from runtime.messages import Pooling, SamplingParams, Submission
@@ -77,7 +77,9 @@ def usage_of(prompts: Sequence[Sequence[int]]) -> PooledUsage:
     return PooledUsage(prompt_tokens=count, total_tokens=count)
 
 
-async def tokenise(asked: PoolingRequest, inputs: Prompt, api: Api, receive: object, *, field: str) -> list[list[int]]:
+async def tokenise(
+    asked: PoolingRequest, inputs: PromptInput, api: Api, receive: object, *, field: str
+) -> list[list[int]]:
     """Token ids of each input; `field` is where they are. Raises `InvalidRequest`, `ContextLengthExceeded`."""
     service, limits = api.handle.require(), api.settings.limits
     if (count := count_prompts(inputs)) > limits.max_inputs:

@@ -15,7 +15,7 @@ from runtime.api.http.sse import unless_disconnected
 from runtime.api.openai.schema import ChatMessage, ChatRequest, ContentPart, TokenizeRequest
 from runtime.errors import ContextLengthExceeded, InvalidRequest, Unsupported
 from runtime.messages import check_ids
-from runtime.text.chat_template import Message
+from runtime.text.chat_template import TemplateMessage
 from runtime.text.grammar.schema import check_depth
 from runtime.text.tokenizer import Tokenizer
 from runtime.text.tool_prompt import shown_call
@@ -270,7 +270,7 @@ async def run_text_work(work: Callable[[], T], size: int, receive: Receive) -> T
     return await unless_disconnected(receive, wait())
 
 
-Prompt = str | list[str | int | list[int]]
+PromptInput = str | list[str | int | list[int]]
 """A text, several, token ids, or several lists of them."""
 
 MAX_CHAT_CHARS = 256
@@ -303,7 +303,7 @@ class PromptEncoder:
             )
         return await run_text_work(lambda: self._encode_chat(chat), chat.cost, self.receive)
 
-    async def prompts(self, prompt: Prompt, *, add_special_tokens: bool, field: str = "prompt") -> list[list[int]]:
+    async def prompts(self, prompt: PromptInput, *, add_special_tokens: bool, field: str = "prompt") -> list[list[int]]:
         """Ids of every prompt of a request, which are in its `field`. Raises `InvalidRequest`,
         `ContextLengthExceeded`."""
         return await run_text_work(
@@ -323,8 +323,8 @@ class PromptEncoder:
         )
 
     def _encode_chat(self, chat: ChatPrompt) -> list[int]:
-        messages: Sequence[Message] = chat.messages
-        tools: Sequence[Message] | None = None
+        messages: Sequence[TemplateMessage] = chat.messages
+        tools: Sequence[TemplateMessage] | None = None
         with _naming("messages"):
             if chat.has_tools:
                 messages, tools = self.tokenizer.adapt_tools(chat.messages, chat.tools)
@@ -338,7 +338,7 @@ class PromptEncoder:
                 max_tokens=self.max_tokens,
             )
 
-    def _prompts(self, prompt: Prompt, add_special_tokens: bool, field: str) -> list[list[int]]:
+    def _prompts(self, prompt: PromptInput, add_special_tokens: bool, field: str) -> list[list[int]]:
         prompts = _split(prompt, field)
         names = [field] if len(prompts) == 1 else [f"{field}[{index}]" for index in range(len(prompts))]
         for one, name in zip(prompts, names, strict=True):
@@ -374,12 +374,12 @@ def _naming(param: str) -> Iterator[None]:
         raise
 
 
-def count_prompts(prompt: Prompt) -> int:
+def count_prompts(prompt: PromptInput) -> int:
     """Number of prompts in `prompt`; a list of token ids is one."""
     return len(prompt) if isinstance(prompt, list) and not _is_ids(prompt) else 1
 
 
-def _split(prompt: Prompt, field: str) -> list[str | list[int]]:
+def _split(prompt: PromptInput, field: str) -> list[str | list[int]]:
     if isinstance(prompt, str):
         return [prompt]
     if not prompt:
@@ -396,7 +396,7 @@ def _split(prompt: Prompt, field: str) -> list[str | list[int]]:
     raise InvalidRequest(f"{field} must be all texts, all token ids, or all lists of token ids.", param=field)
 
 
-def _size(prompt: Prompt) -> int:
+def _size(prompt: PromptInput) -> int:
     """Number of characters and token ids; a lower bound above `LONG`."""
     if isinstance(prompt, str) or len(prompt) > LONG:
         return len(prompt)

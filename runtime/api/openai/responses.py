@@ -185,5 +185,5 @@ class Tokens(Struct, kw_only=True):
     token_strs: list[str] | None = None
 
 
-class Text(Struct, kw_only=True):
+class DetokenizedText(Struct, kw_only=True):
     prompt: str

@@ -7,7 +7,7 @@ from runtime.api.docs import BODY
 from runtime.api.handle import AnyRequest, api_of
 from runtime.api.openai.models import resolve_model
 from runtime.api.openai.prompts import PromptEncoder, chat_prompt, run_text_work
-from runtime.api.openai.responses import Text, Tokens
+from runtime.api.openai.responses import DetokenizedText, Tokens
 from runtime.api.openai.schema import DetokenizeRequest, Intake, TokenizeRequest
 from runtime.errors import InvalidRequest
 from runtime.messages import check_ids
@@ -61,7 +61,7 @@ async def tokenize(request: AnyRequest) -> Response[Tokens]:
 
 
 @post("/detokenize", status_code=200, opt={BODY: DetokenizeRequest})
-async def detokenize(request: AnyRequest) -> Response[Text]:
+async def detokenize(request: AnyRequest) -> Response[DetokenizedText]:
     """The text of token ids, special tokens included."""
     api = api_of(request)
     service, limit = api.handle.require(), api.settings.limits.max_detokenize_tokens
@@ -75,7 +75,7 @@ async def detokenize(request: AnyRequest) -> Response[Text]:
             check_ids(asked.tokens, service.vocab_size, "tokens")
         return service.tokenizer.decode(asked.tokens, skip_special_tokens=False)
 
-    return Response(Text(prompt=await run_text_work(decode, len(asked.tokens), request.receive)))
+    return Response(DetokenizedText(prompt=await run_text_work(decode, len(asked.tokens), request.receive)))
 
 
 @get("/tokenizer_info")

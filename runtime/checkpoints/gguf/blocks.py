@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-Bytes = NDArray[np.uint8]
+ByteArray = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 
 VALUES_AT_ONCE = 1 << 18
@@ -37,14 +37,14 @@ class BlockFormat:
     """Number of values in one block."""
     size: int
     """Size of one block in bytes."""
-    convert: Callable[[Bytes, Floats], None]
+    convert: Callable[[ByteArray, Floats], None]
 
     def num_bytes(self, num_values: int) -> int:
         """Size of `num_values` in bytes; they must be whole blocks."""
         return num_values // self.values * self.size
 
 
-def dequantise(format: BlockFormat, data: Bytes) -> Floats:
+def dequantise(format: BlockFormat, data: ByteArray) -> Floats:
     """The values of `data`, uint8 [n * format.size], as float32 [n * format.values]."""
     blocks = data.reshape(-1, format.size)
     out = np.empty((len(blocks), format.values), dtype=np.float32)
@@ -54,71 +54,71 @@ def dequantise(format: BlockFormat, data: Bytes) -> Floats:
     return out.reshape(-1)
 
 
-def _scale(blocks: Bytes, at: int) -> Floats:
+def _scale(blocks: ByteArray, at: int) -> Floats:
     """The float16 at byte `at` of each block, [blocks, 1]."""
     return np.ascontiguousarray(blocks[:, at : at + 2]).view(np.float16).astype(np.float32)
 
 
-def _f32(blocks: Bytes, out: Floats) -> None:
+def _f32(blocks: ByteArray, out: Floats) -> None:
     out[:] = np.ascontiguousarray(blocks).view(np.float32)
 
 
-def _f16(blocks: Bytes, out: Floats) -> None:
+def _f16(blocks: ByteArray, out: Floats) -> None:
     out[:] = np.ascontiguousarray(blocks).view(np.float16)
 
 
-def _bf16(blocks: Bytes, out: Floats) -> None:
+def _bf16(blocks: ByteArray, out: Floats) -> None:
     """bfloat16 values: each is the upper half of a float32."""
     np.left_shift(np.ascontiguousarray(blocks).view(np.uint16), 16, out=out.view(np.uint32), dtype=np.uint32)
 
 
-def _q4_0(blocks: Bytes, out: Floats) -> None:
+def _q4_0(blocks: ByteArray, out: Floats) -> None:
     """d: f16, q: 16 bytes. The low halves are the first 16 values, the high halves the rest: d * (q - 8)."""
     _nibbles(blocks[:, 2:], out)
     out -= 8.0
     out *= _scale(blocks, 0)
 
 
-def _q4_1(blocks: Bytes, out: Floats) -> None:
+def _q4_1(blocks: ByteArray, out: Floats) -> None:
     """d: f16, m: f16, q: 16 bytes, halves as in Q4_0: d * q + m."""
     _nibbles(blocks[:, 4:], out)
     out *= _scale(blocks, 0)
     out += _scale(blocks, 2)
 
 
-def _nibbles(packed: Bytes, out: Floats) -> None:
+def _nibbles(packed: ByteArray, out: Floats) -> None:
     half = packed.shape[1]
     np.bitwise_and(packed, 15, out=out[:, :half], casting="unsafe")
     np.right_shift(packed, 4, out=out[:, half:], casting="unsafe")
 
 
-def _q5_0(blocks: Bytes, out: Floats) -> None:
+def _q5_0(blocks: ByteArray, out: Floats) -> None:
     """d: f16, fifth bits of the 32 values: 4 bytes, q: 16 bytes, halves as in Q4_0: d * (q - 16)."""
     out[:] = _five_bits(blocks[:, 6:], blocks[:, 2:6])
     out -= 16.0
     out *= _scale(blocks, 0)
 
 
-def _q5_1(blocks: Bytes, out: Floats) -> None:
+def _q5_1(blocks: ByteArray, out: Floats) -> None:
     """d: f16, m: f16, fifth bits: 4 bytes, q: 16 bytes: d * q + m."""
     out[:] = _five_bits(blocks[:, 8:], blocks[:, 4:8])
     out *= _scale(blocks, 0)
     out += _scale(blocks, 2)
 
 
-def _five_bits(packed: Bytes, fifth: Bytes) -> Bytes:
-    bits: Bytes = np.unpackbits(fifth, axis=1, bitorder="little") << np.uint8(4)
+def _five_bits(packed: ByteArray, fifth: ByteArray) -> ByteArray:
+    bits: ByteArray = np.unpackbits(fifth, axis=1, bitorder="little") << np.uint8(4)
     bits[:, :16] |= packed & 15
     bits[:, 16:] |= packed >> 4
     return bits
 
 
-def _q8_0(blocks: Bytes, out: Floats) -> None:
+def _q8_0(blocks: ByteArray, out: Floats) -> None:
     """d: f16, q: 32 int8: d * q."""
     np.multiply(blocks[:, 2:].view(np.int8), _scale(blocks, 0), out=out)
 
 
-def _q2_k(blocks: Bytes, out: Floats) -> None:
+def _q2_k(blocks: ByteArray, out: Floats) -> None:
     """16 bytes, each a scale of 4 bits and above it a minimum of 4 bits, q: 64 bytes, d: f16, dmin: f16.
 
     In each 32 bytes of q the lowest two bits are one run of 32 values, the next two the next, and so on. Scales and
@@ -130,7 +130,7 @@ def _q2_k(blocks: Bytes, out: Floats) -> None:
     by_scale -= ((scales >> 4) * _scale(blocks, 82))[:, :, None]
 
 
-def _q3_k(blocks: Bytes, out: Floats) -> None:
+def _q3_k(blocks: ByteArray, out: Floats) -> None:
     """Third bits: 32 bytes, q: 64 bytes as in Q2_K, 12 bytes with 16 scales of 6 bits, d: f16.
 
     Bit n of byte i of the third bits is value i's of run n: d * (scale - 32) * (q - 4).
@@ -147,13 +147,13 @@ def _q3_k(blocks: Bytes, out: Floats) -> None:
     by_scale *= (scales * _scale(blocks, 108))[:, :, None]
 
 
-def _two_bits(packed: Bytes) -> Bytes:
+def _two_bits(packed: ByteArray) -> ByteArray:
     """64 bytes → [2, 4, 32] values a block."""
-    values: Bytes = (packed.reshape(-1, 2, 1, 32) >> TWO_BITS.reshape(1, 1, 4, 1)) & np.uint8(3)
+    values: ByteArray = (packed.reshape(-1, 2, 1, 32) >> TWO_BITS.reshape(1, 1, 4, 1)) & np.uint8(3)
     return values
 
 
-def _q4_k(blocks: Bytes, out: Floats) -> None:
+def _q4_k(blocks: ByteArray, out: Floats) -> None:
     """d: f16, dmin: f16, 12 bytes with 8 scales and 8 minima of 6 bits, q: 128 bytes.
 
     In each 32 bytes of q the low halves are one run of 32 values and the high halves the next: d * scale * q - dmin *
@@ -166,7 +166,7 @@ def _q4_k(blocks: Bytes, out: Floats) -> None:
     _scale_runs(blocks, out)
 
 
-def _q5_k(blocks: Bytes, out: Floats) -> None:
+def _q5_k(blocks: ByteArray, out: Floats) -> None:
     """As Q4_K, with the fifth bits in 32 bytes before q: bit n of byte i is value i's of run n."""
     fifth = (blocks[:, 16:48].reshape(-1, 1, 32) >> EIGHT_BITS) & 1
     pairs = (fifth << 4).reshape(-1, 4, 2, 32)
@@ -177,7 +177,7 @@ def _q5_k(blocks: Bytes, out: Floats) -> None:
     _scale_runs(blocks, out)
 
 
-def _scale_runs(blocks: Bytes, out: Floats) -> None:
+def _scale_runs(blocks: ByteArray, out: Floats) -> None:
     """Scales and minima of Q4_K and Q5_K."""
     packed = blocks[:, 4:16]
     low, high, top = packed[:, 0:4], packed[:, 4:8], packed[:, 8:12]
@@ -188,7 +188,7 @@ def _scale_runs(blocks: Bytes, out: Floats) -> None:
     runs -= (minima * _scale(blocks, 2))[:, :, None]
 
 
-def _q6_k(blocks: Bytes, out: Floats) -> None:
+def _q6_k(blocks: ByteArray, out: Floats) -> None:
     """Low 4 bits: 128 bytes, high 2 bits: 64 bytes, 16 int8 scales, d: f16: d * scale * (q - 32).
 
     Each half of the block, 128 values, has 64 bytes of low bits (first the low halves of bytes 0 to 63,
@@ -206,13 +206,13 @@ def _q6_k(blocks: Bytes, out: Floats) -> None:
     by_scale *= scales[:, :, None]
 
 
-def _iq4_nl(blocks: Bytes, out: Floats) -> None:
+def _iq4_nl(blocks: ByteArray, out: Floats) -> None:
     """d: f16, 16 bytes of numbers in a table, halves as in Q4_0: d * table[number]."""
     _from_table(blocks[:, 2:], out)
     out *= _scale(blocks, 0)
 
 
-def _iq4_xs(blocks: Bytes, out: Floats) -> None:
+def _iq4_xs(blocks: ByteArray, out: Floats) -> None:
     """d: f16, high 2 bits of 8 scales: 2 bytes, their low 4 bits: 4 bytes, 128 bytes of numbers in a table.
 
     Each run of 32 values is 16 bytes, halves as in Q4_0: d * (scale - 32) * table[number].
@@ -225,7 +225,7 @@ def _iq4_xs(blocks: Bytes, out: Floats) -> None:
     runs *= (scales * _scale(blocks, 0))[:, :, None]
 
 
-def _from_table(packed: Bytes, out: Floats) -> None:
+def _from_table(packed: ByteArray, out: Floats) -> None:
     half = packed.shape[1]
     out[:, :half] = LOW_NUMBERS[packed]
     out[:, half:] = HIGH_NUMBERS[packed]

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from runtime.checkpoints.checkpoint import Checkpoint
-from runtime.checkpoints.gguf.blocks import FORMATS, Bytes, Floats, dequantise, type_name
+from runtime.checkpoints.gguf.blocks import FORMATS, ByteArray, Floats, dequantise, type_name
 from runtime.checkpoints.gguf.container import GgufFile, Metadata, TensorInfo, generation_of
-from runtime.checkpoints.gguf.families import GgufFamily, Source, find_family
+from runtime.checkpoints.gguf.families import GgufFamily, GgufSource, find_family
 from runtime.checkpoints.gguf.families.family import FACTORS
 from runtime.checkpoints.gguf.tokenizer import load_tokenizer
 from runtime.checkpoints.safetensors_files import drop_pages
@@ -49,7 +49,7 @@ def open_gguf(path: Path, *, name: str | None = None, chat_template: str | None 
     for info in file.tensors.values():
         _check(info, file, family)
     factors = {name: _values(file.tensors.pop(name), file) for name in FACTORS if name in file.tensors}
-    config = {"architectures": [family.architecture], **family.config(Source(metadata, file.tensors, factors))}
+    config = {"architectures": [family.architecture], **family.config(GgufSource(metadata, file.tensors, factors))}
     return Checkpoint(
         name=name or path.stem,
         source=path,
@@ -99,7 +99,7 @@ def _values(info: TensorInfo, file: GgufFile) -> Floats:
     return dequantise(FORMATS[info.type], _bytes(info, file)).reshape(info.shape)
 
 
-def _bytes(info: TensorInfo, file: GgufFile) -> Bytes:
+def _bytes(info: TensorInfo, file: GgufFile) -> ByteArray:
     size = FORMATS[info.type].num_bytes(info.num_elements)
     return np.frombuffer(file.data, dtype=np.uint8, count=size, offset=info.offset)
 

@@ -5,13 +5,13 @@ import torch
 from numpy.typing import NDArray
 
 from kernels import GroupedWeight, Int4Weight, Int8GroupWeight
-from runtime.checkpoints.gguf.blocks import FORMATS, Bytes
+from runtime.checkpoints.gguf.blocks import FORMATS, ByteArray
 from runtime.checkpoints.gguf.container import TensorInfo
 
 Q4_0, Q4_1, Q8_0 = 2, 3, 8
 
 
-def kept(info: TensorInfo, data: Bytes) -> GroupedWeight | None:
+def kept(info: TensorInfo, data: ByteArray) -> GroupedWeight | None:
     """A matrix in integers, unchanged; None for another format, or for values that the ops do not take."""
     if info.type not in (Q4_0, Q4_1, Q8_0) or len(info.shape) != 2:
         return None

@@ -4,8 +4,8 @@ Each linear is several tensors. A scheme lists them and makes one weight of them
 represent the same values, and else in floating point.
 """
 
-from runtime.checkpoints.quantised.scheme import Config, Scheme, weights
-from runtime.model.config import ModelLoadError
+from runtime.checkpoints.quantised.scheme import Scheme, weights
+from runtime.model.config import Config, ModelLoadError
 
 __all__ = ["Scheme", "find_scheme", "weights"]
 

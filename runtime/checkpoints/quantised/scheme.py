@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from runtime.model.config import ModelLoadError
 
@@ -13,8 +13,6 @@ if TYPE_CHECKING:
 
     from kernels import Weight
     from runtime.checkpoints.safetensors_files import WeightFiles
-
-Config = Mapping[str, Any]
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from runtime.model.layers import Linear, Parameter
 from runtime.model.lora import Adaptation
 from runtime.model.split import Vocabulary
 
-Stage = Callable[[Tensor], Tensor]
+StageFunction = Callable[[Tensor], Tensor]
 """hidden [T, hidden] → [T, hidden]."""
 
 

@@ -39,7 +39,7 @@ def is_computed(name: str) -> bool:
     return leaf == "bias" and parent in ATTENTION_MODULES
 
 
-Place = tuple[str, str]
+PartPlace = tuple[str, str]
 """(parameter, part): one of a layer's weights, and one of its parts."""
 
 Layers = tuple[LayerSpec, ...]
@@ -55,7 +55,7 @@ class Family(ABC):
 
     LAYERS: ClassVar[str] = "model.layers."
     """Prefix of the names of a layer's tensors, before its index."""
-    LAYER: ClassVar[Mapping[str, Place]]
+    LAYER: ClassVar[Mapping[str, PartPlace]]
     """A layer's tensors, without `.weight` or `.bias` → the place that each fills. A `*` stands for a number in the
     name, and for the same number in the part."""
     OUTSIDE: ClassVar[Mapping[str, str]] = {
@@ -65,7 +65,7 @@ class Family(ABC):
     }
     UNUSED: ClassVar[tuple[str, ...]] = ()
     """Ends of the names of tensors that are not needed, besides those of `is_computed`."""
-    LORA_TARGETS: ClassVar[Mapping[str, Place]]
+    LORA_TARGETS: ClassVar[Mapping[str, PartPlace]]
     """The names of LAYER that adapters may change: linears that every layer has."""
 
     @classmethod
@@ -88,7 +88,7 @@ class Family(ABC):
                 yield *place, tensor
 
     @classmethod
-    def place(cls, name: str) -> Place | None:
+    def place(cls, name: str) -> PartPlace | None:
         """The place in the decoder of a checkpoint's tensor; None for one that is not needed. An unknown tensor keeps
         its name, and is refused later."""
         if cls.UNUSED and name.endswith(cls.UNUSED):
@@ -114,12 +114,12 @@ class Family(ABC):
         return f"{parameter} ({part})" if part else parameter
 
     @classmethod
-    def _outside(cls, name: str) -> Place | None:
+    def _outside(cls, name: str) -> PartPlace | None:
         place = cls.OUTSIDE.get(name)
         return None if place is None else (place, "")
 
     @classmethod
-    def _inside(cls, name: str) -> Place | None:
+    def _inside(cls, name: str) -> PartPlace | None:
         """The place in the decoder of a layer's tensor; None for one that is not in LAYER."""
         index, _, inner = name.removeprefix(cls.LAYERS).partition(".")
         inner, _, kind = inner.rpartition(".")
@@ -131,7 +131,7 @@ class Family(ABC):
         return f"layers.{index}.{parameter}.{kind}", part.replace("*", number[1]) if number else part
 
 
-def lora_targets(layer: Mapping[str, Place]) -> Mapping[str, Place]:
+def lora_targets(layer: Mapping[str, PartPlace]) -> Mapping[str, PartPlace]:
     """The linears among the places of LAYER."""
     return {name: place for name, place in layer.items() if place[0] in LINEARS}
 

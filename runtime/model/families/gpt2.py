@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kernels import Weight
 from runtime.model.config import count, flag, integer, optional_integer
-from runtime.model.families.family import Family, Place, activation, eps, head_dim, lora_targets
+from runtime.model.families.family import Family, PartPlace, activation, eps, head_dim, lora_targets
 from runtime.model.spec import DecoderSpec, LayerSpec
 
 
@@ -62,7 +62,7 @@ class GPT2(Family):
         )
 
     @classmethod
-    def place(cls, name: str) -> Place | None:
+    def place(cls, name: str) -> PartPlace | None:
         return super().place(_full(name))
 
     @classmethod

@@ -8,7 +8,7 @@ _NUMBER = re.compile(r"-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][+-]?\d+)?", re.ASCII)
 _WORDS = ("true", "false", "null")
 _ESCAPES = frozenset('"\\/bfnrt')
 
-Step = Literal["more", "end", "before", "error"]
+ScanStep = Literal["more", "end", "before", "error"]
 """What a character is to a value: inside it, its last one, the first after it, or an error."""
 
 
@@ -25,7 +25,7 @@ class ValueScanner:
         self._escape = ""
         self._done = False
 
-    def feed(self, char: str) -> Step:
+    def feed(self, char: str) -> ScanStep:
         """Read a character, which must not follow an end or an error."""
         if self._scalar.startswith('"'):
             return self._in_string(char)
@@ -35,7 +35,7 @@ class ValueScanner:
             return "more" if self._stack and char in " \t\n\r" else "error"
         return self._outside(char)
 
-    def _in_string(self, char: str) -> Step:
+    def _in_string(self, char: str) -> ScanStep:
         if self._escape:
             self._escape += char
             if self._escape[1] == "u":
@@ -58,13 +58,13 @@ class ValueScanner:
             return self._after_string()
         return "more"
 
-    def _after_string(self) -> Step:
+    def _after_string(self) -> ScanStep:
         if self._expects == "in key":
             self._expects = "colon"
             return "more"
         return self._after_value()
 
-    def _in_scalar(self, char: str) -> Step:
+    def _in_scalar(self, char: str) -> ScanStep:
         if char.isascii() and (char.isalnum() or char in "+-."):
             self._scalar += char
             if self._scalar[0].isalpha() and not any(word.startswith(self._scalar) for word in _WORDS):
@@ -77,7 +77,7 @@ class ValueScanner:
             return "before"
         return self.feed(char)
 
-    def _outside(self, char: str) -> Step:
+    def _outside(self, char: str) -> ScanStep:
         expects = self._expects
         if expects in ("value", "first") and (char in '"-{[' or (char.isascii() and char.isalnum())):
             return self._begin_value(char)
@@ -98,7 +98,7 @@ class ValueScanner:
         self._stack.pop()
         return self._after_value()
 
-    def _begin_value(self, char: str) -> Step:
+    def _begin_value(self, char: str) -> ScanStep:
         if char in "{[":
             self._stack.append(char)
             self._expects = "firstkey" if char == "{" else "first"
@@ -108,7 +108,7 @@ class ValueScanner:
         self._scalar, self._expects = char, "in value"
         return "more"
 
-    def _after_value(self) -> Step:
+    def _after_value(self) -> ScanStep:
         self._expects = "comma"
         return "more" if self._stack else "end"
 

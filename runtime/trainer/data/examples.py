@@ -15,7 +15,7 @@ from runtime.text.tokenizer import Tokenizer
 from runtime.trainer.data.example import Example, RowProblem, Rows
 from runtime.trainer.data.files import DataFile, DataFiles
 from runtime.trainer.data.formats import Format, guess, make_format
-from runtime.trainer.data.readers import Row, read_rows
+from runtime.trainer.data.readers import DataRow, read_rows
 from runtime.trainer.recipe import Dataset, Recipe
 
 # -- split -----------------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ class Reader:
     def _entry(self, param: str, entry: Dataset, counts: RowCounts, rows: Rows) -> list[Example]:
         files, kind = self._locate(param, entry)
 
-        def numbered() -> Iterator[tuple[DataFile, int, Row | RowProblem]]:
+        def numbered() -> Iterator[tuple[DataFile, int, DataRow | RowProblem]]:
             return chain.from_iterable(
                 ((file, number, row) for number, row in read_rows(file, kind, param=f"{param}.path")) for file in files
             )

@@ -179,8 +179,8 @@ _PARQUET_BATCH = 16
 _PARQUET_BUFFER = 1024**2
 """Bytes of a column that are read at once."""
 
-Row = dict[str, Any]
-Numbered = tuple[int, Row | RowProblem]
+DataRow = dict[str, Any]
+Numbered = tuple[int, DataRow | RowProblem]
 """A row and its number, or why it cannot be read."""
 
 _FORMATS = {".jsonl": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".ndjson": "jsonl"}
@@ -274,17 +274,17 @@ def _parquet(stream: BinaryIO) -> Iterator[Numbered]:
         raise _Broken(f"this is not a Parquet file that can be read: {error}") from None
 
 
-def _parquet_rows(batch: Any) -> list[Row | RowProblem]:
+def _parquet_rows(batch: Any) -> list[DataRow | RowProblem]:
     """The rows of a batch; where a text is not UTF-8, one after the other, to find which it is."""
     try:
-        rows: list[Row | RowProblem] = batch.to_pylist()
+        rows: list[DataRow | RowProblem] = batch.to_pylist()
         return rows
     except UnicodeDecodeError:
         return [_parquet_row(batch, index) for index in range(batch.num_rows)]
 
 
-def _parquet_row(batch: Any, index: int) -> Row | RowProblem:
-    row: Row = {}
+def _parquet_row(batch: Any, index: int) -> DataRow | RowProblem:
+    row: DataRow = {}
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
         try:
             row[name] = column[index].as_py()
@@ -302,7 +302,7 @@ def _check_header(header: list[str]) -> None:
         raise _Broken("the header is not UTF-8 text") from None
 
 
-def _cells(header: list[str], record: list[str]) -> Row | RowProblem:
+def _cells(header: list[str], record: list[str]) -> DataRow | RowProblem:
     for name, cell in zip(header, record, strict=True):
         try:
             cell.encode()
@@ -330,7 +330,7 @@ def _lines(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
         yield number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
 
 
-def _object(data: bytes) -> Row | RowProblem:
+def _object(data: bytes) -> DataRow | RowProblem:
     try:
         value = msgspec.json.decode(_text(data))
     except RowProblem as problem:

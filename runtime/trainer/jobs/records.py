@@ -12,7 +12,7 @@ from runtime.trainer.recipe import Publish
 #
 # The states of a job, and which may follow which.
 
-State = Literal[
+JobState = Literal[
     "validating",
     "queued",
     "running",
@@ -24,9 +24,9 @@ State = Literal[
     "cancelled",
     "interrupted",
 ]
-STATES: tuple[State, ...] = get_args(State)
+STATES: tuple[JobState, ...] = get_args(JobState)
 
-TRANSITIONS: dict[State, frozenset[State]] = {
+TRANSITIONS: dict[JobState, frozenset[JobState]] = {
     "validating": frozenset({"queued", "failed", "cancelled"}),
     "queued": frozenset({"running", "paused", "failed", "cancelled"}),
     "running": frozenset({"paused", "evaluating", "failed", "cancelled", "interrupted"}),
@@ -41,15 +41,15 @@ TRANSITIONS: dict[State, frozenset[State]] = {
 }
 
 ENDED = frozenset(state for state, following in TRANSITIONS.items() if not following)
-AT_WORK: frozenset[State] = frozenset({"running", "evaluating", "publishing"})
+AT_WORK: frozenset[JobState] = frozenset({"running", "evaluating", "publishing"})
 """At most one job is in one of these: the one that the manager holds."""
-WAITING: frozenset[State] = frozenset({"validating", "queued"})
+WAITING: frozenset[JobState] = frozenset({"validating", "queued"})
 """Counted by `trainer.max_queued_jobs`."""
 
 
-Wanted = Literal["cancel", "pause"]
+PendingAction = Literal["cancel", "pause"]
 Level = Literal["info", "warning", "error"]
-Kind = Literal["message", "step", "eval", "progress"]
+EventKind = Literal["message", "step", "eval", "progress"]
 
 
 class JobError(Struct, frozen=True):
@@ -87,7 +87,7 @@ class Job(Struct, frozen=True, kw_only=True):
     """One row. Times are in seconds since the epoch."""
 
     id: str
-    state: State
+    state: JobState
     name: str | None
     """Name of the adapter; None until the recipe was read."""
     created_at: float
@@ -96,7 +96,7 @@ class Job(Struct, frozen=True, kw_only=True):
     recipe: bytes
     summary: dict[str, Any]
     total_steps: int | None
-    wanted: Wanted | None
+    wanted: PendingAction | None
     """Request that takes effect at the next step's end."""
     attempts: int
     """Starts in a row that brought no checkpoint."""
@@ -131,7 +131,7 @@ class JobEvent(Struct, frozen=True, kw_only=True):
     number: int
     created_at: float
     level: Level
-    kind: Kind
+    kind: EventKind
     message: str
     data: dict[str, Any]
 
@@ -142,7 +142,7 @@ class Note(Struct, frozen=True):
     message: str
     level: Level = "info"
     data: dict[str, Any] = {}
-    kind: Kind = "message"
+    kind: EventKind = "message"
     step: int | None = None
 
 

@@ -23,8 +23,8 @@ from runtime.trainer.jobs.records import (
     JobFile,
     JobProgress,
     JobRecord,
+    JobState,
     Note,
-    State,
 )
 
 _RECENT = 20
@@ -64,7 +64,7 @@ def files(connection: sqlite3.Connection, job_id: str) -> list[JobFile]:
     ]
 
 
-def move(connection: sqlite3.Connection, job_id: str, to: State, note: Note, **columns: Any) -> Job:
+def move(connection: sqlite3.Connection, job_id: str, to: JobState, note: Note, **columns: Any) -> Job:
     """Change a job's state, and store the event that says so. Raises `Conflict` where `to` cannot follow."""
     job = get(connection, job_id)
     if to not in TRANSITIONS[job.state]:

@@ -22,10 +22,10 @@ from runtime.trainer.jobs.records import (
     Job,
     JobCheckpoint,
     JobError,
+    JobState,
     JobSubmission,
     Note,
     PreparedJob,
-    State,
 )
 from runtime.trainer.jobs.rows import JobReader
 from settings.units import show_duration
@@ -178,7 +178,7 @@ class JobStore(JobReader):
         return job
 
     async def move(
-        self, job_id: str, to: State, note: Note, *, unless_cancelled: bool = False, adapter: str | None = None
+        self, job_id: str, to: JobState, note: Note, *, unless_cancelled: bool = False, adapter: str | None = None
     ) -> Job:
         """Change a job's state. Raises `Conflict` where `to` cannot follow on it. `unless_cancelled`: a job whose end
         was requested meanwhile becomes cancelled instead."""

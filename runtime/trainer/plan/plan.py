@@ -27,7 +27,7 @@ from runtime.trainer.plan.notes import (
     schedule_warnings,
     unread_notes,
 )
-from runtime.trainer.plan.served_model import Target, check_templates, end_ids, resolve_targets
+from runtime.trainer.plan.served_model import TargetKey, check_templates, end_ids, resolve_targets
 from runtime.trainer.recipe import Recipe, check_base_model
 from runtime.trainer.schedule import Schedule, make_schedule
 from runtime.trainer.shape import ModelShape, watchdog_threshold
@@ -65,7 +65,7 @@ class Estimate(Struct, frozen=True, kw_only=True):
 def estimate(
     recipe: Recipe,
     shape: ModelShape,
-    targets: Sequence[Target],
+    targets: Sequence[TargetKey],
     *,
     largest: int,
     tokens: int,
@@ -144,7 +144,7 @@ class Plan:
 
     recipe: Recipe
     model_name: str
-    targets: list[Target]
+    targets: list[TargetKey]
     """Linears to adapt: (layer, name in the checkpoint)."""
     train: list[Example]
     test: list[Example]

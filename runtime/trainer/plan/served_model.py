@@ -14,7 +14,7 @@ from runtime.trainer.shape import ModelShape
 #
 # Linears that a recipe adapts, by PEFT's rules for `target_modules`.
 
-Target = tuple[int, str]
+TargetKey = tuple[int, str]
 """Layer index, and the linear's name in it, such as `self_attn.q_proj`."""
 
 _PARAM = "lora_target_modules"
@@ -22,7 +22,7 @@ _PATIENCE = 1.0
 """Seconds for a regular expression on all names: some take longer than the universe has."""
 
 
-def resolve_targets(recipe: Recipe, shape: ModelShape) -> list[Target]:
+def resolve_targets(recipe: Recipe, shape: ModelShape) -> list[TargetKey]:
     """The linears to adapt, in the order of the layers.
 
     An entry of a list is the end of full names, from a dot on; a text is a regular expression over whole full
@@ -44,7 +44,7 @@ def resolve_targets(recipe: Recipe, shape: ModelShape) -> list[Target]:
     return [place for place, name in full if any(_ends(name, entry) for entry in modules)]
 
 
-def by_linear(targets: Sequence[Target], places: Mapping[str, tuple[str, str]]) -> dict[tuple[int, str], list[str]]:
+def by_linear(targets: Sequence[TargetKey], places: Mapping[str, tuple[str, str]]) -> dict[tuple[int, str], list[str]]:
     """Targets by the decoder's linears (layer, linear), each with its parts in the order in which they lie there.
     `places` is the `LORA_TARGETS` of the architecture: name in the checkpoint → linear and part."""
     wanted = set(targets)
@@ -56,7 +56,7 @@ def by_linear(targets: Sequence[Target], places: Mapping[str, tuple[str, str]]) 
     return found
 
 
-def _matching(pattern: str, places: list[Target], shape: ModelShape) -> list[Target]:
+def _matching(pattern: str, places: list[TargetKey], shape: ModelShape) -> list[TargetKey]:
     try:
         compiled = regex.compile(pattern)
         return [place for place in places if compiled.fullmatch(_full(place, shape), timeout=_PATIENCE)]
@@ -66,7 +66,7 @@ def _matching(pattern: str, places: list[Target], shape: ModelShape) -> list[Tar
         raise InvalidRequest(f"{_PARAM}: the expression takes over {_PATIENCE} s to match.", param=_PARAM) from None
 
 
-def _full(place: Target, shape: ModelShape) -> str:
+def _full(place: TargetKey, shape: ModelShape) -> str:
     return f"{shape.prefix}.{place[0]}.{place[1]}"
 
 

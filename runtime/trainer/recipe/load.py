@@ -29,12 +29,17 @@ _STAND_INS: Mapping[str, Any] = {"adapter": "lora", "learning_rate": 1e-4, "data
 MAX_HINTS = 50
 """Unknown keys of one mapping for which the nearest known one is looked for."""
 
-Report = Callable[[str, str], None]
+Reporter = Callable[[str, str], None]
 """Called with the path of a key and what is wrong with it."""
 
 
 def convert_struct(
-    struct: type[S], values: Mapping[str, Any], path: str, report: Report, *, beside: frozenset[str] = frozenset()
+    struct: type[S],
+    values: Mapping[str, Any],
+    path: str,
+    report: Reporter,
+    *,
+    beside: frozenset[str] = frozenset(),
 ) -> S:
     """The struct. What was reported has its default in it, so that the rest can be checked, too.
 
@@ -63,7 +68,7 @@ def convert_struct(
     return struct(**given)
 
 
-def _convert(hint: Any, value: Any, path: str, report: Report) -> Any:
+def _convert(hint: Any, value: Any, path: str, report: Reporter) -> Any:
     inner, many = types.struct_of(hint)
     if inner is None:
         return types.convert(value, hint)

@@ -51,7 +51,8 @@ class Dataset(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     field_messages: Annotated[Text, entry("chat_template: field with the messages.")] = "messages"
     field_tools: Annotated[Text, entry("chat_template: field with the tools.")] = "tools"
     field_system: Annotated[
-        Text, entry("chat_template: field with the system message of a chat that begins with none; may be absent.")
+        Text,
+        entry("chat_template: field with the system message of a chat that begins with none; may be absent."),
     ] = "system"
     message_property_mappings: Annotated[
         dict[str, Text], entry("chat_template: the template's name of a message's field → its name in the file.")
@@ -150,14 +151,14 @@ class Publish(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 LARGEST = 2**31 - 1
 
 Positive = Annotated[int, Meta(ge=1, le=LARGEST)]
-Count = Annotated[int, Meta(ge=0, le=LARGEST)]
+WholeNumber = Annotated[int, Meta(ge=0, le=LARGEST)]
 AboveZero = Annotated[float, Meta(gt=0.0)]
-Share = Annotated[float, Meta(ge=0.0, le=1.0)]
+UnitShare = Annotated[float, Meta(ge=0.0, le=1.0)]
 AmountOrShare = Annotated[float, Meta(ge=0.0, le=float(LARGEST))]
 """Below 1 a share, from 1 on a whole number."""
 Template = Annotated[str, Meta(min_length=1, max_length=65536)]
 
-Optimizer = Literal[
+OptimizerName = Literal[
     "adamw_torch",
     "adamw_torch_fused",
     "adamw_bnb_8bit",
@@ -282,19 +283,19 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     max_steps: Annotated[Positive | None, key("training", "Number of steps, whatever `num_epochs` says.")] = None
     learning_rate: Annotated[float, Meta(gt=0.0, le=1.0), key("training", "The highest learning rate.")]
     optimizer: Annotated[
-        Optimizer, key("training", "AdamW in 32 or 8 bits, or plain SGD; names that mean the same are the same.")
+        OptimizerName, key("training", "AdamW in 32 or 8 bits, or plain SGD; names that mean the same are the same.")
     ] = "adamw_torch_fused"
     lr_scheduler: Annotated[LrScheduler, key("training", "How the learning rate falls after warmup.")] = "cosine"
     cosine_min_lr_ratio: Annotated[
-        Share | None, key("training", "The cosine ends at this share of the learning rate instead of 0.")
+        UnitShare | None, key("training", "The cosine ends at this share of the learning rate instead of 0.")
     ] = None
     warmup_steps: Annotated[
         AmountOrShare | None, key("training", "Steps of linear warmup; below 1 a share of all steps.")
     ] = None
     warmup_ratio: Annotated[
-        Share | None, key("training", "The same as a share of all steps. Default: 0.03, at most 100 steps.")
+        UnitShare | None, key("training", "The same as a share of all steps. Default: 0.03, at most 100 steps.")
     ] = None
-    weight_decay: Annotated[Share, key("training", "Decoupled weight decay, times the learning rate.")] = 0.0
+    weight_decay: Annotated[UnitShare, key("training", "Decoupled weight decay, times the learning rate.")] = 0.0
     max_grad_norm: Annotated[
         float, Meta(ge=0.0, le=1e6), key("training", "Gradients are clipped to this norm; 0: not at all.")
     ] = 1.0
@@ -321,7 +322,7 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     eval_steps: Annotated[
         AmountOrShare | None, key("evaluation", "Steps between evaluations; below 1 a share of all steps.")
     ] = None
-    evals_per_epoch: Annotated[Count | None, key("evaluation", "Or their number in an epoch.")] = None
+    evals_per_epoch: Annotated[WholeNumber | None, key("evaluation", "Or their number in an epoch.")] = None
     eval_batch_size: Annotated[Positive | None, key("evaluation", "Examples at once. Default: `micro_batch_size`.")] = (
         None
     )
@@ -341,7 +342,7 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     save_steps: Annotated[
         AmountOrShare | None, key("evaluation", "Steps between checkpoints; below 1 a share of all steps.")
     ] = None
-    saves_per_epoch: Annotated[Count | None, key("evaluation", "Or their number in an epoch.")] = None
+    saves_per_epoch: Annotated[WholeNumber | None, key("evaluation", "Or their number in an epoch.")] = None
     save_total_limit: Annotated[Positive | None, key("evaluation", "Most checkpoints kept.")] = None
 
     notes: tuple[str, ...] = ()

@@ -19,8 +19,8 @@ from runtime.workers.parallel.messages import (
     Failed,
     LoadAdapter,
     LoadModel,
-    Message,
     ModelLoaded,
+    RankMessage,
     Reply,
     Step,
     Stepped,
@@ -148,7 +148,7 @@ class DistributedExecutor(RowByRow):
 
     # -- asking --------------------------------------------------------------------------------
 
-    def ask_alike(self, message: Message, key: Callable[[Reply], object]) -> Reply:
+    def ask_alike(self, message: RankMessage, key: Callable[[Reply], object]) -> Reply:
         """The first rank's answer, where `key` of all answers is equal. Raises `AllFailed`, `WorkersLost`."""
         return self._agreed(self.ranks, self.ranks.ask(message), key)
 
@@ -167,7 +167,7 @@ class DistributedExecutor(RowByRow):
         ranks.end()
         raise ModelLoadError(next(reply.message for reply in replies if isinstance(reply, Failed)))
 
-    def _all(self, ranks: RankGroup, message: Message) -> None:
+    def _all(self, ranks: RankGroup, message: RankMessage) -> None:
         self._agreed(ranks, ranks.ask(message))
 
     def _result(self, ranks: RankGroup, replies: list[Reply]) -> StepResult:

@@ -122,7 +122,7 @@ class Stop(Struct, frozen=True, tag=True):
     """End the process. Not answered."""
 
 
-Message = (
+RankMessage = (
     Hello
     | LoadModel
     | Allocate
@@ -178,13 +178,13 @@ class Failed(Struct, frozen=True, tag=True):
 
 Reply = Done | ModelLoaded | Stepped | Advanced | Captured | Failed
 
-_messages: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
+_messages: msgspec.msgpack.Decoder[RankMessage] = msgspec.msgpack.Decoder(RankMessage)
 _replies: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
 
 encode = msgspec.msgpack.encode
 
 
-def decode_message(data: bytes) -> Message:
+def decode_message(data: bytes) -> RankMessage:
     """Raises `msgspec.MsgspecError`."""
     return _messages.decode(data)
 

@@ -42,8 +42,8 @@ from runtime.workers.parallel.messages import (
     Hello,
     LoadAdapter,
     LoadModel,
-    Message,
     ModelLoaded,
+    RankMessage,
     Reply,
     StartRun,
     Step,
@@ -168,7 +168,7 @@ class Rank:
         self._worker: Worker | None = None
         self._training: RankTraining | None = None
 
-    def answer(self, message: Message) -> Reply:
+    def answer(self, message: RankMessage) -> Reply:
         """Carry out a message. Raises `CollectiveFailed`; any other failure is in the answer."""
         try:
             return self._do(message)
@@ -179,7 +179,7 @@ class Rank:
                 log.exception("rank_failed", message=type(message).__name__)
             return Failed(type(error).__name__, str(error))
 
-    def _do(self, message: Message) -> Reply:
+    def _do(self, message: RankMessage) -> Reply:
         match message:
             case LoadModel():
                 return self._load(message)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from runtime.support.logs import get_logger
 from runtime.workers.executor import WorkersLost
 from runtime.workers.parallel.link import Link, LinkClosed
-from runtime.workers.parallel.messages import Message, Reply, Stop, decode_reply, encode
+from runtime.workers.parallel.messages import RankMessage, Reply, Stop, decode_reply, encode
 
 GRACE = 5.0
 """Seconds that ranks get to end by themselves on request."""
@@ -69,12 +69,12 @@ class RankGroup:
 
     # -- asking --------------------------------------------------------------------------------
 
-    def ask(self, message: Message, timeout: float | None = None) -> list[Reply]:
+    def ask(self, message: RankMessage, timeout: float | None = None) -> list[Reply]:
         """Every rank's answer, in their order. Raises `WorkersLost`."""
         self.send([message] * len(self._members))
         return self.receive(timeout)
 
-    def send(self, messages: list[Message]) -> None:
+    def send(self, messages: list[RankMessage]) -> None:
         """One message for each rank. Raises `WorkersLost`."""
         same = all(message is messages[0] for message in messages)
         data = [encode(messages[0])] * len(messages) if same else list(map(encode, messages))

@@ -22,7 +22,7 @@ from runtime.workers.parallel.messages import (
     Advanced,
     Captured,
     CloseRun,
-    Message,
+    RankMessage,
     StartRun,
     TakeSnapshot,
     Tensors,
@@ -105,7 +105,7 @@ class RemoteRun(SlicedRun):
                     raise WorkersLost("these are other ranks than the run began on")
                 at = self._ask(Advance(granted, self._pause_asked))
 
-    def _ask(self, message: Message) -> Advanced:
+    def _ask(self, message: RankMessage) -> Advanced:
         reply = self._executor.ask_alike(message, lambda reply: isinstance(reply, Advanced) and reply.wanted)
         if not isinstance(reply, Advanced):
             raise TypeError(f"a rank answered {type(reply).__name__} to {type(message).__name__}")

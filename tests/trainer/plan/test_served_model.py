@@ -7,7 +7,7 @@ import pytest
 
 from runtime.errors import InvalidRequest
 from runtime.model.families.llama import Llama
-from runtime.trainer.plan.served_model import Target, resolve_targets
+from runtime.trainer.plan.served_model import TargetKey, resolve_targets
 from runtime.trainer.recipe import Document, recipe_from
 from runtime.trainer.shape import ModelShape, shape_of
 
@@ -24,7 +24,7 @@ def shape(model: Any) -> ModelShape:
     return shape_of(Llama.spec(model.config.to_dict()), Llama.LORA_TARGETS, bytes_per_value=4)
 
 
-def resolve(shape: ModelShape, **keys: Any) -> list[Target]:
+def resolve(shape: ModelShape, **keys: Any) -> list[TargetKey]:
     basic = {"adapter": "lora", "learning_rate": 1e-4, "datasets": [{"path": "a"}]}
     return resolve_targets(recipe_from(Document({**basic, **keys}), max_lora_rank=64), shape)
 

@@ -4,6 +4,6 @@ The conversions of llama.cpp's convert_hf_to_gguf.py, which made the files, are 
 """
 
 from runtime.checkpoints.gguf.families.families import SUPPORTED, find_family
-from runtime.checkpoints.gguf.families.family import ROPE_FACTORS, GgufFamily, Source
+from runtime.checkpoints.gguf.families.family import ROPE_FACTORS, GgufFamily, GgufSource
 
-__all__ = ["ROPE_FACTORS", "SUPPORTED", "GgufFamily", "Source", "find_family"]
+__all__ = ["ROPE_FACTORS", "SUPPORTED", "GgufFamily", "GgufSource", "find_family"]

@@ -1,17 +1,13 @@
 """A `config.json` for each family, from a file's metadata. Absent values are llama.cpp's defaults."""
 
-from typing import Any
-
-from runtime.checkpoints.gguf.families.family import Source, rope_scaling
-
-Config = dict[str, Any]
+from runtime.checkpoints.gguf.families.family import GgufConfig, GgufSource, rope_scaling
 
 GEMMA2_27B, GEMMA3_27B = 46, 62
 """Number of layers of the two Gemmas whose scores are scaled by hidden size over heads, and not by the size of a head.
 The file has no key for it; llama.cpp decides by the size of the model."""
 
 
-def llama(source: Source) -> Config:
+def llama(source: GgufSource) -> GgufConfig:
     """Llama, and the base of families that only add to it."""
     size, dims = source.head_dim, source.metadata.integer(".rope.dimension_count")
     if dims is not None and dims != size:
@@ -28,14 +24,14 @@ def llama(source: Source) -> Config:
     }
 
 
-def mixtral(source: Source) -> Config:
+def mixtral(source: GgufSource) -> GgufConfig:
     return llama(source) | {
         "num_local_experts": source.metadata.size(".expert_count"),
         "num_experts_per_tok": source.metadata.size(".expert_used_count"),
     }
 
 
-def granite(source: Source) -> Config:
+def granite(source: GgufSource) -> GgufConfig:
     numbers = {
         "attention_multiplier": ".attention.scale",
         "embedding_multiplier": ".embedding_scale",
@@ -45,20 +41,20 @@ def granite(source: Source) -> Config:
     return llama(source) | {name: source.number(key) for name, key in numbers.items()}
 
 
-def smollm3(source: Source) -> Config:
+def smollm3(source: GgufSource) -> GgufConfig:
     """Llama with every fourth layer without rope."""
     return llama(source) | {"no_rope_layer_interval": 4}
 
 
-def qwen2(source: Source) -> Config:
+def qwen2(source: GgufSource) -> GgufConfig:
     return llama(source) | {"use_sliding_window": False}
 
 
-def qwen3(source: Source) -> Config:
+def qwen3(source: GgufSource) -> GgufConfig:
     return llama(source) | {"use_sliding_window": False}
 
 
-def qwen2_moe(source: Source) -> Config:
+def qwen2_moe(source: GgufSource) -> GgufConfig:
     return _experts(source) | {
         "norm_topk_prob": False,
         "qkv_bias": source.has("blk.0.attn_q.bias"),
@@ -66,15 +62,15 @@ def qwen2_moe(source: Source) -> Config:
     }
 
 
-def qwen3_moe(source: Source) -> Config:
+def qwen3_moe(source: GgufSource) -> GgufConfig:
     return _experts(source) | {"norm_topk_prob": True}
 
 
-def olmo2(source: Source) -> Config:
+def olmo2(source: GgufSource) -> GgufConfig:
     return llama(source) | {"sliding_window": None}
 
 
-def phi3(source: Source) -> Config:
+def phi3(source: GgufSource) -> GgufConfig:
     metadata = source.metadata
     original = metadata.integer(".rope.scaling.original_context_length")
     config = {
@@ -89,7 +85,7 @@ def phi3(source: Source) -> Config:
     return config | {"rope_scaling": scaling and scaling | {"partial_rotary_factor": config["partial_rotary_factor"]}}
 
 
-def gemma2(source: Source) -> Config:
+def gemma2(source: GgufSource) -> GgufConfig:
     metadata = source.metadata
     return {
         **_gemma(source, GEMMA2_27B),
@@ -98,7 +94,7 @@ def gemma2(source: Source) -> Config:
     }
 
 
-def gemma3(source: Source) -> Config:
+def gemma3(source: GgufSource) -> GgufConfig:
     metadata = source.metadata
     config = _gemma(source, GEMMA3_27B)
     return config | {
@@ -108,7 +104,7 @@ def gemma3(source: Source) -> Config:
     }
 
 
-def gpt2(source: Source) -> Config:
+def gpt2(source: GgufSource) -> GgufConfig:
     common = _common(source)
     return {
         **_ids(source),
@@ -124,7 +120,7 @@ def gpt2(source: Source) -> Config:
     }
 
 
-def gpt_neox(source: Source) -> Config:
+def gpt_neox(source: GgufSource) -> GgufConfig:
     return {
         **_common(source),
         "layer_norm_eps": source.number(".attention.layer_norm_epsilon"),
@@ -135,7 +131,7 @@ def gpt_neox(source: Source) -> Config:
     }
 
 
-def falcon(source: Source) -> Config:
+def falcon(source: GgufSource) -> GgufConfig:
     """More than one key/value head: the newer architecture, with a norm for both halves of a layer, or two."""
     new = source.kv_heads > 1
     return {
@@ -153,7 +149,7 @@ def falcon(source: Source) -> Config:
     }
 
 
-def stablelm(source: Source) -> Config:
+def stablelm(source: GgufSource) -> GgufConfig:
     return {
         **_common(source),
         "layer_norm_eps": source.number(".attention.layer_norm_epsilon"),
@@ -165,7 +161,7 @@ def stablelm(source: Source) -> Config:
     }
 
 
-def _common(source: Source) -> Config:
+def _common(source: GgufSource) -> GgufConfig:
     metadata = source.metadata
     size, value_size = source.head_dim, metadata.integer(".attention.value_length")
     if value_size is not None and value_size != size:
@@ -188,7 +184,7 @@ def _common(source: Source) -> Config:
     }
 
 
-def _ids(source: Source) -> Config:
+def _ids(source: GgufSource) -> GgufConfig:
     return {
         "bos_token_id": source.metadata.integer("tokenizer.ggml.bos_token_id"),
         "eos_token_id": source.metadata.integer("tokenizer.ggml.eos_token_id"),
@@ -196,7 +192,7 @@ def _ids(source: Source) -> Config:
     }
 
 
-def _experts(source: Source) -> Config:
+def _experts(source: GgufSource) -> GgufConfig:
     """Qwen's experts: every layer has them."""
     return llama(source) | {
         "use_sliding_window": False,
@@ -206,7 +202,7 @@ def _experts(source: Source) -> Config:
     }
 
 
-def _gemma(source: Source, wide: int) -> Config:
+def _gemma(source: GgufSource, wide: int) -> GgufConfig:
     size = source.hidden // source.heads if source.layers == wide else source.head_dim
     return llama(source) | {
         "hidden_activation": "gelu_pytorch_tanh",
@@ -215,7 +211,7 @@ def _gemma(source: Source, wide: int) -> Config:
     }
 
 
-def _partial(source: Source) -> float:
+def _partial(source: GgufSource) -> float:
     """Share of a head that rope rotates."""
     size = source.head_dim
     dims = source.metadata.integer(".rope.dimension_count") or size

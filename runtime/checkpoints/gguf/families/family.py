@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class Source:
+class GgufSource:
     """One file."""
 
     metadata: Metadata
@@ -81,9 +81,9 @@ def shortest(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-Config = dict[str, Any]
+GgufConfig = dict[str, Any]
 """The keys and values of a Hugging Face config.json."""
-Undo = Callable[["Tensor", Config], "Tensor"]
+Undo = Callable[["Tensor", GgufConfig], "Tensor"]
 """(tensor in the file's form, config) → the tensor in Hugging Face's form."""
 
 _LAYER_NAME = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
@@ -95,7 +95,7 @@ class GgufFamily:
 
     architecture: str
     """Name of the architecture in Hugging Face's config.json."""
-    config: Callable[[Source], Config]
+    config: Callable[[GgufSource], GgufConfig]
     outside: Mapping[str, str]
     prefix: str = "model.layers."
     layer: Mapping[str, str]
@@ -112,7 +112,7 @@ class GgufFamily:
         match = _LAYER_NAME.fullmatch(name)
         return match is not None and match[2] in self.layer
 
-    def tensors(self, name: str, tensor: "Tensor", config: Config) -> Iterator[tuple[str, "Tensor"]]:
+    def tensors(self, name: str, tensor: "Tensor", config: GgufConfig) -> Iterator[tuple[str, "Tensor"]]:
         """One of the file's tensors, for which `knows` is true, under Hugging Face's names and with its order of
         rows."""
         if self.undo_all is not None and tensor.ndim == 1:
@@ -149,7 +149,7 @@ class GgufFamily:
         short = {theirs: ours for ours, theirs in self.layer.items()}.get(module)
         return f"blk.{index}.{short}.{kind}" if short and name.startswith(self.prefix) else None
 
-    def file_form(self, name: str, tensor: "Tensor", config: Config) -> "Tensor":
+    def file_form(self, name: str, tensor: "Tensor", config: GgufConfig) -> "Tensor":
         """The inverse of `tensors` for one whole tensor: from Hugging Face's order of rows to the file's. `name` is the
         file's."""
         import torch
@@ -167,12 +167,12 @@ class GgufFamily:
         order = undo(torch.arange(len(tensor)), config).flatten()
         return torch.empty_like(tensor).index_copy_(0, order, tensor)
 
-    def lora_b(self, name: str, b: "Tensor", config: Config) -> "Tensor":
+    def lora_b(self, name: str, b: "Tensor", config: GgufConfig) -> "Tensor":
         """`file_form` for the factor [out, rank] of a change to a linear: its rows are those of the weight."""
         match = _LAYER_NAME.fullmatch(name)
         return b if match is not None and self.undo.get(match[2]) is transposed else self.file_form(name, b, config)
 
-    def weight(self, name: str, weight: "GroupedWeight", config: Config) -> tuple[str, "GroupedWeight"]:
+    def weight(self, name: str, weight: "GroupedWeight", config: GgufConfig) -> tuple[str, "GroupedWeight"]:
         """As `tensors` for a matrix in integers: only whole rows can be moved; a matrix that the file stores transposed
         is not moved."""
         import torch
@@ -192,13 +192,13 @@ class GgufFamily:
 # Inverses of the converter's changes to the order of rows. Every function is an `Undo`.
 
 
-def interleaved_q(tensor: "Tensor", config: Config) -> "Tensor":
+def interleaved_q(tensor: "Tensor", config: GgufConfig) -> "Tensor":
     """Undo the interleaving of q and k. Rope of llama.cpp's `llama` rotates neighbouring pairs of rows, Hugging Face's
     rotates row i with row i + head_dim / 2, so the converter interleaves the two halves of every head."""
     return _interleaved(tensor, config["num_attention_heads"], config["head_dim"])
 
 
-def interleaved_k(tensor: "Tensor", config: Config) -> "Tensor":
+def interleaved_k(tensor: "Tensor", config: GgufConfig) -> "Tensor":
     return _interleaved(tensor, config["num_key_value_heads"], config["head_dim"])
 
 
@@ -207,7 +207,7 @@ def _interleaved(tensor: "Tensor", heads: int, size: int) -> "Tensor":
     return tensor.reshape(heads, size // 2, 2, -1).transpose(1, 2).reshape(tensor.shape)
 
 
-def by_head(tensor: "Tensor", config: Config) -> "Tensor":
+def by_head(tensor: "Tensor", config: GgufConfig) -> "Tensor":
     """GPT-NeoX: from all queries, all keys, all values to a query, a key and a value of each head in turn."""
     heads = config["num_attention_heads"]
     size = config["hidden_size"] // heads
@@ -215,7 +215,7 @@ def by_head(tensor: "Tensor", config: Config) -> "Tensor":
     return tensor.reshape(3, heads, size, -1).transpose(0, 1).reshape(tensor.shape)
 
 
-def by_group(tensor: "Tensor", config: Config) -> "Tensor":
+def by_group(tensor: "Tensor", config: GgufConfig) -> "Tensor":
     """Falcon: from all queries, all keys, all values to each key/value head's queries, its key, and its value."""
     import torch
 
@@ -227,17 +227,17 @@ def by_group(tensor: "Tensor", config: Config) -> "Tensor":
     return torch.cat(parts, dim=1).reshape(tensor.shape)
 
 
-def transposed(tensor: "Tensor", config: Config) -> "Tensor":
+def transposed(tensor: "Tensor", config: GgufConfig) -> "Tensor":
     """GPT-2's weights are [in, out]; biases are vectors."""
     return tensor.t() if tensor.ndim == 2 else tensor
 
 
-def less_one(tensor: "Tensor", config: Config) -> "Tensor":
+def less_one(tensor: "Tensor", config: GgufConfig) -> "Tensor":
     """Gemma's norms multiply by one plus their weight, and the file has the sum."""
     return tensor - 1
 
 
-def as_row(tensor: "Tensor", config: Config) -> "Tensor":
+def as_row(tensor: "Tensor", config: GgufConfig) -> "Tensor":
     """A linear with one output, which the file may have as a vector."""
     return tensor.reshape(1, -1)
 
@@ -258,7 +258,7 @@ LONG, SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
 FACTORS = (ROPE_FACTORS, LONG, SHORT)
 
 
-def rope_scaling(source: Source) -> dict[str, Any] | None:
+def rope_scaling(source: GgufSource) -> dict[str, Any] | None:
     """The value of `rope_scaling` for a config.json. Raises `ModelLoadError` where the file does not determine it."""
     metadata = source.metadata
     if ROPE_FACTORS in source.factors:
@@ -313,7 +313,7 @@ def _llama3_factor(scale: float, scaling: Mapping[str, Any]) -> float:
     return divisor
 
 
-def _longrope(source: Source) -> dict[str, Any]:
+def _longrope(source: GgufSource) -> dict[str, Any]:
     metadata = source.metadata
     for name in (LONG, SHORT):
         if name not in source.factors:
