@@ -45,7 +45,7 @@ Device = Annotated[str, Meta(pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$")]
 
 
 class ModelSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Which weights to serve, and how to hold them."""
+    """The weights to serve, and their form in memory."""
 
     model: Annotated[NonEmpty, doc("A model directory, a GGUF file, a hub id, or `demo` (SmolLM2-135M-Instruct).")] = (
         "demo"
@@ -175,7 +175,7 @@ class CacheSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class SchedulerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What goes into a step, and who goes first."""
+    """Composition of a step, and the order of requests."""
 
     policy: Annotated[
         Literal["fcfs", "priority", "deadline", "fair"],
@@ -201,7 +201,8 @@ class SchedulerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields
         doc("Compute the KV of a preempted sequence again, or keep it in host memory (for GPUs)."),
     ] = "recompute"
     max_preemptions: Annotated[
-        Count, doc("After so many preemptions a request comes in only with room for all of its output, and stays.")
+        Count,
+        doc("After this number of preemptions a request is admitted only with room for all of its output, and stays."),
     ] = 4
     asynchronous: Annotated[
         Literal["auto", "on", "off"],

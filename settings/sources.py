@@ -1,4 +1,4 @@
-"""Where settings come from: the TOML file and the environment, as (field, origin, raw value) triples.
+"""Sources of settings: the TOML file and the environment, as (field, origin, raw value) triples.
 
 Says what is unknown there, with the nearest known name. Converts nothing.
 """
@@ -56,7 +56,7 @@ def locate(env: Mapping[str, str], file: Path | None) -> Path | None:
 
 
 def read_file(path: Path, problems: list[str]) -> list[Given]:
-    """What the TOML file gives. What cannot be read or is not known is added to `problems`."""
+    """Settings from the TOML file. Unreadable and unknown ones are added to `problems`."""
     origin = f"file {path}"
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -111,7 +111,7 @@ def _unknown_table(name: str, table: object) -> str:
 
 
 def read_env(env: Mapping[str, str], problems: list[str]) -> list[Given]:
-    """What the environment gives. An empty variable counts as not set."""
+    """Settings from the environment. An empty variable counts as not set."""
     given = []
     for variable, text in sorted(env.items()):
         if not variable.startswith("EFT_") or variable in RESERVED or is_service_link(variable, text):
@@ -127,12 +127,12 @@ def read_env(env: Mapping[str, str], problems: list[str]) -> list[Given]:
 
 
 def is_service_link(variable: str, text: str) -> bool:
-    """Whether Kubernetes set this variable to describe a service."""
+    """True if Kubernetes set this variable to describe a service."""
     return bool(_SERVICE_LINK.fullmatch(variable) or _SERVICE_URL.match(text))
 
 
 def _unknown_variable(variable: str) -> str:
-    """What to say of it; nothing where it is like no setting, and so may be another program's."""
+    """Complaint about an unknown variable; nothing where it is like no setting, and so may be another program's."""
     section = next((name for name in fields.sections() if variable.startswith(f"EFT_{name.upper()}_")), None)
     match = _near_variable(variable, 0.6 if section else 0.85)
     if section is None:

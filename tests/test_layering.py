@@ -7,14 +7,12 @@ along when a module is imported does not.
 import ast
 import functools
 import re
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-PACKAGES = ("runtime", "kernels", "settings")
+from tests.tree import PACKAGES, ROOT, modules, tracked
 
 SUBPARTS = {"runtime.trainer": {"recipe", "data", "plan", "jobs"}}
 """Packages whose packages are parts of their own; what lies beside these is the part with the package's name."""
@@ -131,16 +129,6 @@ LIGHT = {
 """Parts that may reach none of HEAVY, directly or through anything they import."""
 
 HEAVY = {"torch", "numpy", "transformers", "litestar", "uvicorn"}
-
-
-@functools.cache
-def modules() -> dict[str, Path]:
-    found = {}
-    for package in PACKAGES:
-        for path in sorted((ROOT / package).rglob("*.py")):
-            parts = path.relative_to(ROOT).with_suffix("").parts
-            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return found
 
 
 def imports(source: str, *, everywhere: bool) -> Iterator[str]:
@@ -326,15 +314,6 @@ def test_jobs_know_neither_http_nor_tensors() -> None:
         assert not {
             target for target in graph(everywhere=True)[name] if part(target) in ("runtime.workers", "runtime.api")
         }
-
-
-def tracked() -> list[Path]:
-    """The project's files: what git tracks, and what it would if it were added."""
-    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=False)
-    if done.returncode != 0:
-        pytest.skip("this is no git checkout, so which files are the project's is not known")
-    return [ROOT / line for line in done.stdout.splitlines() if (ROOT / line).is_file()]
 
 
 def test_top_level_layout() -> None:

@@ -105,7 +105,7 @@ class ReasoningParser:
         return reasoning, content
 
     def finish(self) -> tuple[str, str]:
-        """What was held back, at the end of the answer."""
+        """The text that was held back, at the end of the answer."""
         held, self._held = self._held, ""
         if self._state == "reasoning":
             return held.rstrip(), ""

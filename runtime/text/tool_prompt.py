@@ -28,7 +28,7 @@ To call a function, answer with its name and arguments as JSON inside of <tool_c
 
 @dataclass(frozen=True)
 class ToolSupport:
-    """What a chat template prints of tools."""
+    """The parts of tools and calls that a chat template prints."""
 
     tools: bool
     """It prints the descriptions of tools."""

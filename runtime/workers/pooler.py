@@ -23,7 +23,7 @@ class _Pool:
 
 
 class Pooler(Container[int]):
-    """What was pooled of each slot's prompt. The sum is kept in float64, so that it does not depend on the chunks."""
+    """Pooled hidden states of each slot's prompt. The sum is in float64, so that it does not depend on the chunks."""
 
     def __init__(self) -> None:
         self._pools: dict[int, _Pool] = {}

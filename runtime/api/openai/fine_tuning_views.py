@@ -183,7 +183,7 @@ def request_of(job: Job) -> FineTuningRequest | None:
         return None
     try:
         return _requests.decode(line.removeprefix(_MARK))
-    except msgspec.MsgspecError:  # a comment of somebody's own recipe
+    except msgspec.MsgspecError:  # the comment is a user's: this recipe was not made here
         return None
 
 

@@ -57,7 +57,7 @@ _threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="grammar")
 
 @dataclass(frozen=True)
 class Structure:
-    """What the content of an answer has to be."""
+    """Required form of an answer's content."""
 
     field: str
     """The request's field, for errors."""
@@ -94,7 +94,7 @@ PLAIN = AnswerForm()
 
 @dataclass(frozen=True)
 class FormRequest:
-    """What a request asks of the form of its answers: checked, and independent of its prompt."""
+    """Requested form of a request's answers: checked, and independent of its prompt."""
 
     structure: Structure | None = None
     tools: tuple[Tool, ...] = ()
@@ -217,7 +217,7 @@ def _is_skipped(service: "EngineService", text: str) -> bool:
 
 
 def check_form(asked: GenerationRequest, service: "EngineService", settings: Settings) -> FormRequest:
-    """What a request asks of the form of its answers. Cheap, so it runs before tokenising. Raises `InvalidRequest`,
+    """Read the requested form of the answers. Cheap, so it runs before tokenising. Raises `InvalidRequest`,
     `Unsupported`."""
     structure = _structure(asked)
     found = FormRequest(structure=structure)

@@ -7,7 +7,7 @@ from msgspec import Struct
 
 
 class ThinkingBudget(Struct, frozen=True, kw_only=True):
-    """Where reasoning begins and ends in an output, and how long it may be."""
+    """Bounds of reasoning in an output: its beginning, its end, and its largest length."""
 
     tokens: int
     """Most tokens of reasoning, without its begin and end."""

@@ -1,0 +1,72 @@
+"""Documents name files that are there, and documents and docstrings are in plain words."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.tree import PACKAGES, ROOT, modules, tracked
+
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+
+FILE = re.compile(r"[\w.-]+(?:/[\w.-]+)*\.(?:py|cpp|h|yaml|yml|md|jinja)|[\w.-]+(?:/[\w.-]+)*/")
+"""A file or a folder, as documents write it between backticks."""
+
+NOT_OURS = {
+    "llama.cpp",
+    # docs/state.md: folders of a state directory.
+    "jobs/ID/", "uploads/", "checkpoints/step-N/", "result/", "adapters/NAME/N/", "batches/ID/",
+}  # fmt: skip
+
+BANNED = re.compile(r"\b(whoever|nobody|somebody|so\s+many)\b", re.IGNORECASE)
+READ = {".py", ".cpp", ".h", ".md", ".yaml", ".yml"}
+"""Ends of the names of files that are ours to word; rows of the example recipes are not."""
+
+OPENERS = {"What", "Whether", "Whoever", "Who", "Whose", "How", "Where", "Which", "When", "Of"}
+"""Words with which no docstring begins: it opens with a noun phrase, or an imperative."""
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_every_file_that_a_document_names_is_there(path: Path) -> None:
+    files = {str(file.relative_to(ROOT)) for file in tracked()}
+    known = files | {str(parent) for file in files for parent in Path(file).parents}
+    text = path.read_text(encoding="utf-8")
+    named = {name for name in re.findall(r"`([^`\s]+)`", text) if FILE.fullmatch(name)} - NOT_OURS
+    lost = [name for name in named if not any(f"/{file}".endswith("/" + name.rstrip("/")) for file in known)]
+    links = re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", text)
+    assert not lost + [link for link in links if not (path.parent / link).exists()]
+
+
+def test_architecture_names_every_room() -> None:
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    rooms = {path.parent.name for path in (ROOT / "runtime").glob("*/__init__.py")}
+    assert not {room for room in rooms if f"{room}/" not in text}
+
+
+def test_words_are_plain() -> None:
+    ours = [path for path in tracked() if path.relative_to(ROOT).parts[0] in (*PACKAGES, "docs")]
+    texts = [path for path in [*ours, ROOT / "README.md"] if path.suffix in READ]
+    found = [
+        f"{path.relative_to(ROOT)}: {match.group()}"
+        for path in texts
+        for match in BANNED.finditer(path.read_text(encoding="utf-8"))
+    ]
+    assert not found
+
+
+def docstrings(tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield ast.get_docstring(node) or ""
+
+
+def test_docstrings_open_with_a_noun_phrase_or_an_imperative() -> None:
+    found = [
+        f"{name}: {text.splitlines()[0]}"
+        for name, path in modules().items()
+        for text in docstrings(ast.parse(path.read_text(encoding="utf-8")))
+        if text and re.split(r"\W", text)[0] in OPENERS
+    ]
+    assert not found
