@@ -157,7 +157,13 @@ def test_share_of_the_queue(limiter: Limiter) -> None:
 
 
 def test_an_idle_engine_takes_a_burst(limiter: Limiter) -> None:
-    reserve(enter(limiter, principal(max_queue_share=0.1)), sequences=5, num_running=0)
+    """A share of 1 of the 10 places in the queue: five sequences are over it, unless they need not wait there."""
+    who = principal(max_queue_share=0.1)
+    with pytest.raises(QueueShareFull):
+        reserve(enter(limiter, who), sequences=5, num_running=4)
+    reserve(enter(limiter, who), sequences=5, num_running=0)
+    with pytest.raises(QueueShareFull, match="there are 5"):
+        reserve(enter(limiter, who), num_running=0)
 
 
 @pytest.mark.parametrize(("asked", "param"), [({"priority": -1}, "priority"), ({"deadline": 0.5}, "deadline_ms")])

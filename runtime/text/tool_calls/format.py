@@ -33,7 +33,7 @@ class Tool:
 
 
 class ToolFormat(ABC):
-    """Base of the formats. A subclass gives a parser, and one of the call and its beginning as grammars."""
+    """A form of calls: its parser, and its grammars."""
 
     name: ClassVar[str]
     aliases: ClassVar[tuple[str, ...]] = ()
@@ -56,21 +56,31 @@ class ToolFormat(ABC):
     def parser(self, tools: Sequence[Tool]) -> ToolParser:
         """Parser of one answer."""
 
-    def marked(self, builder: GrammarBuilder, tools: Sequence[Tool], *, parallel: bool) -> str:
-        """Expression for what follows `marker`: all that one marker stands for. With `parallel` a list may hold several
-        calls."""
-        raise NotImplementedError
+    @abstractmethod
+    def calls(self, builder: GrammarBuilder, tools: Sequence[Tool], *, parallel: bool) -> str:
+        """Expression for an answer of calls alone: at least one, and at most one unless `parallel`."""
+
+    @abstractmethod
+    def answer(self, builder: GrammarBuilder, tools: Sequence[Tool], *, parallel: bool) -> str:
+        """Expression for any answer in which a call that has begun is held to its tool. Nothing follows calls."""
+
+
+class MarkedFormat(ToolFormat):
+    """Base of the formats in which every call, or every list of calls, follows `marker`."""
 
     repeats: ClassVar[bool] = True
     """True if each of several calls has a marker of its own."""
 
+    @abstractmethod
+    def marked(self, builder: GrammarBuilder, tools: Sequence[Tool], *, parallel: bool) -> str:
+        """Expression for what follows `marker`: all that one marker stands for. With `parallel` a list may hold several
+        calls."""
+
     def calls(self, builder: GrammarBuilder, tools: Sequence[Tool], *, parallel: bool) -> str:
-        """Expression for an answer of calls alone: at least one, and at most one unless `parallel`."""
         group = builder.rule("group", f"{builder.marker(self.marker)} {self._marked(builder, tools, parallel)}")
         return f"{group} ({_space(builder)}? {group})*" if parallel and self.repeats else group
 
     def answer(self, builder: GrammarBuilder, tools: Sequence[Tool], *, parallel: bool) -> str:
-        """Expression for any answer in which a call that has begun is held to its tool. Nothing follows calls."""
         marked = self._marked(builder, tools, parallel)
         text = builder.text("TEXT", without=[self.marker])
         head = builder.text_through("head", self.marker)

@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 
 from runtime.text.grammar.source import GrammarBuilder
-from runtime.text.tool_calls.format import Tool, ToolFormat
+from runtime.text.tool_calls.format import MarkedFormat, Tool
 from runtime.text.tool_calls.json_calls import JsonCallParser, call_rule
 from runtime.text.tool_calls.reader import Reading, ToolParser
 
 BEGIN, END = "<tool_call>", "</tool_call>"
 
 
-class HermesFormat(ToolFormat):
+class HermesFormat(MarkedFormat):
     name = "hermes"
     aliases = ("qwen", "qwen2.5", "qwen3", "granite4", "longcat")
     marker = BEGIN

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from runtime.text.grammar.source import GrammarBuilder, literal
-from runtime.text.tool_calls.format import Tool, ToolFormat
+from runtime.text.tool_calls.format import MarkedFormat, Tool
 from runtime.text.tool_calls.json_calls import JsonCallParser, call_rule
 from runtime.text.tool_calls.reader import Reading, ToolParser
 
 
-class ListFormat(ToolFormat):
+class ListFormat(MarkedFormat):
     """`marker[{"name": …, "arguments": {…}}, …]`, and a text after the list in some."""
 
     repeats = False
@@ -44,7 +44,7 @@ class MistralFormat(ListFormat):
         return MistralParser([tool.name for tool in tools])
 
 
-class NamedMistralFormat(ToolFormat):
+class NamedMistralFormat(MarkedFormat):
     """Mistral's later models: `[TOOL_CALLS]name[ARGS]{…}` for each call."""
 
     name = "mistral_args"

@@ -6,7 +6,7 @@ from typing import Any
 
 from runtime.errors import Unsupported
 from runtime.text.grammar.source import GrammarBuilder, choice_part, json_part, literal
-from runtime.text.tool_calls.format import Tool, ToolFormat
+from runtime.text.tool_calls.format import MarkedFormat, Tool
 from runtime.text.tool_calls.json_values import loads
 from runtime.text.tool_calls.pythonic import in_order, properties_of
 from runtime.text.tool_calls.reader import CharacterParser, Reading, ToolParser
@@ -18,7 +18,7 @@ _ANNOTATIONS = frozenset(
 )
 
 
-class QwenCoderFormat(ToolFormat):
+class QwenCoderFormat(MarkedFormat):
     name = "qwen3_coder"
     aliases = ("qwen3_xml",)
     marker = BEGIN

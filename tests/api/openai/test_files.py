@@ -173,6 +173,7 @@ def test_an_upload_that_breaks_off_leaves_nothing(server: RunningServer, state: 
         connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content[:150_000])
         wait_for(lambda: on_disk(state), bool)
     wait_for(lambda: on_disk(state), lambda names: names == [])
+    assert httpx.get(f"{server.url}/v1/files").json()["data"] == []
 
 
 def test_quotas(server: RunningServer, client: openai.OpenAI, state: Path) -> None:

@@ -124,7 +124,8 @@ def test_an_answer_may_also_be_text(
 ) -> None:
     grammar = grammar_of(special_compiler, name, forced=False, parallel=True)
     state = special_compiler.compile(grammar).start()
-    state.follow([*special_tokenizer.encode(text), special_tokenizer.eos_ids[0]])
+    ids = [*special_tokenizer.encode(text), special_tokenizer.eos_ids[0]]
+    assert [state.accept(id) for id in ids] == [True] * len(ids)
 
 
 def test_a_special_marker_cannot_be_spelled_out(

@@ -13,7 +13,7 @@ from runtime.errors import Conflict, NotFound
 from runtime.support.threads import WorkerThread
 from runtime.trainer.jobs.execution import delete_discarded
 from runtime.trainer.jobs.manager import JobManager
-from runtime.trainer.jobs.records import JobFile, JobSubmission
+from runtime.trainer.jobs.records import Job, JobFile, JobSubmission
 from runtime.trainer.jobs.retention import Due, Keep, Retention
 from tests.limited import ROOT
 from tests.trainer.jobs.fakes import World
@@ -144,13 +144,14 @@ async def test_it_goes_by_itself(tmp_path: Path) -> None:
     world.manager = JobManager(world.database, directories, engine, world.meters, max_waiting=9, keep=Keep(jobs=0.05))
     await world.manager.start()
     job = await world.submit("name: a")
+    folder = world.manager.directories.folder(job.id)
+    found: list[Job] = [job]
     for _ in range(500):
         found, _ = await world.manager.store.page(after=None, limit=9, states=())
-        if not found and not world.manager.directories.folder(job.id).exists():
+        if not found and not folder.exists():
             break
         await asyncio.sleep(0.02)
-    else:
-        raise AssertionError("it is still there")
+    assert (found, folder.exists()) == ([], False)
     await world.stop()
 
 
