@@ -21,6 +21,8 @@ PLACES = ("qkv", "out", "gate_up", "down")
 
 
 class LinearWeights(NamedTuple):
+    """Weight and bias of one linear."""
+
     weight: Weight
     """[out, in]"""
     bias: Tensor | None
@@ -48,6 +50,8 @@ class LayerWeights:
 
 @dataclass(frozen=True, eq=False)
 class LayerStack:
+    """The weights of all layers, and what the fused pass must know of their shapes."""
+
     layers: tuple[LayerWeights, ...]
     heads: int
     kv_heads: int

@@ -47,46 +47,62 @@ class GrammarTooComplex(InvalidRequest):
 
 
 class Unauthorized(RequestError):
+    """No key, or one that is not known: 401."""
+
     status = 401
     type = "invalid_request_error"
     default_code = "invalid_api_key"
 
 
 class Forbidden(RequestError):
+    """A known caller without the right: 403."""
+
     status = 403
     type = "permission_error"
     default_code = "forbidden"
 
 
 class NotFound(RequestError):
+    """No such object: 404."""
+
     status = 404
     type = "invalid_request_error"
     default_code = "not_found"
 
 
 class ModelNotFound(NotFound):
+    """No model or adapter has the requested name: 404."""
+
     default_code = "model_not_found"
 
 
 class MethodNotAllowed(RequestError):
+    """A path that has no such method: 405."""
+
     status = 405
     type = "invalid_request_error"
     default_code = "method_not_allowed"
 
 
 class Conflict(RequestError):
+    """A request that the object's present state does not allow: 409."""
+
     status = 409
     type = "invalid_request_error"
     default_code = "conflict"
 
 
 class PayloadTooLarge(RequestError):
+    """A body or an upload over its limit: 413."""
+
     status = 413
     type = "invalid_request_error"
     default_code = "payload_too_large"
 
 
 class UnsupportedMediaType(RequestError):
+    """A body in a form that is not read here: 415."""
+
     status = 415
     type = "invalid_request_error"
     default_code = "unsupported_media_type"

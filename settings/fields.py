@@ -101,6 +101,7 @@ def fields() -> tuple[Field, ...]:
 
 @functools.cache
 def by_key() -> dict[str, Field]:
+    """All settings, by key (`server.port`)."""
     return {field.key: field for field in fields()}
 
 
@@ -112,6 +113,7 @@ def by_name() -> dict[str, Field]:
 
 @functools.cache
 def by_env() -> dict[str, Field]:
+    """All settings, by environment variable."""
     return {field.env: field for field in fields()}
 
 

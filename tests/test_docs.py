@@ -70,3 +70,23 @@ def test_docstrings_open_with_a_noun_phrase_or_an_imperative() -> None:
         if text and re.split(r"\W", text)[0] in OPENERS
     ]
     assert not found
+
+
+WIRE = "runtime.api"
+"""Structs of this part have the fields of other people's APIs, whose documentation says what they are."""
+BY_ARCHITECTURE = "runtime.checkpoints.gguf.families.configs"
+"""One function for each architecture, of its name: the module says what they do."""
+
+
+def test_public_classes_and_functions_have_docstrings() -> None:
+    missing = []
+    for name, path in modules().items():
+        if name == BY_ARCHITECTURE:
+            continue
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if not isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            wire = name.startswith(WIRE) and isinstance(node, ast.ClassDef)
+            if not node.name.startswith("_") and not wire and ast.get_docstring(node) is None:
+                missing.append(f"{name}.{node.name}")
+    assert not missing

@@ -66,6 +66,7 @@ def find_compiler() -> str | None:
 
 
 def sources() -> list[Path]:
+    """The C++ files of the library, sorted."""
     return sorted(HERE.glob("*.cpp"))
 
 

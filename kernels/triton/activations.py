@@ -75,6 +75,7 @@ class RotatedRows:
 
 
 def quantise_rotated(x: Tensor) -> RotatedRows:
+    """Rotate rows [tokens, inputs] in blocks and quantise each to int8 with one scale a row."""
     x = rows(x)
     count, size = x.shape
     padded = -(-size // TURNED) * TURNED
@@ -100,6 +101,7 @@ class GroupedRows:
 
 
 def quantise_grouped(x: Tensor) -> GroupedRows:
+    """Quantise rows [tokens, inputs] to int8 in groups of inputs with a scale each."""
     x = rows(x)
     count, size = x.shape
     groups = -(-size // GROUP)

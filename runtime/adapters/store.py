@@ -274,6 +274,7 @@ def add_version(connection: Connection, version: Version) -> None:
 
 
 def insert_version(connection: Connection, version: Version) -> None:
+    """Insert a version's row."""
     connection.execute(
         "INSERT INTO adapter_versions (name, number, key, created, rank, base, sha256, job, step, metrics)"
         " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
@@ -315,10 +316,12 @@ def roll_back(connection: Connection, name: str, number: int) -> None:
 
 
 def set_served(connection: Connection, name: str, *, served: bool) -> None:
+    """Record whether an adapter is served."""
     connection.execute("UPDATE adapters SET served = ? WHERE name = ?", (served, name))
 
 
 def set_canary(connection: Connection, name: str, canary: Canary | None) -> None:
+    """Set an adapter's canary; None removes it."""
     values = (canary.version, canary.weight) if canary else (None, None)
     connection.execute("UPDATE adapters SET canary = ?, canary_weight = ? WHERE name = ?", (*values, name))
 
@@ -333,6 +336,7 @@ def set_alias(connection: Connection, alias: str, name: str) -> None:
 
 
 def delete_alias(connection: Connection, alias: str) -> None:
+    """Delete an alias."""
     connection.execute("DELETE FROM adapter_aliases WHERE alias = ?", (alias,))
 
 

@@ -119,5 +119,6 @@ class Api:
 
 
 def api_of(request: AnyRequest) -> Api:
+    """State that the app's handlers share."""
     api: Api = request.app.state.api
     return api

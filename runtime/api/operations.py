@@ -52,6 +52,7 @@ async def ready(request: AnyRequest) -> ServerStatus:
 
 @get("/version")
 async def get_version() -> ServerVersion:
+    """The server's version."""
     return ServerVersion(version())
 
 

@@ -22,6 +22,7 @@ _log = get_logger("batches")
 
 
 def new_batch_id() -> str:
+    """A new random id of a batch."""
     return f"batch_{secrets.token_hex(12)}"
 
 

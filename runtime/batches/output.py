@@ -32,6 +32,8 @@ _log = get_logger("batches")
 
 
 class LineResponse(Struct, frozen=True, kw_only=True):
+    """`response` of an output line."""
+
     status_code: int
     request_id: str
     body: msgspec.Raw
@@ -81,6 +83,7 @@ _answered = msgspec.json.Decoder(_Answered)
 
 
 def answer_line(custom_id: str, answer: Answer) -> bytes:
+    """Output line of a request that was answered, whatever its status."""
     response = LineResponse(
         status_code=answer.status, request_id=answer.request_id, body=msgspec.Raw(answer.body.strip())
     )
@@ -88,6 +91,7 @@ def answer_line(custom_id: str, answer: Answer) -> bytes:
 
 
 def error_line(custom_id: str | None, error: LineError) -> bytes:
+    """Output line of a request that could not be asked."""
     return _encode(OutputLine(id=_new_id(), custom_id=custom_id, response=None, error=error))
 
 

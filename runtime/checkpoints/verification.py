@@ -181,6 +181,8 @@ Logits = Callable[[list[int]], Tensor]
 
 
 def ours(model: Model) -> Logits:
+    """Logits of our decoder for one sequence, on the model's device."""
+
     def logits(ids: list[int]) -> Tensor:
         positions = torch.arange(len(ids), device=model.device)
         attention = PackedAttention(model.ops, [len(ids)], model.spec)

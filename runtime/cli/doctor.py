@@ -92,6 +92,7 @@ _PACKAGES = (
 
 
 def find_software() -> list[Finding]:
+    """Versions, a clash of packages, threads, and kernels."""
     return [
         Finding("software", "eft", version()),
         Finding("software", "Python", platform.python_version()),
@@ -148,6 +149,7 @@ def _kernels() -> list[Finding]:
 
 
 def find_flash_attention() -> list[Finding]:
+    """Use of flash-attn, or the reason against it."""
     try:
         flash = importlib.import_module("kernels.triton.flash")
         reason: str | None = flash.unavailable()
@@ -189,6 +191,7 @@ _INSTRUCTION_SETS = (
 
 
 def find_machine() -> list[Finding]:
+    """Processor, memory, GPU and compiler."""
     return [
         Finding("machine", "system", f"{platform.system()} {platform.release()} {platform.machine()}"),
         *_processor(),
@@ -263,6 +266,7 @@ _HUB_PREFIX = "models--"
 
 
 def find_storage() -> list[Finding]:
+    """Disks, and the content of the model caches."""
     return [
         _directory("cache of Eft", cache_directory()),
         _demo(),
@@ -326,6 +330,7 @@ GROUPS = ("eft.models", "eft.hooks")
 
 
 def find_plugins() -> list[Finding]:
+    """Plugins of other packages; those that cannot be loaded are problems."""
     return [finding for group in GROUPS for finding in _group_of_plugins(group)]
 
 
@@ -355,6 +360,7 @@ _LOGIN_IN_URL = re.compile(r"(?<=://)[^/@\s]+@")
 
 
 def find_environment() -> list[Finding]:
+    """Settings and environment variables, without secrets."""
     return [_settings_file(), _settings(), *_variables()]
 
 

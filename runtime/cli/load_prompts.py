@@ -128,6 +128,7 @@ def request_body(model: str, spec: LoadSpec, prompt: LoadPrompt, max_tokens: int
 
 
 def path_of(spec: LoadSpec) -> str:
+    """The path of the endpoint that a load is sent to."""
     return "/v1/completions" if spec.endpoint == "completions" else "/v1/chat/completions"
 
 

@@ -28,16 +28,22 @@ from runtime.cli.load_prompts import LoadPrompt, LoadSpec, make_prompts, path_of
 
 
 class Details(Struct):
+    """`usage.prompt_tokens_details` of an answer."""
+
     cached_tokens: int | None = None
 
 
 class SampleUsage(Struct):
+    """`usage` of an answer."""
+
     prompt_tokens: int = 0
     completion_tokens: int | None = 0
     prompt_tokens_details: Details | None = None
 
 
 class Delta(Struct):
+    """`delta` of a streamed choice."""
+
     content: str | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
@@ -45,6 +51,8 @@ class Delta(Struct):
 
 
 class Choice(Struct):
+    """A choice of a streamed chunk: of a chat (`delta`) or a completion (`text`)."""
+
     text: str | None = None
     delta: Delta | None = None
     finish_reason: str | None = None

@@ -24,6 +24,8 @@ MAX_LISTED = 1000
 
 @dataclass(frozen=True)
 class RecipeFiles:
+    """A recipe and the data files that go with it."""
+
     recipe: bytes
     data: dict[str, Path]
     """Name in the recipe → path of the file."""

@@ -193,10 +193,12 @@ def _had_a_row(folder: Path) -> bool:
 
 
 def job_folders(directory: Path) -> list[Path]:
+    """Folders of jobs in a state directory, unfinished ones left out."""
     return [path for path in (directory / "jobs").glob("*") if path.is_dir() and PARTIAL not in path.name]
 
 
 def adapter_folders(directory: Path) -> list[Path]:
+    """Folders of versions in a state directory, unfinished ones left out."""
     return [path for path in versions(directory / "adapters") if PARTIAL not in path.name]
 
 

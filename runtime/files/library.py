@@ -42,6 +42,7 @@ _log = get_logger("files")
 
 
 def new_file_id() -> str:
+    """A new random id of a file."""
     return f"file-{secrets.token_hex(12)}"
 
 

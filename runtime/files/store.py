@@ -50,6 +50,7 @@ def find(connection: sqlite3.Connection, file_id: str, owner: str | None, *, par
 
 
 def insert(connection: sqlite3.Connection, file: StoredFile) -> None:
+    """Insert a file's row."""
     names = ", ".join(StoredFile.__struct_fields__)
     marks = ", ".join("?" * len(StoredFile.__struct_fields__))
     values = tuple(getattr(file, name) for name in StoredFile.__struct_fields__)
@@ -62,10 +63,12 @@ def hold(connection: sqlite3.Connection, file_id: str, user: str) -> None:
 
 
 def release(connection: sqlite3.Connection, user: str) -> None:
+    """Release the files that `user` holds."""
     connection.execute("DELETE FROM file_uses WHERE user = ?", (user,))
 
 
 def to_file(row: sqlite3.Row) -> StoredFile:
+    """The file of a row."""
     return StoredFile(**{name: row[name] for name in StoredFile.__struct_fields__})
 
 

@@ -29,6 +29,8 @@ ACTIVATIONS = {
 
 
 class MLP(Protocol):
+    """The feed-forward part of a layer: dense, or a mixture of experts."""
+
     linears: dict[str, Linear]
 
     @property

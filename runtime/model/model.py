@@ -17,6 +17,8 @@ from runtime.model.split import Vocabulary
 
 
 class Layer(Protocol):
+    """A layer as adapters see it: its index and its linears."""
+
     @property
     def index(self) -> int: ...
 

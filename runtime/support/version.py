@@ -9,6 +9,7 @@ from pathlib import Path
 
 @functools.cache
 def version() -> str:
+    """Version of Eft: the installed package's, or the source tree's."""
     try:
         return importlib.metadata.version("eft-server")
     except importlib.metadata.PackageNotFoundError:

@@ -21,6 +21,7 @@ _SHOWN = 200
 
 
 def entry_error(name: str, problem: str) -> InvalidRequest:
+    """Error that names an entry of an uploaded archive."""
     shown = name[:_SHOWN].encode("utf-8", "replace").decode()
     return InvalidRequest(f"The upload's entry `{shown}` {problem}.", param=shown, code="invalid_upload")
 

@@ -96,10 +96,12 @@ class DryRun(Struct, kw_only=True):
 
 
 def job_item(job: Job, progress: JobProgress) -> JobItem:
+    """A job as lists show it."""
     return JobItem(**_fields(job, progress))
 
 
 def job_detail(job: Job, progress: JobProgress, files: list[JobFile], checkpoints: list[JobCheckpoint]) -> JobDetail:
+    """A job in full."""
     return JobDetail(
         **_fields(job, progress),
         summary=job.summary,
@@ -112,6 +114,7 @@ def job_detail(job: Job, progress: JobProgress, files: list[JobFile], checkpoint
 
 
 def event_item(event: JobEvent) -> EventItem:
+    """An event as clients see it."""
     return EventItem(
         id=str(event.number),
         created_at=int(event.created_at),

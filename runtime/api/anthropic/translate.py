@@ -206,6 +206,7 @@ def message_of(chat: ChatCompletion, id: str) -> Message:
 
 
 def usage_of(usage: Usage) -> MessageUsage:
+    """Usage in Anthropic's terms, where cached tokens are not input tokens."""
     cached = usage.prompt_tokens_details.cached_tokens
     return MessageUsage(
         input_tokens=usage.prompt_tokens - cached,

@@ -101,6 +101,7 @@ async def _chunks(request: Request[Any, Any, Any], limit: int) -> AsyncGenerator
 
 
 def too_large(limit: int) -> PayloadTooLarge:
+    """Error for a body over `limit` bytes."""
     return PayloadTooLarge(f"The request's body is larger than {limit} bytes.")
 
 

@@ -59,6 +59,7 @@ class ErrorBody(msgspec.Struct):
 
 
 def body_of(error: RequestError) -> ErrorBody:
+    """OpenAI's error body for an error."""
     return ErrorBody(ErrorDetail(error.message, error.type, error.param, error.code))
 
 

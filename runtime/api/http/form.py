@@ -44,6 +44,7 @@ async def segments(
 
 
 def check_boundary(boundary: str) -> None:
+    """Raise `InvalidRequest` for a boundary that a form cannot have."""
     if not 1 <= len(boundary) <= 200:
         raise InvalidRequest("The multipart/form-data has no valid boundary.")
 

@@ -61,6 +61,7 @@ E = TypeVar("E", bound=msgspec.Struct)
 
 
 def event(data: msgspec.Struct) -> bytes:
+    """A server-sent event without a name, its data as JSON."""
     return b"data: " + msgspec.json.encode(data) + b"\n\n"
 
 

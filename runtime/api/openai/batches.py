@@ -139,6 +139,7 @@ ROUTES = (create_batch, list_batches, retrieve_batch, cancel_batch)
 
 
 def batch_object(batch: Batch) -> BatchObject:
+    """A batch in OpenAI's shape."""
     fields: dict[str, Any] = {name: getattr(batch, name) for name in _SAME}
     return BatchObject(
         **fields,

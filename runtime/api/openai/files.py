@@ -124,6 +124,7 @@ ROUTES = (upload_file, list_files, retrieve_file, file_content, delete_file)
 
 
 def file_object(file: StoredFile) -> FileObject:
+    """A stored file in OpenAI's shape."""
     return FileObject(
         id=file.id,
         bytes=file.bytes,

@@ -212,6 +212,7 @@ def job_view(job: Job, progress: JobProgress, served: str, estimated_finish: int
 
 
 def event_view(job_id: str, event: JobEvent) -> FineTuningEvent:
+    """An event in OpenAI's shape."""
     return FineTuningEvent(
         id=f"ftevent-{job_id}-{event.number}",
         created_at=int(event.created_at),
@@ -223,6 +224,7 @@ def event_view(job_id: str, event: JobEvent) -> FineTuningEvent:
 
 
 def checkpoint_view(job: Job, checkpoint: JobCheckpoint, metrics: dict[str, float]) -> FineTuningCheckpoint:
+    """A checkpoint in OpenAI's shape."""
     return FineTuningCheckpoint(
         id=f"ftckpt-{job.id}-{checkpoint.step}",
         created_at=int(checkpoint.created_at),

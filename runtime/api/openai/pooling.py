@@ -73,6 +73,7 @@ class PooledUsage(msgspec.Struct, kw_only=True):
 
 
 def usage_of(prompts: Sequence[Sequence[int]]) -> PooledUsage:
+    """Usage of prompts that were pooled, in tokens."""
     count = sum(map(len, prompts))
     return PooledUsage(prompt_tokens=count, total_tokens=count)
 

@@ -49,6 +49,7 @@ DEFAULT_COMPLETION_TOKENS = 16
 
 
 def choices_of(request: GenerationRequest) -> int:
+    """Number of choices that are answered for each prompt."""
     return 1 if request.n is None else request.n
 
 

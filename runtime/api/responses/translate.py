@@ -47,6 +47,7 @@ _MODES = frozenset({"none", "auto", "required"})
 
 
 def new_id(prefix: str) -> str:
+    """A new random id."""
     return f"{prefix}_{uuid.uuid4().hex}"
 
 
@@ -170,6 +171,7 @@ def _check(asked: ResponseRequest) -> None:
 
 
 def items_of(asked: ResponseRequest) -> list[Item]:
+    """The input as items. Raises `InvalidRequest` for an empty one."""
     if isinstance(asked.input, str):
         return [Item(role="user", content=[InputPart(type="input_text", text=asked.input)])]
     if not asked.input and asked.previous_response_id is None:
@@ -275,6 +277,7 @@ def _tool(tool: FunctionTool, path: str) -> dict[str, Any]:
 
 
 def usage_of(usage: Usage) -> ResponseUsage:
+    """Usage in the terms of the Responses API."""
     return ResponseUsage(
         input_tokens=usage.prompt_tokens,
         input_tokens_details=InputTokensDetails(cached_tokens=usage.prompt_tokens_details.cached_tokens),

@@ -162,6 +162,7 @@ def head_dim(
 
 
 def num_layers(config: Config) -> int:
+    """`num_hidden_layers` of a config. Raises `ConfigError`."""
     return count(config, "num_hidden_layers")
 
 

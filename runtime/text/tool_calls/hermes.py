@@ -11,6 +11,8 @@ BEGIN, END = "<tool_call>", "</tool_call>"
 
 
 class HermesFormat(MarkedFormat):
+    """A JSON object between tags for each call."""
+
     name = "hermes"
     aliases = ("qwen", "qwen2.5", "qwen3", "granite4", "longcat")
     marker = BEGIN

@@ -11,6 +11,8 @@ TAG = "<|python_tag|>"
 
 
 class LlamaFormat(ToolFormat):
+    """JSON objects without tags, of name and parameters."""
+
     name = "llama3_json"
     aliases = ("llama", "llama4_json")
     marker = TAG

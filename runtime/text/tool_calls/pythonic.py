@@ -20,6 +20,8 @@ _HANDLED = frozenset({
 
 
 class PythonicFormat(ToolFormat):
+    """A list of calls as Python writes them."""
+
     name = "pythonic"
     aliases = ("llama4_pythonic",)
     marker = BEGIN

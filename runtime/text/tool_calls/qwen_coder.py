@@ -19,6 +19,8 @@ _ANNOTATIONS = frozenset(
 
 
 class QwenCoderFormat(MarkedFormat):
+    """Tags for a call, its function and each parameter."""
+
     name = "qwen3_coder"
     aliases = ("qwen3_xml",)
     marker = BEGIN

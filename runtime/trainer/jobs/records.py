@@ -147,6 +147,8 @@ class Note(Struct, frozen=True):
 
 
 class JobCheckpoint(Struct, frozen=True, kw_only=True):
+    """A checkpoint's row. `created_at`: seconds since the epoch."""
+
     step: int
     best: bool
     created_at: float

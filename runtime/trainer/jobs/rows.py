@@ -57,6 +57,7 @@ def record(connection: sqlite3.Connection, job_id: str) -> JobRecord | None:
 
 
 def files(connection: sqlite3.Connection, job_id: str) -> list[JobFile]:
+    """Read the files of a job, in the order in which they were sent."""
     query = "SELECT name, stored_as, bytes FROM job_files WHERE job_id = ? ORDER BY stored_as"
     return [
         JobFile(name=row["name"], stored_as=row["stored_as"], bytes=row["bytes"])
@@ -83,6 +84,7 @@ def move(connection: sqlite3.Connection, job_id: str, to: JobState, note: Note, 
 
 
 def fail(connection: sqlite3.Connection, job_id: str, error: JobError) -> Job:
+    """Move a job to `failed`, with the reason."""
     return move(
         connection,
         job_id,
@@ -95,6 +97,7 @@ def fail(connection: sqlite3.Connection, job_id: str, error: JobError) -> Job:
 
 
 def change(connection: sqlite3.Connection, job_id: str, **columns: Any) -> None:
+    """Set columns of a job."""
     assert columns.keys() <= _COLUMNS | {"state", "started_at", "finished_at"}
     assignments = ", ".join(f"{name} = ?" for name in columns)
     connection.execute(f"UPDATE jobs SET {assignments} WHERE id = ?", (*columns.values(), job_id))
@@ -135,6 +138,7 @@ def insert_event(connection: sqlite3.Connection, job_id: str, event: JobEvent, *
 
 
 def add_checkpoint(connection: sqlite3.Connection, job_id: str, checkpoint: JobCheckpoint) -> None:
+    """Insert a checkpoint; the best one so far is the only best one."""
     if checkpoint.best:
         connection.execute("UPDATE job_checkpoints SET best = 0 WHERE job_id = ?", (job_id,))
     connection.execute(
@@ -144,6 +148,7 @@ def add_checkpoint(connection: sqlite3.Connection, job_id: str, checkpoint: JobC
 
 
 def add_result(connection: sqlite3.Connection, job_id: str, step: int) -> None:
+    """Record that the result of a finished run is on the disk."""
     connection.execute("INSERT INTO job_results (job_id, step) VALUES (?, ?)", (job_id, step))
 
 
@@ -191,6 +196,7 @@ def events(connection: sqlite3.Connection, job_id: str, after: int, limit: int) 
 
 
 def drop_checkpoints(connection: sqlite3.Connection, job_id: str, steps: list[int]) -> None:
+    """Delete the rows of these checkpoints."""
     values = [(job_id, step) for step in steps]
     connection.executemany("DELETE FROM job_checkpoints WHERE job_id = ? AND step = ?", values)
 
@@ -206,6 +212,7 @@ def counts(connection: sqlite3.Connection) -> dict[str, int]:
 
 
 def to_job(row: sqlite3.Row) -> Job:
+    """The job of a row."""
     error = row["error_code"] and JobError(row["error_code"], row["error_message"], row["error_param"])
     return Job(
         id=row["id"],
@@ -226,6 +233,7 @@ def to_job(row: sqlite3.Row) -> Job:
 
 
 def to_event(row: sqlite3.Row) -> JobEvent:
+    """The event of a row."""
     return JobEvent(
         number=row["number"],
         created_at=row["created_at"],

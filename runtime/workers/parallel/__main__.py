@@ -11,6 +11,7 @@ from runtime.workers.parallel.launch import die_with
 
 
 def main() -> None:
+    """Follow the engine's process over an inherited socket, to its end."""
     descriptor, parent = map(int, sys.argv[1:])
     die_with(parent)
     share_one_arena()

@@ -78,6 +78,8 @@ class LoadAdapter(Struct, frozen=True, tag=True):
 
 
 class UnloadAdapter(Struct, frozen=True, tag=True):
+    """Free a version's slot on a rank."""
+
     key: str
 
 
@@ -151,6 +153,8 @@ class ModelLoaded(Struct, frozen=True, tag=True):
 
 
 class Stepped(Struct, frozen=True, tag=True):
+    """A rank's result of a step."""
+
     result: StepResult
 
 
@@ -165,6 +169,8 @@ class Advanced(Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Captured(Struct, frozen=True, tag=True):
+    """A rank's answer to a request for a snapshot."""
+
     snapshot: Tensors | None
     """None on all ranks except the first."""
 

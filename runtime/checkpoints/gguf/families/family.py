@@ -199,6 +199,7 @@ def interleaved_q(tensor: "Tensor", config: GgufConfig) -> "Tensor":
 
 
 def interleaved_k(tensor: "Tensor", config: GgufConfig) -> "Tensor":
+    """Rows of keys in Hugging Face's order: as `interleaved_q`, by the number of KV heads."""
     return _interleaved(tensor, config["num_key_value_heads"], config["head_dim"])
 
 
