@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from runtime import responses as module
 from runtime.errors import InvalidRequest, NotFound
 from runtime.responses import SCHEMA, ResponseStore, StoredResponse
-from runtime.responses import store as module
 from runtime.support.database import Database
 
 pytestmark = pytest.mark.anyio
