@@ -68,10 +68,14 @@ class Counts(Struct, kw_only=True):
 
 
 class CachedTokens(Struct, kw_only=True):
+    """`input_tokens_details` of a batch's usage."""
+
     cached_tokens: int = 0
 
 
 class ReasoningTokens(Struct, kw_only=True):
+    """`output_tokens_details` of a batch's usage."""
+
     reasoning_tokens: int = 0
 
 

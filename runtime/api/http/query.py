@@ -27,6 +27,7 @@ def check_names(request: AnyRequest, known: Iterable[str]) -> None:
 
 
 def integer(request: AnyRequest, name: str, *, default: int, least: int, most: int) -> int:
+    """A parameter as a whole number in a range. Raises `InvalidRequest`."""
     text = single(request, name)
     return default if text is None else number(text, name, least=least, most=most)
 
@@ -130,5 +131,6 @@ def page_request(
 
 
 def object_page(data: Sequence[L], has_more: bool) -> ObjectPage[L]:
+    """A page of objects, with the ids of its first and its last."""
     first, last = (data[0].id, data[-1].id) if data else (None, None)
     return ObjectPage(data=list(data), first_id=first, last_id=last, has_more=has_more)
