@@ -11,7 +11,7 @@ from cyclopts import Parameter
 
 from runtime.cli.adapters import fetch_adapter
 from runtime.cli.client import DEFAULT_URL, AdminKey, Url
-from runtime.cli.flags import Config, Json, read_settings, with_settings
+from runtime.cli.flags import ConfigFile, Json, read_settings, with_settings
 from runtime.cli.output import CommandError, UsageError
 from settings.schema import ModelSettings
 
@@ -45,7 +45,7 @@ def export(
     url: Url = DEFAULT_URL,
     admin_key: AdminKey = None,
     json: Json = False,
-    config: Config = None,
+    config: ConfigFile = None,
     **flags: Any,
 ) -> None:
     """Write an adapter for other programs; what exists is left as it is."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from runtime.checkpoints.checkpoint import Checkpoint
 from runtime.checkpoints.export.gguf_metadata import family_of, metadata_of, rope_factors
 from runtime.checkpoints.export.merge import Merge
-from runtime.checkpoints.gguf.blocks import FORMATS, Bytes, Floats, dequantise
+from runtime.checkpoints.gguf.blocks import FORMATS, ByteArray, Floats, dequantise
 from runtime.checkpoints.gguf.container import GgufFile, Metadata, TensorInfo
 from runtime.checkpoints.gguf.families import GgufFamily, find_family
 from runtime.checkpoints.gguf.writing import (
@@ -54,7 +54,7 @@ def write_merged(path: Path, merge: Merge, *, type: str | None, name: str) -> No
     write_gguf(path, fields, tensors)
 
 
-def _as_bytes(values: Floats) -> list[Bytes]:
+def _as_bytes(values: Floats) -> list[ByteArray]:
     return [values.view(np.uint8)]
 
 
@@ -104,7 +104,7 @@ def _copied(file: GgufFile, info: TensorInfo) -> OutTensor:
     return OutTensor(info.name, info.shape, info.type, lambda: [_stored(file, info)])
 
 
-def _stored(file: GgufFile, info: TensorInfo) -> Bytes:
+def _stored(file: GgufFile, info: TensorInfo) -> ByteArray:
     return np.frombuffer(file.data, np.uint8, FORMATS[info.type].num_bytes(info.num_elements), info.offset)
 
 
@@ -118,8 +118,8 @@ def _values(file: GgufFile, info: TensorInfo) -> Floats:
 
 def _changed(
     merge: Merge, file: GgufFile, info: TensorInfo, type: int, family: GgufFamily, part: LoraPart
-) -> Callable[[], Iterator[Bytes]]:
-    def data() -> Iterator[Bytes]:
+) -> Callable[[], Iterator[ByteArray]]:
+    def data() -> Iterator[ByteArray]:
         config = merge.checkpoint.config
         [(name, stored)] = family.tensors(info.name, torch.from_numpy(_values(file, info)), config)
         changed = family.file_form(info.name, merge.merged(name, stored, part), config)
@@ -194,8 +194,8 @@ class _InOrder:
 
 def _from_reader(
     reader: _InOrder, family: GgufFamily, name: str, file_name: str, type: int
-) -> Callable[[], Iterator[Bytes]]:
-    def data() -> Iterator[Bytes]:
+) -> Callable[[], Iterator[ByteArray]]:
+    def data() -> Iterator[ByteArray]:
         tensor = family.file_form(file_name, reader.read(name), reader.config)
         return quantise(type, np.ascontiguousarray(tensor.float().numpy()))
 

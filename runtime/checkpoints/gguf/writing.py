@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.checkpoints.gguf.blocks import FORMATS, VALUES_AT_ONCE, BlockFormat, Bytes, Floats
+from runtime.checkpoints.gguf.blocks import FORMATS, VALUES_AT_ONCE, BlockFormat, ByteArray, Floats
 from runtime.checkpoints.gguf.container import ARRAY, DEFAULT_ALIGNMENT, MAGIC, SCALARS, STRING
 from runtime.support.durable import create_file
 
@@ -81,7 +81,7 @@ class OutTensor:
     shape: tuple[int, ...]
     """Outermost dimension first."""
     type: int
-    data: Callable[[], Iterable[Bytes]]
+    data: Callable[[], Iterable[ByteArray]]
 
     @property
     def num_bytes(self) -> int:
@@ -131,7 +131,7 @@ def type_for(wanted: int, shape: tuple[int, ...]) -> int:
     return F16
 
 
-def quantise(type: int, values: Floats) -> Iterator[Bytes]:
+def quantise(type: int, values: Floats) -> Iterator[ByteArray]:
     """Blocks of a type for float32 values of any shape, uint8, some at a time."""
     format = FORMATS[type]
     flat = values.reshape(-1)
@@ -140,22 +140,22 @@ def quantise(type: int, values: Floats) -> Iterator[Bytes]:
         yield _ENCODERS[type](flat[start : start + step], format)
 
 
-def _f32(values: Floats, format: BlockFormat) -> Bytes:
+def _f32(values: Floats, format: BlockFormat) -> ByteArray:
     return np.ascontiguousarray(values, dtype=np.float32).view(np.uint8)
 
 
-def _f16(values: Floats, format: BlockFormat) -> Bytes:
+def _f16(values: Floats, format: BlockFormat) -> ByteArray:
     return values.astype(np.float16).view(np.uint8)
 
 
-def _bf16(values: Floats, format: BlockFormat) -> Bytes:
+def _bf16(values: Floats, format: BlockFormat) -> ByteArray:
     """The upper halves, rounded to the nearest even. Values are finite: weights were checked."""
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
     rounded = bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))
     return (rounded >> np.uint32(16)).astype(np.uint16).view(np.uint8)
 
 
-def _q8_0(values: Floats, format: BlockFormat) -> Bytes:
+def _q8_0(values: Floats, format: BlockFormat) -> ByteArray:
     """d: f16, q: 32 int8."""
     rows = values.reshape(-1, 32)
     scales = np.abs(rows).max(axis=1, keepdims=True) / 127
@@ -163,7 +163,7 @@ def _q8_0(values: Floats, format: BlockFormat) -> Bytes:
     return np.concatenate([_halves(scales), numbers.view(np.uint8)], axis=1).reshape(-1)
 
 
-def _q4_k(values: Floats, format: BlockFormat) -> Bytes:
+def _q4_k(values: Floats, format: BlockFormat) -> ByteArray:
     """d: f16, dmin: f16, 12 bytes with 8 scales and 8 minima of 6 bits, 128 bytes with two values each."""
     runs = values.reshape(-1, 8, 32)
     scales, minima = _fit(runs)
@@ -209,7 +209,7 @@ def _fit(runs: Floats) -> tuple[Floats, Floats]:
     return best_scale, -best_minimum
 
 
-def _pack(scales: NDArray[np.uint8], minima: NDArray[np.uint8]) -> Bytes:
+def _pack(scales: NDArray[np.uint8], minima: NDArray[np.uint8]) -> ByteArray:
     """Eight scales and eight minima of 6 bits as 12 bytes: whole for the first four runs; of the last four the lower
     halves are in the last bytes, and the upper bits above the first."""
     low = scales[:, :4] | ((scales[:, 4:] >> 4) << 6)
@@ -229,12 +229,12 @@ def _as_half(values: Floats) -> Floats:
     return values.astype(np.float16).astype(np.float32)
 
 
-def _halves(values: Floats) -> Bytes:
+def _halves(values: Floats) -> ByteArray:
     """[blocks, 1] as float16, uint8 [blocks, 2]."""
     return np.ascontiguousarray(values.astype(np.float16)).view(np.uint8).reshape(-1, 2)
 
 
-_ENCODERS: Mapping[int, Callable[[Floats, BlockFormat], Bytes]] = {
+_ENCODERS: Mapping[int, Callable[[Floats, BlockFormat], ByteArray]] = {
     F32: _f32,
     F16: _f16,
     BF16: _bf16,
