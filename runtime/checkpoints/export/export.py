@@ -21,7 +21,7 @@ from runtime.support.durable import fresh_directory, make_directory, sync_direct
 
 
 class Exported(Struct, frozen=True):
-    """What was written."""
+    """A written export."""
 
     path: str
     format: str

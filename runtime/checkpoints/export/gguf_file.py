@@ -59,6 +59,7 @@ def _as_bytes(values: Floats) -> list[ByteArray]:
 
 
 def is_gguf(checkpoint: Checkpoint) -> bool:
+    """True for a model that is a GGUF file."""
     return checkpoint.source.suffix.lower() == ".gguf"
 
 
