@@ -1,7 +1,8 @@
 """JSON schemas of clients: checked, and brought into the form in which llguidance enforces every keyword.
 
 llguidance refuses most of the keywords that it cannot enforce, whatever their value. Values that allow everything, such
-as `uniqueItems: false`, are removed here first. The keywords that it passes over in silence are refused here.
+as `uniqueItems: false`, are removed here first. The keywords that it passes over in silence are refused here. Dates and
+times are written as patterns: llguidance's have a 29 February in every year, a year 0 and leap seconds at any minute.
 """
 
 import json
@@ -28,6 +29,16 @@ _SINGLES = (
 _IGNORED = ("disallow", "divisibleBy", "extends", "x-guidance")
 """Keywords of older drafts that llguidance does not know, and its own options, with which a client could have it pass
 over others."""
+
+_DATE = (
+    "(?:(?:000[1-9]|00[1-9][0-9]|0[1-9][0-9]{2}|[1-9][0-9]{3})-"
+    "(?:(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])|(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)|02-(?:0[1-9]|1[0-9]|2[0-8]))"
+    "|(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:0[48]|[2468][048]|[13579][26])00)-02-29)"
+)
+_TIME = r"(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\.[0-9]{1,6})?(?:Z|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])"
+_FORMATS = {"date": f"^{_DATE}$", "time": f"^{_TIME}$", "date-time": f"^{_DATE}T{_TIME}$"}
+"""Format → pattern of the texts of RFC 3339 that every validator accepts: capital letters, no leap seconds, at most
+microseconds."""
 
 
 def _allows_all(value: object) -> bool:
@@ -111,7 +122,19 @@ def _checked(schema: Any, path: str) -> Any:
             found[keyword] = _checked(value, f"{path}.{keyword}")
         else:
             found[keyword] = value
-    return _with_inclusive_bounds(found)
+    return _with_exact_formats(_with_inclusive_bounds(found))
+
+
+def _with_exact_formats(schema: dict[str, Any]) -> dict[str, Any]:
+    pattern = _FORMATS.get(schema.get("format", "")) if isinstance(schema.get("format"), str) else None
+    if pattern is None:
+        return schema
+    del schema["format"]
+    if "pattern" in schema:
+        schema["allOf"] = [*schema.get("allOf", ()), {"pattern": pattern}]
+    else:
+        schema["pattern"] = pattern
+    return schema
 
 
 def _with_inclusive_bounds(schema: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Answers under JSON schemas, checked by `jsonschema`, and what is refused."""
 
 import json
+from datetime import datetime
 from typing import Any
 
 import jsonschema
@@ -13,7 +14,7 @@ from runtime.text.grammar import GrammarCompiler
 from runtime.text.grammar.schema import MAX_DEPTH, check_schema, parse_schema
 from runtime.text.tokenizer import Tokenizer
 from tests.text.grammar.grammars import text_of
-from tests.text.grammar.walks import walk
+from tests.text.grammar.walks import allowed, walk
 
 SCALARS = st.one_of(
     st.just({"type": "boolean"}),
@@ -143,6 +144,36 @@ def test_values_that_allow_everything_are_no_obstacle(
     assert finished
     for text in finished:
         jsonschema.validate(json.loads(text), schema)
+
+
+@pytest.mark.parametrize(
+    ("format", "valid", "text"),
+    [
+        ("date", True, "2000-02-29"),
+        ("date", True, "0004-02-29"),
+        ("date", True, "9999-12-31"),
+        ("date", False, "1900-02-29"),
+        ("date", False, "2023-02-29"),
+        ("date", False, "2023-04-31"),
+        ("date", False, "0000-01-01"),
+        ("time", True, "23:59:59.123456+23:59"),
+        ("time", False, "12:00:60Z"),
+        ("time", False, "24:00:00Z"),
+        ("date-time", True, "2024-02-29T00:00:00Z"),
+        ("date-time", False, "2024-02-30T00:00:00Z"),
+        ("date-time", False, "2024-02-29t00:00:00z"),
+        ("date-time", False, "2024-02-29T23:59:60Z"),
+    ],
+)
+@pytest.mark.parametrize("more", [{}, {"pattern": "^.{8}"}, {"type": "string", "allOf": [{"pattern": "[0-9]"}]}])
+def test_dates_and_times_are_in_the_calendar(
+    compiler: GrammarCompiler, tokenizer: Tokenizer, format: str, valid: bool, text: str, more: dict[str, Any]
+) -> None:
+    state = compiler.compile(text_of(compiler, {"format": format, **more})).start()
+    taken = all(state.accept(id) for id in tokenizer.encode(json.dumps(text)))
+    assert (taken and tokenizer.eos_ids[0] in allowed(state, tokenizer.vocab_size)) == valid
+    if valid:
+        assert datetime.fromisoformat(f"2000-01-01T{text}" if format == "time" else text)
 
 
 def test_a_schema_that_is_too_deep_is_refused_by_its_depth() -> None:
