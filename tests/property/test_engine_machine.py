@@ -1,8 +1,9 @@
 """A hypothesis state machine over the whole engine, with a toy executor: all that a server does to it, in any order.
 
-Plain requests, forks and beam searches come, stop at strings and ids, and are aborted; adapter versions are loaded
-and unloaded; prefixes are forgotten; rows and allocations fail; planning ahead or not. Whatever happens: every
-request ends once, what it got is what it would have got alone, and nothing is held afterwards.
+Plain requests, some held to a grammar that forces tokens, forks and beam searches come, stop at strings and ids, and
+are aborted; adapter versions are loaded and unloaded; prefixes are forgotten; rows and allocations fail; planning ahead
+or not. Whatever happens: every request ends once, what it got is what it would have got alone, and nothing is held
+afterwards.
 """
 
 from hypothesis import settings
@@ -76,7 +77,8 @@ class ToyExecutor:
 def alone(submission: Submission) -> tuple[list[int], str]:
     """The tokens and the text of a request that nothing happens to."""
     params, prompt = submission.params, submission.prompt_ids
-    tokens = solo(prompt, len(prompt) + (params.max_tokens or 1), adapter=submission.adapter)[len(prompt) :]
+    length = len(prompt) + (params.max_tokens or 1)
+    tokens = solo(prompt, length, adapter=submission.adapter, grammar=submission.grammar)[len(prompt) :]
     for count, token in enumerate(tokens, 1):
         text = "".join(LETTERS[token] for token in tokens[:count])
         if token in params.stop_token_ids:
@@ -153,6 +155,7 @@ class EngineMachine(RuleBasedStateMachine):
         priority=st.integers(0, 1),
         label=LABELS,
         beams=st.none() | st.integers(1, 4),
+        held=st.booleans(),
         penalty=st.sampled_from([0.0, 1.0]),
     )
     def submit(
@@ -165,6 +168,7 @@ class EngineMachine(RuleBasedStateMachine):
         priority: int,
         label: str,
         beams: int | None,
+        held: bool,
         penalty: float,
     ) -> None:
         searches = beams is not None
@@ -176,6 +180,7 @@ class EngineMachine(RuleBasedStateMachine):
                 params=params,
                 adapter=self.key if adapted else "",
                 priority=priority,
+                grammar="g" if held and not searches else "",
                 beams=BeamSearch(width=beams, best=1 + beams // 2, length_penalty=penalty) if beams else None,
             )
         )
@@ -191,6 +196,7 @@ class EngineMachine(RuleBasedStateMachine):
                 prompt_ids=leader.prompt_ids,
                 params=SamplingParams(max_tokens=more),
                 adapter=adapter,
+                grammar=leader.grammar,
                 fork_of=leader.id,
             )
         )

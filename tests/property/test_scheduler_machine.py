@@ -1,9 +1,9 @@
 """A hypothesis state machine over the real scheduler and block pool, with a toy model as the worker.
 
-Every policy, with and without drafts, planning ahead or not, recomputing or swapping; requests come, fork, are
-aborted, run out of time, stop early and are preempted; adapters get new versions; prefixes are forgotten;
-allocations and rows fail. Whatever happens: nothing is lost, every request ends, and what it got is what it would
-have got alone.
+Every policy, with and without drafts, planning ahead or not, recomputing or swapping; requests come, fork, are held to
+a grammar that forces tokens, are aborted, run out of time, stop early and are preempted; adapters get new versions;
+prefixes are forgotten; allocations and rows fail. Whatever happens: nothing is lost, every request ends, and what it
+got is what it would have got alone.
 """
 
 import pytest
@@ -17,7 +17,7 @@ from runtime.scheduler import Request, RequestState, Scheduler, Speculation
 from runtime.scheduler.policies import POLICIES, make_policy
 from runtime.support import failpoints
 from settings.schema import SchedulerSettings
-from tests.scheduler.toy import Ahead, ToyWorker, make_request, solo, step
+from tests.scheduler.toy import FORCED, Ahead, ToyWorker, make_request, solo, step
 
 BLOCK, BLOCKS, SLOTS, BUDGET = 2, 7, 3, 6
 VOCAB = 3  # few tokens, so that prefixes meet often
@@ -61,6 +61,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         adapted=st.booleans(),
         salt=st.sampled_from(["", "s"]),
         priority=st.integers(0, 2),
+        grammar=st.sampled_from(["", "", "g"]),
         patience=st.none() | st.integers(1, 60),
         tenant=st.sampled_from("ab"),
     )
@@ -71,6 +72,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         adapted: bool,
         salt: str,
         priority: int,
+        grammar: str,
         patience: int | None,
         tenant: str,
     ) -> None:
@@ -80,6 +82,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             adapter="a" * self.version if adapted else "",
             cache_salt=salt,
             priority=priority,
+            grammar=grammar,
             tenant=tenant,
             deadline=None if patience is None else self.now + patience,
         )
@@ -89,7 +92,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     def fork(self, data: st.DataObject, more: int) -> None:
         """Of any request there ever was: a finished leader is no leader."""
         leader = data.draw(st.sampled_from(self.requests)).submission
-        self._submit(leader.prompt_ids, more, adapter=leader.adapter, cache_salt=leader.cache_salt, fork_of=leader.id)
+        fields = {"adapter": leader.adapter, "cache_salt": leader.cache_salt, "grammar": leader.grammar}
+        self._submit(leader.prompt_ids, more, fork_of=leader.id, **fields)
 
     @property
     def busy(self) -> bool:
@@ -161,9 +165,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler.check_integrity()
         for request in self.requests:
             assert request.state is RequestState.FINISHED
-            expected = solo(request.submission.prompt_ids, len(request.tokens), adapter=request.submission.adapter)
-            assert request.tokens == expected
-            assert request.finish_reason != "length" or len(request.tokens) == request.max_len
+            asked = request.submission
+            assert request.tokens == solo(
+                asked.prompt_ids, len(request.tokens), adapter=asked.adapter, grammar=asked.grammar
+            )
+            beyond = len(request.tokens) - request.max_len
+            assert request.finish_reason != "length" or 0 <= beyond <= (len(FORCED) if asked.grammar else 0)
 
 
 SchedulerMachine.TestCase.settings = settings(max_examples=250, stateful_step_count=40, deadline=None)

@@ -4,7 +4,7 @@ Its next token is a function of all tokens before it, read out of the blocks; so
 prefixes, lost tokens, missing copies and drafts that were kept wrongly show as a wrong output.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from runtime.messages import SamplingParams, StepPlan, StepResult, Submission
 from runtime.scheduler import Request, Scheduler
@@ -17,17 +17,31 @@ def next_token(tokens: list[int], vocab: int = 3) -> int:
     return value % vocab
 
 
+FORCING = 2
+FORCED = (1, 0)
+"""What a grammar of the toy says: a generated `FORCING` is followed by these."""
+
+
+def forced_token(generated: Sequence[int]) -> int | None:
+    """The only token that a grammar allows after an output."""
+    for distance, token in enumerate(FORCED, 1):
+        if len(generated) >= distance and generated[-distance] == FORCING:
+            return token
+    return None
+
+
 def likeliest(tokens: list[int], vocab: int, count: int) -> list[tuple[int, float]]:
     """What a beam tells: its likeliest next tokens, and made-up log-probabilities, all of them different."""
     scores = [(token, -0.1 - (next_token([*tokens, token], 997) + token / 100) / 100) for token in range(vocab)]
     return sorted(scores, key=lambda pair: -pair[1])[:count]
 
 
-def solo(prompt: list[int], length: int, *, adapter: str = "", vocab: int = 3) -> list[int]:
+def solo(prompt: list[int], length: int, *, adapter: str = "", grammar: str = "", vocab: int = 3) -> list[int]:
     """The tokens of a sequence that runs alone: what every other way of running must give too."""
     tokens = list(prompt)
     while len(tokens) < length:
-        tokens.append((next_token(tokens, vocab) + len(adapter)) % vocab)
+        forced = forced_token(tokens[len(prompt) :]) if grammar else None
+        tokens.append((next_token(tokens, vocab) + len(adapter)) % vocab if forced is None else forced)
     return tokens
 
 
@@ -45,7 +59,9 @@ class ToyWorker:
         self.blocks: dict[int, list[int]] = {}
         self.adapter: dict[int, str] = {}
         self.candidates: dict[int, int] = {}
-        self.num_computed = 0
+        self.held_from: dict[int, int] = {}
+        """Slots of sequences with a grammar → length of the prompt."""
+        self.num_computed = self.num_forced = 0
         self.failing: int | None = None
         """Slot whose row fails, and leaves garbage."""
         self.lost: set[int] = set()
@@ -62,10 +78,14 @@ class ToyWorker:
             self.blocks[new.slot] = list(new.block_ids)
             self.adapter[new.slot] = new.adapter
             self.candidates[new.slot] = new.candidates
+            self.held_from.pop(new.slot, None)
+            if new.grammar:
+                self.held_from[new.slot] = new.prompt_len
             self.lost.discard(new.slot)
         slots: list[int] = []
         tokens: list[int] = []
         failed: dict[int, str] = {}
+        forced: dict[int, list[int]] = {}
         candidates: dict[int, list[tuple[int, float]]] = {}
         for row in plan.rows:
             self.blocks[row.slot] += row.new_blocks
@@ -86,18 +106,33 @@ class ToyWorker:
                 kept = self._sample(row.slot, row.start + row.count - len(row.draft), row.draft)
                 slots += [row.slot] * len(kept)
                 tokens += kept
-        return StepResult(step=plan.step, slots=slots, tokens=tokens, failed=failed, candidates=candidates)
+            if row.forces and (found := self._force(row.slot)):
+                forced[row.slot] = found
+        return StepResult(
+            step=plan.step, slots=slots, tokens=tokens, failed=failed, forced=forced, candidates=candidates
+        )
 
     def _sample(self, slot: int, length: int, draft: list[int]) -> list[int]:
         kept: list[int] = []
         for guess in [*draft, None]:
             seen = self._read(slot, length + len(kept))
             token = (next_token(seen, self.vocab) + len(self.adapter[slot])) % self.vocab
+            if slot in self.held_from and (only := forced_token(seen[self.held_from[slot] :])) is not None:
+                token = only
             kept.append(token)
             if token != guess:
                 break
         self.tokens[slot][length:] = kept
         return kept
+
+    def _force(self, slot: int) -> list[int]:
+        """Append what a grammar forces to a slot's tokens."""
+        tokens, found = self.tokens[slot], []
+        while slot in self.held_from and (token := forced_token(tokens[self.held_from[slot] :])) is not None:
+            tokens.append(token)
+            found.append(token)
+        self.num_forced += len(found)
+        return found
 
     def _read(self, slot: int, length: int) -> list[int]:
         """The tokens as the KV has them. Those outside the window are not looked at, but known."""
