@@ -190,16 +190,26 @@ class Journal:
         """Write what is new, as far as the disk takes it."""
         while self._dirty:
             job_id = self._at_work = self._dirty.pop()
-            path = self._directories.log(job_id)
-            if job_id not in self._written:
-                self._written[job_id] = await self._disk.call(mend, path)
-            events = await self._reader.events_after(job_id, self._written[job_id], _BATCH)
-            wanted = bool(events) and self._at_work == job_id
-            if wanted and await self._disk.call(append, path, events):
-                self._written[job_id] = events[-1].number
-                self._dirty.add(job_id)  # there may be more than a batch
-            if job_id in self._outdated:
-                await self._write_record(job_id)
+            try:
+                await self._write_log(job_id)
+                if job_id in self._outdated:
+                    await self._write_record(job_id)
+            except BaseException:  # the next flush looks into the log, behind the write that may be under way
+                if self._at_work == job_id:
+                    self._written.pop(job_id, None)
+                    self._dirty.add(job_id)
+                    self._outdated.add(job_id)
+                raise
+
+    async def _write_log(self, job_id: str) -> None:
+        path = self._directories.log(job_id)
+        if job_id not in self._written:
+            self._written[job_id] = await self._disk.call(mend, path)
+        events = await self._reader.events_after(job_id, self._written[job_id], _BATCH)
+        wanted = bool(events) and self._at_work == job_id
+        if wanted and await self._disk.call(append, path, events):
+            self._written[job_id] = events[-1].number
+            self._dirty.add(job_id)  # there may be more than a batch
 
     async def _write_record(self, job_id: str) -> None:
         self._outdated.discard(job_id)

@@ -1,12 +1,21 @@
-"""A job's log on a disk that is full, and after a process that was killed in the middle of a line."""
+"""A job's log on a full disk, after a process that was killed in the middle of a line, and at the end of one."""
 
+import asyncio
+import contextlib
 import json
+import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from runtime.trainer.jobs.followers import append, mend, tail
+from runtime.errors import StorageUnavailable
+from runtime.support.threads import WorkerThread
+from runtime.trainer.jobs import followers
+from runtime.trainer.jobs.directories import JobDirectories
+from runtime.trainer.jobs.followers import Journal, append, mend, tail
+from runtime.trainer.jobs.records import JobEvent
 from tests.limited import FULL_DISK, run_limited
 from tests.trainer.jobs.journals import event
 
@@ -65,3 +74,63 @@ def test_the_last_lines(log: Path) -> None:
     assert [json.loads(line)["number"] for line in tail(log, 3).splitlines()] == [37, 38, 39]
     found: Any = tail(log, 1000)
     assert len(found.splitlines()) == 39
+
+
+class Rows:
+    """The store, as the journal reads it."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.failing = False
+
+    async def events_after(self, job_id: str, number: int, limit: int) -> list[JobEvent]:
+        if self.failing:
+            raise StorageUnavailable("the database cannot be read")
+        return [event(one) for one in range(number + 1, self.count + 1)][:limit]
+
+    async def record(self, job_id: str) -> None:
+        return None
+
+
+def journal_of(rows: Rows, directories: JobDirectories) -> Journal:
+    return Journal(rows, directories, WorkerThread())  # type: ignore[arg-type]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("lands", [True, False])
+async def test_a_journal_that_is_cancelled_in_a_write_loses_and_repeats_no_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lands: bool
+) -> None:
+    rows, directories = Rows(3), JobDirectories(tmp_path)
+    begun, goes_on = threading.Event(), threading.Event()
+
+    def slow_append(path: Path, events: Iterable[JobEvent]) -> bool:
+        begun.set()
+        goes_on.wait(30)
+        return lands and append(path, events)
+
+    monkeypatch.setattr(followers, "append", slow_append)
+    journal = journal_of(rows, directories)
+    journal.touch("job")
+    running = asyncio.create_task(journal.run())
+    assert await asyncio.to_thread(begun.wait, 30)
+    running.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await running
+    monkeypatch.setattr(followers, "append", append)
+    goes_on.set()
+    await journal.flush()
+    assert numbers(directories.log("job")) == [1, 2, 3]
+
+
+@pytest.mark.anyio
+async def test_lines_of_a_database_that_could_not_be_read_are_written_later(tmp_path: Path) -> None:
+    rows, directories = Rows(2), JobDirectories(tmp_path)
+    journal = journal_of(rows, directories)
+    rows.failing = True
+    journal.touch("job")
+    with pytest.raises(StorageUnavailable):
+        await journal.flush()
+    rows.failing = False
+    await journal.flush()
+    assert numbers(directories.log("job")) == [1, 2]
