@@ -14,6 +14,7 @@ from runtime.model.attention import PackedAttention
 from runtime.model.fallback import FallbackDecoder
 from runtime.model.fallback.linears import LayerCall
 from runtime.model.lora import Adaptation
+from runtime.trainer.backward import backward
 from runtime.trainer.lora import TrainableLora, TrainingAdaptation
 from runtime.trainer.losses import Loss, Score, Supervised, apply_loss, score_targets
 from runtime.trainer.losses.logprobs import LogitsHead
@@ -81,7 +82,8 @@ class FallbackStep:
             yield Slice("fallback_backward" if one else "fallback_backward_again", tokens, tokens)
             one = one or self._run(stage, below, self._adaptation, keep=True)
             if one.out.requires_grad:
-                torch.autograd.backward(one.out, grad)
+                assert grad is not None
+                backward([one.out], [grad])
             if stage and one.leaf.grad is not None:
                 grad = one.leaf.grad
             self.fraction += BACKWARD_COST / passes

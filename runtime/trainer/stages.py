@@ -15,6 +15,7 @@ from torch import Tensor
 from kernels.training import TrainingOps
 from runtime.model.attention import PackedAttention
 from runtime.model.decoder import Decoder, DecoderLayer
+from runtime.trainer.backward import backward
 from runtime.trainer.lora import TrainableLora, TrainingAdaptation
 from runtime.trainer.microbatch import MicroBatch
 from runtime.trainer.slices import Slice, Sliced, Slices
@@ -64,7 +65,7 @@ class StagePiece:
         """Adds to the parameters' gradients; returns the inputs', None for inputs that need none."""
         wanting = [(out, grad) for out, grad in zip(self.outputs, grads, strict=True) if out.requires_grad]
         if wanting:
-            torch.autograd.backward([out for out, _ in wanting], [grad for _, grad in wanting])
+            backward([out for out, _ in wanting], [grad for _, grad in wanting])
         return [tensor.grad for tensor in self.inputs]
 
 

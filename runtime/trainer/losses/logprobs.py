@@ -14,6 +14,7 @@ from torch import Tensor
 from kernels import Ops
 from kernels.training import TrainingOps
 from runtime.model.decoder import Decoder
+from runtime.trainer.backward import backward
 from runtime.trainer.microbatch import MicroBatch
 from runtime.trainer.slices import Slice, Slices
 
@@ -169,7 +170,7 @@ class ChunkedLogits:
 
     def hidden_grad(self) -> Tensor:
         """[R, hidden]."""
-        self._above.backward(self._decoder.group.all_reduce(self._grad))  # type: ignore[no-untyped-call]
+        backward([self._above], [self._decoder.group.all_reduce(self._grad)])
         assert self._leaf.grad is not None
         return self._leaf.grad
 
@@ -234,7 +235,7 @@ class FusedHead:
         )
         buffer.put(part, TargetScores(-found.loss, found.correct))
         if found.grad is not None:
-            above.backward(found.grad)  # type: ignore[no-untyped-call]
+            backward([above], [found.grad])
             assert leaf.grad is not None
             buffer.put_grad(part, leaf.grad)
 
@@ -269,7 +270,7 @@ class LogitsHead:
         change = logits.detach().clone()
         buffer.put(part, score_logits(change, buffer.batch.targets[part], slopes))
         if slopes is not None:
-            logits.backward(change)  # type: ignore[no-untyped-call]
+            backward([logits], [change])
             assert leaf.grad is not None
             buffer.put_grad(part, leaf.grad)
 
