@@ -345,6 +345,12 @@ def _tagged(given: str | ResponseFormat, param: str) -> Structure:
             given = msgspec.json.decode(given, type=ResponseFormat)
         except msgspec.DecodeError as error:
             raise InvalidRequest(f"{param} must be a structural tag as JSON: {error}.", param=param) from error
+    if not is_null(given.format):
+        raise InvalidRequest(
+            f"{param}.format, xgrammar's form of structural tags, is not supported: send `structures`, each with "
+            "`begin`, `schema` and `end`, and `triggers`; for a regex or a grammar alone there is structured_outputs.",
+            param=param,
+        )
     tags, triggers = given.structures or [], given.triggers or []
     if not tags or not triggers or not all(triggers):
         raise InvalidRequest(

@@ -69,6 +69,8 @@ class ResponseFormat(msgspec.Struct, kw_only=True):
     json_schema: JsonSchemaFormat | None = None
     structures: list[StructuralTag] | None = None
     triggers: list[str] | None = None
+    format: msgspec.Raw = msgspec.field(default_factory=_null)
+    """xgrammar's form of structural tags, which is refused by name."""
 
 
 class StructuredOutputs(msgspec.Struct, kw_only=True):

@@ -157,6 +157,12 @@ def test_structural_tags(client: httpx.Client) -> None:
         text = ask(client, **chat(**fields, max_tokens=40))["choices"][0]["message"]["content"]
         assert "<f=" not in text or "<f=now>7</f>"[: len(text) - text.index("<f=")] in text
     assert refused(client, **chat(response_format={**body, "triggers": ["<g="]}))[0] == "response_format"
+    for more in ({"format": {"type": "triggered_tags", "triggers": ["<f="], "tags": []}}, {**body, "format": {}}):
+        tag = {"type": "structural_tag", **more}
+        assert "response_format.format" in refused(client, **chat(response_format=tag))[1]
+        found = refused(client, **chat(structured_outputs={"structural_tag": json.dumps(tag)}))
+        assert found[0] == "structured_outputs.structural_tag"
+        assert ".format" in found[1]
 
 
 @pytest.mark.parametrize(
