@@ -1,10 +1,11 @@
 """The OpenAPI schema, and a reference page made from it. Neither loads anything from another server.
 
-Handlers read their bodies themselves (`runtime.api.http.body`), so Litestar sees only the answers; the bodies are
-put into its schema here, from the structs that the handlers name in `opt={"body": …}`.
+Handlers read their bodies and queries themselves (`runtime.api.http.body`), so Litestar sees only the answers; the rest
+is put into its schema here, from what the handlers name in `opt`.
 """
 
 import html
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -14,13 +15,29 @@ from litestar.openapi.plugins import OpenAPIRenderPlugin
 from litestar.openapi.spec import Server
 
 from runtime.api.http.errors import JSON, ErrorBody
+from runtime.api.http.form import MULTIPART
 from runtime.api.reference import ENDPOINTS, FieldRow, rows
 from runtime.support.version import version
 
 BODY = "body"
 """Key of a handler's `opt`: the struct that it decodes its body into, or several, one of which it is."""
 
+FORM = "form"
+"""Key of a handler's `opt`: the JSON schema of the multipart form that it reads."""
+
+QUERY = "query"
+"""Key of a handler's `opt`: query parameters → their JSON schemas."""
+
+BINARY = {"type": "string", "format": "binary"}
+"""JSON schema of a form's file."""
+
 _REF = "#/components/schemas/{name}"
+
+
+def page_query(most: int, **others: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Query parameters of a list with at most `most` entries a page, as `http.query.page_request` takes them."""
+    limit = {"type": "integer", "minimum": 1, "maximum": most}
+    return {"after": {"type": "string"}, "limit": limit, "order": {"enum": ["asc", "desc"]}, **others}
 
 
 def openapi_config(root_path: str = "") -> OpenAPIConfig:
@@ -59,14 +76,18 @@ class _Page(OpenAPIRenderPlugin):
 
 
 def _with_bodies(request: Request[Any, Any, Any], schema: dict[str, Any]) -> dict[str, Any]:
-    """`schema` with request bodies, and the error that every operation may answer."""
+    """`schema` with request bodies and queries, and the error that every operation may answer."""
     bodies: dict[tuple[str, str], tuple[type[msgspec.Struct], ...]] = {}
+    opts: dict[tuple[str, str], Mapping[str, Any]] = {}
     for route in request.app.routes:
         for handler in getattr(route, "route_handlers", ()):
             if BODY in handler.opt:
                 body = handler.opt[BODY]
                 some = body if isinstance(body, tuple) else (body,)
                 bodies |= {(route.path_format, method.lower()): some for method in handler.http_methods}
+            opts |= {
+                (route.path_format, method.lower()): handler.opt for method in getattr(handler, "http_methods", ())
+            }
     described = {body: None for some in bodies.values() for body in some}
     structs = [*described, ErrorBody]
     references, components = msgspec.json.schema_components(structs, ref_template=_REF)
@@ -76,12 +97,28 @@ def _with_bodies(request: Request[Any, Any, Any], schema: dict[str, Any]) -> dic
     schemas = {**schema.get("components", {}).get("schemas", {}), **components}
     paths = {
         path: {
-            method: _operation(operation, reference_of[ErrorBody], bodies.get((path, method), ()), reference_of)
+            method: _with_form_and_query(
+                _operation(operation, reference_of[ErrorBody], bodies.get((path, method), ()), reference_of),
+                opts.get((path, method), {}),
+            )
             for method, operation in operations.items()
         }
         for path, operations in schema["paths"].items()
     }
     return {**schema, "paths": paths, "components": {"schemas": schemas}}
+
+
+def _with_form_and_query(operation: dict[str, Any], opt: Mapping[str, Any]) -> dict[str, Any]:
+    found = dict(operation)
+    if FORM in opt:
+        found["requestBody"] = {"required": True, "content": {MULTIPART: {"schema": opt[FORM]}}}
+    query = [
+        {"name": name, "in": "query", "required": False, "schema": schema}
+        for name, schema in opt.get(QUERY, {}).items()
+    ]
+    if query:
+        found["parameters"] = [*operation.get("parameters", ()), *query]
+    return found
 
 
 def _nullable(body: dict[str, Any]) -> dict[str, Any]:

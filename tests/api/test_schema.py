@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.api.conftest import RunningServer
@@ -31,3 +32,18 @@ def test_every_route_positive_and_negative(server: RunningServer, tmp_path: Path
         check=False,
     )
     assert done.returncode == 0, done.stdout[-20000:]
+
+
+def test_every_body_and_every_page_is_described(server: RunningServer) -> None:
+    """So that the run above makes them up, and clients can be generated."""
+    paths = httpx.get(f"{server.url}/docs/openapi.json").json()["paths"]
+    bodies = {path for path, operations in paths.items() if "requestBody" in operations.get("post", {})}
+    bodiless = {path for path, operations in paths.items() if "post" in operations} - bodies
+    commands = ("/cancel", "/pause", "/resume", "/load", "/unload", "/rollback", "/cache/reset", "/ping")
+    assert all(path.endswith(commands) for path in bodiless), bodiless
+    for path in ("/v1/files", "/admin/train", "/admin/adapters/upload"):
+        assert list(paths[path]["post"]["requestBody"]["content"]) == ["multipart/form-data"]
+    jobs = "/v1/fine_tuning/jobs"
+    for path in ("/v1/files", "/v1/batches", jobs, f"{jobs}/{{job_id}}/events", f"{jobs}/{{job_id}}/checkpoints"):
+        names = {parameter["name"] for parameter in paths[path]["get"]["parameters"] if parameter["in"] == "query"}
+        assert names >= {"after", "limit"}, path

@@ -11,7 +11,7 @@ from runtime.adapters.store import AdapterRecord, Canary, Version
 from runtime.api.admin.export import export_adapter
 from runtime.api.admin.uploads import NAME_PART, receive_adapter
 from runtime.api.admin.views import allowed_folder, library_of
-from runtime.api.docs import BODY
+from runtime.api.docs import BINARY, BODY, FORM, QUERY
 from runtime.api.handle import AnyRequest, api_of
 from runtime.api.http.auth import ADMIN, TRAIN
 from runtime.api.http.query import check_names, flag
@@ -89,6 +89,12 @@ class CanaryRequest(Struct, kw_only=True):
 UPLOAD = "/admin/adapters/upload"
 """Also the path of an adapter named `upload`, so its GET and DELETE are answered as those of others."""
 
+_UPLOAD_FORM = {
+    "type": "object",
+    "properties": {NAME_PART: {"type": "string"}, "file": {"type": "array", "items": BINARY}},
+    "required": ["file"],
+}
+
 _promote = Intake(PromoteRequest)
 _alias = Intake(AliasRequest)
 _canary = Intake(CanaryRequest)
@@ -108,7 +114,7 @@ async def show_adapter(request: AnyRequest) -> AdapterView:
     return _shown(library, name)
 
 
-@post(UPLOAD, status_code=201, opt={ADMIN: True})
+@post(UPLOAD, status_code=201, opt={ADMIN: True, FORM: _UPLOAD_FORM, QUERY: {NAME_PART: {"type": "string"}}})
 async def upload_adapter(request: AnyRequest) -> AdapterView:
     """Publish an adapter that the body brings, as a new version of `name`: a folder of PEFT's as a tar archive (plain
     or gzipped), or its files as a form. `name` is in the query, or a part of the form."""

@@ -19,9 +19,11 @@ from runtime.api.admin.views import (
     event_item,
     job_item,
 )
+from runtime.api.docs import QUERY, page_query
 from runtime.api.handle import AnyRequest, Api, api_of
 from runtime.api.http.auth import TRAIN
 from runtime.api.http.query import (
+    MAX_PAGE,
     ObjectPage,
     Page,
     check_names,
@@ -120,7 +122,7 @@ _COLUMNS = (
 )  # fmt: skip
 
 
-@get("/admin/jobs", opt={TRAIN: True})
+@get("/admin/jobs", opt={TRAIN: True, QUERY: page_query(MAX_PAGE, status={"enum": list(STATES)})})
 async def list_jobs(request: AnyRequest) -> ObjectPage[JobItem]:
     """The newest jobs first. `after` takes an id, `limit` up to 100, `order` asc or desc, `status` one or several
     states."""

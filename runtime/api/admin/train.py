@@ -13,6 +13,7 @@ from litestar import Request, Response, post
 from multipart import parse_options_header
 
 from runtime.api.admin.views import DryRun, JobDetail, job_detail
+from runtime.api.docs import BINARY, FORM, QUERY
 from runtime.api.handle import AnyRequest, api_of
 from runtime.api.http.auth import TRAIN
 from runtime.api.http.body import check_encoding, check_typed, content_type, receive_all, receive_chunks
@@ -44,6 +45,13 @@ RECIPE_TYPES = frozenset(
     }
 )
 RECIPE_PART = "recipe"
+_TRAIN_FORM = {
+    "type": "object",
+    "properties": {RECIPE_PART: {"type": "string"}},
+    "additionalProperties": BINARY,
+    "required": [RECIPE_PART],
+}
+"""The data files are parts too, named by the paths that the recipe has for them."""
 _RECIPE_ENDINGS = (".yml", ".yaml")
 MAX_FILES = 100
 MAX_NAME = 255
@@ -240,7 +248,11 @@ MAX_KEY = 255
 """Characters of an idempotency key."""
 
 
-@post("/admin/train", opt={TRAIN: True}, status_code=201)
+@post(
+    "/admin/train",
+    opt={TRAIN: True, FORM: _TRAIN_FORM, QUERY: {"dry_run": {"enum": ["0", "1"]}}},
+    status_code=201,
+)
 async def train(request: AnyRequest) -> Response[JobDetail | DryRun]:
     """Start a job from a recipe in YAML, alone or in a form with its data files. 201: it is queued; 202: its data
     is still being read; 200: this Idempotency-Key made it before, or `dry_run=1` asked for the plan only."""

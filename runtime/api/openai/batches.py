@@ -5,9 +5,9 @@ from typing import Any, Literal
 from litestar import get, post
 from msgspec import Struct
 
-from runtime.api.docs import BODY
+from runtime.api.docs import BODY, QUERY, page_query
 from runtime.api.handle import AnyRequest, api_of
-from runtime.api.http.query import ObjectPage, check_names, object_page, page_request
+from runtime.api.http.query import MAX_PAGE, ObjectPage, check_names, object_page, page_request
 from runtime.api.http.record import record_of, visible_to
 from runtime.api.openai.schema import Intake
 from runtime.batches.manager import BatchManager
@@ -109,7 +109,7 @@ async def create_batch(request: AnyRequest) -> BatchObject:
     return batch_object(batch)
 
 
-@get("/v1/batches")
+@get("/v1/batches", opt={QUERY: page_query(MAX_PAGE)})
 async def list_batches(request: AnyRequest) -> ObjectPage[BatchObject]:
     """The newest batches first. `after` takes an id, `limit` up to 100, `order` asc or desc."""
     batches = _batches(request)

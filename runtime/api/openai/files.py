@@ -3,12 +3,13 @@
 import asyncio
 from collections.abc import AsyncGenerator
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
 
 from litestar import Response, delete, get, post
 from litestar.response import Stream
 from msgspec import Struct
 
+from runtime.api.docs import BINARY, FORM, QUERY, page_query
 from runtime.api.handle import AnyRequest, api_of
 from runtime.api.http.form import FormReader
 from runtime.api.http.query import ObjectPage, check_names, choices, number, object_page, page_request
@@ -32,7 +33,17 @@ PIECE_BYTES = 256 * 1024
 """Bytes that are read from the disk at once."""
 
 FILE_PART = "file"
-_FIELDS = frozenset({"purpose", "expires_after[anchor]", "expires_after[seconds]"})
+_FORM: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        FILE_PART: BINARY,
+        "purpose": {"enum": list(UPLOAD_PURPOSES)},
+        "expires_after[anchor]": {"const": "created_at"},
+        "expires_after[seconds]": {"type": "integer", "minimum": MIN_EXPIRY_SECONDS, "maximum": MAX_EXPIRY_SECONDS},
+    },
+    "required": [FILE_PART, "purpose"],
+}
+_FIELDS = frozenset(_FORM["properties"]) - {FILE_PART}
 
 
 class FileObject(Struct, kw_only=True):
@@ -55,7 +66,7 @@ class FileDeleted(Struct, kw_only=True):
     deleted: bool = True
 
 
-@post("/v1/files", status_code=200)
+@post("/v1/files", status_code=200, opt={FORM: _FORM})
 async def upload_file(request: AnyRequest) -> FileObject:
     """Store a file, sent as a form with the parts `purpose` and `file`, in this or the other order."""
     api = api_of(request)
@@ -72,7 +83,7 @@ async def upload_file(request: AnyRequest) -> FileObject:
     return file_object(file)
 
 
-@get("/v1/files")
+@get("/v1/files", opt={QUERY: page_query(MAX_FILES, purpose={"enum": list(PURPOSES)})})
 async def list_files(request: AnyRequest) -> ObjectPage[FileObject]:
     """The files, the newest first. `after` takes an id, `limit` up to 10,000, `order` asc or desc, `purpose` one."""
     library = _library(request)

@@ -12,10 +12,10 @@ from litestar import get, post
 
 from runtime.api.admin.train import job_id_of
 from runtime.api.admin.views import job_item
-from runtime.api.docs import BODY
+from runtime.api.docs import BODY, QUERY, page_query
 from runtime.api.handle import AnyRequest, Api, api_of
 from runtime.api.http.auth import TRAIN
-from runtime.api.http.query import ObjectPage, check_names, object_page, page_request
+from runtime.api.http.query import MAX_PAGE, ObjectPage, check_names, object_page, page_request
 from runtime.api.http.record import record_of, visible_to
 from runtime.api.openai.batches import check_metadata
 from runtime.api.openai.fine_tuning_views import (
@@ -85,7 +85,7 @@ async def create_fine_tuning_job(request: AnyRequest) -> FineTuningJob:
     return await _view(api, jobs, job_id)
 
 
-@get("/v1/fine_tuning/jobs", opt={TRAIN: True})
+@get("/v1/fine_tuning/jobs", opt={TRAIN: True, QUERY: page_query(MAX_PAGE)})
 async def list_fine_tuning_jobs(request: AnyRequest) -> ObjectPage[FineTuningJob]:
     """The newest jobs first, those of /admin/train too. `after` takes an id, `limit` up to 100, `order` asc or desc."""
     api, jobs = api_of(request), _jobs(request)
@@ -133,7 +133,7 @@ async def resume_fine_tuning_job(request: AnyRequest) -> FineTuningJob:
     return await _view(api_of(request), jobs, job_id)
 
 
-@get("/v1/fine_tuning/jobs/{job_id:str}/events", opt={TRAIN: True})
+@get("/v1/fine_tuning/jobs/{job_id:str}/events", opt={TRAIN: True, QUERY: page_query(MAX_PAGE)})
 async def fine_tuning_events(request: AnyRequest) -> ObjectPage[FineTuningEvent]:
     """Events of a job, the newest first. `after` takes an event's id, `limit` up to 100, `order` asc or desc."""
     jobs, job_id, page = _jobs(request), await job_id_of(request), page_request(request)
@@ -145,7 +145,7 @@ async def fine_tuning_events(request: AnyRequest) -> ObjectPage[FineTuningEvent]
     return object_page([event_view(job_id, event) for event in found[: page.limit]], len(found) > page.limit)
 
 
-@get("/v1/fine_tuning/jobs/{job_id:str}/checkpoints", opt={TRAIN: True})
+@get("/v1/fine_tuning/jobs/{job_id:str}/checkpoints", opt={TRAIN: True, QUERY: page_query(MAX_PAGE)})
 async def fine_tuning_checkpoints(request: AnyRequest) -> ObjectPage[FineTuningCheckpoint]:
     """Checkpoints of a job, the newest first. While it runs they answer by their `fine_tuned_model_checkpoint`."""
     jobs, job_id, page = _jobs(request), await job_id_of(request), page_request(request, default=10)
