@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import psutil
 import uvloop
 
 from benchmarks.inprocess import served
@@ -71,6 +72,8 @@ def streams(clients: int, tokens: int, repeats: int) -> None:
         overrides = {"num_blocks": str(clients * (tokens // 16 + 8)), "threads": "1"}
         with served(str(model), at_once=clients, overrides=overrides) as url:
             rates: dict[str, list[float]] = {way: [] for way in WAYS}
+            costs: dict[str, list[float]] = {way: [] for way in WAYS}
+            (server,) = psutil.Process().children()
             for number in range(repeats + 1):
                 for way, fields in WAYS.items():
                     body = {
@@ -81,17 +84,25 @@ def streams(clients: int, tokens: int, repeats: int) -> None:
                         "temperature": 0,
                         **fields,
                     }
+                    before = cpu_seconds(server)
                     count, seconds = uvloop.run(count_chunks(url, body, clients))
                     if count < clients * tokens // 2:  # a token that is part of a character has no chunk
                         raise RuntimeError(f"{count} chunks came of {clients} streams of {tokens} tokens")
                     if number:  # the first warms up
                         rates[way].append(count / seconds)
+                        costs[way].append(1e6 * (cpu_seconds(server) - before) / count)
     for way, some in rates.items():
-        print(f"{way}: {median(some):,.0f} chunks/s ({min(some):,.0f} – {max(some):,.0f})")
+        rate = f"{median(some):,.0f} chunks/s ({min(some):,.0f} – {max(some):,.0f})"
+        print(f"{way}: {rate}, {median(costs[way]):,.0f} µs of the server's CPU a chunk")
 
 
-def seconds_per_token(llm: LLM, prompts: Sequence[list[int]], tokens: int, grammar: str) -> float:
-    """Of one row, once all have their first token."""
+def cpu_seconds(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return float(times.user + times.system)
+
+
+def seconds_per_token(llm: LLM, prompts: Sequence[list[int]], tokens: int, grammar: str) -> tuple[float, float]:
+    """Of one row, once all have their first token: of time, and of the CPU's."""
     params = SamplingParams(max_tokens=tokens, temperature=1.0, seed=1, ignore_eos=not grammar)
     asked = [
         Submission(request_id=str(number), prompt_ids=prompt, params=params, grammar=grammar)
@@ -99,13 +110,14 @@ def seconds_per_token(llm: LLM, prompts: Sequence[list[int]], tokens: int, gramm
     ]
     llm.engine.submit_all(asked)
     got = dict.fromkeys((one.id for one in asked), 0)
-    begin, begun = 0.0, 0
+    begin, cpu, begun = 0.0, 0.0, 0
     while llm.engine.busy:
         for output in llm.engine.step():
             got[output.id] += len(output.token_ids)
         if not begin and all(got.values()):
-            begin, begun = time.perf_counter(), sum(got.values())
-    return (time.perf_counter() - begin) / (sum(got.values()) - begun) * len(prompts)
+            begin, cpu, begun = time.perf_counter(), time.process_time(), sum(got.values())
+    share = len(prompts) / (sum(got.values()) - begun)
+    return (time.perf_counter() - begin) * share, (time.process_time() - cpu) * share
 
 
 def schema(model: str, rows: int, tokens: int, repeats: int) -> None:
@@ -114,15 +126,17 @@ def schema(model: str, rows: int, tokens: int, repeats: int) -> None:
     grammar = builder.build(builder.part("body", json_part(SCHEMA, "schema")))
     llm.engine.grammars.compile(grammar)
     prompts = Prompts(llm.tokenizer.encode, 1)
-    plain, held = [], []
+    found: dict[str, list[tuple[float, float]]] = {"": [], grammar: []}
     for number in range(repeats + 1):
-        for which, text in ((plain, ""), (held, grammar)):
-            found = seconds_per_token(llm, [prompts.ids(64) for _ in range(rows)], tokens, text)
-            if number:
-                which.append(found)
-    ratios = [one / other for one, other in zip(held, plain, strict=True)]
-    print(f"without: {median(plain) * 1000:.2f} ms a token; with a schema: {median(held) * 1000:.2f} ms")
-    print(f"ratio: {median(ratios):.3f} ({min(ratios):.3f} – {max(ratios):.3f})")
+        for text, some in found.items():
+            one = seconds_per_token(llm, [prompts.ids(64) for _ in range(rows)], tokens, text)
+            if number:  # the first warms up
+                some.append(one)
+    for at, what in enumerate(("time", "CPU")):
+        plain, held = ([one[at] for one in some] for some in found.values())
+        ratios = [one / other for one, other in zip(held, plain, strict=True)]
+        print(f"{what}: {median(plain) * 1000:.2f} ms a token, with a schema {median(held) * 1000:.2f} ms")
+        print(f"  ratio {median(ratios):.3f} ({min(ratios):.3f} – {max(ratios):.3f})")
 
 
 def main() -> None:
