@@ -21,7 +21,7 @@ from runtime.api.admin.jobs import (
 )
 from runtime.api.admin.train import train
 from runtime.api.anthropic.messages import count_message_tokens, create_message
-from runtime.api.docs import openapi_config
+from runtime.api.docs import openapi_config, prepared
 from runtime.api.handle import Api, ServiceHandle
 from runtime.api.http.auth import KeyGuard
 from runtime.api.http.cors import Cors
@@ -100,7 +100,7 @@ def create_app(service: "EngineService | ServiceHandle", settings: Settings, acc
         guards=[KeyGuard(access)],
         state=State({"api": api}),
         exception_handlers={Exception: handle_exception},
-        lifespan=[api.lag.running, lambda app: access.watching()],
+        lifespan=[api.lag.running, lambda app: access.watching(), prepared],
         on_shutdown=[api.background.cancel_all],
         openapi_config=openapi_config(settings.server.root_path) if settings.server.docs_enabled else None,
         logging_config=None,

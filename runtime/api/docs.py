@@ -4,12 +4,13 @@ Handlers read their bodies and queries themselves (`runtime.api.http.body`), so 
 is put into its schema here, from what the handlers name in `opt`.
 """
 
+import contextlib
 import html
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import AsyncIterator, Mapping
+from typing import Any, cast
 
 import msgspec
-from litestar import Request
+from litestar import Litestar, Request
 from litestar.openapi.config import OpenAPIConfig
 from litestar.openapi.plugins import OpenAPIRenderPlugin
 from litestar.openapi.spec import Server
@@ -17,6 +18,7 @@ from litestar.openapi.spec import Server
 from runtime.api.http.errors import JSON, ErrorBody
 from runtime.api.http.form import MULTIPART
 from runtime.api.reference import ENDPOINTS, FieldRow, rows
+from runtime.support.threads import call_in_fresh_thread
 from runtime.support.version import version
 
 BODY = "body"
@@ -51,6 +53,14 @@ def openapi_config(root_path: str = "") -> OpenAPIConfig:
         use_handler_docstrings=True,
         render_plugins=[_Page(path="/"), _Schema(path="/openapi.json")],
     )
+
+
+@contextlib.asynccontextmanager
+async def prepared(app: Litestar) -> AsyncIterator[None]:
+    """Build Litestar's part of the schema on a thread before the first request: it takes 0.2 s."""
+    if app.openapi_config is not None:
+        await call_in_fresh_thread(lambda: cast(Any, app.plugins.get("OpenAPIPlugin")).provide_openapi_schema())
+    yield
 
 
 class _Schema(OpenAPIRenderPlugin):
