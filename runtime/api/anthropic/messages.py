@@ -106,11 +106,9 @@ async def count_message_tokens(request: AnyRequest) -> Response[TokenCount]:
     asked = await _counts.read(request, api)
     chat, _ = await _as_chat(asked, api)
     await resolve_model(service, chat.model)
+    form = check_form(chat, service, api.settings)
     prompt = chat_prompt(
-        chat,
-        service.tokenizer.chat_template,
-        limits,
-        tools=check_form(chat, service, api.settings).shown_tools if chat.tools else (),
+        chat, service.tokenizer.chat_template, limits, tools=form.shown_tools, variables=form.template_kwargs
     )
     encoder = PromptEncoder(service.tokenizer, service.vocab_size, None, limits.max_tokenize_chars, request.receive)
     return Response(TokenCount(input_tokens=len(await encoder.chat(prompt))))
@@ -118,6 +116,10 @@ async def count_message_tokens(request: AnyRequest) -> Response[TokenCount]:
 
 async def _as_chat(asked: CountRequest, api: Api) -> tuple[ChatRequest, frozenset[str]]:
     """The chat that a message is, checked as one, and the fields that it sets."""
-    body = msgspec.json.encode(chat_body(asked, max_messages=api.settings.limits.max_messages))
+    template = api.handle.require().tokenizer.chat_template or ""
+    translated = chat_body(
+        asked, max_messages=api.settings.limits.max_messages, takes_effort="reasoning_effort" in template
+    )
+    body = msgspec.json.encode(translated)
     chat, given = (await _chats.parse(body, api.settings.limits))[:2]
     return chat, given

@@ -37,14 +37,18 @@ from runtime.errors import InvalidRequest, Unsupported
 CLIENT_TOOLS = (None, "custom")
 """Types of tools that the client runs."""
 
+DEFAULT_EFFORT = "high"
+"""Anthropic's: the same as none."""
+
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 _STOPS: Mapping[str, StopReason] = {"length": "max_tokens", "tool_calls": "tool_use"}
 
 # -- requests --------------------------------------------------------------------------------------
 
 
-def chat_body(asked: CountRequest, *, max_messages: int) -> dict[str, Any]:
-    """The same request as the body of a chat in OpenAI's shape. Raises `InvalidRequest` and `Unsupported`."""
+def chat_body(asked: CountRequest, *, max_messages: int, takes_effort: bool) -> dict[str, Any]:
+    """The same request as the body of a chat in OpenAI's shape. `takes_effort`: the chat template prints a reasoning
+    effort. Raises `InvalidRequest` and `Unsupported`."""
     if not 1 <= len(asked.messages) <= max_messages:
         raise InvalidRequest(
             f"messages must have between 1 and {max_messages} messages, got {len(asked.messages)}.", param="messages"
@@ -54,7 +58,7 @@ def chat_body(asked: CountRequest, *, max_messages: int) -> dict[str, Any]:
         body |= {"continue_final_message": True, "add_generation_prompt": False}
     if asked.tools:
         body["tools"] = [_tool(tool, f"tools[{index}]") for index, tool in enumerate(asked.tools)]
-    if (choice := asked.tool_choice) is not None and asked.tools:
+    if (choice := asked.tool_choice) is not None:
         if choice.type == "tool":
             if not choice.name:
                 raise InvalidRequest("tool_choice.name must name a tool where the type is `tool`.", param="tool_choice")
@@ -64,6 +68,7 @@ def chat_body(asked: CountRequest, *, max_messages: int) -> dict[str, Any]:
         if choice.disable_parallel_tool_use is not None:
             body["parallel_tool_calls"] = not choice.disable_parallel_tool_use
     body |= _thinking(asked)
+    body["reasoning_effort"] = _effort(asked, takes_effort)
     if asked.output_config is not None and asked.output_config.format is not None:
         schema = {"name": "output", "schema": asked.output_config.format.schema, "strict": True}
         body["response_format"] = {"type": "json_schema", "json_schema": schema}
@@ -96,6 +101,19 @@ def _thinking(asked: CountRequest) -> dict[str, Any]:
             )
         fields["thinking_token_budget"] = budget
     return fields
+
+
+def _effort(asked: CountRequest, takes_effort: bool) -> str | None:
+    effort = asked.output_config.effort if asked.output_config is not None else None
+    if effort is None or takes_effort:
+        return "xhigh" if effort == "max" else effort  # the highest that templates know
+    if effort == DEFAULT_EFFORT:
+        return None
+    raise Unsupported(
+        f"`output_config.effort` must be `{DEFAULT_EFFORT}`, the default, or left out, got `{effort}`: the chat "
+        "template of this model has no reasoning effort.",
+        param="output_config.effort",
+    )
 
 
 def _tool(tool: InputTool, path: str) -> dict[str, Any]:

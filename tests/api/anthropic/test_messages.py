@@ -73,6 +73,8 @@ async def test_sampling_fields_are_those_of_a_chat(client: httpx.AsyncClient, se
 async def test_count_tokens(client: httpx.AsyncClient) -> None:
     counted = await client.post(f"{URL}/count_tokens", json={"messages": [{"role": "user", "content": "Hi"}]})
     assert counted.json() == {"input_tokens": 8}
+    asked = {"messages": [{"role": "user", "content": "Hi"}], "tool_choice": {"type": "any"}}
+    assert (await client.post(f"{URL}/count_tokens", json=asked)).status_code == 400
 
 
 @pytest.mark.parametrize(
@@ -86,6 +88,9 @@ async def test_count_tokens(client: httpx.AsyncClient) -> None:
         ({"stop_sequences": ["x"] * 1000}, 400, "invalid_request_error", "stop_sequences"),
         ({"container": "c"}, 400, "invalid_request_error", "container"),
         ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, 400, "invalid_request_error", "tools[0].type"),
+        ({"tool_choice": {"type": "any"}}, 400, "invalid_request_error", "tool_choice needs tools"),
+        ({"tool_choice": {"type": "tool", "name": "f"}}, 400, "invalid_request_error", "tool_choice needs tools"),
+        ({"output_config": {"effort": "low"}}, 400, "invalid_request_error", "output_config.effort"),
         ({"thinking": {"type": "enabled", "budget_tokens": 9}}, 400, "invalid_request_error", "budget_tokens"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]},

@@ -11,14 +11,26 @@ from hypothesis import strategies as st
 
 from runtime.api.anthropic.schema import MessageEvent, MessageRequest
 from runtime.api.anthropic.translate import EventTranslator, chat_body
-from runtime.errors import InvalidRequest
+from runtime.errors import InvalidRequest, Unsupported
 
 TOOL = {"name": "weather", "description": "Weather.", "input_schema": {"type": "object"}}
 
 
-def body_of(**fields: Any) -> dict[str, Any]:
+def body_of(*, takes_effort: bool = False, **fields: Any) -> dict[str, Any]:
     asked = {"max_tokens": 9, "messages": [{"role": "user", "content": "Hi"}], **fields}
-    return chat_body(msgspec.convert(asked, MessageRequest), max_messages=100)
+    return chat_body(msgspec.convert(asked, MessageRequest), max_messages=100, takes_effort=takes_effort)
+
+
+@pytest.mark.parametrize("effort", ["low", "medium", "high", "xhigh", "max"])
+def test_an_effort_reaches_the_template_or_is_refused(effort: str) -> None:
+    config = {"effort": effort}
+    printed = "xhigh" if effort == "max" else effort
+    assert body_of(takes_effort=True, output_config=config)["reasoning_effort"] == printed
+    if effort == "high":
+        assert "reasoning_effort" not in body_of(output_config=config)
+    else:
+        with pytest.raises(Unsupported, match=rf"`output_config.effort` must be `high`.*got `{effort}`"):
+            body_of(output_config=config)
 
 
 def test_a_conversation_with_tools() -> None:
