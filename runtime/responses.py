@@ -80,18 +80,16 @@ class ResponseStore:
         """Raises `NotFound`."""
         return await self._database.call(lambda connection: _get(connection, id, tenant))
 
-    async def chain(self, id: str, tenant: str) -> list[StoredResponse]:
+    async def chain(self, id: str, tenant: str, *, param: str) -> list[StoredResponse]:
         """The conversation that ends with a response, oldest first. Raises `NotFound` for a response that is missing,
-        and `InvalidRequest` for a conversation that is too long."""
+        and `InvalidRequest` for a conversation that is too long. `param` is the field that has the id."""
 
         def work(connection: sqlite3.Connection) -> list[StoredResponse]:
-            found = [_get(connection, id, tenant, param="previous_response_id")]
+            found = [_get(connection, id, tenant, param)]
             while (before := found[-1].previous_id) is not None:
                 if len(found) == MAX_CHAIN:
-                    raise InvalidRequest(
-                        f"A conversation has at most {MAX_CHAIN} responses.", param="previous_response_id"
-                    )
-                found.append(_get(connection, before, tenant, param="previous_response_id"))
+                    raise InvalidRequest(f"A conversation has at most {MAX_CHAIN} responses.", param=param)
+                found.append(_get(connection, before, tenant, param))
             return found[::-1]
 
         return await self._database.call(work)
@@ -106,9 +104,9 @@ class ResponseStore:
         await self._database.call(work)
 
 
-def _get(connection: sqlite3.Connection, id: str, tenant: str, param: str | None = None) -> StoredResponse:
+def _get(connection: sqlite3.Connection, id: str, tenant: str, param: str = "response_id") -> StoredResponse:
     query = f"SELECT {_COLUMNS} FROM responses WHERE id = ? AND tenant = ?"
     row = connection.execute(query, (id, tenant)).fetchone()
     if row is None:
-        raise NotFound(f"There is no response {id[:100]!r}.", param=param, code="response_not_found")
+        raise NotFound(f"There is no response `{id[:100]}`.", param=param, code="response_not_found")
     return StoredResponse(*row)

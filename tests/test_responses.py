@@ -49,19 +49,19 @@ async def test_a_chain_is_read_from_its_beginning(database: Database, monkeypatc
     store = ResponseStore(database, keep_seconds=None, max_responses=99)
     for number in range(5):
         await store.put(response(str(number), previous=str(number - 1) if number else None))
-    assert [one.id for one in await store.chain("4", "")] == list("01234")
+    assert [one.id for one in await store.chain("4", "", param="p")] == list("01234")
     monkeypatch.setattr(module, "MAX_CHAIN", 4)
     with pytest.raises(InvalidRequest, match="at most 4"):
-        await store.chain("4", "")
+        await store.chain("4", "", param="p")
     await store.delete("0", "")
-    with pytest.raises(NotFound, match="'0'"):
-        await store.chain("3", "")
+    with pytest.raises(NotFound, match="`0`"):
+        await store.chain("3", "", param="p")
 
 
 async def test_others_see_nothing(database: Database) -> None:
     store = ResponseStore(database, keep_seconds=None, max_responses=9)
     await store.put(response("a", tenant="one"))
-    for call in (store.get("a", "two"), store.chain("a", "two"), store.delete("a", "two")):
+    for call in (store.get("a", "two"), store.chain("a", "two", param="p"), store.delete("a", "two")):
         with pytest.raises(NotFound):
             await call
     await store.delete("a", "one")

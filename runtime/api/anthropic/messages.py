@@ -24,10 +24,7 @@ from runtime.api.handle import AnyRequest, Api, api_of
 from runtime.api.http.errors import JSON, handle_exception
 from runtime.api.http.record import record_of
 from runtime.api.http.sse import EventStream, named_events, unless_disconnected
-from runtime.api.openai.chat import open_chat
-from runtime.api.openai.forms import check_form
-from runtime.api.openai.models import resolve_model
-from runtime.api.openai.prompts import PromptEncoder, chat_prompt
+from runtime.api.openai.chat import count_chat, open_chat
 from runtime.api.openai.schema import ChatRequest, Intake
 from runtime.errors import RequestError
 
@@ -102,16 +99,9 @@ async def create_message(request: AnyRequest) -> Response[Message]:
 async def count_message_tokens(request: AnyRequest) -> Response[TokenCount]:
     """The number of tokens that the prompt of a message has."""
     api = api_of(request)
-    service, limits = api.handle.require(), api.settings.limits
     asked = await _counts.read(request, api)
     chat, _ = await _as_chat(asked, api)
-    await resolve_model(service, chat.model)
-    form = check_form(chat, service, api.settings)
-    prompt = chat_prompt(
-        chat, service.tokenizer.chat_template, limits, tools=form.shown_tools, variables=form.template_kwargs
-    )
-    encoder = PromptEncoder(service.tokenizer, service.vocab_size, None, limits.max_tokenize_chars, request.receive)
-    return Response(TokenCount(input_tokens=len(await encoder.chat(prompt))))
+    return Response(TokenCount(input_tokens=await count_chat(request, api, chat)))
 
 
 async def _as_chat(asked: CountRequest, api: Api) -> tuple[ChatRequest, frozenset[str]]:

@@ -17,7 +17,7 @@ from runtime.api.openai.forms import PLAIN, AnswerForm, check_form
 from runtime.api.openai.generation import Generation, respond
 from runtime.api.openai.logprobs import ChatLogprobs, LogprobWriter
 from runtime.api.openai.models import resolve_model
-from runtime.api.openai.prompts import chat_prompt
+from runtime.api.openai.prompts import PromptEncoder, chat_prompt
 from runtime.api.openai.responses import (
     AnswerTimes,
     AssistantMessage,
@@ -137,6 +137,24 @@ async def open_chat(
         system_fingerprint=fingerprint(f"{service.model_name}{served.key}", api.settings.model.dtype),
     )
     return generation, answer, record
+
+
+async def count_chat(request: AnyRequest, api: Api, asked: ChatRequest) -> int:
+    """The number of tokens of a chat's prompt, which may exceed the context. Raises the errors that answering it
+    would."""
+    service, limits = api.handle.require(), api.settings.limits
+    await resolve_model(service, asked.model)
+    form = check_form(asked, service, api.settings)
+    chat = chat_prompt(
+        asked,
+        service.tokenizer.chat_template,
+        limits,
+        tools=form.shown_tools,
+        variables=form.template_kwargs,
+        trust_template=api.settings.model.trust_request_chat_template,
+    )
+    encoder = PromptEncoder(service.tokenizer, service.vocab_size, None, limits.max_tokenize_chars, request.receive)
+    return len(await encoder.chat(chat))
 
 
 @contextmanager

@@ -12,15 +12,24 @@ from msgspec.structs import replace
 
 from runtime.api.docs import BODY
 from runtime.api.handle import AnyRequest, Api, api_of
-from runtime.api.http.body import read_body
+from runtime.api.http.body import Fields, read_body
 from runtime.api.http.errors import to_request_error
 from runtime.api.http.query import ObjectPage, check_names, flag, page_request, single
 from runtime.api.http.record import RequestRecord, record_of
 from runtime.api.http.sse import EventStream, named_events, noted, unless_disconnected
-from runtime.api.openai.chat import ChatAnswer, open_chat
+from runtime.api.openai.chat import ChatAnswer, count_chat, open_chat
 from runtime.api.openai.generation import Generation
 from runtime.api.openai.logprobs import count_logprobs, write_answer
 from runtime.api.openai.schema import ChatRequest, Intake, report_unknown
+from runtime.api.responses.compaction import (
+    MAX_SUMMARY_TOKENS,
+    CompactedResponse,
+    CompactionItem,
+    CompactRequest,
+    InputTokenCount,
+    packed,
+    with_request,
+)
 from runtime.api.responses.schema import (
     INSTEAD,
     NEUTRAL,
@@ -45,16 +54,23 @@ from runtime.api.responses.translate import (
     new_id,
     output_of,
     unknown_inside,
+    usage_of,
 )
 from runtime.errors import EngineUnavailable, InvalidRequest, NotFound, StorageUnavailable, Unsupported
 from runtime.messages import Output
 from runtime.responses import ResponseStore, StoredResponse
+from settings.schema import LimitSettings
 
 ENDED = frozenset({"completed", "incomplete", "cancelled", "failed"})
 
 _OWN = frozenset(ResponseRequest.__struct_fields__)
 _CHAT = frozenset(ChatRequest.__struct_fields__) - {"messages", "n", "best_of", "max_tokens", "use_beam_search"}
 _intake = Intake(ResponseRequest, neutral=NEUTRAL, instead=INSTEAD, passed=_CHAT)
+_compactions = Intake(
+    CompactRequest,
+    neutral={name: NEUTRAL[name] for name in ("prompt_cache_options", "prompt_cache_retention", "service_tier")},
+    instead=INSTEAD,
+)
 _chats = Intake(ChatRequest)
 _stored = msgspec.json.Decoder(ResponseObject)
 _items = msgspec.json.Decoder(list[dict[str, Any]])
@@ -72,9 +88,8 @@ async def create_response(request: AnyRequest) -> Response[ResponseObject]:
     needs_store = asked.store or asked.background or asked.previous_response_id is not None
     store, tenant = _store(api) if needs_store else api.handle.responses, record_of(request).tenant
     history = await _history(asked.previous_response_id, store, tenant)
-    passed = {name: value for name, value in fields.items() if name in _CHAT and name not in _OWN}
     with named_as_asked():
-        chat, given = (await _chats.parse(msgspec.json.encode({**passed, **chat_body(asked, history)}), limits))[:2]
+        chat, given = await _as_chat(asked, fields, history, limits)
         generation, make, record = await open_chat(request, api, chat, given)
     with ExitStack() as stack:
         stack.callback(generation.close)
@@ -100,6 +115,58 @@ async def create_response(request: AnyRequest) -> Response[ResponseObject]:
         response = await _whole(answer, response, outputs)
         await keeper.put(response)
         return Response(response)
+
+
+@post("/v1/responses/input_tokens", status_code=200, opt={BODY: ResponseRequest})
+async def count_input_tokens(request: AnyRequest) -> Response[InputTokenCount]:
+    """The number of tokens that the prompt of a response has."""
+    api = api_of(request)
+    limits = api.settings.limits
+    body = await read_body(request, api.settings.server)
+    asked, _, unknown, fields = await _intake.parse(body, limits)
+    report_unknown(request, unknown + unknown_inside(fields), limits.unknown_fields)
+    store = _store(api) if asked.previous_response_id is not None else None
+    history = await _history(asked.previous_response_id, store, record_of(request).tenant)
+    with named_as_asked():
+        chat, _ = await _as_chat(asked, fields, history, limits)
+        return Response(InputTokenCount(input_tokens=await count_chat(request, api, chat)))
+
+
+@post("/v1/responses/compact", status_code=200, opt={BODY: CompactRequest})
+async def compact_conversation(request: AnyRequest) -> Response[CompactedResponse]:
+    """Summarise a conversation into one item, which the next response takes as input in its place."""
+    api = api_of(request)
+    service, tenant = api.handle.require(), record_of(request).tenant
+    asked = await _compactions.read(request, api)
+    if not asked.input and asked.previous_response_id is None:
+        raise InvalidRequest("input must have at least one item.", param="input")
+    store = _store(api) if asked.previous_response_id is not None else None
+    messages = await _history(asked.previous_response_id, store, tenant)
+    if asked.instructions:
+        messages.insert(0, {"role": "system", "content": asked.instructions})
+    if asked.input:
+        messages += messages_of(items_of(ResponseRequest(input=asked.input)))
+    body = {
+        "model": asked.model,
+        "messages": with_request(messages),
+        "chat_template_kwargs": {"enable_thinking": False},
+        "max_completion_tokens": MAX_SUMMARY_TOKENS,
+    }
+    with named_as_asked():
+        chat, given = (await _chats.parse(msgspec.json.encode(body), api.settings.limits))[:2]
+        room = service.max_model_len - await count_chat(request, api, chat)
+        chat = replace(chat, max_completion_tokens=max(1, min(MAX_SUMMARY_TOKENS, room)))
+        generation, make, record = await open_chat(request, api, chat, given)
+    with ExitStack() as stack:
+        stack.callback(generation.close)
+        answer = make()
+        whole = answer.whole(await unless_disconnected(request.receive, generation.collect()))
+    item = CompactionItem(id=new_id("cmp"), encrypted_content=packed(whole.choices[0].message.content or ""))
+    return Response(
+        CompactedResponse(
+            id=f"resp_{record.request_id}", created_at=answer.created, output=[item], usage=usage_of(whole.usage)
+        )
+    )
 
 
 @get("/v1/responses/{response_id:str}")
@@ -152,7 +219,7 @@ async def list_input_items(request: AnyRequest) -> Response[ObjectPage[Any]]:
     takes an id, `limit` up to 100, `order` asc or desc."""
     page = page_request(request, further=("include", "include[]"))
     check_included([*request.query_params.getall("include", []), *request.query_params.getall("include[]", [])])
-    chain = await _store(api_of(request)).chain(_response_id(request), record_of(request).tenant)
+    chain = await _store(api_of(request)).chain(_response_id(request), record_of(request).tenant, param="response_id")
     items = [item for stored in chain[:-1] for item in _all_items(stored)] + _inputs.decode(chain[-1].input)
     for number, item in enumerate(items):
         item.setdefault("id", f"item_{number}")
@@ -168,7 +235,15 @@ async def list_input_items(request: AnyRequest) -> Response[ObjectPage[Any]]:
     return Response(ObjectPage(data=shown, first_id=first, last_id=last, has_more=len(items) > page.limit))
 
 
-ROUTES = (create_response, retrieve_response, delete_response, cancel_response, list_input_items)
+ROUTES = (
+    create_response,
+    count_input_tokens,
+    compact_conversation,
+    retrieve_response,
+    delete_response,
+    cancel_response,
+    list_input_items,
+)
 
 
 # -- storing ---------------------------------------------------------------------------------------
@@ -240,7 +315,7 @@ async def _history(previous: str | None, store: ResponseStore | None, tenant: st
     if previous is None:
         return []
     assert store is not None, "required"
-    chain = await store.chain(previous, tenant)
+    chain = await store.chain(previous, tenant, param="previous_response_id")
     if _stored.decode(chain[-1].response).status not in ENDED:
         raise InvalidRequest("The previous response has not ended yet.", param="previous_response_id")
     return messages_of(msgspec.convert([item for stored in chain for item in _all_items(stored)], list[Item]))
@@ -249,9 +324,18 @@ async def _history(previous: str | None, store: ResponseStore | None, tenant: st
 # -- answering -------------------------------------------------------------------------------------
 
 
+async def _as_chat(
+    asked: ResponseRequest, fields: Fields, history: list[dict[str, Any]], limits: LimitSettings
+) -> tuple[ChatRequest, frozenset[str]]:
+    """The chat that a response is, checked as one, and the fields that it sets."""
+    passed = {name: value for name, value in fields.items() if name in _CHAT and name not in _OWN}
+    return (await _chats.parse(msgspec.json.encode({**passed, **chat_body(asked, history)}), limits))[:2]
+
+
 def _begun(asked: ResponseRequest, chat: ChatRequest, answer: ChatAnswer, id: str, keeper: _Keeper) -> ResponseObject:
     """The response as it is before its first token."""
-    text = asked.text or TextOptions()
+    given = asked.text or TextOptions()
+    text = replace(given, format=given.format or ResponseTextFormat(type="text"), verbosity=given.verbosity or "medium")
     return ResponseObject(
         id=id,
         created_at=answer.created,
@@ -268,7 +352,7 @@ def _begun(asked: ResponseRequest, chat: ChatRequest, answer: ChatAnswer, id: st
         safety_identifier=asked.safety_identifier,
         store=keeper.stores,
         temperature=chat.temperature,
-        text=text if text.format is not None else replace(text, format=ResponseTextFormat(type="text")),
+        text=text,
         tool_choice=asked.tool_choice or "auto",
         tools=msgspec.to_builtins(asked.tools or []),
         top_logprobs=asked.top_logprobs or 0,

@@ -13,6 +13,7 @@ from msgspec.structs import replace
 from runtime.api.http.body import Fields
 from runtime.api.openai.responses import ChatChoice, ChatChunkChoice, ChatCompletion, Usage
 from runtime.api.openai.schema import unknown_keys
+from runtime.api.responses.compaction import unpacked
 from runtime.api.responses.schema import (
     INCLUDED,
     FailureCode,
@@ -208,6 +209,8 @@ def messages_of(items: Iterable[Item]) -> list[dict[str, Any]]:
         elif item.type == "reasoning":
             thoughts = item.content if item.content else item.summary or []
             _turn(messages)["reasoning_content"] = _text(thoughts, f"{path}.content")
+        elif item.type == "compaction":
+            messages += unpacked(item.encrypted_content, path)
         else:
             raise Unsupported(f"`{path}`: items of type `{item.type[:64]}` are not supported.", param=path)
     return messages

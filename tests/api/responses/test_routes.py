@@ -282,3 +282,79 @@ async def test_the_body_is_parsed_once(stored: httpx.AsyncClient, monkeypatch: p
     asked = {"input": "Hi", "max_output_tokens": 2, "top_k": 3}
     assert (await stored.post(URL, json=asked)).status_code == 200
     assert [json.loads(body).keys() >= asked.keys() for body in parsed] == [True, False]
+
+
+async def test_input_tokens_are_those_of_the_answer(stored: httpx.AsyncClient) -> None:
+    first = (await stored.post(URL, json={"input": "Hi", "max_output_tokens": 4})).json()
+    for asked in (
+        {"input": "Hi"},
+        {"input": "Go on", "instructions": "Be brief.", "previous_response_id": first["id"]},
+        {"input": [{"role": "user", "content": "Hi"}], "text": {"format": {"type": "text"}}},
+    ):
+        counted = (await stored.post(f"{URL}/input_tokens", json=asked)).json()
+        usage = (await stored.post(URL, json={**asked, "max_output_tokens": 1})).json()["usage"]
+        assert counted == {"object": "response.input_tokens", "input_tokens": usage["input_tokens"]}
+
+
+async def test_a_compacted_conversation_goes_on_from_its_summary(
+    stored: httpx.AsyncClient, service: FakeService
+) -> None:
+    service.max_model_len = 2000
+    before = [{"role": "user", "content": "Blue?"}, {"role": "assistant", "content": "Yes."}]
+    answer = await stored.post(f"{URL}/compact", json={"model": "fake", "input": before, "prompt_cache_key": "k"})
+    body = answer.json()
+    assert answer.status_code == 200, body
+    assert body["object"] == "response.compaction"
+    prompt = bytes(service.submitted[-1].prompt_ids).decode()
+    assert "user: Blue?\nassistant: Yes.\nuser: Summarise our conversation" in prompt
+    assert body["usage"]["input_tokens"] == len(prompt)
+    (item,) = body["output"]
+    assert item["type"] == "compaction"
+
+    after = [item, {"role": "user", "content": "And now?"}]
+    await stored.post(URL, json={"input": after, "max_output_tokens": 1})
+    prompt_after = bytes(service.submitted[-1].prompt_ids).decode()
+    assert prompt_after.startswith("user: Summarise our conversation")
+    assert f"\nassistant: {prompt[: body['usage']['output_tokens']]}" in prompt_after
+    assert prompt_after.endswith("user: And now?")
+
+
+async def test_a_request_for_a_summary_joins_the_last_turn_of_the_user(
+    stored: httpx.AsyncClient, service: FakeService
+) -> None:
+    service.max_model_len = 2000
+    assert (await stored.post(f"{URL}/compact", json={"model": "fake", "input": "Blue?"})).status_code == 200
+    assert bytes(service.submitted[-1].prompt_ids).decode().startswith("user: Blue?\n\nSummarise")
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"model": None}, "model"),
+        ({"input": None}, "input"),
+        ({"input": []}, "input"),
+        ({"service_tier": "flex"}, "service_tier"),
+        ({"input": [{"type": "compaction", "encrypted_content": "eft1.no base64"}]}, "input[0].encrypted_content"),
+        ({"input": [{"type": "compaction", "encrypted_content": "gAAAAAB"}]}, "input[0].encrypted_content"),
+        ({"input": [{"type": "compaction"}]}, "input[0].encrypted_content"),
+    ],
+)
+async def test_what_cannot_be_compacted_is_named(stored: httpx.AsyncClient, fields: dict[str, Any], param: str) -> None:
+    asked = {"model": "fake", "input": "Hi", **fields}
+    answer = await stored.post(f"{URL}/compact", json={k: v for k, v in asked.items() if v is not None})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "param"),
+    [
+        ("GET", "/resp_x", "response_id"),
+        ("DELETE", "/resp_x", "response_id"),
+        ("POST", "/resp_x/cancel", "response_id"),
+        ("GET", "/resp_x/input_items", "response_id"),
+    ],
+)
+async def test_a_missing_response_is_named(stored: httpx.AsyncClient, method: str, path: str, param: str) -> None:
+    answer = await stored.request(method, URL + path)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (404, param)
