@@ -78,7 +78,10 @@ class MarkedFormat(ToolFormat):
 
     def calls(self, builder: GrammarBuilder, tools: Sequence[Tool], *, parallel: bool) -> str:
         group = builder.rule("group", f"{builder.marker(self.marker)} {self._marked(builder, tools, parallel)}")
-        return f"{group} ({_space(builder)}? {group})*" if parallel and self.repeats else group
+        if not (parallel and self.repeats):
+            return group
+        # The answer may end after whitespace too: a model that has written some would be forced into a further call.
+        return f"{group} ({_space(builder)}? {group})* {_space(builder)}?"
 
     def answer(self, builder: GrammarBuilder, tools: Sequence[Tool], *, parallel: bool) -> str:
         marked = self._marked(builder, tools, parallel)

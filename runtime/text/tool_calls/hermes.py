@@ -25,8 +25,10 @@ class HermesFormat(MarkedFormat):
         return HermesParser([tool.name for tool in tools])
 
     def marked(self, builder: GrammarBuilder, tools: Sequence[Tool], *, parallel: bool) -> str:
+        """The end of a call may be left out. A model that wants to end its answer there would be held off from it, and
+        write on: further calls, mostly."""
         space = builder.rule("BREAK", r"/[ \n]{1,2}/")
-        return f"{space}? {call_rule(builder, tools)} {space}? {builder.marker(END)}"
+        return f"{space}? {call_rule(builder, tools)} ({space}? {builder.marker(END)})?"
 
 
 class HermesParser(JsonCallParser):

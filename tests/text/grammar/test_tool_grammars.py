@@ -79,6 +79,35 @@ def test_forced_calls_parse_and_are_valid(
         jsonschema.validate(arguments, SCHEMAS[called])
 
 
+@pytest.mark.parametrize("name", ["hermes", "qwen3_coder", "mistral_args"])
+@pytest.mark.parametrize("forced", [True, False])
+def test_an_answer_may_end_after_whitespace(
+    special_compiler: GrammarCompiler, special_tokenizer: Tokenizer, name: str, forced: bool
+) -> None:
+    """Whitespace is what may lead to a further call; a model that wants none must not be forced into one by it."""
+    call = {
+        "hermes": '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>',
+        "qwen3_coder": "<tool_call>\n<function=now>\n</function>\n</tool_call>",
+        "mistral_args": "[TOOL_CALLS]now[ARGS]{}",
+    }[name]
+    state = special_compiler.compile(grammar_of(special_compiler, name, forced=forced, parallel=True)).start()
+    state.follow(special_tokenizer.encode(f"{call}\n"))
+    assert special_tokenizer.eos_ids[0] in allowed(state, special_tokenizer.vocab_size)
+    assert parse(name, f"{call}\n") == ("", [("now", {})])
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+@pytest.mark.parametrize("forced", [True, False])
+def test_the_end_of_a_call_of_hermes_may_be_left_out(
+    special_compiler: GrammarCompiler, special_tokenizer: Tokenizer, forced: bool, parallel: bool
+) -> None:
+    begin = '<tool_call>\n{"name": "now", "arguments": {}}'
+    state = special_compiler.compile(grammar_of(special_compiler, "hermes", forced=forced, parallel=parallel)).start()
+    state.follow(special_tokenizer.encode(begin))
+    assert special_tokenizer.eos_ids[0] in allowed(state, special_tokenizer.vocab_size)
+    assert parse("hermes", begin) == ("", [("now", {})])
+
+
 BEGINNINGS = {
     "hermes": "Well, <tool_call>",
     "mistral": "Well, [TOOL_CALLS]",
