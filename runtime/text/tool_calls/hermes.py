@@ -32,7 +32,7 @@ class HermesFormat(MarkedFormat):
 
 
 class HermesParser(JsonCallParser):
-    """Parser of the format. The end of the last call may be missing: models leave it out at the end of the answer."""
+    """Parser of the format. The end of a call may be missing: models leave it out, mostly at the end of the answer."""
 
     def _read(self) -> Reading[None]:
         while marker := (yield from self._until_marker([BEGIN])):
@@ -45,4 +45,5 @@ class HermesParser(JsonCallParser):
             space = yield from self._skip_space()
             end = yield from self._expect(END)
             if end != END:
-                self._content(space + end)
+                self._content(space)
+                self._unread(end)  # it may begin the next call

@@ -108,6 +108,15 @@ def test_the_end_of_a_call_of_hermes_may_be_left_out(
     assert parse("hermes", begin) == ("", [("now", {})])
 
 
+@pytest.mark.parametrize("between", ["", "\n", " \n  \n"])
+@pytest.mark.parametrize("after", ["", "</tool_call>", "</tool_call>\n"])
+def test_calls_of_hermes_without_ends_are_apart(between: str, after: str) -> None:
+    call = '<tool_call>\n{"name": "now", "arguments": {}}'
+    assert parse("hermes", f"{call}{between}{call}{after}") == ("", [("now", {}), ("now", {})])
+    content, calls = parse("hermes", f"{call}{between}</tool")
+    assert (content.strip(), calls) == ("</tool", [("now", {})])
+
+
 BEGINNINGS = {
     "hermes": "Well, <tool_call>",
     "mistral": "Well, [TOOL_CALLS]",
