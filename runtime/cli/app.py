@@ -116,6 +116,7 @@ _LAZY = [
     (_config, "path", "config:path", "Print the path of the settings file that would be read."),
     (_recipe, "check", "recipe:check", _CHECK),
     (_recipe, "new", "recipe:new", "Print a commented recipe to start from, or write it to a file."),
+    (_recipe, "explain", "recipe:explain", "Print what a key of recipes does here."),
     (_recipe, "schema", "recipe:schema", "Print the JSON schema of recipes, for editors."),
     (_recipe, "docs", "recipe:docs", "Print the reference page of recipes, in Markdown."),
 ]

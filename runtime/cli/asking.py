@@ -64,9 +64,9 @@ async def _card(url: str, model: str) -> dict[str, Any]:
 
 
 def _alpaca() -> str:
-    from runtime.trainer.data.formats import ALPACA
+    from runtime.trainer.data.instructions import ALPACA
 
-    return ALPACA
+    return ALPACA.without
 
 
 async def _json(http: httpx.AsyncClient, path: str) -> dict[str, Any]:

@@ -59,10 +59,9 @@ def check(
         plan = None if here else _by_server(files, url, admin_key)
         if plan is None:
             loaded = read_settings(flags, config, model=model)
-            recipe = _load(file, loaded)
             if keys_only:
-                return _print_keys(file, recipe, json=json)
-            plan = _plan(recipe, files, file, loaded)
+                return _check_keys(file, loaded, json=json)
+            plan = _plan(_load(file, loaded), files, file, loaded)
     except RequestError as error:
         message = files.explain(error.message)
         if not json:
@@ -87,6 +86,18 @@ def schema() -> None:
     from runtime.trainer.recipe.reference import json_schema
 
     print(msgspec.json.format(msgspec.json.encode(json_schema())).decode())
+
+
+def explain(key: Annotated[str, Parameter(help="The key; datasets.KEY for one of an entry of datasets.")], /) -> None:
+    """Print what a key does here: its type and default, why it makes no difference, or what to do instead."""
+    from runtime.trainer.recipe.verdicts import explain as explanation
+    from runtime.trainer.recipe.verdicts import nearest_key
+
+    text = explanation(key)
+    if text is None:
+        near = nearest_key(key)
+        raise UsageError(f"{key[:64]} is no key of a recipe" + (f"; did you mean {near}?" if near else ""))
+    print(text)
 
 
 def docs() -> None:
@@ -114,11 +125,14 @@ def new(*, output: Annotated[Path | None, Parameter(help="File to write; default
 def _load(file: Path, loaded: Loaded) -> "Recipe":
     from runtime.trainer.recipe import load_recipe
 
+    return load_recipe(_bytes(file), max_lora_rank=loaded.settings.adapters.max_lora_rank)
+
+
+def _bytes(file: Path) -> bytes:
     try:
-        data = file.read_bytes()
+        return file.read_bytes()
     except OSError as error:
         raise UsageError(f"cannot read {file}: {error.strerror}") from error
-    return load_recipe(data, max_lora_rank=loaded.settings.adapters.max_lora_rank)
 
 
 def _by_server(files: RecipeFiles, url: str | None, admin_key: str | None) -> dict[str, Any] | None:
@@ -139,9 +153,21 @@ def _by_server(files: RecipeFiles, url: str | None, admin_key: str | None) -> di
     return asyncio.run(ask())
 
 
-def _print_keys(file: Path, recipe: "Recipe", *, json: bool) -> int:
+def _check_keys(file: Path, loaded: Loaded, *, json: bool) -> int:
+    """Print the verdict of each key, and the notes. Raises `RecipeError` for a recipe that is refused, after the
+    verdicts."""
+    from runtime.trainer.recipe.document import read_document
+    from runtime.trainer.recipe.load import recipe_from
+    from runtime.trainer.recipe.verdicts import verdicts
+
+    document = read_document(_bytes(file))
+    found = verdicts(document.values)
+    if not json:
+        width = max((len(one.key) for one in found), default=0)
+        print("\n".join(f"{one.key:{width}}  {one.verdict:8}  {one.why}".rstrip() for one in found))
+    recipe = recipe_from(document, max_lora_rank=loaded.settings.adapters.max_lora_rank)
     if json:
-        print(msgspec.json.format(msgspec.json.encode({"notes": recipe.notes})).decode())
+        print(msgspec.json.format(msgspec.json.encode({"keys": found, "notes": recipe.notes})).decode())
     else:
         print("\n".join([f"{file}: the keys are fine.", *recipe.notes]))
     return 0

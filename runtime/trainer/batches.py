@@ -33,6 +33,19 @@ def pack(lengths: Sequence[int], capacity: int, *, window: int = PACKING_WINDOW_
     return bins
 
 
+def pack_in_order(lengths: Sequence[int], capacity: int) -> list[Bin]:
+    """Bins of neighbours: an example that has no room in the last bin begins the next."""
+    bins: list[list[int]] = []
+    room = 0
+    for index, length in enumerate(lengths):
+        if not bins or length > room:
+            bins.append([])
+            room = capacity
+        bins[-1].append(index)
+        room -= length
+    return [tuple(bin) for bin in bins]
+
+
 def _pack_window(lengths: Sequence[int], indices: range, capacity: int) -> list[Bin]:
     filled: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (free tokens, bin), sorted

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from runtime.cli.chat import DEFAULT_MAX_TOKENS
-from runtime.trainer.data.formats import ALPACA
+from runtime.trainer.data.instructions import ALPACA
 from tests.cli.conftest import Eft
 from tests.cli.fake_api import MODEL, FakeApi
 
@@ -78,7 +78,7 @@ def test_an_adapter_of_alpacas_rows_is_asked_in_alpacas_prompt(
     eft: Eft, api: FakeApi, url: str, say, known: bool
 ) -> None:
     """Whether an admin may look or not: the format is no secret. Each question by itself."""
-    prompt = {"format": "alpaca", "template": ALPACA} if known else None
+    prompt = {"format": "alpaca", "template": ALPACA.without} if known else None
     adapter(api, "triage", prompt, format="alpaca")
     say("Sort {this}.\nAnd that.\n/system Be brief.\n")
     done = eft("chat", "triage", "--url", url, "--temperature", "0")
@@ -86,7 +86,7 @@ def test_an_adapter_of_alpacas_rows_is_asked_in_alpacas_prompt(
     assert "alpaca's prompt, as it was trained" in done.err
     assert "which have no system message" in done.err
     assert [body["prompt"] for body in api.bodies] == [
-        ALPACA.replace("{instruction}", text) for text in ("Sort {this}.", "And that.")
+        ALPACA.without.replace("{instruction}", text) for text in ("Sort {this}.", "And that.")
     ]
     assert {path for path in api.paths if "completions" in path} == {"/v1/completions"}
     assert api.bodies[0]["max_tokens"] == 150  # half of the context, where the server would take 16

@@ -187,3 +187,32 @@ def test_check_of_a_model_without_a_family(eft: Eft, recipe: Path, tmp_path: Pat
     refused = eft("recipe", "check", recipe, "--model", tmp_path / "model")
     assert refused.code == 2
     assert "fc1, fc2" in refused.err
+
+
+def test_keys_only_prints_the_verdict_of_each_key(eft: Eft, recipe: Path) -> None:
+    recipe.write_text(RECIPE + "evaluation_strategy: epoch\nwandb_mode:\n")
+    done = eft("recipe", "check", recipe, "--keys-only")
+    lines = [line.split(maxsplit=2) for line in done.out.splitlines()]
+    assert ["lora_r", "works"] in lines
+    assert ["wandb_mode", "off", "nothing is sent; losses are in the job's events and in /metrics"] in lines
+    assert ["bf16", "noted", "the base is trained on in the type in which it is served"] in lines
+    assert ["evaluation_strategy", "renamed", "eval_strategy"] in lines
+    assert ["datasets[0].path", "works"] in lines
+    as_json = json.loads(eft("recipe", "check", recipe, "--keys-only", "--json").out)
+    assert {"key": "lora_r", "verdict": "works", "why": ""} in as_json["keys"]
+    recipe.write_text(RECIPE + "use_pose: true\n")
+    done = eft("recipe", "check", recipe, "--keys-only")
+    assert done.code == 2
+    assert ["use_pose", "refused"] in [line.split()[:2] for line in done.out.splitlines()]
+    assert "use_pose, line 9: is not supported" in done.err
+
+
+def test_explain(eft: Eft) -> None:
+    done = eft("recipe", "explain", "lora_r")
+    assert (done.code, done.out.startswith("lora_r: a whole number of at least 1. Default: 16. Rank")) == (0, True)
+    assert "does nothing: the server's own kernels" in eft("recipe", "explain", "flash_attention").out
+    assert "refused when it is on" in eft("recipe", "explain", "use_pose").out
+    assert "another name, or form, of adam_epsilon" in eft("recipe", "explain", "adam_eps").out
+    assert eft("recipe", "explain", "datasets.shards").out.startswith("datasets.shards: a whole number")
+    missing = eft("recipe", "explain", "lora_s")
+    assert (missing.code, "did you mean lora_r?" in missing.err) == (2, True)

@@ -16,7 +16,7 @@ from runtime.errors import InvalidRequest
 from runtime.text import chat_template
 from runtime.text.chat_template import BUILTIN_TEMPLATES, ChatTemplate, builtin_template
 from runtime.text.turn_end import turn_end
-from runtime.trainer.data.formats import ALPACA
+from runtime.trainer.data.instructions import ALPACA
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 ASKED = [{"role": "user", "content": "Hello"}]
@@ -177,7 +177,7 @@ def test_no_message_is_left_out(name: str) -> None:
 
 
 def test_alpaca_is_the_prompt_of_its_datasets() -> None:
-    assert render("alpaca", ASKED) == "<s>" + ALPACA.format(instruction="Hello")
+    assert render("alpaca", ASKED) == "<s>" + ALPACA.without.format(instruction="Hello")
 
 
 def test_qwen_calls_tools() -> None:

@@ -1,12 +1,13 @@
 """The examples of a recipe's datasets: read, formatted, tokenised and fitted to the length, with a count of each."""
 
 import hashlib
+import random
 import re
 from array import array
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import Any
+from typing import Any, TypeVar
 
 from msgspec import Struct, field
 
@@ -21,6 +22,8 @@ from runtime.trainer.recipe import Dataset, Recipe
 # -- split -----------------------------------------------------------------------------------------
 #
 # Slices of a dataset, as in `train[:20%]`.
+
+T = TypeVar("T")
 
 _SPLIT = re.compile(r"train(?:\[(-?[0-9]{1,12}%?)?:(-?[0-9]{1,12}%?)?\])?")
 
@@ -82,6 +85,8 @@ class RowCounts(Struct, kw_only=True):
     untrained: int = 0
     """Rows without a token to train on."""
     duplicates: int = 0
+    cut: int = 0
+    """Rows of texts that became several examples, for their length."""
     named: dict[str, list[RowRef]] = field(default_factory=dict)
     """The first rows of each of `truncated`, `too_long`, `too_short` and `untrained`."""
 
@@ -140,24 +145,47 @@ class Reader:
 
         first, last = row_range(entry.split, lambda: sum(1 for _ in numbered()), param=f"{param}.split")
         before, form, found = counts.rows, None, list[Example]()
-        for file, number, row in islice(numbered(), first, last):
+        for file, number, row in self._sharded(entry, lambda: islice(numbered(), first, last)):
             counts.rows += 1
             try:
                 if isinstance(row, RowProblem):
                     raise row
                 form = form or self._format(param, entry, row)
-                example = self._fitted(form(row), counts, file.name, number)
+                examples = self._examples(form, row, counts, file.name, number)
             except RowProblem as problem:
                 rows.add(param, file.name, number, problem)
                 continue
-            if example is not None:
+            for example in examples:
                 self._count(example, param)
-                found.append(example)
+            found += examples
         if counts.rows == before:
-            raise InvalidRequest(f"{param}: there are no rows in {entry.path}.", param=param, code="invalid_data")
+            where = f"shard {entry.shards_idx} of {entry.shards} of {entry.path}" if entry.shards else entry.path
+            raise InvalidRequest(f"{param}: there are no rows in {where}.", param=param, code="invalid_data")
         if form is not None:
             self.datasets.append(ReadDataset(param, entry, form, len(found)))
+        if self._recipe.shuffle_before_merging_datasets:
+            random.Random(f"{param} of {self._recipe.seed}").shuffle(found)
         return found
+
+    def _sharded(self, entry: Dataset, rows: Callable[[], Iterator[T]]) -> Iterator[T]:
+        """The rows of one of the pieces into which an entry is cut, in the order of the files."""
+        if entry.shards is None:
+            return rows()
+        total = sum(1 for _ in rows())
+        order = list(range(total))
+        random.Random(f"shards of {self._recipe.seed}").shuffle(order)
+        cuts = (total * entry.shards_idx // entry.shards, total * (entry.shards_idx + 1) // entry.shards)
+        chosen = frozenset(order[slice(*cuts)])
+        return (row for index, row in enumerate(rows()) if index in chosen)
+
+    def _examples(self, form: Format, row: Row, counts: RowCounts, file: str, number: int) -> list[Example]:
+        """The examples of a row as they are trained on; those that are not are counted."""
+        whole = form(row)
+        pieces = form.pieces(whole, self._recipe.sequence_len)
+        if len(pieces) > 1:
+            counts.note("cut", file, number, len(whole))
+        fitted = (self._fitted(piece, counts, file, number) for piece in pieces)
+        return [example for example in fitted if example is not None]
 
     def _count(self, example: Example, param: str) -> None:
         self._tokens += len(example)
@@ -183,7 +211,7 @@ class Reader:
 
     def _format(self, param: str, entry: Dataset, row: dict[str, Any]) -> Format:
         kind = guess(row, entry) if entry.type == "auto" else entry.type
-        if kind.startswith("chat_template") and self._tokenizer.chat_template is None:
+        if isinstance(kind, str) and kind.startswith("chat_template") and self._tokenizer.chat_template is None:
             raise InvalidRequest(
                 f"{param}.type is {kind}, but the served model has no chat template: start the server with one "
                 "(--chat-template FILE), or train on texts (alpaca, prompt_completion, completion).",

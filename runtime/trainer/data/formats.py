@@ -2,70 +2,31 @@
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from runtime.adapters.card import MAX_SYSTEM, Prompt
 from runtime.errors import InvalidRequest
 from runtime.text.tokenizer import Tokenizer
 from runtime.trainer.data.example import Example, RowProblem
-from runtime.trainer.data.messages import Chat, ChatRows, Seen, fields_of
+from runtime.trainer.data.instructions import (
+    ALPACA_COLUMNS,
+    TEXT_TYPES,
+    TextType,
+    fields_of,
+    trained_text,
+    user_type,
+)
+from runtime.trainer.data.messages import Chat, ChatRows, Seen
 from runtime.trainer.data.turns import ChatEncoder
 from runtime.trainer.recipe import Dataset, Recipe
+from runtime.trainer.recipe.schema import UserType
 
 # -- texts -----------------------------------------------------------------------------------------
 #
 # Rows of texts, without a chat template: a prompt and its answer, or one text.
 #
 # The prompt's tokens are the ones `/v1/completions` would compute for it. An end-of-sequence token follows.
-
-ALPACA_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
-)
-ALPACA = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:\n"
-)
-
-
-def alpaca(row: Mapping[str, Any]) -> tuple[str, str]:
-    """Prompt and answer of a row with instruction, input (may be absent or empty) and output, in the wording of
-    Stanford Alpaca."""
-    instruction, given, answer = alpaca_fields(row)
-    # Replaced one after the other, the second would also be looked for in the first.
-    head, _, rest = (ALPACA_INPUT if given else ALPACA).partition("{instruction}")
-    return head + instruction + rest.replace("{input}", given), answer
-
-
-def alpaca_fields(row: Mapping[str, Any]) -> tuple[str, str, str]:
-    """Instruction, input (empty where there is none) and output. Raises `RowProblem`."""
-    instruction, answer = text_of(row, "instruction"), trained_text(row, "output", "the answer")
-    return instruction, text_of(row, "input") if row.get("input") is not None else "", answer
-
-
-def prompt_completion(row: Mapping[str, Any]) -> tuple[str, str]:
-    """Prompt and answer of OpenAI's older fine-tuning lines."""
-    return text_of(row, "prompt"), trained_text(row, "completion", "the answer")
-
-
-def trained_text(row: Mapping[str, Any], field: str, what: str) -> str:
-    """The text in a field that is trained on: it must not be blank. Raises `RowProblem`."""
-    text = text_of(row, field)
-    if not text.strip():
-        raise RowProblem(f"{what} is empty ({field})")
-    return text
-
-
-def text_of(row: Mapping[str, Any], field: str) -> str:
-    """The text in a field. Raises `RowProblem`."""
-    value = row.get(field)
-    if field not in row:
-        raise RowProblem(f"has no field {field!r}{fields_of(row)}")
-    if not isinstance(value, str):
-        raise RowProblem(f"{field} is no text")
-    return value
 
 
 class TextEncoder:
@@ -94,6 +55,18 @@ class TextEncoder:
         ids = self._ids(text)
         return Example(ids, [at > 0 for at in range(len(ids))])
 
+    def segments(self, parts: Sequence[tuple[str, bool]]) -> Example:
+        """The example of texts that follow each other, each with a mark of being trained on: as they stand, without a
+        token before or after them."""
+        ids, trained = list[int](), list[bool]()
+        for text, on in parts:
+            found = self._tokenizer.encode(text, add_special_tokens=False)
+            ids += found
+            trained += [on or self._everything] * len(found)
+        if not ids:
+            raise RowProblem("the text is empty")
+        return Example(ids, [False, *trained[1:]])
+
     def _ids(self, text: str) -> list[int]:
         ids = self._tokenizer.encode(text)
         return ids if ids[-1:] == self._eos else ids + self._eos
@@ -101,7 +74,6 @@ class TextEncoder:
 
 MAX_COLUMNS = 1000
 """Names of columns, and of fields of messages, that are remembered."""
-_ALPACA_FIELDS = frozenset({"instruction", "input", "output"})
 
 
 class Format(ABC):
@@ -123,6 +95,10 @@ class Format(ABC):
             return self._encode(row)
         except InvalidRequest as error:
             raise RowProblem(error.message) from None
+
+    def pieces(self, example: Example, length: int) -> list[Example]:
+        """The examples of a row that may be longer than `length` tokens: one, unless its type is cut into several."""
+        return [example]
 
     @abstractmethod
     def _encode(self, row: Mapping[str, Any]) -> Example: ...
@@ -168,47 +144,137 @@ class ChatFormat(Format):
 
 
 class TextFormat(Format):
-    """Rows that are tokenised as they stand."""
+    """Rows of a prompt and its answer."""
 
-    def __init__(self, encode: Callable[[Mapping[str, Any]], Example], fields: frozenset[str], prompt: Prompt) -> None:
+    def __init__(self, kind: TextType, texts: TextEncoder) -> None:
+        super().__init__()
+        self._kind = kind
+        self._texts = texts
+        self.fields = kind.columns
+        self._systems: set[str] = set()
+
+    def _encode(self, row: Mapping[str, Any]) -> Example:
+        given = self._kind.read(row)
+        if len(self._systems) < 2:  # more do not matter
+            self._systems.add(given.system)
+        return self._texts.answer(self._kind.wording.prompt(given), given.answer)
+
+    @property
+    def prompt(self) -> Prompt:
+        system = next(iter(self._systems)) if len(self._systems) == 1 else ""
+        wording = self._kind.wording.after(system if len(system) <= MAX_SYSTEM else "")
+        if wording.is_plain:
+            return Prompt(format="text", template="{prompt}")
+        return Prompt(format="alpaca", template=wording.without, template_with_input=wording.with_input)
+
+
+class PlainFormat(Format):
+    """Rows of one text, of marked segments, or of tokens."""
+
+    def __init__(
+        self, encode: Callable[[Mapping[str, Any]], Example], fields: Collection[str], *, cuts: bool = False
+    ) -> None:
+        """`cuts`: rows that are too long are cut into several examples."""
         super().__init__()
         self._encode_row = encode
-        self.fields = fields
-        self._prompt = prompt
+        self.fields = frozenset(fields)
+        self._cuts = cuts
 
     def _encode(self, row: Mapping[str, Any]) -> Example:
         return self._encode_row(row)
 
+    def pieces(self, example: Example, length: int) -> list[Example]:
+        if not self._cuts or len(example) <= length:
+            return [example]
+        starts = range(0, len(example), length)
+        cut = [(example.token_ids[at : at + length], example.trained[at : at + length]) for at in starts]
+        return [Example(ids, [False, *trained[1:]]) for ids, trained in cut]
+
     @property
     def prompt(self) -> Prompt:
-        return self._prompt
+        return Prompt(format="text", template="{prompt}")
 
 
-def make_format(kind: str, entry: Dataset, recipe: Recipe, tokenizer: Tokenizer, ends: Collection[int]) -> Format:
+def make_format(
+    kind: str | UserType, entry: Dataset, recipe: Recipe, tokenizer: Tokenizer, ends: Collection[int]
+) -> Format:
     """The format of the type `kind`, which is not "auto"; `ends` are the ids that end a turn."""
-    if kind.startswith("chat_template"):
-        encoder = ChatEncoder(tokenizer, ends=ends, eos=entry.eos, everything=recipe.train_on_inputs)
-        if kind == "chat_template.alpaca":
-            system = recipe.default_system_message
-            return ChatFormat(lambda row: _alpaca_chat(row, system), encoder, _ALPACA_FIELDS)
-        rows = ChatRows(entry, system=recipe.default_system_message, template=tokenizer.chat_template)
-        return ChatFormat(rows.read, encoder, rows.fields, rows.seen)
     texts = TextEncoder(tokenizer, everything=recipe.train_on_inputs)
-    if kind == "alpaca":
-        prompt = Prompt(format="alpaca", template=ALPACA, template_with_input=ALPACA_INPUT)
-        return TextFormat(lambda row: texts.answer(*alpaca(row)), _ALPACA_FIELDS, prompt)
-    prompt = Prompt(format="text", template="{prompt}")
-    if kind == "completion":
-        return TextFormat(
-            lambda row: texts.text(trained_text(row, entry.field, "the text")), frozenset({entry.field}), prompt
-        )
-    fields = frozenset({"prompt", "completion"})
-    return TextFormat(lambda row: texts.answer(*prompt_completion(row)), fields, prompt)
+    if isinstance(kind, UserType):
+        return TextFormat(user_type(kind), texts)
+    if kind in TEXT_TYPES:
+        return TextFormat(TEXT_TYPES[kind], texts)
+    if kind.startswith("chat_template"):
+        return _chat_format(kind, entry, recipe, tokenizer, ends)
+    if kind == "input_output":
+        return PlainFormat(lambda row: texts.segments(_segments(row)), {"segments"})
+    if kind == "tokenized":
+        return PlainFormat(lambda row: _tokens(row, tokenizer.vocab_size), TOKEN_COLUMNS)
+    return PlainFormat(lambda row: texts.text(trained_text(row, entry.field, "the text")), {entry.field}, cuts=True)
+
+
+def _chat_format(kind: str, entry: Dataset, recipe: Recipe, tokenizer: Tokenizer, ends: Collection[int]) -> ChatFormat:
+    encoder = ChatEncoder(tokenizer, ends=ends, eos=entry.eos, everything=recipe.train_on_inputs)
+    if kind == "chat_template.alpaca":
+        system = recipe.default_system_message
+        return ChatFormat(lambda row: _alpaca_chat(row, system), encoder, ALPACA_COLUMNS.names)
+    rows = ChatRows(entry, system=recipe.default_system_message, template=tokenizer.chat_template)
+    return ChatFormat(rows.read, encoder, rows.fields, rows.seen)
+
+
+def _segments(row: Mapping[str, Any]) -> list[tuple[str, bool]]:
+    """The texts of a row of `input_output`, each with its label."""
+    given = row.get("segments")
+    if not isinstance(given, list) or not given:
+        raise RowProblem(f"segments is no list of texts with labels{fields_of(row)}")
+    found = []
+    for index, segment in enumerate(given, 1):
+        text, label = (segment.get("text"), segment.get("label")) if isinstance(segment, Mapping) else (None, None)
+        if not isinstance(text, str) or not isinstance(label, bool):
+            raise RowProblem(f"segment {index} must have a text, and a label that is true or false")
+        found.append((text, label))
+    return found
+
+
+TOKEN_COLUMNS = ("input_ids", "labels", "attention_mask")
+_IGNORED = -100
+"""Label of a token that is not trained on, as transformers has it."""
+
+
+def _tokens(row: Mapping[str, Any], vocab_size: int) -> Example:
+    """A row of token ids, with labels where some are not trained on, and a mask where there is padding."""
+    ids = _integers(row, "input_ids")
+    labels = _integers(row, "labels") if row.get("labels") is not None else ids
+    mask = _integers(row, "attention_mask") if row.get("attention_mask") is not None else [1] * len(ids)
+    if not len(ids) == len(labels) == len(mask):
+        raise RowProblem(f"has {len(ids)} input_ids, {len(labels)} labels and an attention_mask of {len(mask)}")
+    for at, (id, label) in enumerate(zip(ids, labels, strict=True)):
+        if not 0 <= id < vocab_size:
+            raise RowProblem(f"input_ids[{at}] is {id}; the served model has ids from 0 to {vocab_size - 1}")
+        if label not in (_IGNORED, id):
+            raise RowProblem(f"labels[{at}] is {label}, neither {_IGNORED} nor the token's id {id}")
+    kept = [(id, label != _IGNORED) for id, label, on in zip(ids, labels, mask, strict=True) if on]
+    if not kept:
+        raise RowProblem("has no tokens")
+    return Example([id for id, _ in kept], [False, *(on for _, on in kept[1:])])
+
+
+def _integers(row: Mapping[str, Any], field: str) -> list[int]:
+    value = row.get(field)
+    if field not in row:
+        raise RowProblem(f"has no field {field!r}{fields_of(row)}")
+    if not isinstance(value, list) or not all(type(one) is int for one in value):
+        raise RowProblem(f"{field} is no list of whole numbers")
+    return value
 
 
 def guess(row: Mapping[str, Any], entry: Dataset) -> str:
     """The type of a dataset by the fields of its first row. Raises `RowProblem` when none fits."""
     fields = row.keys()
+    if "input_ids" in fields:
+        return "tokenized"
+    if "segments" in fields:
+        return "input_output"
     if entry.field_messages in fields:
         return "chat_template"
     if {"instruction", "output"} <= fields:
@@ -225,7 +291,7 @@ def guess(row: Mapping[str, Any], entry: Dataset) -> str:
 
 def _alpaca_chat(row: Mapping[str, Any], system: str | None) -> Chat:
     """A row of alpaca's as a chat: instruction and input are the user's message."""
-    instruction, given, answer = alpaca_fields(row)
+    instruction, given, answer, _ = ALPACA_COLUMNS.read(row)
     messages = [] if system is None else [{"role": "system", "content": system}]
     messages.append({"role": "user", "content": f"{instruction}\n\n{given}" if given else instruction})
     messages.append({"role": "assistant", "content": answer})

@@ -1,12 +1,15 @@
 """A row of a chat dataset to the messages that a chat template takes, as the API makes them of a request."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import msgspec
 
 from runtime.trainer.data.example import RowProblem
+from runtime.trainer.data.instructions import fields_of
 from runtime.trainer.recipe.schema import Dataset
 from runtime.trainer.recipe.types import ROLES, role_names
 
@@ -50,6 +53,25 @@ def read_parts(parts: list[Any], index: int, *, trained: bool) -> tuple[Content,
         spans.append(Span(at, at + len(text), trained if flag is None else flag))
         at += len(text)
     return "".join(texts), spans
+
+
+def read_ranges(value: Any, text: str, where: str, *, trained: bool) -> list[Span] | None:
+    """The spans of a message's text by a list of `{begin_offset, end_offset, train}`: characters from 0, the end
+    included. Text outside of all ranges is as the message: `trained`. None without ranges. Raises `RowProblem`."""
+    if value in (None, [], ""):
+        return None
+    marks = [trained] * len(text)
+    for detail in _list(value, where):
+        if not isinstance(detail, Mapping):
+            raise RowProblem(f"{where} has an entry that is no object")
+        begin, end, train = (detail.get(name) for name in ("begin_offset", "end_offset", "train"))
+        if type(begin) is not int or type(end) is not int or not isinstance(train, bool):
+            raise RowProblem(f"{where}: expected begin_offset and end_offset as whole numbers, and train as a boolean")
+        if not 0 <= begin <= end < len(text):
+            raise RowProblem(f"{where}: {begin} to {end} is not within the {len(text)} characters of the message")
+        marks[begin : end + 1] = [train] * (end + 1 - begin)
+    cuts = [0, *(at for at in range(1, len(marks)) if marks[at] != marks[at - 1]), len(marks)]
+    return [Span(start, stop, marks[start]) for start, stop in pairwise(cuts)]
 
 
 def flag_of(item: Mapping[str, Any], field: str, where: str) -> bool | None:
@@ -135,6 +157,8 @@ _LABELS = frozenset({"role", "content", "name", "tool_call_id"})
 _OLDER = ("function_call",)
 MAX_FIELDS = 1000
 """Names of fields that are remembered."""
+_THINKING = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
+"""Reasoning at the beginning of an answer."""
 WEIGHT = "weight"
 """OpenAI's field of a message that decides whether it is trained on."""
 
@@ -173,7 +197,7 @@ class ChatRows:
         self._train = frozenset(self._names.get(name, name) for name in entry.roles_to_train)
         self.fields = frozenset({entry.field_messages, entry.field_tools, entry.field_system})
         """Columns that are read."""
-        training = [entry.message_field_training] if entry.message_field_training else []
+        training = filter(None, [entry.message_field_training, entry.message_field_training_detail])
         self._read = frozenset([*_KEPT, "reasoning", *self._properties.values(), WEIGHT, *training])
         self.seen = Seen()
 
@@ -241,6 +265,9 @@ class ChatRows:
         flag = self._flag(item, index)
         trained = message["role"] in self._train if flag is None else flag
         message["content"], spans = self._content(message, index, trained=trained)
+        if message["role"] == "assistant" and self._entry.split_thinking:
+            self._split_thinking(message, spans, index)
+        spans = self._ranges(item, message["content"], index, trained=trained) or spans
         self.seen.masked = self.seen.masked or flag is False or any(not span.trained for span in spans or ())
         if spans is not None:
             trained = any(span.trained for span in spans)
@@ -266,6 +293,25 @@ class ChatRows:
             return read_parts(content, index, trained=trained)
         field = self._properties["content"]
         raise RowProblem(f"message {index} has no text in {field!r}")
+
+    def _split_thinking(self, message: dict[str, Any], spans: list[Span] | None, index: int) -> None:
+        """Take the reasoning at the beginning of an answer's text out of it, into the template's own field."""
+        content, key = message["content"], self._entry.template_thinking_key
+        found = _THINKING.match(content) if isinstance(content, str) and message.get(key) is None else None
+        if found is None:
+            return
+        if spans is not None:
+            raise RowProblem(f"message {index}: split_thinking cannot be used with parts that have flags")
+        message[key], message["content"] = found[1].strip(), content[found.end() :]
+
+    def _ranges(self, item: Mapping[str, Any], content: Content, index: int, *, trained: bool) -> list[Span] | None:
+        field = self._entry.message_field_training_detail
+        value = item.get(field) if field else None
+        if value is None or value == []:
+            return None
+        if not isinstance(content, str):
+            raise RowProblem(f"message {index}: {field} is for a content that is one text")
+        return read_ranges(value, content, f"message {index}, {field}", trained=trained)
 
     def _flag(self, item: Mapping[str, Any], index: int) -> bool | None:
         """The message's own flag of being trained on; None without one."""
@@ -324,9 +370,3 @@ def _mapping_hint(item: Mapping[str, Any]) -> str:
     if "from" in item and "value" in item:
         return "; set message_property_mappings: {role: from, content: value}"
     return fields_of(item)
-
-
-def fields_of(row: Iterable[str]) -> str:
-    """The fields that a row has, for the error message about a missing one."""
-    names = [str(name)[:40] for name in row]
-    return f"; it has {', '.join(names[:8])}" if names else "; it is empty"

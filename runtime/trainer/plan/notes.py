@@ -104,6 +104,8 @@ def row_notes(recipe: Recipe, counts: RowCounts, group: str) -> Iterator[str]:
     if counts.truncated:
         what = f"are longer than {limit} and cut, their ends with it"
         yield f"{counts.truncated} rows{where} {what}: {_rows(counts, 'truncated')}."
+    if counts.cut:
+        yield f"{counts.cut} rows{where} are longer than {limit} and cut into several examples: {_rows(counts, 'cut')}."
     if counts.too_short:
         what = f"have fewer tokens than min_sample_len ({recipe.min_sample_len}) and are left out"
         yield f"{counts.too_short} rows{where} {what}: {_rows(counts, 'too_short')}."

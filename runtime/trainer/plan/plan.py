@@ -205,7 +205,8 @@ def prepare(
     lengths = [len(example) for example in train]
     bins: list[batches.Bin] = [(index,) for index in range(len(train))]
     if recipe.sample_packing:
-        bins = batches.pack(lengths, recipe.sequence_len)
+        pack = batches.pack_in_order if recipe.sample_packing_sequentially else batches.pack
+        bins = pack(lengths, recipe.sequence_len)
     schedule = make_schedule(recipe, -(-len(bins) // recipe.micro_batch_size), evaluates=bool(test))
     sizes = sorted((sum(lengths[index] for index in bin) for bin in bins), reverse=True)
     warnings = [
@@ -247,7 +248,7 @@ def _read(recipe: Recipe, tokenizer: Tokenizer, files: DataFiles, ends: frozense
     files = files.naming(name for entry in entries for name in names_of(entry))
     reader = Reader(recipe, tokenizer, files, ends)
     train_counts, test_counts = RowCounts(), RowCounts()
-    train = reader.read("datasets", recipe.datasets, train_counts)
+    train = _shard(reader.read("datasets", recipe.datasets, train_counts), recipe)
     test = reader.read("test_datasets", recipe.test_datasets, test_counts)
     if recipe.dataset_exact_deduplication:
         seen: set[bytes] = set()
@@ -283,6 +284,14 @@ def _unique(examples: list[Example], counts: RowCounts, seen: set[bytes]) -> lis
     kept = without_duplicates(examples, seen)
     counts.duplicates += len(examples) - len(kept)
     return kept
+
+
+def _shard(examples: list[Example], recipe: Recipe) -> list[Example]:
+    """The piece of all rows that the recipe asks for; pieces differ by one row at most."""
+    if recipe.dataset_shard_num is None or recipe.dataset_shard_idx is None:
+        return examples
+    count, index = recipe.dataset_shard_num, recipe.dataset_shard_idx
+    return examples[len(examples) * index // count : len(examples) * (index + 1) // count]
 
 
 def _held_out(examples: list[Example], recipe: Recipe) -> tuple[list[Example], list[Example]]:

@@ -9,12 +9,13 @@ from msgspec import NODEFAULT, Struct
 
 from runtime.adapters.store import name_problem
 from runtime.errors import InvalidRequest, ModelNotFound
-from runtime.trainer.recipe import keys as notes
 from runtime.trainer.recipe import types
 from runtime.trainer.recipe.document import Document, Problem, RecipeError, read_document
-from runtime.trainer.recipe.keys import NOTED, REFUSED, modernise
-from runtime.trainer.recipe.schema import Dataset, Recipe
+from runtime.trainer.recipe.keys import DATASET_NOTED, DATASET_REFUSED, DECISIVE, NOTED, REFUSED, Refused, is_off
+from runtime.trainer.recipe.legacy import modernise
+from runtime.trainer.recipe.schema import Dataset, Recipe, UserType
 from runtime.trainer.recipe.types import ROLES, role_names, unknown_roles
+from runtime.trainer.recipe.verdicts import notes_of
 from settings import suggest
 
 # -- convert ---------------------------------------------------------------------------------------
@@ -29,24 +30,28 @@ _STAND_INS: Mapping[str, Any] = {"adapter": "lora", "learning_rate": 1e-4, "data
 MAX_HINTS = 50
 """Unknown keys of one mapping for which the nearest known one is looked for."""
 
+_TABLES: Mapping[type[Struct], tuple[Mapping[str, str], Mapping[str, Refused]]] = {
+    Recipe: (NOTED, REFUSED),
+    Dataset: (DATASET_NOTED, DATASET_REFUSED),
+}
+"""Known keys besides a struct's own: those that are noted, and those that are refused."""
+
 Reporter = Callable[[str, str], None]
 """Called with the path of a key and what is wrong with it."""
 
 
-def convert_struct(
-    struct: type[S],
-    values: Mapping[str, Any],
-    path: str,
-    report: Reporter,
-    *,
-    beside: frozenset[str] = frozenset(),
-) -> S:
+def convert_struct(struct: type[S], values: Mapping[str, Any], path: str, report: Reporter) -> S:
     """The struct. What was reported has its default in it, so that the rest can be checked, too.
 
-    A null is the same as a key that is absent. `beside` are known keys that are read elsewhere.
+    A null is the same as a key that is absent, and so is an empty value where the type does not take it.
     """
     hints = get_type_hints(struct, include_extras=True)
     fields = {field.name: field for field in msgspec.structs.fields(struct) if field.name != "notes"}
+    noted, refused = _TABLES.get(struct, ({}, {}))
+    beside = {*noted, *refused}
+    for key, refusal in refused.items():
+        if not refusal.asks_for_nothing(values.get(key)):
+            report(_join(path, key), f"is not supported: {refusal.why}")
     given: dict[str, Any] = {}
     unknown = [name for name in values if name not in fields and name not in beside]
     for index, name in enumerate(unknown):
@@ -54,7 +59,7 @@ def convert_struct(
         report(_join(path, name[:64]), f"unknown key{near}")
     for name, field in fields.items():
         value = values.get(name)
-        if value is None:
+        if value is None or _is_empty(value, hints[name], field):
             if field.default is NODEFAULT and field.default_factory is NODEFAULT:
                 report(_join(path, name), f"is missing: expected {types.describe(hints[name])}")
                 given[name] = _STAND_INS[name]
@@ -69,18 +74,29 @@ def convert_struct(
 
 
 def _convert(hint: Any, value: Any, path: str, report: Reporter) -> Any:
-    inner, many = types.struct_of(hint)
+    inner, many = types.struct_of(hint, value)
     if inner is None:
         return types.convert(value, hint)
     if not many:
         if not isinstance(value, dict):
             raise ValueError(f"expected {types.describe(hint)}, got {types.show(value)}")
         return convert_struct(inner, value, path, report)
-    items = [value] if isinstance(value, dict) else value
+    items = ([value] if value else []) if isinstance(value, dict) else value
     if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
         raise ValueError(f"expected {types.describe(hint)}, got {types.show(value)}")
     types.check_length(len(items), hint)
     return tuple(convert_struct(inner, item, f"{path}[{index}]", report) for index, item in enumerate(items))
+
+
+def _is_empty(value: Any, hint: Any, field: msgspec.structs.FieldInfo) -> bool:
+    """True for an empty or false value of an optional key whose type does not take it: it asks for nothing."""
+    if not is_off(value) or field.required:
+        return False
+    try:
+        types.convert(value, hint)
+    except ValueError:
+        return True
+    return False
 
 
 def _near(value: object, hint: Any) -> str:
@@ -111,7 +127,7 @@ _AMOUNTS = ("eval_steps", "save_steps", "warmup_steps", "val_set_size")
 
 def find_problems(recipe: Recipe, values: Mapping[str, Any], *, max_lora_rank: int) -> Iterator[Found]:
     """Every conflict. `values` are the keys as they were given."""
-    given = {key for key, value in values.items() if value not in (None, False, 0, [], "no")}
+    given = {key for key, value in values.items() if not is_off(value, (0, 0.0, "no"))}
     for one, other in _ONE_OF:
         if one in given and other in given:
             yield other, f"give {one} or {other}, not both"
@@ -120,6 +136,10 @@ def find_problems(recipe: Recipe, values: Mapping[str, Any], *, max_lora_rank: i
         yield "lora_r", f"must be at most {max_lora_rank} (adapters.max_lora_rank), got {recipe.lora_r}"
     if recipe.lora_target_linear is False and recipe.lora_target_modules is None:
         yield "lora_target_linear", "is false, and lora_target_modules names nothing: there is nothing to train"
+    if (recipe.dataset_shard_num is None) != (recipe.dataset_shard_idx is None):
+        yield "dataset_shard_num", "and dataset_shard_idx belong together: give both, or neither"
+    elif recipe.dataset_shard_num is not None and (recipe.dataset_shard_idx or 0) >= recipe.dataset_shard_num:
+        yield "dataset_shard_idx", f"must be below dataset_shard_num ({recipe.dataset_shard_num})"
     if recipe.sample_packing and recipe.group_by_length:
         yield "group_by_length", "has no meaning with sample_packing, which fills its bins by length; set one of them"
     if recipe.chat_template == "jinja" and recipe.chat_template_jinja is None:
@@ -202,7 +222,23 @@ def _datasets(recipe: Recipe) -> Iterator[Found]:
             path = f"{group}[{index}]"
             if entry.train_on_eos and entry.train_on_eot and entry.train_on_eos != entry.train_on_eot:
                 yield f"{path}.train_on_eot", "ends of turns are of one kind here: must be equal to train_on_eos"
+            if entry.shards_idx >= (entry.shards or entry.shards_idx + 1):
+                yield f"{path}.shards_idx", f"must be below shards ({entry.shards}), got {entry.shards_idx}"
+            if isinstance(entry.type, UserType):
+                yield from _user_type(entry.type, f"{path}.type")
             yield from _roles(entry, path)
+
+
+def _user_type(form: UserType, path: str) -> Iterator[Found]:
+    for name, allowed in (("format", {"instruction", "input"}), ("no_input_format", {"instruction"})):
+        text = getattr(form, name)
+        if unknown := set(regex.findall(r"\{(\w*)\}", text)) - allowed:
+            known = " and ".join("{" + field + "}" for field in sorted(allowed, reverse=True))
+            yield f"{path}.{name}", f"has {{{min(unknown)}}}; known are {known}"
+        if "{instruction}" not in text:
+            yield f"{path}.{name}", "has no {instruction}, so the answer would not depend on it"
+    if "{system}" not in form.system_format:
+        yield f"{path}.system_format", "has no {system}"
 
 
 def _roles(entry: Dataset, path: str) -> Iterator[Found]:
@@ -222,8 +258,10 @@ def _pattern(pattern: str) -> Iterator[Found]:
         yield "lora_target_modules", f"is no regular expression: {error}"
 
 
-_BESIDE = frozenset(NOTED) | frozenset(REFUSED)
-_NO_ADAPTER = "is missing: expected lora or qlora; training all weights is not supported, because they are being served"
+_NO_ADAPTER = (
+    "is missing: training all weights is not supported, because they are being served; set `adapter: lora` (or qlora) "
+    "to train an adapter"
+)
 _SWITCHES_ELSEWHERE = ("offload", "offload_disk", "unsloth")
 
 
@@ -239,17 +277,14 @@ def recipe_from(document: Document, *, max_lora_rank: int, served: Iterable[str]
     """The same for values that did not come as YAML, such as a JSON object's: `Document(values)`."""
     modern = modernise(document.values)
     values, problems = _checkpointing(modern.values), list[Problem]()
-    if values.get("adapter") is None:
+    if is_off(values.get("adapter")):
         values["adapter"] = "lora"
         problems.append(Problem("adapter", _NO_ADAPTER, document.lines.get("adapter")))
 
     def report(key: str, message: str) -> None:
         problems.append(Problem(key, message, document.lines.get(key)))
 
-    for key, refused in REFUSED.items():
-        if not refused.asks_for_nothing(values.get(key)):
-            report(key, f"is not supported: {refused.why}")
-    recipe = convert_struct(Recipe, values, "", report, beside=_BESIDE)
+    recipe = convert_struct(Recipe, values, "", report)
     reported = {problem.key for problem in problems}
     for key, message in find_problems(recipe, values, max_lora_rank=max_lora_rank):
         if key not in reported:
@@ -260,10 +295,19 @@ def recipe_from(document: Document, *, max_lora_rank: int, served: Iterable[str]
         except InvalidRequest as error:
             report(error.param or "batch_size", error.message)
     if problems:
-        raise RecipeError(sorted(problems, key=lambda problem: problem.line or 0))
+        raise RecipeError(sorted(_essential(problems, values), key=lambda problem: problem.line or 0))
     if served is not None:
         check_base_model(recipe, served)
-    return msgspec.structs.replace(recipe, notes=(*modern.notes, *notes.of(recipe, document.values)))
+    return msgspec.structs.replace(recipe, notes=(*modern.notes, *notes_of(recipe, document.values)))
+
+
+def _essential(problems: list[Problem], values: Mapping[str, Any]) -> list[Problem]:
+    """The problems without those that another one settles: a recipe for another kind of training has one."""
+    keys = {problem.key for problem in problems}
+    whole = "adapter" in keys and not any(name.startswith(("lora_", "peft")) and values[name] for name in values)
+    if decisive := next((key for key in (*DECISIVE, *(["adapter"] if whole else [])) if key in keys), None):
+        return [problem for problem in problems if problem.key == decisive]
+    return [problem for problem in problems if problem.key not in REFUSED or REFUSED[problem.key].of not in keys - {""}]
 
 
 def check_base_model(recipe: Recipe, served: Iterable[str]) -> None:

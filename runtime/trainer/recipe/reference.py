@@ -1,14 +1,18 @@
 """The keys of recipes for people and for editors: docs/recipes.md and a JSON schema, made from the structs."""
 
 import re
-from typing import Any, get_args, get_type_hints
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import msgspec
 from msgspec import NODEFAULT, Meta, Struct
 
-from runtime.trainer.recipe.keys import NOTED, REFUSED
+from runtime.trainer.recipe.keys import DATASET_NOTED, DATASET_REFUSED, NOTED, REFUSED
+from runtime.trainer.recipe.legacy import READ_AS
 from runtime.trainer.recipe.schema import Dataset, Recipe
 from runtime.trainer.recipe.types import describe
+
+T = TypeVar("T")
 
 # -- reference text --------------------------------------------------------------------------------
 #
@@ -28,6 +32,8 @@ or the plan notes why it makes no difference, or the recipe is refused with the 
 eft recipe new --output recipe.yaml     # a commented recipe to start from
 eft recipe check recipe.yaml            # every problem at once, then the plan: rows, tokens, steps, memory, examples
 eft train recipe.yaml --follow          # the job, with the data files that the recipe names, on the running server
+eft recipe check recipe.yaml --keys-only    # the verdict of each key, without a model or data
+eft recipe explain fsdp_config          # what one key does here
 eft recipe schema > recipe.schema.json  # for editors
 ```
 
@@ -57,8 +63,18 @@ TAIL = """
 | `alpaca` | `{"instruction": "…", "input": "…", "output": "…"}`; `input` may be absent or empty | the output and the end of text |
 | `chat_template.alpaca` | the same rows, as a chat: instruction and input are the user's message | the output and the end of the turn |
 | `prompt_completion` | `{"prompt": "…", "completion": "…"}` | the completion and the end of text |
-| `completion` | `{"text": "…"}`; the field is `field` | everything |
-| `auto` | any of these but `chat_template.alpaca`, told by the fields of the first row | |
+| `completion` | `{"text": "…"}`; the field is `field` | everything; a text longer than `sequence_len` becomes several examples |
+| `input_output` | `{"segments": [{"text": "…", "label": true}]}`, written with every special token | the segments whose label is true |
+| `tokenized` | `{"input_ids": […], "labels": […], "attention_mask": […]}`; without labels everything is trained on | labels that are not -100 |
+| a mapping | columns and text of your own: `type: {field_instruction: q, field_output: a, format: "{instruction} {input} "}` | the answer and the end of text |
+| `auto` | `chat_template`, `alpaca`, `prompt_completion`, `completion`, `input_output` or `tokenized`, told by the fields of the first row | |
+
+Relatives of `alpaca`, each a prompt and its answer as text: `alpaca_instruct`, `alpaca_chat` (`.load_qa`: question, answer;
+`.load_camel_ai`: message_1, message_2; `.load_concise`, `.load_no_prompt`), `alpaca:chat`, `alpaca:chatml`, `alpaca_w_system` (a column
+system; `.load_chat`, `.load_open_orca`: system_prompt, question, response), `gpteacher` (response), `gpt4all` (prompt, response),
+`oasst` (INSTRUCTION, RESPONSE), `orcamini`, `metharme` (prompt, generation), `jeopardy` (question, category, answer), `summarizetldr` (article,
+summary), `reflection` (reflection, corrected), `explainchoice` and `concisechoice` (question, choices, solution or explanation), and
+`context_qa` (context, question, answer; `.load_v2`, `.load_404`). The plan shows the first rows as they are trained on.
 
 Axolotl's older `type: sharegpt` (with `conversation`, `field`, `roles: {input, output}`, `field_human`, `field_model`) is read
 as `type: chat_template`, `field_messages: conversations`, `message_property_mappings: {role: from, content: value}`, and the plan
@@ -164,11 +180,16 @@ def reference() -> str:
         if group == "data":
             lines += ["", "### An entry of `datasets` and `test_datasets`", "", *_table(Dataset)]
     lines += ["", "## Accepted and noted", "", *_NOTED_HEAD, "", "| key | ignored because |", "|---|---|"]
-    lines += [f"| `{name}` | {why} |" for name, why in NOTED.items()]
+    lines += [f"| {_names(names)} | {why} |" for why, names in _by_reason(NOTED, str)]
+    lines += [f"| {_names(names, '`datasets`: ')} | {why} |" for why, names in _by_reason(DATASET_NOTED, str)]
+    lines += ["", "## Older names", "", "| key | read as |", "|---|---|"]
+    lines += [f"| `{name}` | `{new}` |" for name, new in READ_AS.items()]
     lines += ["", "## Refused", "", *_REFUSED_HEAD, "", "| key | |", "|---|---|"]
-    lines += [f"| `{name}` | {refused.why} |" for name, refused in REFUSED.items() if not refused.later]
-    later = sorted(name for name, refused in REFUSED.items() if refused.later)
-    lines += ["", "Not supported yet: " + ", ".join(f"`{name}`" for name in later) + ".", "", TAIL.strip()]
+    lines += [f"| {_names(names)} | {why} |" for why, names in _by_reason(REFUSED, lambda refused: refused.why)]
+    lines += [
+        f"| {_names(names, '`datasets`: ')} | {why} |" for why, names in _by_reason(DATASET_REFUSED, lambda r: r.why)
+    ]
+    lines += ["", TAIL.strip()]
     return "\n".join(lines) + "\n"
 
 
@@ -180,6 +201,17 @@ _REFUSED_HEAD = [
     "Null, false and empty values of these are accepted: they ask for nothing. Every other key is unknown, and an",
     "error that names the nearest known one.",
 ]
+
+
+def _by_reason(table: Mapping[str, T], why: Callable[[T], str]) -> list[tuple[str, list[str]]]:
+    found: dict[str, list[str]] = {}
+    for name, value in table.items():
+        found.setdefault(why(value), []).append(name)
+    return list(found.items())
+
+
+def _names(names: list[str], of: str = "") -> str:
+    return of + " ".join(f"`{name}`" for name in names)
 
 
 _UNLIMITED = re.compile(" and at most (2147483647|9223372036854775807)")

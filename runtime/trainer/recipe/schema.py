@@ -23,8 +23,38 @@ DataType = Literal[
     "chat_template.default",
     "chat_template.alpaca",
     "alpaca",
+    "alpaca:instruct",
+    "alpaca:chat",
+    "alpaca:chatml",
+    "alpaca_instruct",
+    "alpaca_instruct.load_no_prompt",
+    "alpaca_chat",
+    "alpaca_chat.load_no_prompt",
+    "alpaca_chat.load_concise",
+    "alpaca_chat.load_qa",
+    "alpaca_chat.load_camel_ai",
+    "alpaca_w_system",
+    "alpaca_w_system.load_instruct",
+    "alpaca_w_system.load_chat",
+    "alpaca_w_system.load_open_orca",
+    "alpaca_w_system.load_open_orca_chatml",
+    "context_qa",
+    "context_qa.load_v2",
+    "context_qa.load_404",
+    "explainchoice",
+    "concisechoice",
+    "summarizetldr",
+    "reflection",
+    "gpteacher",
+    "gpt4all",
+    "oasst",
+    "jeopardy",
+    "metharme",
+    "orcamini",
     "completion",
     "prompt_completion",
+    "input_output",
+    "tokenized",
     "auto",
 ]
 
@@ -32,6 +62,21 @@ DataType = Literal[
 def entry(text: str) -> Meta:
     """The line of documentation of an entry's key."""
     return Meta(description=text)
+
+
+class UserType(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A dataset's type of the recipe's own: the columns of a row, and the text that is made of them."""
+
+    field_instruction: Annotated[Text, entry("Column with `{instruction}`.")] = "instruction"
+    field_input: Annotated[Text, entry("Column with `{input}`; may be absent.")] = "input"
+    field_output: Annotated[Text, entry("Column with the answer.")] = "output"
+    field_system: Annotated[Text, entry("Column with `{system}`; may be absent.")] = "system"
+    system_prompt: Annotated[str, Meta(max_length=16384), entry("`{system}` of rows without one.")] = ""
+    system_format: Annotated[str, Meta(max_length=16384), entry("Text that stands before the prompt.")] = "{system}"
+    format: Annotated[str, Meta(max_length=16384), entry("The prompt of a row with an input.")] = (
+        "{instruction} {input} "
+    )
+    no_input_format: Annotated[str, Meta(max_length=16384), entry("The prompt of a row without.")] = "{instruction} "
 
 
 class Dataset(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -46,7 +91,15 @@ class Dataset(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         Literal["json", "jsonl", "csv", "parquet"] | None, entry("Format of the files. Default: by their endings.")
     ] = None
     split: Annotated[Text | None, entry("`train`, or a slice of the rows: `train[:20%]`, `train[100:200]`.")] = None
-    type: Annotated[DataType, entry("What a row is; `auto` goes by the fields of the first row.")] = "auto"
+    shards: Annotated[
+        Annotated[int, Meta(ge=1, le=1_000_000)] | None,
+        entry("Cut the rows, shuffled by the seed, into this number of pieces…"),
+    ] = None
+    shards_idx: Annotated[Annotated[int, Meta(ge=0)], entry("…and take this one, from 0.")] = 0
+    type: Annotated[
+        DataType | UserType,
+        entry("What a row is; `auto` goes by the fields of the first row. Or a mapping: a type of your own."),
+    ] = "auto"
     field: Annotated[Text, entry("completion: field with the text.")] = "text"
     field_messages: Annotated[Text, entry("chat_template: field with the messages.")] = "messages"
     field_tools: Annotated[Text, entry("chat_template: field with the tools.")] = "tools"
@@ -61,8 +114,15 @@ class Dataset(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     message_field_content: Annotated[Text | None, entry("chat_template: the older way to map `content`.")] = None
     field_thinking: Annotated[Text | None, entry("chat_template: field of a message with its reasoning.")] = None
     template_thinking_key: Annotated[Text, entry("chat_template: the template's name of it.")] = "reasoning_content"
+    split_thinking: Annotated[
+        bool, entry("chat_template: text in `<think>` at the beginning of an answer is its reasoning.")
+    ] = False
     message_field_training: Annotated[
         Text | None, entry("chat_template: field of a message that says whether to train on it.")
+    ] = None
+    message_field_training_detail: Annotated[
+        Text | None,
+        entry("chat_template: field of a message with a list of `{begin_offset, end_offset, train}`, in characters."),
     ] = None
     roles: Annotated[
         dict[str, tuple[Text, ...] | Text],
@@ -78,6 +138,9 @@ class Dataset(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     train_on_eot: Annotated[Eos | None, entry("chat_template: another name of `train_on_eos`.")] = None
     drop_system_message: Annotated[bool, entry("chat_template: leave system messages out.")] = False
     chat_template: Annotated[Text | None, entry("As the recipe's `chat_template`.")] = None
+    chat_template_jinja: Annotated[
+        Annotated[str, Meta(min_length=1, max_length=65536)] | None, entry("As the recipe's `chat_template_jinja`.")
+    ] = None
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -242,6 +305,13 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     shuffle_merged_datasets: Annotated[
         bool, key("data", "Each epoch goes through the rows in another order; false keeps the files' order.")
     ] = True
+    shuffle_before_merging_datasets: Annotated[
+        bool, key("data", "Shuffle the rows of each dataset; says nothing where the epochs shuffle them all.")
+    ] = False
+    dataset_shard_num: Annotated[
+        Positive | None, key("data", "Cut the rows of all datasets into this number of pieces…")
+    ] = None
+    dataset_shard_idx: Annotated[Count | None, key("data", "…and train on one of them, from 0.")] = None
     dataset_exact_deduplication: Annotated[
         bool, key("data", "Drop rows whose tokens are those of another; from the test set, those of training.")
     ] = False
@@ -269,6 +339,9 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     train_on_inputs: Annotated[bool, key("data", "Train on every token, not on the answers only.")] = False
     sample_packing: Annotated[
         bool, key("data", "Fill each place of a batch with several examples, up to `sequence_len` tokens.")
+    ] = False
+    sample_packing_sequentially: Annotated[
+        bool, key("data", "Fill bins in the order of the rows, not by their lengths.")
     ] = False
     group_by_length: Annotated[bool, key("data", "Put examples of like length into a batch.")] = False
 

@@ -131,9 +131,13 @@ def literals(hint: Any) -> tuple[str, ...]:
     return get_args(base) if get_origin(base) is Literal else ()
 
 
-def struct_of(hint: Any) -> tuple[type[Struct] | None, bool]:
-    """The struct that a key of this type holds, if any, and whether as a list of them."""
+def struct_of(hint: Any, value: Any = None) -> tuple[type[Struct] | None, bool]:
+    """The struct that a key of this type holds, if any, and whether as a list of them. Where a key takes a struct or
+    something else, a mapping is a struct."""
     base, _ = _strip(hint)
+    if get_origin(base) in (Union, types.UnionType):
+        found = [option for option in map(struct_of, _options(base)) if option[0] is not None]
+        return found[0] if found and isinstance(value, dict) else (None, False)
     many = get_origin(base) is tuple
     inner, _ = _strip(get_args(base)[0]) if many else (base, ())
     return (inner if isinstance(inner, type) and issubclass(inner, Struct) else None), many

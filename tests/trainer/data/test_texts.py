@@ -6,7 +6,20 @@ from hypothesis import strategies as st
 
 from runtime.text.tokenizer import Tokenizer
 from runtime.trainer.data.example import RowProblem
-from runtime.trainer.data.formats import TextEncoder, alpaca, prompt_completion
+from runtime.trainer.data.formats import TextEncoder
+from runtime.trainer.data.instructions import TEXT_TYPES
+
+
+def alpaca(row: dict[str, object]) -> tuple[str, str]:
+    return written("alpaca", row)
+
+
+def written(name: str, row: dict[str, object]) -> tuple[str, str]:
+    """Prompt and answer."""
+    kind = TEXT_TYPES[name]
+    given = kind.read(row)
+    return kind.wording.prompt(given), given.answer
+
 
 EXAMPLES = settings(max_examples=60)
 END = 2
@@ -72,7 +85,7 @@ def test_columns_that_are_missing(row: dict[str, object], message: str) -> None:
     with pytest.raises(RowProblem, match=message):
         alpaca(row)
     with pytest.raises(RowProblem, match="no field 'prompt'"):
-        prompt_completion(row)
+        written("prompt_completion", row)
 
 
 def test_empty_texts(tokenizer: Tokenizer) -> None:

@@ -8,7 +8,8 @@ import pytest
 
 from runtime.errors import ModelNotFound
 from runtime.trainer.recipe import Dataset, Document, Recipe, RecipeError, adapter_name, load_recipe, recipe_from
-from runtime.trainer.recipe.keys import NOTED, REFUSED
+from runtime.trainer.recipe.keys import DATASET_NOTED, DATASET_REFUSED, NOTED, REFUSED
+from runtime.trainer.recipe.legacy import RENAMED
 
 BASIC: dict[str, Any] = {"adapter": "lora", "learning_rate": 2e-4, "datasets": [{"path": "a.jsonl"}]}
 
@@ -206,14 +207,14 @@ def test_thousands_of_unknown_keys_take_no_second() -> None:
 def test_all_problems_come_at_once_with_their_lines() -> None:
     text = (
         "learning_rate: .nan\nadapter: lora\ndatasets:\n  - path: a\n    typ: alpaca\nlora_r: 1000000000\n"
-        "optimizer: adamw_torh\nlearning_rte: 3\nwarmup_ratio: 0.1\nwarmup_steps: 3\ntrust_remote_code: true\n"
+        "optimizer: adamw_torh\nlearning_rte: 3\nwarmup_ratio: 0.1\nwarmup_steps: 3\nuse_pose: true\n"
     )
     with pytest.raises(RecipeError) as caught:
         load_recipe(text.encode(), max_lora_rank=64)
     found = {(problem.key, problem.line) for problem in caught.value.problems}
     assert found == {
         ("learning_rate", 1), ("datasets[0].typ", 5), ("lora_r", 6), ("optimizer", 7), ("learning_rte", 8),
-        ("warmup_ratio", 9), ("trust_remote_code", 11),
+        ("warmup_ratio", 9), ("use_pose", 11),
     }  # fmt: skip
     assert caught.value.param == "learning_rate"
     assert "did you mean adamw_torch?" in caught.value.message
@@ -290,14 +291,17 @@ def test_learning_rates_that_make_no_sense(value: Any) -> None:
         ({"batch_size": 7, "micro_batch_size": 2}, "batch_size", "whole numbers that agree"),
         ({"batch_size": 8, "micro_batch_size": 2, "gradient_accumulation_steps": 2}, "batch_size", "2 × 2 = 4"),
         ({"train_on_inputs": "maybe"}, "train_on_inputs", "true or false, got 'maybe'"),
-        ({"deepspeed": "zero3.json"}, "deepspeed", "one serving process"),
-        ({"dp_shard_size": 2}, "dp_shard_size", "one serving process"),
-        ({"fp16": True}, "fp16", "float32 or bfloat16"),
+        ({"model_config": {"use_cache": False, "rope_theta": 1}}, "model_config", "the served one"),
+        ({"curriculum_sampling": True, "shuffle_merged_datasets": True}, "curriculum_sampling", "at odds"),
+        ({"pretraining_dataset": [{"path": "b"}]}, "pretraining_dataset", "set one of them"),
+        ({"datasets": [{"path": "a", "input_transform": "x"}]}, "datasets[0].input_transform", "never run"),
+        ({"dataset_shard_num": 2}, "dataset_shard_num", "both, or neither"),
+        ({"dataset_shard_num": 2, "dataset_shard_idx": 2}, "dataset_shard_idx", "below dataset_shard_num (2)"),
         ({"rl": "dpo"}, "rl", "supervised"),
         ({"peft_use_dora": True}, "peft_use_dora", "rsLoRA"),
         ({"lora_modules_to_save": ["lm_head"]}, "lora_modules_to_save", "low-rank adapters"),
-        ({"context_parapllel_size": 2}, "context_parapllel_size", "did you mean context_parallel_size?"),
-        ({"adam_eps": 1e-9}, "adam_eps", "did you mean adam_epsilon?"),
+        ({"context_paralel_size": 2}, "context_paralel_size", "did you mean context_parallel_size?"),
+        ({"adam_eps": 1e-9, "adam_epsilon": 1e-8}, "adam_eps", "did you mean adam_epsilon?"),
         ({"notes": ["x"]}, "notes", "unknown key"),
         ({"x" * 10_000: 1}, "x" * 64, "unknown key"),
     ],
@@ -347,8 +351,86 @@ def test_what_is_noted_changes_nothing(key: str) -> None:
         assert make(**{key: off}) == make()
 
 
-def test_one_process_is_no_distribution() -> None:
-    assert make(dp_shard_size=1, tensor_parallel_size=1, fsdp=[], ddp=False, local_rank=None) == make()
+@pytest.mark.parametrize("key", DATASET_REFUSED)
+def test_a_key_of_a_dataset_that_is_refused(key: str) -> None:
+    assert make(datasets=[{"path": "a.jsonl", key: None}]) == make()
+    assert list(problems(datasets=[{"path": "a.jsonl", key: "something"}])) == [f"datasets[0].{key}"]
+
+
+@pytest.mark.parametrize("key", DATASET_NOTED)
+def test_a_key_of_a_dataset_that_is_noted(key: str) -> None:
+    recipe = make(test_datasets=[{"path": "b.jsonl", key: True}])
+    assert recipe.notes == (f"test_datasets[0].{key} is ignored: {DATASET_NOTED[key]}.",)
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_older_names_are_read_as_todays(old: str, new: str) -> None:
+    samples: dict[str, Any] = {"eval_strategy": "no", "adam_epsilon": 1e-6}
+    value = samples.get(new, 3)
+    if new in REFUSED:
+        assert list(problems(**{old: value})) == [new]
+        return
+    recipe = make(**{old: value})
+    assert f"{old} is an older name; it is read as `{new}: {value}`." in recipe.notes
+    if new in samples:
+        assert getattr(recipe, new) == value
+
+
+def test_keys_that_are_read_as_others() -> None:
+    recipe = make(curriculum_sampling=True)
+    assert recipe.shuffle_merged_datasets is False
+    recipe = make(datasets=None, pretraining_dataset=[{"path": "a.jsonl", "type": "pretrain", "text_column": "body"}])
+    assert recipe.datasets == (Dataset(path="a.jsonl", type="completion", field="body"),)
+    assert make(datasets=None, pretraining_dataset="a.jsonl").datasets[0].field == "text"
+
+
+@pytest.mark.parametrize(
+    "key", sorted(set(Recipe.__struct_fields__) - {"notes", "adapter", "learning_rate", "datasets"})
+)
+@pytest.mark.parametrize("off", [None, "", [], {}, False])
+def test_empty_values_never_stop_a_recipe(key: str, off: Any) -> None:
+    if key in ("lora_target_linear", "load_best_model_at_end") and off is False:
+        return  # false says something there
+    make(**{key: off})
+
+
+@pytest.mark.parametrize(
+    ("keys", "key", "way_out"),
+    [
+        ({"adapter": None, "deepspeed": "z3.json", "cosine_constant_lr_ratio": 0.1}, "adapter", "`adapter: lora`"),
+        ({"adapter": None, "lisa_n_layers": 4, "lisa_step_interval": 20}, "adapter", "`adapter: lora`"),
+        ({"adapter": None, "qat": {"weight_dtype": "int4"}, "lora_r": None}, "adapter", "`adapter: lora`"),
+        ({"reward_model": True, "num_labels": 1, "datasets": [{"path": "a", "type": "bradley_terry.chat_template"}]},
+         "reward_model", "`rl: dpo`"),
+        ({"rl": "ebft", "ebft": {"n": 1}, "trl": {"beta": 0.1}, "adapter": None}, "rl", ""),
+        ({"processor_type": "AutoProcessor", "image_size": 512, "skip_prepare_dataset": True}, "processor_type",
+         "rows of text"),
+        ({"diffusion": {"noise_schedule": "cosine"}, "adapter": None}, "diffusion", "next token"),
+    ],
+)  # fmt: skip
+def test_another_kind_of_training_is_one_problem(keys: dict[str, Any], key: str, way_out: str) -> None:
+    found = problems(**keys)
+    assert list(found) == [key]
+    assert way_out in found[key]
+
+
+COMBINATIONS: list[dict[str, Any]] = [
+    {"deepspeed": "zero2.json", "use_ray": True, "ray_num_workers": 4, "gradient_checkpointing": "offload_disk"},
+    {"fsdp": ["full_shard", "auto_wrap"], "fsdp_config": {"offload_params": True}, "fsdp_version": 2},
+    {"trust_remote_code": True, "load_in_8bit": True, "lora_fan_in_fan_out": True, "fp16": True},
+    {"gptq": True, "gptq_disable_exllama": True, "float16": True, "adam_eps": 1e-5, "special_tokens": {"a": "b"}},
+    {"model_config": {"output_router_logits": True}, "unfrozen_parameters": ["^lm_head.*"], "adapter": "qlora"},
+    {"expert_parallel_size": 8, "use_sonicmoe": True, "dp_shard_size": 1, "context_parapllel_size": 2},
+    {"use_otel_metrics": True, "otel_metrics_port": 8000, "swanlab_mode": "cloud", "trackio_space_id": "x"},
+    {"curriculum_sampling": True, "sample_packing": True, "sample_packing_sequentially": True, "test_value": True},
+    {"pretrain_multipack_attn": True, "streaming": True, "plugins": ["a.B"], "strict": False},
+]
+"""Keys as recipes for LoRA combine them."""
+
+
+@pytest.mark.parametrize("keys", COMBINATIONS)
+def test_combinations_that_only_say_how(keys: dict[str, Any]) -> None:
+    assert make(**keys).notes
 
 
 @pytest.mark.parametrize("base", [None, "Tiny", "tiny", "someone/TINY", "/models/tiny/", "alias"])

@@ -9,6 +9,7 @@ from runtime.trainer.recipe.document import read_document
 from runtime.trainer.recipe.keys import NOTED, REFUSED
 from runtime.trainer.recipe.reference import json_schema, reference
 from runtime.trainer.recipe.schema import Dataset, Recipe
+from runtime.trainer.recipe.verdicts import explain, nearest_key, verdicts
 
 ROOT = Path(__file__).parent.parent.parent.parent
 
@@ -39,12 +40,32 @@ dp_shard_size dp_replicate_size context_parallel_size tensor_parallel_size accel
 """The keys that its example recipes use for supervised fine-tuning of text models."""
 
 
+DATASET = """
+chat_template chat_template_jinja conversation data_files drop_system_message ds_type field field_human field_messages
+field_model field_thinking field_tools input_format input_transform logprobs_field message_field_content
+message_field_role message_field_training message_field_training_detail message_property_mappings name path
+preprocess_shards revision roles roles_to_train shards shards_idx split split_thinking temperature
+template_thinking_key train_on_eos train_on_eot trust_remote_code type
+"""
+"""The keys of its datasets."""
+
+
 def test_every_common_key_is_known_in_exactly_one_way() -> None:
     keys = set(Recipe.__struct_fields__) - {"notes"}
     assert not set(AXOLOTL.split()) - keys - set(NOTED) - set(REFUSED)
     assert not keys & set(NOTED)
     assert not keys & set(REFUSED)
     assert not set(NOTED) & set(REFUSED)
+
+
+def test_every_key_of_axolotls_schema_has_a_verdict() -> None:
+    """`axolotl_keys.txt` has the names of its schema of 2026, and those of its integrations that recipes use."""
+    names = (ROOT / "tests/trainer/recipe/axolotl_keys.txt").read_text(encoding="utf-8").split()
+    assert len(names) > 400
+    assert not [name for name in names if explain(name) is None]
+    assert not [name for name in DATASET.split() if explain(f"datasets.{name}") is None]
+    assert explain("lora_s") is None
+    assert nearest_key("lora_s") == "lora_r"
 
 
 def test_the_page_is_current() -> None:
@@ -67,3 +88,19 @@ def test_the_examples_are_valid_by_the_schema(name: str) -> None:
     assert validator.is_valid({**values, "bf16": "auto"})
     assert not validator.is_valid({**values, "lora_r": 0})
     assert not validator.is_valid({**values, "lora_rr": 1})
+
+
+def test_a_verdict_for_each_key_in_the_recipes_order() -> None:
+    entry = {"path": "a", "shards": 2, "trust_remote_code": True, "input_format": "x", "pth": 1, "field_human": "me"}
+    found = verdicts(
+        {"lora_r": 8, "bf16": "auto", "tf32": None, "adam_eps": 1e-6, "use_pose": True, "lora_rr": 1, "datasets": entry}
+    )
+    assert [(one.key, one.verdict) for one in found] == [
+        ("lora_r", "works"), ("bf16", "noted"), ("tf32", "off"), ("adam_eps", "renamed"), ("use_pose", "refused"),
+        ("lora_rr", "unknown"), ("datasets", "works"), ("datasets[0].path", "works"), ("datasets[0].shards", "works"),
+        ("datasets[0].trust_remote_code", "noted"), ("datasets[0].input_format", "refused"),
+        ("datasets[0].pth", "unknown"), ("datasets[0].field_human", "renamed"),
+    ]  # fmt: skip
+    why = {one.key: one.why for one in found}
+    assert why["adam_eps"] == "adam_epsilon"
+    assert why["lora_rr"] == "did you mean lora_r?"

@@ -1,0 +1,136 @@
+"""What becomes of each key of a recipe: notes for the plan, a verdict a key, and the explanation of one."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, get_args, get_type_hints
+
+from msgspec import Meta, Struct
+
+from runtime.trainer.recipe.keys import DATASET_NOTED, DATASET_REFUSED, NOTED, REFUSED, Refused, is_off
+from runtime.trainer.recipe.legacy import READ_AS
+from runtime.trainer.recipe.schema import Dataset, Recipe
+from runtime.trainer.recipe.types import describe
+from settings import suggest
+
+# -- notes -----------------------------------------------------------------------------------------
+#
+# What a recipe says that does nothing here, or something else than it seems to: a line each, for the plan.
+
+
+def notes_of(recipe: Recipe, values: Mapping[str, Any]) -> Iterator[str]:
+    """The notes on a recipe that was accepted; `values` are its keys as they were given."""
+    for key, why in NOTED.items():
+        if not is_off(values.get(key)):
+            yield f"{key} is ignored: {why}."
+    for key, refused in REFUSED.items():
+        if refused.parts and isinstance(values.get(key), dict) and values[key]:
+            yield f"{key} is ignored: {', '.join(values[key])} say how the model is loaded, not what is learned."
+    yield from _entry_notes(values)
+    if recipe.adapter == "qlora" and "load_in_4bit" not in values:
+        yield f"adapter qlora is lora here: {NOTED['load_in_4bit']}."
+    if isinstance(way := values.get("gradient_checkpointing"), str) and way not in ("true", "yes", "on"):
+        yield f"gradient_checkpointing {way} is true here: nothing is moved to another memory."
+    if recipe.lora_target_linear and recipe.lora_target_modules is not None:
+        yield "lora_target_modules adds nothing to lora_target_linear, which adapts every linear."
+    if recipe.max_steps is not None and values.get("num_epochs") is not None:
+        yield f"max_steps ({recipe.max_steps}) decides, not num_epochs ({recipe.num_epochs:g})."
+    if recipe.lr_scheduler == "constant" and (recipe.warmup_steps or recipe.warmup_ratio):
+        yield "lr_scheduler constant has no warmup; constant_with_warmup has."
+    if not recipe.evaluates and (
+        recipe.evals_per_epoch or recipe.eval_steps or recipe.eval_strategy in ("steps", "epoch")
+    ):
+        yield "Nothing is evaluated: there are neither test_datasets nor val_set_size."
+    if recipe.optimizer_family == "adamw_8bit":
+        yield f"optimizer {recipe.optimizer} keeps its state in 8 bits where bitsandbytes works, else in 32."
+
+
+def _entry_notes(values: Mapping[str, Any]) -> Iterator[str]:
+    for group in ("datasets", "test_datasets"):
+        entries = values.get(group)
+        for index, entry in enumerate(entries if isinstance(entries, list) else [entries]):
+            for key, why in DATASET_NOTED.items():
+                if isinstance(entry, dict) and not is_off(entry.get(key)):
+                    yield f"{group}[{index}].{key} is ignored: {why}."
+
+
+# -- verdicts --------------------------------------------------------------------------------------
+
+
+class Verdict(Struct, frozen=True, kw_only=True):
+    """What becomes of a key that a recipe gives."""
+
+    key: str
+    verdict: Literal["works", "noted", "renamed", "off", "refused", "unknown"]
+    why: str = ""
+    """The reason, or the key that it is read as."""
+
+
+def verdicts(values: Mapping[str, Any]) -> list[Verdict]:
+    """A verdict for each key that a recipe gives, those of its datasets included, in the recipe's order."""
+    found = [_verdict(key, value, key, Recipe, NOTED, REFUSED) for key, value in values.items()]
+    for group in ("datasets", "test_datasets"):
+        entries = values.get(group)
+        for index, entry in enumerate(entries if isinstance(entries, list) else [entries]):
+            if isinstance(entry, dict):
+                found += [
+                    _verdict(key, value, f"{group}[{index}].{key}", Dataset, DATASET_NOTED, DATASET_REFUSED)
+                    for key, value in entry.items()
+                ]
+    return found
+
+
+def _verdict(
+    name: str, value: Any, path: str, struct: type[Struct], noted: Mapping[str, str], refused: Mapping[str, Refused]
+) -> Verdict:
+    fields = set(struct.__struct_fields__) - {"notes"}
+    if name in fields:
+        return Verdict(key=path, verdict="off" if value is None else "works")
+    if struct is Recipe and name in READ_AS and not is_off(value):
+        return Verdict(key=path, verdict="renamed", why=READ_AS[name])
+    if name in noted:
+        return Verdict(key=path, verdict="off" if is_off(value) else "noted", why=noted[name])
+    if name in refused:
+        off = refused[name].asks_for_nothing(value)
+        return Verdict(key=path, verdict="off" if off else "refused", why=refused[name].why)
+    if struct is Dataset and name in OLDER_DATASET_KEYS:
+        return Verdict(key=path, verdict="renamed", why="a form of `type: sharegpt`, read as chat_template's keys")
+    near = suggest.nearest(name, [*fields, *noted, *refused, *READ_AS], cutoff=0.75)
+    return Verdict(key=path, verdict="unknown", why=f"did you mean {near}?" if near else "no key of this name is known")
+
+
+OLDER_DATASET_KEYS = frozenset({"conversation", "field_human", "field_model"})
+
+
+def explain(name: str) -> str | None:
+    """What a key does here, in a few lines; None for a key that is not known. `datasets.KEY` asks for a dataset's."""
+    plain = name.removeprefix("datasets.").removeprefix("test_datasets.")
+    found = [] if plain != name else _explained(name, name, Recipe, NOTED, REFUSED)
+    if plain == name and name in READ_AS:
+        found.append(f"{name}: another name, or form, of {READ_AS[name]}.")
+    found += _explained(plain, f"datasets.{plain}", Dataset, DATASET_NOTED, DATASET_REFUSED)
+    if plain in OLDER_DATASET_KEYS:
+        found.append(f"datasets.{plain}: a form of `type: sharegpt`, read as chat_template's keys.")
+    return "\n".join(found) or None
+
+
+def nearest_key(name: str) -> str | None:
+    """The known key that is most like `name`."""
+    known = [*Recipe.__struct_fields__, *NOTED, *REFUSED, *READ_AS, *Dataset.__struct_fields__]
+    return suggest.nearest(name, known, cutoff=0.6)
+
+
+def _explained(
+    name: str, shown: str, struct: type[Struct], noted: Mapping[str, str], refused: Mapping[str, Refused]
+) -> list[str]:
+    if name in noted:
+        return [f"{shown}: accepted with any value, and does nothing: {noted[name]}."]
+    if name in refused:
+        return [f"{shown}: refused when it is on: {refused[name].why}."]
+    hint = get_type_hints(struct, include_extras=True).get(name)
+    if hint is None or name == "notes":
+        return []
+    text = next((meta.description for meta in get_args(hint)[1:] if isinstance(meta, Meta) and meta.description), "")
+    default = getattr(struct, "__struct_defaults__", ())
+    given = dict(zip(struct.__struct_fields__[len(struct.__struct_fields__) - len(default) :], default, strict=True))
+    value = given.get(name)
+    usual = f" Default: {value}." if isinstance(value, str | int | float) else ""
+    return [f"{shown}: {describe(hint)}.{usual} {text}".rstrip()]
