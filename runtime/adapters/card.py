@@ -17,7 +17,7 @@ from runtime.support.durable import write_file
 from runtime.support.logs import get_logger
 
 CARD = "eft.json"
-MAX_CARD = 64 * 1024
+MAX_CARD = 512 * 1024
 """Largest size of the file in bytes."""
 MAX_SYSTEM = 16 * 1024
 """Largest number of characters of a kept system message: with more, the file may exceed `MAX_CARD`."""
@@ -44,6 +44,12 @@ class Card(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The contents of the file. Unknown fields are left out."""
 
     prompt: Prompt | None = None
+    chat_template: str | None = None
+    """Source of the chat template of its training rows; None: the base model's own."""
+    end_ids: tuple[int, ...] = ()
+    """Ids that end its answers in chats, besides those of the base model and the template."""
+    stop: tuple[str, ...] = ()
+    """Texts that end its answers in chats, where the template's end of a turn is no single token."""
 
 
 class Cards:

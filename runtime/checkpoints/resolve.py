@@ -7,7 +7,8 @@ from pathlib import Path
 
 from runtime.checkpoints.checkpoint import Checkpoint
 from runtime.model.config import ModelLoadError
-from runtime.text.chat_template import BUILTIN_TEMPLATES, ChatTemplateError, builtin_template
+from runtime.text.chat_template import ChatTemplateError
+from runtime.text.templates import BUILTIN_TEMPLATES, builtin_template
 
 DEMO = "demo"
 

@@ -223,7 +223,7 @@ class EngineRun:
         def write(directory: Path, layers: LoraLayers) -> None:
             base, name = service.lora_base, plan.recipe.base_model
             write_adapter(directory, layers, spec.shape, base, dropout=spec.recipe.lora_dropout, base_name=name)
-            write_card(directory, Card(prompt=plan.prompt))
+            write_card(directory, card_of(plan))
 
         return service.make_run(spec, feed(plan), self._from_engine, write, restored)
 
@@ -235,6 +235,12 @@ class EngineRun:
     def _report(self, event: RunEvent) -> None:
         if not self._closed:
             self._on_event(event)
+
+
+def card_of(plan: Plan) -> Card:
+    """The card of the adapters of a plan."""
+    source = None if plan.template is None else plan.template.source
+    return Card(prompt=plan.prompt, chat_template=source, end_ids=plan.end_ids, stop=plan.stop)
 
 
 def _wake() -> None:

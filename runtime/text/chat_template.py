@@ -9,7 +9,6 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from importlib.resources import files
 from typing import Any
 
 import jinja2
@@ -249,29 +248,3 @@ def _environment() -> ImmutableSandboxedEnvironment:
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
     return environment
-
-
-# -- built-in templates ----------------------------------------------------------------------------
-#
-# Chat templates by name, for models that bring none or another one: `templates/NAME.jinja`. Each writes what the models
-# of its name were trained on; `tests/text/test_builtin_templates.py` holds them to that.
-
-BUILTIN_TEMPLATES = (
-    "alpaca",
-    "chatml",
-    "gemma",
-    "llama2",
-    "llama3",
-    "mistral",
-    "phi3",
-    "qwen2.5",
-    "vicuna",
-    "zephyr",
-)
-
-
-def builtin_template(name: str) -> str | None:
-    """The source of the built-in chat template of this name; None where there is none."""
-    if name not in BUILTIN_TEMPLATES:
-        return None
-    return files("runtime.text").joinpath(f"templates/{name}.jinja").read_text(encoding="utf-8")

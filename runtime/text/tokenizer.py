@@ -92,6 +92,7 @@ class Tokenizer:
         self.template_tokens: Mapping[str, str] = template_tokens or {}
         """Tokens that a template may print by name."""
         self._template_of = lru_cache(MAX_OTHER_TEMPLATES)(self._compile)
+        self.with_template = lru_cache(MAX_OTHER_TEMPLATES)(self._with_template)
         vocab = backend.get_vocab(with_added_tokens=True)  # every id once: it takes long with a large vocabulary
         self.bos_id = bos_id
         self.wants_bos = wants_bos
@@ -102,7 +103,8 @@ class Tokenizer:
         self._special_text = SpecialText(backend, self.num_ids)
         self.text_bound = bound_of(backend, vocab)
         """Lower bound of a text's tokens from its length alone."""
-        self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys([*eos_ids, *self._ends_of_turn()]))
+        self._own_eos_ids = tuple(eos_ids)
+        self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys([*self._own_eos_ids, *self._ends_of_turn()]))
         self._support: ToolSupport | None = None
         """What the template prints of tools, once it was needed."""
         self._alone: dict[tuple[int, bool], str] = {}
@@ -112,9 +114,25 @@ class Tokenizer:
         self._anchor = anchor, backend.decode(anchor)
         self.turn_end: TurnEnd = turn_end(self)
         """The end of answers in chats, and its problems."""
+        self._end_turns()
+
+    def _end_turns(self) -> None:
         if self.turn_end.token_id is None and (added_end := self._special_end(self.turn_end)) is not None:
             self.eos_ids = (*self.eos_ids, added_end)
             self.turn_end = turn_end(self)
+
+    def _with_template(self, source: str) -> "Tokenizer":
+        """The same tokenizer with another chat template, the ends of turns that it writes among `eos_ids`. Cached.
+
+        Raises `ChatTemplateError` when the template does not compile.
+        """
+        other = copy(self)
+        other._template = self._compile(source)
+        other._support = None
+        other.eos_ids = tuple(dict.fromkeys([*self._own_eos_ids, *other._ends_of_turn()]))
+        other.turn_end = turn_end(other)
+        other._end_turns()
+        return other
 
     def sized(self, rows: int) -> "Tokenizer":
         """The tokenizer of a model whose embedding has `rows` rows: every id of a row is valid, with a token or not.
@@ -130,6 +148,8 @@ class Tokenizer:
         if (beyond := max(self.eos_ids, default=-1)) >= rows:
             raise ValueError(f"eos_token_id has the id {beyond}, and the embedding has {rows} rows: 0 to {rows - 1}")
         other = copy(self)
+        other._template_of = lru_cache(MAX_OTHER_TEMPLATES)(other._compile)
+        other.with_template = lru_cache(MAX_OTHER_TEMPLATES)(other._with_template)
         other.vocab_size = rows
         if other.bos_id is not None and other.bos_id >= rows:
             other.bos_id = None  # no token: nothing begins with it

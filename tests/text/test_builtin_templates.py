@@ -14,7 +14,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from runtime.checkpoints import ModelLoadError, open_checkpoint
 from runtime.errors import InvalidRequest
 from runtime.text import chat_template
-from runtime.text.chat_template import BUILTIN_TEMPLATES, ChatTemplate, builtin_template
+from runtime.text.chat_template import ChatTemplate
+from runtime.text.templates import BUILTIN_TEMPLATES, builtin_template
 from runtime.text.turn_end import turn_end
 from runtime.trainer.data.instructions import ALPACA
 
@@ -38,6 +39,17 @@ CURIOUS = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
+COHERE = "<s><|START_OF_TURN_TOKEN|><|USER_TOKEN|>Hello<|END_OF_TURN_TOKEN|><|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>"
+_SYSTEM = "<s><|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|>Be brief<|END_OF_TURN_TOKEN|>"
+_LAST = "<|START_OF_TURN_TOKEN|><|USER_TOKEN|>Who are you<|END_OF_TURN_TOKEN|><|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>"
+COHERE_CHAT = _SYSTEM + COHERE.removeprefix("<s>") + "Hi there<|END_OF_TURN_TOKEN|>" + _LAST
+COMMAND_CHAT = (
+    _SYSTEM
+    + COHERE.removeprefix("<s>")
+    + "<|START_RESPONSE|>Hi there<|END_RESPONSE|><|END_OF_TURN_TOKEN|>"
+    + _LAST
+    + "<|START_RESPONSE|>"
+)
 # Name → the prompt of ASKED, and that of CHAT.
 EXPECTED = {
     "alpaca": (
@@ -46,6 +58,67 @@ EXPECTED = {
         "\n\n### Response:\n",
     ),
     "chatml": (CHATML, CHATML_CHAT),
+    "aya": (COHERE, COHERE_CHAT),
+    "cohere": (COHERE, COHERE_CHAT),
+    "command_a": (COHERE + "<|START_RESPONSE|>", COMMAND_CHAT),
+    "deepseek_v2": (
+        "<s><｜User｜>Hello<｜Assistant｜>",
+        "<s>Be brief\n\n<｜User｜>Hello<｜Assistant｜>Hi there</s><｜User｜>Who are you<｜Assistant｜>",
+    ),
+    "deepseek_v3": (
+        "<s><｜User｜>Hello<｜Assistant｜>",
+        "<s>Be brief<｜User｜>Hello<｜Assistant｜>Hi there</s><｜User｜>Who are you<｜Assistant｜>",
+    ),
+    "exaone": (
+        "[|system|][|endofturn|]\n[|user|]Hello\n[|assistant|]",
+        "[|system|]Be brief[|endofturn|]\n[|user|]Hello\n[|assistant|]Hi there[|endofturn|]\n[|user|]Who are you\n"
+        "[|assistant|]",
+    ),
+    "exaone4": (
+        "[|user|]\nHello[|endofturn|]\n[|assistant|]\n<think>\n\n</think>\n\n",
+        "[|system|]\nBe brief[|endofturn|]\n[|user|]\nHello[|endofturn|]\n[|assistant|]\n<think>\n\n</think>\n\nHi "
+        "there[|endofturn|]\n[|user|]\nWho are you[|endofturn|]\n[|assistant|]\n<think>\n\n</think>\n\n",
+    ),
+    "falcon_h1": (f"<s>{CHATML}", f"<s>{CHATML_CHAT}"),
+    "gemma4": (
+        "<s><|turn>user\nHello<turn|>\n<|turn>model\n",
+        "<s><|turn>system\nBe brief<turn|>\n<|turn>user\nHello<turn|>\n<|turn>model\nHi there<turn|>\n"
+        "<|turn>user\nWho are you<turn|>\n<|turn>model\n",
+    ),
+    "jamba": (
+        "<s><|bom|><|system|> <|eom|><|bom|><|user|> Hello<|eom|><|bom|><|assistant|>",
+        "<s><|bom|><|system|> Be brief<|eom|><|bom|><|user|> Hello<|eom|><|bom|><|assistant|> Hi there<|eom|>"
+        "<|bom|><|user|> Who are you<|eom|><|bom|><|assistant|>",
+    ),
+    "llama4": (
+        "<s><|header_start|>user<|header_end|>\n\nHello<|eot|><|header_start|>assistant<|header_end|>\n\n",
+        "<s><|header_start|>system<|header_end|>\n\nBe brief<|eot|><|header_start|>user<|header_end|>\n\nHello<|eot|>"
+        "<|header_start|>assistant<|header_end|>\n\nHi there<|eot|><|header_start|>user<|header_end|>\n\nWho are you"
+        "<|eot|><|header_start|>assistant<|header_end|>\n\n",
+    ),
+    "metharme": (
+        "<s><|user|>Hello<|model|>",
+        "<s><|system|>Be brief<|user|>Hello<|model|>Hi there</s><|user|>Who are you<|model|>",
+    ),
+    "mistral_v1": (
+        "<s> [INST] Hello [/INST]",
+        "<s> [INST] Be brief\n\nHello [/INST] Hi there</s> [INST] Who are you [/INST]",
+    ),
+    "mistral_v3_tekken": (
+        "<s>[INST]Hello[/INST]",
+        "<s>[INST]Hello[/INST]Hi there</s>[INST]Be brief\n\nWho are you[/INST]",
+    ),
+    "mistral_v7_tekken": (
+        "<s>[INST]Hello[/INST]",
+        "<s>[SYSTEM_PROMPT]Be brief[/SYSTEM_PROMPT][INST]Hello[/INST]Hi there</s>[INST]Who are you[/INST]",
+    ),
+    "phi_4": (
+        "<|im_start|>user<|im_sep|>Hello<|im_end|><|im_start|>assistant<|im_sep|>",
+        "<|im_start|>system<|im_sep|>Be brief<|im_end|><|im_start|>user<|im_sep|>Hello<|im_end|>"
+        "<|im_start|>assistant<|im_sep|>Hi there<|im_end|><|im_start|>user<|im_sep|>Who are you<|im_end|>"
+        "<|im_start|>assistant<|im_sep|>",
+    ),
+    "qwen3": (CHATML, CHATML_CHAT),
     "gemma": (
         "<s><start_of_turn>user\nHello<end_of_turn>\n<start_of_turn>model\n",
         "<s><start_of_turn>user\nBe brief\n\nHello<end_of_turn>\n<start_of_turn>model\nHi there<end_of_turn>\n"
@@ -88,6 +161,23 @@ EXPECTED = {
     ),
 }
 ENDS = {
+    "aya": "<|END_OF_TURN_TOKEN|>",
+    "cohere": "<|END_OF_TURN_TOKEN|>",
+    "command_a": "<|END_RESPONSE|><|END_OF_TURN_TOKEN|>",
+    "deepseek_v2": "</s>",
+    "deepseek_v3": "</s>",
+    "exaone": "[|endofturn|]\n",
+    "exaone4": "[|endofturn|]\n",
+    "falcon_h1": "<|im_end|>\n",
+    "gemma4": "<turn|>\n",
+    "jamba": "<|eom|>",
+    "llama4": "<|eot|>",
+    "metharme": "</s>",
+    "mistral_v1": "</s>",
+    "mistral_v3_tekken": "</s>",
+    "mistral_v7_tekken": "</s>",
+    "phi_4": "<|im_end|>",
+    "qwen3": "<|im_end|>\n",
     "alpaca": "</s>",
     "chatml": "<|im_end|>\n",
     "gemma": "<end_of_turn>\n",
@@ -164,7 +254,7 @@ def test_parts_and_missing_special_tokens(name: str) -> None:
     assert bare == re.sub("</?s>", "", EXPECTED[name][1])
 
 
-@pytest.mark.parametrize("name", ["gemma", "llama2", "mistral"])
+@pytest.mark.parametrize("name", ["gemma", "llama2", "mistral", "mistral_v1", "mistral_v3_tekken", "mistral_v7_tekken"])
 def test_models_that_know_turns_only_refuse_others(name: str) -> None:
     with pytest.raises(InvalidRequest, match="must take turns"):
         render(name, [*ASKED, *ASKED])
@@ -210,5 +300,58 @@ def test_a_model_is_opened_with_a_built_in_template(tiny_model: Path, tmp_path: 
     assert tokenizer.render_chat(CHAT) == CHATML_CHAT
     assert tokenizer.chat_template == builtin_template("chatml")
     assert turn_end(tokenizer).token_id == tokenizer.token_id("<|im_end|>")
-    with pytest.raises(ModelLoadError, match=r"chatmel.*one of the built-in alpaca, chatml, .*zephyr"):
+    with pytest.raises(ModelLoadError, match=r"chatmel.*one of the built-in alpaca, aya, chatml, .*zephyr"):
         open_checkpoint(str(tiny_model), chat_template="chatmel")
+
+
+AXOLOTL = """alpaca aya chatml cohere command_a deepseek_v2 deepseek_v3 exaone exaone4 falcon_h1 gemma gemma3 gemma3n
+    jamba llama3 llama4 metharme mistral_v1 mistral_v2v3 mistral_v3_tekken mistral_v7_tekken nemotron_h phi_3 phi_35
+    phi_4 qwen_25 qwen3"""
+
+
+@pytest.mark.parametrize("name", AXOLOTL.split())
+def test_axolotls_names_are_known(name: str) -> None:
+    assert builtin_template(name) is not None
+
+
+def test_qwen3_shows_reasoning_after_the_last_question_only() -> None:
+    thought = {"role": "assistant", "content": "Hi", "reasoning_content": "Hm."}
+    assert render("qwen3", [*ASKED, thought], prompt=False).endswith(
+        "assistant\n<think>\nHm.\n</think>\n\nHi<|im_end|>\n"
+    )
+    earlier = render("qwen3", [*ASKED, thought, *ASKED])
+    assert "Hm." not in earlier
+    assert "assistant\nHi<|im_end|>" in earlier
+    off = ChatTemplate(source_of("qwen3")).render(
+        ASKED, add_generation_prompt=True, variables={"enable_thinking": False}
+    )
+    assert off.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+
+
+def test_qwen3_calls_tools() -> None:
+    text = render("qwen3", CALLED, tools=TOOLS)
+    head, _, rest = text.partition("<|im_end|>\n")
+    assert head.startswith("<|im_start|>system\n# Tools\n\n")
+    assert f"<tools>\n{SHOWN_TOOL}\n</tools>" in head
+    assert rest == (
+        "<|im_start|>user\nLook<|im_end|>\n"
+        '<|im_start|>assistant\n<tool_call>\n{"name": "look", "arguments": {"at": "a"}}\n</tool_call>'
+        '\n<tool_call>\n{"name": "look", "arguments": {"at": "b"}}\n</tool_call><|im_end|>\n'
+        "<|im_start|>user\n<tool_response>\n1\n</tool_response>\n<tool_response>\n2\n</tool_response><|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+
+
+def test_another_template_of_the_same_tokenizer(tiny_model: Path) -> None:
+    """With the ends of turns that it writes; the tokenizer itself stays as it is."""
+    tokenizer = open_checkpoint(str(tiny_model)).tokenizer
+    bare = tokenizer.with_template("{% for m in messages %}{{ m.content }}?{% endfor %}")
+    assert (bare.render_chat(ASKED), bare.chat_template) == (
+        "Hello?",
+        "{% for m in messages %}{{ m.content }}?{% endfor %}",
+    )
+    chatml = bare.with_template(source_of("chatml"))
+    assert chatml.eos_ids == tokenizer.eos_ids
+    assert chatml.encode_chat(CHAT) == tokenizer.encode_chat(CHAT)
+    assert tokenizer.with_template(source_of("chatml")) is chatml
+    assert tokenizer.render_chat(ASKED) != "Hello?"

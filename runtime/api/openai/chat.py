@@ -96,10 +96,10 @@ async def open_chat(
     record = take_id(request, asked.request_id, served)
     wanted = check(asked, given, service, api.settings, num_prompts=1 + len(further), default_max=None)
     form_request = None
-    if asked.asks_for_form or service.reasoning is not None:
-        form_request = check_form(asked, service, api.settings)
-    limits, template = api.settings.limits, service.tokenizer.chat_template
-    encoder = encoder_for(asked, service, limits, request.receive)
+    if asked.asks_for_form or served.reasoning is not None:
+        form_request = check_form(asked, served, api.settings)
+    limits, template = api.settings.limits, served.tokenizer.chat_template
+    encoder = encoder_for(asked, served, limits, request.receive)
     chats, prompts, form = [], [], PLAIN
     for index, one in enumerate((asked, *further)):
         with _naming_chat(index if further else None):
@@ -143,17 +143,18 @@ async def count_chat(request: AnyRequest, api: Api, asked: ChatRequest) -> int:
     """The number of tokens of a chat's prompt, which may exceed the context. Raises the errors that answering it
     would."""
     service, limits = api.handle.require(), api.settings.limits
-    await resolve_model(service, asked.model)
-    form = check_form(asked, service, api.settings)
+    served = await resolve_model(service, asked.model)
+    form = check_form(asked, served, api.settings)
     chat = chat_prompt(
         asked,
-        service.tokenizer.chat_template,
+        served.tokenizer.chat_template,
         limits,
         tools=form.shown_tools,
         variables=form.template_kwargs,
         trust_template=api.settings.model.trust_request_chat_template,
     )
-    encoder = PromptEncoder(service.tokenizer, service.vocab_size, None, limits.max_tokenize_chars, request.receive)
+    apart, limit = served.own_template is not None, limits.max_tokenize_chars
+    encoder = PromptEncoder(served.tokenizer, service.vocab_size, None, limit, request.receive, apart=apart)
     return len(await encoder.chat(chat))
 
 

@@ -54,8 +54,8 @@ async def create_completion(request: AnyRequest) -> Response[TextCompletion]:
     if (count := count_prompts(asked.prompt)) > limits.max_prompts:
         raise InvalidRequest(f"prompt must hold at most {limits.max_prompts} prompts, got {count}.", param="prompt")
     wanted = check(asked, given, service, api.settings, num_prompts=count, default_max=DEFAULT_COMPLETION_TOKENS)
-    form_request = check_form(asked, service, api.settings) if asked.asks_for_form else None
-    encoder = encoder_for(asked, service, limits, request.receive)
+    form_request = check_form(asked, served, api.settings) if asked.asks_for_form else None
+    encoder = encoder_for(asked, served, limits, request.receive)
     prompts = await encoder.prompts(asked.prompt, add_special_tokens=asked.add_special_tokens is not False)
     prompts = [truncate(prompt, asked, context) for prompt in prompts]
     echoes = await _echoes(asked, prompts, encoder)

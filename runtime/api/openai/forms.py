@@ -16,6 +16,7 @@ import msgspec
 from litestar.types import Receive
 
 from runtime.api.http.sse import unless_disconnected
+from runtime.api.openai.models import Served
 from runtime.api.openai.schema import (
     ChatRequest,
     GenerationRequest,
@@ -39,6 +40,7 @@ from runtime.text.grammar import (
 from runtime.text.grammar.schema import check_depth, parse_schema
 from runtime.text.grammar.source import literal
 from runtime.text.reasoning import ReasoningFormat
+from runtime.text.tokenizer import Tokenizer
 from runtime.text.tool_calls import FORMATS, Tool, ToolFormat, detect_format
 from runtime.text.tool_prompt import shown_tool
 from settings.schema import Settings
@@ -216,13 +218,13 @@ def _is_skipped(service: "EngineService", text: str) -> bool:
 # -- requests --------------------------------------------------------------------------------------
 
 
-def check_form(asked: GenerationRequest, service: "EngineService", settings: Settings) -> FormRequest:
+def check_form(asked: GenerationRequest, served: Served, settings: Settings) -> FormRequest:
     """Read the requested form of the answers. Cheap, so it runs before tokenising. Raises `InvalidRequest`,
     `Unsupported`."""
     structure = _structure(asked)
     found = FormRequest(structure=structure)
     if isinstance(asked, ChatRequest):
-        found = _chat_form(asked, structure, service, settings)
+        found = _chat_form(asked, structure, served, settings)
     size = _size(asked)
     if size > settings.limits.max_grammar:
         param = structure.field if structure is not None else "tools"
@@ -370,11 +372,11 @@ def _tagged(given: str | ResponseFormat, param: str) -> Structure:
 def _chat_form(
     asked: ChatRequest,
     structure: Structure | None,
-    service: "EngineService",
+    served: Served,
     settings: Settings,
 ) -> FormRequest:
-    template = service.tokenizer.chat_template or ""
-    reasoning = service.reasoning
+    template = served.tokenizer.chat_template or ""
+    reasoning = served.reasoning
     if asked.thinking_token_budget is not None:
         if reasoning is None:
             raise Unsupported(
@@ -392,7 +394,7 @@ def _chat_form(
             raise InvalidRequest("tool_choice needs tools, got none.", param="tool_choice")
         calls = None
     else:
-        calls = _tool_format(service, settings.model.tool_parser) if choice != "none" else None
+        calls = _tool_format(served.tokenizer, settings.model.tool_parser) if choice != "none" else None
     shown = tuple(_shown(spec) for spec in asked.tools or ())
     if choice == "none":
         tools, calls, shown = (), None, ()
@@ -423,11 +425,11 @@ def _chat_form(
     )
 
 
-def _tool_format(service: "EngineService", setting: str) -> ToolFormat:
+def _tool_format(tokenizer: Tokenizer, setting: str) -> ToolFormat:
     """The format that is set, or that the template tells of; Hermes where the tools are described without it."""
     if setting != "auto":
         return FORMATS[setting]
-    found = detect_format(service.tokenizer.chat_template) if service.tokenizer.writes_own_tools else None
+    found = detect_format(tokenizer.chat_template) if tokenizer.writes_own_tools else None
     return found or FORMATS["hermes"]
 
 

@@ -1,6 +1,7 @@
 """GET /v1/models; GET and DELETE /v1/models/{id}."""
 
-from dataclasses import dataclass
+import asyncio
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from litestar import delete, get
@@ -13,7 +14,10 @@ from runtime.api.http.auth import ADMIN
 from runtime.api.http.query import check_names
 from runtime.api.http.record import RequestRecord, record_of
 from runtime.api.openai.responses import ModelCard, ModelDeleted, ModelList
-from runtime.errors import Conflict, Forbidden, ModelNotFound, NotFound
+from runtime.errors import AdapterUnavailable, Conflict, Forbidden, ModelNotFound, NotFound
+from runtime.text.chat_template import ChatTemplateError
+from runtime.text.reasoning import ReasoningFormat, reasoning_format
+from runtime.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from runtime.adapters.store import Version
@@ -37,6 +41,8 @@ class Served:
     service: "EngineService"
     version: "Version | None" = None
     """None: the base model."""
+    own_template: Tokenizer | None = None
+    """Tokenizer with the chat template that goes with the adapter; None: the base model's."""
 
     @property
     def key(self) -> str:
@@ -47,6 +53,34 @@ class Served:
     def label(self) -> str:
         """Version for a response header: `name@3`, or `base`."""
         return self.version.id if self.version else "base"
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Tokenizer of the model's prompts: with the chat template that an adapter was trained with."""
+        return self.own_template or self.service.tokenizer
+
+    @property
+    def reasoning(self) -> ReasoningFormat | None:
+        """Form of the reasoning of answers in chats; None if it is not split from them."""
+        if self.own_template is None:
+            return self.service.reasoning
+        return reasoning_format(self.own_template.chat_template, self.service.settings.model.reasoning_parser)
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Ids that end an adapter's answers in chats, besides those that end the base model's."""
+        if self.version is None or self.service.adapters is None:
+            return ()
+        ends = (*self.tokenizer.eos_ids, *self.service.adapters.card(self.version).end_ids)
+        limit = self.service.vocab_size
+        return tuple(id for id in dict.fromkeys(ends) if id not in self.service.eos_ids and 0 <= id < limit)
+
+    @property
+    def stop_texts(self) -> tuple[str, ...]:
+        """Texts that end an adapter's answers in chats."""
+        if self.version is None or self.service.adapters is None:
+            return ()
+        return self.service.adapters.card(self.version).stop
 
     @property
     def prompt_format(self) -> str | None:
@@ -80,7 +114,16 @@ async def resolve_model(service: "EngineService", asked: str | None) -> Served:
     and `AdapterUnavailable`."""
     if asked and asked != service.model_name and service.adapters is not None:
         await service.adapters.look_for(asked)
-    return find_model(service, asked)
+    served = find_model(service, asked)
+    if served.version is None or service.adapters is None:
+        return served
+    source = service.adapters.card(served.version).chat_template
+    if source is None or source == service.tokenizer.chat_template:
+        return served
+    try:  # on a thread: it is compiled, once, and tried
+        return replace(served, own_template=await asyncio.to_thread(service.tokenizer.with_template, source))
+    except ChatTemplateError as error:
+        raise AdapterUnavailable(f"The adapter `{served.label}` cannot be asked: {error}.") from error
 
 
 def find_model(service: "EngineService", asked: str | None) -> Served:

@@ -291,6 +291,8 @@ class PromptEncoder:
     """Most characters of a text whose tokens have no limit."""
     receive: Receive
     """ASGI receive function; returns a disconnect when the client has left."""
+    apart: bool = False
+    """Chats of any length are rendered on a thread: their template came with an adapter, and may take long."""
 
     async def chat(self, chat: ChatPrompt) -> list[int]:
         """Ids of a chat. Raises `InvalidRequest` where the template refuses it, `ContextLengthExceeded`."""
@@ -301,7 +303,8 @@ class PromptEncoder:
                 "more than that.",
                 param="messages",
             )
-        return await run_text_work(lambda: self._encode_chat(chat), chat.cost, self.receive)
+        cost = LONG + 1 if self.apart else chat.cost
+        return await run_text_work(lambda: self._encode_chat(chat), cost, self.receive)
 
     async def prompts(self, prompt: PromptInput, *, add_special_tokens: bool, field: str = "prompt") -> list[list[int]]:
         """Ids of every prompt of a request, which are in its `field`. Raises `InvalidRequest`,

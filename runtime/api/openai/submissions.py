@@ -420,17 +420,16 @@ def take_id(request: Request[Any, Any, Any], given: str | None, served: Served) 
     return record
 
 
-def encoder_for(
-    request: GenerationRequest, service: "EngineService", limits: LimitSettings, receive: Receive
-) -> PromptEncoder:
+def encoder_for(request: GenerationRequest, served: Served, limits: LimitSettings, receive: Receive) -> PromptEncoder:
     """Encoder of the prompts of a request; `receive` returns a disconnect when its client has left."""
     truncated = request.truncate_prompt_tokens is not None
     return PromptEncoder(
-        service.tokenizer,
-        service.vocab_size,
-        None if truncated else service.max_model_len,
+        served.tokenizer,
+        served.service.vocab_size,
+        None if truncated else served.service.max_model_len,
         limits.max_tokenize_chars,
         receive,
+        apart=served.own_template is not None,
     )
 
 
@@ -491,8 +490,14 @@ def _submissions(
     beams = beams_of(request, choices_of(request))
     arrival = time.monotonic()
     deadline = None if request.deadline_ms is None else arrival + request.deadline_ms / 1000
+    chat = prompt_field == "messages"
+    ends = served.end_ids if chat and not request.ignore_eos else ()
+    texts = served.stop_texts if chat and not request.ignore_eos and beams is None else ()
     for prompt in prompts:
         fitted = fit_context(wanted, len(prompt), served.service.max_model_len, prompt_field=prompt_field)
+        if ends or texts:
+            given = fitted.stop_strings
+            fitted = replace(fitted, stop_token_ids=(*fitted.stop_token_ids, *ends), stop=(*given, *texts))
         if form.shows_special:
             fitted = replace(fitted, skip_special_tokens=False)
         first = new_sequence_id()

@@ -38,11 +38,12 @@ async def tokenize(request: AnyRequest) -> Response[Tokens]:
     api = api_of(request)
     service, limits = api.handle.require(), api.settings.limits
     asked = await _tokenize.read(request, api)
-    await resolve_model(service, asked.model)
+    served = await resolve_model(service, asked.model)
     if (asked.prompt is None) == (asked.messages is None):
         raise InvalidRequest("Send either `prompt` or `messages`.", param="prompt")
-    tokenizer = service.tokenizer
-    encoder = PromptEncoder(tokenizer, service.vocab_size, None, limits.max_tokenize_chars, request.receive)
+    tokenizer, apart = served.tokenizer, served.own_template is not None
+    limit = limits.max_tokenize_chars
+    encoder = PromptEncoder(tokenizer, service.vocab_size, None, limit, request.receive, apart=apart)
     if asked.prompt is not None:
         ids = await encoder.text(asked.prompt, add_special_tokens=asked.add_special_tokens is not False)
     else:

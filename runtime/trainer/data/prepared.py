@@ -72,17 +72,18 @@ class KeptData:
     def read(self, recipe: Recipe, tokenizer: Tokenizer, ends: Collection[int]) -> PreparedData | None:
         """The data, or None, with the reason in the log, where it has to be read from the rows."""
         try:
-            return read_prepared(self._path, data_key(recipe, self._digest(), ends), vocab_size=tokenizer.vocab_size)
+            key = data_key(recipe, self._digest(), tokenizer, ends)
+            return read_prepared(self._path, key, vocab_size=tokenizer.vocab_size)
         except PreparedAbsent:
             _log.info("data_is_tokenised", job=self._path.parent.name)
         except PreparedInvalid as error:
             _log.warning("data_is_tokenised_again", job=self._path.parent.name, reason=str(error))
         return None
 
-    def write(self, recipe: Recipe, ends: Collection[int], data: PreparedData) -> None:
+    def write(self, recipe: Recipe, tokenizer: Tokenizer, ends: Collection[int], data: PreparedData) -> None:
         """Keep the data, as far as the disk lets it: without the file it is read from the rows again."""
         try:
-            write_prepared(self._path, data_key(recipe, self._digest(), ends), data)
+            write_prepared(self._path, data_key(recipe, self._digest(), tokenizer, ends), data)
         except OSError as error:
             _log.warning("prepared_data_not_kept", job=self._path.parent.name, reason=reason(error))
 
@@ -99,11 +100,11 @@ class _Header(Struct, frozen=True, kw_only=True):
     notes: list[str]
 
 
-def data_key(recipe: Recipe, tokenizer_digest: str, ends: Collection[int]) -> str:
-    """Key of what examples are made from besides the rows: the recipe's data keys, the tokenizer and its template,
-    and the ids that end a turn."""
+def data_key(recipe: Recipe, tokenizer_digest: str, tokenizer: Tokenizer, ends: Collection[int]) -> str:
+    """Key of what examples are made from besides the rows: the recipe's data keys, the served model's tokenizer, the
+    template of `tokenizer`, which may be the recipe's, and the ids that end a turn."""
     keys = {name: getattr(recipe, name) for name in keys_of("data")}
-    return _digest_of([sys.byteorder, tokenizer_digest, sorted(ends), keys])
+    return _digest_of([sys.byteorder, tokenizer_digest, tokenizer.chat_template, sorted(ends), keys])
 
 
 def digest_of_tokenizer(tokenizer: Tokenizer) -> str:

@@ -9,6 +9,7 @@ from runtime.text.tokenizer import Tokenizer
 from runtime.text.turn_end import turn_end
 from runtime.trainer.data.examples import ReadDataset, RowCounts, RowRef
 from runtime.trainer.data.formats import ChatFormat
+from runtime.trainer.plan.served_model import TemplateChoice
 from runtime.trainer.recipe import Recipe
 from runtime.trainer.schedule import Schedule
 
@@ -21,13 +22,23 @@ _MOST_FIELDS = 10
 # -- likely mistakes ---------------------------------------------------------------------------
 
 
-def end_warnings(datasets: Sequence[ReadDataset], tokenizer: Tokenizer, ends: Collection[int]) -> Iterator[str]:
+def stop_texts(tokenizer: Tokenizer, ends: Collection[int]) -> tuple[str, ...]:
+    """The text that ends an answer in chats, where no single id does; empty where one does, or where there is no such
+    text."""
+    end = turn_end(tokenizer, ends)
+    text = end.text.strip()
+    return (text,) if end.token_id is None and text else ()
+
+
+def end_warnings(
+    datasets: Sequence[ReadDataset], tokenizer: Tokenizer, ends: Collection[int], *, stops_at_text: bool = False
+) -> Iterator[str]:
     """Warnings where the adapter will not learn to stop, or begins otherwise than the model is used to. `ends` are the
-    ids that end a turn."""
+    ids that end a turn; `stops_at_text`: where none does, requests to the adapter end at a text."""
     chats = [(dataset, dataset.format) for dataset in datasets if isinstance(dataset.format, ChatFormat)]
     end = turn_end(tokenizer, ends)
     if chats:
-        yield from end.problems
+        yield from end.problems[:-1] if stops_at_text else end.problems
     for dataset, form in chats:
         yield from _chat_ends(dataset, form, tokenizer, known=end.token_id is None)
     if len(chats) < len(datasets) and not tokenizer.eos_ids:
@@ -46,13 +57,6 @@ def _chat_ends(dataset: ReadDataset, form: ChatFormat, tokenizer: Tokenizer, *, 
         yield (
             f"{dataset.param}.train_on_eos is none: no token that ends a turn is trained on, so the adapter will not "
             "learn to stop."
-        )
-    unserved = [id for id in ends if id is not None and id not in tokenizer.eos_ids]
-    if unserved:
-        names = ", ".join(repr(tokenizer.token_text(id)) for id in unserved)
-        yield (
-            f"{dataset.param}: answers end with {names} (eot_tokens), at which the served model does not stop by "
-            f"itself: send `stop_token_ids: {unserved}` with each request."
         )
 
 
@@ -150,6 +154,15 @@ def prompt_of(datasets: Sequence[ReadDataset]) -> Prompt:
     ((likeliest, _), *_) = _formats(datasets).most_common(1)
     prompts = {dataset.format.prompt for dataset in _training(datasets) if dataset.format.prompt.format == likeliest}
     return prompts.pop() if len(prompts) == 1 else Prompt(format=prompts.pop().format)
+
+
+def template_notes(template: TemplateChoice | None, prompt: Prompt) -> Iterator[str]:
+    """A note where chats are not written with the served model's own template."""
+    if template is not None and prompt.format == "chat":
+        yield (
+            f"Chats are written with the template {template.name}, not with the served model's own. It goes with the "
+            "adapter, which is asked with it."
+        )
 
 
 def format_notes(datasets: Sequence[ReadDataset]) -> Iterator[str]:

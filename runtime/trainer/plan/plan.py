@@ -25,9 +25,18 @@ from runtime.trainer.plan.notes import (
     prompt_of,
     row_notes,
     schedule_warnings,
+    stop_texts,
+    template_notes,
     unread_notes,
 )
-from runtime.trainer.plan.served_model import TargetKey, check_templates, end_ids, resolve_targets
+from runtime.trainer.plan.served_model import (
+    TargetKey,
+    TemplateChoice,
+    choose_template,
+    end_ids,
+    resolve_targets,
+    with_template,
+)
 from runtime.trainer.recipe import Recipe, check_base_model
 from runtime.trainer.schedule import Schedule, make_schedule
 from runtime.trainer.shape import ModelShape, watchdog_threshold
@@ -166,6 +175,12 @@ class Plan:
     """All notes on the plan, the warnings first."""
     bins: list[batches.Bin] = field(repr=False)
     """Examples that are packed together; each by itself without sample_packing."""
+    template: TemplateChoice | None = None
+    """Chat template that goes with the adapter; None: the served model's own."""
+    end_ids: tuple[int, ...] = ()
+    """Ids that end the adapter's answers, besides those of the model and its template."""
+    stop: tuple[str, ...] = ()
+    """Texts that do, where the template that goes with the adapter ends a turn with no single token."""
 
 
 def prepare(
@@ -192,13 +207,16 @@ def prepare(
             param="sequence_len",
         )
     targets = resolve_targets(recipe, shape)
-    check_templates(recipe, tokenizer)
+    template = choose_template(recipe, tokenizer)
+    if template is not None:
+        tokenizer = with_template(tokenizer, template.source)
     ends = end_ids(recipe, tokenizer)
     data = None if kept is None else kept.read(recipe, tokenizer, ends)
     if data is None:
-        data = _read(recipe, tokenizer, files, ends)
+        stops = template is not None and bool(stop_texts(tokenizer, ends))
+        data = _read(recipe, tokenizer, files, ends, stops_at_text=stops)
         if kept is not None:
-            kept.write(recipe, ends, data)
+            kept.write(recipe, tokenizer, ends, data)
     train, test = data.train, data.test
     if recipe.val_set_size > 0:
         train, test = _held_out(train, recipe)
@@ -237,13 +255,19 @@ def prepare(
         prompt=data.prompt,
         how_to_ask=how_to_ask(data.prompt, chats=tokenizer.chat_template is not None),
         warnings=warnings,
-        notes=[*warnings, *data.notes, *recipe.notes],
+        notes=[*warnings, *template_notes(template, data.prompt), *data.notes, *recipe.notes],
         bins=bins,
+        template=None if data.prompt.format != "chat" else template,
+        end_ids=tuple(sorted(ends.difference(tokenizer.eos_ids))),
+        stop=() if template is None else stop_texts(tokenizer, ends),
     )
 
 
-def _read(recipe: Recipe, tokenizer: Tokenizer, files: DataFiles, ends: frozenset[int]) -> PreparedData:
-    """The examples of the recipe's files, and remarks on them. Raises as `prepare`."""
+def _read(
+    recipe: Recipe, tokenizer: Tokenizer, files: DataFiles, ends: frozenset[int], *, stops_at_text: bool
+) -> PreparedData:
+    """The examples of the recipe's files, and remarks on them. `stops_at_text`: answers of the adapter end at a text.
+    Raises as `prepare`."""
     entries = [*recipe.datasets, *recipe.test_datasets]
     files = files.naming(name for entry in entries for name in names_of(entry))
     reader = Reader(recipe, tokenizer, files, ends)
@@ -264,7 +288,10 @@ def _read(recipe: Recipe, tokenizer: Tokenizer, files: DataFiles, ends: frozense
         train_counts=train_counts,
         test_counts=test_counts,
         prompt=prompt_of(reader.datasets),
-        warnings=[*end_warnings(reader.datasets, tokenizer, ends), *mask_warnings(reader.datasets, recipe)],
+        warnings=[
+            *end_warnings(reader.datasets, tokenizer, ends, stops_at_text=stops_at_text),
+            *mask_warnings(reader.datasets, recipe),
+        ],
         notes=[*unread_notes(reader.datasets, files.unused), *format_notes(reader.datasets)],
     )
 

@@ -1,14 +1,17 @@
 """Checks of a recipe against the served model: the linears that it adapts, its template and its tokens."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import regex
 
 from runtime.errors import InvalidRequest
-from runtime.text.chat_template import BUILTIN_TEMPLATES, builtin_template
+from runtime.text.chat_template import ChatTemplateError
+from runtime.text.templates import ALIASES, BUILTIN_TEMPLATES, builtin_template
 from runtime.text.tokenizer import Tokenizer
 from runtime.trainer.recipe import Recipe
 from runtime.trainer.shape import ModelShape
+from settings.suggest import hint
 
 # -- targets ---------------------------------------------------------------------------------------
 #
@@ -85,61 +88,120 @@ def _absent(what: str, shape: ModelShape) -> InvalidRequest:
 
 # -- template and tokens ---------------------------------------------------------------------------
 #
-# Checks of a recipe's template and tokens against those of the served model.
+# The chat template of a recipe, and checks of its tokens against those of the served model.
 #
-# An adapter is served with the model's own chat template and vocabulary. Were it trained with others, it would never
-# see in serving what it saw in training, so a recipe may name them, but not change them.
+# A template that writes something else than the model's own goes with the adapter, which is asked with it.
 
-OWN = ("tokenizer_default", "jinja")
+_DEFAULT, _JINJA = "tokenizer_default", "jinja"
 _FALLBACK = "tokenizer_default_fallback_"
 
 MARKS = {
-    "chatml": "<|im_start|>",
-    "qwen_25": "<|im_start|>",
-    "qwen3": "<|im_start|>",
     "qwen3_5": "<|im_start|>",
-    "llama3": "<|start_header_id|>",
+    "qwen2_vl": "<|im_start|>",
     "llama3_2_vision": "<|start_header_id|>",
-    "llama4": "<|header_start|>",
-    "gemma": "<start_of_turn>",
-    "gemma3": "<start_of_turn>",
-    "gemma3n": "<start_of_turn>",
-    "gemma4": "<|turn>",
-    "phi_3": "<|user|>",
-    "phi_35": "<|user|>",
-    "phi_4": "<|im_sep|>",
-    "mistral_v1": "[INST]",
-    "mistral_v2v3": "[INST]",
-    "mistral_v3_tekken": "[INST]",
-    "mistral_v7_tekken": "[INST]",
-    "cohere": "<|START_OF_TURN_TOKEN|>",
-    "command_a": "<|START_OF_TURN_TOKEN|>",
-    "alpaca": "### Instruction:",
-    "llama2": "[INST]",
-    "mistral": "[INST]",
-    "phi3": "<|user|>",
-    "qwen2.5": "<|im_start|>",
-    "vicuna": "ASSISTANT:",
-    "zephyr": "<|user|>",
+    "gemma4_unified": "<|turn>",
+    "pixtral": "[INST]",
+    "llava": "USER:",
 }
-"""Axolotl's name of a template, or that of a built-in one → a text that a template of this kind writes."""
+"""Axolotl's names of templates that are not built in → a text that a model's own template of this kind writes."""
 
 
-def check_templates(recipe: Recipe, tokenizer: Tokenizer) -> None:
-    """Raise `InvalidRequest` where a template is named that the served model's own is not."""
-    own = tokenizer.chat_template
-    named = [("chat_template", recipe.chat_template)]
-    for group, entries in (("datasets", recipe.datasets), ("test_datasets", recipe.test_datasets)):
-        named += [(f"{group}[{index}].chat_template", entry.chat_template) for index, entry in enumerate(entries)]
-    for param, name in named:
-        if name is not None and not name.startswith(_FALLBACK) and name not in OWN:
-            _check_kind(param, name, own)
-    if recipe.chat_template_jinja is not None and recipe.chat_template_jinja.strip() != (own or "").strip():
+class TemplateChoice(NamedTuple):
+    """A chat template that goes with the adapter."""
+
+    name: str
+    """As the recipe names it."""
+    source: str
+
+
+def choose_template(recipe: Recipe, tokenizer: Tokenizer) -> TemplateChoice | None:
+    """The template of all chats of a recipe; None where it is the served model's own, or writes the same.
+
+    Raises `InvalidRequest` for an unknown name, a template that does not compile, and templates that differ.
+    """
+    found: dict[str | None, tuple[str, str]] = {}
+    for param, name, source in _named(recipe):
+        chosen = _source_of(param, name, source, tokenizer)
+        found.setdefault(None if chosen is None or _alike(chosen, tokenizer) else chosen, (param, name))
+    if len(found) > 1:
+        (one, _), (other, _) = list(found.values())[:2]
         raise InvalidRequest(
-            "chat_template_jinja is not the served model's own template, with which the adapter will be asked. Start "
-            "the server with it (--chat-template FILE), or leave it out.",
-            param="chat_template_jinja",
+            f"{other} is another template than {one}, and an adapter is asked with one: give all data sets of chats "
+            "the same.",
+            param=other,
         )
+    return next((TemplateChoice(name, source) for source, (_, name) in found.items() if source is not None), None)
+
+
+def _named(recipe: Recipe) -> Iterator[tuple[str, str, str | None]]:
+    """Key, name and source of the template of each dataset that may hold chats."""
+    whole = recipe.chat_template or (_JINJA if recipe.chat_template_jinja is not None else _DEFAULT)
+    for group, entries in (("datasets", recipe.datasets), ("test_datasets", recipe.test_datasets)):
+        for index, entry in enumerate(entries):
+            own = entry.chat_template or (_JINJA if entry.chat_template_jinja is not None else None)
+            if own is not None:
+                yield f"{group}[{index}].chat_template", own, entry.chat_template_jinja or recipe.chat_template_jinja
+            elif isinstance(entry.type, str) and (entry.type == "auto" or entry.type.startswith("chat_template")):
+                yield "chat_template", whole, recipe.chat_template_jinja
+
+
+def _source_of(param: str, name: str, source: str | None, tokenizer: Tokenizer) -> str | None:
+    """The source that a name stands for; None for the served model's own."""
+    own = tokenizer.chat_template
+    if name.startswith(_FALLBACK):
+        name = _DEFAULT if own is not None else name.removeprefix(_FALLBACK)
+    if name == _DEFAULT:
+        return None
+    if name == _JINJA:
+        if source is None:
+            raise InvalidRequest(f"{param} is jinja, and chat_template_jinja is missing.", param=param)
+        return source
+    if (built_in := builtin_template(name)) is not None:
+        return built_in
+    if name not in MARKS:
+        known = [_DEFAULT, f"{_FALLBACK}NAME", _JINJA, *sorted({*BUILTIN_TEMPLATES, *ALIASES})]
+        raise InvalidRequest(f"{param} is {name[:64]!r}{hint(name, known)}; known are {', '.join(known)}.", param=param)
+    if MARKS[name] not in (own or ""):
+        raise InvalidRequest(
+            f"{param} is {name!r}, which is not built in, and the served model's own template is of another kind: give "
+            "its source in chat_template_jinja, or use tokenizer_default.",
+            param=param,
+        )
+    return None
+
+
+_PROBES: tuple[list[dict[str, str]], ...] = (
+    [{"role": "user", "content": " A\n"}],
+    [{"role": "system", "content": "S"}, {"role": "user", "content": "A"}],
+    [{"role": "user", "content": "A"}, {"role": "assistant", "content": " B "}, {"role": "user", "content": "C"}],
+)
+_ANSWERED: tuple[list[dict[str, str]], ...] = tuple(
+    [*chat, {"role": "assistant", "content": " B\n"}] for chat in _PROBES
+)
+
+
+def _alike(source: str, tokenizer: Tokenizer) -> bool:
+    """True if a template writes the same as the served model's own, for chats without tools."""
+    if tokenizer.chat_template is None:
+        return False
+    other = with_template(tokenizer, source)
+    chats = [*((chat, True) for chat in _PROBES), *((chat, False) for chat in _ANSWERED)]
+    try:
+        return all(_same(chat, prompt, tokenizer, other) for chat, prompt in chats)
+    except InvalidRequest:
+        return False
+
+
+def _same(chat: list[dict[str, str]], prompt: bool, *tokenizers: Tokenizer) -> bool:
+    return len({one.render_chat(chat, add_generation_prompt=prompt) for one in tokenizers}) == 1
+
+
+def with_template(tokenizer: Tokenizer, source: str) -> Tokenizer:
+    """The tokenizer with a recipe's template. Raises `InvalidRequest` where that does not compile."""
+    try:
+        return tokenizer.with_template(source)
+    except ChatTemplateError as error:
+        raise InvalidRequest(f"{error}.", param="chat_template_jinja") from None
 
 
 def end_ids(recipe: Recipe, tokenizer: Tokenizer) -> frozenset[int]:
@@ -180,28 +242,3 @@ def _check_special(name: str, token: str, tokenizer: Tokenizer) -> None:
             f"{tokenizer.token_text(tokenizer.bos_id)!r}.",
             param="special_tokens.bos_token",
         )
-
-
-def _check_kind(param: str, name: str, own: str | None) -> None:
-    if own is None:
-        raise InvalidRequest(
-            f"{param} is {name[:64]!r}, but the served model has no chat template: start the server with one "
-            f"(--chat-template {_operand(name)}).",
-            param=param,
-        )
-    if own == builtin_template(name):
-        return
-    if name not in MARKS:
-        known = ", ".join([OWN[0], *MARKS])
-        raise InvalidRequest(f"{param} is {name[:64]!r}; known are {known}.", param=param)
-    if MARKS[name] not in own:
-        raise InvalidRequest(
-            f"{param} is {name!r}, but the served model's chat template does not write {MARKS[name]}. The adapter will "
-            "be asked with the served template, so it is trained with it: use tokenizer_default, or start the server "
-            f"with another template (--chat-template {_operand(name)}).",
-            param=param,
-        )
-
-
-def _operand(name: str) -> str:
-    return name if name in BUILTIN_TEMPLATES else "FILE"

@@ -80,10 +80,13 @@ Axolotl's older `type: sharegpt` (with `conversation`, `field`, `roles: {input, 
 as `type: chat_template`, `field_messages: conversations`, `message_property_mappings: {role: from, content: value}`, and the plan
 notes those lines.
 
-Chats are rendered with the served model's own chat template, and texts are tokenised as a prompt of `/v1/completions` is: what
-the adapter is trained on is what it will be asked with. So a recipe may name the template (`chatml` where the model's
-is one), and cannot change it: start the server with `--chat-template FILE` for that. Text of a special token inside a
-message stays text. Where an answer begins is found by rendering the chat up to it, with the prompt that
+Chats are rendered with the served model's own chat template or the one that the recipe names, and texts are tokenised as a
+prompt of `/v1/completions` is: what the adapter is trained on is what it will be asked with. A template that writes something
+else than the model's own goes with the adapter (`chat_template` in its `eft.json`), and requests to the adapter are rendered with
+it, end where it ends an answer, and begin as its rows did. Built in, by Axolotl's names and ours: {templates}.
+All chats of a recipe have one template. Where the vocabulary lacks a template's end of a turn, it is written as several tokens, and
+requests to the adapter stop at its text. Tools and calls are described to a template without them as in serving. Text of a special
+token inside a message stays text. Where an answer begins is found by rendering the chat up to it, with the prompt that
 serving would give; a template under which the beginning of a chat is not rendered as the chat's beginning (some drop earlier
 reasoning) gives an error with the row's number. Where the tokenizer joins the end of that prompt and the beginning of
 an answer (one that begins with a line break) into one token, that token is trained on. Where no token ends an answer (a
@@ -153,6 +156,13 @@ thirty seconds: in its events, in `step_progress` and `estimated_finish` of the 
 """  # noqa: E501
 
 
+_TEMPLATES = """
+`alpaca`, `aya`, `chatml`, `cohere`, `command_a`, `deepseek_v2`, `deepseek_v3`, `exaone`, `exaone4`, `falcon_h1`,
+`gemma`, `gemma3`, `gemma3n`, `gemma4`, `jamba`, `llama2`, `llama3`, `llama4`, `metharme`, `mistral`, `mistral_v1`,
+`mistral_v2v3`, `mistral_v3_tekken`, `mistral_v7_tekken`, `nemotron_h`, `phi3`, `phi_3`, `phi_35`, `phi_4`, `qwen2.5`,
+`qwen3`, `qwen_25`, `vicuna`, `zephyr`
+""".strip()
+
 GROUPS = {
     "model": "Model and result",
     "lora": "Adapter",
@@ -189,7 +199,7 @@ def reference() -> str:
     lines += [
         f"| {_names(names, '`datasets`: ')} | {why} |" for why, names in _by_reason(DATASET_REFUSED, lambda r: r.why)
     ]
-    lines += ["", TAIL.strip()]
+    lines += ["", TAIL.strip().replace("{templates}", _TEMPLATES)]
     return "\n".join(lines) + "\n"
 
 

@@ -319,13 +319,11 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         Text | None,
         key(
             "data",
-            "`tokenizer_default`, or the name of what the served model's template is, such as `chatml`; `eft serve "
-            "--chat-template chatml` serves with a built-in one.",
+            "`tokenizer_default` (the served model's own), the name of a built-in one, "
+            "`tokenizer_default_fallback_NAME`, or `jinja`. Another one than the model's own goes with the adapter.",
         ),
     ] = None
-    chat_template_jinja: Annotated[
-        Template | None, key("data", "Accepted where it is the served model's own template.")
-    ] = None
+    chat_template_jinja: Annotated[Template | None, key("data", "Source of the template `jinja`.")] = None
     default_system_message: Annotated[Text | None, key("data", "System message for the chats that have none.")] = None
     special_tokens: Annotated[
         dict[str, str], key("data", "Accepted where they are the model's own; the padding token is not needed.")

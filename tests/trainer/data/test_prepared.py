@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from runtime.adapters.card import Prompt
 from runtime.checkpoints.hf_tokenizer import load_tokenizer
+from runtime.text.templates import builtin_template
 from runtime.text.tokenizer import Tokenizer
 from runtime.trainer.data.example import Example
 from runtime.trainer.data.examples import RowCounts, RowRef
@@ -133,11 +134,15 @@ def recipe(**keys: Any) -> Recipe:
     return recipe_from(Document({**basic, **keys}), max_lora_rank=64)
 
 
-def test_the_key_has_what_examples_are_made_of() -> None:
-    key = data_key(recipe(), "digest", [1, 2])
-    assert data_key(recipe(), "digest", [2, 1]) == key
+def test_the_key_has_what_examples_are_made_of(tokenizer: Tokenizer) -> None:
+    def key_of(*given: Any) -> str:
+        made, digest, ends = given
+        return data_key(made, digest, tokenizer, ends)
+
+    key = key_of(recipe(), "digest", [1, 2])
+    assert key_of(recipe(), "digest", [2, 1]) == key
     for same in ({"learning_rate": 1e-3}, {"lora_r": 4}, {"num_epochs": 3}, {"name": "a"}):
-        assert data_key(recipe(**same), "digest", [1, 2]) == key, same
+        assert key_of(recipe(**same), "digest", [1, 2]) == key, same
     others = [
         {"sequence_len": 256},
         {"train_on_inputs": True},
@@ -149,9 +154,12 @@ def test_the_key_has_what_examples_are_made_of() -> None:
         {"default_system_message": "Be a newt."},
         {"dataset_exact_deduplication": True},
     ]
-    keys = {key, data_key(recipe(), "another", [1, 2]), data_key(recipe(), "digest", [1])}
-    keys |= {data_key(recipe(**other), "digest", [1, 2]) for other in others}
+    keys = {key, key_of(recipe(), "another", [1, 2]), key_of(recipe(), "digest", [1])}
+    keys |= {key_of(recipe(**other), "digest", [1, 2]) for other in others}
     assert len(keys) == 3 + len(others)
+    zephyr = builtin_template("zephyr")
+    assert zephyr is not None
+    assert data_key(recipe(), "digest", tokenizer.with_template(zephyr), [1, 2]) not in keys
 
 
 def test_the_digest_of_a_tokenizer(tiny_model: Path) -> None:

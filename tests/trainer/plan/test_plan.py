@@ -11,7 +11,7 @@ import pytest
 from runtime.adapters.card import Prompt
 from runtime.checkpoints.hf_tokenizer import load_tokenizer
 from runtime.errors import Forbidden, InvalidRequest, ModelNotFound
-from runtime.text.chat_template import builtin_template
+from runtime.text.templates import builtin_template
 from runtime.text.tokenizer import Tokenizer
 from runtime.trainer.data.example import BadRows
 from runtime.trainer.data.files import DataFiles
@@ -282,9 +282,10 @@ def test_an_end_at_which_serving_does_not_stop(planner: Planner) -> None:
     id = own.token_id("?")
     template = (own.chat_template or "").replace("<|im_end|>", "?")
     other = Planner(planner.folder, Tokenizer(own._backend, eos_ids=[0], chat_template=template))
-    (warning,) = other.plan(eot_tokens=["?"]).warnings
-    assert "answers end with '?' (eot_tokens), at which the served model does not stop" in warning
-    assert f"`stop_token_ids: [{id}]`" in warning
+    plan = other.plan(eot_tokens=["?"])
+    assert plan.warnings == []
+    assert plan.end_ids == (id,)  # with which requests to the adapter end
+    assert planner.plan().end_ids == ()
 
 
 @pytest.mark.parametrize(
@@ -391,10 +392,15 @@ def test_slices_formats_and_folders(planner: Planner) -> None:
         ({"base_model": "other"}, ModelNotFound, "base_model"),
         ({"sequence_len": 513}, InvalidRequest, "sequence_len"),
         ({"lora_target_modules": ["foo"]}, InvalidRequest, "lora_target_modules"),
-        ({"chat_template": "llama3"}, InvalidRequest, "chat_template"),
-        ({"chat_template": "vicuna"}, InvalidRequest, "chat_template"),
-        ({"chat_template": "jinja", "chat_template_jinja": "{{ 'a' * 10**9 }}"}, InvalidRequest, "chat_template_jinja"),
-        ({"datasets": [{"path": "rows.jsonl", "chat_template": "gemma"}]}, InvalidRequest, "datasets[0].chat_template"),
+        ({"chat_template": "lama3"}, InvalidRequest, "chat_template"),
+        ({"chat_template": "gemma4_unified"}, InvalidRequest, "chat_template"),
+        ({"chat_template": "jinja", "chat_template_jinja": "{% if %}"}, InvalidRequest, "chat_template_jinja"),
+        ({"datasets": [{"path": "rows.jsonl", "chat_template": "jinja"}]}, InvalidRequest, "datasets[0].chat_template"),
+        (
+            {"datasets": [{"path": "rows.jsonl", "chat_template": "gemma"}, {"path": "rows.jsonl"}]},
+            InvalidRequest,
+            "chat_template",
+        ),
         ({"special_tokens": {"eos_token": "<|endoftext|>"}}, InvalidRequest, "special_tokens.eos_token"),
         ({"special_tokens": {"bos_token": "<s>"}}, InvalidRequest, "special_tokens.bos_token"),
         ({"tokens": ["<new>"]}, InvalidRequest, "tokens"),
@@ -411,15 +417,108 @@ def test_what_cannot_be_planned(planner: Planner, keys: dict[str, Any], error: t
     assert caught.value.param == param  # type: ignore[attr-defined]
 
 
-def test_a_built_in_template_may_be_named_where_the_model_is_served_with_it(planner: Planner, tiny_model: Path) -> None:
-    with pytest.raises(InvalidRequest, match=r"does not write ### Instruction:.*--chat-template alpaca\)"):
-        planner.plan(chat_template="alpaca")
+def shown(plan: Plan) -> str:
+    return "".join(piece.text for piece in plan.previews[0])
+
+
+ROW = {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]}
+
+
+@pytest.mark.parametrize(
+    ("keys", "text"),
+    [
+        ({"chat_template": "gemma3"},
+         "<start_of_turn>user\nHello<end_of_turn>\n<start_of_turn>model\nHi<end_of_turn>\n"),
+        ({"chat_template": "phi_4"},
+         "<|im_start|>user<|im_sep|>Hello<|im_end|><|im_start|>assistant<|im_sep|>Hi<|im_end|>"),
+        ({"datasets": [{"path": "rows.jsonl", "chat_template": "exaone"}]},
+         "[|system|][|endofturn|]\n[|user|]Hello\n[|assistant|]Hi[|endofturn|]\n"),
+        ({"chat_template_jinja": "{% for m in messages %}{{ m.role }}={{ m.content }};{% endfor %}"},
+         "user=Hello;assistant=Hi;"),
+    ],
+)  # fmt: skip
+def test_a_template_of_the_recipes_goes_with_the_adapter(planner: Planner, keys: dict[str, Any], text: str) -> None:
+    planner.write("rows.jsonl", [ROW])
+    plan = planner.plan(**keys)
+    assert shown(plan).removeprefix("<|im_start|>") == text.removeprefix("<|im_start|>")
+    assert plan.template is not None
+    assert planner.tokenizer.with_template(plan.template.source).encode_chat(
+        ROW["messages"], add_generation_prompt=False
+    ) == list(plan.train[0].token_ids)
+    assert any("goes with the adapter" in note for note in plan.notes)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"chat_template": "chatml"},
+        {"chat_template": "nemotron_h"},
+        {"chat_template": "tokenizer_default"},
+        {"chat_template": "tokenizer_default_fallback_gemma"},
+        {"datasets": [{"path": "rows.jsonl", "chat_template": "chatml"}, {"path": "rows.jsonl"}]},
+        {"chat_template_jinja": "{# mine #}" + str(builtin_template("chatml"))},
+    ],
+)
+def test_a_template_that_writes_the_same_is_the_models_own(planner: Planner, keys: dict[str, Any]) -> None:
+    plan = planner.plan(**keys)
+    assert plan.template is None
+    assert plan.train[:10] == planner.plan().train
+
+
+def test_a_model_without_a_template_is_taught_one(planner: Planner) -> None:
+    """Its end of turn included: <|im_end|> is a token of this vocabulary, and ends nothing in this model."""
     bare = Planner(planner.folder, Tokenizer(planner.tokenizer._backend, eos_ids=[0]))
-    with pytest.raises(InvalidRequest, match=r"has no chat template.*--chat-template alpaca\)"):
-        bare.plan(chat_template="alpaca")
-    source = builtin_template("alpaca")
-    served = Planner(planner.folder, load_tokenizer(tiny_model, {}, {}, chat_template=source))
-    assert served.plan(chat_template="alpaca").train == served.plan(chat_template="tokenizer_default").train
+    for name in ("chatml", "tokenizer_default_fallback_chatml"):
+        plan = bare.plan(chat_template=name)
+        assert plan.warnings == []
+        assert plan.template is not None
+        assert shown(plan).endswith("yes <|im_end|>\n")
+        served = bare.tokenizer.with_template(plan.template.source)
+        assert bare.tokenizer.token_id("<|im_end|>") in served.eos_ids
+        assert bare.tokenizer.eos_ids == (0,)
+        assert plan.stop == ()
+    with pytest.raises(InvalidRequest, match="no chat template"):
+        bare.plan(chat_template="tokenizer_default")
+
+
+def test_an_end_of_several_tokens_is_a_text_at_which_requests_stop(planner: Planner) -> None:
+    planner.write("rows.jsonl", [ROW])
+    plan = planner.plan(chat_template="exaone4")
+    assert plan.stop == ("[|endofturn|]",)
+    assert plan.warnings == []
+    pieces = plan.previews[0]
+    assert (pieces[-1].text, pieces[-1].trained) == ("Hi[|endofturn|]\n", True)
+
+
+def test_templates_that_differ(planner: Planner) -> None:
+    with pytest.raises(InvalidRequest, match=r"datasets\[1\].chat_template is another template than datasets\[0\]"):
+        planner.plan(
+            datasets=[
+                {"path": "rows.jsonl", "chat_template": "gemma"},
+                {"path": "rows.jsonl", "chat_template": "zephyr"},
+            ]
+        )
+    with pytest.raises(InvalidRequest, match="did you mean llama3"):
+        planner.plan(chat_template="lama3")
+
+
+def test_tools_are_described_as_in_serving_where_the_template_has_none(planner: Planner) -> None:
+    """The tiny model's ChatML prints neither tools nor calls; serving describes them in the system message."""
+    tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
+    call = {"id": "c", "type": "function", "function": {"name": "look", "arguments": {"at": "a"}}}
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": "Where?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "pond", "tool_call_id": "c"},
+        {"role": "assistant", "content": "In the pond."},
+    ]
+    planner.write("rows.jsonl", [{"messages": messages, "tools": [tool]}])
+    (example,) = planner.plan(sequence_len=512).train
+    adapted, tools = planner.tokenizer.adapt_tools(messages, [tool])
+    assert tools is None
+    assert example.token_ids == planner.tokenizer.encode_chat(adapted, add_generation_prompt=False)
+    trained = planner.tokenizer.decode([id for id, on in zip(example.token_ids, example.trained, strict=True) if on])
+    assert trained == '<tool_call>\n{"name": "look", "arguments": {"at": "a"}}\n</tool_call>In the pond.'
 
 
 def test_what_is_the_models_own_may_be_named(planner: Planner) -> None:
