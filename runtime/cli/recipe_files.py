@@ -3,6 +3,7 @@
 Reads only the few keys that name files. The server checks the recipe.
 """
 
+import glob
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -76,7 +77,8 @@ def read_recipe(path: Path, *, name: str | None = None) -> RecipeFiles:
     wanted = list(dict.fromkeys(_names(keys if isinstance(keys, dict) else {})))
     found, missing, folders = dict[str, Path](), dict[str, str | None](), dict[str, Path]()
     stand_ins = list[str]()
-    for one in wanted:
+    matches = {match for one in wanted for match in _matches(one, path.parent)}
+    for one in [*wanted, *sorted(matches.difference(wanted))]:
         if (place := _find(one, path.parent)) is not None:
             found[one] = place
         elif (place := _by_base_name(one, wanted, path.parent)) is not None:
@@ -100,6 +102,17 @@ def _names(keys: dict[Any, Any]) -> Iterator[str]:
             files = files if isinstance(files, list) else [files]
             candidates = [path, *files, *(f"{path}/{file}" for file in files if isinstance(file, str))]
             yield from (candidate for candidate in candidates if isinstance(candidate, str) and candidate)
+
+
+def _matches(pattern: str, folder: Path) -> list[str]:
+    """Names of the files that a pattern stands for, in the working directory, or else beside the recipe."""
+    if not glob.has_magic(pattern):
+        return []
+    try:
+        places = (glob.glob(pattern), glob.glob(pattern, root_dir=folder))
+        return next((sorted(found)[:MAX_LISTED] for found in places if found), [])
+    except (OSError, ValueError):
+        return []
 
 
 def _find(name: str, folder: Path, fits: Callable[[Path], bool] = Path.is_file) -> Path | None:

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO, Self
 from litestar import Request, Response, post
 from multipart import parse_options_header
 
+from runtime.api.admin.stored import with_stored_files
 from runtime.api.admin.views import DryRun, JobDetail, job_detail
 from runtime.api.docs import BINARY, FORM, QUERY
 from runtime.api.handle import AnyRequest, api_of
@@ -266,6 +267,7 @@ async def train(request: AnyRequest) -> Response[JobDetail | DryRun]:
         try:
             folder = jobs.directories.incoming(job_id)
             asked = await receive_submission(request, api.settings, job_id=job_id, folder=folder, idempotency_key=key)
+            asked = await with_stored_files(api, asked, folder, record_of(request))
         except BaseException:
             await jobs.discard(job_id)
             raise

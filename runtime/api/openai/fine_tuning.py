@@ -2,14 +2,13 @@
 
 import asyncio
 import hashlib
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 import msgspec
 from litestar import get, post
 
+from runtime.api.admin.stored import take_files, training_file
 from runtime.api.admin.train import job_id_of
 from runtime.api.admin.views import job_item
 from runtime.api.docs import BODY, QUERY, page_query
@@ -33,9 +32,7 @@ from runtime.api.openai.fine_tuning_views import (
 )
 from runtime.api.openai.schema import Intake
 from runtime.errors import InvalidRequest, ModelNotFound, NotFound, Unsupported
-from runtime.files.library import FileLibrary
-from runtime.files.records import StoredFile
-from runtime.support.durable import make_directory, storage_unavailable, sync_directory, sync_file
+from runtime.support.durable import storage_unavailable
 from runtime.trainer.jobs.manager import JobManager
 from runtime.trainer.jobs.records import JobFile, JobSubmission
 
@@ -62,9 +59,9 @@ async def create_fine_tuning_job(request: AnyRequest) -> FineTuningJob:
     asked = await _intake.read(request, api)
     _check(asked, api)
     record = record_of(request)
-    files = [await _training_file(library, asked.training_file, visible_to(record), "training_file")]
+    files = [await training_file(library, asked.training_file, visible_to(record), "training_file")]
     if asked.validation_file is not None:
-        files.append(await _training_file(library, asked.validation_file, visible_to(record), "validation_file"))
+        files.append(await training_file(library, asked.validation_file, visible_to(record), "validation_file"))
     job_id = jobs.new_id()
     name = model_name(api.handle.require().model_name, asked.suffix, job_id)
     with jobs.arriving():
@@ -72,7 +69,12 @@ async def create_fine_tuning_job(request: AnyRequest) -> FineTuningJob:
             format = await asyncio.to_thread(_format_of, library.path(files[0]))
             recipe = recipe_of(asked, name, format, api.handle.require().max_model_len)
             folder = jobs.directories.incoming(job_id)
-            taken = await asyncio.to_thread(_take_files, [library.path(file) for file in files], files, folder)
+            own = [
+                JobFile(name=name, stored_as=f"{index:03d}-{name}", bytes=file.bytes)
+                for index, (file, name) in enumerate(zip(files, (TRAIN_FILE, VALIDATION_FILE), strict=False))
+            ]
+            paths = map(library.path, files)
+            taken = await asyncio.to_thread(take_files, list(zip(paths, own, strict=True)), folder)
         except OSError as error:
             await jobs.discard(job_id)
             raise storage_unavailable("The files of the job cannot be stored", error) from error
@@ -214,16 +216,6 @@ def _check(asked: FineTuningRequest, api: Api) -> None:
     check_metadata(asked.metadata, api.settings.limits)
 
 
-async def _training_file(library: FileLibrary, file_id: str, owner: str | None, param: str) -> StoredFile:
-    file = await library.store.get(file_id, owner, param=param)
-    if file.purpose != "fine-tune":
-        raise InvalidRequest(
-            f"{param} must name a file with the purpose fine-tune; the purpose of `{file.id}` is {file.purpose}.",
-            param=param,
-        )
-    return file
-
-
 def _format_of(path: Path) -> str:
     """Type of a training file's rows, for a recipe: of its first one. Raises `InvalidRequest`, `OSError`."""
     with open(path, "rb") as file:
@@ -241,22 +233,6 @@ def _format_of(path: Path) -> str:
     raise InvalidRequest(
         "training_file: line 1 has neither `messages` nor `prompt` and `completion`.", param="training_file"
     )
-
-
-def _take_files(paths: list[Path], files: list[StoredFile], folder: Path) -> tuple[JobFile, ...]:
-    """Give a job its own names for stored files, which may be deleted afterwards. Raises `OSError`."""
-    make_directory(folder)
-    taken = []
-    for index, (path, file, name) in enumerate(zip(paths, files, (TRAIN_FILE, VALIDATION_FILE), strict=False)):
-        stored_as = f"{index:03d}-{name}"
-        try:
-            os.link(path, folder / stored_as)
-        except OSError:  # a file system without links
-            shutil.copyfile(path, folder / stored_as)
-            sync_file(folder / stored_as)
-        taken.append(JobFile(name=name, stored_as=stored_as, bytes=file.bytes))
-    sync_directory(folder)
-    return tuple(taken)
 
 
 async def _view(api: Api, jobs: JobManager, job_id: str) -> FineTuningJob:

@@ -205,9 +205,8 @@ class Reader:
                 param=f"{param}.data_files",
             )
         key = f"{param}.data_files" if entry.files else f"{param}.path"
-        return [self._files.find(name, param=key) for name in names_of(entry)], entry.ds_type or _LOADERS.get(
-            entry.path
-        )
+        found = [file for name in names_of(entry) for file in self._files.find_all(name, param=key)]
+        return found, entry.ds_type or _LOADERS.get(entry.path)
 
     def _format(self, param: str, entry: Dataset, row: dict[str, Any]) -> Format:
         kind = guess(row, entry) if entry.type == "auto" else entry.type

@@ -9,6 +9,8 @@ import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from glob import iglob
 from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
@@ -19,6 +21,10 @@ from settings.suggest import nearest
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _HUB_ID = re.compile(r"[\w-]+/[\w.-]+")
+_PATTERN = re.compile(r"[*?[]")
+_FILE_ID = re.compile(r"file-[0-9a-f]{24}")
+MAX_MATCHES = 1000
+"""Most files that one pattern stands for."""
 MAX_LISTED = 1000
 """Entries of a folder among which the nearest name is looked for."""
 
@@ -95,6 +101,10 @@ class DataFiles:
                 return DataFile(name, path)
         if sent:
             raise InvalidRequest(self._ambiguous(name, sent), param=param, code="data_not_found")
+        if _FILE_ID.fullmatch(name):
+            raise InvalidRequest(
+                f"{name} is no file of /v1/files that this key may read.", param=param, code="data_not_found"
+            )
         if outside or _leads_out(name):
             raise self._forbidden(name, "", param)
         if _HUB_ID.fullmatch(name) and not Path(name).suffix and not self._has_folder(posixpath.dirname(name)):
@@ -105,6 +115,23 @@ class DataFiles:
             param=param,
             code="data_not_found",
         )
+
+    def find_all(self, name: str, *, param: str = "datasets") -> list[DataFile]:
+        """The files that a recipe calls `name`, which may be a pattern with `*`, `?` and `[…]`: those that were sent,
+        or else those under a data root, in the order of their names. Raises as `find`, and `InvalidRequest` for more
+        than `MAX_MATCHES`."""
+        if not _PATTERN.search(name) or name in self.uploads:
+            return [self.find(name, param=param)]
+        plain = _plain(name)
+        found = [sent for sent in self.uploads if _matches(_plain(sent), plain)]
+        found = found or [sent for sent in self.uploads if fnmatchcase(sent, posixpath.basename(plain))]
+        if not found and not _leads_out(name):
+            roots = [os.path.realpath(root) for root in self.roots]
+            matches = (islice(iglob(plain, root_dir=root), MAX_MATCHES + 1) for root in roots)
+            found = next((some for some in map(list, matches) if some), [])
+        if len(found) > MAX_MATCHES:
+            raise InvalidRequest(f"{name[:200]} stands for more than {MAX_MATCHES} files.", param=param)
+        return [self.find(one, param=param) for one in sorted(found)] or [self.find(name, param=param)]
 
     def _sent(self, name: str) -> list[str]:
         """The uploads that `name` may mean: one, where that is clear; more, where it is not."""
@@ -152,6 +179,11 @@ class DataFiles:
         hint = f" Among the files sent along is {near[:100]}." if near is not None else ""
         head = f"{shown!r} was not sent along, and may not be read from the server.{hint}"
         return Forbidden(" ".join(filter(None, [head, why, _ways_out(shown)])), param=param)
+
+
+def _matches(path: str, pattern: str) -> bool:
+    """True if a pattern stands for a path; no `*` stands for a `/`."""
+    return path.count("/") == pattern.count("/") and fnmatchcase(path, pattern)
 
 
 def _ways_out(name: str) -> str:

@@ -106,7 +106,9 @@ with none.
 Files are JSONL, JSON (an array of objects), CSV with a header, or Parquet. They come with the recipe, or lie under one of
 the server's data roots (`trainer.data_roots`); URLs and data sets of a hub are not fetched. A file that was sent is known by the
 recipe's path, or by its base name where one file alone has it, as curl sends `-F file=@data/rows.jsonl`; else name the part:
-`-F a/rows.jsonl=@a/rows.jsonl`. A folder is not read whole: name the files in it (`path: data`, `data_files: [rows.jsonl]`).
+`-F a/rows.jsonl=@a/rows.jsonl`. `*`, `?` and `[…]` in a path stand for files in the order of their names; a file of `/v1/files` with the
+purpose fine-tune is named by its id (`path: file-…`). A folder is not read whole: name the files in it (`path: data`,
+`data_files: ["*.jsonl"]`).
 
 A row that cannot be read or teaches nothing, such as one with an empty answer, stops the job before it starts: the first ten
 are listed with file, number, column and what is wrong. Rows that are left out or cut for their length are listed by number in

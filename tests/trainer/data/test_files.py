@@ -176,3 +176,40 @@ def test_a_base_name_that_two_files_share(tmp_path: Path) -> None:
     assert files("x.jsonl", "b/x.jsonl").find("a/x.jsonl").path == tmp_path / "stored"
     both = files("a/x.jsonl", "b/x.jsonl")
     assert (both.find("a/x.jsonl").name, both.find("b/x.jsonl").name, both.unused) == ("a/x.jsonl", "b/x.jsonl", [])
+
+
+def test_patterns_stand_for_files_in_the_order_of_their_names(tmp_path: Path) -> None:
+    for name in ("b.jsonl", "a.jsonl", "c.csv", "deep/d.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    files = DataFiles(roots=[tmp_path])
+    assert [file.name for file in files.find_all("*.jsonl")] == ["a.jsonl", "b.jsonl"]
+    assert [file.name for file in files.find_all("*/?.jsonl")] == ["deep/d.jsonl"]
+    assert [file.name for file in files.find_all("[bc].*")] == ["b.jsonl", "c.csv"]
+    assert [file.name for file in files.find_all("a.jsonl")] == ["a.jsonl"]
+    with pytest.raises(InvalidRequest, match="is missing"):
+        files.find_all("*.json")
+    for outside in ("../*", "/etc/*", "deep/../../*"):
+        with pytest.raises(Forbidden):
+            files.find_all(outside)
+
+
+def test_a_pattern_never_leads_out_by_a_link(tmp_path: Path) -> None:
+    root, other = tmp_path / "root", tmp_path / "other"
+    root.mkdir()
+    other.mkdir()
+    (other / "secret.jsonl").write_text("{}")
+    (root / "link.jsonl").symlink_to(other / "secret.jsonl")
+    with pytest.raises(Forbidden):
+        DataFiles(roots=[root]).find_all("*.jsonl")
+
+
+def test_patterns_of_what_was_sent(tmp_path: Path) -> None:
+    paths = {name: tmp_path / str(index) for index, name in enumerate(("data/b.jsonl", "data/a.jsonl", "x/c.jsonl"))}
+    for path in paths.values():
+        path.write_text("{}")
+    files = DataFiles(paths)
+    assert [file.name for file in files.find_all("data/*.jsonl")] == ["data/a.jsonl", "data/b.jsonl"]
+    assert files.unused == ["x/c.jsonl"]
+    as_curl_sends = DataFiles({"a.jsonl": paths["data/a.jsonl"]})
+    assert [file.name for file in as_curl_sends.find_all("data/*.jsonl")] == ["a.jsonl"]
