@@ -117,6 +117,7 @@ _LAZY = [
     (_recipe, "check", "recipe:check", _CHECK),
     (_recipe, "new", "recipe:new", "Print a commented recipe to start from, or write it to a file."),
     (_recipe, "explain", "recipe:explain", "Print what a key of recipes does here."),
+    (_recipe, "convert", "recipe:convert", "Print a job of LLaMA-Factory or OpenAI as a recipe."),
     (_recipe, "schema", "recipe:schema", "Print the JSON schema of recipes, for editors."),
     (_recipe, "docs", "recipe:docs", "Print the reference page of recipes, in Markdown."),
 ]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
+import yaml
 from cyclopts import Parameter
 
 from runtime.cli.client import DEFAULT_URL, AdminKey, ServerRefusal, admin_client, answers
@@ -100,6 +101,37 @@ def explain(key: Annotated[str, Parameter(help="The key; datasets.KEY for one of
     print(text)
 
 
+def convert(
+    file: Annotated[Path, Parameter(help="LLaMA-Factory's YAML, or the JSON of an OpenAI fine-tuning job.")],
+    /,
+    *,
+    output: Annotated[Path | None, Parameter(help="File to write; default: print it.")] = None,
+) -> None:
+    """Print another trainer's job as a recipe, or write it to a file that is not there yet. What has no counterpart
+    stands in comments at its beginning."""
+    from runtime.trainer.recipe.convert import convert as converted
+    from runtime.trainer.recipe.document import read_document
+
+    try:
+        values = read_document(_bytes(file)).values
+        found = converted(values, _dataset_info(values, file.parent))
+    except RequestError as error:
+        raise RecipeRefused(f"{file}: {error.message}") from error
+    head = [f"# From {file.name}.", *(f"# {note}" for note in found.notes)]
+    _write("\n".join(head) + "\n" + yaml.safe_dump(found.values, sort_keys=False, allow_unicode=True), output)
+
+
+def _dataset_info(values: dict[str, Any], beside: Path) -> dict[str, Any]:
+    """LLaMA-Factory's descriptions of data sets, where they are at hand."""
+    folder = Path(str(values.get("dataset_dir") or "data"))
+    for place in (folder, beside / folder, beside):
+        try:
+            return dict(msgspec.json.decode((place / "dataset_info.json").read_bytes(), type=dict[str, Any]))
+        except (OSError, msgspec.MsgspecError):
+            continue
+    return {}
+
+
 def docs() -> None:
     """Print the reference page of recipes, in Markdown."""
     from runtime.trainer.recipe.reference import reference
@@ -109,7 +141,10 @@ def docs() -> None:
 
 def new(*, output: Annotated[Path | None, Parameter(help="File to write; default: print it.")] = None) -> None:
     """Print a commented recipe to start from, or write it to a file that is not there yet."""
-    text = (resources.files("settings") / "recipes" / "starter.yaml").read_text(encoding="utf-8")
+    _write((resources.files("settings") / "recipes" / "starter.yaml").read_text(encoding="utf-8"), output)
+
+
+def _write(text: str, output: Path | None) -> None:
     if output is None:
         print(text, end="")
         return

@@ -216,3 +216,20 @@ def test_explain(eft: Eft) -> None:
     assert eft("recipe", "explain", "datasets.shards").out.startswith("datasets.shards: a whole number")
     missing = eft("recipe", "explain", "lora_s")
     assert (missing.code, "did you mean lora_r?" in missing.err) == (2, True)
+
+
+def test_convert(eft: Eft, tmp_path: Path) -> None:
+    job = tmp_path / "job.yaml"
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "dataset_info.json").write_text('{"rows": {"file_name": "rows.jsonl"}}')
+    job.write_text("model_name_or_path: tiny\nstage: sft\ndataset: rows\nlearning_rate: 1e-4\ncutoff: 3\n")
+    made = tmp_path / "recipe.yaml"
+    assert eft("recipe", "convert", job, "--output", made).code == 0
+    assert made.read_text().startswith("# From job.yaml.\n# cutoff is left out")
+    assert "path: rows.jsonl" in made.read_text()
+    assert eft("recipe", "check", made, "--keys-only").code == 0
+    job.write_text('{"model": "tiny", "training_file": "file-abc"}')
+    assert "path: file-abc" in eft("recipe", "convert", job).out
+    job.write_text("adapter: lora\n")
+    refused = eft("recipe", "convert", job)
+    assert (refused.code, "neither a recipe of LLaMA-Factory" in refused.err) == (2, True)

@@ -34,6 +34,7 @@ eft recipe check recipe.yaml            # every problem at once, then the plan: 
 eft train recipe.yaml --follow          # the job, with the data files that the recipe names, on the running server
 eft recipe check recipe.yaml --keys-only    # the verdict of each key, without a model or data
 eft recipe explain fsdp_config          # what one key does here
+eft recipe convert job.yaml > recipe.yaml   # from LLaMA-Factory's YAML, or the JSON of an OpenAI fine-tuning job
 eft recipe schema > recipe.schema.json  # for editors
 ```
 
