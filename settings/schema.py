@@ -376,6 +376,9 @@ class TrainerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     data_roots: Annotated[
         tuple[NonEmpty, ...], doc("Folders from which recipes may read data and adapters may be loaded.")
     ] = ()
+    hub: Annotated[
+        bool, doc("Recipes may name data sets of a hub by id; they are fetched by `datasets` (extra `hub`).")
+    ] = False
     min_share: Annotated[Share, doc("Share of the time that a running job gets even when requests never pause.")] = 0.2
     max_queued_jobs: Annotated[Count, doc("Most jobs waiting; one more is answered 429.")] = 100
     max_recipe: Annotated[

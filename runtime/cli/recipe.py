@@ -226,7 +226,7 @@ def _plan(recipe: "Recipe", files: RecipeFiles, file: Path, loaded: Loaded) -> d
     plan = prepare(
         recipe,
         checkpoint.tokenizer,
-        DataFiles(files.data, roots),
+        DataFiles(files.data, roots, hub=settings.trainer.hub),
         model_names=tuple(name for name in names if name),
         max_len=settings.model.max_model_len or longest,
         shape=shape,

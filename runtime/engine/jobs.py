@@ -72,7 +72,7 @@ class EngineJobs:
         plan = prepare(
             read,
             service.tokenizer,
-            DataFiles(uploads, self._roots),
+            DataFiles(uploads, self._roots, hub=self._settings.trainer.hub),
             model_names=names,
             max_len=service.decoder.max_len,
             shape=self._shape,

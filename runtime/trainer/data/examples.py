@@ -6,6 +6,7 @@ import re
 from array import array
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from typing import Any, TypeVar
 
@@ -16,7 +17,8 @@ from runtime.text.tokenizer import Tokenizer
 from runtime.trainer.data.example import Example, RowProblem, Rows
 from runtime.trainer.data.files import DataFile, DataFiles
 from runtime.trainer.data.formats import Format, guess, make_format
-from runtime.trainer.data.readers import DataRow, read_rows
+from runtime.trainer.data.hub import HubDataset
+from runtime.trainer.data.readers import DataRow, Numbered, read_rows
 from runtime.trainer.recipe import Dataset, Recipe
 
 # -- split -----------------------------------------------------------------------------------------
@@ -24,6 +26,8 @@ from runtime.trainer.recipe import Dataset, Recipe
 # Slices of a dataset, as in `train[:20%]`.
 
 T = TypeVar("T")
+Source = tuple[str, Callable[[], Iterator[Numbered]]]
+"""A name for messages, and the rows of a file or of a data set."""
 
 _SPLIT = re.compile(r"train(?:\[(-?[0-9]{1,12}%?)?:(-?[0-9]{1,12}%?)?\])?")
 
@@ -44,6 +48,19 @@ def row_range(split: str | None, count: Callable[[], int], *, param: str) -> tup
         )
     first, last = (bound and _bound(bound, count) for bound in match.groups())
     return first or 0, last if last is None else int(last)
+
+
+_HUB_SPLIT = re.compile(r"([\w.-]+)(\[.*\])?")
+
+
+def split_of(split: str | None, *, param: str) -> tuple[str, str | None]:
+    """The name of a hub's split, and the slice of it, as `row_range` takes it. Raises `InvalidRequest`."""
+    match = _HUB_SPLIT.fullmatch(split or "train")
+    if match is None:
+        raise InvalidRequest(
+            f"split must be a name or a slice, such as train or test[:20%], got {str(split)[:64]!r}.", param=param
+        )
+    return match[1], None if match[2] is None else f"train{match[2]}"
 
 
 def _bound(text: str, count: Callable[[], int]) -> int:
@@ -136,28 +153,29 @@ class Reader:
         return found
 
     def _entry(self, param: str, entry: Dataset, counts: RowCounts, rows: Rows) -> list[Example]:
-        files, kind = self._locate(param, entry)
+        sources, part = self._locate(param, entry)
 
-        def numbered() -> Iterator[tuple[DataFile, int, DataRow | RowProblem]]:
-            return chain.from_iterable(
-                ((file, number, row) for number, row in read_rows(file, kind, param=f"{param}.path")) for file in files
-            )
+        def numbered() -> Iterator[tuple[str, int, DataRow | RowProblem]]:
+            return chain.from_iterable(((name, number, row) for number, row in rows()) for name, rows in sources)
 
-        first, last = row_range(entry.split, lambda: sum(1 for _ in numbered()), param=f"{param}.split")
+        first, last = row_range(part, lambda: sum(1 for _ in numbered()), param=f"{param}.split")
         before, form, found = counts.rows, None, list[Example]()
+        tokens = self._tokens
         for file, number, row in self._sharded(entry, lambda: islice(numbered(), first, last)):
             counts.rows += 1
             try:
                 if isinstance(row, RowProblem):
                     raise row
                 form = form or self._format(param, entry, row)
-                examples = self._examples(form, row, counts, file.name, number)
+                examples = self._examples(form, row, counts, file, number)
             except RowProblem as problem:
-                rows.add(param, file.name, number, problem)
+                rows.add(param, file, number, problem)
                 continue
             for example in examples:
                 self._count(example, param)
             found += examples
+            if self._is_enough(len(found), self._tokens - tokens):
+                break
         if counts.rows == before:
             where = f"shard {entry.shards_idx} of {entry.shards} of {entry.path}" if entry.shards else entry.path
             raise InvalidRequest(f"{param}: there are no rows in {where}.", param=param, code="invalid_data")
@@ -178,7 +196,7 @@ class Reader:
         chosen = frozenset(order[slice(*cuts)])
         return (row for index, row in enumerate(rows()) if index in chosen)
 
-    def _examples(self, form: Format, row: Row, counts: RowCounts, file: str, number: int) -> list[Example]:
+    def _examples(self, form: Format, row: DataRow, counts: RowCounts, file: str, number: int) -> list[Example]:
         """The examples of a row as they are trained on; those that are not are counted."""
         whole = form(row)
         pieces = form.pieces(whole, self._recipe.sequence_len)
@@ -197,7 +215,43 @@ class Reader:
                 code="invalid_data",
             )
 
-    def _locate(self, param: str, entry: Dataset) -> tuple[list[DataFile], str | None]:
+    def _is_enough(self, examples: int, tokens: int) -> bool:
+        """True if a recipe that streams its data has as much of an entry as its steps take."""
+        recipe = self._recipe
+        if not recipe.streaming or recipe.max_steps is None:
+            return False
+        places = recipe.max_steps * recipe.effective_batch
+        return tokens >= places * recipe.sequence_len if recipe.sample_packing else examples >= places
+
+    def _locate(self, param: str, entry: Dataset) -> tuple[list[Source], str | None]:
+        """What an entry is read from, and the slice of its rows."""
+        if self._files.is_hub(entry.path):
+            name, part = split_of(entry.split, param=f"{param}.split")
+            if self._recipe.streaming and (entry.shards is not None or any(mark in (part or "") for mark in "%-")):
+                raise InvalidRequest(
+                    f"{param}: data that is streamed has no known number of rows: give split as numbers from the "
+                    "start, such as train[:10000], and no shards.",
+                    param=f"{param}.split",
+                )
+            data = HubDataset(
+                name=entry.path,
+                config=entry.name,
+                revision=entry.revision,
+                split=name,
+                data_files=entry.files,
+                streams=self._recipe.streaming,
+                param=f"{param}.path",
+            )
+            return [(entry.path, lambda: iter(data))], part
+        for key in ("name", "revision"):
+            if getattr(entry, key) is not None:
+                raise InvalidRequest(
+                    f"{param}.{key} is for data sets of a hub; {entry.path} is a file.", param=f"{param}.{key}"
+                )
+        files, kind = self._find(param, entry)
+        return [(file.name, partial(read_rows, file, kind, param=f"{param}.path")) for file in files], entry.split
+
+    def _find(self, param: str, entry: Dataset) -> tuple[list[DataFile], str | None]:
         """The files of an entry, and their format where it is given."""
         if entry.path in _LOADERS and not entry.files:
             raise InvalidRequest(

@@ -22,6 +22,7 @@ from settings.suggest import nearest
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _HUB_ID = re.compile(r"[\w-]+/[\w.-]+")
 _PATTERN = re.compile(r"[*?[]")
+_ENDINGS = (".jsonl", ".json", ".csv", ".parquet", ".ndjson")
 _FILE_ID = re.compile(r"file-[0-9a-f]{24}")
 MAX_MATCHES = 1000
 """Most files that one pattern stands for."""
@@ -57,10 +58,16 @@ class DataFiles:
     """The files that one job may read."""
 
     def __init__(
-        self, uploads: Mapping[str, Path] | None = None, roots: Sequence[Path] = (), named: Iterable[str] = ()
+        self,
+        uploads: Mapping[str, Path] | None = None,
+        roots: Sequence[Path] = (),
+        named: Iterable[str] = (),
+        *,
+        hub: bool = False,
     ) -> None:
         """`uploads`: name in the request → stored path. `named`: every file that the recipe names, to find out if the
-        base name of one is unambiguous."""
+        base name of one is unambiguous. `hub`: data sets of a hub may be fetched."""
+        self._hub = hub
         self.uploads = dict(uploads or {})
         self.roots = tuple(roots)
         self._named = {_plain(name) for name in named}
@@ -73,7 +80,13 @@ class DataFiles:
 
     def naming(self, named: Iterable[str]) -> "DataFiles":
         """The same files, for a recipe that names these."""
-        return DataFiles(self.uploads, self.roots, named)
+        return DataFiles(self.uploads, self.roots, named, hub=self._hub)
+
+    def is_hub(self, name: str) -> bool:
+        """True for the id of a hub's data set that may be fetched, where no file or folder has this name."""
+        if not self._hub or not _HUB_ID.fullmatch(name) or Path(name).suffix in _ENDINGS or self._sent(name):
+            return False
+        return not self._has_folder(posixpath.dirname(name)) and not self._has_folder(name)
 
     def find(self, name: str, *, param: str = "datasets") -> DataFile:
         """The file that a recipe calls `name`: one that was sent under that name, or, where there is one alone, under
@@ -108,7 +121,9 @@ class DataFiles:
         if outside or _leads_out(name):
             raise self._forbidden(name, "", param)
         if _HUB_ID.fullmatch(name) and not Path(name).suffix and not self._has_folder(posixpath.dirname(name)):
-            raise self._forbidden(name, "Data sets of a hub are not fetched.", param)
+            raise self._forbidden(
+                name, "Data sets of a hub are fetched where the setting trainer.hub allows it.", param
+            )
         raise InvalidRequest(
             f"{name} is missing: it is neither among the files sent along ({self._shown()}) nor under a data root"
             f"{self._hint(name)}. {_ways_out(name)}",

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from runtime.trainer.data.example import RowProblem
 from runtime.trainer.recipe.schema import UserType
 
-Row = Mapping[str, Any]
+ReadRow = Mapping[str, Any]
 
 
 class Instruction(NamedTuple):
@@ -65,7 +65,7 @@ def _escaped(text: str) -> str:
 # -- columns ---------------------------------------------------------------------------------------
 
 
-def text_of(row: Row, field: str) -> str:
+def text_of(row: ReadRow, field: str) -> str:
     """The text in a column. Raises `RowProblem`."""
     value = row.get(field)
     if field not in row:
@@ -75,12 +75,12 @@ def text_of(row: Row, field: str) -> str:
     return value
 
 
-def optional_text(row: Row, field: str) -> str:
+def optional_text(row: ReadRow, field: str) -> str:
     """The same, or the empty text where the column is absent or null."""
     return text_of(row, field) if row.get(field) is not None else ""
 
 
-def trained_text(row: Row, field: str, what: str) -> str:
+def trained_text(row: ReadRow, field: str, what: str) -> str:
     """The text in a column that is trained on: it must not be blank. Raises `RowProblem`."""
     text = text_of(row, field)
     if not text.strip():
@@ -88,7 +88,7 @@ def trained_text(row: Row, field: str, what: str) -> str:
     return text
 
 
-def fields_of(row: Row) -> str:
+def fields_of(row: ReadRow) -> str:
     """The columns that a row has, for the error message about a missing one."""
     names = [str(name)[:40] for name in row]
     return f"; it has {', '.join(names[:8])}" if names else "; it is empty"
@@ -102,7 +102,7 @@ class Columns(NamedTuple):
     answer: str = "output"
     system: str = ""
 
-    def read(self, row: Row) -> Instruction:
+    def read(self, row: ReadRow) -> Instruction:
         return Instruction(
             text_of(row, self.instruction),
             optional_text(row, self.input) if self.input else "",
@@ -118,7 +118,7 @@ class Columns(NamedTuple):
 ALPACA_COLUMNS = Columns(input="input")
 
 
-def _choices(row: Row) -> Instruction:
+def _choices(row: ReadRow) -> Instruction:
     """A question with its choices, a line each; the answer is in `solution` or `explanation`."""
     choices = row.get("choices")
     if not isinstance(choices, list) or not choices or not all(isinstance(one, str) for one in choices):
@@ -128,24 +128,24 @@ def _choices(row: Row) -> Instruction:
     return Instruction(text_of(row, "question"), listed, trained_text(row, field, "the answer"))
 
 
-def _jeopardy(row: Row) -> Instruction:
+def _jeopardy(row: ReadRow) -> Instruction:
     answer = trained_text(row, "answer", "the answer")
     return Instruction(text_of(row, "question"), text_of(row, "category"), f"what is {answer}")
 
 
-def _reflection(row: Row) -> Instruction:
+def _reflection(row: ReadRow) -> Instruction:
     given = ALPACA_COLUMNS.read(row)
     thought, corrected = text_of(row, "reflection"), trained_text(row, "corrected", "the answer")
     answer = f"{given.answer}\n\n### Agent Reflection:\n{thought}\n\n### Final Response:\n{corrected}"
     return given._replace(answer=answer)
 
 
-def _context(row: Row) -> Instruction:
+def _context(row: ReadRow) -> Instruction:
     question = f"{text_of(row, 'context')}\n===\n{text_of(row, 'question')}"
     return Instruction(question, "", trained_text(row, "answer", "the answer"))
 
 
-def _context_v2(row: Row) -> Instruction:
+def _context_v2(row: ReadRow) -> Instruction:
     question = f"Context:\n{text_of(row, 'context')}\nQuestion:\n{text_of(row, 'question')}\n"
     return Instruction(question, "", "Answer:\n" + trained_text(row, "answer", "the answer"))
 
@@ -157,7 +157,7 @@ NO_ANSWER = (
 """What `context_qa.load_404` teaches to say where the context has no answer."""
 
 
-def _context_404(row: Row) -> Instruction:
+def _context_404(row: ReadRow) -> Instruction:
     return Instruction(f"{text_of(row, 'context')}\n===\n{text_of(row, 'question')}", "", NO_ANSWER)
 
 
@@ -218,7 +218,7 @@ _PLAIN = Wording("{instruction}", "{instruction}{input}")
 class TextType(NamedTuple):
     """A type of rows."""
 
-    read: Callable[[Row], Instruction]
+    read: Callable[[ReadRow], Instruction]
     wording: Wording
     columns: frozenset[str]
 
@@ -227,7 +227,7 @@ def _type(columns: Columns, wording: Wording) -> TextType:
     return TextType(columns.read, wording, columns.names)
 
 
-def _special(read: Callable[[Row], Instruction], wording: Wording, columns: str) -> TextType:
+def _special(read: Callable[[ReadRow], Instruction], wording: Wording, columns: str) -> TextType:
     return TextType(read, wording, frozenset(columns.split()))
 
 
@@ -291,7 +291,7 @@ TEXT_TYPES: dict[str, TextType] = {
 def user_type(given: UserType) -> TextType:
     """The type that a recipe describes."""
 
-    def read(row: Row) -> Instruction:
+    def read(row: ReadRow) -> Instruction:
         columns = Columns(given.field_instruction, given.field_input, given.field_output, given.field_system)
         found = columns.read(row)
         return found._replace(system=found.system or given.system_prompt)

@@ -109,7 +109,7 @@ _NOTED = {
     _READING: (
         "dataset_prepared_path dataset_processes dataset_num_proc dataset_keep_in_memory num_dataset_shards_to_save "
         "push_dataset_to_hub skip_prepare_dataset is_preprocess preprocess_iterable dataloader_num_workers "
-        "dataloader_pin_memory dataloader_prefetch_factor streaming"
+        "dataloader_pin_memory dataloader_prefetch_factor"
     ),
     "no row is dropped: the last step of an epoch is smaller": "dataloader_drop_last",
     "where turns begin and end is found by rendering the chat": "role_boundaries",
@@ -264,8 +264,6 @@ _REFUSED |= _group(
 
 # -- datasets' keys --------------------------------------------------------------------------------
 
-_HUB_FILES = "files are read as they are; a revision or configuration is chosen by their path"
-
 _DATASET_NOTED = {
     "no code of a data set is run": "trust_remote_code",
     _READING: "preprocess_shards",
@@ -275,8 +273,6 @@ _DATASET_REFUSED = {
     "input_transform": Refused(_CODE),
     "logprobs_field": Refused("learning from a teacher's probabilities is not supported; leave it out"),
     "temperature": Refused("learning from a teacher's probabilities is not supported; leave it out", (1, 1.0)),
-    "name": Refused(_HUB_FILES),
-    "revision": Refused(_HUB_FILES),
 }
 
 

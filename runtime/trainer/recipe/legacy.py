@@ -76,7 +76,7 @@ def _curriculum(values: dict[str, Any], notes: list[str]) -> dict[str, Any]:
 
 
 def _pretraining(values: dict[str, Any], notes: list[str]) -> dict[str, Any]:
-    """`pretraining_dataset` as datasets of plain texts."""
+    """`pretraining_dataset` as datasets of plain texts, read as far as `max_steps` takes."""
     given = values.get("pretraining_dataset")
     if is_off(given) or not is_off(values.get("datasets")):
         return values
@@ -86,6 +86,8 @@ def _pretraining(values: dict[str, Any], notes: list[str]) -> dict[str, Any]:
         for index, entry in enumerate(entries)
     ]
     del values["pretraining_dataset"]
+    if values.get("max_steps") is not None and values.get("streaming") is None:
+        values["streaming"] = True
     return values
 
 
@@ -94,7 +96,9 @@ def _text_entry(entry: Mapping[str, Any], path: str, notes: list[str]) -> dict[s
     modern: dict[str, Any] = {"type": "completion" if kind in (None, "pretrain") else kind}
     if kind in (None, "pretrain", "completion"):
         modern["field"] = entry.get("text_column") or entry.get("field") or "text"
-    rest = {key: value for key, value in entry.items() if key not in ("type", "text_column", "field")}
+    rest = {key: value for key, value in entry.items() if key not in ("type", "text_column", "field", "skip")}
+    if not is_off(entry.get("skip"), (0,)):
+        rest["split"] = f"{entry.get('split') or 'train'}[{entry['skip']}:]"
     notes.append(f"{path} is read as an entry of datasets with {_lines(modern, modern)}.")
     return {**rest, **modern}
 

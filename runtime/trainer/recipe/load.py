@@ -140,6 +140,8 @@ def find_problems(recipe: Recipe, values: Mapping[str, Any], *, max_lora_rank: i
         yield "dataset_shard_num", "and dataset_shard_idx belong together: give both, or neither"
     elif recipe.dataset_shard_num is not None and (recipe.dataset_shard_idx or 0) >= recipe.dataset_shard_num:
         yield "dataset_shard_idx", f"must be below dataset_shard_num ({recipe.dataset_shard_num})"
+    if recipe.streaming and recipe.max_steps is None:
+        yield "streaming", "needs max_steps: data is read as far as the steps take"
     if recipe.sample_packing and recipe.group_by_length:
         yield "group_by_length", "has no meaning with sample_packing, which fills its bins by length; set one of them"
     if recipe.chat_template == "jinja" and recipe.chat_template_jinja is None:

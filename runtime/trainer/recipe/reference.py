@@ -105,7 +105,8 @@ their calls, keys that are null are left out at any depth (Parquet fills rows wi
 with none.
 
 Files are JSONL, JSON (an array of objects), CSV with a header, or Parquet. They come with the recipe, or lie under one of
-the server's data roots (`trainer.data_roots`); URLs and data sets of a hub are not fetched. A file that was sent is known by the
+the server's data roots (`trainer.data_roots`). Data sets of a hub (`path: org/name`, with `name`, `revision` and any split) are
+fetched where the setting `trainer.hub` allows it and the extra `hub` is installed; other URLs are not. A file that was sent is known by the
 recipe's path, or by its base name where one file alone has it, as curl sends `-F file=@data/rows.jsonl`; else name the part:
 `-F a/rows.jsonl=@a/rows.jsonl`. `*`, `?` and `[…]` in a path stand for files in the order of their names; a file of `/v1/files` with the
 purpose fine-tune is named by its id (`path: file-…`). A folder is not read whole: name the files in it (`path: data`,

@@ -84,13 +84,21 @@ class Dataset(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     path: Annotated[
         Text,
-        entry("A file sent along, or one under the data roots; or `json`, `csv`, `parquet`, with `data_files`."),
+        entry(
+            "A file sent along, one under the data roots, a pattern, the id of a file of /v1/files, or that of a hub's "
+            "data set; or `json`, `csv`, `parquet`, with `data_files`."
+        ),
     ]
     data_files: Annotated[tuple[Text, ...] | Text, entry("Files, by themselves or in the folder `path`.")] = ()
     ds_type: Annotated[
         Literal["json", "jsonl", "csv", "parquet"] | None, entry("Format of the files. Default: by their endings.")
     ] = None
-    split: Annotated[Text | None, entry("`train`, or a slice of the rows: `train[:20%]`, `train[100:200]`.")] = None
+    name: Annotated[Text | None, entry("Configuration of a hub's data set.")] = None
+    revision: Annotated[Text | None, entry("Branch, tag or commit of a hub's data set.")] = None
+    split: Annotated[
+        Text | None,
+        entry("`train`, or a slice of the rows: `train[:20%]`, `train[100:200]`; a hub's data set may have others."),
+    ] = None
     shards: Annotated[
         Annotated[int, Meta(ge=1, le=1_000_000)] | None,
         entry("Cut the rows, shuffled by the seed, into this number of pieces…"),
@@ -311,7 +319,7 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     dataset_shard_num: Annotated[
         Positive | None, key("data", "Cut the rows of all datasets into this number of pieces…")
     ] = None
-    dataset_shard_idx: Annotated[Count | None, key("data", "…and train on one of them, from 0.")] = None
+    dataset_shard_idx: Annotated[WholeNumber | None, key("data", "…and train on one of them, from 0.")] = None
     dataset_exact_deduplication: Annotated[
         bool, key("data", "Drop rows whose tokens are those of another; from the test set, those of training.")
     ] = False
@@ -334,6 +342,9 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     eot_tokens: Annotated[
         tuple[Text, ...], key("data", "Further tokens that end a turn; the vocabulary must have them.")
     ] = ()
+    streaming: Annotated[
+        bool, key("data", "Read each data set only as far as `max_steps` takes; so it is with `pretraining_dataset`.")
+    ] = False
     train_on_inputs: Annotated[bool, key("data", "Train on every token, not on the answers only.")] = False
     sample_packing: Annotated[
         bool, key("data", "Fill each place of a batch with several examples, up to `sequence_len` tokens.")
