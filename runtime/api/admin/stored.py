@@ -9,8 +9,7 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from runtime.api.handle import Api
-from runtime.api.http.record import RequestRecord
-from runtime.api.openai.files import visible_to
+from runtime.api.http.record import RequestRecord, visible_to
 from runtime.errors import InvalidRequest, NotFound
 from runtime.files.library import FileLibrary
 from runtime.files.records import StoredFile
