@@ -143,6 +143,22 @@ itself, and takes the system message of the rows where they all have the same. T
 `eft adapters download NAME` copies a version as PEFT's folder, with `base_model_name_or_path` as the recipe's `base_model`
 (`GET /admin/adapters/NAME/export` is the same as tar); `eft adapters show NAME` says where it lies on the server.
 
+### For other programs
+
+```sh
+eft export tickets --to tickets-merged                               # a model directory, for transformers and vLLM
+eft export tickets@2 --to tickets.gguf --format gguf --type q8_0     # for llama.cpp, Ollama and LM Studio
+eft export tickets --to tickets-lora.gguf --format gguf-lora         # the adapter alone, for llama.cpp's --lora
+```
+
+`eft export` takes a name on the server or a folder of PEFT's. The base is read from its own files, or from `--model`, and each
+weight is rounded once. It prints the difference to the adapter as it is served: the share of equal tokens, the largest
+difference of a logit, the divergence. A base whose files hold integers is merged in floats where they are GGUF, and refused
+where they are bitsandbytes': give the model that it was made from. GGUF types are f32, f16, bf16, q8_0 and q4_k; rows that
+are no whole blocks of q4_k are written as q8_0 or f16. From a directory GGUF is written for Llama, Mistral, Qwen 2 and 3,
+SmolLM3, OLMo 2 and Granite; from a GGUF base for every architecture that is read, with its metadata unchanged. Over HTTP:
+`GET /admin/adapters/NAME/export?format=merged|gguf|gguf-lora&type=…`.
+
 ## Steps
 
 A step is `gradient_accumulation_steps` micro-batches of `micro_batch_size` examples, or packed bins; the last step of an
