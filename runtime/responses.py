@@ -28,6 +28,7 @@ MAX_CHAIN = 1000
 """Most responses of a conversation."""
 
 _INSERT = "INSERT OR REPLACE INTO responses VALUES (?, ?, ?, ?, ?, ?)"
+_DUE = "created_at < ? OR id IN (SELECT id FROM responses ORDER BY created_at DESC, rowid DESC LIMIT -1 OFFSET ?)"
 _COLUMNS = "id, tenant, created_at, previous_id, input, response"
 
 
@@ -66,15 +67,26 @@ class ResponseStore:
                 _INSERT,
                 (stored.id, stored.tenant, stored.created_at, stored.previous_id, stored.input, stored.response),
             )
-            if self._keep_seconds is not None:
-                connection.execute("DELETE FROM responses WHERE created_at < ?", (self._clock() - self._keep_seconds,))
-            connection.execute(
-                "DELETE FROM responses WHERE id IN "
-                "(SELECT id FROM responses ORDER BY created_at DESC, rowid DESC LIMIT -1 OFFSET ?)",
-                (self._max_responses,),
-            )
+            self._delete_due(connection)
 
         await self._database.call(work)
+
+    async def due(self) -> int:
+        """Number of the responses that retention deletes. Raises `StorageUnavailable`."""
+        query = f"SELECT count(*) FROM responses WHERE {_DUE}"
+        return await self._database.call(lambda c: int(c.execute(query, self._limits()).fetchone()[0]))
+
+    async def prune(self) -> int:
+        """Delete what retention says; the number of responses. Raises `StorageUnavailable`."""
+        return await self._database.call(self._delete_due)
+
+    def _delete_due(self, connection: sqlite3.Connection) -> int:
+        return connection.execute(f"DELETE FROM responses WHERE {_DUE}", self._limits()).rowcount
+
+    def _limits(self) -> tuple[float, int]:
+        """Time of the oldest response that is kept, and the most responses."""
+        oldest = float("-inf") if self._keep_seconds is None else self._clock() - self._keep_seconds
+        return oldest, self._max_responses
 
     async def get(self, id: str, tenant: str) -> StoredResponse:
         """Raises `NotFound`."""

@@ -411,6 +411,10 @@ class FileSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         Seconds | None,
         doc("Delete a file this long after it was made, outputs of batches too. Default: never.", example="30d"),
     ] = None
+    keep_batches: Annotated[
+        Seconds | None,
+        doc("Delete a batch this long after its end, with the files that it wrote. Default: never.", example="30d"),
+    ] = None
     max_batches: Annotated[Count, doc("Most batches that have not ended; one more is answered 429.")] = 100
     max_batch_lines: Annotated[Count, doc("Most requests in a batch.")] = 50_000
     batch_concurrency: Annotated[

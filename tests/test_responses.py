@@ -65,3 +65,17 @@ async def test_others_see_nothing(database: Database) -> None:
         with pytest.raises(NotFound):
             await call
     await store.delete("a", "one")
+
+
+async def test_what_is_due_goes_without_a_new_response(database: Database) -> None:
+    now = 100.0
+    store = ResponseStore(database, keep_seconds=50, max_responses=2, clock=lambda: now)
+    for number in range(2):
+        await store.put(response(str(number), at=90 + number))
+    assert (await store.due(), await store.prune()) == (0, 0)
+    fewer = ResponseStore(database, keep_seconds=None, max_responses=1)
+    assert (await fewer.due(), await fewer.prune(), await fewer.due()) == (1, 1, 0)
+    now = 200.0
+    assert (await store.due(), await store.prune()) == (1, 1)
+    with pytest.raises(NotFound):
+        await store.get("1", "")

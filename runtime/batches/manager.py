@@ -8,8 +8,8 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from runtime.batches.records import Ask, Batch
-from runtime.batches.run import FOLDER, BatchRun
+from runtime.batches.records import FOLDER, Ask, Batch
+from runtime.batches.run import BatchRun
 from runtime.batches.store import BatchStore
 from runtime.files.library import FileLibrary
 from runtime.support.database import Database
@@ -128,6 +128,22 @@ class BatchManager:
         if batch_id in self._runs:
             self._runs[batch_id][0].cancel()
         return self.current(batch)
+
+    async def due(self) -> list[str]:
+        """Ids of the batches that `prune` would delete."""
+        keep = self._settings.keep_batches
+        return [] if keep is None else await self.store.due(keep)
+
+    async def prune(self) -> list[str]:
+        """Delete the batches that ended longer ago than the setting says, with the files that they wrote. Raises
+        `StorageUnavailable`."""
+        keep = self._settings.keep_batches
+        if keep is None:
+            return []
+        ids, gone = await self.store.prune(keep)
+        self._files.dropped(*gone)
+        await self._files.finish_deleting()
+        return ids
 
     def current(self, batch: Batch) -> Batch:
         """The row with the counts and the usage of now."""

@@ -5,6 +5,13 @@ from typing import Literal, Protocol, get_args
 
 from msgspec import Struct, field
 
+from runtime.files.records import StoredFile
+
+FOLDER = "batches"
+"""Folder in the state directory; each batch has a folder of its own there, named for its id."""
+RECORD = "batch.json"
+"""File in a batch's folder: a copy of its row, and of those of the files that it wrote, in case they are lost."""
+
 State = Literal["validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"]
 STATES: tuple[State, ...] = get_args(State)
 
@@ -124,6 +131,13 @@ class Batch(Struct, frozen=True, kw_only=True):
     @property
     def ended(self) -> bool:
         return self.status in ENDED
+
+
+class BatchRecord(Struct, frozen=True, kw_only=True):
+    """What a batch's folder says of it."""
+
+    batch: Batch
+    outputs: list[StoredFile] = []
 
 
 class Answer(Struct, frozen=True, kw_only=True):

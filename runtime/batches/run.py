@@ -4,20 +4,35 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
+
+import msgspec
+from msgspec.structs import replace
 
 from runtime.batches.lines import NumberedLine, check_file, requests_of
 from runtime.batches.output import ERRORS, OK, OUTPUT, BatchOutput, answer_line, error_line
-from runtime.batches.records import MAX_LISTED_ERRORS, Answer, Ask, Batch, BatchUsage, Counts, LineError, State
+from runtime.batches.records import (
+    FOLDER,
+    MAX_LISTED_ERRORS,
+    RECORD,
+    STAMPED,
+    Answer,
+    Ask,
+    Batch,
+    BatchRecord,
+    BatchUsage,
+    Counts,
+    LineError,
+    State,
+)
 from runtime.batches.store import BatchStore
 from runtime.errors import Conflict, StorageUnavailable
 from runtime.files.library import FileLibrary, new_file_id
 from runtime.files.records import BATCH_OUTPUT, StoredFile
-from runtime.support.durable import remove
+from runtime.support.durable import remove, replace_file
 from runtime.support.failpoints import failpoint
 from runtime.support.logs import get_logger
 from settings.schema import FileSettings
-
-FOLDER = "batches"
 
 RETRY_SECONDS = 5.0
 """Seconds after which a batch continues that the disk or the database has stopped."""
@@ -107,6 +122,7 @@ class BatchRun:
     async def _run(self) -> None:
         await self._output.open()
         try:
+            await self._write_record(self.batch)
             if self.batch.status == "validating":
                 self.batch = await self._validate()
             if self.batch.status == "in_progress":
@@ -220,20 +236,28 @@ class BatchRun:
                 made[column] = self._stored(name)
             else:
                 await asyncio.to_thread(remove, self._folder / name)
-        failpoint("batches.before_end", self.batch.id)
-        batch = await self._store.end(
-            self.batch.id,
-            to,
-            list(made.values()),
-            total=self._total,
-            completed=self._output.counts.completed,
-            failed=self._output.counts.failed,
-            usage=self._output.usage,
+        outputs = list(made.values())
+        counts = self._output.counts
+        columns: dict[str, Any] = {
+            STAMPED[to]: int(time.time()),
+            "total": self._total,
+            "completed": counts.completed,
+            "failed": counts.failed,
+            "usage": self._output.usage,
             **{column: file.id for column, file in made.items()},
             **({} if errors is None else {"errors": errors}),
-        )
-        self._files.adopted(*made.values())
+        }
+        # Before the row: a record of a batch that has ended is never the older of the two.
+        await self._write_record(replace(self.batch, status=to, **columns), outputs)
+        failpoint("batches.before_end", self.batch.id)
+        batch = await self._store.end(self.batch.id, to, outputs, **columns)
+        self._files.adopted(*outputs)
         return batch
+
+    async def _write_record(self, batch: Batch, outputs: list[StoredFile] | None = None) -> None:
+        """Write a copy of the row to the batch's folder. Raises `OSError`."""
+        record = msgspec.json.encode(BatchRecord(batch=batch, outputs=outputs or []))
+        await asyncio.to_thread(replace_file, self._folder / RECORD, msgspec.json.format(record))
 
     def _stored(self, name: str) -> StoredFile:
         created = int(time.time())

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from runtime.batches.records import ENDED, STAMPED, TRANSITIONS, Batch, BatchUsage, LineError, State
+from runtime.batches.records import ENDED, FOLDER, STAMPED, TRANSITIONS, Batch, BatchUsage, LineError, State
 from runtime.errors import Conflict, InvalidRequest, NotFound, TooManyRequests
 from runtime.files import store as files
 from runtime.files.records import StoredFile
@@ -52,6 +52,11 @@ _JSON = ("metadata", "errors", "usage")
 _errors_decoder = msgspec.json.Decoder(list[LineError])
 _usage_decoder = msgspec.json.Decoder(BatchUsage)
 _ENDED = ", ".join(f"'{state}'" for state in sorted(ENDED))
+_ENDED_AT = f"coalesce({', '.join(STAMPED[state] for state in sorted(ENDED))}, created_at)"
+_OUTPUTS = (
+    "SELECT files.* FROM files JOIN batches ON files.id IN (batches.output_file_id, batches.error_file_id) "
+    "WHERE batches.id = ?"
+)
 
 
 def find(connection: sqlite3.Connection, batch_id: str, owner: str | None, *, param: str = "batch_id") -> Batch:
@@ -60,6 +65,12 @@ def find(connection: sqlite3.Connection, batch_id: str, owner: str | None, *, pa
     if row is None or owner not in (None, row["owner"]):
         raise NotFound(f"There is no batch `{batch_id[:MAX_SHOWN_ID]}`.", param=param, code="batch_not_found")
     return _to_batch(row)
+
+
+def insert(connection: sqlite3.Connection, batch: Batch) -> None:
+    names = Batch.__struct_fields__
+    values = tuple(_to_column(name, getattr(batch, name)) for name in names)
+    connection.execute(f"INSERT INTO batches ({', '.join(names)}) VALUES ({', '.join('?' * len(names))})", values)
 
 
 class BatchStore:
@@ -84,9 +95,7 @@ class BatchStore:
             query = f"SELECT count(*) FROM batches WHERE status NOT IN ({_ENDED})"
             if c.execute(query).fetchone()[0] >= max_unfinished:
                 raise TooManyRequests(f"{max_unfinished} batches have not ended yet. Try again later.", retry_after=60)
-            names = Batch.__struct_fields__
-            values = tuple(_to_column(name, getattr(batch, name)) for name in names)
-            c.execute(f"INSERT INTO batches ({', '.join(names)}) VALUES ({', '.join('?' * len(names))})", values)
+            insert(c, batch)
             files.hold(c, file.id, batch.id)
 
         await self._database.call(work)
@@ -157,6 +166,36 @@ class BatchStore:
             return _move(c, batch_id, to, columns)
 
         return await self._database.call(work)
+
+    async def due(self, keep_seconds: float) -> list[str]:
+        """Ids of the batches that ended over `keep_seconds` ago, and none of whose output files is used."""
+        return await self._database.call(lambda c: _due(c, keep_seconds))
+
+    async def prune(self, keep_seconds: float) -> tuple[list[str], list[StoredFile]]:
+        """Delete the rows of the batches that are due, and of the files that they wrote; their folders are noted to be
+        deleted. Returns the ids, and the files."""
+
+        def work(c: sqlite3.Connection) -> tuple[list[str], list[StoredFile]]:
+            gone = list[StoredFile]()
+            due = _due(c, keep_seconds)
+            for batch_id in due:
+                for row in c.execute(_OUTPUTS, (batch_id,)).fetchall():
+                    file = files.to_file(row)
+                    files.drop(c, file)
+                    gone.append(file)
+                c.execute("DELETE FROM batches WHERE id = ?", (batch_id,))
+                files.discard(c, f"{FOLDER}/{batch_id}")
+            return due, gone
+
+        return await self._database.call(work)
+
+
+def _due(connection: sqlite3.Connection, keep_seconds: float) -> list[str]:
+    query = (
+        f"SELECT id FROM batches WHERE status IN ({_ENDED}) AND {_ENDED_AT} < ? AND NOT EXISTS ("
+        "SELECT 1 FROM file_uses WHERE file_id IN (output_file_id, error_file_id)) ORDER BY number"
+    )
+    return [row["id"] for row in connection.execute(query, (time.time() - keep_seconds,))]
 
 
 def _move(connection: sqlite3.Connection, batch_id: str, to: State, columns: dict[str, Any]) -> Batch:

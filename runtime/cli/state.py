@@ -31,13 +31,18 @@ def du(*, json: Json = False, config: ConfigFile = None, **flags: Any) -> None:
     for job in found.jobs[:LARGEST]:
         parts = {"uploads": job.uploads, "checkpoints": job.checkpoints, "result": job.result}
         table.add_row(f"  {job.id}", _shown(job.total), ", ".join(f"{n} {_shown(b)}" for n, b in parts.items() if b))
+    table.add_row("files", _shown(found.files.bytes), f"{found.files.count} files")
+    table.add_row("batches", _shown(found.batches.bytes), f"{found.batches.count} batches")
+    if found.responses is not None:
+        in_database = f"{found.responses.count} stored responses, in the database"
+        table.add_row("responses", _shown(found.responses.bytes), in_database)
     table.add_row("lost+found", _shown(found.lost_found), "")
     table.add_row("free", _shown(found.free), "")
     print(found.directory)
     console().print(table)
 
 
-@with_settings("trainer")
+@with_settings("trainer", "files", "responses")
 def prune(
     *,
     dry_run: Annotated[bool, Parameter(help="Only print what would be deleted.", negative="")] = False,
@@ -45,20 +50,22 @@ def prune(
     config: ConfigFile = None,
     **flags: Any,
 ) -> None:
-    """Delete what --keep-jobs, --keep-checkpoints and --keep-uploads say, and compact the database."""
+    """Delete what --keep-jobs, --keep-checkpoints, --keep-uploads, --keep-files, --keep-batches, --keep-responses and
+    --max-responses say, and compact the database."""
     from runtime.engine.state_upkeep import prune as pruned
-    from runtime.trainer.jobs.retention import Keep
 
     settings = read_settings(flags, config).settings
-    trainer = settings.trainer
-    keep = Keep(jobs=trainer.keep_jobs, checkpoints=trainer.keep_checkpoints, uploads=trainer.keep_uploads)
-    due, finds = pruned(_directory(settings), keep, lost_found=lost_found, dry_run=dry_run)
+    found = pruned(_directory(settings), settings, lost_found=lost_found, dry_run=dry_run)
     does = "would be deleted" if dry_run else "deleted"
-    for one in due:
+    for one in found.jobs:
         print(f"{one.job_id}: {'the job' if one.what == 'job' else one.what} {does}")
-    for batch in finds:
-        print(f"{batch.parent.name}/{batch.name} {does}")
-    if not due and not finds:
+    for name in (*found.batches, *found.files):
+        print(f"{name} {does}")
+    if found.responses:
+        print(f"{found.responses} stored responses {does}")
+    for folder in found.lost_found:
+        print(f"{folder.parent.name}/{folder.name} {does}")
+    if not found:
         print("There is nothing to delete.")
 
 
@@ -70,7 +77,8 @@ def rebuild(
     config: ConfigFile = None,
     **flags: Any,
 ) -> int:
-    """Make the database again from the folders of jobs and adapters. Returns 1 where some could not be taken in."""
+    """Make the database again from the folders of jobs, adapters, files and batches. Returns 1 where some could not be
+    taken in."""
     from runtime.engine.state_upkeep import rebuild as rebuilt
 
     found = rebuilt(_directory(read_settings(flags, config).settings), lost_found=lost_found)
@@ -79,8 +87,11 @@ def rebuild(
         return 1 if found.problems else 0
     if found.moved_aside:
         print(f"Moved to lost+found: {', '.join(found.moved_aside)}.")
-    print(f"Jobs: {len(found.jobs)}. Versions of adapters: {len(found.adapters)}.")
-    for name in (*found.jobs, *found.adapters):
+    print(
+        f"Jobs: {len(found.jobs)}. Versions of adapters: {len(found.adapters)}. Files: {len(found.files)}. "
+        f"Batches: {len(found.batches)}."
+    )
+    for name in (*found.jobs, *found.adapters, *found.files, *found.batches):
         print(f"  {name}")
     for problem in found.problems:
         print(f"not taken in: {problem}")

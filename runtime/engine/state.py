@@ -17,10 +17,12 @@ from runtime.adapters import recovery
 from runtime.adapters.library import AdapterLibrary
 from runtime.adapters.resolver import AdapterSources
 from runtime.adapters.versions import versions
+from runtime.batches import recovery as batch_recovery
 from runtime.batches import store as batch_store
 from runtime.batches.manager import BatchManager
 from runtime.engine.jobs import EngineJobs
 from runtime.errors import StorageUnavailable
+from runtime.files import recovery as file_recovery
 from runtime.files import store as file_store
 from runtime.files.library import FileLibrary
 from runtime.responses import SCHEMA as RESPONSE_SCHEMA
@@ -40,6 +42,9 @@ if TYPE_CHECKING:
 
 SCHEMAS = (*rows.SCHEMAS, file_store.SCHEMA, batch_store.SCHEMA, RESPONSE_SCHEMA)
 """The tables of all parts that keep rows in the state directory's database."""
+
+PRUNE_SECONDS = 60.0
+"""Seconds between two looks for files, batches and responses that have been kept for long enough."""
 
 _log = get_logger("state")
 
@@ -88,17 +93,36 @@ async def open_state(service: "EngineService", settings: Settings) -> AsyncItera
                 jobs = await stack.enter_async_context(running)
                 files = FileLibrary(database, directory, settings.files)
                 await files.start()
-                stack.push_async_callback(files.stop)
                 batches = BatchManager(database, directory, files, settings.files, max_line=settings.server.max_body)
                 stack.push_async_callback(batches.stop)
                 kept = settings.responses
                 responses = ResponseStore(database, keep_seconds=kept.keep_responses, max_responses=kept.max_responses)
+                pruning = asyncio.create_task(_prune_regularly(batches, files, responses))
+                stack.push_async_callback(_end, pruning)
             except (OSError, StorageUnavailable) as error:
                 problem = explain(error)
                 _log.error("jobs_not_usable", directory=str(directory), reason=str(error))
         if problem is not None:
             _log.warning("serving_read_only", adapters=[record.name for record in library.list() if record.served])
         yield OpenedState(library, jobs, files, batches, responses, directory, problem)
+
+
+async def _prune_regularly(batches: BatchManager, files: FileLibrary, responses: ResponseStore) -> None:
+    """Delete what the settings say, until cancelled. Jobs are pruned by their own manager."""
+    while True:
+        for part in (batches, files, responses):
+            try:
+                await part.prune()
+            except (StorageUnavailable, OSError) as error:
+                _log.warning("cannot_prune", part=type(part).__name__, reason=str(error))
+            except Exception:
+                _log.exception("cannot_prune", part=type(part).__name__)
+        await asyncio.sleep(PRUNE_SECONDS)
+
+
+async def _end(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
 
 
 async def _open_library(
@@ -150,7 +174,7 @@ _MEMORY = Path("/dev/shm")
 
 
 class DatabaseMissing(DatabaseUnusable):
-    """There are folders of jobs and adapters, but no database that lists them."""
+    """There are folders of jobs, adapters, files or batches, but no database that lists them."""
 
 
 def open_database(directory: Path) -> Database:
@@ -159,14 +183,18 @@ def open_database(directory: Path) -> Database:
     Raises as `Database`, and `DatabaseMissing`: a new one would list nothing of what is there.
     """
     if _knows_nothing(directory / FILE):
-        jobs = [folder for folder in job_folders(directory) if _had_a_row(folder)]
-        adapters = adapter_folders(directory)
-        if jobs or adapters:
+        found = {
+            "jobs": sum(_had_a_row(folder) for folder in job_folders(directory)),
+            "versions of adapters": len(adapter_folders(directory)),
+            "files": len(file_recovery.folders(directory)),
+            "batches": len(batch_recovery.folders(directory)),
+        }
+        if any(found.values()):
+            listed = ", ".join(f"{count} {what}" for what, count in found.items() if count)
             raise DatabaseMissing(
-                f"The database {FILE} is missing or empty, but there are the folders of {len(jobs)} jobs and "
-                f"{len(adapters)} versions of adapters. Put back a backup of it, or run `eft state rebuild`, which "
-                "makes it again from them, and start the server again. To begin with nothing, move `jobs` and "
-                "`adapters` out of the state directory."
+                f"The database {FILE} is missing or empty, but there are folders of {listed}. Put back a backup of it, "
+                "or run `eft state rebuild`, which makes it again from them, and start the server again. To begin with "
+                "nothing, move `jobs`, `adapters`, `files` and `batches` out of the state directory."
             )
     return Database(directory, SCHEMAS)
 
@@ -181,7 +209,7 @@ def _knows_nothing(file: Path) -> bool:
     try:
         with contextlib.closing(_unchanging(file)) as connection:
             tables = {row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-            asked = tables & {"jobs", "adapters", "sqlite_sequence"}  # the last one remembers jobs that were deleted
+            asked = tables & {"jobs", "adapters", "sqlite_sequence"}  # the last one remembers what was deleted
             return all(connection.execute(f"SELECT 1 FROM {name} LIMIT 1").fetchone() is None for name in asked)
     except sqlite3.Error:
         return False

@@ -10,15 +10,24 @@ from msgspec import Struct, field
 
 from runtime.adapters import recovery as adapters
 from runtime.adapters.versions import RECORD
+from runtime.batches import recovery as batch_recovery
+from runtime.batches.manager import BatchManager
+from runtime.batches.records import RECORD as BATCH_RECORD
 from runtime.engine.state import SCHEMAS, adapter_folders, job_folders
+from runtime.files import recovery as file_recovery
+from runtime.files.library import FileLibrary
+from runtime.files.records import RECORD as FILE_RECORD
+from runtime.responses.store import ResponseStore
 from runtime.support.database import FILE, Database, DatabaseCorrupt
-from runtime.support.durable import move, remove
-from runtime.support.state_directory import LostFound, batches
+from runtime.support.durable import PARTIAL, move, remove
+from runtime.support.state_directory import LostFound
+from runtime.support.state_directory import batches as finds_of
 from runtime.support.threads import WorkerThread
 from runtime.trainer.jobs import recovery as jobs
 from runtime.trainer.jobs.directories import JobDirectories
 from runtime.trainer.jobs.retention import Due, Keep, Retention
 from runtime.trainer.jobs.store import JobStore
+from settings.schema import Settings
 
 
 class JobUsage(Struct, kw_only=True):
@@ -35,6 +44,13 @@ class JobUsage(Struct, kw_only=True):
         return self.uploads + self.checkpoints + self.result + self.other
 
 
+class Held(Struct, kw_only=True):
+    """Things of one kind, and their size."""
+
+    count: int = 0
+    bytes: int = 0
+
+
 class DiskUsage(Struct, kw_only=True):
     """Bytes of a state directory on the disk."""
 
@@ -44,8 +60,26 @@ class DiskUsage(Struct, kw_only=True):
     """Bytes by adapter version."""
     jobs: list[JobUsage]
     """Jobs, the largest first."""
+    files: Held
+    """Files of /v1/files; those that batches wrote count as the batches'."""
+    batches: Held
+    responses: Held | None
+    """Stored responses, which are a part of the database; None where it cannot be read."""
     lost_found: int
     free: int
+
+
+class Pruned(Struct, kw_only=True):
+    """What was deleted, or would be."""
+
+    jobs: list[Due]
+    batches: list[str]
+    files: list[str]
+    responses: int
+    lost_found: list[Path]
+
+    def __bool__(self) -> bool:
+        return bool(self.jobs or self.batches or self.files or self.responses or self.lost_found)
 
 
 class Rebuilt(Struct, kw_only=True):
@@ -53,6 +87,8 @@ class Rebuilt(Struct, kw_only=True):
 
     jobs: list[str]
     adapters: list[str]
+    files: list[str]
+    batches: list[str]
     problems: list[str]
     """Folders that could not be adopted, each with the reason. They stay in place."""
     moved_aside: list[str] = field(default_factory=list)
@@ -67,28 +103,48 @@ def usage(directory: Path) -> DiskUsage:
         database=sum(path.stat().st_size for path in directory.glob(f"{FILE}*")),
         adapters={f"{path.parent.name}@{path.name}": _size(path) for path in adapter_folders(directory)},
         jobs=sorted(found, key=lambda job: -job.total),
-        lost_found=sum(_size(batch) for batch in batches(directory)),
+        files=_held(directory / "files"),
+        batches=_held(directory / "batches"),
+        responses=_responses(directory / FILE),
+        lost_found=sum(_size(batch) for batch in finds_of(directory)),
         free=room.f_bavail * room.f_frsize,
     )
 
 
-def prune(directory: Path, keep: Keep, *, lost_found: bool, dry_run: bool) -> tuple[list[Due], list[Path]]:
-    """Delete what has been kept for long enough, and with `lost_found` all that was moved there. With `dry_run` it is
-    only named. Raises as `Database`."""
+def prune(directory: Path, settings: Settings, *, lost_found: bool, dry_run: bool) -> Pruned:
+    """Delete what has been kept for as long as the settings say, and with `lost_found` all that was moved there. With
+    `dry_run` it is only named. Raises as `Database`."""
     database = Database(directory, SCHEMAS)
     try:
-        due = asyncio.run(_prune(database, directory, keep, dry_run=dry_run))
-        finds = batches(directory) if lost_found else []
+        pruned = asyncio.run(_prune(database, directory, settings, dry_run=dry_run))
+        pruned.lost_found = finds_of(directory) if lost_found else []
         if not dry_run:
-            for batch in finds:
+            for batch in pruned.lost_found:
                 remove(batch)
             database.compact()
     finally:
         database.close()
-    return due, finds
+    return pruned
 
 
-async def _prune(database: Database, directory: Path, keep: Keep, *, dry_run: bool) -> list[Due]:
+async def _prune(database: Database, directory: Path, settings: Settings, *, dry_run: bool) -> Pruned:
+    trainer, kept = settings.trainer, settings.responses
+    keep = Keep(jobs=trainer.keep_jobs, checkpoints=trainer.keep_checkpoints, uploads=trainer.keep_uploads)
+    files = FileLibrary(database, directory, settings.files)
+    batches = BatchManager(database, directory, files, settings.files, max_line=settings.server.max_body)
+    responses = ResponseStore(database, keep_seconds=kept.keep_responses, max_responses=kept.max_responses)
+    ended = await _prune_jobs(database, directory, keep, dry_run=dry_run)
+    gone = await (batches.due() if dry_run else batches.prune())
+    return Pruned(
+        jobs=ended,
+        batches=gone,
+        files=[file.id for file in await (files.due() if dry_run else files.prune())],
+        responses=await (responses.due() if dry_run else responses.prune()),
+        lost_found=[],
+    )
+
+
+async def _prune_jobs(database: Database, directory: Path, keep: Keep, *, dry_run: bool) -> list[Due]:
     directories, store = JobDirectories(directory), JobStore(database, lambda job_id, counts: None)
 
     async def forget(job_id: str) -> None:
@@ -99,7 +155,7 @@ async def _prune(database: Database, directory: Path, keep: Keep, *, dry_run: bo
 
 
 def rebuild(directory: Path, *, lost_found: bool) -> Rebuilt:
-    """Make rows for the jobs and adapters that have folders and no rows; existing rows stay as they are.
+    """Make rows for the jobs, adapters, files and batches that have folders and no rows; existing rows stay.
 
     A damaged database is moved aside before. With `lost_found`, what was moved there is put back where it was. Raises
     as `Database`, but for `DatabaseCorrupt`.
@@ -117,8 +173,16 @@ def rebuild(directory: Path, *, lost_found: bool) -> Rebuilt:
         def work(connection: sqlite3.Connection) -> Rebuilt:
             made, wrong = jobs.adopt(connection, JobDirectories(directory))
             versions = adapters.adopt(connection, directory / "adapters", verify=True)
-            wrong = [*problems, *wrong, *versions.problems]
-            return Rebuilt(jobs=made, adapters=versions.made, problems=wrong, moved_aside=aside)
+            files, unread = file_recovery.adopt(connection, directory)
+            batches, unfit = batch_recovery.adopt(connection, directory)
+            return Rebuilt(
+                jobs=made,
+                adapters=versions.made,
+                files=files,
+                batches=batches,
+                problems=[*problems, *wrong, *versions.problems, *unread, *unfit],
+                moved_aside=aside,
+            )
 
         return database.run(work).result()
     finally:
@@ -126,11 +190,12 @@ def rebuild(directory: Path, *, lost_found: bool) -> Rebuilt:
 
 
 def _put_back(directory: Path) -> list[str]:
-    """Whole jobs and versions from lost+found, where nothing has their place; the newest first. Returns problems."""
+    """Move whole folders of jobs, versions, files and batches back from lost+found, where nothing has their place; the
+    newest first. Returns problems."""
     problems = []
-    for batch in reversed(batches(directory)):
-        whole = [*batch.glob("jobs/*/job.json"), *batch.glob(f"adapters/*/*/{RECORD}")]
-        for folder in (record.parent for record in whole):
+    records = ("jobs/*/job.json", f"adapters/*/*/{RECORD}", f"files/*/{FILE_RECORD}", f"batches/*/{BATCH_RECORD}")
+    for batch in reversed(finds_of(directory)):
+        for folder in [record.parent for pattern in records for record in batch.glob(pattern)]:
             place = folder.relative_to(batch)
             try:
                 move(folder, directory / place)
@@ -142,6 +207,21 @@ def _put_back(directory: Path) -> list[str]:
 def _job_usage(folder: Path) -> JobUsage:
     parts = {name: _size(folder / name) for name in ("uploads", "checkpoints", "result")}
     return JobUsage(id=folder.name, **parts, other=_size(folder) - sum(parts.values()))
+
+
+def _held(root: Path) -> Held:
+    folders = [path for path in root.glob("*") if PARTIAL not in path.name]
+    return Held(count=len(folders), bytes=sum(_size(folder) for folder in folders))
+
+
+def _responses(file: Path) -> Held | None:
+    query = "SELECT count(*), coalesce(sum(length(input) + length(response)), 0) FROM responses"
+    try:
+        with contextlib.closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True)) as connection:
+            count, size = connection.execute(query).fetchone()
+    except sqlite3.Error:
+        return None
+    return Held(count=count, bytes=size)
 
 
 def _size(path: Path) -> int:

@@ -3,7 +3,6 @@ by threads.
 """
 
 import asyncio
-import contextlib
 import os
 import secrets
 import time
@@ -13,17 +12,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
 
-from runtime.errors import PayloadTooLarge, StorageUnavailable
-from runtime.files.records import StoredFile
+from runtime.errors import PayloadTooLarge
+from runtime.files.records import CONTENT, FOLDER, RECORD, StoredFile, encode_record
 from runtime.files.store import FileStore
 from runtime.support.database import Database
 from runtime.support.durable import (
     PARTIAL,
+    PRIVATE_DIRECTORY,
     create_file,
     make_directory,
     remove,
     storage_unavailable,
     sync_directory,
+    write_file,
 )
 from runtime.support.failpoints import failpoint
 from runtime.support.logs import get_logger
@@ -32,11 +33,6 @@ from settings.schema import FileSettings
 
 BUFFER_BYTES = 1024 * 1024
 """Bytes per write to the disk."""
-
-PRUNE_SECONDS = 60.0
-"""Seconds between two looks for expired files."""
-
-FOLDER = "files"
 
 _log = get_logger("files")
 
@@ -58,7 +54,6 @@ class FileLibrary:
         """Bytes of all files that have rows."""
         self._arriving = 0
         """Bytes of uploads that have no row yet."""
-        self._pruning: asyncio.Task[None] | None = None
 
     @property
     def used_bytes(self) -> int:
@@ -77,41 +72,33 @@ class FileLibrary:
 
     async def start(self) -> None:
         """Clear up after the last process. Raises `OSError`, `StorageUnavailable`."""
-        await self._finish_deleting()
-        known = await self.store.paths()
+        await self.finish_deleting()
+        known = {name for path in await self.store.paths() for name in Path(path).parts[1:2]}
         await asyncio.to_thread(self._sweep, known)
         self._stored = await self.store.total_bytes()
-        self._pruning = asyncio.create_task(self._prune_regularly())
-
-    async def stop(self) -> None:
-        if self._pruning is not None:
-            self._pruning.cancel()
-            await asyncio.gather(self._pruning, return_exceptions=True)
 
     def _sweep(self, known: set[str]) -> None:
-        """Move files without a row to lost+found, and delete uploads that were never finished."""
+        """Move what has no row to lost+found, and delete uploads that were never finished. `known`: ids."""
         folder, lost = self._directory / FOLDER, LostFound(self._directory)
         make_directory(folder)
         for path in sorted(folder.iterdir()):
             if PARTIAL in path.name:
                 remove(path)
                 _log.info("unfinished_upload_deleted", path=str(path))
-            elif str(path.relative_to(self._directory)) not in known:
+            elif path.name not in known:
                 lost.keep(path)
 
-    async def _prune_regularly(self) -> None:
-        while True:
-            try:
-                await self.prune()
-            except (StorageUnavailable, OSError) as error:
-                _log.warning("files_not_pruned", reason=str(error))
-            await asyncio.sleep(PRUNE_SECONDS)
+    async def prune(self) -> list[StoredFile]:
+        """Delete files that have expired, or are older than the setting says; but for used ones. Raises
+        `StorageUnavailable`."""
+        gone = await self.store.expire(self._settings.keep_files)
+        self.dropped(*gone)
+        await self.finish_deleting()
+        return gone
 
-    async def prune(self) -> None:
-        """Delete expired files. Raises `StorageUnavailable`."""
-        for file in await self.store.expire():
-            self._stored -= file.bytes
-        await self._finish_deleting()
+    async def due(self) -> list[StoredFile]:
+        """The files that `prune` would delete."""
+        return await self.store.due(self._settings.keep_files)
 
     # -- changes -------------------------------------------------------------------------------
 
@@ -143,16 +130,16 @@ class FileLibrary:
             bytes=upload.size,
             created_at=created,
             expires_at=self.expiry(created, lifetime),
-            path=f"{FOLDER}/{upload.id}",
+            path=f"{FOLDER}/{upload.id}/{CONTENT}",
         )
-        path = self.path(file)
-        await upload.finish(path)
+        folder = self.path(file).parent
+        await upload.finish(folder, encode_record(file))
         try:
             failpoint("files.before_row", file.id)
             # Shielded: where the caller is cancelled the row may be stored all the same, and needs its file.
             await asyncio.shield(asyncio.ensure_future(self.store.add(file)))
         except Exception:
-            await asyncio.to_thread(remove, path)
+            await asyncio.to_thread(remove, folder)
             raise
         self._stored += file.bytes
         return file
@@ -166,14 +153,18 @@ class FileLibrary:
         """Count files whose rows another part has added."""
         self._stored += sum(file.bytes for file in files)
 
+    def dropped(self, *files: StoredFile) -> None:
+        """Count files no more whose rows are gone."""
+        self._stored -= sum(file.bytes for file in files)
+
     async def delete(self, file_id: str, owner: str | None) -> None:
         """Delete a file. Raises `NotFound`, `Conflict`, `StorageUnavailable`."""
         file = await self.store.delete(file_id, owner)
-        self._stored -= file.bytes
-        await self._finish_deleting()
+        self.dropped(file)
+        await self.finish_deleting()
 
-    async def _finish_deleting(self) -> None:
-        """Delete from the disk what has no row any more."""
+    async def finish_deleting(self) -> None:
+        """Delete from the disk what has no row any more. Raises `StorageUnavailable`."""
         paths = await self.store.discards()
         if not paths:
             return
@@ -186,9 +177,6 @@ class FileLibrary:
         for name in paths:
             path = self._directory / name
             remove(path)
-            if path.parent.name != FOLDER:
-                with contextlib.suppress(OSError):  # a batch's folder goes with its last file
-                    path.parent.rmdir()
             if not path.exists():
                 gone.append(name)
         return gone
@@ -218,7 +206,7 @@ class FileLibrary:
 
 
 class Upload:
-    """A file being written under a temporary name. Deleted when its block is left, unless `finish` was called."""
+    """A file's folder, filled under a temporary name. Deleted when its block is left, unless `finish` was called."""
 
     def __init__(self, folder: Path, file_id: str, reserve: Callable[[int, int], None]) -> None:
         """`reserve`: called with the bytes so far and those to come; raises where there is no room for them."""
@@ -237,14 +225,13 @@ class Upload:
         if len(self._buffer) >= BUFFER_BYTES:
             await self._flush()
 
-    async def finish(self, path: Path) -> None:
-        """Give the file its name, on the disk. Raises `OSError`."""
+    async def finish(self, folder: Path, record: bytes) -> None:
+        """Give the folder its name, with a copy of the file's row. Raises `OSError`."""
         await self._flush()
-        await asyncio.to_thread(self._publish, path)
+        await asyncio.to_thread(self._publish, folder, record)
 
     async def __aenter__(self) -> Self:
-        await asyncio.to_thread(make_directory, self._partial.parent)
-        self._file = await asyncio.to_thread(create_file, self._partial)
+        self._file = await asyncio.to_thread(self._create)
         return self
 
     async def __aexit__(
@@ -256,11 +243,22 @@ class Upload:
         data, self._buffer = self._buffer, bytearray()
         await asyncio.to_thread(_write, self._file, data)
 
-    def _publish(self, path: Path) -> None:
+    def _create(self) -> BinaryIO:
+        make_directory(self._partial.parent)
+        self._partial.mkdir(PRIVATE_DIRECTORY)
+        try:
+            return create_file(self._partial / CONTENT)
+        except OSError:
+            remove(self._partial)
+            raise
+
+    def _publish(self, folder: Path, record: bytes) -> None:
         failpoint("files.before_sync", self.id)
         os.fsync(self._file.fileno())
-        self._partial.rename(path)
-        sync_directory(path.parent)
+        write_file(self._partial / RECORD, record)
+        sync_directory(self._partial)
+        self._partial.rename(folder)
+        sync_directory(folder.parent)
 
     def _discard(self) -> None:
         try:

@@ -2,6 +2,7 @@
 
 from typing import Literal, get_args
 
+import msgspec
 from msgspec import Struct
 
 UploadPurpose = Literal["fine-tune", "batch", "user_data", "evals", "assistants", "vision"]
@@ -15,6 +16,11 @@ BATCH_OUTPUT = "batch_output"
 
 PURPOSES: tuple[str, ...] = (*UPLOAD_PURPOSES, BATCH_OUTPUT)
 """Purposes that a stored file may have."""
+
+FOLDER = "files"
+"""Folder in the state directory; each file has a folder of its own there, named for its id."""
+CONTENT, RECORD = "content", "file.json"
+"""In a file's folder: its bytes, and a copy of its row, in case the row is lost."""
 
 MAX_FILENAME = 255
 """Characters of a file's name."""
@@ -40,3 +46,8 @@ class StoredFile(Struct, frozen=True, kw_only=True):
     def expired(self, now: float) -> bool:
         """True once it is to be deleted: from then on it is not found any more."""
         return self.expires_at is not None and self.expires_at <= now
+
+
+def encode_record(file: StoredFile) -> bytes:
+    """A file's row, as it lies beside the file."""
+    return msgspec.json.format(msgspec.json.encode(file))

@@ -7,9 +7,10 @@ that something still reads, which must stay; `file_discards` the paths that are 
 import sqlite3
 import time
 from collections.abc import Iterable
+from pathlib import PurePath
 
 from runtime.errors import Conflict, NotFound
-from runtime.files.records import StoredFile
+from runtime.files.records import FOLDER, StoredFile
 from runtime.support.database import Database
 
 SCHEMA = """
@@ -123,19 +124,22 @@ class FileStore:
                     param="file_id",
                     code="file_in_use",
                 )
-            _drop(c, file)
+            drop(c, file)
             return file
 
         return await self._database.call(work)
 
-    async def expire(self) -> list[StoredFile]:
-        """Delete the rows of all expired files that are not used, as `delete` does."""
+    async def due(self, keep_seconds: float | None) -> list[StoredFile]:
+        """The files that are not used and have expired, or were made over `keep_seconds` ago."""
+        return await self._database.call(lambda c: _due(c, keep_seconds))
+
+    async def expire(self, keep_seconds: float | None) -> list[StoredFile]:
+        """Delete the rows of the files that are due, as `delete` does."""
 
         def work(c: sqlite3.Connection) -> list[StoredFile]:
-            query = "SELECT * FROM files WHERE expires_at <= ? AND id NOT IN (SELECT file_id FROM file_uses)"
-            found = [to_file(row) for row in c.execute(query, (time.time(),)).fetchall()]
+            found = _due(c, keep_seconds)
             for file in found:
-                _drop(c, file)
+                drop(c, file)
             return found
 
         return await self._database.call(work)
@@ -159,6 +163,23 @@ class FileStore:
         await self._database.call(lambda c: c.executemany("DELETE FROM file_discards WHERE path = ?", values))
 
 
-def _drop(connection: sqlite3.Connection, file: StoredFile) -> None:
+def drop(connection: sqlite3.Connection, file: StoredFile) -> None:
+    """Delete the row of a file, and note what is to be deleted from the disk: the file, or its folder."""
     connection.execute("DELETE FROM files WHERE id = ?", (file.id,))
-    connection.execute("INSERT OR IGNORE INTO file_discards (path) VALUES (?)", (file.path,))
+    path = PurePath(file.path)
+    discard(connection, str(path.parent) if path.parts[0] == FOLDER and len(path.parts) > 2 else file.path)
+
+
+def discard(connection: sqlite3.Connection, path: str) -> None:
+    """Note a path below the state directory that is to be deleted."""
+    connection.execute("INSERT OR IGNORE INTO file_discards (path) VALUES (?)", (path,))
+
+
+def _due(connection: sqlite3.Connection, keep_seconds: float | None) -> list[StoredFile]:
+    now = time.time()
+    query = (
+        "SELECT * FROM files WHERE (expires_at <= ? OR created_at < ?) AND id NOT IN (SELECT file_id FROM file_uses) "
+        "ORDER BY number"
+    )
+    oldest = -1.0 if keep_seconds is None else now - keep_seconds
+    return [to_file(row) for row in connection.execute(query, (now, oldest))]

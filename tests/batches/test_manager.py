@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
@@ -11,11 +12,12 @@ from typing import Any
 import msgspec
 import pytest
 
-from runtime.batches import run
+from runtime.batches import recovery, run
 from runtime.batches import store as batch_store
 from runtime.batches.manager import BatchManager
-from runtime.batches.records import STATES, TRANSITIONS, Answer, Batch, window_seconds
-from runtime.errors import Conflict, TooManyRequests
+from runtime.batches.records import RECORD, STATES, TRANSITIONS, Answer, Batch, window_seconds
+from runtime.errors import Conflict, NotFound, TooManyRequests
+from runtime.files import recovery as file_recovery
 from runtime.files import store as file_store
 from runtime.files.library import FileLibrary
 from runtime.support import failpoints
@@ -72,7 +74,6 @@ class State:
 
     async def stop(self) -> None:
         await self.manager.stop()
-        await self.files.stop()
 
     async def create(self, count: int, *, seconds: int = 3600) -> Batch:
         lines = [
@@ -232,11 +233,59 @@ async def test_folders_without_a_row_are_moved_aside(state: State) -> None:
     assert list((state.path / "lost+found").rglob("batch_unknown"))
 
 
-async def test_a_batch_without_files_has_no_folder(state: State) -> None:
-    done = await state.ended(await state.create(3))
+async def test_a_batch_s_folder_goes_with_its_row(state: State) -> None:
+    """Deleted outputs leave the record; retention deletes the rest, but not while an output is used."""
+    old, used, young = [await state.ended(await state.create(3)) for _ in range(3)]
+    assert old.output_file_id is not None
+    await state.files.delete(old.output_file_id, "ann")
+    assert [path.name for path in (state.path / "batches" / old.id).iterdir()] == [RECORD]
+    long_ago = "UPDATE batches SET completed_at = completed_at - 100 WHERE id != ?"
+    await state.database.call(lambda c: c.execute(long_ago, (young.id,)))
+    assert used.output_file_id is not None
+    await state.database.call(lambda c: file_store.hold(c, str(used.output_file_id), "batch_other"))
+    assert await state.manager.prune() == []
+    state.manager._settings = FileSettings(keep_batches=50.0)
+    assert await state.manager.due() == [old.id]
+    assert await state.manager.prune() == [old.id]
+    assert {path.name for path in (state.path / "batches").iterdir()} == {used.id, young.id}
+    await state.database.call(lambda c: file_store.release(c, "batch_other"))
+    stored = state.files.used_bytes
+    output = await state.files.store.get(used.output_file_id, "ann")
+    assert await state.manager.prune() == [used.id]
+    assert state.files.used_bytes == stored - output.bytes
+    with pytest.raises(NotFound):
+        await state.files.store.get(used.output_file_id, "ann")
+    assert [path.name for path in (state.path / "batches").iterdir()] == [young.id]
+    await state.stop()
+    await state.start()
+    assert not list((state.path / "lost+found").rglob("batch_*"))
+
+
+async def test_batches_of_a_lost_database_are_made_again(state: State) -> None:
+    """One that has ended, and one at work, which goes on with what is not answered; a third lacks its input."""
+    done = await state.ended(await state.create(5))
+    half, without = await state.create(40), await state.create(7)
+    await state.until(half, lambda now: now.completed >= 9)
+    state.server.gate.clear()
+    await state.stop()
+    state.server.gate.set()
     assert done.output_file_id is not None
-    await state.files.delete(done.output_file_id, "ann")
-    assert list((state.path / "batches").iterdir()) == []
+    before = await state.lines(done.output_file_id)
+    for table in ("batches", "file_uses", "files"):
+        await state.database.call(lambda c, table=table: c.execute(f"DELETE FROM {table}"))  # type: ignore[misc]
+    shutil.rmtree(state.path / "files" / without.input_file_id)
+    await state.database.call(lambda c: file_recovery.adopt(c, state.path))
+    made, problems = await state.database.call(lambda c: recovery.adopt(c, state.path))
+    assert set(made) == {done.id, half.id}
+    assert [problem.partition(": ")[0] for problem in problems] == [f"batches/{without.id}"]
+    assert await state.database.call(lambda c: recovery.adopt(c, state.path)) == ([], problems)
+    answered = set(state.server.answered)
+    await state.start()
+    assert await state.now(done) == done
+    assert await state.lines(done.output_file_id) == before
+    await check_complete(state, half, 40)
+    assert sum(state.server.answered.values()) <= len(answered) + 40
+    assert [path.name for path in (state.path / "lost+found").glob("*/batches/*")] == [without.id]
 
 
 @pytest.mark.parametrize(

@@ -78,9 +78,10 @@ def test_a_database_is_made_again(eft: Eft, state: Path) -> None:
     name = job_of(state).name
     (state / FILE).unlink()
     done = eft("state", "rebuild", "--state-dir", state)
-    assert (done.code, done.out) == (0, f"Jobs: 1. Versions of adapters: 0.\n  {name}\n")
+    assert (done.code, done.out) == (0, f"Jobs: 1. Versions of adapters: 0. Files: 0. Batches: 0.\n  {name}\n")
     again = eft("state", "rebuild", "--state-dir", state, "--json")
-    assert json.loads(again.out) == {"jobs": [], "adapters": [], "problems": [], "moved_aside": []}
+    kinds = ("jobs", "adapters", "files", "batches", "problems", "moved_aside")
+    assert json.loads(again.out) == dict.fromkeys(kinds, [])
 
 
 def test_what_cannot_be_taken_in_is_listed(eft: Eft, state: Path) -> None:

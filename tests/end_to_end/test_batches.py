@@ -97,4 +97,4 @@ def test_a_death_before_the_row_of_an_upload(tiny_model: Path, tmp_path: Path) -
         assert [file.id for file in client_of(server).files.list()] == [kept.id]
         assert [path.name for path in (tmp_path / "files").iterdir()] == [kept.id]
         [aside] = (tmp_path / "lost+found").rglob("file-*")
-        assert aside.read_bytes() == b"lost"
+        assert (aside / "content").read_bytes() == b"lost"

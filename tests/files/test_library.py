@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from runtime.errors import Conflict, NotFound, PayloadTooLarge, StorageUnavailable
-from runtime.files import store
+from runtime.files import recovery, store
 from runtime.files.library import FileLibrary
 from runtime.files.records import StoredFile
 from runtime.support import failpoints
@@ -25,7 +25,6 @@ async def library(tmp_path: Path) -> AsyncIterator[FileLibrary]:
     await library.start()
     yield library
     failpoints.configure("")
-    await library.stop()
     database.close()
 
 
@@ -164,15 +163,49 @@ async def test_the_next_process_clears_up(tmp_path: Path) -> None:
     with pytest.raises(failpoints.FailpointError):
         await library.delete(deleted.id, "")
     failpoints.configure("")
-    await library.stop()
     assert names(tmp_path) == {kept.id, deleted.id}
     (tmp_path / "files" / "file-unknown").write_bytes(b"unknown")
-    (tmp_path / "files" / "file-x.partial-1234").write_bytes(b"half")
+    (tmp_path / "files" / "file-x.partial-1234").mkdir()
     again = FileLibrary(database, tmp_path, SMALL)
     await again.start()
     assert names(tmp_path) == {kept.id}
     assert again.used_bytes == 4
     [lost] = (tmp_path / "lost+found").rglob("file-*")
     assert lost.read_bytes() == b"unknown"
-    await again.stop()
     database.close()
+
+
+async def test_an_older_file_goes_by_a_setting_of_today(tmp_path: Path) -> None:
+    """`files.keep_files` goes for the files that are there already, but for used ones."""
+    database = Database(tmp_path, [store.SCHEMA])
+    library = FileLibrary(database, tmp_path, SMALL)
+    await library.start()
+    old, used = await put(library, b"old"), await put(library, b"used")
+    await database.call(lambda c: c.execute("UPDATE files SET created_at = created_at - 100"))
+    await database.call(lambda c: store.hold(c, used.id, "batch_1"))
+    young = await put(library, b"young")
+    assert await library.due() == []
+    shorter = FileLibrary(database, tmp_path, FileSettings(keep_files=50.0))
+    assert [file.id for file in await shorter.due()] == [old.id]
+    assert [file.id for file in await shorter.prune()] == [old.id]
+    assert names(tmp_path) == {used.id, young.id}
+    database.close()
+
+
+async def test_a_lost_database_is_made_again(library: FileLibrary, tmp_path: Path) -> None:
+    files = [await put(library, f"{n}".encode(), owner=owner, lifetime=9999) for n, owner in enumerate(("", "ann"))]
+    short, wrong, bare = [await put(library, b"text") for _ in range(3)]
+    library.path(short).write_bytes(b"te")
+    (tmp_path / "files" / wrong.id).rename(tmp_path / "files" / "file-other")
+    (tmp_path / "files" / bare.id / "file.json").write_text("{")
+    await library.store._database.call(lambda c: c.execute("DELETE FROM files"))
+    made, problems = await library.store._database.call(lambda c: recovery.adopt(c, tmp_path))
+    assert made == [file.id for file in files]
+    for file in files:
+        assert await library.store.get(file.id, file.owner) == file
+    assert {problem.partition(": ")[0] for problem in problems} == {
+        f"files/{short.id}/content",
+        "files/file-other",
+        f"files/{bare.id}",
+    }
+    assert await library.store._database.call(lambda c: recovery.adopt(c, tmp_path)) == ([], problems)

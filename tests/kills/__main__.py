@@ -1,7 +1,7 @@
-"""`python -m tests.kills --kills 200`: a server is killed at random, over jobs, publishing, uploads and deletion.
+"""`python -m tests.kills --kills 200`: a server is killed at random, over jobs, publishing, uploads and batches.
 
-After each start: no acknowledged job, adapter or file is lost, and no half one is visible. Prints a report; exit code 1
-where something was lost.
+After each start: no acknowledged job, adapter, file or batch is lost, no half one is visible, and no line of a batch is
+answered twice. Prints a report; exit code 1 where something was lost.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from typing import Any
 import httpx
 
 from tests.adapter_files import make_adapter
-from tests.kills.actors import Actor, Publisher, Trainer
+from tests.kills.actors import Actor, Publisher, Trainer, Uploader
 from tests.kills.forking import Nursery, Server
 from tests.kills.ledger import ENDED, Ledger, Lost, expect
 from tests.tiny import make_tiny_llama
@@ -81,6 +81,7 @@ class Campaign:
         seed = self._rng.getrandbits(32)
         actors: list[Actor] = [Trainer(self.ledger, server.url, seed, over, self._owed)]
         actors += [Publisher(self.ledger, server.url, seed + n, over, f"ext-{n}", self._sources) for n in range(2)]
+        actors.append(Uploader(self.ledger, server.url, seed, over))
         for actor in actors:
             actor.start()
         time.sleep(self._rng.uniform(0, self._longest))
@@ -113,7 +114,10 @@ class Campaign:
 
     def _all_ended(self, http: httpx.Client) -> bool:
         page = http.get("/admin/jobs", params={"limit": 100}).json()
-        return all(job["status"] in ENDED for job in page["data"])
+        batches = http.get("/v1/batches", params={"limit": 100}).json()["data"]
+        return all(job["status"] in ENDED for job in page["data"]) and all(
+            batch["status"] == "completed" for batch in batches
+        )
 
     def _check_log(self) -> None:
         for line in (self._folder / "server.log").read_text().splitlines():
@@ -127,11 +131,14 @@ class Campaign:
     def report(self) -> str:
         jobs = Counter(job.status for job in self.ledger.jobs.values())
         deleted = sum(job.deleted for job in self.ledger.jobs.values())
-        finds = [*self._state.glob("lost+found/*/jobs/*"), *self._state.glob("lost+found/*/adapters/*/*")]
+        batches = [batch.answered for batch in self.ledger.batches.values() if batch.ended is not None]
+        patterns = ("jobs/*", "adapters/*/*", "files/*", "batches/*")
+        finds = [path for pattern in patterns for path in self._state.glob(f"lost+found/*/{pattern}")]
         return (
             f"kills: {dict(self.phases)}; {self.ledger.acknowledged} changes acknowledged, {self.ledger.unanswered} "
-            f"without an answer; jobs: {dict(jobs)}, of them {deleted} deleted; {len(finds)} unacknowledged finds in "
-            "lost+found. Nothing was lost."
+            f"without an answer; jobs: {dict(jobs)}, of them {deleted} deleted; files: {len(self.ledger.files)}; "
+            f"batches: {len(batches)} with {sum(batches)} answers; {len(finds)} unacknowledged finds in lost+found. "
+            "Nothing was lost."
         )
 
 

@@ -1,4 +1,5 @@
-"""Clients that keep a server at work while it is killed: jobs with files, adapters from outside, deletions.
+"""Clients that keep a server at work while it is killed: jobs with files, adapters from outside, files, batches,
+deletions.
 
 Each notes in the ledger what it is about to ask for, and what was answered."""
 
@@ -12,10 +13,14 @@ from typing import Any
 
 import httpx
 
-from tests.kills.ledger import ENDED, AdapterEntry, JobEntry, Ledger
+from runtime.api.openai.fine_tuning import TRAIN_FILE
+from tests.kills.ledger import ENDED, AdapterEntry, BatchEntry, FileEntry, JobEntry, Ledger
 
 MAX_OPEN = 4
 """Jobs that wait or run at once."""
+
+MAX_OPEN_BATCHES = 2
+BATCH_LINES = 200
 
 RECIPE = """
 name: {name}
@@ -212,3 +217,77 @@ class Publisher(Actor):
         with self.ledger.lock:
             self._entry.versions = {version["number"]: version["sha256"] for version in found["versions"]}
             self._entry.current, self._entry.pending = found["current"], ""
+
+
+class Uploader(Actor):
+    """Works with files: uploads, reads and deletes them, and makes batches and fine-tuning jobs of some."""
+
+    def act(self) -> None:
+        options = [self._upload, self._upload, self._batch, self._fine_tune, self._delete_file, self._look]
+        self.rng.choice(options)()
+        self.rest(0.1)
+
+    def _send(self, content: bytes, purpose: str) -> str:
+        sha256 = hashlib.sha256(content).hexdigest()
+        with self.ledger.lock:
+            self.ledger.sent.add(sha256)
+        files = {"file": ("input.jsonl", content, "application/octet-stream")}
+        answer = self.ask("POST", "/v1/files", files=files, data={"purpose": purpose})
+        assert answer.status_code == 200, answer.text
+        entry = FileEntry(answer.json()["id"], sha256)
+        with self.ledger.lock:
+            self.ledger.files[entry.id] = entry
+        return entry.id
+
+    def _upload(self) -> None:
+        length = self.rng.choice((1, 5_000, 3_000_000))
+        self._send(self.rng.randbytes(length), "user_data")
+
+    def _batch(self) -> None:
+        if sum(batch.ended is None for batch in self.ledger.batches.values()) >= MAX_OPEN_BATCHES:
+            return
+        ids = [f"line-{number}" for number in range(BATCH_LINES)]
+        lines = [
+            {"custom_id": id, "method": "POST", "url": "/v1/completions", "body": {"prompt": id, "max_tokens": 4}}
+            for id in ids
+        ]
+        file_id = self._send(b"".join(json.dumps(line).encode() + b"\n" for line in lines), "batch")
+        asked = {"input_file_id": file_id, "endpoint": "/v1/completions", "completion_window": "24h"}
+        answer = self.ask("POST", "/v1/batches", json=asked)
+        assert answer.status_code == 200, answer.text
+        batch = BatchEntry(answer.json()["id"], set(ids))
+        with self.ledger.lock:
+            self.ledger.batches[batch.id] = batch
+
+    def _fine_tune(self) -> None:
+        """Train on an uploaded file, which may be deleted afterwards."""
+        open_jobs = [job for job in self.ledger.jobs.values() if job.status not in ENDED and not job.deleted]
+        if len(open_jobs) >= MAX_OPEN:
+            return
+        turns = [{"role": "user", "content": "Where is the newt?"}, {"role": "assistant", "content": "On the road."}]
+        rows = b"".join(json.dumps({"messages": turns, "n": n}).encode() + b"\n" for n in range(6))
+        file_id = self._send(rows, "fine-tune")
+        model = self.ask("GET", "/v1/models").json()["data"][0]["id"]
+        asked = {"model": model, "training_file": file_id, "suffix": f"tuned-{self.rng.randrange(4)}"}
+        asked["hyperparameters"] = {"n_epochs": 1, "batch_size": 2}
+        answer = self.ask("POST", "/v1/fine_tuning/jobs", json=asked)
+        assert answer.status_code == 200, answer.text
+        id = answer.json()["id"]
+        with self.ledger.lock:
+            self.ledger.jobs[id] = JobEntry(id, "", {TRAIN_FILE: hashlib.sha256(rows).hexdigest()})
+
+    def _delete_file(self) -> None:
+        files = [file for file in self.ledger.files.values() if not file.deleted]
+        if len(files) < 6:
+            return
+        file = self.rng.choice(files)
+        file.deleting = True
+        answer = self.ask("DELETE", f"/v1/files/{file.id}")
+        assert answer.status_code in (200, 409), answer.text  # 409: a batch reads it
+        file.deleted, file.deleting = answer.status_code == 200, False
+
+    def _look(self) -> None:
+        for batch in self.ledger.batches.values():
+            if batch.ended is None:
+                found = self.ask("GET", f"/v1/batches/{batch.id}").json()
+                batch.answered = max(batch.answered, found["request_counts"]["completed"])

@@ -55,6 +55,28 @@ class AdapterEntry:
     """Alias → it is there, it is not there, not known."""
 
 
+@dataclass
+class FileEntry:
+    """A file of /v1/files that was acknowledged."""
+
+    id: str
+    sha256: str
+    deleting: bool = False
+    deleted: bool = False
+
+
+@dataclass
+class BatchEntry:
+    """A batch that was acknowledged."""
+
+    id: str
+    custom_ids: set[str]
+    answered: int = 0
+    """The most answers that were seen."""
+    ended: dict[str, Any] | None = None
+    """The batch, once it was seen to have ended."""
+
+
 class Lost(AssertionError):
     """Something that was acknowledged is not there, or something is half there."""
 
@@ -72,6 +94,10 @@ class Ledger:
         self.state = state
         self.jobs: dict[str, JobEntry] = {}
         self.adapters: dict[str, AdapterEntry] = {}
+        self.files: dict[str, FileEntry] = {}
+        self.batches: dict[str, BatchEntry] = {}
+        self.sent: set[str] = set()
+        """SHA-256 of everything that was ever sent as a file."""
         self.acknowledged = 0
         self.unanswered = 0
 
@@ -80,6 +106,9 @@ class Ledger:
         with self.lock:
             self._check_jobs(http)
             self._check_adapters(http)
+            self._check_files(http)
+            for batch in self.batches.values():
+                self._check_batch(http, batch)
             self._check_lost_found()
 
     # -- jobs ----------------------------------------------------------------------------------
@@ -168,6 +197,50 @@ class Ledger:
         entry.versions, entry.current, entry.pending, entry.deleting = numbers, current, "", set()
         entry.aliases = {alias: alias in aliases for alias in entry.aliases}
 
+    # -- files and batches ---------------------------------------------------------------------
+
+    def _check_files(self, http: httpx.Client) -> None:
+        listed = {file["id"]: file for file in http.get("/v1/files", params={"limit": 10_000}).json()["data"]}
+        folders = {path.name for path in (self.state / "files").glob("*")}
+        uploads = {id for id, file in listed.items() if file["purpose"] != "batch_output"}
+        expect(folders == uploads, "folders of files", folders, "and rows", uploads)
+        for id, file in listed.items():
+            content = http.get(f"/v1/files/{id}/content").content
+            expect(len(content) == file["bytes"], "a file is not whole:", file, len(content))
+            sha256 = hashlib.sha256(content).hexdigest()
+            expect(id not in uploads or sha256 in self.sent, "a file that was never sent:", file)
+            expect(id not in self.files or self.files[id].sha256 == sha256, "another content than before:", file)
+        for entry in self.files.values():
+            expect(entry.id in listed or entry.deleting or entry.deleted, "lost file", entry)
+            expect(entry.id not in listed or not entry.deleted, "a deleted file is back:", entry)
+            entry.deleting, entry.deleted = False, entry.id not in listed
+
+    def _check_batch(self, http: httpx.Client, entry: BatchEntry) -> None:
+        answer = http.get(f"/v1/batches/{entry.id}")
+        expect(answer.status_code == 200, "lost batch", entry.id, answer.text)
+        batch = answer.json()
+        counts = batch["request_counts"]
+        expect(counts["completed"] >= entry.answered, "answers are lost:", entry.id, entry.answered, batch)
+        entry.answered = counts["completed"]
+        if entry.ended is not None:
+            expect(batch == entry.ended, "another end than before:", entry.ended, batch)
+        elif batch["status"] not in ("validating", "in_progress", "finalizing"):
+            entry.ended = batch
+            expect(batch["status"] == "completed", "a batch failed:", batch)
+            self._check_answers(http, entry, batch)
+
+    def _check_answers(self, http: httpx.Client, entry: BatchEntry, batch: dict[str, Any]) -> None:
+        text = http.get(f"/v1/files/{batch['output_file_id']}/content").text
+        lines = [json.loads(line) for line in text.splitlines()]
+        found = [line["custom_id"] for line in lines]
+        expect(len(found) == len(set(found)), "lines that were answered twice:", entry.id)
+        expect(set(found) == entry.custom_ids, "lines without an answer:", entry.custom_ids - set(found))
+        expect(batch["request_counts"]["failed"] == 0, "lines that failed:", batch)
+        for line in lines:
+            expect(bool(line["response"]["body"]["choices"]), "an empty answer:", line)
+        record = json.loads((self.state / "batches" / entry.id / "batch.json").read_text())
+        expect(record["batch"]["output_file_id"] == batch["output_file_id"], "another record", record)
+
     def _check_lost_found(self) -> None:
         for batch in self.state.glob("lost+found/*"):
             for folder in batch.glob("jobs/*"):
@@ -178,6 +251,10 @@ class Ledger:
                 known = self.adapters.get(folder.parent.name)
                 kept = known is not None and int(folder.name) in known.versions
                 expect(not kept, "an acknowledged version is in lost+found:", folder)
+            for folder in batch.glob("files/*"):
+                expect(folder.name not in self.files, "an acknowledged file is in lost+found:", folder)
+            for folder in batch.glob("batches/*"):
+                expect(folder.name not in self.batches, "an acknowledged batch is in lost+found:", folder)
 
 
 def _all_jobs(http: httpx.Client) -> Iterable[str]:
