@@ -2,13 +2,19 @@
 
 import asyncio
 import json
+import time
 from pathlib import Path
 
 import pytest
 
-from runtime.support.database import FILE
+from runtime.batches.manager import BatchManager
+from runtime.engine.state import SCHEMAS
+from runtime.files.library import FileLibrary
+from runtime.responses.store import ResponseStore, StoredResponse
+from runtime.support.database import FILE, Database
+from runtime.support.durable import make_directory, write_file
 from runtime.support.logs import configure
-from settings.schema import ObservabilitySettings
+from settings.schema import FileSettings, ObservabilitySettings
 from tests.cli.conftest import Eft
 from tests.trainer.jobs.fakes import World
 
@@ -65,6 +71,70 @@ def test_deleting_what_is_old(eft: Eft, state: Path) -> None:
     assert not folder.exists()
 
 
+@pytest.fixture
+def busy(tmp_path: Path) -> Path:
+    """With a file, a batch that has ended, and a stored response; all made a hundred seconds ago."""
+    directory, then = tmp_path / "state", int(time.time()) - 100
+
+    async def fill() -> None:
+        database = Database(directory, SCHEMAS)
+        library = FileLibrary(database, directory, FileSettings())
+        await library.start()
+        for purpose in ("user_data", "batch"):
+            async with library.receiving() as upload:
+                await upload.write(b"0123456789")
+                file = await library.keep(upload, owner="", purpose=purpose, filename="a", lifetime=None)
+        manager = BatchManager(database, directory, library, FileSettings(), max_line=100)
+        batch = await manager.create(
+            owner="",
+            endpoint="/v1/completions",
+            input_file_id=file.id,
+            completion_window="1h",
+            window_seconds=60,
+            metadata=None,
+            output_lifetime=None,
+        )
+        await manager.store.end(batch.id, "failed", [])
+        make_directory(directory / "batches" / batch.id)
+        write_file(directory / "batches" / batch.id / "batch.json", b"{}")
+        await ResponseStore(database, keep_seconds=None, max_responses=9).put(
+            StoredResponse(id="r", tenant="", created_at=then, previous_id=None, input=b"[]", response=b"{}")
+        )
+        await database.call(lambda c: c.execute("UPDATE files SET created_at = ?", (then,)))
+        await database.call(lambda c: c.execute("UPDATE batches SET failed_at = ?", (then,)))
+        database.close()
+
+    asyncio.run(fill())
+    return directory
+
+
+def test_the_room_of_files_batches_and_responses(eft: Eft, busy: Path) -> None:
+    out = eft("state", "du", "--state-dir", busy).out
+    for line in ("2 files", "1 batches", "1 stored responses, in the database"):
+        assert line in out
+    found = json.loads(eft("state", "du", "--state-dir", busy, "--json").out)
+    sizes = [path.stat().st_size for path in (busy / "files").rglob("*") if path.is_file()]
+    assert found["files"] == {"count": 2, "bytes": sum(sizes)}
+    assert found["batches"] == {"count": 1, "bytes": 2}
+    assert found["responses"] == {"count": 1, "bytes": 4}
+    (busy / FILE).write_bytes(b"no database" * 1000)
+    assert json.loads(eft("state", "du", "--state-dir", busy, "--json").out)["responses"] is None
+
+
+def test_deleting_old_files_batches_and_responses(eft: Eft, busy: Path) -> None:
+    prune = ("state", "prune", "--state-dir", busy)
+    assert eft(*prune, "--keep-files", "1h", "--keep-batches", "1h").out == "There is nothing to delete.\n"
+    (batch,) = [path.name for path in (busy / "batches").iterdir()]
+    assert eft(*prune, "--keep-batches", "1m", "--dry-run").out == f"{batch} would be deleted\n"
+    assert eft(*prune, "--keep-batches", "1m").out == f"{batch} deleted\n"
+    assert [*(busy / "batches").iterdir()] == []
+    assert eft(*prune, "--keep-responses", "1m", "--dry-run").out == "1 stored responses would be deleted\n"
+    assert eft(*prune, "--keep-responses", "1m").out == "1 stored responses deleted\n"
+    names = {path.name for path in (busy / "files").iterdir()}
+    assert set(eft(*prune, "--keep-files", "1m").out.splitlines()) == {f"{name} deleted" for name in names}
+    assert [*(busy / "files").iterdir()] == []
+
+
 def test_lost_found_is_deleted_when_it_is_asked_for(eft: Eft, state: Path) -> None:
     (state / "lost+found" / "20260101T000000-abcdef").mkdir(parents=True)
     assert "nothing" in eft("state", "prune", "--state-dir", state).out
@@ -81,7 +151,7 @@ def test_a_database_is_made_again(eft: Eft, state: Path) -> None:
     assert (done.code, done.out) == (0, f"Jobs: 1. Versions of adapters: 0. Files: 0. Batches: 0.\n  {name}\n")
     again = eft("state", "rebuild", "--state-dir", state, "--json")
     kinds = ("jobs", "adapters", "files", "batches", "problems", "moved_aside")
-    assert json.loads(again.out) == dict.fromkeys(kinds, [])
+    assert json.loads(again.out) == {kind: [] for kind in kinds}
 
 
 def test_what_cannot_be_taken_in_is_listed(eft: Eft, state: Path) -> None:
@@ -95,8 +165,6 @@ def test_what_cannot_be_taken_in_is_listed(eft: Eft, state: Path) -> None:
 
 @pytest.mark.parametrize("command", ["prune", "rebuild"])
 def test_a_server_that_is_at_work_there_is_left_alone(eft: Eft, state: Path, command: str) -> None:
-    from runtime.support.database import Database
-
     database = Database(state, [])
     done = eft("state", command, "--state-dir", state)
     assert done.code == 1

@@ -41,6 +41,28 @@ def check_point(state: Path) -> None:
     connection.close()
 
 
+LINES = b"".join(
+    b'{"custom_id": "%d", "method": "POST", "url": "/v1/completions", "body": {"prompt": "Hi", "max_tokens": 2}}\n' % n
+    for n in range(5)
+)
+
+
+def run_batch(server: ServerProcess) -> None:
+    file = server.http.post("/v1/files", data={"purpose": "batch"}, files={"file": ("in.jsonl", LINES)}).json()
+    asked = {"input_file_id": file["id"], "endpoint": "/v1/completions", "completion_window": "24h"}
+    batch = server.http.post("/v1/batches", json=asked).json()
+    wait_until(lambda: server.http.get(f"/v1/batches/{batch['id']}").json()["status"] == "completed", 60)
+
+
+def check_batch(server: ServerProcess) -> None:
+    """What `run_batch` has made is there."""
+    (batch,) = server.http.get("/v1/batches").json()["data"]
+    assert batch["request_counts"] == {"total": 5, "completed": 5, "failed": 0}
+    assert server.http.get(f"/v1/files/{batch['input_file_id']}/content").content == LINES
+    answers = server.http.get(f"/v1/files/{batch['output_file_id']}/content").text.splitlines()
+    assert sorted(json.loads(answer)["custom_id"] for answer in answers) == ["0", "1", "2", "3", "4"]
+
+
 @pytest.fixture(scope="module")
 def filled(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The state of a server that trained an adapter and loaded another, and was killed. Not to be changed."""
@@ -52,6 +74,7 @@ def filled(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         body = {"lora_name": "loaded", "lora_path": str(folder / "made")}
         assert server.http.post("/v1/load_lora_adapter", json=body).status_code == 200
         assert server.http.post("/admin/adapters/loaded/alias", json={"alias": "other"}).status_code == 200
+        run_batch(server)
         server.kill()
     return folder / "state"
 
@@ -86,6 +109,8 @@ def serving_read_only(model: Path, state: Path, why: str, log: Path, **limits: i
             ("GET", "/admin/adapters"),
             ("DELETE", "/admin/adapters/loaded"),
             ("POST", "/v1/load_lora_adapter"),
+            ("GET", "/v1/files"),
+            ("GET", "/v1/batches"),
         ):
             answer = server.http.request(method, path)
             assert answer.status_code == 503, (path, answer.text)
@@ -110,7 +135,8 @@ def test_a_lost_database_is_said_loudly_and_rebuilt(tiny_model: Path, state: Pat
     for path in state.glob(f"{FILE}*" if lost == "all of it" else f"{FILE}-*"):
         path.unlink()
     with serving_read_only(tiny_model, state, "eft state rebuild", tmp_path / "log"):
-        assert "Jobs: 1. Versions of adapters: 2." in rebuild(state)  # beside the server, which changes nothing
+        # Beside the server, which changes nothing.
+        assert "Jobs: 1. Versions of adapters: 2. Files: 1. Batches: 1." in rebuild(state)
     with ServerProcess(str(tiny_model), state) as server:
         names = {model["id"] for model in server.http.get("/v1/models").json()["data"]}
         assert {"trained", "loaded"} <= names
@@ -120,6 +146,26 @@ def test_a_lost_database_is_said_loudly_and_rebuilt(tiny_model: Path, state: Pat
         assert server.http.get("/admin/adapters/loaded").json()["aliases"] == ["other"]
         assert server.http.delete(f"/admin/jobs/{job['id']}").status_code == 200
         assert server.ask("trained", "a", 2) is not None
+        check_batch(server)
+        assert not (state / "lost+found").exists()
+
+
+def test_a_lost_database_beside_files_alone(tiny_model: Path, tmp_path: Path) -> None:
+    """Nothing is moved or deleted until it is decided what to do."""
+    state = tmp_path / "state"
+    with ServerProcess(str(tiny_model), state) as server:
+        run_batch(server)
+    for path in state.glob(f"{FILE}*"):
+        path.unlink()
+    before = files_below(state)
+    with ServerProcess(str(tiny_model), state) as server:
+        answer = server.http.get("/v1/files")
+        assert answer.status_code == 503
+        assert "folders of 1 files, 1 batches" in answer.json()["error"]["message"]
+    assert files_below(state) == before
+    rebuild(state)
+    with ServerProcess(str(tiny_model), state) as server:
+        check_batch(server)
 
 
 def test_a_damaged_database(tiny_model: Path, state: Path, tmp_path: Path) -> None:
