@@ -8,6 +8,7 @@ from pathlib import Path
 
 import msgspec
 
+from runtime.batches.output import ERRORS, OUTPUT
 from runtime.batches.records import FOLDER, RECORD, BatchRecord
 from runtime.batches.store import insert
 from runtime.files import store as files
@@ -52,7 +53,8 @@ def _read(folder: Path, connection: sqlite3.Connection) -> BatchRecord:
     except msgspec.MsgspecError as error:
         raise ValueError(str(error)) from None
     batch = record.batch
-    if batch.id != folder.name or any(Path(file.path).parts[:2] != (FOLDER, batch.id) for file in record.outputs):
+    written = {f"{FOLDER}/{folder.name}/{name}" for name in (OUTPUT, ERRORS)}
+    if batch.id != folder.name or not {file.path for file in record.outputs} <= written:
         raise ValueError(f"it is that of {batch.id}")
     query = "SELECT 1 FROM files WHERE id = ?"
     if not batch.ended and connection.execute(query, (batch.input_file_id,)).fetchone() is None:

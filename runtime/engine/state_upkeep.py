@@ -225,6 +225,9 @@ def _responses(file: Path) -> Held | None:
 
 
 def _size(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder."""
+    if path.is_file() and not path.is_symlink():
+        return path.stat().st_size
     total = 0
     for folder, _, names in os.walk(path, followlinks=False):
         for name in names:

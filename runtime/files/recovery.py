@@ -1,12 +1,13 @@
 """Rows of files from their folders, in case the database is lost. Existing rows have priority."""
 
 import sqlite3
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
 
-from runtime.files.records import FOLDER, RECORD, StoredFile
+from runtime.files.records import CONTENT, FOLDER, RECORD, StoredFile
 from runtime.files.store import insert
 from runtime.support.durable import PARTIAL, reason
 
@@ -45,12 +46,12 @@ def insert_missing(
         if connection.execute(query, (file.id, file.path)).fetchone() is not None:
             continue
         try:
-            size = (directory / file.path).stat().st_size
+            found = (directory / file.path).lstat()
         except OSError as error:
             problems.append(f"{file.path}: {reason(error)}")
             continue
-        if size != file.bytes:
-            problems.append(f"{file.path}: it has {size} bytes, and had {file.bytes}")
+        if not stat.S_ISREG(found.st_mode) or found.st_size != file.bytes:
+            problems.append(f"{file.path}: it is not the file of {file.bytes} bytes that it was")
             continue
         insert(connection, file)
         made.append(file.id)
@@ -63,6 +64,6 @@ def _read(folder: Path) -> StoredFile:
         file = msgspec.json.decode((folder / RECORD).read_bytes(), type=StoredFile)
     except msgspec.MsgspecError as error:
         raise ValueError(str(error)) from None
-    if file.id != folder.name or Path(file.path).parts[:2] != (FOLDER, folder.name):
+    if file.id != folder.name or file.path != f"{FOLDER}/{folder.name}/{CONTENT}":
         raise ValueError(f"it is that of {file.id}")
     return file

@@ -234,7 +234,7 @@ def _open(path: Path, schemas: tuple[str, ...]) -> sqlite3.Connection:
 def _corrupt(name: str, found: str) -> DatabaseCorrupt:
     return DatabaseCorrupt(
         f"The database {name} is damaged ({found[:300]}). Put back a backup of it, or run `eft state rebuild`, which "
-        "moves it aside and makes a new one from the folders of jobs and adapters; then start the server again."
+        "moves it aside and makes a new one from the folders beside it; then start the server again."
     )
 
 

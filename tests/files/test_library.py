@@ -194,7 +194,11 @@ async def test_an_older_file_goes_by_a_setting_of_today(tmp_path: Path) -> None:
 
 async def test_a_lost_database_is_made_again(library: FileLibrary, tmp_path: Path) -> None:
     files = [await put(library, f"{n}".encode(), owner=owner, lifetime=9999) for n, owner in enumerate(("", "ann"))]
-    short, wrong, bare = [await put(library, b"text") for _ in range(3)]
+    short, wrong, bare, link, out = [await put(library, b"text") for _ in range(5)]
+    library.path(link).rename(tmp_path / "elsewhere")
+    library.path(link).symlink_to(tmp_path / "elsewhere")
+    record = tmp_path / "files" / out.id / "file.json"
+    record.write_text(record.read_text().replace("content", "../../elsewhere"))
     library.path(short).write_bytes(b"te")
     (tmp_path / "files" / wrong.id).rename(tmp_path / "files" / "file-other")
     (tmp_path / "files" / bare.id / "file.json").write_text("{")
@@ -207,5 +211,7 @@ async def test_a_lost_database_is_made_again(library: FileLibrary, tmp_path: Pat
         f"files/{short.id}/content",
         "files/file-other",
         f"files/{bare.id}",
+        f"files/{link.id}/content",
+        f"files/{out.id}",
     }
     assert await library.store._database.call(lambda c: recovery.adopt(c, tmp_path)) == ([], problems)
