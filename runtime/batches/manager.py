@@ -9,11 +9,11 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from runtime.batches.records import FOLDER, Ask, Batch
-from runtime.batches.run import BatchRun
+from runtime.batches.run import BatchRun, write_record
 from runtime.batches.store import BatchStore
 from runtime.files.library import FileLibrary
 from runtime.support.database import Database
-from runtime.support.durable import make_directory
+from runtime.support.durable import make_directory, reason
 from runtime.support.logs import get_logger
 from runtime.support.state_directory import LostFound
 from settings.schema import FileSettings
@@ -119,6 +119,10 @@ class BatchManager:
             expires_at=created + window_seconds,
         )
         await self.store.create(batch, max_unfinished=self._settings.max_batches)
+        try:
+            await asyncio.to_thread(write_record, self._directory / FOLDER / batch.id, batch)
+        except OSError as error:  # the run writes it once the disk takes it
+            _log.warning("batch_record_not_written", batch=batch.id, reason=reason(error))
         self._begin(batch)
         return batch
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from runtime.batches.store import BatchStore
 from runtime.errors import Conflict, StorageUnavailable
 from runtime.files.library import FileLibrary, new_file_id
 from runtime.files.records import BATCH_OUTPUT, StoredFile
-from runtime.support.durable import remove, replace_file
+from runtime.support.durable import make_directory, remove, replace_file
 from runtime.support.failpoints import failpoint
 from runtime.support.logs import get_logger
 from settings.schema import FileSettings
@@ -254,10 +254,8 @@ class BatchRun:
         self._files.adopted(*outputs)
         return batch
 
-    async def _write_record(self, batch: Batch, outputs: list[StoredFile] | None = None) -> None:
-        """Write a copy of the row to the batch's folder. Raises `OSError`."""
-        record = msgspec.json.encode(BatchRecord(batch=batch, outputs=outputs or []))
-        await asyncio.to_thread(replace_file, self._folder / RECORD, msgspec.json.format(record))
+    async def _write_record(self, batch: Batch, outputs: Sequence[StoredFile] = ()) -> None:
+        await asyncio.to_thread(write_record, self._folder, batch, outputs)
 
     def _stored(self, name: str) -> StoredFile:
         created = int(time.time())
@@ -271,6 +269,13 @@ class BatchRun:
             expires_at=self._files.expiry(created, self.batch.output_lifetime),
             path=f"{FOLDER}/{self.batch.id}/{name}",
         )
+
+
+def write_record(folder: Path, batch: Batch, outputs: Sequence[StoredFile] = ()) -> None:
+    """Write a copy of a batch's row, and of those of its files, to its folder. Blocks. Raises `OSError`."""
+    make_directory(folder)
+    record = msgspec.json.encode(BatchRecord(batch=batch, outputs=list(outputs)))
+    replace_file(folder / RECORD, msgspec.json.format(record))
 
 
 def _chunk(lines: Iterator[NumberedLine]) -> list[NumberedLine]:
