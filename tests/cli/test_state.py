@@ -12,7 +12,6 @@ from runtime.engine.state import SCHEMAS
 from runtime.files.library import FileLibrary
 from runtime.responses.store import ResponseStore, StoredResponse
 from runtime.support.database import FILE, Database
-from runtime.support.durable import make_directory, write_file
 from runtime.support.logs import configure
 from settings.schema import FileSettings, ObservabilitySettings
 from tests.cli.conftest import Eft
@@ -95,8 +94,6 @@ def busy(tmp_path: Path) -> Path:
             output_lifetime=None,
         )
         await manager.store.end(batch.id, "failed", [])
-        make_directory(directory / "batches" / batch.id)
-        write_file(directory / "batches" / batch.id / "batch.json", b"{}")
         await ResponseStore(database, keep_seconds=None, max_responses=9).put(
             StoredResponse(id="r", tenant="", created_at=then, previous_id=None, input=b"[]", response=b"{}")
         )
@@ -115,7 +112,8 @@ def test_the_room_of_files_batches_and_responses(eft: Eft, busy: Path) -> None:
     found = json.loads(eft("state", "du", "--state-dir", busy, "--json").out)
     sizes = [path.stat().st_size for path in (busy / "files").rglob("*") if path.is_file()]
     assert found["files"] == {"count": 2, "bytes": sum(sizes)}
-    assert found["batches"] == {"count": 1, "bytes": 2}
+    (record,) = busy.glob("batches/*/batch.json")
+    assert found["batches"] == {"count": 1, "bytes": record.stat().st_size}
     assert found["responses"] == {"count": 1, "bytes": 4}
     (busy / FILE).write_bytes(b"no database" * 1000)
     assert json.loads(eft("state", "du", "--state-dir", busy, "--json").out)["responses"] is None
