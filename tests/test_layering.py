@@ -107,7 +107,6 @@ ALLOWED: dict[str, set[str]] = {
         "runtime.trainer.plan",
         "runtime.workers",
         "runtime.engine",
-        "runtime.trainer.jobs",
         "runtime.llm",
         "runtime.api",
     },
