@@ -17,7 +17,7 @@ from runtime.engine.state import SCHEMAS, adapter_folders, job_folders
 from runtime.files import recovery as file_recovery
 from runtime.files.library import FileLibrary
 from runtime.files.records import RECORD as FILE_RECORD
-from runtime.responses.store import ResponseStore
+from runtime.responses import ResponseStore
 from runtime.support.database import FILE, Database, DatabaseCorrupt
 from runtime.support.durable import PARTIAL, move, remove
 from runtime.support.state_directory import LostFound
@@ -44,7 +44,7 @@ class JobUsage(Struct, kw_only=True):
         return self.uploads + self.checkpoints + self.result + self.other
 
 
-class Held(Struct, kw_only=True):
+class KindUsage(Struct, kw_only=True):
     """Things of one kind, and their size."""
 
     count: int = 0
@@ -60,10 +60,10 @@ class DiskUsage(Struct, kw_only=True):
     """Bytes by adapter version."""
     jobs: list[JobUsage]
     """Jobs, the largest first."""
-    files: Held
+    files: KindUsage
     """Files of /v1/files; those that batches wrote count as the batches'."""
-    batches: Held
-    responses: Held | None
+    batches: KindUsage
+    responses: KindUsage | None
     """Stored responses, which are a part of the database; None where it cannot be read."""
     lost_found: int
     free: int
@@ -209,19 +209,19 @@ def _job_usage(folder: Path) -> JobUsage:
     return JobUsage(id=folder.name, **parts, other=_size(folder) - sum(parts.values()))
 
 
-def _held(root: Path) -> Held:
+def _held(root: Path) -> KindUsage:
     folders = [path for path in root.glob("*") if PARTIAL not in path.name]
-    return Held(count=len(folders), bytes=sum(_size(folder) for folder in folders))
+    return KindUsage(count=len(folders), bytes=sum(_size(folder) for folder in folders))
 
 
-def _responses(file: Path) -> Held | None:
+def _responses(file: Path) -> KindUsage | None:
     query = "SELECT count(*), coalesce(sum(length(input) + length(response)), 0) FROM responses"
     try:
         with contextlib.closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True)) as connection:
             count, size = connection.execute(query).fetchone()
     except sqlite3.Error:
         return None
-    return Held(count=count, bytes=size)
+    return KindUsage(count=count, bytes=size)
 
 
 def _size(path: Path) -> int:

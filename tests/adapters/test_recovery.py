@@ -266,7 +266,7 @@ def test_a_new_database_beside_folders_is_refused(state: Path, before: Catalogue
         lose_database(state)
         if content is not None:
             (state / FILE).write_bytes(content)
-        with pytest.raises(DatabaseMissing, match=r"0 jobs and 4 versions.*eft state rebuild") as caught:
+        with pytest.raises(DatabaseMissing, match=r"folders of 4 versions of adapters\. .*eft state rebuild") as caught:
             open_database(state)
         assert str(state) not in str(caught.value)
     rebuild(state, lost_found=False)

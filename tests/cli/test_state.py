@@ -10,7 +10,7 @@ import pytest
 from runtime.batches.manager import BatchManager
 from runtime.engine.state import SCHEMAS
 from runtime.files.library import FileLibrary
-from runtime.responses.store import ResponseStore, StoredResponse
+from runtime.responses import ResponseStore, StoredResponse
 from runtime.support.database import FILE, Database
 from runtime.support.logs import configure
 from settings.schema import FileSettings, ObservabilitySettings
