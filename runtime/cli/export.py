@@ -58,12 +58,14 @@ def export(
             name, folder = _from_server(adapter, stack, url, admin_key)
         settings = read_settings(flags, config, model=model or _base_of(folder)).settings
         checkpoint = _open(settings.model, given=model is not None)
+        from runtime.adapters.card import read_card
         from runtime.checkpoints.export.export import export_adapter  # imports torch
         from runtime.checkpoints.peft import AdapterInvalid
         from runtime.model.config import ModelLoadError
 
         try:
-            written = export_adapter(checkpoint, folder, to, format, type=type, name=name)
+            template = read_card(folder).chat_template
+            written = export_adapter(checkpoint, folder, to, format, type=type, name=name, template=template)
             difference = None
             if compare and format in ("merged", "gguf"):
                 from runtime.workers.export_difference import measure_difference

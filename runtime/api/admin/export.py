@@ -81,7 +81,9 @@ async def _written(api: Api, library: "AdapterLibrary", version: Version, format
             checkpoint = open_checkpoint(
                 settings.model, revision=settings.revision, chat_template=settings.chat_template
             )
-            write(checkpoint, library.directory(version), target, format, type=type, name=version.name)
+            template = library.card(version).chat_template
+            source = library.directory(version)
+            write(checkpoint, source, target, format, type=type, name=version.name, template=template)
             names = [target.name] if target.is_file() else sorted(file.name for file in target.iterdir())
             return _open(version, folder if target.is_file() else target, names)
         finally:

@@ -25,6 +25,8 @@ COPIED = (
 )  # fmt: skip
 """Files of a model directory that are copied as they are."""
 
+TEMPLATE = "chat_template.jinja"
+"""File of a chat template. transformers reads it before the template in `tokenizer_config.json`."""
 _TEMPLATE_TOKENS = {"bos_token", "eos_token", "unk_token", "pad_token"}
 
 
@@ -42,6 +44,18 @@ def write_model(folder: Path, checkpoint: Checkpoint, tensors: Iterator[tuple[st
         config.setdefault("model_type", _model_type(config))
         _write_tokenizer(folder, checkpoint)
     _write_json(folder / "config.json", config)
+
+
+def write_template(folder: Path, checkpoint: Checkpoint) -> None:
+    """Give a model directory the chat template of the checkpoint's tokenizer in place of its own, and the ids that end
+    its answers. Raises `OSError`."""
+    tokenizer = checkpoint.tokenizer
+    path = folder / "generation_config.json"
+    generation = msgspec.json.decode(path.read_bytes()) if path.is_file() else dict(checkpoint.generation)
+    for copied in (path, folder / TEMPLATE):
+        copied.unlink(missing_ok=True)
+    write_file(folder / TEMPLATE, (tokenizer.chat_template or "").encode())
+    _write_json(path, {**generation, "eos_token_id": list(tokenizer.eos_ids)})
 
 
 def write_weights(folder: Path, tensors: Iterator[tuple[str, Tensor]], *, max_shard: int = MAX_SHARD) -> torch.dtype:

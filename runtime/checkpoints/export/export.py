@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,11 +14,14 @@ from torch import Tensor
 
 from runtime.checkpoints import Checkpoint
 from runtime.checkpoints.export import check_format
-from runtime.checkpoints.export.directory import write_model
+from runtime.checkpoints.export.directory import TEMPLATE, write_model, write_template
 from runtime.checkpoints.export.gguf_file import write_lora, write_merged
 from runtime.checkpoints.export.merge import Merge, open_merge
 from runtime.checkpoints.peft.config import CONFIG, WEIGHTS
-from runtime.support.durable import fresh_directory, make_directory, sync_directory
+from runtime.model.config import ModelLoadError
+from runtime.support.durable import fresh_directory, make_directory, sync_directory, write_file
+from runtime.text.chat_template import ChatTemplateError
+from runtime.text.tokenizer import Tokenizer
 
 
 class Exported(Struct, frozen=True):
@@ -31,11 +35,19 @@ class Exported(Struct, frozen=True):
 
 
 def export_adapter(
-    checkpoint: Checkpoint, adapter: Path, to: Path, format: str, *, type: str | None = None, name: str | None = None
+    checkpoint: Checkpoint,
+    adapter: Path,
+    to: Path,
+    format: str,
+    *,
+    type: str | None = None,
+    name: str | None = None,
+    template: str | None = None,
 ) -> Exported:
     """Write the adapter in the folder `adapter` to `to`, which must not exist: a folder (merged, peft) or a file (gguf,
     gguf-lora); after a crash it is there and whole, or not there.
 
+    `template`: source of the chat template that goes with the adapter; it is written in place of the base's.
     `type`: f32, f16, bf16, q8_0 or q4_k for gguf; float32, float16 or bfloat16 for merged; default: the base's. Raises
     `InvalidRequest` for a format or type that does not exist, `ModelLoadError` and `AdapterInvalid` where the files do
     not fit, and `OSError`, `FileExistsError` among them.
@@ -43,19 +55,32 @@ def export_adapter(
     check_format(format, type)
     if to.exists():
         raise FileExistsError(17, "it is there already", str(to))
+    if template is not None:
+        checkpoint = replace(checkpoint, tokenizer=_with_template(checkpoint, template))
     merge = open_merge(checkpoint, adapter)
     if format in ("gguf", "gguf-lora"):
-        write = write_lora if format == "gguf-lora" else partial(write_merged, type=type)
+        write = write_lora if format == "gguf-lora" else partial(write_merged, type=type, template=template)
         _write_file(to, lambda path: write(path, merge, name=name or to.stem))
     else:
         with fresh_directory(to) as folder:
             if format == "merged":
                 write_model(folder, checkpoint, _tensors(merge, type))
+                if template is not None:
+                    write_template(folder, checkpoint)
             else:
                 for file in (CONFIG, WEIGHTS):
                     shutil.copyfile(adapter / file, folder / file)
+                if template is not None:
+                    write_file(folder / TEMPLATE, template.encode())
     files = [to] if to.is_file() else list(to.iterdir())
     return Exported(str(to), format, type, sum(file.stat().st_size for file in files))
+
+
+def _with_template(checkpoint: Checkpoint, template: str) -> Tokenizer:
+    try:
+        return checkpoint.tokenizer.with_template(template)
+    except ChatTemplateError as error:
+        raise ModelLoadError(f"The adapter's own chat template: {error}") from error
 
 
 def _tensors(merge: Merge, type: str | None) -> Iterator[tuple[str, Tensor]]:

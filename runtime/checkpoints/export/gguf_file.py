@@ -39,11 +39,17 @@ from runtime.model.lora import LoraPart
 FILE_TYPES = {F32: 0, F16: 1, Q8_0: 7, Q4_K: 14, BF16: 32}
 """GGML's number → llama.cpp's number for a file that is mostly of this type."""
 FILE_TYPE = "general.file_type"
+TEMPLATE = "tokenizer.chat_template"
+END_OF_TURN = "tokenizer.ggml.eot_token_id"
 
 
-def write_merged(path: Path, merge: Merge, *, type: str | None, name: str) -> None:
-    """Write the merged model. `type`: a key of TYPES; default: each tensor as in a GGUF base, where the type can be
-    written, else f16. Raises `ModelLoadError` for an architecture that GGUF files are not written of, and `OSError`."""
+def write_merged(path: Path, merge: Merge, *, type: str | None, name: str, template: str | None = None) -> None:
+    """Write the merged model.
+
+    `type`: a key of TYPES; default: each tensor as in a GGUF base, where the type can be written, else f16. `template`:
+    the source of a chat template other than the base's. Raises `ModelLoadError` for an architecture that GGUF files are
+    not written of, and `OSError`.
+    """
     wanted = None if type is None else TYPES[type]
     fields, tensors = (
         _from_gguf(merge, wanted)
@@ -51,6 +57,10 @@ def write_merged(path: Path, merge: Merge, *, type: str | None, name: str) -> No
         else _from_model(merge, F16 if wanted is None else wanted)
     )
     fields["general.name"] = encode_field("general.name", value_of(name))
+    if template is not None:
+        fields[TEMPLATE] = encode_field(TEMPLATE, value_of(template))
+        if (end := merge.checkpoint.tokenizer.turn_end.token_id) is not None:
+            fields[END_OF_TURN] = encode_field(END_OF_TURN, value_of(end))
     write_gguf(path, fields, tensors)
 
 

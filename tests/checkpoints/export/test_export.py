@@ -203,3 +203,28 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(tmp_path: Path) ->
         export_adapter(checkpoint, tmp_path / "adapter", tmp_path / "there", "merged")
     assert not list((tmp_path / "out").glob("*"))
     assert not list((tmp_path / "there").iterdir())
+
+
+LOUD = "{% for m in messages %}{{ m.role | upper }} {{ m.content }}<|im_end|>{% endfor %}"
+
+
+def test_a_template_that_goes_with_the_adapter(tmp_path: Path) -> None:
+    """It takes the base's place, and its end of a turn ends the answers."""
+    base = open_checkpoint(str(make_base(tmp_path / "base", "llama")))
+    adapted(tmp_path / "base", "llama", tmp_path / "adapter")
+    for format in ("merged", "gguf", "peft"):
+        export_adapter(base, tmp_path / "adapter", tmp_path / format, format, template=LOUD, name="loud")
+    assert (tmp_path / "peft" / "chat_template.jinja").read_text() == LOUD
+    merged = open_checkpoint(str(tmp_path / "merged")).tokenizer
+    from transformers import AutoTokenizer
+
+    chat = [{"role": "user", "content": "hello"}]
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "merged").apply_chat_template(chat, tokenize=False)
+    (tmp_path / "gguf").rename(tmp_path / "loud.gguf")
+    for tokenizer in (merged, open_checkpoint(str(tmp_path / "loud.gguf")).tokenizer):
+        assert tokenizer.render_chat(chat) == theirs == "USER hello<|im_end|>"
+        assert tokenizer.turn_end.token_id == tokenizer.token_id("<|im_end|>")
+    generation = json.loads((tmp_path / "merged" / "generation_config.json").read_text())
+    assert merged.token_id("<|im_end|>") in generation["eos_token_id"]
+    with pytest.raises(ModelLoadError, match=r"own chat template: .*not valid Jinja"):
+        export_adapter(base, tmp_path / "adapter", tmp_path / "x", "merged", template="{% if %}")

@@ -2,6 +2,7 @@
 
 import re
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from runtime.errors import ModelNotFound
 from runtime.trainer.recipe import Dataset, Document, Recipe, RecipeError, adapter_name, load_recipe, recipe_from
 from runtime.trainer.recipe.keys import DATASET_NOTED, DATASET_REFUSED, NOTED, REFUSED
 from runtime.trainer.recipe.legacy import RENAMED
+from tests.trainer.recipe.acceptance import check_folder, report
 
 BASIC: dict[str, Any] = {"adapter": "lora", "learning_rate": 2e-4, "datasets": [{"path": "a.jsonl"}]}
 
@@ -476,3 +478,15 @@ def test_the_recipe_encodes() -> None:
 
     recipe = load_recipe(CHAT.encode(), max_lora_rank=64)
     assert msgspec.json.decode(msgspec.json.encode(recipe), type=Recipe) == recipe
+
+
+def test_a_folder_of_recipes_is_counted_by_class(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "lora.yml").write_text(QLORA)
+    (tmp_path / "full.yaml").write_text(QLORA.replace("adapter: qlora", "adapter:").replace("lora_", "# lora_"))
+    table = tmp_path / "classes.csv"
+    table.write_text("file,adapter,objective,modality\nsub/lora.yml,qlora,sft,text\nfull.yaml,full,sft,text\n")
+    assert list(report(list(check_folder(tmp_path, table)), refused=False)) == [
+        "adapter, sft, text: 1 of 1 accepted, 0 refused with one sentence",
+        "all weights, sft, text: 0 of 1 accepted, 1 refused with one sentence",
+    ]
