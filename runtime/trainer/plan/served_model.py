@@ -1,5 +1,6 @@
 """Checks of a recipe against the served model: the linears that it adapts, its template and its tokens."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -122,6 +123,8 @@ def choose_template(recipe: Recipe, tokenizer: Tokenizer) -> TemplateChoice | No
     found: dict[str | None, tuple[str, str]] = {}
     for param, name, source in _named(recipe):
         chosen = _source_of(param, name, source, tokenizer)
+        if recipe.chat_template_kwargs and (rest := chosen or tokenizer.chat_template) is not None:
+            chosen = _with_variables(rest, recipe.chat_template_kwargs)
         found.setdefault(None if chosen is None or _alike(chosen, tokenizer) else chosen, (param, name))
     if len(found) > 1:
         (one, _), (other, _) = list(found.values())[:2]
@@ -131,6 +134,15 @@ def choose_template(recipe: Recipe, tokenizer: Tokenizer) -> TemplateChoice | No
             param=other,
         )
     return next((TemplateChoice(name, source) for source, (_, name) in found.items() if source is not None), None)
+
+
+def _with_variables(source: str, variables: Mapping[str, bool | int | float | str]) -> str:
+    """The template with values of variables for requests that do not set them."""
+    lines = [
+        f"{{% if {name} is not defined %}}{{% set {name} = {json.dumps(value, ensure_ascii=False)} %}}{{% endif %}}"
+        for name, value in variables.items()
+    ]
+    return "".join(lines) + source
 
 
 def _named(recipe: Recipe) -> Iterator[tuple[str, str, str | None]]:

@@ -213,7 +213,6 @@ _REFUSED: dict[str, Refused] = {
     "added_tokens_overrides": Refused("the vocabulary is the served model's; leave it out"),
     "fix_untrained_tokens": Refused("embeddings stay as they are; leave it out"),
     "peft_trainable_token_indices": Refused("embeddings stay as they are; leave it out"),
-    "chat_template_kwargs": Refused("requests set variables of the template; leave it out"),
     "qat": Refused(
         "training for a later quantisation is not supported; an adapter is trained on the base as served", of=_FULL
     ),

@@ -122,6 +122,8 @@ _ONE_OF = [
     ("eval_steps", "evals_per_epoch"),
     ("val_set_size", "test_datasets"),
 ]
+_TEMPLATES_OWN = frozenset({"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token"})
+"""Variables of a template that the chat decides."""
 _AMOUNTS = ("eval_steps", "save_steps", "warmup_steps", "val_set_size")
 
 
@@ -146,6 +148,9 @@ def find_problems(recipe: Recipe, values: Mapping[str, Any], *, max_lora_rank: i
         yield "group_by_length", "has no meaning with sample_packing, which fills its bins by length; set one of them"
     if recipe.chat_template == "jinja" and recipe.chat_template_jinja is None:
         yield "chat_template_jinja", "is missing: chat_template is jinja"
+    for name in recipe.chat_template_kwargs:
+        if not name.isidentifier() or name in _TEMPLATES_OWN:
+            yield f"chat_template_kwargs.{name[:64]}", "is no variable of a template that a recipe may set"
     if problem := recipe.publish.problem():
         yield "publish.when", problem
     if recipe.name is not None and (problem := name_problem(recipe.name)):

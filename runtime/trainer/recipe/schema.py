@@ -332,6 +332,14 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         ),
     ] = None
     chat_template_jinja: Annotated[Template | None, key("data", "Source of the template `jinja`.")] = None
+    chat_template_kwargs: Annotated[
+        dict[str, bool | int | float | str],
+        key(
+            "data",
+            "Variables of the template, such as `{enable_thinking: false}`. They go with the adapter; a request may "
+            "set them otherwise.",
+        ),
+    ] = field(default_factory=dict)
     default_system_message: Annotated[Text | None, key("data", "System message for the chats that have none.")] = None
     special_tokens: Annotated[
         dict[str, str], key("data", "Accepted where they are the model's own; the padding token is not needed.")

@@ -490,6 +490,24 @@ def test_an_end_of_several_tokens_is_a_text_at_which_requests_stop(planner: Plan
     assert (pieces[-1].text, pieces[-1].trained) == ("Hi[|endofturn|]\n", True)
 
 
+def test_variables_of_the_template_go_with_the_adapter(planner: Planner) -> None:
+    planner.write("rows.jsonl", [ROW])
+    source = "{% for m in messages %}{{ m.role }}{{ mark }} {{ m.content }}<|im_end|>{% endfor %}"
+    plan = planner.plan(chat_template_jinja=source, chat_template_kwargs={"mark": '"\\n', "other": False})
+    assert shown(plan) == 'user"\\n Hello<|im_end|>assistant"\\n Hi<|im_end|>'
+    assert plan.template is not None
+    served = planner.tokenizer.with_template(plan.template.source)
+    assert served.render_chat(ROW["messages"], add_generation_prompt=False) == shown(plan)
+    asked = served.render_chat(ROW["messages"], add_generation_prompt=False, template_kwargs={"mark": "?"})
+    assert asked == "user? Hello<|im_end|>assistant? Hi<|im_end|>"
+    # Without an effect, the model's own template stays.
+    assert planner.plan(chat_template_kwargs={"enable_thinking": False}).template is None
+    off = planner.plan(chat_template="qwen3", chat_template_kwargs={"enable_thinking": False})
+    assert off.template is not None
+    served = planner.tokenizer.with_template(off.template.source)
+    assert served.render_chat(ROW["messages"][:1]).endswith("<think>\n\n</think>\n\n")
+
+
 def test_templates_that_differ(planner: Planner) -> None:
     with pytest.raises(InvalidRequest, match=r"datasets\[1\].chat_template is another template than datasets\[0\]"):
         planner.plan(
