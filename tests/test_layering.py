@@ -101,6 +101,7 @@ ALLOWED: dict[str, set[str]] = {
         "runtime.access",
         "runtime.model",
         "runtime.checkpoints",
+        "runtime.adapters",
         "runtime.trainer.recipe",
         "runtime.trainer.data",
         "runtime.trainer",

@@ -428,7 +428,7 @@ COMBINATIONS: list[dict[str, Any]] = [
     {"expert_parallel_size": 8, "use_sonicmoe": True, "dp_shard_size": 1, "context_parapllel_size": 2},
     {"use_otel_metrics": True, "otel_metrics_port": 8000, "swanlab_mode": "cloud", "trackio_space_id": "x"},
     {"curriculum_sampling": True, "sample_packing": True, "sample_packing_sequentially": True, "test_value": True},
-    {"pretrain_multipack_attn": True, "streaming": True, "plugins": ["a.B"], "strict": False},
+    {"pretrain_multipack_attn": True, "streaming": True, "max_steps": 9, "plugins": ["a.B"], "strict": False},
 ]
 """Keys as recipes for LoRA combine them."""
 
