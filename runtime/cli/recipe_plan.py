@@ -31,8 +31,9 @@ def print_plan(plan: PlanSummary) -> None:
     batch = f"{plan.micro_batch_size} × {plan.gradient_accumulation_steps} × {plan.ranks}"
     lines = [
         ("base model", plan.base_model),
-        ("training rows", _rows(plan.train)),
-        ("test rows", _rows(plan.test) if plan.test.examples else "none"),
+        ("method", plan.method),
+        ("training rows", _rows(plan.train, plan.method)),
+        ("test rows", _rows(plan.test, plan.method) if plan.test.examples else "none"),
         ("batch", f"{plan.effective_batch} ({batch}: micro-batch, accumulation, ranks){_bins(plan)}"),
         (
             "steps",
@@ -70,18 +71,20 @@ def _evaluated(plan: PlanSummary) -> str:
     return f"every {every} steps, and at the end" if every else "at the end"
 
 
-def _rows(stats: DataStats) -> str:
+def _rows(stats: DataStats, method: str) -> str:
+    noun = {"supervised": "", "kto": " labelled answers"}.get(method, " pairs")
     counts = stats.counts
     left_out = [
         (counts.too_long, "too long"),
         (counts.too_short, "too short"),
         (counts.untrained, "without an answer"),
+        (counts.ties, "with equal answers"),
         (counts.duplicates, "duplicates"),
         (counts.truncated, "truncated"),
     ]
     details = "".join(f", {count} {what}" for count, what in left_out if count)
     return (
-        f"{stats.examples}{details}; {stats.tokens:,} tokens, {stats.trained_tokens:,} of them trained on; "
+        f"{stats.examples}{noun}{details}; {stats.tokens:,} tokens, {stats.trained_tokens:,} of them trained on; "
         f"longest {stats.longest}"
     )
 

@@ -24,7 +24,7 @@ from runtime.trainer.plan.plan import Plan, feed, prepare, summarize
 from runtime.trainer.plan.served_model import by_linear
 from runtime.trainer.recipe import adapter_name, load_recipe
 from runtime.trainer.shape import shape_of_base
-from runtime.trainer.sliced_run import RunSpec, SlicedRun, TrainingHost
+from runtime.trainer.sliced_run import LossSpec, RunSpec, SlicedRun, TrainingHost
 from runtime.trainer.snapshot import Restored, read_snapshot
 from settings.schema import Settings
 
@@ -218,7 +218,8 @@ class EngineRun:
         plan, service = self._plan, self._service
         restored: Restored | None = None if resume_from is None else read_snapshot(resume_from)
         targets = by_linear(plan.targets, service.lora_base.places)
-        spec = RunSpec(recipe=plan.recipe, schedule=plan.schedule, targets=targets)
+        loss = LossSpec.of(plan.recipe)
+        spec = RunSpec(recipe=plan.recipe, schedule=plan.schedule, targets=targets, loss=loss)
 
         def write(directory: Path, layers: LoraLayers) -> None:
             base, name = service.lora_base, plan.recipe.base_model

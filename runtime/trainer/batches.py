@@ -46,6 +46,17 @@ def pack_in_order(lengths: Sequence[int], capacity: int) -> list[Bin]:
     return [tuple(bin) for bin in bins]
 
 
+def grouped(lengths: Sequence[int], group_size: int, capacity: int | None, *, in_order: bool = False) -> list[Bin]:
+    """Bins of whole groups of `group_size` examples that follow each other: packed where there is a `capacity`, else
+    a bin each. `in_order`: neighbours share a bin."""
+    starts = range(0, len(lengths), group_size)
+    groups = [tuple(range(start, start + group_size)) for start in starts]
+    if capacity is None:
+        return groups
+    packed = (pack_in_order if in_order else pack)([sum(lengths[i] for i in group) for group in groups], capacity)
+    return [tuple(index for number in bin for index in groups[number]) for bin in packed]
+
+
 def _pack_window(lengths: Sequence[int], indices: range, capacity: int) -> list[Bin]:
     filled: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (free tokens, bin), sorted

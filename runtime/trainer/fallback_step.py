@@ -20,7 +20,7 @@ from runtime.trainer.losses import Loss, Score, Supervised, apply_loss, score_ta
 from runtime.trainer.losses.logprobs import LogitsHead
 from runtime.trainer.microbatch import MicroBatch
 from runtime.trainer.slices import Slice, Sliced, Slices
-from runtime.trainer.step import BACKWARD_COST
+from runtime.trainer.step import BACKWARD_COST, noisy
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +45,8 @@ class FallbackStep:
         dropout: float = 0.0,
         seed: int = 0,
         checkpointing: bool = True,
+        reference: Tensor | None = None,
+        noise: float = 0.0,
     ) -> None:
         self._model = model
         self._loss = loss or Supervised()
@@ -52,6 +54,9 @@ class FallbackStep:
         self._ops = ops
         self._batch = batch
         self._checkpointing = checkpointing
+        self._noise, self._seed = noise, seed
+        self.reference = reference
+        """[R] log-probabilities under the model without its adapter, for a loss that needs them: given or computed."""
         self._attention = PackedAttention(ops, [part.stop - part.start for part in batch.sequences], model.spec)
         every = slice(0, batch.num_tokens)
         self._adaptation = TrainingAdaptation(lora, dropout=dropout, seed=seed, rows=every, num_tokens=batch.num_tokens)
@@ -62,9 +67,9 @@ class FallbackStep:
     def forward_backward(self, weight: float) -> Slices:
         """See `MicroStep.forward_backward`."""
         stages, tokens = self._stages, self._batch.num_tokens
-        passes = stages * (self._loss.forward_passes + BACKWARD_COST)
+        passes = stages * (self._forward_passes + BACKWARD_COST)
         reference = yield from self._reference(passes)
-        hidden = self._embed()
+        hidden = noisy(self._embed(), self._batch, self._noise, self._seed)
         inputs: list[Tensor] = []
         kept: list[_Kept | None] = []
         for stage in range(stages):
@@ -90,19 +95,25 @@ class FallbackStep:
 
     def evaluate(self) -> Slices:
         """Only the `score`."""
-        passes = self._stages * self._loss.forward_passes
+        passes = self._stages * self._forward_passes
         reference = yield from self._reference(passes)
         hidden = yield from self._forward(self._adaptation, passes)
         self.score, _ = yield from apply_loss(
             self._loss, self._head, hidden, self._batch, reference=reference, weight=None
         )
 
+    @property
+    def _forward_passes(self) -> int:
+        """Forward passes of the model, that of the reference included where it is due."""
+        return 2 if self._loss.needs_reference and self.reference is None else 1
+
     def _reference(self, passes: int) -> Sliced[Tensor | None]:
         """Log-probabilities [R] under the model without its adapter, for a loss that needs them."""
-        if not self._loss.needs_reference:
-            return None
+        if not self._loss.needs_reference or self.reference is not None:
+            return self.reference
         hidden = yield from self._forward(None, passes)
-        return (yield from score_targets(self._head, hidden, self._batch))
+        self.reference = yield from score_targets(self._head, hidden, self._batch)
+        return self.reference
 
     def _forward(self, adaptation: Adaptation | None, passes: int) -> Sliced[Tensor]:
         """Output of the last stage [T, hidden], to score alone; each stage is one of the `passes`."""

@@ -27,6 +27,8 @@ class MicroBatch:
     """[S] number of targets of each sequence."""
     weights: Tensor
     """[S] float32: weight of each sequence in the loss."""
+    prompt_targets: tuple[int, ...] = ()
+    """[S] `Example.prompt_targets` of each sequence."""
 
     @property
     def num_tokens(self) -> int:
@@ -62,4 +64,5 @@ def collate(examples: Sequence[Example], device: torch.device) -> MicroBatch:
         targets=token_ids[index + 1].to(device),
         trained=tuple(trained),
         weights=torch.tensor([example.weight for example in examples]).to(device),
+        prompt_targets=tuple(example.prompt_targets for example in examples),
     )

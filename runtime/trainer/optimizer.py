@@ -5,13 +5,14 @@ temporaries of the first step, would leave holes that nothing fits into.
 """
 
 import importlib.util
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import groupby
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from runtime.trainer.layer_optimizers import ELEMENTWISE, MATRICES, EightBit, LayerOptimizer, Matrices, Named
 from runtime.trainer.recipe import Recipe
 from runtime.trainer.shards import Shards
 from runtime.trainer.slices import Slice, Sliced, Slices
@@ -25,9 +26,14 @@ class Optimizer:
         self._recipe = recipe
         self._shards = shards
         self._named = list(parameters)
-        layers = groupby(self._named, key=lambda item: item[0].partition(".")[0])
-        self._optimizers = [_make(recipe, [parameter for _, parameter in group]) for _, group in layers]
         self.zero_grad()
+        self._optimizers: list[LayerOptimizer] = []
+        self._scales: list[float] = []
+        """Of the learning rate, for each of them."""
+        for _, layer in groupby(self._named, key=lambda item: item[0].partition(".")[0]):
+            for scale, group in _by_scale(list(layer), recipe.loraplus_lr_ratio):
+                self._optimizers.append(_make(recipe, group, shards, self._matrices))
+                self._scales.append(scale)
 
     def step(self, factor: float) -> Sliced[float]:
         """Clip, change the parameters at `factor` times the learning rate, and clear the gradients.
@@ -42,6 +48,11 @@ class Optimizer:
             yield from self._change(self._recipe.learning_rate * factor)
         self.zero_grad()
         return norm
+
+    def _matrices(self, name: str) -> int:
+        """Number of matrices that lie one above the other in a parameter: those of A are one for each B."""
+        above = name.removesuffix(".a")
+        return 1 if above == name else max(1, sum(other.startswith(f"{above}.b.") for other, _ in self._named))
 
     def zero_grad(self) -> None:
         for _, parameter in self._named:
@@ -70,8 +81,9 @@ class Optimizer:
         done = 0
         while done < len(self._optimizers):
             count = yield Slice("optimizer", len(self._optimizers) - done)
-            for optimizer in self._optimizers[done : done + count]:
-                optimizer.step(rate)
+            part = slice(done, done + count)
+            for scale, optimizer in zip(self._scales[part], self._optimizers[part], strict=True):
+                optimizer.step(rate * scale)
             done += count
 
     def capture(self) -> dict[str, Tensor]:
@@ -97,7 +109,7 @@ class Optimizer:
                     if key.startswith(f"{name}.")
                 }
                 if state:
-                    optimizer.state[parameter] = state
+                    optimizer.restore(parameter, state)
 
     def release(self) -> None:
         """Release gradients and state: there will be no more steps."""
@@ -107,9 +119,8 @@ class Optimizer:
 
     def _state(self, parameter: Tensor) -> dict[str, Any]:
         for optimizer in self._optimizers:
-            if parameter in optimizer.state:
-                state: dict[str, Any] = optimizer.state[parameter]
-                return {key: value for key, value in state.items() if value is not None}
+            if any(parameter is own for own in optimizer.parameters):
+                return {key: value for key, value in optimizer.capture(parameter).items() if value is not None}
         return {}
 
 
@@ -118,94 +129,24 @@ def eight_bit_available(device: torch.device) -> bool:
     return device.type == "cuda" and importlib.util.find_spec("bitsandbytes") is not None
 
 
-class _LayerOptimizer(Protocol):
-    """Optimiser of the parameters of one layer."""
-
-    parameters: list[Tensor]
-    state: dict[Tensor, dict[str, Any]]
-    """State of each parameter, by torch's own names."""
-
-    def step(self, rate: float) -> None:
-        """Change the parameters by their gradients."""
-
-
-class _Sgd:
-    def __init__(self, parameters: list[Tensor], recipe: Recipe) -> None:
-        self.parameters = parameters
-        self.state: dict[Tensor, dict[str, Any]] = {}
-        self._weight_decay = recipe.weight_decay
-
-    @torch.no_grad()
-    def step(self, rate: float) -> None:
-        for parameter in self.parameters:
-            assert parameter.grad is not None
-            parameter.sub_(parameter.grad.add(parameter, alpha=self._weight_decay), alpha=rate)
+def _by_scale(layer: list[Named], ratio: float | None) -> list[tuple[float, list[Named]]]:
+    """A layer's parameters by the scale of their learning rate: with a `ratio`, that of LoRA+ (arXiv:2402.12354) for B
+    matrices and vectors, as PEFT groups them."""
+    if ratio is None:
+        return [(1.0, layer)]
+    raised = [item for item in layer if ".b." in item[0] or item[1].ndim == 1]
+    plain = [item for item in layer if not any(item[1] is other for _, other in raised)]
+    return [(scale, some) for scale, some in ((1.0, plain), (ratio, raised)) if some]
 
 
-class _AdamW:
-    """torch's fused kernel (arXiv:1711.05101), without the class around it: that imports torch's compiler, which
-    takes 74 MB and a second."""
-
-    def __init__(self, parameters: list[Tensor], recipe: Recipe) -> None:
-        self.parameters = parameters
-        self.state: dict[Tensor, dict[str, Any]] = {
-            parameter: {
-                "step": torch.zeros((), device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
-            for parameter in parameters
-        }
-        self._recipe = recipe
-
-    @torch.no_grad()
-    def step(self, rate: float) -> None:
-        states = [self.state[parameter] for parameter in self.parameters]
-        steps = [state["step"] for state in states]
-        torch._foreach_add_(steps, 1)
-        torch._fused_adamw_(
-            self.parameters,
-            [parameter.grad for parameter in self.parameters if parameter.grad is not None],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [],
-            steps,
-            lr=rate,
-            beta1=self._recipe.adam_beta1,
-            beta2=self._recipe.adam_beta2,
-            weight_decay=self._recipe.weight_decay,
-            eps=self._recipe.adam_epsilon,
-            amsgrad=False,
-            maximize=False,
-        )
-
-
-class _EightBit:
-    """AdamW of bitsandbytes, whose state is in 8 bits."""
-
-    def __init__(self, parameters: list[Tensor], recipe: Recipe) -> None:
-        import bitsandbytes
-
-        self.parameters = parameters
-        untyped: Any = bitsandbytes.optim
-        self._optimizer: torch.optim.Optimizer = untyped.AdamW8bit(
-            parameters,
-            lr=recipe.learning_rate,
-            betas=(recipe.adam_beta1, recipe.adam_beta2),
-            eps=recipe.adam_epsilon,
-            weight_decay=recipe.weight_decay,
-        )
-        self.state: dict[Tensor, dict[str, Any]] = self._optimizer.state
-
-    def step(self, rate: float) -> None:
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
-        self._optimizer.step()
-
-
-def _make(recipe: Recipe, parameters: list[Tensor]) -> _LayerOptimizer:
-    if recipe.optimizer_family == "sgd":
-        return _Sgd(parameters, recipe)
-    if recipe.optimizer_family == "adamw_8bit" and eight_bit_available(parameters[0].device):
-        return _EightBit(parameters, recipe)
-    return _AdamW(parameters, recipe)
+def _make(recipe: Recipe, named: list[Named], shards: Shards, matrices: Callable[[str], int]) -> LayerOptimizer:
+    family, parameters = recipe.optimizer_family, [parameter for _, parameter in named]
+    if family == "adamw_8bit":
+        if eight_bit_available(parameters[0].device):
+            return EightBit(parameters, recipe)
+        family = "adamw"
+    if family in ELEMENTWISE:
+        return ELEMENTWISE[family](parameters, recipe)
+    if not shards.alone:
+        raise ValueError(f"optimizer {recipe.optimizer} works on whole matrices, of which each rank holds a part")
+    return Matrices([(parameter, matrices(name)) for name, parameter in named], recipe, MATRICES[family])

@@ -35,6 +35,7 @@ from runtime.trainer.batches import ExampleFeed
 from runtime.trainer.data.example import Example
 from runtime.trainer.lora import TrainableLora, mix
 from runtime.trainer.losses import Loss, Score, make_loss
+from runtime.trainer.losses.reference import ReferenceScores
 from runtime.trainer.microbatch import MicroBatch, collate
 from runtime.trainer.optimizer import Optimizer
 from runtime.trainer.recipe import Recipe
@@ -56,6 +57,7 @@ class Micro(Protocol):
     score: Score
     fraction: float
     """Share of it that is done, from 0 to 1."""
+    reference: Tensor | None
 
     def forward_backward(self, weight: float) -> Slices: ...
 
@@ -72,15 +74,39 @@ def micro_step(
     dropout: float = 0.0,
     seed: int = 0,
     checkpointing: bool = True,
+    reference: Tensor | None = None,
+    noise: float = 0.0,
 ) -> Micro:
     """Arguments as `MicroStep`'s."""
     if isinstance(model, Decoder):
-        return MicroStep(model, ops, lora, batch, loss=loss, dropout=dropout, seed=seed, checkpointing=checkpointing)
+        return MicroStep(
+            model,
+            ops,
+            lora,
+            batch,
+            loss=loss,
+            dropout=dropout,
+            seed=seed,
+            checkpointing=checkpointing,
+            reference=reference,
+            noise=noise,
+        )
     from runtime.model.fallback import FallbackDecoder
     from runtime.trainer.fallback_step import FallbackStep  # imports transformers, as the model has
 
     assert isinstance(model, FallbackDecoder)
-    return FallbackStep(model, ops, lora, batch, loss=loss, dropout=dropout, seed=seed, checkpointing=checkpointing)
+    return FallbackStep(
+        model,
+        ops,
+        lora,
+        batch,
+        loss=loss,
+        dropout=dropout,
+        seed=seed,
+        checkpointing=checkpointing,
+        reference=reference,
+        noise=noise,
+    )
 
 
 # -- watchdog --------------------------------------------------------------------------------------
@@ -101,7 +127,7 @@ class Watchdog:
 
     def __init__(self, recipe: Recipe, vocab_size: int, *, above: int = 0) -> None:
         """`above`: see the attribute; for a run that is continued."""
-        self._threshold = recipe.loss_watchdog_threshold or watchdog_threshold(vocab_size)
+        self._threshold = watchdog_threshold(recipe, vocab_size)
         self._patience = recipe.loss_watchdog_patience
         self.above = above
         """Steps in a row with a loss above the threshold."""
@@ -259,12 +285,16 @@ class TrainingRun(SlicedRun):
         self._lora = TrainableLora(decoder, spec.targets, spec.shape, seed=spec.recipe.seed)
         self._optimizer = Optimizer(self._lora.parameters(), spec.recipe, self._lora.shards)
         self._progress = RunProgress()
+        self._reference = ReferenceScores()
         self._best: Mapping[str, Tensor] | None = None
         if restored is not None:
             self._lora.restore(restored.parameters)
             self._optimizer.restore(restored.optimizer)
             self._progress = msgspec.structs.replace(restored.progress)
             self._best = restored.best or restored.parameters
+            self._reference.restore(restored.reference)
+        if spec.recipe.neftune_noise_alpha and not getattr(decoder, "separable", True):
+            raise ValueError("neftune_noise_alpha is not possible with this model: its embeddings cannot be told apart")
         self._watchdog = Watchdog(spec.recipe, decoder.spec.vocab_size, above=self._progress.steps_above)
         super().__init__(on_event, clock, whole=whole)
         self.pacer.learn(self._progress.rates)
@@ -315,7 +345,7 @@ class TrainingRun(SlicedRun):
                     accuracy=score.accuracy,
                     seconds=now - began,
                     busy_seconds=now_busy - busy,
-                    metrics=score.metrics,
+                    metrics=self._loss.summary(score.metrics),
                 )
             )
             self._headway.end_step()
@@ -373,10 +403,20 @@ class TrainingRun(SlicedRun):
                 dropout=recipe.lora_dropout,
                 seed=mix(recipe.seed, step, index),
                 checkpointing=recipe.gradient_checkpointing,
+                reference=self._known_reference(examples),
+                noise=recipe.neftune_noise_alpha,
             )
             yield from self._headway.watch(micro.forward_backward(1 / max(1, units)), micro, examples)
+            self._keep_reference(examples, micro)
             total.add(micro.score)
         return total
+
+    def _known_reference(self, examples: Sequence[Example]) -> Tensor | None:
+        return self._reference.find(examples, self._decoder.device) if self._loss.needs_reference else None
+
+    def _keep_reference(self, examples: Sequence[Example], micro: Micro) -> None:
+        if micro.reference is not None:
+            self._reference.add(examples, micro.reference)
 
     def _after_step(self) -> Sliced[bool]:
         """Evaluate, capture and stand still where that is due; True when the run should end early."""
@@ -402,8 +442,10 @@ class TrainingRun(SlicedRun):
         self._headway.begin("eval", self._progress.step, self._test)
         for examples in self._test:
             batch = collate(examples, self._decoder.device)
-            micro = micro_step(self._decoder, self._ops, self._lora, batch, loss=self._loss)
+            reference = self._known_reference(examples)
+            micro = micro_step(self._decoder, self._ops, self._lora, batch, loss=self._loss, reference=reference)
             yield from self._headway.watch(micro.evaluate(), micro, examples)
+            self._keep_reference(examples, micro)
             total.add(micro.score)
         progress = self._progress
         better = progress.best_loss is None or total.mean < progress.best_loss
@@ -418,7 +460,7 @@ class TrainingRun(SlicedRun):
                 loss=total.mean,
                 accuracy=total.accuracy,
                 tokens=total.tokens,
-                metrics=total.metrics,
+                metrics=self._loss.summary(total.metrics),
             )
         )
         patience = self._spec.recipe.early_stopping_patience
@@ -451,6 +493,7 @@ class TrainingRun(SlicedRun):
                 progress=progress,
                 parameters=self._lora.capture(),
                 optimizer={} if last else self._optimizer.capture(),
+                reference={} if last else self._reference.capture(),
                 best=None if progress.best_step in (0, progress.step) else self._best,
                 write_adapter=lambda path, captured: self._write_adapter(path, self._lora.layers_of(captured)),
             )

@@ -1,6 +1,7 @@
 """Number of a job's steps, the steps at which something happens besides training, and the learning rate over them."""
 
 import math
+from collections.abc import Callable
 
 from msgspec import Struct
 
@@ -49,18 +50,107 @@ def make_schedule(recipe: Recipe, microbatches: int, *, evaluates: bool) -> Sche
 
 
 def rate_factor(recipe: Recipe, schedule: Schedule, step: int) -> float:
-    """Factor of the learning rate at step `step` (from 1): a linear warmup, then `lr_scheduler`. The values of
-    transformers' `get_scheduler`."""
+    """Factor of the learning rate at step `step` (from 1): warmup, then `lr_scheduler`. The values of transformers'
+    `get_scheduler`, of torch's `OneCycleLR`, and of Axolotl's own for the constant tail, quadratic warmup and rex."""
     done, warmup = step - 1, schedule.warmup_steps
+    if recipe.lr_scheduler == "one_cycle":
+        return _one_cycle(recipe, schedule, done)
     if done < warmup:
-        return done / max(1, warmup)
-    progress = (done - warmup) / max(1, schedule.total_steps - warmup)
-    if recipe.lr_scheduler in ("constant", "constant_with_warmup"):
-        return 1.0
-    if recipe.lr_scheduler == "linear":
-        return max(0.0, 1.0 - progress)
-    least = recipe.cosine_min_lr_ratio or 0.0
-    return least + (1 - least) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        return (done / max(1, warmup)) ** (2 if recipe.lr_quadratic_warmup else 1)
+    return _DECAYS[recipe.lr_scheduler](recipe, schedule, done - warmup)
+
+
+# -- decays ----------------------------------------------------------------------------------------
+#
+# Factors after `done` steps since the warmup.
+
+
+def _constant(recipe: Recipe, schedule: Schedule, done: int) -> float:
+    return 1.0
+
+
+def _linear(recipe: Recipe, schedule: Schedule, done: int) -> float:
+    return max(0.0, 1.0 - _progress(schedule, done))
+
+
+def _cosine(recipe: Recipe, schedule: Schedule, done: int) -> float:
+    """Half a wave, down to a least share; with `cosine_constant_lr_ratio` over that share of the steps alone."""
+    end = schedule.total_steps
+    if recipe.cosine_constant_lr_ratio is not None:
+        end = int(end * recipe.cosine_constant_lr_ratio)
+    progress = min(1.0, done / max(1, end - schedule.warmup_steps))
+    least, waves = least_share(recipe), recipe.lr_scheduler_kwargs.get("num_cycles", 0.5)
+    return max(0.0, least + (1 - least) * 0.5 * (1 + math.cos(2 * math.pi * waves * progress)))
+
+
+def _cosine_with_restarts(recipe: Recipe, schedule: Schedule, done: int) -> float:
+    progress = _progress(schedule, done)
+    if progress >= 1:
+        return 0.0
+    return 0.5 * (1 + math.cos(math.pi * (recipe.lr_scheduler_kwargs.get("num_cycles", 1) * progress % 1)))
+
+
+def _polynomial(recipe: Recipe, schedule: Schedule, done: int) -> float:
+    end = recipe.lr_scheduler_kwargs.get("lr_end", 1e-7) / recipe.learning_rate
+    left = max(0.0, 1 - _progress(schedule, done))
+    return float(end + (1 - end) * left ** recipe.lr_scheduler_kwargs.get("power", 1.0))
+
+
+def _inverse_sqrt(recipe: Recipe, schedule: Schedule, done: int) -> float:
+    scale = recipe.lr_scheduler_kwargs.get("timescale", schedule.warmup_steps or 10_000)
+    return 1 / math.sqrt((done + scale) / scale)
+
+
+def _rex(recipe: Recipe, schedule: Schedule, done: int) -> float:
+    """Reflected exponential (arXiv:2107.04197), with Axolotl's constants: it stays high for longer than a line."""
+    left = max(0.0, 1 - _progress(schedule, done))
+    least = least_share(recipe)
+    return least + (1 - least) * left / (0.1 + 0.9 * left)
+
+
+def _one_cycle(recipe: Recipe, schedule: Schedule, done: int) -> float:
+    """A cosine up from 1 / div_factor, and down to that / final_div_factor (arXiv:1708.07120). Moments stay as they
+    are, where torch's scheduler moves them the other way."""
+    options, total = recipe.lr_scheduler_kwargs, schedule.total_steps
+    first = 1 / options.get("div_factor", 25.0)
+    last = first / options.get("final_div_factor", 1e4)
+    top = options.get("pct_start", schedule.warmup_steps / total) * total - 1
+    if done <= top:
+        return _between(first, 1.0, done / top if top > 0 else 1.0)
+    return _between(1.0, last, min(1.0, (done - top) / max(1e-9, total - 1 - top)))
+
+
+def _between(start: float, end: float, progress: float) -> float:
+    return end + (start - end) / 2 * (1 + math.cos(math.pi * progress))
+
+
+def _progress(schedule: Schedule, done: int) -> float:
+    return done / max(1, schedule.total_steps - schedule.warmup_steps)
+
+
+def least_share(recipe: Recipe) -> float:
+    """Share of the learning rate that cosine and rex end at."""
+    options = recipe.lr_scheduler_kwargs
+    if "min_lr" in options:
+        return options["min_lr"] / recipe.learning_rate
+    return options.get("min_lr_rate", recipe.cosine_min_lr_ratio or 0.0)
+
+
+_DECAYS: dict[str, Callable[[Recipe, Schedule, int], float]] = {
+    "constant": _constant,
+    "constant_with_warmup": _constant,
+    "linear": _linear,
+    "cosine": _cosine,
+    "cosine_min_lr_ratio": _cosine,
+    "cosine_with_min_lr": _cosine,
+    "cosine_with_restarts": _cosine_with_restarts,
+    "polynomial": _polynomial,
+    "inverse_sqrt": _inverse_sqrt,
+    "rex": _rex,
+}
+
+
+# -- numbers of steps ------------------------------------------------------------------------------
 
 
 def _every(steps: float | None, times: int | None, per_epoch: int, total: int) -> int | None:

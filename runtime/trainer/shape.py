@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING
 
 from msgspec import Struct
 
+from runtime.trainer.recipe import Recipe
+from runtime.trainer.recipe.preference import beta_of
+
 if TYPE_CHECKING:
     from runtime.model.lora_base import LoraBase
     from runtime.model.spec import DecoderSpec
@@ -28,10 +31,13 @@ class ModelShape(Struct, frozen=True, kw_only=True):
     """Prefix of the full name of a linear, as PEFT writes it."""
 
 
-def watchdog_threshold(vocab_size: int) -> float:
-    """Loss, in nats a token, above which a run is lost where its recipe names none: one more than that of guessing
-    evenly among all tokens."""
-    return math.log(vocab_size) + 1
+def watchdog_threshold(recipe: Recipe, vocab_size: int) -> float:
+    """Loss above which a run is lost: the recipe's, else one nat more than that of guessing evenly among all tokens.
+    That of ipo begins at 1 / (2 beta)², so it is four times that where that is more."""
+    guessing = math.log(vocab_size) + 1
+    if recipe.rl == "ipo":
+        guessing = max(guessing, 1 / beta_of(recipe) ** 2)
+    return recipe.loss_watchdog_threshold or guessing
 
 
 def shape_of_base(spec: DecoderSpec, base: LoraBase, *, bytes_per_value: int) -> ModelShape:

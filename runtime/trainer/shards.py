@@ -32,6 +32,11 @@ class Shards:
         """Number of ranks that hold each index of the whole. A fused projection may have heads of both kinds, alone and
         copied."""
 
+    @property
+    def alone(self) -> bool:
+        """True where one rank holds everything."""
+        return self._group.size == 1
+
     def shape(self, name: str, tensor: Tensor) -> torch.Size:
         """Shape of the whole parameter of which `tensor` is held here."""
         held, sizes = self._held[name], list(tensor.shape)

@@ -19,6 +19,7 @@ from runtime.support.memory import give_back_memory
 from runtime.trainer.batches import ExampleFeed
 from runtime.trainer.lora import Targets
 from runtime.trainer.recipe import Recipe
+from runtime.trainer.recipe.preference import beta_of
 from runtime.trainer.schedule import Schedule, rate_factor
 from runtime.trainer.slices import Pacer, Slices, TrainingShare
 from runtime.trainer.snapshot import Restored, Snapshot
@@ -34,6 +35,38 @@ class LossSpec:
 
     name: str = "supervised"
     options: dict[str, float | str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> "LossSpec":
+        """The loss of a recipe."""
+        if recipe.rl is None:
+            return cls()
+        options = {"beta": beta_of(recipe), **_OPTIONS[recipe.rl](recipe)}
+        given: dict[str, float | str] = {name: value for name, value in options.items() if value is not None}
+        return cls(name="dpo" if recipe.rl == "ipo" else recipe.rl, options=given)
+
+
+def _dpo_options(recipe: Recipe) -> dict[str, float | None]:
+    terms: tuple[str, ...] = ("ipo",) if recipe.rl == "ipo" else recipe.dpo_loss_type or ("sigmoid",)
+    if recipe.dpo_norm_loss:
+        terms = ("sigmoid_norm",)
+    weights = dict(zip(terms, recipe.dpo_loss_weights or [1.0] * len(terms), strict=True))
+    smoothing = {"label_smoothing": recipe.dpo_label_smoothing}
+    return {"sigmoid": 0.0, "sft": recipe.rpo_alpha, **smoothing, **weights}
+
+
+_OPTIONS: dict[str, Callable[[Recipe], dict[str, float | None]]] = {
+    "dpo": _dpo_options,
+    "ipo": _dpo_options,
+    "orpo": lambda recipe: {},
+    "kto": lambda recipe: {
+        "desirable_weight": recipe.kto_desirable_weight,
+        "undesirable_weight": recipe.kto_undesirable_weight,
+    },
+    "cpo": lambda recipe: {"sft": recipe.cpo_alpha},
+    "simpo": lambda recipe: {"sft": recipe.cpo_alpha, "gamma": recipe.simpo_gamma},
+}
+"""Method → the further options of its loss; None: the loss's own default."""
 
 
 @dataclass(frozen=True, kw_only=True)

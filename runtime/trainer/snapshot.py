@@ -22,6 +22,8 @@ from runtime.support.failpoints import failpoint
 STATE = "state.json"
 ADAPTER = "adapter_files"
 GROUPS = ("parameters", "optimizer", "best")
+REFERENCE = "reference"
+"""A further group, of losses with a reference."""
 
 
 class RunProgress(Struct, kw_only=True):
@@ -54,6 +56,8 @@ class Snapshot:
     """The parameters of `progress.best_step`, where those are not the current ones."""
     write_adapter: Callable[[Path, Mapping[str, Tensor]], None] = field(repr=False)
     """Writes parameters in PEFT's format into a fresh directory, and syncs it."""
+    reference: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    """`ReferenceScores.capture` of what the run has computed so far."""
 
     def write(self, directory: Path) -> None:
         """Write everything into an existing empty directory, and sync it. Raises `OSError`."""
@@ -62,6 +66,8 @@ class Snapshot:
             GROUPS, (self.parameters, self.optimizer, self.best or {}), strict=True
         ):  # one file each: what is written is in memory twice meanwhile
             write_with(directory / _tensors(group), partial(save_file, dict(tensors)))
+        if self.reference:
+            write_with(directory / _tensors(REFERENCE), partial(save_file, dict(self.reference)))
         failpoint("snapshot.tensors_written")
         write_file(directory / STATE, msgspec.json.encode(self.progress))
         failpoint("snapshot.state_written")
@@ -82,6 +88,7 @@ class Restored:
     parameters: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
     best: Mapping[str, Tensor] | None
+    reference: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def read_snapshot(directory: Path) -> Restored:
@@ -94,6 +101,8 @@ def read_snapshot(directory: Path) -> Restored:
         for group in GROUPS:
             name = _tensors(group)
             groups.append(read_with(directory / name, load_file))
+        name = _tensors(REFERENCE)
+        reference = read_with(directory / name, load_file) if (directory / name).exists() else {}
     except OSError as error:
         if error.errno in TOO_MANY_FILES:
             raise
@@ -101,7 +110,7 @@ def read_snapshot(directory: Path) -> Restored:
     except (msgspec.MsgspecError, SafetensorError) as error:
         raise ValueError(f"{directory.name} is no complete checkpoint: {name} is damaged ({error})") from error
     parameters, optimizer, best = groups
-    return Restored(progress, parameters, optimizer, best or None)
+    return Restored(progress, parameters, optimizer, best or None, reference)
 
 
 def _tensors(group: str) -> str:

@@ -1,12 +1,14 @@
 """Forward and backward of one micro-batch, in slices: the layers one after the other, the loss, and back."""
 
+import math
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from kernels.training import TrainingOps
 from runtime.model.decoder import Decoder
-from runtime.trainer.lora import TrainableLora
+from runtime.trainer.lora import TrainableLora, mix
 from runtime.trainer.losses import Loss, Score, Supervised, apply_loss, score_targets
 from runtime.trainer.losses.logprobs import head_of
 from runtime.trainer.microbatch import MicroBatch
@@ -15,6 +17,18 @@ from runtime.trainer.stages import Context, LayerStep
 
 # Cost of a layer's backward pass, in forward passes of it.
 BACKWARD_COST = 2
+
+
+def noisy(hidden: Tensor, batch: MicroBatch, alpha: float, seed: int) -> Tensor:
+    """Input of the first layer [T, hidden] with the uniform noise of NEFTune (arXiv:2310.05914), whose bound is `alpha`
+    / sqrt(tokens of the sequence * hidden size). 0: none."""
+    if not alpha:
+        return hidden
+    generator = torch.Generator(hidden.device).manual_seed(mix(seed, 0x4E4F495345))
+    noise = torch.rand(hidden.shape, device=hidden.device, generator=generator).mul_(2).sub_(1)
+    for part in batch.sequences:
+        noise[part] *= alpha / math.sqrt((part.stop - part.start) * hidden.shape[1])
+    return hidden + noise.to(hidden.dtype)
 
 
 class MicroStep:
@@ -31,10 +45,16 @@ class MicroStep:
         dropout: float = 0.0,
         seed: int = 0,
         checkpointing: bool = True,
+        reference: Tensor | None = None,
+        noise: float = 0.0,
     ) -> None:
-        """`loss`: supervised by default; `seed` decides the dropout masks."""
+        """`loss`: supervised by default; `seed` decides the dropout masks and the noise; `reference` [R] are the
+        targets' log-probabilities without the adapter, where they are known; `noise`: see `noisy`."""
         self._loss = loss or Supervised()
         self._checkpointing = checkpointing
+        self._noise = noise
+        self.reference = reference
+        """[R] log-probabilities under the model without its adapter, for a loss that needs them: given or computed."""
         self._context = Context(
             decoder=decoder,
             ops=ops,
@@ -52,10 +72,10 @@ class MicroStep:
         """Add the gradient of `weight` times the loss's total to the parameters' `grad`. Then `score` is set."""
         context = self._context
         count = context.decoder.spec.num_layers
-        stages = count * self._loss.forward_passes + BACKWARD_COST * (count - context.lowest)
+        stages = count * self._forward_passes + BACKWARD_COST * (count - context.lowest)
         reference = yield from self._reference(stages)
         layers: list[LayerStep] = []
-        hidden = self._embedded()
+        hidden = noisy(self._embedded(), context.batch, self._noise, context.seed)
         # One block for what checkpointing keeps: between the temporaries of layers it would leave holes.
         kept = hidden.new_empty(count - context.lowest, *hidden.shape) if self._checkpointing else None
         for layer in context.decoder.layers:
@@ -80,19 +100,26 @@ class MicroStep:
     def evaluate(self) -> Slices:
         """Only the `score`."""
         context = self._context
-        stages = context.decoder.spec.num_layers * self._loss.forward_passes
+        stages = context.decoder.spec.num_layers * self._forward_passes
         reference = yield from self._reference(stages)
         hidden = yield from self._forward(context, stages)
         head = head_of(context.decoder, context.ops, hidden)
         self.score, _ = yield from apply_loss(self._loss, head, hidden, context.batch, reference=reference, weight=None)
 
+    @property
+    def _forward_passes(self) -> int:
+        """Forward passes of the model, that of the reference included where it is due."""
+        return 2 if self._loss.needs_reference and self.reference is None else 1
+
     def _reference(self, stages: int) -> Sliced[Tensor | None]:
         """Log-probabilities [R] under the model without its adapter, for a loss that needs them."""
-        if not self._loss.needs_reference:
-            return None
+        if not self._loss.needs_reference or self.reference is not None:
+            return self.reference
         context = replace(self._context, lora=None)
         hidden = yield from self._forward(context, stages)
-        return (yield from score_targets(head_of(context.decoder, context.ops, hidden), hidden, context.batch))
+        head = head_of(context.decoder, context.ops, hidden)
+        self.reference = yield from score_targets(head, hidden, context.batch)
+        return self.reference
 
     def _forward(self, context: Context, stages: int) -> Sliced[Tensor]:
         """Hidden states [T, hidden] after the last layer, to score alone; each layer is one of the `stages`."""

@@ -18,6 +18,8 @@ class Example:
     """[n] True for each token that is a target of the loss. The first never is: no token precedes it."""
     weight: float = 1.0
     """Weight of the sequence in the loss; the advantage, in policy gradients."""
+    prompt_targets: int = 0
+    """The first of the targets that lie in the prompt, for a loss that tells them from the answer's."""
 
     def __len__(self) -> int:
         return len(self.token_ids)

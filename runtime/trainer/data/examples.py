@@ -18,6 +18,7 @@ from runtime.trainer.data.example import Example, RowProblem, Rows
 from runtime.trainer.data.files import DataFile, DataFiles
 from runtime.trainer.data.formats import Format, guess, make_format
 from runtime.trainer.data.hub import HubDataset
+from runtime.trainer.data.preferences import PREFERENCE_TEXTS, make_preferences
 from runtime.trainer.data.readers import DataRow, Numbered, read_rows
 from runtime.trainer.recipe import Dataset, Recipe
 
@@ -77,6 +78,7 @@ MAX_TOKENS = 64 * 1024**2
 
 _LOADERS = {"json": "json", "jsonl": "jsonl", "csv": "csv", "parquet": "parquet"}
 """Paths that name a format; the files are in data_files then."""
+_TEXTS = ("alpaca", "prompt_completion", "completion")
 MAX_NAMED = 10
 """Rows of a kind that are listed by number."""
 
@@ -101,11 +103,13 @@ class RowCounts(Struct, kw_only=True):
     too_short: int = 0
     untrained: int = 0
     """Rows without a token to train on."""
+    ties: int = 0
+    """Pairs of equal answers."""
     duplicates: int = 0
     cut: int = 0
     """Rows of texts that became several examples, for their length."""
     named: dict[str, list[RowRef]] = field(default_factory=dict)
-    """The first rows of each of `truncated`, `too_long`, `too_short` and `untrained`."""
+    """The first rows of each of `truncated`, `too_long`, `too_short`, `untrained` and `ties`."""
 
     def note(self, what: str, file: str, row: int, tokens: int) -> None:
         """Count a row as `what`."""
@@ -198,12 +202,13 @@ class Reader:
 
     def _examples(self, form: Format, row: DataRow, counts: RowCounts, file: str, number: int) -> list[Example]:
         """The examples of a row as they are trained on; those that are not are counted."""
-        whole = form(row)
-        pieces = form.pieces(whole, self._recipe.sequence_len)
+        group = form(row)
+        if len(group) > 1:
+            return self._fitted(group, counts, file, number)
+        pieces = form.pieces(group[0], self._recipe.sequence_len)
         if len(pieces) > 1:
-            counts.note("cut", file, number, len(whole))
-        fitted = (self._fitted(piece, counts, file, number) for piece in pieces)
-        return [example for example in fitted if example is not None]
+            counts.note("cut", file, number, len(group[0]))
+        return [example for piece in pieces for example in self._fitted([piece], counts, file, number)]
 
     def _count(self, example: Example, param: str) -> None:
         self._tokens += len(example)
@@ -263,35 +268,50 @@ class Reader:
         return found, entry.ds_type or _LOADERS.get(entry.path)
 
     def _format(self, param: str, entry: Dataset, row: dict[str, Any]) -> Format:
-        kind = guess(row, entry) if entry.type == "auto" else entry.type
-        if isinstance(kind, str) and kind.startswith("chat_template") and self._tokenizer.chat_template is None:
+        preferences = self._recipe.rl is not None
+        kind = guess(row, entry) if entry.type == "auto" and not preferences else entry.type
+        rendered = isinstance(kind, str) and kind.startswith("chat_template")
+        if preferences:
+            rendered = kind not in PREFERENCE_TEXTS
+        if rendered and self._tokenizer.chat_template is None:
+            texts = ", ".join(PREFERENCE_TEXTS if preferences else _TEXTS)
             raise InvalidRequest(
                 f"{param}.type is {kind}, but the served model has no chat template: start the server with one "
-                "(--chat-template FILE), or train on texts (alpaca, prompt_completion, completion).",
+                f"(--chat-template FILE), or train on texts ({texts}).",
                 param=f"{param}.type",
             )
+        if preferences:
+            assert isinstance(kind, str), "checked with the recipe"
+            return make_preferences(kind, entry, self._recipe, self._tokenizer, self._ends)
         return make_format(kind, entry, self._recipe, self._tokenizer, self._ends)
 
-    def _fitted(self, example: Example, counts: RowCounts, file: str, number: int) -> Example | None:
-        """The example as it is trained on, or None, counted, when it is not."""
-        limit, length = self._recipe.sequence_len, len(example)
+    def _fitted(self, group: Sequence[Example], counts: RowCounts, file: str, number: int) -> list[Example]:
+        """The examples of a row as they are trained on; none, and the row counted, where one of them is not."""
+        limit, length = self._recipe.sequence_len, max(map(len, group))
         truncated = length > limit
         if truncated:
             if self._recipe.excess_length_strategy == "raise":
                 raise RowProblem(f"has {length} tokens, more than sequence_len ({limit})")
             if self._recipe.excess_length_strategy == "drop":
                 counts.note("too_long", file, number, length)
-                return None
-            example = Example(example.token_ids[:limit], example.trained[:limit])
-        if len(example) < self._recipe.min_sample_len:
-            counts.note("too_short", file, number, length)
-            return None
-        if not any(example.trained):
+                return []
+        fitted = [self._cut(example, limit) for example in group]
+        if (shortest := min(map(len, fitted))) < self._recipe.min_sample_len:
+            counts.note("too_short", file, number, shortest)
+            return []
+        if not all(any(example.trained) for example in fitted):
             counts.note("untrained", file, number, length)
-            return None
+            return []
+        if len(fitted) == 2 and fitted[0] == fitted[1]:
+            counts.note("ties", file, number, length)
+            return []
         if truncated:
             counts.note("truncated", file, number, length)
-        return Example([self._shared[id] for id in example.token_ids], example.trained)
+        return fitted
+
+    def _cut(self, example: Example, limit: int) -> Example:
+        ids = [self._shared[id] for id in example.token_ids[:limit]]
+        return Example(ids, example.trained[:limit], example.weight)
 
 
 def names_of(entry: Dataset) -> list[str]:
@@ -302,17 +322,18 @@ def names_of(entry: Dataset) -> list[str]:
     return [folder + name for name in entry.files]
 
 
-def without_duplicates(examples: Sequence[Example], seen: set[bytes]) -> list[Example]:
-    """The first of each that are equal, token for token and in what is trained on; `seen` is added to."""
-    kept = []
-    for example in examples:
-        key = _digest(example)
+def without_duplicates(examples: Sequence[Example], seen: set[bytes], group_size: int = 1) -> list[Example]:
+    """The first of each group that are equal, token for token and in what is trained on; `seen` is added to."""
+    kept: list[Example] = []
+    for start in range(0, len(examples), group_size):
+        group = examples[start : start + group_size]
+        key = b"".join(map(_digest, group))
         if key not in seen:
             seen.add(key)
-            kept.append(example)
+            kept += group
     return kept
 
 
 def _digest(example: Example) -> bytes:
-    words = array("q", example.token_ids).tobytes() + bytes(example.trained)
+    words = array("q", example.token_ids).tobytes() + bytes(example.trained) + array("d", [example.weight]).tobytes()
     return hashlib.blake2b(words, digest_size=16).digest()

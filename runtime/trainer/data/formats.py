@@ -86,9 +86,9 @@ class Format(ABC):
         self.columns: set[str] = set()
         """Columns that rows had."""
 
-    def __call__(self, row: Mapping[str, Any]) -> Example:
-        """The example of a row. Raises `RowProblem`, also for a row that the tokenizer or the template
-        refuses."""
+    def __call__(self, row: Mapping[str, Any]) -> list[Example]:
+        """The example of a row; of preferences, the group of them that belongs together. Raises `RowProblem`, also for
+        a row that the tokenizer or the template refuses."""
         if len(self.columns) < MAX_COLUMNS:
             self.columns |= {str(name) for name, value in row.items() if value is not None}
         try:
@@ -101,7 +101,7 @@ class Format(ABC):
         return [example]
 
     @abstractmethod
-    def _encode(self, row: Mapping[str, Any]) -> Example: ...
+    def _encode(self, row: Mapping[str, Any]) -> list[Example]: ...
 
     @property
     @abstractmethod
@@ -127,8 +127,11 @@ class ChatFormat(Format):
         self.seen = seen or Seen()
         self._systems: Counter[str | tuple[str, ...] | None] = Counter()
 
-    def _encode(self, row: Mapping[str, Any]) -> Example:
-        chat = self._read(row)
+    def _encode(self, row: Mapping[str, Any]) -> list[Example]:
+        return [self.encode_chat(self._read(row))]
+
+    def encode_chat(self, chat: Chat) -> Example:
+        """The example of a chat; its system message is remembered for `prompt`."""
         first = chat.messages[0]
         if len(self._systems) < 2:  # more do not matter
             content = first["content"] if first["role"] == "system" else None
@@ -153,11 +156,11 @@ class TextFormat(Format):
         self.fields = kind.columns
         self._systems: set[str] = set()
 
-    def _encode(self, row: Mapping[str, Any]) -> Example:
+    def _encode(self, row: Mapping[str, Any]) -> list[Example]:
         given = self._kind.read(row)
         if len(self._systems) < 2:  # more do not matter
             self._systems.add(given.system)
-        return self._texts.answer(self._kind.wording.prompt(given), given.answer)
+        return [self._texts.answer(self._kind.wording.prompt(given), given.answer)]
 
     @property
     def prompt(self) -> Prompt:
@@ -180,8 +183,8 @@ class PlainFormat(Format):
         self.fields = frozenset(fields)
         self._cuts = cuts
 
-    def _encode(self, row: Mapping[str, Any]) -> Example:
-        return self._encode_row(row)
+    def _encode(self, row: Mapping[str, Any]) -> list[Example]:
+        return [self._encode_row(row)]
 
     def pieces(self, example: Example, length: int) -> list[Example]:
         if not self._cuts or len(example) <= length:

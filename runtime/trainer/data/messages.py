@@ -218,7 +218,7 @@ class ChatRows:
             if marked is not None:
                 spans[len(messages)] = marked
             if trained:
-                _check_answer(message, index, marked)
+                check_answer(message, index, marked)
                 turns.append(len(messages))
             messages.append(message)
         if not messages:
@@ -321,7 +321,7 @@ class ChatRows:
         return None
 
 
-def _check_answer(message: Mapping[str, Any], index: int, spans: list[Span] | None) -> None:
+def check_answer(message: Mapping[str, Any], index: int, spans: list[Span] | None) -> None:
     """Raise `RowProblem` for an empty text that is trained on: only its end would be learned."""
     content = text_of(message["content"])
     text = content if spans is None else "".join(content[span.start : span.end] for span in spans if span.trained)

@@ -29,7 +29,7 @@ from runtime.trainer.recipe.schema import keys_of
 
 _log = get_logger("jobs")
 
-MAGIC = b"eft-examples-1\n"
+MAGIC = b"eft-examples-2\n"
 MAX_HEADER = 256 * 1024**2
 """Bytes of a header, most of which are the lengths of the examples."""
 _DIGEST = 32
@@ -93,6 +93,9 @@ class _Header(Struct, frozen=True, kw_only=True):
     train_lengths: bytes
     """uint32 each."""
     test_lengths: bytes
+    train_weights: bytes
+    """float32 each."""
+    test_weights: bytes
     train_counts: RowCounts
     test_counts: RowCounts
     prompt: Prompt
@@ -104,6 +107,8 @@ def data_key(recipe: Recipe, tokenizer_digest: str, tokenizer: Tokenizer, ends: 
     """Key of what examples are made from besides the rows: the recipe's data keys, the served model's tokenizer, the
     template of `tokenizer`, which may be the recipe's, and the ids that end a turn."""
     keys = {name: getattr(recipe, name) for name in keys_of("data")}
+    if recipe.rl is not None:  # the methods of pairs read the same
+        keys["rl"] = recipe.answers_per_row
     return _digest_of([sys.byteorder, tokenizer_digest, tokenizer.chat_template, sorted(ends), keys])
 
 
@@ -146,6 +151,8 @@ def write_prepared(path: Path, key: str, data: PreparedData) -> None:
         key=key,
         train_lengths=array("I", map(len, data.train)).tobytes(),
         test_lengths=array("I", map(len, data.test)).tobytes(),
+        train_weights=array("f", [example.weight for example in data.train]).tobytes(),
+        test_weights=array("f", [example.weight for example in data.test]).tobytes(),
         train_counts=data.train_counts,
         test_counts=data.test_counts,
         prompt=data.prompt,
@@ -225,7 +232,11 @@ def _read(file: _Checked, key: str, vocab_size: int) -> PreparedData:
     if (tokens := sum(map(sum, lengths))) > MAX_TOKENS:
         raise ValueError(f"it has {tokens} tokens")
     shared = list(range(vocab_size))  # one object an id, as in `Reader`
-    train, test = ([_example(file, length, shared) for length in some] for some in lengths)
+    weights = array("f", header.train_weights), array("f", header.test_weights)
+    train, test = (
+        [_example(file, length, weight, shared) for length, weight in zip(*some, strict=True)]
+        for some in zip(lengths, weights, strict=True)
+    )
     file.check()
     return PreparedData(
         train=train,
@@ -238,6 +249,6 @@ def _read(file: _Checked, key: str, vocab_size: int) -> PreparedData:
     )
 
 
-def _example(file: _Checked, length: int, shared: list[int]) -> Example:
+def _example(file: _Checked, length: int, weight: float, shared: list[int]) -> Example:
     ids = array("I", file.read(4 * length))
-    return Example([shared[id] for id in ids], [flag == 1 for flag in file.read(length)])
+    return Example([shared[id] for id in ids], [flag == 1 for flag in file.read(length)], weight)

@@ -3,7 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import fields
 
+from runtime.trainer.losses.cpo import Cpo, Simpo
+from runtime.trainer.losses.dpo import Dpo
+from runtime.trainer.losses.kto import Kto
 from runtime.trainer.losses.loss import Loss, LossInputs, LossValue, Score, apply_loss, score_targets
+from runtime.trainer.losses.orpo import Orpo
 from runtime.trainer.losses.supervised import Supervised
 
 __all__ = [
@@ -18,7 +22,14 @@ __all__ = [
     "score_targets",
 ]
 
-LOSSES: dict[str, type[Loss]] = {"supervised": Supervised}
+LOSSES: dict[str, type[Loss]] = {
+    "supervised": Supervised,
+    "dpo": Dpo,
+    "orpo": Orpo,
+    "kto": Kto,
+    "cpo": Cpo,
+    "simpo": Simpo,
+}
 
 
 def make_loss(name: str, options: Mapping[str, float | str]) -> Loss:

@@ -29,14 +29,20 @@ class LossInputs:
     """[S] number of targets of each sequence."""
     weights: Tensor
     """[S] float32: `Example.weight` of each sequence."""
+    prompt_targets: Sequence[int] = ()
+    """[S] number of each sequence's first targets that lie in its prompt; empty where none do."""
 
     def sums(self, values: Tensor) -> Tensor:
-        """Sums of values [R] over each sequence: [S]. The order of addition is fixed, on a GPU too."""
-        return torch.stack([part.sum() for part in torch.split(values, list(self.trained))])
+        """Sums of values [R] over each sequence's answer: [S]. The order of addition is fixed, on a GPU too."""
+        parts = torch.split(values, list(self.trained))
+        prompts = self.prompt_targets or [0] * len(parts)
+        return torch.stack([part[prompt:].sum() for part, prompt in zip(parts, prompts, strict=True)])
 
     def means(self, values: Tensor) -> Tensor:
-        """Means of values [R] over each sequence's targets: [S]; 0 for a sequence without any."""
-        return self.sums(values) / torch.tensor(self.trained, device=values.device).clamp(min=1)
+        """Means of values [R] over each sequence's answer: [S]; 0 for a sequence without targets in it."""
+        prompts = self.prompt_targets or [0] * len(self.trained)
+        counts = [count - prompt for count, prompt in zip(self.trained, prompts, strict=True)]
+        return self.sums(values) / torch.tensor(counts, device=values.device).clamp(min=1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +53,8 @@ class LossValue:
     """Sum over the loss's units; a scalar, differentiable by `LossInputs.logprobs`."""
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
     """Further numbers of the loss, each a sum over the same units. Reported as means, under these names."""
+    counts: Mapping[str, int] = field(default_factory=dict)
+    """Number of units that a metric is a sum over, where those are not all."""
 
 
 class Loss(ABC):
@@ -57,11 +65,6 @@ class Loss(ABC):
     needs_reference: ClassVar[bool] = False
     """True to have `LossInputs.reference`, at the cost of another forward pass."""
 
-    @property
-    def forward_passes(self) -> int:
-        """Forward passes of the model, that of the reference included."""
-        return 2 if self.needs_reference else 1
-
     @abstractmethod
     def __call__(self, inputs: LossInputs) -> LossValue:
         """Value for one micro-batch, as a differentiable function of the log-probabilities."""
@@ -70,6 +73,10 @@ class Loss(ABC):
         """Number of units that the value is a sum over, for sequences with these numbers of targets. A step's loss is
         the mean over the units of all its micro-batches."""
         return len(trained) // self.group_size
+
+    def summary(self, metrics: dict[str, float]) -> dict[str, float]:
+        """The metrics to report, of the means over a step or an evaluation."""
+        return metrics
 
     def slopes(self, batch: MicroBatch) -> Tensor | None:
         """Derivatives [R] by each log-probability, for a loss that is linear in them: the head is then passed through
@@ -90,6 +97,8 @@ class Score:
     """Targets."""
     further: dict[str, float] = field(default_factory=dict)
     """Sums of the loss's own metrics over its units."""
+    counts: dict[str, int] = field(default_factory=dict)
+    """Units of each of them."""
 
     def add(self, other: "Score") -> None:
         self.loss += other.loss
@@ -98,6 +107,7 @@ class Score:
         self.tokens += other.tokens
         for name, value in other.further.items():
             self.further[name] = self.further.get(name, 0.0) + value
+            self.counts[name] = self.counts.get(name, 0) + other.counts[name]
 
     @property
     def mean(self) -> float:
@@ -109,8 +119,8 @@ class Score:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Means of the loss's own metrics."""
-        return {name: value / max(1, self.units) for name, value in self.further.items()}
+        """Means of the loss's own metrics; none of those without a unit."""
+        return {name: value / self.counts[name] for name, value in self.further.items() if self.counts[name]}
 
 
 def score_targets(head: Head, hidden: Tensor, batch: MicroBatch) -> Sliced[Tensor]:
@@ -132,16 +142,18 @@ def apply_loss(
     scores = buffer.scores
     logprobs = scores.logprobs.detach().requires_grad_(weight is not None and slopes is None)
     with torch.set_grad_enabled(logprobs.requires_grad):
-        value = loss(LossInputs(logprobs, reference, batch.trained, batch.weights))
+        value = loss(LossInputs(logprobs, reference, batch.trained, batch.weights, batch.prompt_targets))
     if weight is not None and slopes is None:
         (found,) = torch.autograd.grad(value.total, logprobs)
         buffer = ScoreBuffer(hidden, batch, weight * found)
         yield from head.fill(buffer)
+    units = loss.units(batch.trained)
     score = Score(
         loss=float(value.total.detach()),
-        units=loss.units(batch.trained),
+        units=units,
         correct=int(scores.correct.sum()),
         tokens=batch.num_trained,
         further={name: float(total.detach()) for name, total in value.metrics.items()},
+        counts={name: value.counts.get(name, units) for name in value.metrics},
     )
     return score, buffer.grad

@@ -103,6 +103,9 @@ def row_notes(recipe: Recipe, counts: RowCounts, group: str) -> Iterator[str]:
     if counts.untrained:
         what = "have no token to train on, such as chats without an answer"
         yield f"{counts.untrained} rows{where} {what}: {_rows(counts, 'untrained')}."
+    if counts.ties:
+        what = "have two answers that are the same and are left out"
+        yield f"{counts.ties} rows{where} {what}: {_rows(counts, 'ties')}."
     if counts.too_long:
         yield f"{counts.too_long} rows{where} are longer than {limit} and left out: {_rows(counts, 'too_long')}."
     if counts.truncated:

@@ -16,6 +16,7 @@ from runtime.trainer.batches import ExampleFeed
 from runtime.trainer.data.example import Example
 from runtime.trainer.data.examples import Reader, RowCounts, names_of, without_duplicates
 from runtime.trainer.data.files import DataFiles
+from runtime.trainer.data.preferences import with_companions
 from runtime.trainer.data.prepared import KeptData, PreparedData
 from runtime.trainer.plan.notes import (
     end_warnings,
@@ -45,8 +46,8 @@ from runtime.trainer.shape import ModelShape, watchdog_threshold
 #
 # Rough cost of a job: memory from the model's shape, time from a rate that was measured elsewhere.
 
-_STATE_BYTES = {"adamw": 8, "adamw_8bit": 2, "sgd": 0}
-"""Bytes of optimiser state for each parameter: two moments in 32 or in 8 bits, or none."""
+_STATE_BYTES = {"adamw": 8, "adamw_8bit": 2, "sgd": 0, "lion": 4, "muon": 4, "adafactor": 1}
+"""Bytes of optimiser state for each parameter: two moments in 32 or in 8 bits, one, or a row and a column."""
 LOSS_CHUNK = 256
 """Tokens whose logits are in memory at once, as float32, with their gradients."""
 
@@ -133,6 +134,8 @@ def preview(example: Example, tokenizer: Tokenizer) -> list[PreviewPiece]:
 
 
 PREVIEWS = 3
+TRAINING_PASSES = 3
+"""Cost of training on a token, in forward passes of it."""
 
 
 class DataStats(Struct, frozen=True, kw_only=True):
@@ -140,7 +143,8 @@ class DataStats(Struct, frozen=True, kw_only=True):
 
     counts: RowCounts
     examples: int
-    """Examples of the set: rows that are used, less duplicates, and less the rows of the other set."""
+    """Examples of the set, of preferences pairs: rows that are used, less duplicates, and less the rows of the other
+    set."""
     tokens: int
     trained_tokens: int
     longest: int
@@ -220,11 +224,12 @@ def prepare(
     train, test = data.train, data.test
     if recipe.val_set_size > 0:
         train, test = _held_out(train, recipe)
+    if recipe.rl is not None:
+        _check_labels(recipe, train)
+        train, test = (with_companions(some, recipe.rl, recipe.sequence_len) for some in (train, test))
     lengths = [len(example) for example in train]
-    bins: list[batches.Bin] = [(index,) for index in range(len(train))]
-    if recipe.sample_packing:
-        pack = batches.pack_in_order if recipe.sample_packing_sequentially else batches.pack
-        bins = pack(lengths, recipe.sequence_len)
+    capacity = recipe.sequence_len if recipe.sample_packing else None
+    bins = batches.grouped(lengths, recipe.group_size, capacity, in_order=recipe.sample_packing_sequentially)
     schedule = make_schedule(recipe, -(-len(bins) // recipe.micro_batch_size), evaluates=bool(test))
     sizes = sorted((sum(lengths[index] for index in bin) for bin in bins), reverse=True)
     warnings = [
@@ -240,18 +245,18 @@ def prepare(
         train=train,
         test=test,
         schedule=schedule,
-        train_stats=_stats(train, data.train_counts),
-        test_stats=_stats(test, data.test_counts),
+        train_stats=_stats(train, data.train_counts, recipe.group_size),
+        test_stats=_stats(test, data.test_counts, recipe.group_size),
         estimate=estimate(
             recipe,
             shape,
             targets,
             largest=sum(sizes[: recipe.micro_batch_size]),
-            tokens=round(sum(lengths) * schedule.epochs),
+            tokens=round(sum(lengths) * (schedule.epochs + _reference_passes(recipe, schedule))),
             tokens_per_second=tokens_per_second,
         ),
-        watchdog_threshold=recipe.loss_watchdog_threshold or watchdog_threshold(shape.vocab_size),
-        previews=[preview(example, tokenizer) for example in train[:PREVIEWS]],
+        watchdog_threshold=watchdog_threshold(recipe, shape.vocab_size),
+        previews=[preview(example, tokenizer) for example in train[: PREVIEWS - PREVIEWS % recipe.group_size]],
         prompt=data.prompt,
         how_to_ask=how_to_ask(data.prompt, chats=tokenizer.chat_template is not None),
         warnings=warnings,
@@ -276,8 +281,9 @@ def _read(
     test = reader.read("test_datasets", recipe.test_datasets, test_counts)
     if recipe.dataset_exact_deduplication:
         seen: set[bytes] = set()
-        train, test = _unique(train, train_counts, seen), _unique(test, test_counts, seen)
-    train_counts.used, test_counts.used = len(train), len(test)
+        size = recipe.answers_per_row
+        train, test = _unique(train, train_counts, seen, size), _unique(test, test_counts, seen, size)
+    train_counts.used, test_counts.used = (len(some) // recipe.answers_per_row for some in (train, test))
     if not train:
         raise InvalidRequest(_nothing_left(recipe, train_counts), param="datasets", code="invalid_data")
     if recipe.test_datasets and not test:
@@ -303,13 +309,13 @@ def feed(plan: Plan) -> ExampleFeed:
 
 def eval_microbatches(plan: Plan) -> list[list[Example]]:
     """The test set in batches of `eval_batch_size`, in its order."""
-    size = plan.recipe.eval_batch_size or plan.recipe.micro_batch_size
+    size = (plan.recipe.eval_batch_size or plan.recipe.micro_batch_size) * plan.recipe.group_size
     return [plan.test[start : start + size] for start in range(0, len(plan.test), size)]
 
 
-def _unique(examples: list[Example], counts: RowCounts, seen: set[bytes]) -> list[Example]:
-    kept = without_duplicates(examples, seen)
-    counts.duplicates += len(examples) - len(kept)
+def _unique(examples: list[Example], counts: RowCounts, seen: set[bytes], size: int) -> list[Example]:
+    kept = without_duplicates(examples, seen, size)
+    counts.duplicates += (len(examples) - len(kept)) // size
     return kept
 
 
@@ -323,22 +329,42 @@ def _shard(examples: list[Example], recipe: Recipe) -> list[Example]:
 
 def _held_out(examples: list[Example], recipe: Recipe) -> tuple[list[Example], list[Example]]:
     """Training and test set; which rows are held out depends on the seed alone."""
-    amount = recipe.val_set_size
-    count = int(amount) if amount >= 1 else max(1, round(amount * len(examples)))
-    if count >= len(examples):
+    amount, size = recipe.val_set_size, recipe.answers_per_row
+    rows = len(examples) // size
+    count = int(amount) if amount >= 1 else max(1, round(amount * rows))
+    if count >= rows:
         raise InvalidRequest(
-            f"val_set_size ({amount:g}) holds out {count} of {len(examples)} rows, and none is left to train on.",
+            f"val_set_size ({amount:g}) holds out {count} of {rows} rows, and none is left to train on.",
             param="val_set_size",
         )
-    held = set(random.Random(f"held out of {recipe.seed}").sample(range(len(examples)), count))
-    train = [example for index, example in enumerate(examples) if index not in held]
-    return train, [examples[index] for index in sorted(held)]
+    held = set(random.Random(f"held out of {recipe.seed}").sample(range(rows), count))
+    train = [example for index, example in enumerate(examples) if index // size not in held]
+    return train, [example for index in sorted(held) for example in examples[index * size : (index + 1) * size]]
 
 
-def _stats(examples: list[Example], counts: RowCounts) -> DataStats:
+def _check_labels(recipe: Recipe, train: list[Example]) -> None:
+    """Raise `InvalidRequest` where labels are all alike, of which nothing is learned."""
+    if recipe.rl == "kto" and len({example.weight for example in train}) < 2:
+        label = "desirable" if train[0].weight > 0 else "undesirable"
+        raise InvalidRequest(
+            f"All {len(train)} answers to train on are {label}, and kto learns by the difference: add others, or "
+            "train on the desirable ones without rl.",
+            param="datasets",
+            code="invalid_data",
+        )
+
+
+def _reference_passes(recipe: Recipe, schedule: Schedule) -> float:
+    """Epochs that one pass of the reference over all rows takes as long as."""
+    if recipe.rl not in ("dpo", "ipo", "kto"):
+        return 0.0
+    return min(1.0, schedule.epochs) / TRAINING_PASSES
+
+
+def _stats(examples: list[Example], counts: RowCounts, group_size: int) -> DataStats:
     return DataStats(
         counts=counts,
-        examples=len(examples),
+        examples=len(examples) // group_size,
         tokens=sum(map(len, examples)),
         trained_tokens=sum(example.num_trained for example in examples),
         longest=max(map(len, examples), default=0),
@@ -346,10 +372,11 @@ def _stats(examples: list[Example], counts: RowCounts) -> DataStats:
 
 
 def _nothing_left(recipe: Recipe, counts: RowCounts) -> str:
+    ties = f", {counts.ties} two answers that are the same" if counts.ties else ""
     return (
         f"None of {counts.rows} rows is left: {counts.too_long} have more than sequence_len ({recipe.sequence_len}) "
         f"tokens, {counts.too_short} fewer than min_sample_len ({recipe.min_sample_len}), "
-        f"{counts.untrained} no token to train on."
+        f"{counts.untrained} no token to train on{ties}."
     )
 
 
@@ -369,6 +396,8 @@ class PlanSummary(Struct, frozen=True, kw_only=True):
     ranks: int
     effective_batch: int
     """Examples, or packed bins, in a step: micro-batch × accumulation × ranks."""
+    method: str
+    """`rl` of the recipe, or supervised."""
     packed_bins: int | None
     """Number of bins that the examples were packed into; None without sample_packing."""
     schedule: Schedule
@@ -405,6 +434,7 @@ def summarize(plan: Plan) -> PlanSummary:
         gradient_accumulation_steps=recipe.gradient_accumulation_steps,
         ranks=1,
         effective_batch=recipe.effective_batch,
+        method=recipe.rl or "supervised",
         packed_bins=len(plan.bins) if recipe.sample_packing else None,
         schedule=plan.schedule,
         train=plan.train_stats,

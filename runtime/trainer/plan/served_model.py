@@ -153,7 +153,11 @@ def _named(recipe: Recipe) -> Iterator[tuple[str, str, str | None]]:
             own = entry.chat_template or (_JINJA if entry.chat_template_jinja is not None else None)
             if own is not None:
                 yield f"{group}[{index}].chat_template", own, entry.chat_template_jinja or recipe.chat_template_jinja
-            elif isinstance(entry.type, str) and (entry.type == "auto" or entry.type.startswith("chat_template")):
+            elif (named := entry.template_of_type) is not None:
+                yield f"{group}[{index}].type", named, None
+            elif isinstance(entry.type, str) and (
+                entry.type in ("auto", "openai") or entry.type.startswith("chat_template")
+            ):
                 yield "chat_template", whole, recipe.chat_template_jinja
 
 

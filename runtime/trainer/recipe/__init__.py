@@ -2,7 +2,8 @@
 
 from runtime.trainer.recipe.document import Document, Problem, RecipeError
 from runtime.trainer.recipe.load import check_base_model, load_recipe, recipe_from
-from runtime.trainer.recipe.schema import Dataset, OptimizerFamily, Publish, Recipe
+from runtime.trainer.recipe.publish import Publish
+from runtime.trainer.recipe.schema import Dataset, OptimizerFamily, Recipe
 from runtime.trainer.recipe.types import adapter_name
 
 __all__ = [

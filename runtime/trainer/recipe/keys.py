@@ -173,11 +173,11 @@ _LOADING = frozenset(
 _WHOLE = "it is a way of training all weights, which are being served; `adapter: lora` trains an adapter instead"
 _MODEL = "the model is the served one, and its configuration cannot be changed by a job; leave it out"
 _IMAGES = "models of images or sound are not trained; leave it out, and train on rows of text"
-_RL = "reinforcement training from rewards is not supported; supervised rows and preference pairs are"
+_RL = "reinforcement training from rewards is not supported; preferences are, by `rl: dpo`, `kto` and their own keys"
 _REWARD = "reward models are not trained; `rl: dpo` learns from the same pairs of a chosen and a rejected answer"
 _ROPE = "long contexts cannot be trained in pieces; raise sequence_len, up to the served model's context"
-_OPTIMIZER = "it belongs to an optimizer that is not supported; use adamw_torch_fused or adamw_8bit, and leave it out"
-_SCHEDULE = "it belongs to a schedule that is not supported; use lr_scheduler cosine, linear or constant"
+_OPTIMIZER = "it belongs to an optimizer that is not supported; use adamw_torch_fused, lion or muon, and leave it out"
+_SCHEDULE = "it is another way to set the schedule, which is not supported; use lr_scheduler_kwargs"
 _LOSS = "it changes the loss in a way that is not supported; leave it out"
 _LATER_ADAPTER = "it is not supported yet: adapters are plain LoRA or rsLoRA (peft_use_rslora) on linears"
 _CODE = "code of the recipe's is never run; leave it out"
@@ -194,14 +194,12 @@ _REFUSED: dict[str, Refused] = {
     "peft_use_dora": Refused("DoRA is not supported yet; plain LoRA and rsLoRA (peft_use_rslora) are"),
     "peft_init_lora_weights": Refused("adapters begin at zero, as PEFT's by default; leave it out", (True,)),
     "resume_from_checkpoint": Refused("a job resumes from its own checkpoints: POST /admin/jobs/{id}/resume"),
-    "neftune_noise_alpha": Refused("noise on the embeddings is not supported; lora_dropout is", (0, 0.0)),
     "eval_causal_lm_metrics": Refused(
         "evaluations report loss and accuracy, and metrics of generated text are not supported yet",
         (["perplexity"],),  # the exponential of the loss
     ),
     "eval_sequence_len": Refused("test rows are held to sequence_len; leave it out"),
     "greater_is_better": Refused("better is a lower loss on the test data; leave it out"),
-    "rl": Refused("preference and reinforcement training are not supported yet; supervised fine-tuning is"),
     "max_packed_sequence_len": Refused("an old name: use sample_packing and sequence_len"),
     "processor_type": Refused(_IMAGES),
     "reward_model": Refused(_REWARD),
@@ -216,7 +214,6 @@ _REFUSED: dict[str, Refused] = {
     "qat": Refused(
         "training for a later quantisation is not supported; an adapter is trained on the base as served", of=_FULL
     ),
-    "lr_quadratic_warmup": Refused("warmup is linear; leave it out"),
     "curriculum_sampling": Refused("it is at odds with `shuffle_merged_datasets: true`; set one of them"),
     "pretraining_dataset": Refused("it is read as datasets, of which there are some too; set one of them"),
 }
@@ -240,12 +237,7 @@ _REFUSED |= _group(_IMAGES, "processor_kwargs image_size image_resize_algorithm"
 _REFUSED |= _group(_REWARD, "num_labels center_rewards_coefficient", of="reward_model")
 _REFUSED |= _group(_RL, "trl vllm ebft", of="rl")
 _REFUSED |= _group(_LOSS, "eaft_alpha eaft_k", of="use_eaft")
-_REFUSED |= _group(
-    _LOSS,
-    "rl_beta dpo_beta dpo_label_smoothing dpo_loss_type dpo_loss_weights dpo_norm_loss dpo_use_weighting rpo_alpha "
-    "cpo_alpha simpo_gamma orpo_alpha kto_desirable_weight kto_undesirable_weight",
-    of="rl",
-)
+_REFUSED |= _group("weights by the model's whole distribution (WPO) are not built; leave it out", "dpo_use_weighting")
 _REFUSED |= _group(_ROPE, "use_pose pose_max_context_len pose_num_chunks pose_split_on_token_ids")
 _REFUSED |= _group(
     _OPTIMIZER,
@@ -253,10 +245,10 @@ _REFUSED |= _group(
     "dion_rank_multiple_of qgalore_cos_threshold qgalore_gamma_proj qgalore_proj_bits qgalore_proj_group_size "
     "qgalore_proj_quant qgalore_proj_type qgalore_queue_size qgalore_rank qgalore_scale qgalore_update_proj_gap",
 )
-_REFUSED |= _group(_SCHEDULE, "cosine_constant_lr_ratio eta_min lr_div_factor lr_groups lr_scheduler_kwargs")
+_REFUSED |= _group(_SCHEDULE, "eta_min lr_div_factor lr_groups")
 _REFUSED |= _group(
     _LATER_ADAPTER,
-    "peft lora_alpha_pattern lora_rank_pattern loraplus_lr_ratio peft_layers_to_transform "
+    "peft lora_alpha_pattern lora_rank_pattern peft_layers_to_transform "
     "peft_layers_pattern peft_layer_replication peft_ensure_weight_tying",
 )
 

@@ -13,6 +13,8 @@ from runtime.trainer.recipe import types
 from runtime.trainer.recipe.document import Document, Problem, RecipeError, read_document
 from runtime.trainer.recipe.keys import DATASET_NOTED, DATASET_REFUSED, DECISIVE, NOTED, REFUSED, Refused, is_off
 from runtime.trainer.recipe.legacy import modernise
+from runtime.trainer.recipe.optimization import schedule_problems, take_unbuilt_optimizer
+from runtime.trainer.recipe.preference import flatten_types, preference_problems, take_unbuilt
 from runtime.trainer.recipe.schema import Dataset, Recipe, UserType
 from runtime.trainer.recipe.types import ROLES, role_names, unknown_roles
 from runtime.trainer.recipe.verdicts import notes_of
@@ -134,6 +136,8 @@ def find_problems(recipe: Recipe, values: Mapping[str, Any], *, max_lora_rank: i
         if one in given and other in given:
             yield other, f"give {one} or {other}, not both"
     yield from _sizes(recipe, values)
+    yield from schedule_problems(recipe)
+    yield from preference_problems(recipe, values)
     if recipe.lora_r > max_lora_rank:
         yield "lora_r", f"must be at most {max_lora_rank} (adapters.max_lora_rank), got {recipe.lora_r}"
     if recipe.lora_target_linear is False and recipe.lora_target_modules is None:
@@ -191,10 +195,6 @@ def _sizes(recipe: Recipe, values: Mapping[str, Any]) -> Iterator[Found]:
             yield name, "must be above 0; leave it out to use the default"
     if recipe.min_sample_len > recipe.sequence_len:
         yield "min_sample_len", f"must be at most sequence_len ({recipe.sequence_len}), got {recipe.min_sample_len}"
-    if recipe.cosine_min_lr_ratio is None and recipe.lr_scheduler == "cosine_min_lr_ratio":
-        yield "cosine_min_lr_ratio", "is missing: lr_scheduler is cosine_min_lr_ratio"
-    if recipe.cosine_min_lr_ratio is not None and not recipe.lr_scheduler.startswith("cosine"):
-        yield "cosine_min_lr_ratio", f"is for lr_scheduler cosine, got {recipe.lr_scheduler}"
 
 
 def _evaluation(recipe: Recipe, given: set[str]) -> Iterator[Found]:
@@ -282,7 +282,7 @@ def load_recipe(data: bytes, *, max_lora_rank: int, served: Iterable[str] | None
 
 def recipe_from(document: Document, *, max_lora_rank: int, served: Iterable[str] | None = None) -> Recipe:
     """The same for values that did not come as YAML, such as a JSON object's: `Document(values)`."""
-    modern = modernise(document.values)
+    modern = modernise(flatten_types(document.values))
     values, problems = _checkpointing(modern.values), list[Problem]()
     if is_off(values.get("adapter")):
         values["adapter"] = "lora"
@@ -291,6 +291,8 @@ def recipe_from(document: Document, *, max_lora_rank: int, served: Iterable[str]
     def report(key: str, message: str) -> None:
         problems.append(Problem(key, message, document.lines.get(key)))
 
+    for key, message in (*take_unbuilt(values), *take_unbuilt_optimizer(values)):
+        report(key, message)
     recipe = convert_struct(Recipe, values, "", report)
     reported = {problem.key for problem in problems}
     for key, message in find_problems(recipe, values, max_lora_rank=max_lora_rank):

@@ -116,6 +116,65 @@ A row that cannot be read or teaches nothing, such as one with an empty answer, 
 are listed with file, number, column and what is wrong. Rows that are left out or cut for their length are listed by number in
 the plan, as are columns and fields that nothing reads.
 
+## Optimisers and schedules
+
+| `optimizer` | |
+|---|---|
+| `adamw_torch`, `adamw_torch_fused`, `optimi_adamw`, `paged_adamw_32bit` | AdamW, in torch's fused kernel |
+| `adamw_8bit`, `adamw_bnb_8bit`, `paged_adamw_8bit`, `ao_adamw_…` | AdamW of bitsandbytes with 8-bit states on a GPU, else the same in 32 bits |
+| `lion…` | Lion (arXiv:2302.06675), by `adam_beta1` and `adam_beta2` |
+| `adafactor` | transformers', as its trainer sets it: no relative step, no scaling by parameters |
+| `muon` | torch's `Muon` |
+| `sgd` | plain |
+
+Adafactor and Muon look at each matrix of an adapter as a whole, as PEFT holds it; they are refused where ranks hold parts of them.
+The state of each is in checkpoints. `loraplus_lr_ratio` is LoRA+ (arXiv:2402.12354): B matrices learn at that much times the rate.
+`neftune_noise_alpha` adds NEFTune's noise to the input of the first layer, in training alone: drawn from the seed and the step.
+
+`lr_scheduler` is one of transformers' (`linear`, `cosine`, `cosine_with_restarts`, `cosine_with_min_lr`, `polynomial`, `inverse_sqrt`,
+`constant`, `constant_with_warmup`), with the same options in `lr_scheduler_kwargs`; `one_cycle`, torch's with `pct_start` from the
+warmup and without its cycle of moments; or Axolotl's `rex`. `cosine_min_lr_ratio`, `cosine_constant_lr_ratio` and
+`lr_quadratic_warmup` are Axolotl's.
+
+## Preferences
+
+With `rl`, a row has two answers to a prompt, of which the chosen one is better, or (`kto`) one answer and a label.
+
+| `rl` | loss | its own keys |
+|---|---|---|
+| `dpo` | by log-ratios of model and reference (arXiv:2305.18290); other losses by `dpo_loss_type` | `dpo_…`, `rpo_alpha` |
+| `ipo` | the same with a squared loss on means of tokens (arXiv:2310.12036) | `rpo_alpha` |
+| `kto` | single answers, each labelled as desirable or not (arXiv:2402.01306) | `kto_…` |
+| `orpo` | likelihood of prompt and chosen answer, and an odds ratio (arXiv:2403.07691); no reference | `orpo_alpha` |
+| `simpo` | means of log-probabilities and a margin (arXiv:2405.14734); no reference | `simpo_gamma`, `cpo_alpha` |
+| `cpo` | sums of log-probabilities (arXiv:2401.08417); no reference | `cpo_alpha` |
+
+Losses and gradients are TRL's. The reference is the served model without the adapter: there is no second copy of its weights. Its
+log-probabilities are computed once a row, when the row is first met, and kept with checkpoints. `lora_dropout` is applied where a
+recipe has it (TRL turns it off). In `kto` each answer is also computed after another row's prompt, to estimate the divergence.
+
+| `type` | a row | the prompt |
+|---|---|---|
+| `chat_template.default` | `{"messages": […], "chosen": {…}, "rejected": {…}}`; the columns are `field_messages`, `field_chosen`, `field_rejected` | the messages |
+| `chat_template.argilla`, `….argilla_chat` | `{"chosen": […], "rejected": […]}` | all but the last message, which must be the same in both |
+| `chatml.intel`, `llama3.intel` | `{"system": "…", "question": "…", "chosen": "…", "rejected": "…"}` | `question` |
+| `….icr`, `….prompt_pairs`, `….ultra` | the same | `input`, `prompt`, `prompt` |
+| `….argilla` | `{"instruction": "…", "chosen_response": "…", "rejected_response": "…"}` | `instruction` |
+| `chatml`, `llama3` | `chosen` or `chosen_response`, `rejected` or `rejected_response` | `prompt`, `input`, `question` or `instruction` |
+| `zephyr.nectar` | `{"prompt": "…", "answers": [{"answer": "…", "rank": 1}, …]}`: the best against the worst | `prompt` |
+| `openai` | `{"input": {"messages": […]}, "preferred_output": […], "non_preferred_output": […]}` | `input` |
+| `user_defined.default` | texts, as `field_…` and `…_format` say (also written `type: {field_prompt: …, prompt_format: …}`) | `field_prompt` in `prompt_format` |
+| `passthrough` | `{"prompt": "…", "chosen": "…", "rejected": "…"}`: texts as they stand | `prompt` |
+
+An answer is a text, a message, or a chat that it ends. With `kto`, `completion` (`field_completion`) and `label` (`field_label`)
+stand in place of `chosen` and `rejected`. All but the last two types are rendered by the chat template; `llama3.…` and the like
+say which one that must be. A pair of which one sequence is too long is left out whole, and so is one of equal answers.
+
+`micro_batch_size` and `val_set_size` count pairs, which stay together, also in the bins of `sample_packing`. Steps and
+evaluations report `rewards/chosen`, `rewards/rejected`, `rewards/margins`, `rewards/accuracies`, `logps/chosen` and `logps/rejected`,
+and a gate may ask for them: `publish: {when: "rewards/margins > 0.5"}`. Evaluated pairs decide by their loss which weights are the
+best.
+
 ## How the adapter is asked
 
 As its rows were rendered; the plan says so at "ask it", and the version keeps it (`eft.json` beside PEFT's files).
@@ -188,6 +247,7 @@ GROUPS = {
     "lora": "Adapter",
     "data": "Data",
     "training": "Training",
+    "preferences": "Preferences",
     "evaluation": "Evaluation and checkpoints",
 }
 

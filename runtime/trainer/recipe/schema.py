@@ -5,12 +5,11 @@ are refused, stand in `keys`. What a key means together with others is checked i
 """
 
 import functools
-import operator
-import re
-from collections.abc import Callable, Mapping
 from typing import Annotated, Literal, get_args, get_type_hints
 
 from msgspec import Meta, Struct, field
+
+from runtime.trainer.recipe.publish import Publish
 
 # -- dataset ---------------------------------------------------------------------------------------
 #
@@ -56,6 +55,28 @@ DataType = Literal[
     "input_output",
     "tokenized",
     "auto",
+    "chat_template.argilla",
+    "chat_template.argilla_chat",
+    "chatml",
+    "chatml.default",
+    "chatml.argilla",
+    "chatml.argilla_chat",
+    "chatml.icr",
+    "chatml.intel",
+    "chatml.prompt_pairs",
+    "chatml.ultra",
+    "llama3",
+    "llama3.default",
+    "llama3.argilla",
+    "llama3.argilla_chat",
+    "llama3.icr",
+    "llama3.intel",
+    "llama3.prompt_pairs",
+    "llama3.ultra",
+    "zephyr.nectar",
+    "user_defined.default",
+    "passthrough",
+    "openai",
 ]
 
 
@@ -149,10 +170,29 @@ class Dataset(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     chat_template_jinja: Annotated[
         Annotated[str, Meta(min_length=1, max_length=65536)] | None, entry("As the recipe's `chat_template_jinja`.")
     ] = None
+    field_prompt: Annotated[Text | None, entry("rl: column with the prompt. Default: as the type has it.")] = None
+    field_chosen: Annotated[Text | None, entry("rl: column with the chosen answer, or the chat that it ends.")] = None
+    field_rejected: Annotated[Text | None, entry("rl: column with the rejected answer, or the chat.")] = None
+    field_completion: Annotated[Text | None, entry("rl kto: column with the answer, or the chat that it ends.")] = None
+    field_label: Annotated[Text | None, entry("rl kto: column that says whether the answer is desirable.")] = None
+    prompt_format: Annotated[
+        Text | None, entry("rl, user_defined.default: the prompt's text around `{prompt}` and `{system}`.")
+    ] = None
+    chosen_format: Annotated[Text | None, entry("rl, user_defined.default: the same around `{chosen}`.")] = None
+    rejected_format: Annotated[Text | None, entry("rl, user_defined.default: the same around `{rejected}`.")] = None
+    completion_format: Annotated[
+        Text | None, entry("rl kto, user_defined.default: the same around `{completion}`.")
+    ] = None
 
     @property
     def files(self) -> tuple[str, ...]:
         return (self.data_files,) if isinstance(self.data_files, str) else self.data_files
+
+    @property
+    def template_of_type(self) -> str | None:
+        """The template that a type of preferences is named after: `llama3` of `llama3.ultra`."""
+        first = self.type.partition(".")[0] if isinstance(self.type, str) else ""
+        return first if first in ("chatml", "llama3", "zephyr") else None
 
     @property
     def eos(self) -> Eos:
@@ -170,61 +210,13 @@ class Dataset(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return {"role": "role", "content": "content", **named, **self.message_property_mappings}
 
 
-# -- publish ---------------------------------------------------------------------------------------
-#
-# When a finished job's adapter is published.
-
-METRICS = ("eval_loss", "eval_accuracy", "train_loss", "train_accuracy")
-_COMPARE: dict[str, Callable[[float, float], bool]] = {
-    "<": operator.lt,
-    "<=": operator.le,
-    ">": operator.gt,
-    ">=": operator.ge,
-}
-_CONDITION = re.compile(r"\s*(\w+)\s*(<=|>=|<|>)\s*([0-9]+(?:\.[0-9]*)?(?:[eE][-+]?[0-9]+)?)\s*")
-
-
-class Publish(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The gate before publishing."""
-
-    when: Annotated[
-        str,
-        Meta(
-            max_length=200,
-            description="`always`, `never`, or a metric, a comparison and a number, such as `eval_loss < 1.5`.",
-        ),
-    ] = "always"
-
-    @property
-    def metric(self) -> str | None:
-        """The metric that decides, or None."""
-        match = _CONDITION.fullmatch(self.when)
-        return match[1] if match else None
-
-    def problem(self) -> str | None:
-        """The fault of `when`, or None."""
-        if self.when in ("always", "never") or self.metric in METRICS:
-            return None
-        return (
-            f"expected always, never, or a condition such as `eval_loss < 1.5` on one of {', '.join(METRICS)}, "
-            f"got {self.when!r}"
-        )
-
-    def allows(self, metrics: Mapping[str, float]) -> bool:
-        """True if a run that ended with these metrics is published. A metric that is missing or NaN forbids it."""
-        match = _CONDITION.fullmatch(self.when)
-        if match is None:
-            return self.when == "always"
-        name, comparison, limit = match.groups()
-        return name in metrics and _COMPARE[comparison](metrics[name], float(limit))
-
-
 LARGEST = 2**31 - 1
 
 Positive = Annotated[int, Meta(ge=1, le=LARGEST)]
 WholeNumber = Annotated[int, Meta(ge=0, le=LARGEST)]
 AboveZero = Annotated[float, Meta(gt=0.0)]
 UnitShare = Annotated[float, Meta(ge=0.0, le=1.0)]
+LossWeight = Annotated[float, Meta(ge=0.0, le=1e3)]
 AmountOrShare = Annotated[float, Meta(ge=0.0, le=float(LARGEST))]
 """Below 1 a share, from 1 on a whole number."""
 Template = Annotated[str, Meta(min_length=1, max_length=65536)]
@@ -238,16 +230,64 @@ OptimizerName = Literal[
     "adamw_torch_4bit",
     "paged_adamw_8bit",
     "paged_adamw_32bit",
+    "paged_adamw",
+    "optimi_adamw",
+    "ao_adamw_8bit",
+    "ao_adamw_4bit",
+    "ao_adamw_fp8",
+    "lion",
+    "lion_32bit",
+    "lion_8bit",
+    "lion_pytorch",
+    "paged_lion_32bit",
+    "paged_lion_8bit",
+    "adafactor",
+    "muon",
     "sgd",
 ]
-LrScheduler = Literal["cosine", "linear", "constant", "constant_with_warmup", "cosine_min_lr_ratio"]
+LrScheduler = Literal[
+    "cosine",
+    "linear",
+    "constant",
+    "constant_with_warmup",
+    "cosine_min_lr_ratio",
+    "cosine_with_min_lr",
+    "cosine_with_restarts",
+    "polynomial",
+    "inverse_sqrt",
+    "one_cycle",
+    "rex",
+]
 Strategy = Literal["no", "steps", "epoch"]
-OptimizerFamily = Literal["adamw", "adamw_8bit", "sgd"]
+PreferenceMethod = Literal["dpo", "ipo", "orpo", "kto", "simpo", "cpo"]
+DpoTerm = Literal[
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "robust",
+    "sigmoid_norm",
+    "nca_pair",
+    "sppo_hard",
+    "apo_zero",
+    "apo_down",
+    "sft",
+]
+OptimizerFamily = Literal["adamw", "adamw_8bit", "sgd", "lion", "adafactor", "muon"]
 
 _FAMILIES: dict[str, OptimizerFamily] = {
     "adamw_torch": "adamw",
     "adamw_torch_fused": "adamw",
     "paged_adamw_32bit": "adamw",
+    "paged_adamw": "adamw",
+    "optimi_adamw": "adamw",
+    "lion": "lion",
+    "lion_32bit": "lion",
+    "lion_8bit": "lion",
+    "lion_pytorch": "lion",
+    "paged_lion_32bit": "lion",
+    "paged_lion_8bit": "lion",
+    "adafactor": "adafactor",
+    "muon": "muon",
     "sgd": "sgd",
 }
 
@@ -373,12 +413,25 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     max_steps: Annotated[Positive | None, key("training", "Number of steps, whatever `num_epochs` says.")] = None
     learning_rate: Annotated[float, Meta(gt=0.0, le=1.0), key("training", "The highest learning rate.")]
     optimizer: Annotated[
-        OptimizerName, key("training", "AdamW in 32 or 8 bits, or plain SGD; names that mean the same are the same.")
+        OptimizerName,
+        key("training", "AdamW in 32 or 8 bits, Lion, Adafactor, Muon or plain SGD, by any of their names."),
     ] = "adamw_torch_fused"
     lr_scheduler: Annotated[LrScheduler, key("training", "How the learning rate falls after warmup.")] = "cosine"
     cosine_min_lr_ratio: Annotated[
-        UnitShare | None, key("training", "The cosine ends at this share of the learning rate instead of 0.")
+        UnitShare | None, key("training", "Cosine and rex end at this share of the learning rate instead of 0.")
     ] = None
+    cosine_constant_lr_ratio: Annotated[
+        UnitShare | None, key("training", "The cosine ends at this share of the steps, and what follows is constant.")
+    ] = None
+    lr_scheduler_kwargs: Annotated[
+        dict[str, float],
+        key(
+            "training",
+            "Further options of `lr_scheduler`: `num_cycles`, `power`, `lr_end`, `timescale`, `min_lr`, `min_lr_rate`, "
+            "`pct_start`, `div_factor`, `final_div_factor`.",
+        ),
+    ] = {}
+    lr_quadratic_warmup: Annotated[bool, key("training", "Warmup rises with the square of the steps.")] = False
     warmup_steps: Annotated[
         AmountOrShare | None, key("training", "Steps of linear warmup; below 1 a share of all steps.")
     ] = None
@@ -392,6 +445,54 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     adam_beta1: Annotated[float, Meta(ge=0.0, lt=1.0), key("training", "AdamW.")] = 0.9
     adam_beta2: Annotated[float, Meta(ge=0.0, lt=1.0), key("training", "AdamW.")] = 0.999
     adam_epsilon: Annotated[float, Meta(gt=0.0, le=1.0), key("training", "AdamW.")] = 1e-8
+    neftune_noise_alpha: Annotated[
+        float,
+        Meta(ge=0.0, le=1e3),
+        key("training", "Uniform noise on the embeddings while training (NEFTune), 5 to 15 in the paper; 0: none."),
+    ] = 0.0
+    loraplus_lr_ratio: Annotated[
+        Annotated[float, Meta(gt=0.0, le=1e4)] | None,
+        key("training", "LoRA+: learning rate of the B matrices, in that of the A matrices."),
+    ] = None
+    rl: Annotated[
+        PreferenceMethod | None,
+        key("preferences", "Train on preferences, by this method, instead of on answers."),
+    ] = None
+    rl_beta: Annotated[
+        AboveZero | None,
+        key("preferences", "Scale of rewards; orpo: weight of the odds ratio. Default: 0.1."),
+    ] = None
+    dpo_beta: Annotated[AboveZero | None, key("preferences", "dpo, ipo: another name of `rl_beta`.")] = None
+    dpo_loss_type: Annotated[
+        tuple[DpoTerm, ...] | None, key("preferences", "dpo: TRL's losses, added up. Default: sigmoid.")
+    ] = None
+    dpo_loss_weights: Annotated[
+        tuple[float, ...] | None, key("preferences", "dpo: weight of each loss of `dpo_loss_type`. Default: 1.")
+    ] = None
+    dpo_label_smoothing: Annotated[
+        Annotated[float, Meta(ge=0.0, lt=0.5)] | None,
+        key("preferences", "dpo: share of the pairs that are expected to be the wrong way round."),
+    ] = None
+    dpo_norm_loss: Annotated[
+        bool, key("preferences", "dpo: by means of the answers' tokens instead of sums (sigmoid_norm).")
+    ] = False
+    rpo_alpha: Annotated[
+        LossWeight | None, key("preferences", "dpo, ipo: weight of the chosen answers' likelihood beside (sft).")
+    ] = None
+    orpo_alpha: Annotated[AboveZero | None, key("preferences", "orpo: another name of `rl_beta`.")] = None
+    kto_desirable_weight: Annotated[
+        LossWeight | None, key("preferences", "kto: weight of answers that are desirable. Default: 1.")
+    ] = None
+    kto_undesirable_weight: Annotated[
+        LossWeight | None, key("preferences", "kto: of those that are not. Default: 1.")
+    ] = None
+    cpo_alpha: Annotated[
+        LossWeight | None,
+        key("preferences", "simpo, cpo: weight of the chosen answers' likelihood beside. Default: 1."),
+    ] = None
+    simpo_gamma: Annotated[
+        LossWeight | None, key("preferences", "simpo: margin of rewards to aim at. Default: 0.5.")
+    ] = None
     gradient_checkpointing: Annotated[
         bool, key("training", "Compute activations again in the backward pass instead of keeping them.")
     ] = False
@@ -442,6 +543,16 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     def optimizer_family(self) -> OptimizerFamily:
         """Optimiser that the names of `optimizer` come down to."""
         return _FAMILIES.get(self.optimizer, "adamw_8bit")
+
+    @property
+    def answers_per_row(self) -> int:
+        """Examples that a row of the data has: 2 for pairs."""
+        return 1 if self.rl in (None, "kto") else 2
+
+    @property
+    def group_size(self) -> int:
+        """Sequences of a row: 2 for preferences, of an answer and another one."""
+        return 1 if self.rl is None else 2
 
     @property
     def effective_batch(self) -> int:

@@ -90,6 +90,7 @@ class Tensors(Struct, frozen=True):
     parameters: bytes
     optimizer: bytes
     best: bytes | None
+    reference: bytes
 
 
 class StartRun(Struct, frozen=True, kw_only=True, tag=True):
@@ -212,6 +213,7 @@ def pack(snapshot: Snapshot | Restored) -> Tensors:
         parameters=_file(snapshot.parameters),
         optimizer=_file(snapshot.optimizer),
         best=None if snapshot.best is None else _file(snapshot.best),
+        reference=_file(snapshot.reference),
     )
 
 
@@ -222,6 +224,7 @@ def unpack(tensors: Tensors) -> Restored:
         parameters=load(tensors.parameters),
         optimizer=load(tensors.optimizer),
         best=None if tensors.best is None else load(tensors.best),
+        reference=load(tensors.reference),
     )
 
 

@@ -132,6 +132,7 @@ class RemoteRun(SlicedRun):
             parameters=restored.parameters,
             optimizer=restored.optimizer,
             best=restored.best,
+            reference=restored.reference,
             write_adapter=lambda path, captured: self._write_adapter(
                 path, layers_of(captured, self._spec.targets, self._spec.shape)
             ),

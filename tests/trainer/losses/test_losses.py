@@ -13,12 +13,14 @@ import torch
 from runtime.events import EvalEvent, FinishedEvent, RunEvent, StepEvent
 from runtime.model.decoder import Decoder
 from runtime.trainer import run as run_module
+from runtime.trainer import step as step_module
 from runtime.trainer.batches import ExampleFeed
 from runtime.trainer.data.example import Example
 from runtime.trainer.losses import LOSSES, Loss, LossInputs, LossValue, Supervised, make_loss
 from runtime.trainer.microbatch import collate
 from runtime.trainer.run import TrainingRun, halve
 from runtime.trainer.sliced_run import LossSpec, RunSpec
+from runtime.trainer.snapshot import Restored, read_snapshot
 from tests.trainer.losses.samples import PAGE, OddsRatio, documented_dpo
 from tests.trainer.tiny_training import drive, examples, load_decoder, run_spec, write_nothing
 
@@ -66,7 +68,7 @@ def test_a_loss_is_made_by_its_name_and_options(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(LOSSES, "odds", OddsRatio)
     assert make_loss("supervised", {}) == Supervised()
     assert make_loss("odds", {"share": 0.5}) == OddsRatio(share=0.5)
-    with pytest.raises(ValueError, match="no loss is called 'od'; there are odds, supervised"):
+    with pytest.raises(ValueError, match="no loss is called 'od'; there are cpo, dpo, kto, odds"):
         make_loss("od", {})
     with pytest.raises(ValueError, match="the loss odds has no option 'beta'; it has share"):
         make_loss("odds", {"beta": 1.0})
@@ -97,11 +99,13 @@ def pairs(count: int) -> list[Example]:
     return made
 
 
-def preference_run(decoder: Decoder, events: list[RunEvent], **changes: Any) -> TrainingRun:
+def preference_run(
+    decoder: Decoder, events: list[RunEvent], *, loss: str = "dpo", restored: Restored | None = None, **changes: Any
+) -> TrainingRun:
     data = pairs(8)
     spec = run_spec(
         decoder,
-        loss=LossSpec(name="dpo", options={"beta": 0.5}),
+        loss=LossSpec(name=loss, options={"beta": 0.5}),
         learning_rate=1e-2,
         lr_scheduler="constant",
         total_steps=12,
@@ -117,7 +121,9 @@ def preference_run(decoder: Decoder, events: list[RunEvent], **changes: Any) -> 
         recipe=spec.recipe,
         test=[data[:4], data[4:]],
     )
-    return TrainingRun(decoder, spec, feed.epoch, feed.test, events.append, write_nothing)
+    return TrainingRun(
+        decoder, spec, feed.epoch, feed.test, events.append, write_nothing, restored=restored, whole=True
+    )
 
 
 def test_a_run_with_a_loss_over_pairs(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,5 +189,39 @@ def test_a_loss_and_the_weights_of_examples_reach_ranks(decoder: Decoder) -> Non
 
 
 def test_a_loss_that_is_unknown_is_no_run(decoder: Decoder) -> None:
-    with pytest.raises(ValueError, match="no loss is called 'dpo'"):
-        preference_run(decoder, [])
+    with pytest.raises(ValueError, match="no loss is called 'dpa'"):
+        preference_run(decoder, [], loss="dpa")
+
+
+def test_the_reference_is_computed_once_a_row(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """8 pairs of two sequences, 6 epochs over them and two evaluations of the same."""
+    scored: list[int] = []
+    whole = step_module.score_targets
+
+    def counted(head: Any, hidden: Any, batch: Any) -> Any:
+        scored.append(len(batch.sequences))
+        return whole(head, hidden, batch)
+
+    monkeypatch.setattr(step_module, "score_targets", counted)
+    events: list[RunEvent] = []
+    drive(preference_run(decoder, events))
+    assert sum(scored) == 16
+    assert sum(isinstance(event, StepEvent) for event in events) == 12
+
+
+def test_a_run_over_pairs_that_goes_on_ends_the_same(decoder: Decoder, tmp_path: Path) -> None:
+    """After one of two steps of the first epoch: some rows have their reference, and others not."""
+    whole: list[RunEvent] = []
+    straight = preference_run(decoder, whole, save_every=1, lora_dropout=0.1)
+    drive(straight)
+    (tmp_path / "snapshot").mkdir()
+    straight.take_snapshot(1).write(tmp_path / "snapshot")
+    restored = read_snapshot(tmp_path / "snapshot")
+    assert len(restored.reference["lengths"]) == 8
+    rest: list[RunEvent] = []
+    resumed = preference_run(decoder, rest, save_every=1, lora_dropout=0.1, restored=restored)
+    drive(resumed)
+    found, expected = resumed._lora.capture(), straight._lora.capture()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    losses = [[event.loss for event in seen if isinstance(event, StepEvent)] for seen in (whole, rest)]
+    assert losses[0][1:] == losses[1]

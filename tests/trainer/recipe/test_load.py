@@ -302,7 +302,7 @@ def test_learning_rates_that_make_no_sense(value: Any) -> None:
         ({"datasets": [{"path": "a", "input_transform": "x"}]}, "datasets[0].input_transform", "never run"),
         ({"dataset_shard_num": 2}, "dataset_shard_num", "both, or neither"),
         ({"dataset_shard_num": 2, "dataset_shard_idx": 2}, "dataset_shard_idx", "below dataset_shard_num (2)"),
-        ({"rl": "dpo"}, "rl", "supervised"),
+        ({"rl": "grpo"}, "rl", "Collect answers"),
         ({"peft_use_dora": True}, "peft_use_dora", "rsLoRA"),
         ({"lora_modules_to_save": ["lm_head"]}, "lora_modules_to_save", "low-rank adapters"),
         ({"context_paralel_size": 2}, "context_paralel_size", "did you mean context_parallel_size?"),

@@ -1,0 +1,139 @@
+"""Keys of preference training: what goes with which method, and Axolotl's other ways to write the same."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from runtime.trainer.recipe.keys import is_off
+from runtime.trainer.recipe.schema import Dataset, Recipe
+
+GENERATES = ("grpo", "gdpo", "ebft")
+"""Methods of Axolotl's under which the model writes the answers that it is trained on."""
+
+_METHODS: dict[str, tuple[str, ...]] = {
+    "rl_beta": ("dpo", "ipo", "orpo", "kto", "simpo", "cpo"),
+    "dpo_beta": ("dpo", "ipo"),
+    "dpo_loss_type": ("dpo",),
+    "dpo_loss_weights": ("dpo",),
+    "dpo_label_smoothing": ("dpo",),
+    "dpo_norm_loss": ("dpo",),
+    "rpo_alpha": ("dpo", "ipo"),
+    "orpo_alpha": ("orpo",),
+    "kto_desirable_weight": ("kto",),
+    "kto_undesirable_weight": ("kto",),
+    "cpo_alpha": ("simpo", "cpo"),
+    "simpo_gamma": ("simpo",),
+}
+"""Key → the methods that it is for."""
+
+_COLUMNS = ("field_prompt", "field_chosen", "field_rejected", "field_completion", "field_label")
+_FORMATS = ("prompt_format", "chosen_format", "rejected_format", "completion_format")
+_GROUPS = ("datasets", "test_datasets")
+_OF_PAIRS = ("field_chosen", "field_rejected", "chosen_format", "rejected_format")
+_OF_LABELS = ("field_completion", "field_label", "completion_format")
+_BOTH = ("auto", "chat_template.default")
+"""Types of rows that have one answer, or with `rl` two."""
+_FAMILIES = ("chatml", "llama3", "zephyr", "user_defined", "passthrough", "openai", "chat_template.argilla")
+"""Beginnings of the types of rows that have preferences."""
+_PAIRS_ONLY = ("zephyr.nectar", "openai", "chat_template.argilla")
+
+BETA = 0.1
+"""Default of `rl_beta`, TRL's."""
+
+
+def beta_of(recipe: Recipe) -> float:
+    """Scale of rewards, by any of its names."""
+    return recipe.rl_beta or recipe.dpo_beta or recipe.orpo_alpha or BETA
+
+
+def flatten_types(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same recipe with each preference dataset's `type: {field_prompt: …}` as `type: user_defined.default`, and
+    its keys beside; and with a single loss as a list of one."""
+    found = dict(values)
+    if isinstance(term := values.get("dpo_loss_type"), str) and term:
+        found["dpo_loss_type"] = [term]
+    if values.get("rl") is None:
+        return found
+    for group in _GROUPS:
+        entries = [values[group]] if isinstance(values.get(group), dict) else values.get(group)
+        if isinstance(entries, list):
+            found[group] = [_flat(entry) for entry in entries]
+    return found
+
+
+def _flat(entry: Any) -> Any:
+    if not isinstance(entry, dict) or not isinstance(entry.get("type"), dict):
+        return entry
+    rest = {key: value for key, value in entry.items() if key != "type"}
+    return {**rest, **entry["type"], "type": "user_defined.default"}
+
+
+def take_unbuilt(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """What is wrong with a method that is known and not built; it is taken out of `values`."""
+    if (method := values.get("rl")) in GENERATES:
+        del values["rl"]
+        yield (
+            "rl",
+            f"{method} is not supported: the model would write and have judged what it is trained on. Collect answers "
+            "with judgements first, and train on them with dpo, ipo, orpo, kto or simpo",
+        )
+    elif method is False:
+        del values["rl"]
+
+
+def preference_problems(recipe: Recipe, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Conflicts of keys with the method. `values` are the keys as they were given."""
+    for name, methods in _METHODS.items():
+        if is_off(values.get(name)) or recipe.rl in methods:
+            continue
+        given = "there is no rl" if recipe.rl is None else f"rl is {recipe.rl}"
+        yield name, f"is for rl {' and '.join(methods)}, and {given}"
+    named = [name for name in ("rl_beta", "dpo_beta", "orpo_alpha") if getattr(recipe, name) is not None]
+    if len(named) > 1:
+        yield named[1], f"is another name of {named[0]}: give one of them"
+    if recipe.rl is None and recipe.publish.rewards:
+        yield "publish.when", f"{recipe.publish.metric} is of preferences, and there is no rl"
+    yield from _dpo(recipe)
+    for group in _GROUPS:
+        for index, entry in enumerate(getattr(recipe, group)):
+            yield from _entry(recipe, entry, f"{group}[{index}]")
+
+
+def _dpo(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    terms, weights = recipe.dpo_loss_type or ("sigmoid",), recipe.dpo_loss_weights
+    if len(set(terms)) < len(terms):
+        yield "dpo_loss_type", "names a loss twice"
+    if weights and len(weights) != len(terms):
+        yield "dpo_loss_weights", f"has {len(weights)} weights for {len(terms)} losses"
+    if recipe.dpo_norm_loss and terms != ("sigmoid",):
+        yield "dpo_norm_loss", "is sigmoid by means (dpo_loss_type sigmoid_norm), and dpo_loss_type names others"
+    if recipe.rpo_alpha is not None and "sft" in terms:
+        yield "rpo_alpha", "is the weight of sft, which dpo_loss_type has too; give one of them"
+    if recipe.dpo_label_smoothing and not {"sigmoid", "robust"}.intersection(terms):
+        yield "dpo_label_smoothing", f"is for the losses sigmoid and robust, and dpo_loss_type is {', '.join(terms)}"
+
+
+def _entry(recipe: Recipe, entry: Dataset, path: str) -> Iterator[tuple[str, str]]:
+    preferences = isinstance(entry.type, str) and entry.type.startswith(_FAMILIES)
+    if recipe.rl is None:
+        if preferences:
+            yield f"{path}.type", f"{entry.type} is of preferences: set rl to the method to train by, such as dpo"
+        for name in (*_COLUMNS, *_FORMATS):
+            if getattr(entry, name) is not None:
+                yield f"{path}.{name}", "is for preferences, and there is no rl"
+        return
+    if not preferences and entry.type not in _BOTH:
+        kind = entry.type if isinstance(entry.type, str) else "it"
+        yield (
+            f"{path}.type",
+            f"{kind} has one answer a row, and rl {recipe.rl} trains on preferences: use chat_template.default, "
+            "chatml.intel or another of theirs",
+        )
+    if recipe.rl == "kto" and entry.type in _PAIRS_ONLY:
+        yield f"{path}.type", f"{entry.type} has pairs, and kto trains on single answers with labels"
+    unread = _OF_LABELS if recipe.rl != "kto" else _OF_PAIRS
+    for name in unread:
+        if getattr(entry, name) is not None:
+            yield f"{path}.{name}", f"has no meaning with rl {recipe.rl}"
+    for name in _FORMATS:
+        if getattr(entry, name) is not None and entry.type != "user_defined.default":
+            yield f"{path}.{name}", f"is for type user_defined.default, got {entry.type}"
