@@ -42,6 +42,9 @@ MAX_SUFFIX = 64
 MAX_FIRST_LINE = 1024 * 1024
 """Bytes of a file's first row that are looked at for its format."""
 
+PREFERENCE_FIELDS = frozenset({"input", "preferred_output", "non_preferred_output"})
+"""Fields of a row of OpenAI's preferences."""
+
 OWN_KEYS = ("name", "base_model", "datasets", "test_datasets")
 """Keys of a recipe that the request itself decides."""
 
@@ -66,7 +69,7 @@ async def create_fine_tuning_job(request: AnyRequest) -> FineTuningJob:
     name = model_name(api.handle.require().model_name, asked.suffix, job_id)
     with jobs.arriving():
         try:
-            format = await asyncio.to_thread(_format_of, library.path(files[0]))
+            format = await asyncio.to_thread(_format_of, library.path(files[0]), dpo=asked.dpo is not None)
             recipe = recipe_of(asked, name, format, api.handle.require().max_model_len)
             folder = jobs.directories.incoming(job_id)
             own = [
@@ -182,10 +185,7 @@ def _check(asked: FineTuningRequest, api: Api) -> None:
             f"The model `{asked.model[:200]}` cannot be fine-tuned here: it can be `{served}`, the base model.",
             param="model",
         )
-    if asked.method is not None and asked.method.type != "supervised":
-        raise Unsupported(
-            f"method.type {asked.method.type} is not supported by these jobs yet: send supervised.", param="method.type"
-        )
+    _check_method(asked)
     if asked.integrations:
         raise Unsupported(
             "integrations are not supported: read the job's events, or /admin/jobs/ID/metrics.", param="integrations"
@@ -204,8 +204,10 @@ def _check(asked: FineTuningRequest, api: Api) -> None:
         "batch_size": (chosen.batch_size, 1024),
         "learning_rate_multiplier": (chosen.learning_rate_multiplier, 1000),
     }
+    if asked.dpo is not None:
+        bounds["beta"] = (asked.dpo.beta, 1000)
     for name, (value, most) in bounds.items():
-        least = 0.0001 if name == "learning_rate_multiplier" else 1
+        least = 1 if name in ("n_epochs", "batch_size") else 0.0001
         if value != "auto" and not least <= value <= most:
             raise InvalidRequest(f"{name} must be auto, or from {least:g} to {most:g}, got {value}.", param=name)
     if own := [key for key in OWN_KEYS if key in (asked.recipe or {})]:
@@ -216,8 +218,28 @@ def _check(asked: FineTuningRequest, api: Api) -> None:
     check_metadata(asked.metadata, api.settings.limits)
 
 
-def _format_of(path: Path) -> str:
-    """Type of a training file's rows, for a recipe: of its first one. Raises `InvalidRequest`, `OSError`."""
+def _check_method(asked: FineTuningRequest) -> None:
+    method = asked.method
+    if method is None:
+        return
+    if method.type == "reinforcement":
+        raise Unsupported(
+            "method.type reinforcement is not supported by these jobs: send supervised, or dpo with answers that were "
+            "judged before.",
+            param="method.type",
+        )
+    for name in ("supervised", "dpo", "reinforcement"):
+        if name != method.type and getattr(method, name) is not None:
+            raise InvalidRequest(f"method.{name} is given, and method.type is {method.type}.", param=f"method.{name}")
+    if method.dpo is not None and asked.hyperparameters is not None:
+        raise InvalidRequest(
+            "hyperparameters and method.dpo.hyperparameters are given: send the latter.", param="hyperparameters"
+        )
+
+
+def _format_of(path: Path, *, dpo: bool) -> str:
+    """Type of a training file's rows, for a recipe: of its first one; `dpo`: they are to be preferences. Raises
+    `InvalidRequest`, `OSError`."""
     with open(path, "rb") as file:
         line = file.readline(MAX_FIRST_LINE)
     try:
@@ -226,6 +248,19 @@ def _format_of(path: Path) -> str:
         raise InvalidRequest(
             "training_file: line 1 is not a JSON object; a file has one row a line.", param="training_file"
         ) from None
+    preferences = row.keys() >= PREFERENCE_FIELDS
+    if dpo and not preferences:
+        raise InvalidRequest(
+            "training_file: method.type is dpo, and line 1 has no `input`, `preferred_output` and "
+            "`non_preferred_output`.",
+            param="training_file",
+        )
+    if dpo:
+        return "openai"
+    if preferences:
+        raise InvalidRequest(
+            "training_file: line 1 is a preference, and method.type is supervised: send dpo.", param="training_file"
+        )
     if "messages" in row:
         return "chat_template"
     if "prompt" in row and "completion" in row:

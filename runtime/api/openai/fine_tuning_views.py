@@ -21,6 +21,9 @@ TRAIN_FILE, VALIDATION_FILE = "train.jsonl", "validation.jsonl"
 LEARNING_RATE = 2e-4
 """Learning rate of a `learning_rate_multiplier` of 1."""
 
+DPO_LEARNING_RATE = 5e-5
+"""The same of a job that trains on preferences."""
+
 AUTO_EPOCHS, AUTO_BATCH = 3, 4
 """Values of `n_epochs` and `batch_size` where they are auto."""
 
@@ -43,10 +46,21 @@ class MethodOptions(Struct, frozen=True, kw_only=True):
     hyperparameters: Hyperparameters = Hyperparameters()
 
 
+class DpoHyperparameters(Struct, frozen=True, kw_only=True):
+    n_epochs: int | Literal["auto"] = "auto"
+    batch_size: int | Literal["auto"] = "auto"
+    learning_rate_multiplier: float | Literal["auto"] = "auto"
+    beta: float | Literal["auto"] = "auto"
+
+
+class DpoOptions(Struct, frozen=True, kw_only=True):
+    hyperparameters: DpoHyperparameters = DpoHyperparameters()
+
+
 class Method(Struct, frozen=True, kw_only=True, omit_defaults=True):
     type: Literal["supervised", "dpo", "reinforcement"]
     supervised: MethodOptions | None = None
-    dpo: dict[str, Any] | None = None
+    dpo: DpoOptions | None = None
     reinforcement: dict[str, Any] | None = None
 
 
@@ -70,7 +84,20 @@ class FineTuningRequest(Struct, frozen=True, kw_only=True):
         """The hyperparameters, from either place."""
         if self.method is not None and self.method.supervised is not None:
             return self.method.supervised.hyperparameters
+        if (dpo := self.dpo) is not None and self.hyperparameters is None:
+            return Hyperparameters(
+                n_epochs=dpo.n_epochs,
+                batch_size=dpo.batch_size,
+                learning_rate_multiplier=dpo.learning_rate_multiplier,
+            )
         return self.hyperparameters or Hyperparameters()
+
+    @property
+    def dpo(self) -> DpoHyperparameters | None:
+        """Those of a job that trains on preferences; None for any other."""
+        if self.method is None or self.method.type != "dpo":
+            return None
+        return (self.method.dpo or DpoOptions()).hyperparameters
 
 
 class JobFault(Struct, kw_only=True):
@@ -168,6 +195,10 @@ def recipe_of(asked: FineTuningRequest, name: str, format: str, context: int) ->
         "learning_rate": LEARNING_RATE * multiplier,
         "lr_scheduler": "cosine",
     }
+    if (dpo := asked.dpo) is not None:
+        recipe |= {"rl": "dpo", "learning_rate": DPO_LEARNING_RATE * multiplier}
+        if dpo.beta != "auto":
+            recipe["rl_beta"] = dpo.beta
     if asked.validation_file is not None:
         recipe["test_datasets"] = [{"path": VALIDATION_FILE, "type": format}]
     if asked.seed is not None:
@@ -190,7 +221,10 @@ def request_of(job: Job) -> FineTuningRequest | None:
 def job_view(job: Job, progress: JobProgress, served: str, estimated_finish: int | None) -> FineTuningJob:
     """A job, whichever way it was posted. `served`: name of the base model."""
     asked = request_of(job) or FineTuningRequest(model=served, training_file="")
-    error = job.error
+    error, chosen = job.error, asked.chosen
+    method = Method(type="supervised", supervised=MethodOptions(hyperparameters=chosen))
+    if (dpo := asked.dpo) is not None:
+        method = Method(type="dpo", dpo=DpoOptions(hyperparameters=dpo))
     published = job.adapter.partition("@")[0] if job.adapter is not None else None
     return FineTuningJob(
         id=job.id,
@@ -201,8 +235,8 @@ def job_view(job: Job, progress: JobProgress, served: str, estimated_finish: int
         fine_tuned_model=published,
         status="queued" if job.state == "interrupted" else _STATUS.get(job.state, job.state),
         error=None if error is None else JobFault(code=error.code, message=error.message, param=error.param),
-        hyperparameters=asked.chosen,
-        method=Method(type="supervised", supervised=MethodOptions(hyperparameters=asked.chosen)),
+        hyperparameters=chosen,
+        method=method,
         trained_tokens=progress.trained_tokens if job.ended else None,
         training_file=asked.training_file,
         validation_file=asked.validation_file,

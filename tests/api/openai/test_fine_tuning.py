@@ -95,6 +95,51 @@ def test_a_job_from_its_file_to_its_model(client: openai.OpenAI, base: str, serv
     assert [one.id for one in client.fine_tuning.jobs.list(limit=1)][-1:] == [job.id]
 
 
+PREFERENCES = jsonl(
+    *(
+        {
+            "input": {"messages": [{"role": "user", "content": f"What is {n}?"}]},
+            "preferred_output": [{"role": "assistant", "content": f"{n} newts"}],
+            "non_preferred_output": [{"role": "assistant", "content": f"{n} robots"}],
+        }
+        for n in range(8)
+    )
+)
+
+
+def test_preferences_from_their_file_to_their_model(client: openai.OpenAI, base: str, server: RunningServer) -> None:
+    options: Any = {"hyperparameters": {"beta": 0.5, "n_epochs": 2, "batch_size": 4}}
+    job = client.fine_tuning.jobs.create(
+        model=base,
+        training_file=upload(client, PREFERENCES),
+        validation_file=upload(client, PREFERENCES),
+        method={"type": "dpo", "dpo": options},
+        extra_body={"recipe": {"lora_r": 4, "learning_rate": 0.01}},
+    )
+    assert job.method is not None
+    assert job.method.type == "dpo"
+    assert job.method.dpo is not None
+    assert job.method.dpo.hyperparameters is not None
+    assert job.method.dpo.hyperparameters.beta == 0.5
+    done = ended(client, job.id)
+    assert done.status == "succeeded", done.error
+    answer = client.chat.completions.create(
+        model=done.fine_tuned_model, messages=[{"role": "user", "content": "What is 3?"}], max_tokens=4
+    )
+    assert answer.model == done.fine_tuned_model
+    record = httpx.get(f"{server.url}/admin/jobs/{job.id}").json()
+    assert (record["total_steps"], record["summary"]["method"]) == (4, "dpo")
+    metrics = [event.data for event in client.fine_tuning.jobs.list_events(job.id, limit=50) if event.type == "metrics"]
+    margins = [data["metrics"]["rewards/margins"] for data in metrics if isinstance(data, dict)]
+    assert len(margins) >= 4
+    assert max(margins) > min(margins)
+
+
+def test_preferences_are_not_trained_on_as_answers(client: openai.OpenAI, base: str) -> None:
+    with pytest.raises(openai.BadRequestError, match="line 1 is a preference"):
+        client.fine_tuning.jobs.create(model=base, training_file=upload(client, PREFERENCES))
+
+
 def test_an_id_of_digits_is_no_version() -> None:
     name = model_name("a/b", "x", "ftjob-0123456712345678")
     assert name == "ft:a-b:eft:x:j12345678"
@@ -119,7 +164,11 @@ def test_pause_resume_and_cancel(client: openai.OpenAI, base: str) -> None:
 @pytest.mark.parametrize(
     ("changed", "param"),
     [
-        ({"method": {"type": "dpo"}}, "method.type"),
+        ({"method": {"type": "reinforcement", "reinforcement": {}}}, "method.type"),
+        ({"method": {"type": "dpo"}}, "training_file"),
+        ({"method": {"type": "dpo", "supervised": {}}}, "method.supervised"),
+        ({"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0}}}}, "beta"),
+        ({"method": {"type": "dpo", "dpo": {}}, "hyperparameters": {"n_epochs": 1}}, "hyperparameters"),
         ({"integrations": [{"type": "wandb", "wandb": {"project": "x"}}]}, "integrations"),
         ({"suffix": "x" * 65}, "suffix"),
         ({"suffix": "a/b"}, "suffix"),
