@@ -277,7 +277,8 @@ class Reader:
             texts = ", ".join(PREFERENCE_TEXTS if preferences else _TEXTS)
             raise InvalidRequest(
                 f"{param}.type is {kind}, but the served model has no chat template: start the server with one "
-                f"(--chat-template FILE), or train on texts ({texts}).",
+                "(--chat-template FILE), name one that goes with the adapter (chat_template: chatml), or train on "
+                f"texts ({texts}).",
                 param=f"{param}.type",
             )
         if preferences:
