@@ -18,6 +18,7 @@ NOT_OURS = {
     "llama.cpp",
     # docs/state.md: folders of a state directory.
     "jobs/ID/", "uploads/", "checkpoints/step-N/", "result/", "adapters/NAME/N/", "batches/ID/",
+    "files/ID/",
 }  # fmt: skip
 
 BANNED = re.compile(r"\b(whoever|nobody|somebody|so\s+many)\b", re.IGNORECASE)

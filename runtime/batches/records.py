@@ -134,7 +134,7 @@ class Batch(Struct, frozen=True, kw_only=True):
 
 
 class BatchRecord(Struct, frozen=True, kw_only=True):
-    """What a batch's folder says of it."""
+    """The record of a batch in its folder."""
 
     batch: Batch
     outputs: list[StoredFile] = []

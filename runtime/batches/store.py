@@ -68,6 +68,7 @@ def find(connection: sqlite3.Connection, batch_id: str, owner: str | None, *, pa
 
 
 def insert(connection: sqlite3.Connection, batch: Batch) -> None:
+    """Add the row of a batch, within the caller's transaction."""
     names = Batch.__struct_fields__
     values = tuple(_to_column(name, getattr(batch, name)) for name in names)
     connection.execute(f"INSERT INTO batches ({', '.join(names)}) VALUES ({', '.join('?' * len(names))})", values)

@@ -70,7 +70,7 @@ class DiskUsage(Struct, kw_only=True):
 
 
 class Pruned(Struct, kw_only=True):
-    """What was deleted, or would be."""
+    """The deleted items, or those that would be."""
 
     jobs: list[Due]
     batches: list[str]

@@ -38,6 +38,8 @@ class LayerOptimizer(ABC):
 
 
 class Sgd(LayerOptimizer):
+    """Stochastic gradient descent with weight decay and no state."""
+
     def __init__(self, parameters: list[Tensor], recipe: Recipe) -> None:
         super().__init__(parameters)
         self._weight_decay = recipe.weight_decay

@@ -229,7 +229,7 @@ class Reader:
         return tokens >= places * recipe.sequence_len if recipe.sample_packing else examples >= places
 
     def _locate(self, param: str, entry: Dataset) -> tuple[list[Source], str | None]:
-        """What an entry is read from, and the slice of its rows."""
+        """The sources of an entry, and the slice of its rows."""
         if self._files.is_hub(entry.path):
             name, part = split_of(entry.split, param=f"{param}.split")
             if self._recipe.streaming and (entry.shards is not None or any(mark in (part or "") for mark in "%-")):

@@ -31,7 +31,7 @@ UNBUILT = {
 
 
 def take_unbuilt_optimizer(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """What is wrong with an optimiser that is known and not built; it is taken out of `values`."""
+    """The problem of an optimiser that is known and not built; it is taken out of `values`."""
     name = values.get("optimizer")
     if isinstance(name, str) and name in UNBUILT:
         del values["optimizer"]

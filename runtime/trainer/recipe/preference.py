@@ -68,7 +68,7 @@ def _flat(entry: Any) -> Any:
 
 
 def take_unbuilt(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """What is wrong with a method that is known and not built; it is taken out of `values`."""
+    """The problem of a method that is known and not built; it is taken out of `values`."""
     if (method := values.get("rl")) in GENERATES:
         del values["rl"]
         yield (

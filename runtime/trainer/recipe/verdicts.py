@@ -1,4 +1,4 @@
-"""What becomes of each key of a recipe: notes for the plan, a verdict a key, and the explanation of one."""
+"""Verdicts on the keys of a recipe: notes for the plan, a verdict a key, and the explanation of one."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, get_args, get_type_hints
@@ -56,7 +56,7 @@ def _entry_notes(values: Mapping[str, Any]) -> Iterator[str]:
 
 
 class Verdict(Struct, frozen=True, kw_only=True):
-    """What becomes of a key that a recipe gives."""
+    """The verdict on a key that a recipe gives."""
 
     key: str
     verdict: Literal["works", "noted", "renamed", "off", "refused", "unknown"]
@@ -101,7 +101,7 @@ OLDER_DATASET_KEYS = frozenset({"conversation", "field_human", "field_model"})
 
 
 def explain(name: str) -> str | None:
-    """What a key does here, in a few lines; None for a key that is not known. `datasets.KEY` asks for a dataset's."""
+    """The effect of a key here, in a few lines; None for a key that is not known. `datasets.KEY` asks for a dataset's."""
     plain = name.removeprefix("datasets.").removeprefix("test_datasets.")
     found = [] if plain != name else _explained(name, name, Recipe, NOTED, REFUSED)
     if plain == name and name in READ_AS:
