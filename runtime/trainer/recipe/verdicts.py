@@ -101,7 +101,7 @@ OLDER_DATASET_KEYS = frozenset({"conversation", "field_human", "field_model"})
 
 
 def explain(name: str) -> str | None:
-    """The effect of a key here, in a few lines; None for a key that is not known. `datasets.KEY` asks for a dataset's."""
+    """The effect of a key, in a few lines; None for a key that is not known. `datasets.KEY` asks for a dataset's."""
     plain = name.removeprefix("datasets.").removeprefix("test_datasets.")
     found = [] if plain != name else _explained(name, name, Recipe, NOTED, REFUSED)
     if plain == name and name in READ_AS:
