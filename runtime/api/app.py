@@ -6,7 +6,7 @@ from litestar import Litestar
 from litestar.datastructures import State
 
 from runtime.access import Access
-from runtime.api.admin import adapters
+from runtime.api.admin import adapters, overview
 from runtime.api.admin.adapters import load_lora_adapter, unload_lora_adapter
 from runtime.api.admin.jobs import (
     cancel_job,
@@ -19,6 +19,7 @@ from runtime.api.admin.jobs import (
     resume_job,
     retrieve_job,
 )
+from runtime.api.admin.overview import OverviewHistory
 from runtime.api.admin.train import train
 from runtime.api.anthropic.messages import count_message_tokens, create_message
 from runtime.api.docs import openapi_config, prepared
@@ -38,6 +39,7 @@ from runtime.api.openai.models import delete_model, list_models, retrieve_model
 from runtime.api.openai.scores import rerank, score
 from runtime.api.openai.tokenize import detokenize, tokenize, tokenizer_info
 from runtime.api.operations import get_version, health, load, metrics_handler, ping, ready, reset_cache
+from runtime.api.page.routes import index_page, page_file
 from runtime.api.responses import routes as responses
 from settings.schema import Settings
 
@@ -53,6 +55,7 @@ def create_app(service: "EngineService | ServiceHandle", settings: Settings, acc
     handle = service if isinstance(service, ServiceHandle) else ServiceHandle(service)
     access = access or Access(settings)
     api = Api(handle, settings, access)
+    history = OverviewHistory(handle)
     app = Litestar(
         route_handlers=[
             create_chat_completion,
@@ -92,15 +95,17 @@ def create_app(service: "EngineService | ServiceHandle", settings: Settings, acc
             load_lora_adapter,
             unload_lora_adapter,
             *adapters.ROUTES,
+            *overview.ROUTES,
             reset_cache,
             metrics_handler(public=settings.server.public_metrics),
+            *((index_page, page_file) if settings.server.page_enabled else ()),
         ],
         # On the app, not on a middleware that looks at paths: `//v1/models`, `/%761/models` and `/v1/models/`
         # all reach the same handlers, and a guard runs once a handler is chosen.
         guards=[KeyGuard(access)],
-        state=State({"api": api}),
+        state=State({"api": api, "history": history}),
         exception_handlers={Exception: handle_exception},
-        lifespan=[api.lag.running, lambda app: access.watching(), prepared],
+        lifespan=[api.lag.running, history.running, lambda app: access.watching(), prepared],
         on_shutdown=[api.background.cancel_all],
         openapi_config=openapi_config(settings.server.root_path) if settings.server.docs_enabled else None,
         logging_config=None,

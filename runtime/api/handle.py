@@ -4,10 +4,12 @@ Handlers find it in the app's state (`api_of`).
 """
 
 import asyncio
+from collections import deque
 from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any
 
 from litestar import Request
+from msgspec import Struct
 
 from runtime.access import Access
 from runtime.api.http.lag import LagSampler
@@ -26,6 +28,26 @@ if TYPE_CHECKING:
 AnyRequest = Request[Any, Any, Any]
 
 
+MAX_RECENT_REQUESTS = 300
+
+
+class RequestEntry(Struct, frozen=True, kw_only=True):
+    """One request that has ended: names, numbers and times, never a text."""
+
+    id: str
+    time: float
+    """Of its end, in seconds since the epoch."""
+    method: str
+    handler: str
+    """The route's template."""
+    status: int
+    milliseconds: float
+    key: str
+    """Name of the key that it came with; "" without keys."""
+    details: dict[str, Any]
+    """Fields of its log line: numbers of tokens, the error's code."""
+
+
 class ServiceHandle:
     """Holder of the engine service: set once the engine is loaded, read by every request. Event-loop thread only."""
 
@@ -37,6 +59,8 @@ class ServiceHandle:
         self.inside: Ask | None = None
         """The app itself, for requests that the server makes; set when the app is made."""
         self.responses: ResponseStore | None = None
+        self.recent: deque[RequestEntry] = deque(maxlen=MAX_RECENT_REQUESTS)
+        """The last requests, but for probes."""
         self.no_jobs = "This server runs no training jobs."
         """Reason why there is no `jobs` although the engine is loaded."""
 
@@ -115,7 +139,7 @@ class Api:
         self.lag = LagSampler()
         self.background = BackgroundTasks()
         self.event_streams = 0
-        """Number of clients that follow a job's events now."""
+        """Number of clients that follow a job's events, or the overview, now."""
 
 
 def api_of(request: AnyRequest) -> Api:

@@ -25,7 +25,7 @@ _MAX_TOKENS = 100
 def banner(url: str, model: str, *, needs_key: bool) -> str:
     """Text of the banner. `needs_key`: the snippets read the key from EFT_API_KEY; the key itself is never printed."""
     return (
-        f"Serving {model} at {url} (Ctrl-C stops it). Try:\n\n"
+        f"Serving {model} at {url} (Ctrl-C stops it). Open {url}/ in a browser, or try:\n\n"
         f"{_curl(url, model, needs_key)}\n\n"
         f"or, after `pip install openai`:\n\n{_python(url, model, needs_key)}\n"
     )

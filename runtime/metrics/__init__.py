@@ -3,5 +3,16 @@
 from runtime.metrics.exposition import render_process
 from runtime.metrics.recorder import PUBLISH_OUTCOMES, UNMATCHED, Metrics
 from runtime.metrics.table import ADAPTER, TABLE, Spec
+from runtime.metrics.totals import Totals, quantile
 
-__all__ = ["ADAPTER", "PUBLISH_OUTCOMES", "TABLE", "UNMATCHED", "Metrics", "Spec", "render_process"]
+__all__ = [
+    "ADAPTER",
+    "PUBLISH_OUTCOMES",
+    "TABLE",
+    "UNMATCHED",
+    "Metrics",
+    "Spec",
+    "Totals",
+    "quantile",
+    "render_process",
+]

@@ -15,6 +15,7 @@ from runtime.events import EvalEvent, StepEvent
 from runtime.messages import FinishReason, RequestTiming
 from runtime.metrics.exposition import Families, NamesCollector, ProcessNames, render
 from runtime.metrics.table import ADAPTER, TABLE
+from runtime.metrics.totals import Totals, totals_of
 
 # -- timing ----------------------------------------------------------------------------------------
 #
@@ -60,6 +61,8 @@ _REASONS = frozenset(
 )  # fmt: skip
 PUBLISH_OUTCOMES = ("published", "refused", "failed")
 """Refused: the adapter did not fit. Failed: the server could not."""
+_MEASURED = ("time_to_first_token_seconds", "inter_token_latency_seconds", "train_slice_seconds")
+"""Histograms of `Metrics.totals`."""
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 UNMATCHED = "unmatched"
 """The one `handler` label of all requests that no route answered."""
@@ -279,6 +282,12 @@ class Metrics:
         """The event loop at a scrape: its longest delay since the last one, in seconds, and its tasks."""
         self._gauges["event_loop_lag_seconds"].set(lag)
         self._gauges["event_loop_tasks"].set(tasks)
+
+    def totals(self, now: float) -> Totals:
+        """Totals of the families without labels, at `now`."""
+        plain = {spec.name for spec in TABLE if not spec.labels}
+        counters = {name: family for name, family in self._counters.items() if name in plain}
+        return totals_of(now, counters, {name: self._histograms[name] for name in _MEASURED})
 
     def render(self, accept: str = "") -> tuple[bytes, str]:
         """The exposition and its content type: OpenMetrics where `accept` requests it, else plain text."""

@@ -16,12 +16,12 @@ from tests.api.fakes import FakeService
 pytestmark = pytest.mark.anyio
 
 # What each route needs. A new route is added here on purpose, or the test fails.
-OPEN = {"/health", "/ready", "/metrics"}
+OPEN = {"/health", "/ready", "/metrics", "/", "/page/{}"}
 TRAIN = {
     ("POST", "/admin/train"), ("GET", "/admin/jobs"), ("GET", "/admin/jobs/{}"), ("GET", "/admin/jobs/{}/events"),
     ("GET", "/admin/jobs/{}/metrics"), ("GET", "/admin/jobs/{}/logs"), ("POST", "/admin/jobs/{}/cancel"),
     ("POST", "/admin/jobs/{}/pause"), ("POST", "/admin/jobs/{}/resume"), ("GET", "/admin/adapters"),
-    ("GET", "/admin/adapters/{}"), ("GET", "/admin/adapters/upload"), ("DELETE", "/admin/jobs/{}"),
+    ("GET", "/admin/adapters/{}"), ("GET", "/admin/overview"), ("GET", "/admin/adapters/upload"), ("DELETE", "/admin/jobs/{}"),
     ("POST", "/v1/fine_tuning/jobs"), ("GET", "/v1/fine_tuning/jobs"), ("GET", "/v1/fine_tuning/jobs/{}"),
     ("POST", "/v1/fine_tuning/jobs/{}/cancel"), ("POST", "/v1/fine_tuning/jobs/{}/pause"),
     ("POST", "/v1/fine_tuning/jobs/{}/resume"), ("GET", "/v1/fine_tuning/jobs/{}/events"),

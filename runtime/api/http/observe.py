@@ -16,7 +16,7 @@ from litestar.enums import ScopeType
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
 
 from runtime.access.audit import AuditLog
-from runtime.api.handle import ServiceHandle
+from runtime.api.handle import RequestEntry, ServiceHandle
 from runtime.api.http.errors import JSON, HeadersTooLarge, encode
 from runtime.api.http.record import RequestRecord, attach, make_id
 from runtime.errors import InvalidRequest, RequestError
@@ -31,6 +31,9 @@ MAX_HEADERS = 64 * 1024
 
 _PROBES = frozenset({"/health", "/ready", "/ping", "/metrics", "/load"})
 """Paths that machines poll every few seconds: logged on failure, or at level debug."""
+
+_PAGE = frozenset({"/", "/page/{name}", "/admin/overview", "/admin/requests"})
+"""Routes of what watches the server: not among the requests that it watches."""
 
 _log = get_logger("http")
 
@@ -76,9 +79,21 @@ class Observer:
         method = str(scope.get("method", ""))
         if self._handle.service is not None:
             self._handle.service.metrics.on_http(method, status, handler, seconds)
+        details = {key: value for key, value in record.log.items() if value is not None}
+        quiet = handler in _PROBES and status < HTTPStatus.BAD_REQUEST
+        if not quiet and handler not in _PAGE:
+            entry = RequestEntry(
+                id=record.request_id,
+                time=time.time(),
+                method=method,
+                handler=handler,
+                status=status,
+                milliseconds=round(seconds * 1000, 1),
+                key=record.key,
+                details=details,
+            )
+            self._handle.recent.append(entry)
         if self._log_requests:
-            details = {key: value for key, value in record.log.items() if value is not None}
-            quiet = handler in _PROBES and status < HTTPStatus.BAD_REQUEST
             (_log.debug if quiet else _log.info)(
                 "request",
                 method=method,

@@ -1,0 +1,183 @@
+// Adapters: versions, names, canaries, and what changes them.
+
+import { json, request } from "./api.js";
+import { button, confirmed, field, guarded, h, moment, number, replace } from "./dom.js";
+
+const EXPORTS = { peft: "PEFT (adapter)", merged: "Merged model", gguf: "GGUF (merged)", "gguf-lora": "GGUF (adapter)" };
+
+export function adaptersView(app) {
+  let chosen = null;
+  const trouble = h("p", { class: "error", role: "alert" });
+  const rows = h("tbody");
+  const detail = h("div", { class: "panel", hidden: true });
+  const refresh = button("Refresh", () => load());
+  const empty = h("p", { class: "quiet", hidden: true }, "There are no adapters yet. ", h("a", { href: "#train" }, "Train one"), ".");
+  const element = h(
+    "section",
+    { "aria-labelledby": "adapters-title" },
+    h("div", { class: "row" }, h("h2", { id: "adapters-title", class: "grow" }, "Adapters"), refresh),
+    trouble,
+    empty,
+    h(
+      "div",
+      { class: "panel scroll", tabindex: 0, role: "region", "aria-labelledby": "adapters-title" },
+      h(
+        "table",
+        {},
+        h("thead", {}, h("tr", {}, ["Name", "Current version", "Aliases", "Canary", "State"].map((text) => h("th", { scope: "col" }, text)))),
+        rows,
+      ),
+    ),
+    detail,
+  );
+
+  const pathOf = (name, rest = "") => `admin/adapters/${encodeURIComponent(name)}${rest}`;
+
+  async function load() {
+    await guarded(refresh, trouble, async () => {
+      const { adapters } = await json("admin/adapters");
+      empty.hidden = adapters.length > 0;
+      replace(rows, adapters.map(row));
+      if (chosen && !adapters.some((one) => one.name === chosen)) chosen = null;
+      detail.hidden = chosen === null;
+      if (chosen) show(await json(pathOf(chosen)));
+    });
+  }
+
+  function row(one) {
+    const canary = one.canary ? `${number(100 * one.canary.weight)}% to version ${one.canary.version}` : "";
+    return h(
+      "tr",
+      { "aria-selected": String(one.name === chosen) },
+      h("th", { scope: "row" }, button(one.name, () => choose(one.name), { class: "link" })),
+      h("td", {}, one.current),
+      h("td", { class: "wrap" }, one.aliases.join(", ")),
+      h("td", {}, canary),
+      h("td", {}, h("span", { class: `chip ${one.served ? "good" : ""}` }, one.served ? "served" : "unloaded")),
+    );
+  }
+
+  function choose(name) {
+    chosen = name;
+    return load();
+  }
+
+  /** Do something to an adapter, and show what became of it. */
+  const change = (source, path, options = { method: "POST" }) =>
+    guarded(source, trouble, async () => {
+      await request(path, options);
+    }).then(() => trouble.textContent || load());
+
+  function show(one) {
+    const act = (text, work, props) => {
+      const made = button(text, () => work(made), props);
+      return made;
+    };
+    const alias = h("input", { autocomplete: "off", spellcheck: "false" });
+    const version = h("select", {}, one.versions.map((each) => h("option", { value: each.number }, each.number)));
+    const share = h("input", { type: "number", min: 0, max: 100, step: 1, value: one.canary ? 100 * one.canary.weight : 10 });
+    if (one.canary) version.value = one.canary.version;
+    const format = h("select", {}, Object.entries(EXPORTS).map(([value, text]) => h("option", { value }, text)));
+    const remove = async (source) => {
+      if (await confirmed(`Delete ${one.name}?`, "All its versions are deleted from the disk.")) {
+        await change(source, pathOf(one.name, "?drain=1"), { method: "DELETE" });
+      }
+    };
+    replace(
+      detail,
+      h("h3", {}, one.name),
+      h(
+        "div",
+        { class: "row" },
+        button("Chat", () => app.chatWith(one.name), { class: "primary" }),
+        act("Roll back", (source) => change(source, pathOf(one.name, "/rollback")), { disabled: one.versions.length < 2 }),
+        one.served
+          ? act("Unload", (source) => change(source, pathOf(one.name, "/unload")))
+          : act("Load", (source) => change(source, pathOf(one.name, "/load"))),
+        act("Delete", remove, { class: "danger" }),
+      ),
+      h("h3", {}, "Versions"),
+      h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Versions" }, versions(one, act)),
+      h("h3", {}, "Aliases"),
+      h(
+        "div",
+        { class: "row" },
+        one.aliases.map((name) =>
+          h("span", { class: "chip" }, name, " ", act("×", (source) => change(source, pathOf(one.name, `/alias/${encodeURIComponent(name)}`), { method: "DELETE" }), { class: "link", "aria-label": `Delete the alias ${name}` })),
+        ),
+      ),
+      h(
+        "div",
+        { class: "row end" },
+        field("New alias", alias),
+        act("Add", (source) => change(source, pathOf(one.name, "/alias"), { json: { alias: alias.value.trim() } })),
+      ),
+      h("h3", {}, "Canary"),
+      h("p", { class: "quiet small-text" }, "A share of the requests to the name goes to another version; 0 ends it."),
+      h(
+        "div",
+        { class: "row end" },
+        field("Version", version),
+        field("Share in %", share),
+        act("Set", (source) => change(source, pathOf(one.name, "/canary"), { json: { version: Number(version.value), weight: Number(share.value) / 100 } })),
+      ),
+      h("h3", {}, "Export"),
+      h("div", { class: "row end" }, field("Format", format), act("Download", (source) => download(source, one.name, format.value))),
+    );
+  }
+
+  function versions(one, act) {
+    const headings = ["Version", "Made", "Rank", "From", "Measured", "State", ""];
+    return h(
+      "table",
+      {},
+      h("thead", {}, h("tr", {}, headings.map((text) => h("th", { scope: "col" }, text || h("span", { class: "unseen" }, "Actions"))))),
+      h(
+        "tbody",
+        {},
+        [...one.versions].reverse().map((each) => {
+          const measured = Object.entries(each.metrics).filter(([name, value]) => typeof value === "number" && name !== "step");
+          return h(
+            "tr",
+            {},
+            h("th", { scope: "row" }, each.id),
+            h("td", {}, moment(each.created)),
+            h("td", {}, each.rank),
+            h("td", { class: "wrap code" }, each.job ? `${each.job}, step ${each.step}` : "upload"),
+            h("td", { class: "wrap" }, measured.map(([name, value]) => `${name} ${number(value)}`).join(", ")),
+            h(
+              "td",
+              {},
+              each.current && h("span", { class: "chip good" }, "current"),
+              each.loaded && h("span", { class: "chip" }, "in memory"),
+              !each.fits && h("span", { class: "chip bad" }, "other base model"),
+            ),
+            h(
+              "td",
+              {},
+              h(
+                "div",
+                { class: "row" },
+                button("Chat", () => app.chatWith(each.id), { class: "small", "aria-label": `Chat with ${each.id}` }),
+                !each.current && act("Promote", (source) => change(source, pathOf(one.name, "/promote"), { json: { version: each.number } }), { class: "small", "aria-label": `Promote ${each.id}` }),
+                !each.current && act("Delete", (source) => change(source, pathOf(one.name, `/versions/${each.number}?drain=1`), { method: "DELETE" }), { class: "small danger", "aria-label": `Delete ${each.id}` }),
+              ),
+            ),
+          );
+        }),
+      ),
+    );
+  }
+
+  async function download(source, name, format) {
+    await guarded(source, trouble, async () => {
+      const response = await request(pathOf(name, `/export?format=${format}`));
+      const named = /filename="?([^";]+)/.exec(response.headers.get("content-disposition") ?? "");
+      const url = URL.createObjectURL(await response.blob());
+      h("a", { href: url, download: named?.[1] ?? `${name}-${format}` }).click();
+      setTimeout(() => URL.revokeObjectURL(url), 60_000);
+    });
+  }
+
+  return { element, entered: load };
+}

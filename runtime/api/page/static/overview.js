@@ -1,0 +1,79 @@
+// Live numbers and charts, from one stream of samples.
+
+import { events, request } from "./api.js";
+import { lineChart } from "./chart.js";
+import { clock, field, h, number, seconds } from "./dom.js";
+
+const RETRY_MS = 3000;
+const MAX_SAMPLES = 1800;
+
+export function overviewView() {
+  let samples = [];
+  let following = null;
+  const trouble = h("p", { class: "error", role: "alert" });
+  const facts = h("p", { class: "quiet" });
+  const span = h(
+    "select",
+    { onchange: draw },
+    h("option", { value: 150 }, "5 minutes"),
+    h("option", { value: 900 }, "30 minutes"),
+    h("option", { value: MAX_SAMPLES }, "1 hour"),
+  );
+  const percent = (value) => `${number(100 * value)}%`;
+  const charts = [
+    ["Tokens a second", number, { generated: "generated_tokens", prompt: "prompt_tokens", trained: "trained_tokens" }],
+    ["Time to the first token", seconds, { median: "first_token_p50", "95%": "first_token_p95" }],
+    ["Time per token", seconds, { median: "token_p50", "95%": "token_p95" }],
+    ["Sequences", number, { running: "running", waiting: "waiting" }],
+    ["KV cache in use", percent, { share: "kv_cache_usage" }],
+    ["Training's share of the engine", percent, { share: "training_share" }],
+  ].map(([title, yText, fields]) => ({ fields, ...lineChart({ title, yText, xText: clock }) }));
+  const element = h(
+    "section",
+    { "aria-labelledby": "overview-title" },
+    h("div", { class: "row end" }, h("div", { class: "grow" }, h("h2", { id: "overview-title" }, "Overview"), facts), field("Time shown", span)),
+    trouble,
+    h("div", { class: "grid" }, charts.map((chart) => h("div", { class: "panel" }, chart.element))),
+  );
+
+  function draw() {
+    const shown = samples.slice(-Number(span.value));
+    for (const chart of charts) {
+      chart.update(
+        Object.entries(chart.fields).map(([name, key]) => ({ name, points: shown.map((sample) => [sample.time, sample[key]]) })),
+      );
+    }
+  }
+
+  async function follow(signal) {
+    const response = await request(`admin/overview?limit=${MAX_SAMPLES}`, { headers: { Accept: "text/event-stream" }, signal });
+    trouble.textContent = "";
+    for await (const { event, data } of events(response)) {
+      const found = JSON.parse(data);
+      if (event === "overview") {
+        samples = found.samples;
+        facts.textContent = `${found.model} · context of ${found.max_model_len.toLocaleString("en")} tokens · Eft ${found.version}`;
+      } else {
+        samples = [...samples.slice(1 - MAX_SAMPLES), found];
+      }
+      draw();
+    }
+  }
+
+  async function entered() {
+    following?.abort();
+    const mine = (following = new AbortController());
+    while (!mine.signal.aborted) {
+      try {
+        await follow(mine.signal);
+      } catch (error) {
+        if (mine.signal.aborted) return;
+        trouble.textContent = error.message;
+        if (error.status === 401 || error.status === 403) return;
+      }
+      await new Promise((resolve) => setTimeout(resolve, RETRY_MS));
+    }
+  }
+
+  return { element, entered, left: () => following?.abort() };
+}
