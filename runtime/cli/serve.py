@@ -22,10 +22,12 @@ _QUESTION = "Why is the sky blue?"
 _MAX_TOKENS = 100
 
 
-def banner(url: str, model: str, *, needs_key: bool) -> str:
-    """Text of the banner. `needs_key`: the snippets read the key from EFT_API_KEY; the key itself is never printed."""
+def banner(url: str, model: str, *, needs_key: bool, page: bool = True) -> str:
+    """Text of the banner. `needs_key`: the snippets read the key from EFT_API_KEY; the key itself is never printed.
+    `page`: there is a page at /."""
+    visit = f"Open {url}/ in a browser, or try" if page else "Try"
     return (
-        f"Serving {model} at {url} (Ctrl-C stops it). Open {url}/ in a browser, or try:\n\n"
+        f"Serving {model} at {url} (Ctrl-C stops it). {visit}:\n\n"
         f"{_curl(url, model, needs_key)}\n\n"
         f"or, after `pip install openai`:\n\n{_python(url, model, needs_key)}\n"
     )
@@ -123,4 +125,4 @@ async def _greet(url: str, settings: Settings) -> None:
             name = await served_model(client)
     except CommandError:  # stopped just now, or a proxy in between: use the model of the settings
         name = settings.model.served_model_name or settings.model.model
-    print(banner(url, name, needs_key=needs_key), flush=True)
+    print(banner(url, name, needs_key=needs_key, page=settings.server.page_enabled), flush=True)

@@ -1,4 +1,4 @@
-"""What the metrics have counted at one moment, for rates and quantiles over the time between two moments."""
+"""Sums and buckets of the metrics at one moment, for rates and quantiles over the time between two moments."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -13,6 +13,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import msgspec
+
+from settings.schema import TrainerSettings
+from tests.api.conftest import RunningServer, tiny_settings
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 # The body of a promise that is kept once `CONDITION` holds, and broken after `SECONDS`.
@@ -92,13 +97,14 @@ class Page:
         elements = f"[...document.querySelector({json.dumps(within)}).querySelectorAll('button, a, summary')]"
         wanted = json.dumps(text)
         named = f"(e.textContent.trim() === {wanted} || e.getAttribute('aria-label') === {wanted})"
-        self.until(f"{elements}.find(e => e.checkVisibility() && !e.disabled && {named})?.click() === undefined && "
-                   f"{elements}.some(e => {named})")  # fmt: skip
+        found = f"{elements}.find(e => e.checkVisibility() && !e.disabled && {named})"
+        self.until(f"(e => e && (e.click(), true))({found})")
 
     def fill(self, label: str, text: str) -> None:
         """Type into the visible control that this label names."""
         wanted = json.dumps(label)
-        control = f"[...document.querySelectorAll('label')].find(e => e.textContent.startsWith({wanted}) && e.control?.checkVisibility())?.control"
+        labels = "[...document.querySelectorAll('label')]"
+        control = f"{labels}.find(e => e.textContent.startsWith({wanted}) && e.control?.checkVisibility())?.control"
         self.until(f"{control} !== undefined")
         self.run(
             f"(() => {{ const e = {control}; e.focus(); e.value = {json.dumps(text)};"
@@ -152,13 +158,19 @@ class Page:
                 self.problems.append(entry["text"])
 
 
+def serving(model: Path, state: Path, **server: Any) -> RunningServer:
+    """A server with a state directory, for pages. `server`: its settings."""
+    trainer = TrainerSettings(state_dir=str(state))
+    return RunningServer(msgspec.structs.replace(tiny_settings(model, **server), trainer=trainer))
+
+
 @contextlib.contextmanager
 def browser(profile: Path) -> Iterator[Page]:
     """A browser with an empty profile, and its page."""
     flags = [
-        "--headless=new", "--disable-gpu", "--no-sandbox", "--no-proxy-server", "--no-first-run", "--disable-extensions",
-        "--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage",
-        "--remote-debugging-pipe", f"--user-data-dir={profile}",
+        "--headless=new", "--disable-gpu", "--no-sandbox", "--no-proxy-server", "--no-first-run",
+        "--disable-extensions", "--disable-background-networking", "--disable-component-update",
+        "--disable-dev-shm-usage", "--remote-debugging-pipe", f"--user-data-dir={profile}",
     ]  # fmt: skip
     child_read, write = os.pipe()
     read, child_write = os.pipe()

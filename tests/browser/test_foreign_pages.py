@@ -5,7 +5,6 @@ import http.server
 import json
 import os
 import re
-import shutil
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -15,13 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import msgspec
 import pytest
 
-from settings.schema import TrainerSettings
-from tests.api.conftest import RunningServer, tiny_settings
+from tests.browser.chromium import CHROMIUM, serving
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium (Debian: sudo apt-get install chromium)")
 
 # `tries` are [name, path, options of fetch]; the page writes what became of each into its body.
@@ -94,11 +90,6 @@ def visit(url: str, profile: Path, *flags: str) -> dict[str, str]:
     assert match is not None, "the page did not get to its end"
     found: dict[str, str] = json.loads(unescape(match[1]))
     return found
-
-
-def serving(model: Path, state: Path, **server: Any) -> RunningServer:
-    trainer = TrainerSettings(state_dir=str(state))
-    return RunningServer(msgspec.structs.replace(tiny_settings(model, **server), trainer=trainer))
 
 
 def generated(url: str) -> float:

@@ -35,8 +35,8 @@ _BETWEEN_TOKENS = "inter_token_latency_seconds"
 
 
 class OverviewSample(Struct, frozen=True, kw_only=True):
-    """The engine over the seconds before `time`. Rates are per second; times are in seconds, and null without requests in
-    the last half minute."""
+    """The engine over the seconds before `time`. Quantiles are in seconds, over the last half minute, and null without
+    observations in it."""
 
     time: float
     """Seconds since the epoch."""

@@ -74,9 +74,17 @@ export function adaptersView(app) {
       return made;
     };
     const alias = h("input", { autocomplete: "off", spellcheck: "false" });
-    const version = h("select", {}, one.versions.map((each) => h("option", { value: each.number }, each.number)));
+    const others = one.versions.filter((each) => !each.current);
+    const version = h("select", {}, others.map((each) => h("option", { value: each.number }, each.number)));
     const share = h("input", { type: "number", min: 0, max: 100, step: 1, value: one.canary ? 100 * one.canary.weight : 10 });
     if (one.canary) version.value = one.canary.version;
+    const canary = h(
+      "div",
+      { class: "row end" },
+      field("Version", version),
+      field("Share in %", share),
+      act("Set", (source) => change(source, pathOf(one.name, "/canary"), { json: { version: Number(version.value), weight: Number(share.value) / 100 } })),
+    );
     const format = h("select", {}, Object.entries(EXPORTS).map(([value, text]) => h("option", { value }, text)));
     const remove = async (source) => {
       if (await confirmed(`Delete ${one.name}?`, "All its versions are deleted from the disk.")) {
@@ -114,13 +122,7 @@ export function adaptersView(app) {
       ),
       h("h3", {}, "Canary"),
       h("p", { class: "quiet small-text" }, "A share of the requests to the name goes to another version; 0 ends it."),
-      h(
-        "div",
-        { class: "row end" },
-        field("Version", version),
-        field("Share in %", share),
-        act("Set", (source) => change(source, pathOf(one.name, "/canary"), { json: { version: Number(version.value), weight: Number(share.value) / 100 } })),
-      ),
+      others.length ? canary : h("p", { class: "quiet small-text" }, "It has one version only."),
       h("h3", {}, "Export"),
       h("div", { class: "row end" }, field("Format", format), act("Download", (source) => download(source, one.name, format.value))),
     );

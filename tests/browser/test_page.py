@@ -1,0 +1,215 @@
+"""The page at / in a real browser, against a server with a tiny model."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.api.conftest import RunningServer
+from tests.browser.chromium import CHROMIUM, Page, browser, serving
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium (Debian: sudo apt-get install chromium)")
+
+KEY = "sk-of-the-page"
+RECIPE = """name: pasted
+adapter: lora
+lora_r: 4
+lora_target_linear: true
+datasets:
+  - path: train.jsonl
+    type: auto
+micro_batch_size: 2
+max_steps: 3
+learning_rate: 1e-3
+"""
+ROWS = "\n".join(
+    json.dumps({"messages": [{"role": "user", "content": f"Newt {n}?"}, {"role": "assistant", "content": f"Eft {n}."}]})
+    for n in range(6)
+)
+AXE = os.environ.get("EFT_AXE")
+"""Path of axe-core's axe.min.js, which checks accessibility."""
+
+
+@pytest.fixture(scope="module")
+def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    with serving(tiny_model, tmp_path_factory.mktemp("state")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    with browser(tmp_path_factory.mktemp("browser") / "profile") as page:
+        yield page
+
+
+@pytest.fixture
+def page(chromium: Page, server: RunningServer) -> Iterator[Page]:
+    """The page, just opened. At the end: nothing in its console, and no request to another host."""
+    yield from opened(chromium, server)
+
+
+def opened(chromium: Page, server: RunningServer) -> Iterator[Page]:
+    chromium.problems.clear()
+    chromium.requests.clear()
+    chromium.look(width=1440, dark=True)
+    chromium.open("about:blank")
+    chromium.open(f"{server.url}/")
+    chromium.until("document.querySelector('#views a[aria-current]') !== null")
+    yield chromium
+    assert chromium.problems == []
+    assert chromium.requests
+    assert chromium.foreign(server.url) == set()
+
+
+def go(page: Page, view: str) -> None:
+    page.run(f"location.hash = '{view}'")
+    page.until(f"document.querySelector('#views a[aria-current]').hash === '#{view}'")
+
+
+def ask(page: Page, text: str, tokens: int) -> None:
+    page.run("document.querySelector('.composer details').open = true")
+    page.fill("Most tokens", str(tokens))
+    page.fill("Message", text)
+    page.click("Send")
+
+
+def test_a_chat_streams_and_stops(page: Page) -> None:
+    ask(page, "Tell me everything.", 450)
+    page.until("document.querySelector('.message.assistant .text').textContent.length > 5")
+    page.click("Stop")
+    page.until_text(".message.assistant footer", "stopped")
+    text = page.run("document.querySelector('.message.assistant .text').textContent")
+    page.click("Regenerate")
+    page.until_text(".composer button", "Stop")
+    page.click("Stop")
+    page.until_text(".message.assistant footer", "stopped")
+    assert page.run("document.querySelectorAll('.message.assistant').length") == 1
+    assert text
+
+
+def test_two_models_answer_the_same_prompt_and_seeds_repeat(page: Page) -> None:
+    page.run("document.querySelector('.composer label.inline input').click()")
+    page.run("document.querySelector('.composer details').open = true")
+    page.fill("Seed", "7")
+    page.fill("Temperature", "1")
+    ask(page, "Which?", 12)
+    footers = "[...document.querySelectorAll('.message.assistant footer')]"
+    page.until(f"{footers}.filter(e => e.innerText.includes('12 tokens')).length === 2")
+    first, second = page.run("[...document.querySelectorAll('.message.assistant .text')].map(e => e.textContent)")
+    assert first == second != ""
+
+
+def test_probabilities_of_tokens(page: Page) -> None:
+    page.run("document.querySelector('.composer details').open = true")
+    page.run("document.querySelector('.composer details label.inline input').click()")
+    ask(page, "Which?", 4)
+    page.until_text(".message.assistant footer", "4 tokens")
+    titles = page.run("[...document.querySelectorAll('.token')].map(e => e.title)")
+    assert len(titles) == 4
+    assert all(title.count("%") == 6 for title in titles)
+
+
+def test_an_error_is_shown(page: Page) -> None:
+    page.fill("Model", "no-such-model")
+    ask(page, "Which?", 4)
+    assert "no-such-model" in page.until_text(".message.assistant .error", "does not exist")
+
+
+def test_a_bad_recipe_shows_its_error_at_the_line(page: Page) -> None:
+    go(page, "train")
+    page.fill("Rows of train.jsonl", ROWS)
+    page.fill("Recipe", RECIPE.replace("max_steps", "max_stepps"))
+    assert "max_stepps, line 9: unknown key" in page.until_text("#problems", "unknown key")
+    assert page.run("document.querySelector('.gutter .wrong').textContent") == "9"
+    assert page.run("document.querySelector('#recipe').getAttribute('aria-invalid')") == "true"
+    page.run("document.querySelector('#problems button').click()")
+    selected = "(e => e.value.slice(e.selectionStart, e.selectionEnd))(document.querySelector('#recipe'))"
+    assert page.run(selected) == "max_stepps: 3"
+
+
+def test_pasted_rows_become_an_adapter_that_answers(page: Page) -> None:
+    go(page, "train")
+    page.fill("Rows of train.jsonl", ROWS)
+    page.fill("Recipe", RECIPE)
+    page.until_text(".chip", "valid")
+    page.until_text("main h3", "What is trained on")
+    assert page.run("document.querySelector('.example mark').textContent").startswith("Eft 0.")
+    page.click("Start training")
+    page.click("Chat with pasted@1")
+    page.until("document.querySelector('#views a[aria-current]').hash === '#chat'")
+    ask(page, "Newt 1?", 6)
+    page.until_text(".message.assistant footer", "pasted@1")
+
+    go(page, "adapters")
+    page.click("pasted", "main")
+    page.fill("New alias", "second-name")
+    page.click("Add")
+    page.until_text("main section:not([hidden]) .chip", "second-name")
+    assert "one version only" in page.until_text("main section:not([hidden]) p", "one version only")
+    go(page, "requests")
+    page.until_text("td", "/v1/chat/completions")
+    go(page, "overview")
+    page.until("document.querySelectorAll('main section:not([hidden]) path.plot').length > 0")
+
+
+def test_versions_are_rolled_back_and_tried_on_some(page: Page) -> None:
+    go(page, "train")
+    page.fill("Rows of train.jsonl", ROWS)
+    page.fill("Recipe", RECIPE.replace("pasted", "twice"))
+    for number in (1, 2):
+        page.click("Start training")
+        page.until_text("main button", f"Chat with twice@{number}")
+    go(page, "adapters")
+    page.click("twice", "main")
+    page.click("Roll back")
+    page.until_text("main section:not([hidden]) tbody tr", "twice\t1\t")
+    page.click("Promote twice@2")
+    page.until_text("main section:not([hidden]) tbody tr", "twice\t2\t")
+    page.fill("Share in %", "25")
+    page.click("Set")
+    page.until_text("main section:not([hidden]) td", "25% to version 1")
+
+
+@pytest.mark.skipif(AXE is None, reason="EFT_AXE does not name axe-core's axe.min.js (npm pack axe-core)")
+@pytest.mark.parametrize("dark", [True, False])
+@pytest.mark.parametrize("width", [360, 1440])
+def test_accessibility(page: Page, width: int, dark: bool) -> None:
+    page.look(width=width, dark=dark)
+    page.run(Path(str(AXE)).read_text(encoding="utf-8") + "; 0")
+    for view in ("chat", "train", "adapters", "overview", "requests"):
+        go(page, view)
+        script = "axe.run().then(found => found.violations.map(one => [one.id, one.impact, one.nodes[0].html]))"
+        assert [one for one in page.run(script) if one[1] in ("serious", "critical")] == [], view
+
+
+@pytest.mark.parametrize("width", [360, 1440])
+def test_nothing_is_wider_than_the_window(page: Page, width: int) -> None:
+    page.look(width=width, dark=False)
+    for view in ("chat", "train", "adapters", "overview", "requests"):
+        go(page, view)
+        assert page.run("document.documentElement.scrollWidth <= innerWidth"), view
+
+
+def test_a_wrong_key_is_refused_and_a_right_one_is_kept_in_memory(
+    tiny_model: Path, tmp_path: Path, chromium: Page
+) -> None:
+    with serving(tiny_model, tmp_path / "state", api_key=(KEY,)) as server:
+        chromium.problems.clear()
+        chromium.open(f"{server.url}/")
+        chromium.until("document.querySelector('#key-dialog').open")
+        chromium.fill("Key", "sk-wrong")
+        chromium.click("Use this key")
+        chromium.until_text("#served", "not valid")
+        chromium.click("API key")
+        chromium.fill("Key", KEY)
+        chromium.click("Use this key")
+        name = httpx.get(f"{server.url}/v1/models", headers={"authorization": f"Bearer {KEY}"}).json()["data"][0]["id"]
+        chromium.until_text("#served", name)
+        ask(chromium, "Which?", 4)
+        chromium.until_text(".message.assistant footer", "4 tokens")
+        stored = "localStorage.length + sessionStorage.length + document.cookie.length"
+        assert chromium.run(stored) == 0
+        assert chromium.problems == []
