@@ -173,6 +173,37 @@ def test_versions_are_rolled_back_and_tried_on_some(page: Page) -> None:
     page.until_text("main section:not([hidden]) td", "25% to version 1")
 
 
+def test_a_job_is_paused_resumed_and_cancelled(page: Page) -> None:
+    go(page, "train")
+    page.fill("Rows of train.jsonl", ROWS)
+    page.fill("Recipe", RECIPE.replace("pasted", "long").replace("max_steps: 3", "max_steps: 5000"))
+    page.click("Start training")
+    page.click("Pause")
+    page.until_text("p[role=status]", "paused")
+    page.click("Resume")
+    page.until_text("main button", "Pause")
+    page.until("document.querySelector('path.plot').getAttribute('d').split('L').length > 3")
+    page.click("Cancel", "main")
+    page.until_text("p[role=status]", "cancelled")
+    page.click("Delete", "main")
+    page.click("Yes", "#confirm-dialog")
+    page.until("![...document.querySelectorAll('tbody button')].some(e => e.textContent === 'long')")
+
+
+def test_a_message_is_edited_and_a_new_chat_is_empty(page: Page) -> None:
+    ask(page, "First?", 3)
+    page.until_text(".message.assistant footer", "3 tokens")
+    page.click("Edit")
+    assert page.run("document.querySelectorAll('.message').length") == 0
+    prompt = "document.querySelector('.composer textarea').value"
+    assert page.run(prompt) == "First?"
+    ask(page, "Second?", 3)
+    page.until_text(".message.assistant footer", "3 tokens")
+    assert page.run("document.querySelectorAll('.message').length") == 2
+    page.click("New chat")
+    assert page.run("document.querySelectorAll('.message').length") == 0
+
+
 @pytest.mark.skipif(AXE is None, reason="EFT_AXE does not name axe-core's axe.min.js (npm pack axe-core)")
 @pytest.mark.parametrize("dark", [True, False])
 @pytest.mark.parametrize("width", [360, 1440])

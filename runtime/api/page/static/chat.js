@@ -178,16 +178,16 @@ export function chatView() {
 
   /** The path and the body of a column's request. Adapters trained on texts are asked as texts, in their format. */
   async function requestOf(column) {
-    const model = column.model.value.trim() || base;
+    const model = column.model.value.trim() || base || undefined; // without one, the server takes its base model
     const body = { model, stream: true, stream_options: { include_usage: true }, ...given() };
-    const format = (cards.get(model) ?? cards.get(model.split("@")[0]))?.prompt_format;
+    const format = (cards.get(model) ?? cards.get(model?.split("@")[0]))?.prompt_format;
     if (format && format !== "chat") {
       const last = column.messages.findLast((message) => message.role === "user")?.content ?? "";
       if (probabilities.checked) body.logprobs = TOP_LOGPROBS;
       return ["v1/completions", { ...body, prompt: await asText(model, last) }];
     }
     if (probabilities.checked) Object.assign(body, { logprobs: true, top_logprobs: TOP_LOGPROBS });
-    const messages = column.messages.map(({ role, content }) => ({ role, content }));
+    const messages = column.messages.filter((message) => !message.failed).map(({ role, content }) => ({ role, content }));
     if (system.value.trim()) messages.unshift({ role: "system", content: system.value });
     return ["v1/chat/completions", { ...body, messages }];
   }
@@ -210,7 +210,7 @@ export function chatView() {
     const box = h("div", { class: "message assistant" }, text, footer);
     column.transcript.append(box);
     const began = performance.now();
-    const message = { role: "assistant", content: "" };
+    const message = { role: "assistant", content: "", failed: false };
     let [first, usage, reason, thoughts] = [null, null, null, null];
     try {
       const [path, body] = await requestOf(column);
@@ -238,6 +238,7 @@ export function chatView() {
       }
       footer.textContent = summary(usage, first, performance.now() - began, reason, version);
     } catch (error) {
+      message.failed = message.content === "";
       footer.textContent = error.name === "AbortError" ? "stopped" : "";
       if (error.name !== "AbortError") box.append(h("p", { class: "error", role: "alert" }, error.message));
     }

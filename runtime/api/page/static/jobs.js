@@ -80,8 +80,10 @@ export function jobsPanel(app) {
       // Not while a control in it has the focus: the focus would be lost.
       if (!rows.contains(document.activeElement)) replace(rows, data.map(row));
       trouble.textContent = "";
+      return data;
     } catch (error) {
       trouble.textContent = error.message;
+      return [];
     }
   }
 
@@ -124,6 +126,7 @@ export function jobsPanel(app) {
     title.textContent = `${nameOf(job)} (${job.id})`;
     const left = job.estimated_finish ? `, done in about ${seconds(Math.max(0, job.estimated_finish - Date.now() / 1000))}` : "";
     replace(state, chip(job), ` step ${job.step} of ${job.total_steps ?? "?"}${left}`);
+    if (job.status === "succeeded" && !job.adapter) state.append(" and not published: the log says why");
     if (job.error) state.append(h("span", { class: "error" }, ` ${job.error.message}`));
     bar.value = job.total_steps ? job.step / job.total_steps : 0;
     showActions(job);
@@ -212,7 +215,8 @@ export function jobsPanel(app) {
   async function entered() {
     clearInterval(timer);
     timer = setInterval(list, REFRESH_MS);
-    await list();
+    const running = (await list()).find((job) => !ENDED.includes(job.status));
+    if (!chosen && running) await choose(running.id).catch((error) => (trouble.textContent = error.message));
   }
 
   return { element, choose, entered, left: () => clearInterval(timer) };

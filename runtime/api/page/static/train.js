@@ -100,7 +100,8 @@ export function trainView(app) {
       data.forEach((name, index) => files.set(name, texts[index + 1]));
       recipe.value = texts[0];
       editFile(data[0] ?? OWN_FILE);
-      changed();
+      if (data.length) changed();
+      else waitForRows();
     });
   }
 
@@ -144,6 +145,18 @@ export function trainView(app) {
       );
     });
     replace(fileList, items.length ? items : h("li", { class: "quiet" }, "No files yet: paste rows below, or add files."));
+  }
+
+  /** A recipe for rows that are not there yet is not worth a check. */
+  function waitForRows() {
+    clearTimeout(timer);
+    checking?.abort();
+    start.disabled = true;
+    plan.hidden = true;
+    problems.replaceChildren();
+    state.className = "chip";
+    state.textContent = "waits for rows";
+    numberLines(new Set());
   }
 
   function changed() {
