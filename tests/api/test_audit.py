@@ -82,6 +82,16 @@ async def test_reading_and_inference_are_no_actions(tmp_path: Path) -> None:
     assert lines == []
 
 
+async def test_a_dry_run_is_no_action_but_refusals_of_one_are(tmp_path: Path) -> None:
+    lines = await asked(
+        tmp_path,
+        ("POST", "/admin/train?dry_run=1", {"content": b"name: shop\nsteps: 1\n", "headers": as_key("boss", **YAML)}),
+        ("POST", "/admin/train?dry_run=1", {"content": b"steps: 1\n", "headers": as_key("boss", **YAML)}),
+        ("POST", "/admin/train?dry_run=1", {"content": b"name: shop\n", "headers": as_key("user", **YAML)}),
+    )
+    assert [(line["action"], line["status"]) for line in lines] == [("POST /admin/train", 403)]
+
+
 async def test_the_server_log_has_it_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     configure(ObservabilitySettings(log_level="info", log_format="json"))
     await asked(tmp_path, ("POST", "/admin/cache/reset", {"headers": as_key("boss")}))

@@ -261,6 +261,8 @@ async def train(request: AnyRequest) -> Response[JobDetail | DryRun]:
     jobs = api.handle.require_jobs()
     check_names(request, ("dry_run",))
     dry_run = flag(request, "dry_run")
+    if dry_run:
+        record_of(request).action = ""  # it changes nothing, and editors send one for every pause in typing
     key = _idempotency_key(request)
     job_id = jobs.new_id()
     with jobs.arriving():

@@ -1,6 +1,7 @@
 // The public API: requests with the key, errors as exceptions, server-sent events.
 
 const ROOT = new URL(".", document.baseURI);
+const KEPT = "It is kept in the memory of this page only, and gone when the page is closed.";
 let key = "";
 let asking = null;
 
@@ -21,7 +22,7 @@ export function askForKey(reason) {
   asking ??= new Promise((resolve) => {
     const dialog = document.getElementById("key-dialog");
     const input = document.getElementById("key-input");
-    if (reason) document.getElementById("key-reason").textContent = reason;
+    document.getElementById("key-reason").textContent = `${reason ?? ""} ${KEPT}`;
     input.value = "";
     dialog.returnValue = "cancel";
     dialog.showModal();

@@ -5,6 +5,7 @@ import { lineChart } from "./chart.js";
 import { button, confirmed, guarded, h, moment, number, replace, seconds } from "./dom.js";
 
 const REFRESH_MS = 3000;
+const IDLE_TURNS = 5; // of REFRESH_MS, while no job is at work
 const RETRY_MS = 2000;
 const MAX_LOG_LINES = 500;
 const ENDED = ["succeeded", "failed", "cancelled"];
@@ -214,8 +215,13 @@ export function jobsPanel(app) {
 
   async function entered() {
     clearInterval(timer);
-    timer = setInterval(list, REFRESH_MS);
-    const running = (await list()).find((job) => !ENDED.includes(job.status));
+    const unfinished = (data) => data.find((job) => !ENDED.includes(job.status));
+    let running = unfinished(await list());
+    let turn = 0;
+    timer = setInterval(async () => {
+      turn += 1;
+      if (running || turn % IDLE_TURNS === 0) running = unfinished(await list());
+    }, REFRESH_MS);
     if (!chosen && running) await choose(running.id).catch((error) => (trouble.textContent = error.message));
   }
 
