@@ -2,13 +2,15 @@
 
 import gzip
 import re
+import tomllib
 
 import httpx
 import pytest
 
-from runtime.api.page.routes import STATIC, page_files
+from runtime.api.page.routes import RECIPES, STATIC, page_files
 from tests.api.conftest import client_of
 from tests.api.fakes import FakeService, settings_with
+from tests.tree import ROOT
 
 pytestmark = pytest.mark.anyio
 
@@ -72,6 +74,14 @@ def test_no_file_has_inline_script_or_names_another_host() -> None:
     for path in STATIC.iterdir():
         addresses = set(re.findall(r"https?://[\w.]+", path.read_text()))
         assert addresses <= {"http://www.w3.org"}, path.name  # the name of SVG's elements
+
+
+def test_a_wheel_carries_every_file() -> None:
+    tables = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    carried = {path for pattern in tables["runtime"] for path in (ROOT / "runtime").glob(pattern)}
+    carried |= {path for pattern in tables["settings"] for path in (ROOT / "settings").glob(pattern)}
+    assert {path for path in STATIC.iterdir() if path.is_file()} <= carried
+    assert {path for path in RECIPES.rglob("*") if path.suffix in (".yaml", ".jsonl")} <= carried
 
 
 def test_the_page_is_small() -> None:
