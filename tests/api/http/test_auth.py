@@ -32,10 +32,10 @@ def test_the_table_is_not_empty() -> None:
     assert ("GET", "/v1/models/fake") in routes()
 
 
-async def test_only_three_routes_are_open() -> None:
+async def test_only_probes_and_the_files_of_the_page_are_open() -> None:
     client = client_of(FakeService(), LOCKED)
     opened = {path for method, path in routes() if (await client.request(method, path)).status_code not in (401, 403)}
-    assert opened == {"/health", "/ready", "/metrics"}
+    assert opened == {"/health", "/ready", "/metrics", "/", "/page/fake"}
 
 
 async def test_metrics_can_be_closed_too() -> None:
