@@ -14,7 +14,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -165,8 +164,10 @@ async def beside(repeats: int, tokens: int, *, checkpointing: bool) -> Table:
     found = Beside()
     for _ in range(repeats):
         found.quiet.append(await stream(service, tokens))
-        found.alone.append(await service.call(partial(stand_alone, decoder, checkpointing)))
-        job = Job(decoder, checkpointing=checkpointing)
+        found.alone.append(
+            await service.call(lambda: stand_alone(Job(decoder, random_epoch(), checkpointing=checkpointing)))
+        )
+        job = Job(decoder, random_epoch(), checkpointing=checkpointing)
         service.on_engine_thread(lambda job=job: host.attach(job.run, job.note))  # type: ignore[misc]
         await asyncio.sleep(8.0)
         found.idle.append(job.rate())
@@ -205,9 +206,8 @@ class Beside:
 class Job:
     """A run without an end, and when its steps were done."""
 
-    def __init__(self, decoder: Model, *, checkpointing: bool) -> None:
-        rng = random.Random(0)
-        epoch = [uniform(rng) for _ in range(64)]
+    def __init__(self, decoder: Model, epoch: Sequence[list[Example]], *, checkpointing: bool = False) -> None:
+        """`epoch`: the examples of each step."""
         recipe = Recipe(
             adapter="lora",
             lora_r=16,
@@ -229,7 +229,7 @@ class Job:
         )
         spec = RunSpec(recipe=recipe, schedule=schedule, targets=targets(decoder))
         self.done: list[tuple[float, int]] = []
-        self.run = TrainingRun(decoder, spec, lambda _: epoch, [], self.note, write_nothing)
+        self.run = TrainingRun(decoder, spec, lambda _: [*epoch], [], self.note, write_nothing)
 
     def note(self, event: RunEvent) -> None:
         if isinstance(event, StepEvent):
@@ -243,10 +243,14 @@ class Job:
         return sum(tokens for _, tokens in done[1:]) / (done[-1][0] - done[0][0])
 
 
-def stand_alone(decoder: Model, checkpointing: bool) -> float:
+def random_epoch() -> list[list[Example]]:
+    rng = random.Random(0)
+    return [uniform(rng) for _ in range(64)]
+
+
+def stand_alone(job: Job) -> float:
     """The same loop with the machine to itself, on the thread that has the OpenMP team: 4 steps after the first
     two, which get memory from the system."""
-    job = Job(decoder, checkpointing=checkpointing)
     while len(job.done) < 2:
         job.run.work(1.0)
     job.rate()
@@ -258,9 +262,9 @@ def stand_alone(decoder: Model, checkpointing: bool) -> float:
     return job.rate()
 
 
-async def stream(service: EngineService, tokens: int) -> list[float]:
-    """The gaps between the tokens of one greedy answer, in seconds."""
-    prompt = random.Random(tokens).choices(range(VOCAB), k=64)
+async def stream(service: EngineService, tokens: int, prompt: list[int] | None = None) -> list[float]:
+    """The gaps between the tokens of one greedy answer, in seconds. `prompt`: 64 random ids by default."""
+    prompt = prompt or random.Random(tokens).choices(range(VOCAB), k=64)
     params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
     submission = Submission(request_id=f"stream-{time.monotonic_ns()}", prompt_ids=prompt, params=params)
     times = []
