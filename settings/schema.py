@@ -361,6 +361,14 @@ class AdapterSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             expects="a list of NAME=ORG/REPO or NAME=ORG/REPO@REVISION",
         ),
     ] = ()
+    shared_store: Annotated[
+        NonEmpty | None,
+        doc(
+            "Directory or URL (s3://…, gs://…) of adapters that several servers share: what one publishes, the others "
+            "serve within seconds. Default: none.",
+            example="s3://bucket/adapters",
+        ),
+    ] = None
     max_adapter_upload: Annotated[Bytes, doc("Largest upload of an adapter, as it is sent and unpacked.")] = 2 * 1024**3
 
 

@@ -19,6 +19,8 @@ NOT_OURS = {
     # docs/state.md: folders of a state directory.
     "jobs/ID/", "uploads/", "checkpoints/step-N/", "result/", "adapters/NAME/N/", "batches/ID/",
     "files/ID/",
+    # docs/state.md: folders of a shared store.
+    "versions/NAME/N/",
 }  # fmt: skip
 
 BANNED = re.compile(r"\b(whoever|nobody|somebody|so\s+many)\b", re.IGNORECASE)

@@ -15,7 +15,9 @@ from weakref import WeakValueDictionary
 from runtime.adapters import store
 from runtime.adapters.card import Card, Cards
 from runtime.adapters.publishing import Offers, VersionPublisher
+from runtime.adapters.replica import Replica
 from runtime.adapters.resolver import AdapterResolver, AdapterSources
+from runtime.adapters.shared import SharedStore
 from runtime.adapters.store import (
     AdapterRecord,
     Canary,
@@ -47,6 +49,11 @@ Records = list[AdapterRecord]
 NameRecords = list[NameRecord]
 INCOMING = ".incoming"
 """Folder beside those of the adapters, whose names never begin with a dot."""
+
+FOLLOW_SECONDS = 1.0
+"""Time between looks at the shared store."""
+FIRST_SYNC_SECONDS = 60.0
+"""Most that a start waits for the shared store; the rest comes afterwards."""
 
 _log = get_logger("adapters")
 
@@ -82,6 +89,7 @@ class AdapterLibrary:
         max_loaded: int,
         max_rank: int,
         sources: AdapterSources,
+        shared: SharedStore | None = None,
     ) -> None:
         self._database = database
         self._state = directory
@@ -96,6 +104,10 @@ class AdapterLibrary:
         self._catalogue = Catalogue()
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._tasks: set[asyncio.Future[Any]] = set()
+        self._replica: Replica | None = None
+        if shared is not None and database.frozen is None:
+            self._replica = Replica(shared, self._commit, self._discard, self._publisher.directory)
+        self._follower: asyncio.Task[None] | None = None
         self._resolver = AdapterResolver(
             sources, make_folder=self.make_incoming, publish=lambda name, folder: self.publish(name, folder, new=True)
         )
@@ -110,19 +122,28 @@ class AdapterLibrary:
         max_loaded: int,
         max_rank: int,
         sources: AdapterSources | None = None,
+        shared: SharedStore | None = None,
     ) -> "AdapterLibrary":
         """Read the rows, clean up the leftovers of crashes, and load the published versions, newest first.
 
         `database` was made with `store.SCHEMA` among its schemas. `sources`: where unknown adapters are looked for;
-        default: nowhere. With a frozen database, nothing on the disk is changed.
+        default: nowhere. `shared`: where servers share adapters; what cannot be brought from there at the start comes
+        when it can be reached. With a frozen database, nothing on the disk is changed.
         Raises `StorageUnavailable`.
         """
         sources = sources or AdapterSources()
-        library = cls(database, directory, host, max_loaded=max_loaded, max_rank=max_rank, sources=sources)
-        deleted = await library._change(store.deleted_versions)
+        library = cls(
+            database, directory, host, max_loaded=max_loaded, max_rank=max_rank, sources=sources, shared=shared
+        )
+        deleted = await library._commit(store.deleted_versions)
         library._check_base()
         if database.frozen is None:
             await asyncio.to_thread(library._clear_up, deleted)
+        if library._replica is not None:
+            with contextlib.suppress(TimeoutError, StorageUnavailable):
+                await asyncio.wait_for(library.follow_shared(), FIRST_SYNC_SECONDS)
+            library._check_base()
+            library._follower = asyncio.create_task(library._keep_following())
         await library._load_published()
         await library._cards.read(
             (version.key, library.directory(version)) for one in library.list() for version in one.versions.values()
@@ -131,6 +152,9 @@ class AdapterLibrary:
 
     async def close(self) -> None:
         """Wait for running changes. The owner of the database closes it."""
+        if self._follower is not None:
+            self._follower.cancel()
+            await asyncio.gather(self._follower, return_exceptions=True)
         await self._resolver.close()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
@@ -265,7 +289,7 @@ class AdapterLibrary:
     async def _publish(self, name: str, source: VersionSource, **details: Any) -> Version:
         outcome = "failed"
         try:
-            version = await self._publisher.publish(name, source, self._change, **details)
+            version = await self._publisher.publish(name, source, lambda work: self._change(name, work), **details)
             outcome = "published"
         except InvalidRequest:
             outcome = "refused"
@@ -291,14 +315,14 @@ class AdapterLibrary:
 
     async def _serve(self, version: Version) -> Version:
         await self.ready(version)
-        await self._change(lambda connection: store.set_served(connection, version.name, served=True))
+        await self._change(version.name, lambda connection: store.set_served(connection, version.name, served=True))
         return version
 
     @_exclusive
     async def unload(self, name: str) -> None:
         """Stop serving a name, and free its memory after the last use. Its versions stay. Raises `NotFound`."""
         record = self._named(name)
-        await self._change(lambda connection: store.set_served(connection, name, served=False))
+        await self._change(name, lambda connection: store.set_served(connection, name, served=False))
         await self._release(record.versions.values())
 
     @_exclusive
@@ -306,7 +330,7 @@ class AdapterLibrary:
         """Point a name to another of its versions. Raises `NotFound`, `Conflict`, `AdapterUnavailable`."""
         version = self._fitting(self._named(name), number)
         await self._prepared(version)
-        await self._change(lambda connection: store.move_pointer(connection, name, number))
+        await self._change(name, lambda connection: store.move_pointer(connection, name, number))
         _log.info("adapter_promoted", adapter=version.id)
         return version
 
@@ -319,7 +343,7 @@ class AdapterLibrary:
             raise Conflict(f"{record.version.id} has no version before it to go back to.", param="name")
         version = self._fitting(record, number)
         await self._prepared(version)
-        await self._change(lambda connection: store.roll_back(connection, name, number))
+        await self._change(name, lambda connection: store.roll_back(connection, name, number))
         _log.info("adapter_rolled_back", adapter=version.id)
         return version
 
@@ -333,14 +357,14 @@ class AdapterLibrary:
             raise Conflict(f"{known!r} is {what}: {alias!r} would be the same in other letters.", param="alias")
         if alias in self._catalogue.adapters:
             raise Conflict(f"{alias!r} is an adapter's own name.", param="alias")
-        await self._change(lambda connection: store.set_alias(connection, alias, name))
+        await self._change(name, lambda connection: store.set_alias(connection, alias, name))
 
     @_exclusive
     async def delete_alias(self, alias: str, name: str) -> None:
         """Delete an alias. Raises `NotFound` where `alias` does not point to `name`."""
         if self._catalogue.aliases.get(alias) != name:
             raise NotFound(f"{name[:200]!r} has no alias {alias[:200]!r}.", param="alias")
-        await self._change(lambda connection: store.delete_alias(connection, alias))
+        await self._change(name, lambda connection: store.delete_alias(connection, alias))
 
     @_exclusive
     async def set_canary(self, name: str, number: int, weight: float) -> None:
@@ -354,7 +378,60 @@ class AdapterLibrary:
             raise Conflict(f"{version.id} is the current version already.", param="version")
         canary = Canary(number, weight) if weight else None
         await self._prepared(version)
-        await self._change(lambda connection: store.set_canary(connection, name, canary))
+        await self._change(name, lambda connection: store.set_canary(connection, name, canary))
+
+    # -- sharing -------------------------------------------------------------------------------
+
+    def revision(self, name: str) -> int | None:
+        """Revision of a name in the shared store that this server has; None without a store."""
+        return None if self._replica is None else self._replica.revisions.get(name)
+
+    @property
+    def shared_problem(self) -> str | None:
+        """Reason why the shared store cannot be reached; None while it can, and where there is none."""
+        return None if self._replica is None else self._replica.problem
+
+    async def follow_shared(self) -> None:
+        """Take what other servers have changed, and share names that only this server has. Raises
+        `StorageUnavailable`."""
+        replica = self._replica
+        if replica is None:
+            return
+        for name, revision in (await replica.newer()).items():
+            try:
+                await self._follow(name, revision)
+            except (InvalidRequest, Conflict) as error:
+                replica.refuse(name, revision, error)
+        for name in [name for name in self._catalogue.adapters if replica.is_unknown(name)]:
+            await self._share(name)
+
+    @_exclusive
+    async def _follow(self, name: str, revision: int) -> None:
+        assert self._replica is not None
+        check_name(name, base=self._host.model_name, param="name")
+        await self._replica.take(name, revision)
+        record = self._catalogue.adapters.get(name)
+        if record is None:
+            return
+        await self._cards.read((version.key, self.directory(version)) for version in record.versions.values())
+        if record.served and self.fits(record.version):
+            with contextlib.suppress(AdapterUnavailable, StorageUnavailable):  # logged; requests get the error
+                await self._prepared(record.version)
+
+    @_exclusive
+    async def _share(self, name: str) -> None:
+        if self._replica is not None and self._replica.is_unknown(name):
+            await self._replica.share(name)
+
+    async def _keep_following(self) -> None:
+        while True:
+            await asyncio.sleep(FOLLOW_SECONDS)
+            try:
+                await self.follow_shared()
+            except StorageUnavailable:
+                continue  # logged once
+            except Exception as error:
+                _log.error("cannot_follow_shared_store", reason=f"{type(error).__name__}: {error}")
 
     # -- deleting ------------------------------------------------------------------------------
 
@@ -366,7 +443,7 @@ class AdapterLibrary:
         """
         record = self._named(name)
         self._refuse_if_used(record.versions.values(), drain=drain)
-        await self._change(lambda connection: store.delete_adapter(connection, name))
+        await self._change(name, lambda connection: store.delete_adapter(connection, name))
         await self._discard(record.versions.values())
         _log.info("adapter_deleted", adapter=name)
 
@@ -378,7 +455,7 @@ class AdapterLibrary:
         if number == record.current:
             raise Conflict(f"{version.id} is the current version: promote another one first.", param="version")
         self._refuse_if_used([version], drain=drain)
-        await self._change(lambda connection: store.delete_version(connection, name, number))
+        await self._change(name, lambda connection: store.delete_version(connection, name, number))
         await self._discard([version])
 
     # -- parts ---------------------------------------------------------------------------------
@@ -461,7 +538,13 @@ class AdapterLibrary:
             with contextlib.suppress(AdapterUnavailable, StorageUnavailable):  # logged; requests for it get the error
                 await self.ready(version)
 
-    async def _change(self, work: Callable[[Connection], T]) -> T:
+    async def _change(self, name: str, work: Callable[[Connection], T]) -> T:
+        """Change what a name means: on this server, or on all that share its adapters."""
+        if self._replica is not None:
+            return await self._replica.change(name, work)
+        return await self._commit(work)
+
+    async def _commit(self, work: Callable[[Connection], T]) -> T:
         """Run one transaction, and read the catalogue after it."""
 
         def transaction(connection: Connection) -> tuple[T, Catalogue, NameRecords]:

@@ -356,3 +356,48 @@ def delete_adapter(connection: Connection, name: str) -> None:
     connection.execute(
         "UPDATE adapters SET current = NULL, canary = NULL, canary_weight = NULL WHERE name = ?", (name,)
     )
+
+
+# -- shared names ----------------------------------------------------------------------------------
+#
+# What a name means on all servers that share it (`runtime.adapters.shared`), read from rows and brought to rows.
+
+
+def read_name(connection: Connection, name: str) -> tuple[NameRecord, tuple[Version, ...]] | None:
+    """A name and its versions; None where it has no row."""
+    record = next((one for one in read_names(connection) if one.name == name), None)
+    if record is None:
+        return None
+    adapter = read_catalogue(connection).adapters.get(name)
+    return record, () if adapter is None else tuple(adapter.versions.values())
+
+
+def replace_name(connection: Connection, record: NameRecord, versions: tuple[Version, ...]) -> None:
+    """Make a name mean this. Its other versions become deleted ones; a number that has been reserved stays taken."""
+    name, canary = record.name, record.canary
+    connection.execute("INSERT OR IGNORE INTO adapters (name, created) VALUES (?, ?)", (name, record.created))
+    rows = connection.execute("SELECT number, key FROM adapter_versions WHERE name = ?", (name,))
+    there = {row["number"]: row["key"] for row in rows}
+    for version in versions:
+        if version.number not in there:
+            insert_version(connection, version)
+    kept = {version.key for version in versions}
+    for number, key in there.items():
+        if key not in kept:
+            delete_version(connection, name, number)
+    connection.execute(
+        "UPDATE adapters SET current = ?, next_number = max(next_number, ?), served = ?, canary = ?, canary_weight = ?"
+        " WHERE name = ?",
+        (
+            record.current, record.next_number, record.served, canary and canary.version, canary and canary.weight,
+            name,
+        ),
+    )  # fmt: skip
+    connection.execute("DELETE FROM adapter_moves WHERE name = ?", (name,))
+    for number in record.moves:
+        moved = (name, number, time.time())
+        connection.execute("INSERT INTO adapter_moves (name, number, moved) VALUES (?, ?, ?)", moved)
+    connection.execute("DELETE FROM adapter_aliases WHERE name = ?", (name,))
+    for alias in record.aliases:
+        if connection.execute("SELECT 1 FROM adapters WHERE name = ?", (alias,)).fetchone() is None:
+            set_alias(connection, alias, name)

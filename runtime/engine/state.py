@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 from runtime.adapters import recovery
 from runtime.adapters.library import AdapterLibrary
 from runtime.adapters.resolver import AdapterSources
+from runtime.adapters.shared import SharedStore
+from runtime.adapters.shared_objects import open_objects
 from runtime.adapters.versions import versions
 from runtime.batches import recovery as batch_recovery
 from runtime.batches import store as batch_store
@@ -144,6 +146,7 @@ async def _open_library(
             max_loaded=adapters.max_loaded,
             max_rank=adapters.max_lora_rank,
             sources=AdapterSources.of(adapters),
+            shared=None if adapters.shared_store is None else SharedStore(open_objects(adapters.shared_store)),
         )
         return library, database
     except BaseException:

@@ -55,11 +55,16 @@ class AdapterView(Struct, kw_only=True):
     created: float
     aliases: tuple[str, ...]
     canary: Canary | None
+    revision: int | None = None
+    """Revision of the name in the store that servers share, as this server has it; null without such a store."""
     versions: list[VersionView] | UnsetType = UNSET
 
 
 class AdapterList(Struct, kw_only=True):
     adapters: list[AdapterView]
+    shared_problem: str | None = None
+    """Reason why the store that servers share cannot be reached now: adapters are served as they are, and nothing can
+    be changed."""
 
 
 class Deleted(Struct, kw_only=True):
@@ -104,7 +109,8 @@ _canary = Intake(CanaryRequest)
 async def list_adapters(request: AnyRequest) -> AdapterList:
     """Every adapter, with the version that its name points to."""
     library = library_of(api_of(request))
-    return AdapterList(adapters=[_view(library, record, versions=False) for record in library.list()])
+    views = [_view(library, record, versions=False) for record in library.list()]
+    return AdapterList(adapters=views, shared_problem=library.shared_problem)
 
 
 @get(["/admin/adapters/{name:str}", UPLOAD], opt={TRAIN: True})
@@ -263,6 +269,7 @@ def _view(library: "AdapterLibrary", record: AdapterRecord, *, versions: bool = 
         created=record.created,
         aliases=record.aliases,
         canary=record.canary,
+        revision=library.revision(record.name),
         versions=[_version(library, record, v) for v in record.versions.values()] if versions else UNSET,
     )
 
