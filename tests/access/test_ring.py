@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from runtime.access import Access
 from runtime.access.keys import KeyLimits, KeyRing, KeysFileError, StoredKey, change_keys, digest_of
@@ -98,7 +99,7 @@ def test_rotation(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("harm", ["gone", "broken", "empty", "unreadable"])
-def test_a_broken_file_changes_nothing(tmp_path: Path, harm: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_broken_file_changes_nothing(tmp_path: Path, harm: str) -> None:
     path = tmp_path / "keys.json"
     write(path, "alice")
 
@@ -125,8 +126,9 @@ def test_a_broken_file_changes_nothing(tmp_path: Path, harm: str, capsys: pytest
         path.unlink(missing_ok=True)
         write(path, "bob")
 
-    asyncio.run(run())
-    assert "".join(capsys.readouterr()).count("keys_not_reloaded") == 1  # once, not every two seconds
+    with capture_logs() as logs:
+        asyncio.run(run())
+    assert [log["event"] for log in logs].count("keys_not_reloaded") == 1  # once, not every two seconds
 
 
 def test_the_file_is_watched_and_a_signal_has_it_read_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -149,7 +149,6 @@ def jobs_of(world: World) -> "OpenState":
         finally:
             await world.stop(0.0)
             await batches.stop()
-            await files.stop()
             await library.close()
             database.close()
 

@@ -36,7 +36,7 @@ class Cors:
         self._any = "*" in origins
         self._origins = origins
         self._methods = dict(_opened(app))
-        """Path template → methods, for the routes that other origins may use."""
+        """Path template → the methods that other origins may use, for the routes that have any."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = {name: value.decode("latin-1") for name, value in scope.get("headers", ())}
@@ -48,6 +48,8 @@ class Cors:
 
         async def answer(message: Message) -> None:
             methods = self._methods.get(str(scope.get("path_template", "")))
+            if methods is not None and not preflight and scope.get("method") not in (*methods.split(", "), "OPTIONS"):
+                methods = None
             if message["type"] == "http.response.start" and methods is not None:
                 # A preflight carries no key, so the app's refusal for that reason is dropped; other refusals stay.
                 if preflight and message["status"] in (204, 401):
@@ -86,7 +88,9 @@ _EXPOSE = (b"access-control-expose-headers", ", ".join(EXPOSED).encode())
 def _opened(app: Litestar) -> Iterator[tuple[str, str]]:
     for route in app.routes:
         handlers = [
-            handler for handler in getattr(route, "route_handlers", ()) if "OPTIONS" not in handler.http_methods
+            handler
+            for handler in getattr(route, "route_handlers", ())
+            if "OPTIONS" not in handler.http_methods and requirement(handler) in ("open", "inference")
         ]
-        if handlers and all(requirement(handler) in ("open", "inference") for handler in handlers):
+        if handlers:
             yield route.path_format, ", ".join(sorted({method for one in handlers for method in one.http_methods}))

@@ -117,6 +117,8 @@ async def test_any_origin(service: FakeService) -> None:
     assert answer.headers["access-control-allow-origin"] == "*"
     asked = await client(service, "*").options("/v1/models/x", headers={**PREFLIGHT, "origin": "https://x.example"})
     assert asked.headers["access-control-allow-methods"] == "GET"
+    deleted = await client(service, "*").delete("/v1/models/x", headers={"origin": "https://x.example"})
+    assert cors(deleted) == {}
 
 
 async def test_no_header_of_a_request_gets_into_an_answer(service: FakeService) -> None:
