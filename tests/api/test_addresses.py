@@ -65,7 +65,7 @@ async def test_a_prefix_may_be_there_or_taken_off() -> None:
     async with client_of(FakeService(), Settings(server=ServerSettings(root_path="/a/llm"))) as client:
         for path in ("/v1/models", "/a/llm/v1/models"):
             assert (await client.get(path)).json()["data"][0]["id"] == "fake"
-        for path in ("/a/llmv1/models", "/x/a/llm/v1/models", "/a/llm/a/llm/v1/models", "/a/llm", "/llm/v1/models"):
+        for path in ("/a/llmv1/models", "/x/a/llm/v1/models", "/a/llm/a/llm/v1/models", "/a/llmx", "/llm/v1/models"):
             assert (await client.get(path)).status_code == 404, path
         chat = await client.post("/a/llm/v1/chat/completions", json={"messages": HI, "max_tokens": 2})
         assert chat.status_code == 200
