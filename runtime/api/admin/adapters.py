@@ -60,11 +60,11 @@ class AdapterView(Struct, kw_only=True):
     versions: list[VersionView] | UnsetType = UNSET
 
 
-class AdapterList(Struct, kw_only=True):
+class AdapterList(Struct, kw_only=True, omit_defaults=True):
     adapters: list[AdapterView]
     shared_problem: str | None = None
     """Reason why the store that servers share cannot be reached now: adapters are served as they are, and nothing can
-    be changed."""
+    be changed. Absent otherwise."""
 
 
 class Deleted(Struct, kw_only=True):
