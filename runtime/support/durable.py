@@ -105,9 +105,17 @@ def _as_os_errors(path: Path) -> Iterator[None]:
 
 def replace_file(path: Path, data: bytes) -> None:
     """Write a file, replacing an existing one of this name. Raises `OSError`; the old one stays then."""
+    with replacing(path) as partial:
+        write_file(partial, data)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Context with the path of a new file, to be written and synced there. It gets the name `path` when the block
+    succeeds; when it fails, nothing of it is left, and an existing file stays. Raises `OSError`."""
     partial = path.with_name(f"{path.name}{PARTIAL}{uuid.uuid4().hex[:8]}")
     try:
-        write_file(partial, data)
+        yield partial
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)

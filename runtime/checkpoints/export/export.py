@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from runtime.checkpoints.export.gguf_file import write_lora, write_merged
 from runtime.checkpoints.export.merge import Merge, open_merge
 from runtime.checkpoints.peft.config import CONFIG, WEIGHTS
 from runtime.model.config import ModelLoadError
-from runtime.support.durable import fresh_directory, make_directory, sync_directory, write_file
+from runtime.support.durable import fresh_directory, make_directory, replacing, write_file
 from runtime.text.chat_template import ChatTemplateError
 from runtime.text.tokenizer import Tokenizer
 
@@ -54,13 +55,15 @@ def export_adapter(
     """
     check_format(format, type)
     if to.exists():
-        raise FileExistsError(17, "it is there already", str(to))
+        raise FileExistsError(errno.EEXIST, "it is there already", str(to))
     if template is not None:
         checkpoint = replace(checkpoint, tokenizer=_with_template(checkpoint, template))
     merge = open_merge(checkpoint, adapter)
     if format in ("gguf", "gguf-lora"):
         write = write_lora if format == "gguf-lora" else partial(write_merged, type=type, template=template)
-        _write_file(to, lambda path: write(path, merge, name=name or to.stem))
+        make_directory(to.parent)
+        with replacing(to) as path:
+            write(path, merge, name=name or to.stem)
     else:
         with fresh_directory(to) as folder:
             if format == "merged":
@@ -89,16 +92,3 @@ def _tensors(merge: Merge, type: str | None) -> Iterator[tuple[str, Tensor]]:
         return
     for name, tensor in merge.tensors():
         yield name, tensor.to(getattr(torch, type)) if tensor.is_floating_point() else tensor
-
-
-def _write_file(path: Path, write: Callable[[Path], None]) -> None:
-    make_directory(path.parent)
-    partial_path = path.with_name(path.name + ".partial")
-    partial_path.unlink(missing_ok=True)
-    try:
-        write(partial_path)
-        partial_path.rename(path)
-        sync_directory(path.parent)
-    except BaseException:
-        partial_path.unlink(missing_ok=True)
-        raise

@@ -117,15 +117,9 @@ class GgufFamily:
         rows."""
         if self.undo_all is not None and tensor.ndim == 1:
             tensor = self.undo_all(tensor, config)
-        if name in self.outside:
-            yield self.outside[name], tensor
-            return
-        match = _LAYER_NAME.fullmatch(name)
-        assert match is not None
-        layer, short, kind = match.groups()
-        if short in self.undo:
-            tensor = self.undo[short](tensor, config)
-        full = f"{self.prefix}{layer}.{self.layer[short]}.{kind}"
+        if (undo := self._undo_of(name)) is not None:
+            tensor = undo(tensor, config)
+        full = self.full_name(name)
         if "*" in full:
             yield from ((full.replace("*", str(index)), part) for index, part in enumerate(tensor))
         else:
@@ -156,8 +150,7 @@ class GgufFamily:
 
         if self.undo_all is not None and tensor.ndim == 1:
             return tensor + 1
-        match = _LAYER_NAME.fullmatch(name)
-        undo = None if match is None else self.undo.get(match[2])
+        undo = self._undo_of(name)
         if undo is None:
             return tensor
         if undo is transposed:
@@ -169,22 +162,21 @@ class GgufFamily:
 
     def lora_b(self, name: str, b: "Tensor", config: GgufConfig) -> "Tensor":
         """`file_form` for the factor [out, rank] of a change to a linear: its rows are those of the weight."""
-        match = _LAYER_NAME.fullmatch(name)
-        return b if match is not None and self.undo.get(match[2]) is transposed else self.file_form(name, b, config)
+        return b if self._undo_of(name) is transposed else self.file_form(name, b, config)
 
     def weight(self, name: str, weight: "GroupedWeight", config: GgufConfig) -> tuple[str, "GroupedWeight"]:
         """As `tensors` for a matrix in integers: only whole rows can be moved; a matrix that the file stores transposed
         is not moved."""
         import torch
 
-        if name in self.outside:
-            return self.outside[name], weight
+        if (undo := self._undo_of(name)) is not None:
+            weight = weight.reordered(undo(torch.arange(weight.shape[0]), config).flatten())
+        return self.full_name(name), weight
+
+    def _undo_of(self, name: str) -> Undo | None:
+        """The `Undo` of one of the file's tensors, by its name; None for tensors outside of layers."""
         match = _LAYER_NAME.fullmatch(name)
-        assert match is not None
-        layer, short, kind = match.groups()
-        if short in self.undo:
-            weight = weight.reordered(self.undo[short](torch.arange(weight.shape[0]), config).flatten())
-        return f"{self.prefix}{layer}.{self.layer[short]}.{kind}", weight
+        return None if match is None else self.undo.get(match[2])
 
 
 # -- rows ------------------------------------------------------------------------------------------
