@@ -11,7 +11,7 @@ from runtime.batches.records import ENDED, FOLDER, STAMPED, TRANSITIONS, Batch, 
 from runtime.errors import Conflict, InvalidRequest, NotFound, TooManyRequests
 from runtime.files import store as files
 from runtime.files.records import StoredFile
-from runtime.support.database import Database
+from runtime.support.database import Database, select_page
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS batches (
@@ -111,18 +111,10 @@ class BatchStore:
         """Batches from behind the batch `after`, and whether there are more. Raises `NotFound`."""
 
         def work(c: sqlite3.Connection) -> tuple[list[Batch], bool]:
-            where, values = ["1"], list[Any]()
-            if owner is not None:
-                where.append("owner = ?")
-                values.append(owner)
             if after is not None:
                 find(c, after, owner, param="after")
-                where.append(f"number {'<' if newest_first else '>'} (SELECT number FROM batches WHERE id = ?)")
-                values.append(after)
-            order = "DESC" if newest_first else "ASC"
-            query = f"SELECT * FROM batches WHERE {' AND '.join(where)} ORDER BY number {order} LIMIT ?"
-            found = [_to_batch(row) for row in c.execute(query, (*values, limit + 1))]
-            return found[:limit], len(found) > limit
+            rows, more = select_page(c, "batches", {}, owner=owner, after=after, limit=limit, newest_first=newest_first)
+            return [_to_batch(row) for row in rows], more
 
         return await self._database.call(work)
 

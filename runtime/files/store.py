@@ -6,12 +6,12 @@ that something still reads, which must stay; `file_discards` the paths that are 
 
 import sqlite3
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import PurePath
 
 from runtime.errors import Conflict, NotFound
 from runtime.files.records import FOLDER, StoredFile
-from runtime.support.database import Database
+from runtime.support.database import Database, select_page
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS files (
@@ -93,21 +93,15 @@ class FileStore:
         """Files behind the file `after`, and whether there are more. Raises `NotFound`."""
 
         def work(c: sqlite3.Connection) -> tuple[list[StoredFile], bool]:
-            where, values = ["(expires_at IS NULL OR expires_at > ?)"], list[object]((time.time(),))
-            if owner is not None:
-                where.append("owner = ?")
-                values.append(owner)
-            if purpose is not None:
-                where.append("purpose = ?")
-                values.append(purpose)
             if after is not None:
                 find(c, after, owner, param="after")
-                where.append(f"number {'<' if newest_first else '>'} (SELECT number FROM files WHERE id = ?)")
-                values.append(after)
-            order = "DESC" if newest_first else "ASC"
-            query = f"SELECT * FROM files WHERE {' AND '.join(where)} ORDER BY number {order} LIMIT ?"
-            found = [to_file(row) for row in c.execute(query, (*values, limit + 1))]
-            return found[:limit], len(found) > limit
+            where: dict[str, Sequence[object]] = {"(expires_at IS NULL OR expires_at > ?)": (time.time(),)}
+            if purpose is not None:
+                where["purpose = ?"] = (purpose,)
+            rows, more = select_page(
+                c, "files", where, owner=owner, after=after, limit=limit, newest_first=newest_first
+            )
+            return [to_file(row) for row in rows], more
 
         return await self._database.call(work)
 

@@ -9,7 +9,7 @@ import errno
 import fcntl
 import os
 import sqlite3
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -264,6 +264,34 @@ def connect(path: Path | str) -> sqlite3.Connection:
     connection = sqlite3.connect(path, isolation_level=None)
     connection.row_factory = sqlite3.Row
     return connection
+
+
+def select_page(
+    connection: sqlite3.Connection,
+    table: str,
+    where: Mapping[str, Sequence[object]],
+    *,
+    owner: str | None,
+    after: str | None,
+    limit: int,
+    newest_first: bool,
+) -> tuple[list[sqlite3.Row], bool]:
+    """At most `limit` rows of a table with the columns `number`, `id` and `owner`, and whether there are more.
+
+    `where`: condition → its values. `owner`: whose rows; None: everyone's. `after`: id of the row, which is there,
+    behind which the page begins.
+    """
+    conditions = dict(where)
+    if owner is not None:
+        conditions["owner = ?"] = (owner,)
+    if after is not None:
+        sign = "<" if newest_first else ">"
+        conditions[f"number {sign} (SELECT number FROM {table} WHERE id = ?)"] = (after,)
+    order = "DESC" if newest_first else "ASC"
+    query = f"SELECT * FROM {table} WHERE {' AND '.join(conditions) or '1'} ORDER BY number {order} LIMIT ?"
+    values = [value for some in conditions.values() for value in some]
+    found = connection.execute(query, (*values, limit + 1)).fetchall()
+    return found[:limit], len(found) > limit
 
 
 def _primary(error: sqlite3.Error) -> int:

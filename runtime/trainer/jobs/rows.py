@@ -11,7 +11,7 @@ import msgspec
 
 from runtime.adapters import store
 from runtime.errors import Conflict, NotFound
-from runtime.support.database import Database
+from runtime.support.database import Database, select_page
 from runtime.trainer.jobs.directories import PREPARED
 from runtime.trainer.jobs.records import (
     ENDED,
@@ -274,21 +274,12 @@ class JobReader:
         """Jobs from behind the job `after`, and whether there are more. `owner`: as in `get`. Raises `NotFound`."""
 
         def work(c: sqlite3.Connection) -> tuple[list[tuple[Job, JobProgress]], bool]:
-            where, values = ["1"], list[Any]()
-            if owner is not None:
-                where.append("owner = ?")
-                values.append(owner)
             if after is not None:
                 get(c, after, owner, param="after")
-                where.append(f"number {'<' if newest_first else '>'} (SELECT number FROM jobs WHERE id = ?)")
-                values.append(after)
-            if states:
-                where.append(f"state IN ({', '.join('?' * len(states))})")
-                values.extend(states)
-            order = "DESC" if newest_first else "ASC"
-            query = f"SELECT * FROM jobs WHERE {' AND '.join(where)} ORDER BY number {order} LIMIT ?"
-            found = [to_job(row) for row in c.execute(query, (*values, limit + 1)).fetchall()]
-            return [(job, progress(c, job.id)) for job in found[:limit]], len(found) > limit
+            where = {f"state IN ({', '.join('?' * len(states))})": states} if states else {}
+            rows, more = select_page(c, "jobs", where, owner=owner, after=after, limit=limit, newest_first=newest_first)
+            jobs = [to_job(row) for row in rows]
+            return [(job, progress(c, job.id)) for job in jobs], more
 
         return await self._database.call(work)
 
