@@ -324,7 +324,7 @@ class ServerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     public_metrics: Annotated[bool, doc("Serve /metrics without a key.")] = True
     page_enabled: Annotated[bool, doc("Serve the page at /.")] = True
     docs_enabled: Annotated[bool, doc("Serve the OpenAPI schema and the API reference.")] = True
-    max_body: Annotated[Bytes, doc("Largest request body.")] = 32 * 1024**2
+    max_body: Annotated[Bytes, doc("Largest request body.")] = 16 * 1024**2
     max_connections: Annotated[
         Count, doc("Most connections at once, fewer where descriptors are short; further ones wait to be accepted.")
     ] = 8192

@@ -127,9 +127,9 @@ async def test_two_megabytes_cut_to_size(tiny: Tokenizer, kind: str, side: str) 
 
 
 async def test_the_largest_body(tiny: Tokenizer) -> None:
-    """32 MiB: plain, of escapes, and not a prompt at all."""
+    """16 MiB: plain, of escapes, and not a prompt at all."""
     service = with_tokenizer(tiny)
-    room = 32 * MEGA - 100
+    room = Settings().server.max_body - 100
     with own_doing():
         bodies = [
             (TEXT, b'{"prompt": "' + b"ab cd efg " * (room // 10) + b'"}', "prompt"),
