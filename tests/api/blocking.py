@@ -22,6 +22,9 @@ from litestar import Litestar
 LIMIT = 0.1
 """Seconds."""
 
+BLOCKED = f"the event loop was blocked for over {LIMIT * 1000:.0f} ms"
+"""Beginning of what a test that blocks it fails with."""
+
 BEAT = 0.02
 """Seconds between two looks at a loop that is not asyncio's own."""
 
@@ -205,4 +208,4 @@ def _canary() -> _Canary:
 
 
 def describe(watch: Watch) -> str:
-    return f"the event loop was blocked for over {LIMIT * 1000:.0f} ms: " + "; ".join(watch.blocked)
+    return f"{BLOCKED}: " + "; ".join(watch.blocked)

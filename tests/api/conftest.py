@@ -39,6 +39,13 @@ def _event_loop_is_never_blocked(request: pytest.FixtureRequest) -> Iterator[Non
         assert not watch.blocked, blocking.describe(watch)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What a busy host makes slow once it does not make slow three times; what blocks blocks each time."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.flaky(reruns=2, only_rerun=[blocking.BLOCKED]))
+
+
 @pytest.fixture(autouse=True)
 def _quiet_logs() -> None:
     configure(ObservabilitySettings(log_level="error", log_format="json"))
