@@ -26,6 +26,11 @@ _SINGLES = (
     "additionalItems", "additionalProperties", "contains", "else", "if", "items", "not", "propertyNames", "then",
     "unevaluatedItems", "unevaluatedProperties",
 )  # fmt: skip
+_COMBINING = (
+    "allOf", "contains", "dependencies", "dependentSchemas", "else", "if", "not", "oneOf", "propertyNames", "then",
+    "unevaluatedItems", "unevaluatedProperties",
+)  # fmt: skip
+"""Keywords whose schemas hold together, or the other way round."""
 _IGNORED = ("disallow", "divisibleBy", "extends", "x-guidance")
 """Keywords of older drafts that llguidance does not know, and its own options, with which a client could have it pass
 over others."""
@@ -80,6 +85,55 @@ def check_schema(schema: Schema, param: str) -> Schema:
     check_depth(schema, param)
     checked: Schema = _checked(schema, param)
     return checked
+
+
+def closed(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema with objects of declared properties that have no others, where it does not say what others may be.
+
+    Everything that fits the copy fits the schema: one that combines schemas, in which closing one could let through
+    more, or nothing, is left as it is.
+    """
+    return schema if _combines(schema) else _closed(schema)
+
+
+def _combines(schema: Any) -> bool:
+    return isinstance(schema, dict) and (
+        any(keyword in schema for keyword in _COMBINING) or any(_combines(one) for one in _subschemas(schema))
+    )
+
+
+def _subschemas(schema: dict[str, Any]) -> Iterator[Any]:
+    for keyword, value in schema.items():
+        if keyword in _MAPS and isinstance(value, dict):
+            yield from value.values()
+        elif isinstance(value, list) and keyword in (*_LISTS, "items"):
+            yield from value
+        elif keyword in _SINGLES:
+            yield value
+
+
+def _closed(schema: Any) -> Any:
+    if not isinstance(schema, dict):
+        return schema
+    found: dict[str, Any] = {}
+    for keyword, value in schema.items():
+        if keyword in _MAPS and isinstance(value, dict):
+            found[keyword] = {name: _closed(one) for name, one in value.items()}
+        elif isinstance(value, list) and keyword in (*_LISTS, "items"):
+            found[keyword] = [_closed(one) for one in value]
+        else:
+            found[keyword] = _closed(value) if keyword in _SINGLES else value
+    properties, required = schema.get("properties"), schema.get("required", [])
+    if (
+        isinstance(properties, dict)
+        and not any(
+            keyword in schema for keyword in ("additionalProperties", "patternProperties", "minProperties", "$ref")
+        )
+        and isinstance(required, list)
+        and all(name in properties for name in required)
+    ):
+        found["additionalProperties"] = False
+    return found
 
 
 def check_depth(value: object, param: str) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from runtime.errors import InvalidRequest
 from runtime.text.grammar import GrammarCompiler
-from runtime.text.grammar.schema import MAX_DEPTH, check_schema, parse_schema
+from runtime.text.grammar.schema import MAX_DEPTH, check_schema, closed, parse_schema
 from runtime.text.tokenizer import Tokenizer
 from tests.text.grammar.grammars import text_of
 from tests.text.grammar.walks import allowed, walk
@@ -94,6 +94,54 @@ def test_every_finished_answer_is_valid(
     ids, finished = walk(compiler, tokenizer, text_of(compiler, schema), seed)
     if finished:
         jsonschema.validate(json.loads(tokenizer.decode(ids)), schema)
+
+
+INSTANCES = st.recursive(
+    st.none() | st.booleans() | st.integers(-9, 9) | st.sampled_from(["", "a", "red", "x"]),
+    lambda children: st.lists(children, max_size=3) | st.dictionaries(st.sampled_from("abcd"), children, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=200)
+@given(schema=objects(SCHEMAS), value=st.dictionaries(st.sampled_from(["a", "b", "z"]), INSTANCES, max_size=3))
+def test_what_fits_a_closed_schema_fits_the_schema(schema: dict[str, Any], value: Any) -> None:
+    validator = jsonschema.Draft202012Validator(closed(schema))
+    declared = "additionalProperties" in schema or not set(schema["required"]) <= set(schema["properties"])
+    if validator.is_valid(value):
+        assert jsonschema.Draft202012Validator(schema).is_valid(value)
+        assert declared or set(value) <= set(schema["properties"])
+
+
+@pytest.mark.parametrize(
+    ("schema", "expected"),
+    [
+        ({"properties": {}}, {"properties": {}, "additionalProperties": False}),
+        ({"type": "object"}, {"type": "object"}),
+        (
+            {"properties": {"a": {"items": {"properties": {"b": {}}}}}, "additionalProperties": True},
+            {
+                "properties": {"a": {"items": {"properties": {"b": {}}, "additionalProperties": False}}},
+                "additionalProperties": True,
+            },
+        ),
+        ({"properties": {}, "required": ["x"]}, {"properties": {}, "required": ["x"]}),
+        ({"properties": {}, "patternProperties": {"^x": {}}}, {"properties": {}, "patternProperties": {"^x": {}}}),
+        (
+            {"properties": {"a": {}}, "allOf": [{"properties": {"b": {}}}]},
+            {"properties": {"a": {}}, "allOf": [{"properties": {"b": {}}}]},
+        ),
+        (
+            {"$defs": {"P": {"properties": {"x": {}}}}, "anyOf": [{"$ref": "#/$defs/P"}, {"type": "null"}]},
+            {
+                "$defs": {"P": {"properties": {"x": {}}, "additionalProperties": False}},
+                "anyOf": [{"$ref": "#/$defs/P"}, {"type": "null"}],
+            },
+        ),
+    ],
+)
+def test_objects_of_declared_properties_are_closed(schema: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert closed(schema) == expected
 
 
 @pytest.mark.parametrize(
