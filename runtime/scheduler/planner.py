@@ -2,7 +2,9 @@
 
 import contextlib
 from collections.abc import Iterable
-from typing import NamedTuple, Protocol
+from typing import Protocol
+
+from msgspec import Struct
 
 from runtime.blocks import BlockTable
 from runtime.messages import Admission, FinishReason, Move, Row, StepPlan
@@ -20,16 +22,13 @@ from settings.schema import SchedulerSettings
 # A step's plan while it is being made: rows can still be withdrawn when their request is preempted.
 
 
-class SlotLease(NamedTuple):
-    """A request's hold on its slot: the request, and the table that it had when the row was planned."""
+class SlotLease(Struct, frozen=True):
+    """A request's hold on its slot. It has expired when the request has another table or none: then the request has
+    ended or was preempted since, and results for it are dropped."""
 
     request: Request
     table: BlockTable
-
-    @property
-    def expired(self) -> bool:
-        """The request has ended or was preempted since: results for it are dropped."""
-        return self.request.table is not self.table
+    """The table that the request had when the row was planned."""
 
 
 class Planning:
@@ -77,7 +76,7 @@ class Planning:
     def add(self, request: Request, count: int, draft: list[int]) -> None:
         """Plan `count` of the tokens that the request has to compute, and then those of `draft`. They are booked as if
         they were done; the commit of the step settles the result."""
-        slot, table, start = request.slot, request.table, request.num_computed
+        slot, table, start, submission = request.slot, request.table, request.num_computed, request.submission
         assert slot is not None
         assert table is not None
         new_blocks: list[int] = []
@@ -86,9 +85,9 @@ class Planning:
         total = count + len(draft)
         sample = start + count == len(request.tokens) + request.num_pending
         new_token_ids: list[int] = []
-        if request.submission.beams is not None:
+        if submission.beams is not None:
             new_token_ids, request.num_sent_tokens = request.tokens[request.num_sent_tokens :], len(request.tokens)
-        elif request.submission.pooling is None:
+        elif submission.pooling is None:
             request.num_pending += sample
         self._rows[slot] = Row(
             slot=slot,
@@ -188,10 +187,10 @@ class Planner:
     def _continue_running(self, planning: Planning, speculation: Speculation | None) -> None:
         """Add rows for running requests. Decoding goes before prompts, and prompts go by rank, then by length: a long
         prompt in chunks fills what is left of the budget, instead of delaying all others."""
-        size = self._blocks.block_size
+        size, running = self._blocks.block_size, RequestState.RUNNING
         behind: list[Request] = []
         for request in list(self._running.requests):
-            if request.state is not RequestState.RUNNING:  # preempted by an earlier one
+            if request.state is not running:  # preempted by an earlier one
                 continue
             wanted = request.num_wanted
             if wanted != 1:

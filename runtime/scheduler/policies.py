@@ -190,8 +190,10 @@ class Fair:
 
     def served(self, request: Request, num_prompt: int, num_generated: int) -> None:
         tenant = request.submission.tenant
-        cost = (num_prompt + OUTPUT_PRICE * num_generated) / self._weights.get(tenant, 1.0)
-        self._counters[tenant] = self.counter(tenant) + cost
+        cost = num_prompt + OUTPUT_PRICE * num_generated
+        if self._weights:
+            cost /= self._weights.get(tenant, 1.0)
+        self._counters[tenant] = self._counters.get(tenant, 0.0) + cost
 
     def __len__(self) -> int:
         return self._num_waiting

@@ -28,10 +28,8 @@ class Followers:
     def __init__(self) -> None:
         self._of: dict[int, dict[int, Request]] = {}
         """Leader's id → its followers by id."""
-        self._count = 0
-
-    def __len__(self) -> int:
-        return self._count
+        self.count = 0
+        """Followers that wait."""
 
     def __iter__(self) -> Iterator[Request]:
         for followers in self._of.values():
@@ -43,12 +41,12 @@ class Followers:
     def add(self, request: Request, leader: Request) -> None:
         request.source = leader
         self._of.setdefault(leader.id, {})[request.id] = request
-        self._count += 1
+        self.count += 1
 
     def release(self, leader: Request) -> list[Request]:
         """Take the followers of `leader` out, in order of arrival."""
         followers = list(self._of.pop(leader.id, {}).values())
-        self._count -= len(followers)
+        self.count -= len(followers)
         return followers
 
     def remove(self, request: Request) -> bool:
@@ -57,7 +55,7 @@ class Followers:
         followers = self._of.get(leader.id) if leader else None
         if leader is None or followers is None or followers.pop(request.id, None) is None:
             return False
-        self._count -= 1
+        self.count -= 1
         if not followers:
             del self._of[leader.id]
         return True
@@ -102,7 +100,7 @@ class Queue:
         self._max_waiting = settings.max_waiting
         self._max_tokens = settings.max_waiting_tokens
         self.pace = pace
-        self._followers = Followers()
+        self.followers = Followers()
         self._aside: dict[int, Request] = {}
         """Beams that have lost their blocks, and have nothing to compute until their search continues."""
         self._num_tokens = 0
@@ -112,13 +110,13 @@ class Queue:
 
     def __iter__(self) -> Iterator[Request]:
         yield from self.policy
-        yield from self._followers
+        yield from self.followers
         yield from self._aside.values()
 
     @property
     def num_deferred(self) -> int:
         """Requests that wait for another request, not for a slot or blocks."""
-        return len(self._followers) + len(self._aside)
+        return self.followers.count + len(self._aside)
 
     def check_room(self, num_tokens: int, now: float, *, num_waiting: int) -> None:
         """Raise `TooManyRequests` when the queue has no room for prompts of `num_tokens`, or for a sequence more than
@@ -142,7 +140,7 @@ class Queue:
         """A new request; `leader` is the one of which it is a fork."""
         if leader is not None and same_prompt(leader, request):
             if leader.num_written < leader.prompt_len:
-                self._followers.add(request, leader)
+                self.followers.add(request, leader)
                 return
             request.source = leader
         self.push(request)
@@ -156,7 +154,7 @@ class Queue:
 
     def remove(self, request: Request) -> None:
         """The request is admitted, or ends while it waits."""
-        if self._aside.pop(request.id, None) is None and not self._followers.remove(request):
+        if self._aside.pop(request.id, None) is None and not self.followers.remove(request):
             self.policy.remove(request)
             self._num_tokens -= len(request.tokens)
 
@@ -171,8 +169,8 @@ class Queue:
 
     def release(self, leader: Request) -> None:
         """Queue the followers of `leader`: its prompt is computed, or never will be."""
-        if self._followers.leads(leader):
-            for follower in self._followers.release(leader):
+        if self.followers.leads(leader):
+            for follower in self.followers.release(leader):
                 self.push(follower)
 
     def check_integrity(self) -> None:

@@ -186,9 +186,8 @@ class Request:
     @property
     def num_wanted(self) -> int:
         """Tokens whose KV is still to be computed; 0 if a step in flight gives it its last token."""
-        if self.num_pending and self.length >= self.max_len:
-            return 0
-        return self.length - self.num_computed
+        length = len(self.tokens) + self.num_pending
+        return 0 if self.num_pending and length >= self.max_len else length - self.num_computed
 
     @property
     def suppressed_ids(self) -> list[int]:

@@ -12,8 +12,9 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, ValuesView
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from msgspec import Struct
 from msgspec.structs import replace
 
 from runtime.blocks import BlockManager, SwapSpace
@@ -26,21 +27,20 @@ from runtime.scheduler.policies import Policy
 from runtime.scheduler.queue import Deadlines, Queue
 from runtime.scheduler.request import Request, RequestState
 from runtime.scheduler.running import PreemptionBackend, Recompute, RunningRequests, Swap
-from runtime.support.failpoints import failpoint
+from runtime.support.failpoints import ENABLED, failpoint
 from runtime.support.logs import get_logger
 from settings.schema import SchedulerSettings
 
 log = get_logger(__name__)
 
 
-@dataclass(slots=True)
-class Committed:
+class Committed(Struct):
     """A step's addition to one request: new tokens, or its end without one."""
 
     request: Request
     tokens: list[int]
     error: str | None = None
-    logprobs: list[TokenLogprob] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = []
     """One for each of `tokens`, where they are asked for."""
     candidates: list[tuple[int, float]] | None = None
     """A beam's likeliest next tokens, and their log-probabilities."""
@@ -246,12 +246,13 @@ class Scheduler:
         for slot, token in zip(result.slots, result.tokens, strict=True):
             sampled.setdefault(slot, []).append(token)
         leases, candidates, logprobs = flight.leases, result.candidates, result.logprobs
-        scored = result.prompt_logprobs
+        scored, pooled, all_forced = result.prompt_logprobs, result.pooled, result.forced
         for row in plan.rows:
             slot = row.slot
-            if (lease := leases[slot]).expired:
-                continue
+            lease = leases[slot]
             request, tokens = lease.request, sampled.get(slot, [])
+            if request.table is not lease.table:  # it has ended or was preempted since
+                continue
             try:
                 self._book(request, row, tokens, now)
                 if slot in scored:  # a prompt that is computed again, after a preemption, begins at its start
@@ -260,13 +261,13 @@ class Scheduler:
                 log.exception("booking_failed", request_id=request.submission.request_id)
                 self._fail(lease, INTERNAL_ERROR)
                 continue
-            if slot in result.pooled:
-                committed.append(Committed(request, [], pooled=result.pooled[slot]))
+            if slot in pooled:
+                committed.append(Committed(request, [], pooled=pooled[slot]))
             elif slot in candidates:
                 request.awaiting_expansion = True
                 committed.append(Committed(request, [], candidates=candidates[slot]))
             elif tokens:
-                if forced := result.forced.get(slot):
+                if forced := all_forced.get(slot):
                     request.tokens += forced
                     self.policy.served(request, 0, len(forced))
                     tokens = tokens + forced
@@ -276,13 +277,16 @@ class Scheduler:
 
     def _book(self, request: Request, row: Row, tokens: list[int], now: float) -> None:
         """`row` was computed and gave `tokens`: one, or with a draft one more than proved right."""
-        assert request.table is not None
+        table, timing = request.table, request.timing
+        assert table is not None
         assert request.chain is not None
-        failpoint("scheduler.book", request.submission.request_id)
-        if request.timing.scheduled is None:
-            request.timing.scheduled = now
+        if ENABLED:
+            failpoint("scheduler.book", request.submission.request_id)
+        if timing.scheduled is None:
+            timing.scheduled = now
         request.num_written = row.start + row.count
-        request.num_pending -= len(tokens) > 0
+        if tokens:
+            request.num_pending -= 1
         if row.draft:
             # What was computed for wrong guesses is overwritten by the next row, and never findable.
             request.num_written -= len(row.draft) + 1 - len(tokens)
@@ -290,11 +294,11 @@ class Scheduler:
             self._learn(request, row, len(tokens) - 1)
         request.tokens += tokens
         self.policy.served(request, 0, len(tokens))
-        if request.num_written >= (request.table.num_indexed + 1) * self.blocks.block_size:
-            self.blocks.index(request.table, request.tokens, request.num_written, request.chain)
+        if request.num_written >= (table.num_indexed + 1) * self.blocks.block_size:
+            self.blocks.index(table, request.tokens, request.num_written, request.chain)
         if self._window is not None:
-            self.blocks.drop_behind(request.table, request.num_written - self._window + 1)
-        if self.waiting.num_deferred and request.num_written >= request.prompt_len:
+            self.blocks.drop_behind(table, request.num_written - self._window + 1)
+        if self.waiting.followers.count and request.num_written >= request.prompt_len:
             self.waiting.release(request)
 
     def _fail(self, lease: SlotLease, error: str) -> None:

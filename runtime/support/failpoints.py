@@ -20,7 +20,8 @@ class FailpointError(RuntimeError):
 
 
 _VERBS = ("raise", "exit", "sleep", "interrupt", "hold")
-_actions: dict[str, tuple[str, str]] = {}
+ENABLED: dict[str, tuple[str, str]] = {}
+"""Name → verb and argument. Empty in service: a loop may look here once instead of calling `failpoint` each time."""
 _held: dict[str, threading.Event] = {}
 _passed: Counter[str] = Counter()
 
@@ -29,7 +30,7 @@ def configure(text: str) -> None:
     """Enable the failpoints of `text` (the form of EFT_FAILPOINTS), and no others."""
     for event in _held.values():
         event.set()
-    _actions.clear()
+    ENABLED.clear()
     _held.clear()
     _passed.clear()
     for item in filter(None, text.split(";")):
@@ -37,7 +38,7 @@ def configure(text: str) -> None:
         verb, _, argument = action.partition(":")
         if verb not in _VERBS:
             raise ValueError(f"failpoint {name!r}: unknown action {verb!r}; there are: {', '.join(_VERBS)}")
-        _actions[name.strip()] = (verb, argument)
+        ENABLED[name.strip()] = (verb, argument)
         if verb == "hold":
             _held[name.strip()] = threading.Event()
 
@@ -54,16 +55,16 @@ def passed(name: str) -> int:
 
 def failpoint(name: str, detail: object = "") -> None:
     """A place that can fail. `detail` goes into the error's message."""
-    if not _actions:
+    if not ENABLED:
         return
     for enabled in (name, f"{name}@{detail}"):
-        if enabled in _actions:
+        if enabled in ENABLED:
             _passed[enabled] += 1
             _act(enabled, detail)
 
 
 def _act(name: str, detail: object) -> None:
-    verb, argument = _actions[name]
+    verb, argument = ENABLED[name]
     if verb == "sleep":
         time.sleep(float(argument))
         return
