@@ -12,6 +12,7 @@ from runtime.access.audit import AuditLog
 from runtime.access.hosts import HostRule, is_loopback
 from runtime.access.keys import KeyLimits, KeyRing, KeysFileError, write_private
 from runtime.access.limits import Limiter
+from runtime.support.event_loop import is_set_within, running
 from runtime.support.logs import get_logger
 from settings.schema import Settings
 
@@ -70,21 +71,17 @@ class Access:
     @contextlib.asynccontextmanager
     async def watching(self) -> AsyncIterator[None]:
         """Take changes of the keys file as they come, while the block lasts."""
-        task = asyncio.create_task(self._watch()) if self.has_file else None
         try:
-            yield
+            async with running(self._watch()) if self.has_file else contextlib.nullcontext():
+                yield
         finally:
-            if task is not None:
-                task.cancel()
-                await asyncio.gather(task, return_exceptions=True)
             await asyncio.to_thread(self.audit.close)
 
     async def _watch(self) -> None:
         while True:
             self._changed.clear()
             await self.refresh()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), WATCH_SECONDS)
+            await is_set_within(self._changed, WATCH_SECONDS)
 
     async def refresh(self) -> None:
         """Take the keys file's content where it has changed. A broken file changes nothing, and is logged."""

@@ -41,6 +41,7 @@ from runtime.adapters.versions import (
 from runtime.errors import AdaptersBusy, AdapterUnavailable, Conflict, InvalidRequest, NotFound, StorageUnavailable
 from runtime.support.database import Database
 from runtime.support.durable import PARTIAL, make_directory, reason, remove
+from runtime.support.event_loop import cancel
 from runtime.support.logs import get_logger
 
 P = ParamSpec("P")
@@ -152,9 +153,7 @@ class AdapterLibrary:
 
     async def close(self) -> None:
         """Wait for running changes. The owner of the database closes it."""
-        if self._follower is not None:
-            self._follower.cancel()
-            await asyncio.gather(self._follower, return_exceptions=True)
+        await cancel(self._follower)
         await self._resolver.close()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 

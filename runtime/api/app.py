@@ -41,6 +41,7 @@ from runtime.api.openai.tokenize import detokenize, tokenize, tokenizer_info
 from runtime.api.operations import get_version, health, load, metrics_handler, ping, ready, reset_cache
 from runtime.api.page.routes import index_page, page_file
 from runtime.api.responses import routes as responses
+from runtime.support.event_loop import running
 from settings.schema import Settings
 
 if TYPE_CHECKING:
@@ -105,7 +106,12 @@ def create_app(service: "EngineService | ServiceHandle", settings: Settings, acc
         guards=[KeyGuard(access)],
         state=State({"api": api, "history": history}),
         exception_handlers={Exception: handle_exception},
-        lifespan=[api.lag.running, history.running, lambda app: access.watching(), prepared],
+        lifespan=[
+            lambda app: running(api.lag.run()),
+            lambda app: running(history.run()),
+            lambda app: access.watching(),
+            prepared,
+        ],
         on_shutdown=[api.background.cancel_all],
         openapi_config=openapi_config(settings.server.root_path) if settings.server.docs_enabled else None,
         logging_config=None,

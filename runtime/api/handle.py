@@ -3,17 +3,15 @@
 Handlers find it in the app's state (`api_of`).
 """
 
-import asyncio
 from collections import deque
-from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any
 
 from litestar import Request
 from msgspec import Struct
 
 from runtime.access import Access
-from runtime.api.http.lag import LagSampler
 from runtime.errors import EngineUnavailable
+from runtime.support.event_loop import BackgroundTasks, LagSampler
 from settings.schema import Settings
 
 if TYPE_CHECKING:
@@ -105,28 +103,6 @@ class ServiceHandle:
         if self.batches is None:
             raise EngineUnavailable(f"This server runs no batches. {self.no_jobs}", code="storage_unavailable")
         return self.batches
-
-
-class BackgroundTasks:
-    """Answers that no client waits for, by the ids under which they are fetched. Event-loop thread only."""
-
-    def __init__(self) -> None:
-        self._tasks: dict[str, asyncio.Task[None]] = {}
-
-    def start(self, id: str, work: Coroutine[Any, Any, None]) -> None:
-        """Run `work`, which handles its own errors."""
-        task = self._tasks[id] = asyncio.create_task(work)
-        task.add_done_callback(lambda _: self._tasks.pop(id, None))
-
-    async def cancel(self, id: str) -> None:
-        """Cancel the work of this id, if it still runs, and wait until it has ended."""
-        if (task := self._tasks.get(id)) is not None:
-            task.cancel()
-            await asyncio.wait([task])
-
-    async def cancel_all(self) -> None:
-        for id in list(self._tasks):
-            await self.cancel(id)
 
 
 class Api:

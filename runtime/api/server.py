@@ -27,6 +27,7 @@ from runtime.api.app import create_app
 from runtime.api.handle import ServiceHandle
 from runtime.api.http.acceptor import Acceptor, connections_for, raise_descriptor_limit
 from runtime.api.http.protocol import MAX_HEADERS, Protocol
+from runtime.support.event_loop import cancel
 from runtime.support.logs import configure, get_logger
 from runtime.support.threads import call_in_fresh_thread
 from settings.schema import Settings
@@ -224,8 +225,7 @@ async def _drain(service: "EngineService", jobs: "JobManager | None", timeout: f
         draining.cancel()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(_hurry(draining, service, jobs), HURRY_SECONDS / 2)
-    hurry.cancel()
-    await asyncio.gather(hurry, return_exceptions=True)
+    await cancel(hurry)
 
 
 async def _stop(service: "EngineService", jobs: "JobManager | None", timeout: float) -> None:

@@ -14,6 +14,7 @@ from runtime.batches.store import BatchStore
 from runtime.files.library import FileLibrary
 from runtime.support.database import Database
 from runtime.support.durable import make_directory, reason
+from runtime.support.event_loop import cancel
 from runtime.support.logs import get_logger
 from runtime.support.state_directory import LostFound
 from settings.schema import FileSettings
@@ -54,10 +55,7 @@ class BatchManager:
     async def stop(self) -> None:
         """Stop all runs; the next process continues them. Any number of times."""
         self._ask = None
-        tasks = [task for _, task in self._runs.values()]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await cancel(*(task for _, task in self._runs.values()))
 
     def _sweep(self, known: set[str]) -> None:
         """Move folders without a row to lost+found."""

@@ -5,7 +5,6 @@ at the end is cut off when the files are opened again, and its request is answer
 """
 
 import asyncio
-import contextlib
 import os
 import secrets
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from msgspec import Struct
 
 from runtime.batches.records import Answer, BatchUsage, Counts, LineError
 from runtime.support.durable import PRIVATE_FILE, make_directory, sync_directory
+from runtime.support.event_loop import is_set_within
 from runtime.support.failpoints import failpoint
 from runtime.support.logs import get_logger
 
@@ -234,7 +234,7 @@ class BatchOutput:
                 except OSError as error:
                     self._waiting[name] = waiting + self._waiting[name]
                     _log.error("batch_output_not_written", file=name, reason=error.strerror)
-                    if await _is_set_within(self._closing, RETRY_SECONDS):
+                    if await is_set_within(self._closing, RETRY_SECONDS):
                         return
                     continue
                 self._count(name, *(one.custom_id for one in waiting if one.custom_id is not None))
@@ -261,9 +261,3 @@ class BatchOutput:
             await asyncio.gather(self._writing, return_exceptions=True)
         for file in self._files.values():
             file.close()
-
-
-async def _is_set_within(event: asyncio.Event, seconds: float) -> bool:
-    with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(event.wait(), seconds)
-    return event.is_set()

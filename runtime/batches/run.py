@@ -30,6 +30,7 @@ from runtime.errors import Conflict, StorageUnavailable
 from runtime.files.library import FileLibrary, new_file_id
 from runtime.files.records import BATCH_OUTPUT, StoredFile
 from runtime.support.durable import make_directory, remove, replace_file
+from runtime.support.event_loop import cancel
 from runtime.support.failpoints import failpoint
 from runtime.support.logs import get_logger
 from settings.schema import FileSettings
@@ -168,9 +169,7 @@ class BatchRun:
             await asyncio.wait((answering, cancelled), timeout=left, return_when=asyncio.FIRST_COMPLETED)
         finally:
             done = answering.done()
-            answering.cancel()
-            cancelled.cancel()
-            await asyncio.gather(answering, cancelled, return_exceptions=True)
+            await cancel(answering, cancelled)
         if done:
             answering.result()  # raises what it has raised
             self.batch = await self._store.move(self.batch.id, "finalizing")

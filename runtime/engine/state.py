@@ -31,6 +31,7 @@ from runtime.responses import SCHEMA as RESPONSE_SCHEMA
 from runtime.responses import ResponseStore
 from runtime.support.database import FILE, LOCK, Database, DatabaseUnusable, check, connect, migrate
 from runtime.support.durable import DISK_FULL, PARTIAL, reason, tighten
+from runtime.support.event_loop import running
 from runtime.support.logs import get_logger
 from runtime.support.state_directory import NAMES, state_directory
 from runtime.trainer.jobs import rows
@@ -90,17 +91,16 @@ async def open_state(service: "EngineService", settings: Settings) -> AsyncItera
             share = TrainingShare(tpot_target=settings.scheduler.tpot_target, min_share=settings.trainer.min_share)
             service.background = host = TrainingHost(share, service.metrics.on_slice)
             engine = EngineJobs(service, library, settings, directory, host)
-            running = running_jobs(database, directory, engine, service.metrics, settings.trainer)
+            running_manager = running_jobs(database, directory, engine, service.metrics, settings.trainer)
             try:
-                jobs = await stack.enter_async_context(running)
+                jobs = await stack.enter_async_context(running_manager)
                 files = FileLibrary(database, directory, settings.files)
                 await files.start()
                 batches = BatchManager(database, directory, files, settings.files, max_line=settings.server.max_body)
                 stack.push_async_callback(batches.stop)
                 kept = settings.responses
                 responses = ResponseStore(database, keep_seconds=kept.keep_responses, max_responses=kept.max_responses)
-                pruning = asyncio.create_task(_prune_regularly(batches, files, responses))
-                stack.push_async_callback(_end, pruning)
+                await stack.enter_async_context(running(_prune_regularly(batches, files, responses)))
             except (OSError, StorageUnavailable) as error:
                 problem = explain(error)
                 _log.error("jobs_not_usable", directory=str(directory), reason=str(error))
@@ -120,11 +120,6 @@ async def _prune_regularly(batches: BatchManager, files: FileLibrary, responses:
             except Exception:
                 _log.exception("cannot_prune", part=type(part).__name__)
         await asyncio.sleep(PRUNE_SECONDS)
-
-
-async def _end(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
 
 
 async def _open_library(

@@ -4,14 +4,13 @@ A sample is taken every `INTERVAL_SECONDS`, from the metrics, whether or not a c
 """
 
 import asyncio
-import contextlib
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
-from litestar import Litestar, Response, get
+from litestar import Response, get
 from msgspec import Struct
 
 from runtime.api.admin.jobs import follow
@@ -112,22 +111,14 @@ class OverviewHistory:
             self._next = asyncio.get_running_loop().create_future()
         return await asyncio.shield(self._next)
 
-    @contextlib.asynccontextmanager
-    async def running(self, app: Litestar) -> AsyncIterator[None]:
-        """Take samples while the app runs, as one of its lifespans."""
-        task = asyncio.create_task(self._run())
+    async def run(self) -> None:
+        """Take samples until cancelled."""
         try:
-            yield
+            while True:
+                self.take(time.time())
+                await asyncio.sleep(INTERVAL_SECONDS)
         finally:
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
             self._announce(None)
-
-    async def _run(self) -> None:
-        while True:
-            self.take(time.time())
-            await asyncio.sleep(INTERVAL_SECONDS)
 
     def _announce(self, sample: OverviewSample | None) -> None:
         waiting, self._next = self._next, None

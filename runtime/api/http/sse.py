@@ -19,6 +19,7 @@ from litestar.types import Receive, Send
 from runtime.api.http.errors import ClientDisconnected, encode, to_request_error
 from runtime.api.http.record import RequestRecord
 from runtime.errors import RequestError
+from runtime.support.event_loop import cancel
 
 # -- disconnect ------------------------------------------------------------------------------------
 #
@@ -44,13 +45,6 @@ async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) ->
         raise ClientDisconnected("The client left before its answer was ready.")
     finally:
         await cancel(task, gone)
-
-
-async def cancel(*tasks: asyncio.Task[Any]) -> None:
-    """Cancel tasks and wait until they have ended, however they end."""
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 DONE = b"data: [DONE]\n\n"

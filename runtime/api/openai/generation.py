@@ -12,11 +12,12 @@ from msgspec import UNSET, Struct, UnsetType
 from msgspec.structs import replace
 
 from runtime.api.http.record import RequestRecord
-from runtime.api.http.sse import EventStream, cancel, unless_disconnected, with_end
+from runtime.api.http.sse import EventStream, unless_disconnected, with_end
 from runtime.api.openai.logprobs import count_logprobs, write_answer
 from runtime.api.openai.responses import AnswerTimes, PromptTokensDetails, Usage
 from runtime.errors import DeadlineExceeded, EngineUnavailable
 from runtime.messages import Output, Submission, TokenLogprob
+from runtime.support.event_loop import cancel
 
 if TYPE_CHECKING:
     from runtime.engine.service import EngineService

@@ -17,6 +17,7 @@ from runtime.errors import EngineUnavailable, StorageUnavailable, TooManyRequest
 from runtime.metrics import Metrics
 from runtime.support.database import Database
 from runtime.support.durable import make_directory, replace_file, storage_unavailable
+from runtime.support.event_loop import cancel
 from runtime.support.logs import get_logger
 from runtime.support.threads import WorkerThread
 from runtime.trainer.jobs.directories import JobDirectories
@@ -113,14 +114,13 @@ class JobManager:
         if current is not None and not crashed and current.suspend() and self._lane is not None:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(asyncio.shield(self._lane), timeout)
-        await _end(self._lane)
+        await cancel(self._lane)
         if current is not None and not crashed:
             with contextlib.suppress(StorageUnavailable):  # then it counts as a crash: the rows still say what to do
                 await self.store.interrupt(current.id)
         self._unpark()
-        await _end(self._pruning)
-        await _end(self._deleting)
-        await _end(self._journaling)
+        await cancel(self._pruning, self._deleting)
+        await cancel(self._journaling)
         with contextlib.suppress(StorageUnavailable):
             await self._journal.flush()
         self._stopped = True
@@ -300,12 +300,6 @@ class JobManager:
     def _require_running(self) -> None:
         if self._stopping:
             raise EngineUnavailable("The server is shutting down.")
-
-
-async def _end(task: asyncio.Task[None] | None) -> None:
-    if task is not None:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
 
 
 # -- opening ---------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from runtime.errors import RequestError, StorageUnavailable
 from runtime.support.durable import error_code, patiently, reason, remove
+from runtime.support.event_loop import cancel
 from runtime.support.logs import get_logger
 from runtime.support.threads import WorkerThread
 from runtime.trainer.jobs.directories import JobDirectories
@@ -77,10 +78,7 @@ class Validation:
 
     async def close(self) -> None:
         """Give up what is being read: it is read again when the next process starts."""
-        tasks = [*self._tasks.values(), *self._forgetting]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await cancel(*self._tasks.values(), *self._forgetting)
 
     async def _validate(self, job_id: str) -> None:
         try:
