@@ -80,7 +80,11 @@ def available() -> dict[str, str | None]:
 
 def chosen(device: torch.device) -> str:
     """The backend that "auto" takes for tensors on `device`, and for which instruction set it is compiled."""
-    ops = load(device=device)
+    return describe(load(device=device))
+
+
+def describe(ops: Ops) -> str:
+    """Name of the backend, and of the instruction set that it is compiled for: `cpu (amx)`."""
     return f"{ops.name} ({ops.variant.name})" if isinstance(ops, CpuOps) else ops.name
 
 
@@ -128,6 +132,7 @@ __all__ = [
     "Weight",
     "available",
     "chosen",
+    "describe",
     "load",
     "quantise_int4",
     "quantise_int8",

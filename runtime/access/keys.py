@@ -223,6 +223,11 @@ class KeyRing:
             self._take(read_keys(file).keys)
 
     @property
+    def principals(self) -> list[Principal]:
+        """All holders of keys, by name."""
+        return sorted(self._all(), key=lambda principal: principal.name)
+
+    @property
     def labels(self) -> frozenset[str]:
         """Labels of all principals."""
         return frozenset(principal.label for principal in self._all())

@@ -1,12 +1,13 @@
 """The app: routes, guard, error handler and middleware. Importable without a socket and without torch."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from litestar import Litestar
 from litestar.datastructures import State
 
 from runtime.access import Access
-from runtime.api.admin import adapters, overview
+from runtime.api.admin import adapters, overview, system
 from runtime.api.admin.adapters import load_lora_adapter, unload_lora_adapter
 from runtime.api.admin.jobs import (
     cancel_job,
@@ -48,14 +49,21 @@ if TYPE_CHECKING:
     from runtime.engine.service import EngineService
 
 
-def create_app(service: "EngineService | ServiceHandle", settings: Settings, access: Access | None = None) -> Litestar:
+def create_app(
+    service: "EngineService | ServiceHandle",
+    settings: Settings,
+    access: Access | None = None,
+    *,
+    origins: Mapping[str, str] | None = None,
+) -> Litestar:
     """The ASGI app. Give a `ServiceHandle` to answer while the engine loads: fill it in later.
 
-    `access`: made from the settings by default. Raises `KeysFileError`.
+    `access`: made from the settings by default. `origins`: where each setting came from, by key. Raises
+    `KeysFileError`.
     """
     handle = service if isinstance(service, ServiceHandle) else ServiceHandle(service)
     access = access or Access(settings)
-    api = Api(handle, settings, access)
+    api = Api(handle, settings, access, origins or {})
     history = OverviewHistory(handle)
     app = Litestar(
         route_handlers=[
@@ -97,6 +105,7 @@ def create_app(service: "EngineService | ServiceHandle", settings: Settings, acc
             unload_lora_adapter,
             *adapters.ROUTES,
             *overview.ROUTES,
+            *system.ROUTES,
             reset_cache,
             metrics_handler(public=settings.server.public_metrics),
             *((index_page, page_file) if settings.server.page_enabled else ()),

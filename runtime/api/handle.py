@@ -4,6 +4,7 @@ Handlers find it in the app's state (`api_of`).
 """
 
 from collections import deque
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from litestar import Request
@@ -61,6 +62,8 @@ class ServiceHandle:
         """The last requests, but for probes."""
         self.no_jobs = "This server runs no training jobs."
         """Reason why there is no `jobs` although the engine is loaded."""
+        self.problem: str | None = None
+        """Reason why nothing can be stored, once the state directory was opened."""
 
     def serve(
         self,
@@ -75,6 +78,7 @@ class ServiceHandle:
         `None`."""
         self.jobs, self.files, self.batches = jobs, files, batches
         self.no_jobs = problem or self.no_jobs
+        self.problem = problem
         self.service = service
 
     def require(self) -> "EngineService":
@@ -108,10 +112,14 @@ class ServiceHandle:
 class Api:
     """Objects that every handler works with."""
 
-    def __init__(self, handle: ServiceHandle, settings: Settings, access: Access) -> None:
+    def __init__(
+        self, handle: ServiceHandle, settings: Settings, access: Access, origins: Mapping[str, str] | None = None
+    ) -> None:
         self.handle = handle
         self.settings = settings
         self.access = access
+        self.origins = origins or {}
+        """Where each setting came from, by key; without those that no file, variable or flag names."""
         self.lag = LagSampler()
         self.background = BackgroundTasks()
         self.event_streams = 0

@@ -12,7 +12,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -59,13 +59,14 @@ async def serve(
     open_state: OpenState | None = None,
     on_ready: Callable[[str], None] | None = None,
     stop: asyncio.Event | None = None,
+    origins: Mapping[str, str] | None = None,
 ) -> int:
     """Serve until SIGTERM, SIGINT or `stop`; return the process's exit code.
 
     The socket is open at once: /health, /ready and /metrics answer while the model loads. `on_ready` gets the
-    server's URL when requests can be served. A second signal ends everything within `HURRY_SECONDS`, if need be by
-    exiting the process at once with code 1. The code is 0 after an orderly end, 1 when the address is taken, the
-    model cannot be loaded, or the engine dies.
+    server's URL when requests can be served. `origins`: where each setting came from, by key. A second signal ends
+    everything within `HURRY_SECONDS`, if need be by exiting the process at once with code 1. The code is 0 after an
+    orderly end, 1 when the address is taken, the model cannot be loaded, or the engine dies.
     """
     configure(settings.observability)
     try:
@@ -88,7 +89,8 @@ async def serve(
     handle = ServiceHandle()
     descriptors = raise_descriptor_limit()
     asked = settings.server.max_connections
-    server = _Server(_config(settings, handle, access), max_connections=min(asked, connections_for(descriptors)))
+    config = _config(settings, handle, access, origins)
+    server = _Server(config, max_connections=min(asked, connections_for(descriptors)))
     with _signals(stop, server, access):
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         try:
@@ -324,11 +326,13 @@ def _end_now() -> None:
     os._exit(1)
 
 
-def _config(settings: Settings, handle: ServiceHandle, access: Access) -> uvicorn.Config:
+def _config(
+    settings: Settings, handle: ServiceHandle, access: Access, origins: Mapping[str, str] | None
+) -> uvicorn.Config:
     server = settings.server
     protocol = Protocol.configured(header_timeout=server.header_timeout, write_timeout=server.write_timeout)
     return uvicorn.Config(
-        create_app(handle, settings, access),
+        create_app(handle, settings, access, origins=origins),
         http=protocol,
         ws="none",
         lifespan="on",

@@ -12,13 +12,13 @@ from itertools import groupby
 from pathlib import Path
 
 import msgspec
-import psutil
 from msgspec import Struct
 from rich.table import Table
 
 from runtime.checkpoints.demo import DEMO_NAME, MEMBER, cache_directory
 from runtime.cli.flags import Json
 from runtime.cli.output import console
+from runtime.support.machine import this_machine
 from runtime.support.version import find_clash, version
 from settings import fields, sources
 from settings.load import SettingsError, load
@@ -182,72 +182,34 @@ def cache_obstacle(settings: Settings, block: int) -> str | None:
 #
 # The machine: processor, memory, GPU, compiler.
 
-_CPUINFO = Path("/proc/cpuinfo")
-_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
-_INSTRUCTION_SETS = (
-    "sse4_2", "avx", "f16c", "fma", "avx2", "avx_vnni", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16",
-    "avx512_fp16", "amx_tile", "amx_int8", "amx_bf16", "asimd", "asimddp", "i8mm", "bf16", "sve", "sve2",
-)  # fmt: skip
-
 
 def find_machine() -> list[Finding]:
     """Processor, memory, GPU and compiler."""
-    return [
-        Finding("machine", "system", f"{platform.system()} {platform.release()} {platform.machine()}"),
-        *_processor(),
-        *_memory(),
-        _gpu(),
-        _compiler(),
+    machine = this_machine()
+    memory = f"{size(machine.memory_available)} available of {size(machine.memory_total)}"
+    found = [
+        Finding("machine", "system", machine.system),
+        Finding("machine", "processor", machine.processor or "unknown"),
+        Finding("machine", "cores", f"{machine.cores} usable of {machine.all_cores}"),
+        Finding("machine", "instruction sets", ", ".join(machine.instruction_sets) or "unknown"),
+        Finding("machine", "memory", memory),
     ]
-
-
-def _processor() -> list[Finding]:
-    try:
-        info = _CPUINFO.read_text(encoding="utf-8", errors="replace")
-    except OSError:  # a system without such a file
-        info = ""
-    model, instruction_sets = parse_cpuinfo(info)
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return [
-        Finding("machine", "processor", model or platform.processor() or "unknown"),
-        Finding("machine", "cores", f"{usable} usable of {os.cpu_count()}"),
-        Finding("machine", "instruction sets", ", ".join(instruction_sets) or "unknown"),
-    ]
-
-
-def parse_cpuinfo(text: str) -> tuple[str | None, list[str]]:
-    """Model and instruction sets of the first processor in /proc/cpuinfo, of x86 or ARM; those that kernels here or in
-    torch are chosen by, in order of introduction."""
-    pairs = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
-    info = {name.strip(): value.strip() for name, _, value in pairs}
-    flags = set((info.get("flags") or info.get("Features") or "").split())
-    return info.get("model name"), [name for name in _INSTRUCTION_SETS if name in flags]
-
-
-def _memory() -> list[Finding]:
-    memory = psutil.virtual_memory()
-    found = [Finding("machine", "memory", f"{size(memory.available)} available of {size(memory.total)}")]
-    try:
-        limit = _CGROUP_LIMIT.read_text().strip()
-    except OSError:
-        return found
-    if limit.isdigit():
-        found.append(Finding("machine", "memory limit of the container", size(int(limit))))
-    return found
+    if machine.memory_limit is not None:
+        found.append(Finding("machine", "memory limit of the container", size(machine.memory_limit)))
+    return [*found, _gpu(), _compiler()]
 
 
 def _gpu() -> Finding:
     try:
-        import torch
+        importlib.import_module("torch")
     except Exception as error:  # a broken torch is reported with the packages
         return Finding("machine", "GPU", f"unknown: torch cannot be imported ({type(error).__name__})")
-    if not torch.cuda.is_available():
-        return Finding("machine", "GPU", "none")
-    names = []
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        names.append(f"cuda:{index} {properties.name}, {size(properties.total_memory)}")
-    return Finding("machine", "GPU", "; ".join(names))
+    try:
+        found = importlib.import_module("runtime.model.model").gpus()
+    except Exception as error:  # it imports the kernels, whose errors another finding reports
+        return Finding("machine", "GPU", f"unknown: {type(error).__name__}: {error}")
+    names = [f"cuda:{index} {gpu.name}, {size(gpu.memory)}" for index, gpu in enumerate(found)]
+    return Finding("machine", "GPU", "; ".join(names) or "none")
 
 
 def _compiler() -> Finding:

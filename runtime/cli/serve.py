@@ -12,6 +12,7 @@ from cyclopts import Parameter
 from runtime.cli.client import local_token, remote, served_model
 from runtime.cli.flags import ConfigFile, read_settings, with_settings
 from runtime.cli.output import CommandError
+from settings.load import Loaded
 from settings.schema import Settings
 
 # -- banner ----------------------------------------------------------------------------------------
@@ -73,7 +74,8 @@ def serve(
     **flags: Any,
 ) -> int:
     """Serve until Ctrl-C or SIGTERM. Returns the server's exit code."""
-    settings = read_settings(flags, config, model=model).settings
+    loaded = read_settings(flags, config, model=model)
+    settings = loaded.settings
     from runtime.support.memory import share_one_arena
     from runtime.support.version import refuse_clash
 
@@ -88,13 +90,14 @@ def serve(
     from runtime.support import logs
 
     logs.configure(settings.observability)
-    code: int = uvloop.run(_serve(settings))
+    code: int = uvloop.run(_serve(loaded))
     return code
 
 
-async def _serve(settings: Settings) -> int:
+async def _serve(loaded: Loaded) -> int:
     from runtime.api.server import serve as run_server
 
+    settings = loaded.settings
     greetings: list[asyncio.Task[None]] = []  # a task without a reference may be collected
 
     def ready(url: str) -> None:
@@ -107,7 +110,7 @@ async def _serve(settings: Settings) -> int:
     # during loading nor later, which would stop every stream for a tenth of a second, nor at the end.
     gc.disable()
     try:
-        return await run_server(settings, on_ready=ready)
+        return await run_server(settings, on_ready=ready, origins=loaded.origins)
     finally:
         gc.enable()
 

@@ -19,7 +19,9 @@ from runtime.engine.assembly import Assembled, assemble
 from runtime.engine.delivery import OutputStream
 from runtime.errors import Conflict, EngineFailure, EngineUnavailable, RequestError
 from runtime.messages import ROW_FAILED, Output, Submission
+from runtime.model.model import backend_of, gpus
 from runtime.support.logs import get_logger
+from runtime.support.machine import Gpu
 from runtime.support.threads import call_in_fresh_thread, run_in_fresh_thread
 from runtime.text.reasoning import reasoning_format
 from settings.schema import Settings
@@ -180,6 +182,16 @@ class EngineService:
         self._refuse_calls("The server is shutting down.")
         if not self._thread.is_alive():
             await call_in_fresh_thread(self.engine.close)
+
+    @property
+    def kernels(self) -> str | None:
+        """Backend of the ops; None where ranks compute."""
+        return backend_of(self.decoder)
+
+    @property
+    def gpus(self) -> list[Gpu]:
+        """GPUs of this machine."""
+        return gpus()
 
     @property
     def healthy(self) -> bool:

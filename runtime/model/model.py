@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kernels import Ops
+from kernels import Ops, describe
 from runtime.model.attention import Attention, KVCache
 from runtime.model.config import ModelLoadError
 from runtime.model.group import Group
@@ -14,6 +14,7 @@ from runtime.model.layers import Linear, Parameter
 from runtime.model.lora import Adaptation
 from runtime.model.spec import DecoderSpec
 from runtime.model.split import Vocabulary
+from runtime.support.machine import Gpu
 
 
 class Layer(Protocol):
@@ -108,3 +109,16 @@ def make_device(name: str, *, local_rank: int | None = None) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ModelLoadError(f"model.device is {name!r}, but torch finds no CUDA device here.")
     return device
+
+
+def gpus() -> list[Gpu]:
+    """GPUs that torch can use, in the order of their numbers."""
+    if not torch.cuda.is_available():
+        return []
+    found = (torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count()))
+    return [Gpu(name=one.name, memory=one.total_memory) for one in found]
+
+
+def backend_of(model: Model) -> str | None:
+    """Backend of the ops that the model computes with; None where other processes compute."""
+    return None if model.device.type == "meta" else describe(model.ops)

@@ -10,6 +10,7 @@ from runtime.engine.delivery import OutputStream
 from runtime.errors import Conflict, ContextLengthExceeded, EngineUnavailable, RequestError
 from runtime.messages import Output, SamplingDefaults, Submission, TokenLogprob
 from runtime.metrics import Metrics
+from runtime.support.machine import Gpu
 from settings.schema import Settings
 
 
@@ -77,6 +78,9 @@ class FakeService:
         self.vocab_size = self.tokenizer.vocab_size
         self.eos_ids = self.tokenizer.eos_ids
         self.sampling_defaults = SamplingDefaults()
+        self.kernels = "reference"
+        self.gpus: list[Gpu] = []
+        self.num_blocks, self.block_size = 8, 16
         self.num_running = self.num_waiting = 0
         self.kv_usage = 0.0
         self.healthy = self.ready = True

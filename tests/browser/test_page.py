@@ -29,6 +29,7 @@ ROWS = "\n".join(
     json.dumps({"messages": [{"role": "user", "content": f"Newt {n}?"}, {"role": "assistant", "content": f"Eft {n}."}]})
     for n in range(6)
 )
+VIEWS = ("chat", "train", "adapters", "overview", "requests", "system")
 AXE = os.environ.get("EFT_AXE")
 """Path of axe-core's axe.min.js, which checks accessibility."""
 
@@ -204,13 +205,33 @@ def test_a_message_is_edited_and_a_new_chat_is_empty(page: Page) -> None:
     assert page.run("document.querySelectorAll('.message').length") == 0
 
 
+def test_the_system_shows_settings_and_keys_without_secrets(tiny_model: Path, tmp_path: Path, chromium: Page) -> None:
+    with serving(tiny_model, tmp_path / "state", admin_key=(KEY,)) as server:
+        chromium.problems.clear()
+        chromium.open(f"{server.url}/#system")
+        chromium.until("document.querySelector('#key-dialog').open")
+        chromium.fill("Key", KEY)
+        chromium.click("Use this key")
+        assert "ready" in chromium.until_text("main section:not([hidden]) p[role=status]", "Eft")
+        chromium.fill("Find a setting", "admin_key")
+        row = chromium.until_text("main section:not([hidden]) tr", "server.admin_key")
+        assert "1 set (hidden)" in row
+        assert KEY not in chromium.run("document.body.innerText")
+        chromium.fill("Find a setting", "max_running")
+        chromium.until_text("main section:not([hidden]) tr", "scheduler.max_running")
+        shown = "[...document.querySelectorAll('main section:not([hidden]) th.code')].map(e => e.textContent)"
+        assert "server.admin_key" not in chromium.run(shown)
+        assert "model.model" not in chromium.run(shown)
+        assert chromium.problems == []
+
+
 @pytest.mark.skipif(AXE is None, reason="EFT_AXE does not name axe-core's axe.min.js (npm pack axe-core)")
 @pytest.mark.parametrize("dark", [True, False])
 @pytest.mark.parametrize("width", [360, 1440])
 def test_accessibility(page: Page, width: int, dark: bool) -> None:
     page.look(width=width, dark=dark)
     page.run(Path(str(AXE)).read_text(encoding="utf-8") + "; 0")
-    for view in ("chat", "train", "adapters", "overview", "requests"):
+    for view in VIEWS:
         go(page, view)
         script = "axe.run().then(found => found.violations.map(one => [one.id, one.impact, one.nodes[0].html]))"
         assert [one for one in page.run(script) if one[1] in ("serious", "critical")] == [], view
@@ -219,7 +240,7 @@ def test_accessibility(page: Page, width: int, dark: bool) -> None:
 @pytest.mark.parametrize("width", [360, 1440])
 def test_nothing_is_wider_than_the_window(page: Page, width: int) -> None:
     page.look(width=width, dark=False)
-    for view in ("chat", "train", "adapters", "overview", "requests"):
+    for view in VIEWS:
         go(page, view)
         assert page.run("document.documentElement.scrollWidth <= innerWidth"), view
 

@@ -15,21 +15,12 @@ from typing import Any
 
 import pytest
 
-from runtime.cli.doctor import cache_obstacle, parse_cpuinfo, size
+from runtime.cli.doctor import cache_obstacle, size
 from runtime.support.version import version
 from settings.schema import CacheSettings, ModelSettings, Settings
 from tests.cli.conftest import Eft
 
 ROOT = Path(__file__).parents[2]
-
-X86 = """processor\t: 0
-model name\t: Imaginary CPU 9000
-flags\t\t: fpu avx avx2 fma avx512f amx_int8
-
-processor\t: 1
-model name\t: Another
-"""
-ARM = "processor\t: 0\nFeatures\t: fp asimd i8mm\n"
 
 
 def apart(tmp_path: Path, *path: Path, python: tuple[str, ...] = (), **variables: str) -> tuple[int, dict[str, Any]]:
@@ -184,19 +175,6 @@ def test_the_caches_that_flash_attn_can_read(cache: dict[str, Any], dtype: str, 
 
 
 # -- machine and storage -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "model", "sets"),
-    [
-        (X86, "Imaginary CPU 9000", ["avx", "fma", "avx2", "avx512f", "amx_int8"]),
-        (ARM, None, ["asimd", "i8mm"]),
-        ("", None, []),
-        ("no colon", None, []),
-    ],
-)
-def test_the_processor_as_the_system_describes_it(text: str, model: str | None, sets: list[str]) -> None:
-    assert parse_cpuinfo(text) == (model, sets)
 
 
 def test_the_caches_and_what_is_in_them(tmp_path: Path) -> None:

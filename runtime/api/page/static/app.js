@@ -6,6 +6,7 @@ import { chatView } from "./chat.js";
 import { announce, h } from "./dom.js";
 import { overviewView } from "./overview.js";
 import { requestsView } from "./requests.js";
+import { systemView } from "./system.js";
 import { trainView } from "./train.js";
 
 const main = document.getElementById("main");
@@ -15,6 +16,7 @@ const makers = {
   adapters: ["Adapters", adaptersView],
   overview: ["Overview", overviewView],
   requests: ["Requests", requestsView],
+  system: ["System", systemView],
 };
 const made = new Map();
 const links = new Map();
