@@ -59,7 +59,7 @@ class FallbackStep:
         """[R] log-probabilities under the model without its adapter, for a loss that needs them: given or computed."""
         self._attention = PackedAttention(ops, [part.stop - part.start for part in batch.sequences], model.spec)
         every = slice(0, batch.num_tokens)
-        self._adaptation = TrainingAdaptation(lora, dropout=dropout, seed=seed, rows=every, num_tokens=batch.num_tokens)
+        self._adaptation = TrainingAdaptation(lora, dropout=dropout, seed=seed, rows=every)
         self._calls: list[LayerCall] = []
         self.score = Score()
         self.fraction = 0.0

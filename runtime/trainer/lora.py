@@ -16,6 +16,7 @@ from runtime.model.layers import Linear
 from runtime.model.lora import Adaptation, LoraLayers, LoraPart, LoraShape
 from runtime.model.model import Model
 from runtime.model.split import Split
+from runtime.trainer.dropout import dropout_mask
 from runtime.trainer.shards import Held, Shards
 
 Targets = Mapping[tuple[int, str], Sequence[str]]
@@ -125,14 +126,12 @@ def _fresh(
 class TrainingAdaptation(Adaptation):
     """The hook for a run of tokens of one micro-batch: adds the adapter's output, with gradients, and dropout."""
 
-    def __init__(self, lora: TrainableLora, *, dropout: float, seed: int, rows: slice, num_tokens: int) -> None:
-        """`rows` are these tokens' places among the micro-batch's `num_tokens`; `seed` is the micro-batch's. A mask
-        is drawn for all of them and cut, so it does not depend on how the tokens are split into slices."""
+    def __init__(self, lora: TrainableLora, *, dropout: float, seed: int, rows: slice) -> None:
+        """`rows` are these tokens' places in the micro-batch; `seed` is the micro-batch's."""
         self._lora = lora
         self._dropout = dropout
         self._seed = seed
         self._rows = rows
-        self._num_tokens = num_tokens
 
     def __call__(self, layer: int, linear: str, x: Tensor, y: Tensor) -> Tensor:
         adapted = self._lora.linears.get((layer, linear))
@@ -144,9 +143,9 @@ class TrainingAdaptation(Adaptation):
 
     def _mask(self, layer: int, linear: str, x: Tensor, inputs: Split) -> Tensor:
         """[T, in]: 0 with probability `dropout`, else 1 / (1 - dropout). `inputs`: the inputs in x."""
-        generator = torch.Generator(x.device).manual_seed(mix(self._seed, layer, sum(linear.encode())))
-        keep = torch.rand(self._num_tokens, inputs.full, device=x.device, generator=generator) >= self._dropout
-        return inputs.pick(keep[self._rows], 1).to(x.dtype).div_(1 - self._dropout)
+        columns = inputs.pick(torch.arange(inputs.full, dtype=torch.int32, device=x.device))
+        seed = mix(self._seed, layer, sum(linear.encode()))
+        return dropout_mask(seed, self._rows, columns, self._dropout).to(x.dtype)
 
 
 def mix(*numbers: int) -> int:

@@ -48,8 +48,7 @@ class Context:
     def adaptation(self, rows: slice) -> TrainingAdaptation | None:
         if self.lora is None:
             return None
-        tokens = self.batch.num_tokens
-        return TrainingAdaptation(self.lora, dropout=self.dropout, seed=self.seed, rows=rows, num_tokens=tokens)
+        return TrainingAdaptation(self.lora, dropout=self.dropout, seed=self.seed, rows=rows)
 
 
 @dataclass(frozen=True, eq=False)
