@@ -71,6 +71,34 @@ class EvalEvent(Struct, frozen=True, kw_only=True, tag="eval"):
         return {"loss": self.loss, "accuracy": self.accuracy, **self.metrics}
 
 
+class AnswerSample(Struct, frozen=True, kw_only=True):
+    """A generated answer that people are shown, and what the row has. Long texts are cut."""
+
+    prompt: str
+    reference: str
+    answer: str
+
+
+class AnswersEvent(Struct, frozen=True, kw_only=True, tag="answers"):
+    """Answers to rows of the evaluation were generated; the `EvalEvent` that follows has their metrics."""
+
+    step: int
+    rows: int
+    tokens: int
+    """Generated tokens."""
+    seconds: float
+    samples: list[AnswerSample] = []
+    problems: list[str] = []
+    """Rows that failed, and metrics that could not be computed."""
+
+
+class GenerateEvent(Struct, frozen=True, kw_only=True, tag="generate"):
+    """The run waits for the metrics of answers that are generated with the adapter of its newest snapshot, which is of
+    this step: `SlicedRun.take_snapshot`, then `answer`."""
+
+    step: int
+
+
 class CheckpointEvent(Struct, frozen=True, kw_only=True, tag="checkpoint"):
     """Everything needed to continue from here was captured; `Run.take_snapshot` has it."""
 
@@ -110,6 +138,6 @@ class FailedEvent(Struct, frozen=True, kw_only=True, tag="failed"):
     message: str
 
 
-Report = StepEvent | ProgressEvent | EvalEvent
+Report = StepEvent | ProgressEvent | EvalEvent | AnswersEvent
 """Events that are stored, and need no other action."""
-RunEvent = Report | CheckpointEvent | PausedEvent | CancelledEvent | FinishedEvent | FailedEvent
+RunEvent = Report | GenerateEvent | CheckpointEvent | PausedEvent | CancelledEvent | FinishedEvent | FailedEvent

@@ -388,6 +388,13 @@ class TrainerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     hub: Annotated[
         bool, doc("Recipes may name data sets of a hub by id; they are fetched by `datasets` (extra `hub`).")
     ] = False
+    scorers: Annotated[
+        tuple[NonEmpty, ...],
+        doc(
+            "Functions of yours that recipes may name to compare generated answers, `module:function` of "
+            "(prompt, answer, reference) to a number."
+        ),
+    ] = ()
     min_share: Annotated[Share, doc("Share of the time that a running job gets even when requests never pause.")] = 0.2
     max_queued_jobs: Annotated[Count, doc("Most jobs waiting; one more is answered 429.")] = 100
     max_recipe: Annotated[

@@ -14,7 +14,7 @@ import pytest
 
 from tests.tree import PACKAGES, ROOT, modules, tracked
 
-SUBPARTS = {"runtime.trainer": {"recipe", "data", "plan", "jobs"}}
+SUBPARTS = {"runtime.trainer": {"recipe", "data", "evaluation", "plan", "jobs"}}
 """Packages whose packages are parts of their own; what lies beside these is the part with the package's name."""
 
 # Part → the parts of ours that it may import, besides itself and COMMON. A part is a package or module right below
@@ -38,6 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "runtime.adapters": {"runtime.metrics", "runtime.model", "runtime.checkpoints"},
     "runtime.trainer.recipe": {"runtime.adapters"},
     "runtime.trainer.data": {"runtime.text", "runtime.adapters", "runtime.trainer.recipe"},
+    "runtime.trainer.evaluation": {"runtime.text", "runtime.trainer.recipe", "runtime.trainer.data"},
     "runtime.trainer": {
         "kernels",
         "runtime.events",
@@ -50,6 +51,7 @@ ALLOWED: dict[str, set[str]] = {
         "runtime.adapters",
         "runtime.trainer.recipe",
         "runtime.trainer.data",
+        "runtime.trainer.evaluation",
         "runtime.trainer",
     },
     "runtime.trainer.jobs": {"runtime.events", "runtime.metrics", "runtime.adapters", "runtime.trainer.recipe"},
@@ -75,6 +77,7 @@ ALLOWED: dict[str, set[str]] = {
         "runtime.adapters",
         "runtime.trainer.recipe",
         "runtime.trainer.data",
+        "runtime.trainer.evaluation",
         "runtime.trainer",
         "runtime.trainer.plan",
         "runtime.trainer.jobs",

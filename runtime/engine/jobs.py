@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,21 +12,33 @@ import msgspec
 from runtime.adapters.card import Card, write_card
 from runtime.adapters.library import AdapterLibrary
 from runtime.checkpoints.peft import write_adapter
+from runtime.engine.answers import AnswerRounds, AnswerSettings
 from runtime.errors import NotFound
-from runtime.events import CancelledEvent, FailedEvent, RunEvent, StepEvent
+from runtime.events import (
+    AnswersEvent,
+    CancelledEvent,
+    FailedEvent,
+    GenerateEvent,
+    PausedEvent,
+    ProgressEvent,
+    RunEvent,
+    StepEvent,
+)
 from runtime.model.lora import LoraLayers
 from runtime.support.durable import error_code, patiently, reason
 from runtime.support.logs import get_logger
 from runtime.support.threads import call_in_fresh_thread
+from runtime.text.tool_calls import detect_format
 from runtime.trainer.data.files import DataFiles
 from runtime.trainer.data.prepared import KeptData, digest_of_tokenizer
+from runtime.trainer.evaluation.scores import make_scoring
 from runtime.trainer.jobs.records import PreparedJob
 from runtime.trainer.plan.plan import Plan, feed, prepare, summarize
-from runtime.trainer.plan.served_model import by_linear
+from runtime.trainer.plan.served_model import by_linear, end_ids, with_template
 from runtime.trainer.recipe import adapter_name, load_recipe
 from runtime.trainer.shape import shape_of_base
 from runtime.trainer.sliced_run import LossSpec, RunSpec, SlicedRun, TrainingHost
-from runtime.trainer.snapshot import Restored, read_snapshot
+from runtime.trainer.snapshot import Restored, Snapshot, read_snapshot
 from settings.schema import Settings
 
 if TYPE_CHECKING:
@@ -36,6 +49,9 @@ SMOOTHING = 0.2
 MAX_UNTAKEN = 1
 """Snapshots that wait to be written, besides the one that is being written: each is a copy of the adapter and of the
 optimiser's state."""
+
+ANSWER_PROGRESS_SECONDS = 5.0
+"""Time between two reports of how far the answers of an evaluation are."""
 
 log = get_logger(__name__)
 
@@ -52,6 +68,7 @@ class EngineJobs:
         self._library = library
         self._settings = settings
         self._host = host
+        self._directory = directory
         self._roots = [Path(root).expanduser() for root in settings.trainer.data_roots] + [directory / "data"]
         decoder, base = service.decoder, service.lora_base
         self._shape = shape_of_base(decoder.spec, base, bytes_per_value=decoder.dtype.itemsize)
@@ -79,6 +96,8 @@ class EngineJobs:
             tokens_per_second=self._tokens_per_second,
             kept=None if kept is None else KeptData(kept, lambda: self._tokenizer_digest),
         )
+        if plan.generation:
+            self._answers(plan)  # what is wrong with its metrics is said now
         summary: dict[str, Any] = msgspec.to_builtins(summarize(plan))
         summary["total_steps"] = plan.schedule.total_steps
         if read.save_total_limit is not None:
@@ -106,7 +125,26 @@ class EngineJobs:
                 self._tokens_per_second = known + SMOOTHING * (rate - known)
             on_event(event)
 
-        return EngineRun(self._service, self._host, prepared.plan, resume_from, note)
+        plan, rounds = prepared.plan, None
+        if plan.generation:
+            folder, name = self._directory / "jobs" / job_id, prepared.name or job_id
+            rounds = AnswerRounds(self._service, self._answers(plan), job_id=job_id, name=name, folder=folder)
+        return EngineRun(self._service, self._host, plan, resume_from, note, rounds)
+
+    def _answers(self, plan: Plan) -> AnswerSettings:
+        """Raises `InvalidRequest` and `Forbidden` for a metric that cannot be computed here."""
+        recipe, tokenizer = plan.recipe, self._service.tokenizer
+        if plan.template is not None:
+            tokenizer = with_template(tokenizer, plan.template.source)
+        return AnswerSettings(
+            rows=plan.generation,
+            max_tokens=recipe.eval_max_new_tokens,
+            num_samples=recipe.num_samples,
+            stop_ids=tuple(sorted({*tokenizer.eos_ids, *end_ids(recipe, tokenizer)})),
+            stop=plan.stop,
+            tokenizer=tokenizer,
+            scoring=make_scoring(recipe, detect_format(tokenizer.chat_template), self._settings.trainer.scorers),
+        )
 
     # -- publishing ----------------------------------------------------------------------------
 
@@ -145,7 +183,9 @@ class EngineRun:
         plan: Plan,
         resume_from: Path | None,
         on_event: Callable[[RunEvent], None],
+        rounds: AnswerRounds | None = None,
     ) -> None:
+        """`rounds`: where evaluations generate answers."""
         self._service = service
         self._host = host
         self._plan = plan
@@ -154,6 +194,8 @@ class EngineRun:
         self._paused = False
         self._cancelled = False
         self._closed = False
+        self._rounds = rounds
+        self._answering: asyncio.Task[None] | None = None
         self._building = asyncio.create_task(self._build(resume_from))
 
     # -- requests to it ------------------------------------------------------------------------
@@ -184,6 +226,7 @@ class EngineRun:
     def close(self) -> None:
         self._closed = True
         self._building.cancel()
+        self._stop_answering()
         run = self._run
         if run is not None:
             self._service.on_engine_thread(lambda: self._host.detach(run))
@@ -234,8 +277,66 @@ class EngineRun:
         self._service.on_event_loop(self._report, event)
 
     def _report(self, event: RunEvent) -> None:
-        if not self._closed:
-            self._on_event(event)
+        if self._closed:
+            return
+        if isinstance(event, GenerateEvent):
+            self._begin_answering(event.step)
+            return
+        if isinstance(event, PausedEvent | CancelledEvent | FailedEvent):
+            self._stop_answering()
+        self._on_event(event)
+
+    # -- generated answers ---------------------------------------------------------------------
+
+    def _begin_answering(self, step: int) -> None:
+        assert self._run is not None
+        assert self._rounds is not None, "the plan has rows to answer"
+        self._stop_answering()
+        snapshot = self._run.take_snapshot(step)  # now: the next event may be about another one of this step
+        self._answering = asyncio.create_task(self._answer(self._run, self._rounds, step, snapshot))
+
+    def _stop_answering(self) -> None:
+        if self._answering is not None:
+            self._answering.cancel()
+            self._answering = None
+
+    async def _answer(self, run: SlicedRun, rounds: AnswerRounds, step: int, snapshot: Snapshot) -> None:
+        progress = _AnswerProgress(step, self._plan.schedule.total_steps, self._report)
+        try:
+            evaluated = await rounds.run(step, snapshot, progress.note)
+        except Exception:
+            log.exception("evaluation_failed")
+            problem = "No answers could be generated: an internal error; the server's log has it."
+            self._report(AnswersEvent(step=step, rows=0, tokens=0, seconds=0.0, problems=[problem]))
+            run.answer({})
+        else:
+            self._report(evaluated.event)
+            run.answer(evaluated.metrics)
+        self._service.on_engine_thread(_wake)
+
+
+class _AnswerProgress:
+    """Reports how far a round of answers is, every few seconds."""
+
+    def __init__(self, step: int, total_steps: int, report: Callable[[RunEvent], None]) -> None:
+        self._step, self._total_steps, self._report = step, total_steps, report
+        self._began = self._said = time.monotonic()
+
+    def note(self, fraction: float) -> None:
+        now = time.monotonic()
+        if now - self._said < ANSWER_PROGRESS_SECONDS or fraction >= 1:
+            return
+        self._said = now
+        self._report(
+            ProgressEvent(
+                step=self._step,
+                total_steps=self._total_steps,
+                activity="eval",
+                fraction=fraction,
+                seconds=now - self._began,
+                seconds_left=None,
+            )
+        )
 
 
 def card_of(plan: Plan) -> Card:

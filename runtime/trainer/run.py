@@ -23,6 +23,7 @@ from runtime.events import (
     EvalEvent,
     FailedEvent,
     FinishedEvent,
+    GenerateEvent,
     PausedEvent,
     ProgressEvent,
     RunEvent,
@@ -39,6 +40,7 @@ from runtime.trainer.losses.reference import ReferenceScores
 from runtime.trainer.microbatch import MicroBatch, collate
 from runtime.trainer.optimizer import Optimizer
 from runtime.trainer.recipe import Recipe
+from runtime.trainer.recipe.metrics import higher_is_better, plain_metric
 from runtime.trainer.schedule import rate_factor
 from runtime.trainer.shape import watchdog_threshold
 from runtime.trainer.sliced_run import MakeRun, RunSpec, SlicedRun, WriteAdapter
@@ -253,6 +255,9 @@ def halve(micro_batches: Sequence[Sequence[Example]], group_size: int = 1) -> li
 
 MicroBatches = Sequence[Sequence[Example]]
 
+MAX_EXPONENT = 700.0
+"""Loss above which perplexity is the largest number that is shown."""
+
 
 class TrainingRun(SlicedRun):
     """A run on a decoder in this process. On ranks, all of them do the same slices of the same run."""
@@ -324,6 +329,21 @@ class TrainingRun(SlicedRun):
             self._optimizer.release()
 
     def _train(self) -> Slices:
+        if not (yield from self._before_steps()):
+            yield from self._train_steps()
+        yield from self._finish()
+
+    def _before_steps(self) -> Sliced[bool]:
+        """Evaluate what training begins with, or finish an evaluation that a pause interrupted; True when the run
+        should end early."""
+        again, self._progress.evaluating = self._progress.evaluating, False
+        if self._progress.step and again:
+            return (yield from self._after_step())
+        if not self._progress.step and self._test and self._spec.recipe.measures_base:
+            yield from self._measure()
+        return False
+
+    def _train_steps(self) -> Slices:
         began, busy = self._clock(), self.pacer.busy_seconds
         for epoch, group in self._groups():
             score, norm = yield from self._step(group)
@@ -352,7 +372,6 @@ class TrainingRun(SlicedRun):
             began, busy = now, now_busy
             if (yield from self._after_step()):
                 break
-        yield from self._finish()
 
     def _groups(self) -> Iterator[tuple[float, MicroBatches]]:
         """The micro-batches of each step that is still to do, and the epoch that it ends at."""
@@ -429,15 +448,34 @@ class TrainingRun(SlicedRun):
             yield from self._capture()
             self._on_event(CheckpointEvent(step=progress.step, best=progress.best_step == progress.step))
         if self._pause_asked and not last and not stop:
-            yield from self._capture()
-            self._paused = True
-            self._on_event(PausedEvent(step=progress.step))
-            yield Slice("pause", 1)
-            self._paused = False
+            yield from self._stand_still()
         return stop
 
+    def _stand_still(self) -> Slices:
+        yield from self._capture()
+        self._paused = True
+        self._on_event(PausedEvent(step=self._progress.step))
+        yield Slice("pause", 1)
+        self._paused = False
+
     def _evaluate(self) -> Sliced[bool]:
-        """Score the held-out rows, and remember the best parameters; True when it has not improved for too long."""
+        """Measure the parameters, and remember the best; True when they have not improved for too long."""
+        metrics = yield from self._measure()
+        progress, recipe = self._progress, self._spec.recipe
+        name = plain_metric(recipe.metric_for_best_model)
+        value = metrics.get(name, math.nan)
+        rises = higher_is_better(name) if recipe.greater_is_better is None else recipe.greater_is_better
+        best = progress.best_value
+        if not math.isnan(value) and (best is None or (value > best if rises else value < best)):
+            progress.best_value, progress.best_step, progress.worse_evals = value, progress.step, 0
+            self._best = self._lora.capture() if recipe.load_best_model_at_end else None
+        else:
+            progress.worse_evals += 1
+        patience = recipe.early_stopping_patience
+        return patience is not None and progress.worse_evals >= patience
+
+    def _measure(self) -> Sliced[Mapping[str, float]]:
+        """Score the held-out rows, and have answers generated where the recipe asks for them; all metrics by name."""
         total = Score()
         self._headway.begin("eval", self._progress.step, self._test)
         for examples in self._test:
@@ -447,24 +485,32 @@ class TrainingRun(SlicedRun):
             yield from self._headway.watch(micro.evaluate(), micro, examples)
             self._keep_reference(examples, micro)
             total.add(micro.score)
-        progress = self._progress
-        better = progress.best_loss is None or total.mean < progress.best_loss
-        if better:
-            progress.best_loss, progress.best_step, progress.worse_evals = total.mean, progress.step, 0
-            self._best = self._lora.capture()
-        else:
-            progress.worse_evals += 1
-        self._on_event(
-            EvalEvent(
-                step=progress.step,
-                loss=total.mean,
-                accuracy=total.accuracy,
-                tokens=total.tokens,
-                metrics=self._loss.summary(total.metrics),
-            )
+        metrics = dict(self._loss.summary(total.metrics))
+        if self._spec.recipe.rl is None:
+            metrics["perplexity"] = math.exp(min(total.mean, MAX_EXPONENT))
+        if self._spec.recipe.num_generated:
+            metrics |= yield from self._generated()
+        event = EvalEvent(
+            step=self._progress.step, loss=total.mean, accuracy=total.accuracy, tokens=total.tokens, metrics=metrics
         )
-        patience = self._spec.recipe.early_stopping_patience
-        return patience is not None and progress.worse_evals >= patience
+        self._on_event(event)
+        return event.named
+
+    def _generated(self) -> Sliced[Mapping[str, float]]:
+        """Metrics of answers that are generated with the current parameters, outside. A pause may come in between;
+        then they are generated anew."""
+        while True:
+            self._answers, self._awaits_answers = None, True
+            yield from self._capture(adapter_only=True)
+            self._on_event(GenerateEvent(step=self._progress.step))
+            while self._given_answers() is None and not self._pause_asked:
+                yield Slice("answers", 1)
+            self._awaits_answers = False
+            if (given := self._given_answers()) is not None:
+                return given
+            self._progress.evaluating = True
+            yield from self._stand_still()
+            self._progress.evaluating = False
 
     def _finish(self) -> Slices:
         progress = self._progress
@@ -475,26 +521,32 @@ class TrainingRun(SlicedRun):
         self._on_event(
             FinishedEvent(
                 step=progress.step,
-                best_step=progress.best_step or progress.step,
+                best_step=(self._spec.recipe.load_best_model_at_end and progress.best_step) or progress.step,
                 reason="done" if done else "early_stopping",
             )
         )
 
-    def _capture(self, *, last: bool = False) -> Slices:
+    def _capture(self, *, last: bool = False, adapter_only: bool = False) -> Slices:
         """Add a snapshot, once there is room for it (`bound_untaken`). `last`: nothing continues from here, so the
-        optimiser's state is left out."""
+        optimiser's state is left out. `adapter_only`: of the current parameters alone."""
         while self._backlogged:
             self._waits_for_disk = True
             yield Slice("disk", 1)
         self._waits_for_disk = False
         progress = msgspec.structs.replace(self._progress, rates=self.pacer.rates)
+        keeps_best = (
+            not adapter_only
+            and self._spec.recipe.load_best_model_at_end
+            and progress.best_step not in (0, progress.step)
+        )
+        last = last or adapter_only
         self._snapshots.append(
             Snapshot(
                 progress=progress,
                 parameters=self._lora.capture(),
                 optimizer={} if last else self._optimizer.capture(),
                 reference={} if last else self._reference.capture(),
-                best=None if progress.best_step in (0, progress.step) else self._best,
+                best=self._best if keeps_best else None,
                 write_adapter=lambda path, captured: self._write_adapter(path, self._lora.layers_of(captured)),
             )
         )

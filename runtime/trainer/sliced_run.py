@@ -7,7 +7,7 @@ the run can continue.
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -110,6 +110,8 @@ class SlicedRun(ABC):
         self._waits_for_disk = False
         self._max_untaken: int | None = None
         """None: any number, for a run whose snapshots are not written as they come."""
+        self._awaits_answers = False
+        self._answers: Mapping[str, float] | None = None
         self._pause_asked = False
         self._cancel_asked = False
         self._paused = False
@@ -135,6 +137,8 @@ class SlicedRun(ABC):
         """True if there is anything to do now."""
         if self.pacer.done or self._cancel_asked:
             return not self.pacer.done
+        if self._awaits_answers and self._answers is None and not self._pause_asked:
+            return False
         return not (self._paused and self._pause_asked) and not (self._waits_for_disk and self._backlogged)
 
     @property
@@ -161,6 +165,13 @@ class SlicedRun(ABC):
     def cancel(self) -> None:
         """End before the next slice."""
         self._cancel_asked = True
+
+    def answer(self, metrics: Mapping[str, float]) -> None:
+        """Give the metrics that a `GenerateEvent` asked for; drive the run again afterwards."""
+        self._answers = metrics
+
+    def _given_answers(self) -> Mapping[str, float] | None:
+        return self._answers
 
     def take_snapshot(self, step: int) -> Snapshot:
         """The earliest snapshot of `step` that was not taken yet. Raises `KeyError` for a step

@@ -6,12 +6,13 @@ and every order is made from the seed and the step.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from dataclasses import field as dataclass_field
 from functools import partial
 from pathlib import Path
 
 import msgspec
-from msgspec import Struct
+from msgspec import Struct, field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -31,14 +32,16 @@ class RunProgress(Struct, kw_only=True):
 
     step: int = 0
     best_step: int = 0
-    best_loss: float | None = None
-    """Lowest loss of the evaluations; None before the first."""
+    best_value: float | None = field(default=None, name="best_loss")
+    """Best value of `metric_for_best_model` in the evaluations; None before the first."""
     worse_evals: int = 0
     """Evaluations in a row that were no better."""
     tokens: int = 0
     trained_tokens: int = 0
     steps_above: int = 0
     """Steps in a row with a loss above the watchdog's threshold."""
+    evaluating: bool = False
+    """The run was paused while it evaluated these weights: that is done again."""
     halved: bool = False
     """Memory ran out once: micro-batches are halved."""
     rates: dict[str, float] = {}
@@ -50,13 +53,13 @@ class Snapshot:
     """Captured on the engine thread, written on another: its tensors are copies."""
 
     progress: RunProgress
-    parameters: Mapping[str, Tensor] = field(repr=False)
-    optimizer: Mapping[str, Tensor] = field(repr=False)
-    best: Mapping[str, Tensor] | None = field(repr=False)
+    parameters: Mapping[str, Tensor] = dataclass_field(repr=False)
+    optimizer: Mapping[str, Tensor] = dataclass_field(repr=False)
+    best: Mapping[str, Tensor] | None = dataclass_field(repr=False)
     """The parameters of `progress.best_step`, where those are not the current ones."""
-    write_adapter: Callable[[Path, Mapping[str, Tensor]], None] = field(repr=False)
+    write_adapter: Callable[[Path, Mapping[str, Tensor]], None] = dataclass_field(repr=False)
     """Writes parameters in PEFT's format into a fresh directory, and syncs it."""
-    reference: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    reference: Mapping[str, Tensor] = dataclass_field(default_factory=dict, repr=False)
     """`ReferenceScores.capture` of what the run has computed so far."""
 
     def write(self, directory: Path) -> None:
@@ -88,7 +91,7 @@ class Restored:
     parameters: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
     best: Mapping[str, Tensor] | None
-    reference: Mapping[str, Tensor] = field(default_factory=dict)
+    reference: Mapping[str, Tensor] = dataclass_field(default_factory=dict)
 
 
 def read_snapshot(directory: Path) -> Restored:

@@ -244,8 +244,8 @@ def test_every_event_has_a_snapshot_of_its_own(
     evaluate = run._evaluate
 
     def worse_and_worse():  # type: ignore[no-untyped-def]
-        if run.step >= worse_from and run._progress.best_loss is not None:
-            run._progress.best_loss = -1.0
+        if run.step >= worse_from and run._progress.best_value is not None:
+            run._progress.best_value = -1.0
         return (yield from evaluate())
 
     run._evaluate = worse_and_worse  # type: ignore[method-assign]

@@ -160,11 +160,12 @@ async def job_events(request: AnyRequest) -> Response[Page[EventItem]]:
 
 @get("/admin/jobs/{job_id:str}/metrics", opt={TRAIN: True})
 async def job_metrics(request: AnyRequest) -> Response[Page[dict[str, Any]]]:
-    """A row for each step and each evaluation after step `after`; as CSV with `Accept: text/csv`."""
+    """A row for each step and each evaluation after step `after`; as CSV with `Accept: text/csv`. Without `after`, also
+    the evaluation before the first step, of step 0."""
     jobs, job_id = _jobs(request), await job_id_of(request)
     check_names(request, ("after", "limit"))
     limit = integer(request, "limit", default=MAX_ROWS, least=1, most=MAX_ROWS)
-    after = integer(request, "after", default=0, least=0, most=_ALL)
+    after = integer(request, "after", default=-1, least=0, most=_ALL)
     found = await jobs.store.metrics(job_id, after=after, limit=limit + 1)
     if "text/csv" in request.headers.get("accept", ""):
         return Response(await asyncio.to_thread(_csv, found[:limit]), media_type="text/csv")  # type: ignore[arg-type]

@@ -293,7 +293,9 @@ async def job_id_of(request: AnyRequest) -> str:
 async def detail_of(jobs: JobManager, job_id: str) -> JobDetail:
     """Everything about one job. Raises `NotFound`."""
     job, progress = await jobs.store.describe(job_id)
-    return job_detail(job, progress, await jobs.store.files(job_id), await jobs.store.checkpoints(job_id))
+    store = jobs.store
+    files, checkpoints = await store.files(job_id), await store.checkpoints(job_id)
+    return job_detail(job, progress, files, checkpoints, await store.answers(job_id))
 
 
 def _idempotency_key(request: AnyRequest) -> str | None:

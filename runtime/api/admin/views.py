@@ -59,6 +59,17 @@ class FileItem(Struct, kw_only=True):
     bytes: int
 
 
+class SampleItem(Struct, kw_only=True):
+    """A row of the evaluation, and what the model answered."""
+
+    prompt: str
+    reference: str
+    before: str | None
+    """Answer of the first evaluation: before the first step, where nothing went wrong."""
+    after: str | None
+    """Answer of the last one; null where there was one alone."""
+
+
 class JobDetail(JobItem, kw_only=True):
     """One job, in full."""
 
@@ -66,6 +77,8 @@ class JobDetail(JobItem, kw_only=True):
     """The plan: rows, tokens, steps, estimates."""
     files: list[FileItem]
     checkpoints: list[CheckpointItem]
+    samples: list[SampleItem]
+    """Generated answers, of recipes that have some shown (`eval_table_size`)."""
 
 
 class JobDeleted(Struct, kw_only=True):
@@ -100,7 +113,30 @@ def job_item(job: Job, progress: JobProgress) -> JobItem:
     return JobItem(**_fields(job, progress))
 
 
-def job_detail(job: Job, progress: JobProgress, files: list[JobFile], checkpoints: list[JobCheckpoint]) -> JobDetail:
+def sample_items(answers: list[dict[str, Any]]) -> list[SampleItem]:
+    """Samples before and after training; `answers` as `JobReader.answers` has them."""
+    if not answers:
+        return []
+    first = {one["prompt"]: one["answer"] for one in answers[0]["samples"]}
+    shown = answers[-1]["samples"]
+    return [
+        SampleItem(
+            prompt=one["prompt"],
+            reference=one["reference"],
+            before=first.get(one["prompt"]),
+            after=one["answer"] if len(answers) > 1 else None,
+        )
+        for one in shown
+    ]
+
+
+def job_detail(
+    job: Job,
+    progress: JobProgress,
+    files: list[JobFile],
+    checkpoints: list[JobCheckpoint],
+    answers: list[dict[str, Any]],
+) -> JobDetail:
     """A job in full."""
     return JobDetail(
         **_fields(job, progress),
@@ -110,6 +146,7 @@ def job_detail(job: Job, progress: JobProgress, files: list[JobFile], checkpoint
             CheckpointItem(step=checkpoint.step, best=checkpoint.best, created_at=int(checkpoint.created_at))
             for checkpoint in checkpoints
         ],
+        samples=sample_items(answers),
     )
 
 

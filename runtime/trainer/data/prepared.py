@@ -29,7 +29,7 @@ from runtime.trainer.recipe.schema import keys_of
 
 _log = get_logger("jobs")
 
-MAGIC = b"eft-examples-2\n"
+MAGIC = b"eft-examples-3\n"
 MAX_HEADER = 256 * 1024**2
 """Bytes of a header, most of which are the lengths of the examples."""
 _DIGEST = 32
@@ -43,6 +43,8 @@ class PreparedData(Struct, frozen=True, kw_only=True):
 
     train: list[Example]
     test: list[Example]
+    generation: list[Example]
+    """Rows of `generation_datasets`."""
     train_counts: RowCounts
     test_counts: RowCounts
     prompt: Prompt
@@ -90,12 +92,10 @@ class KeptData:
 
 class _Header(Struct, frozen=True, kw_only=True):
     key: str
-    train_lengths: bytes
-    """uint32 each."""
-    test_lengths: bytes
-    train_weights: bytes
+    lengths: tuple[bytes, bytes, bytes]
+    """Of the examples to train on, to test on, and to generate answers for; uint32 each."""
+    weights: tuple[bytes, bytes, bytes]
     """float32 each."""
-    test_weights: bytes
     train_counts: RowCounts
     test_counts: RowCounts
     prompt: Prompt
@@ -149,10 +149,8 @@ def write_prepared(path: Path, key: str, data: PreparedData) -> None:
     """Write the file, whole or not at all, in place of an existing one. Blocks. Raises `OSError`."""
     header = _Header(
         key=key,
-        train_lengths=array("I", map(len, data.train)).tobytes(),
-        test_lengths=array("I", map(len, data.test)).tobytes(),
-        train_weights=array("f", [example.weight for example in data.train]).tobytes(),
-        test_weights=array("f", [example.weight for example in data.test]).tobytes(),
+        lengths=_each(data, lambda some: array("I", map(len, some)).tobytes()),
+        weights=_each(data, lambda some: array("f", [example.weight for example in some]).tobytes()),
         train_counts=data.train_counts,
         test_counts=data.test_counts,
         prompt=data.prompt,
@@ -176,9 +174,13 @@ def write_prepared(path: Path, key: str, data: PreparedData) -> None:
     sync_directory(path.parent)
 
 
+def _each(data: PreparedData, encoded: Callable[[list[Example]], bytes]) -> tuple[bytes, bytes, bytes]:
+    return encoded(data.train), encoded(data.test), encoded(data.generation)
+
+
 def _pieces(header: bytes, data: PreparedData) -> Iterator[bytes]:
     yield MAGIC + len(header).to_bytes(4, "little") + header
-    for example in (*data.train, *data.test):
+    for example in (*data.train, *data.test, *data.generation):
         yield array("I", example.token_ids).tobytes() + bytes(example.trained)
 
 
@@ -228,12 +230,12 @@ def _read(file: _Checked, key: str, vocab_size: int) -> PreparedData:
     header = msgspec.msgpack.decode(file.read(size), type=_Header)
     if header.key != key:
         raise PreparedInvalid("it was made with another tokenizer, template or recipe")
-    lengths = array("I", header.train_lengths), array("I", header.test_lengths)
+    lengths = [array("I", some) for some in header.lengths]
     if (tokens := sum(map(sum, lengths))) > MAX_TOKENS:
         raise ValueError(f"it has {tokens} tokens")
     shared = list(range(vocab_size))  # one object an id, as in `Reader`
-    weights = array("f", header.train_weights), array("f", header.test_weights)
-    train, test = (
+    weights = [array("f", some) for some in header.weights]
+    train, test, generation = (
         [_example(file, length, weight, shared) for length, weight in zip(*some, strict=True)]
         for some in zip(lengths, weights, strict=True)
     )
@@ -241,6 +243,7 @@ def _read(file: _Checked, key: str, vocab_size: int) -> PreparedData:
     return PreparedData(
         train=train,
         test=test,
+        generation=generation,
         train_counts=header.train_counts,
         test_counts=header.test_counts,
         prompt=header.prompt,

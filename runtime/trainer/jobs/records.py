@@ -49,7 +49,7 @@ WAITING: frozenset[JobState] = frozenset({"validating", "queued"})
 
 PendingAction = Literal["cancel", "pause"]
 Level = Literal["info", "warning", "error"]
-EventKind = Literal["message", "step", "eval", "progress"]
+EventKind = Literal["message", "step", "eval", "answers", "progress"]
 
 
 class JobError(Struct, frozen=True):
@@ -170,13 +170,7 @@ class PreparedJob:
 
     def publish_when(self, metrics: dict[str, float]) -> tuple[bool, str]:
         """True if the result is good enough to publish, and the reason. `metrics`: see `JobReader.gate_metrics`."""
-        publish = self.publish
-        allowed = publish.allows(metrics)
-        if publish.metric is None:
-            return allowed, f"publish.when is {publish.when}"
-        value = metrics.get(publish.metric)
-        given = "not known" if value is None else f"{value:.6g}"
-        return allowed, f"publish.when is {publish.when!r}, and {publish.metric} is {given}"
+        return self.publish.decide(metrics)
 
 
 class JobRecord(Struct, frozen=True, kw_only=True):

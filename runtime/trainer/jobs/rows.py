@@ -307,8 +307,8 @@ class JobReader:
     async def metrics(self, job_id: str, *, after: int, limit: int) -> list[dict[str, Any]]:
         """Steps and evaluations above step `after`, each step once, as `StepEvent` and `EvalEvent` have them."""
         query = (
-            "SELECT data, max(number) FROM job_events WHERE job_id = ? AND kind IN ('step', 'eval') AND step > ? "
-            "GROUP BY step, kind ORDER BY step, kind DESC LIMIT ?"
+            "SELECT data, max(number) FROM job_events WHERE job_id = ? AND kind IN ('step', 'eval') "
+            "AND step > ? GROUP BY step, kind ORDER BY step, kind DESC LIMIT ?"
         )
 
         def work(c: sqlite3.Connection) -> list[dict[str, Any]]:
@@ -319,7 +319,8 @@ class JobReader:
 
     async def gate_metrics(self, job_id: str, step: int) -> dict[str, float]:
         """Metrics of the weights of `step`: `train_loss`, `train_accuracy` and `train_` and the name for those of the
-        loss; and the same with `eval_` of the last evaluation up to then. Unknown values and NaN are left out."""
+        loss; the same with `eval_` of the last evaluation up to then, and with `base_` of the one before the first
+        step. Unknown values and NaN are left out."""
         query = (
             "SELECT data FROM job_events WHERE job_id = ? AND kind = ? AND step <= ? "
             "ORDER BY step DESC, number DESC LIMIT 1"
@@ -327,14 +328,27 @@ class JobReader:
 
         def work(c: sqlite3.Connection) -> dict[str, float]:
             metrics: dict[str, float] = {"step": step}
-            for kind, prefix in (("step", "train"), ("eval", "eval")):
-                row = c.execute(query, (job_id, kind, step)).fetchone()
+            for kind, prefix, most in (("step", "train", step), ("eval", "eval", step), ("eval", "base", 0)):
+                row = c.execute(query, (job_id, kind, most)).fetchone()
                 if row is not None:
                     data = msgspec.json.decode(row["data"])
                     named = {"loss": data["loss"], "accuracy": data["accuracy"], **data.get("metrics", {})}
                     # None: not a number.
                     metrics |= {f"{prefix}_{name}": value for name, value in named.items() if value is not None}
             return metrics
+
+        return await self._database.call(work)
+
+    async def answers(self, job_id: str) -> list[dict[str, Any]]:
+        """The first and the last generated answers, as `AnswersEvent` has them; one where they are the same, and none
+        where none were generated."""
+        query = "SELECT data FROM job_events WHERE job_id = ? AND +kind = 'answers' ORDER BY number {} LIMIT 1"
+
+        def work(c: sqlite3.Connection) -> list[dict[str, Any]]:
+            get(c, job_id)
+            rows = [c.execute(query.format(order), (job_id,)).fetchone() for order in ("ASC", "DESC")]
+            found = [msgspec.json.decode(row["data"]) for row in rows if row is not None]
+            return found[:1] if found and found[0] == found[-1] else found
 
         return await self._database.call(work)
 

@@ -12,7 +12,7 @@ from typing import TypeVar
 import msgspec
 
 from runtime.errors import Conflict, StorageUnavailable, TooManyRequests
-from runtime.events import ProgressEvent, Report, StepEvent
+from runtime.events import AnswersEvent, ProgressEvent, Report, StepEvent
 from runtime.support.database import Database
 from runtime.trainer.jobs import rows
 from runtime.trainer.jobs.records import (
@@ -24,6 +24,7 @@ from runtime.trainer.jobs.records import (
     JobError,
     JobState,
     JobSubmission,
+    Level,
     Note,
     PreparedJob,
 )
@@ -369,5 +370,11 @@ def _note(event: Report) -> Note:
     if isinstance(event, StepEvent):
         message = f"Step {event.step}: loss {event.loss:.4f}"
         return Note(message, data=data, kind="step", step=event.step)
+    if isinstance(event, AnswersEvent):
+        rate = event.tokens / event.seconds if event.seconds > 0 else 0.0
+        message = f"{event.rows} answers at step {event.step}: {event.tokens} tokens, {rate:.0f} a second"
+        message = ". ".join([message, *event.problems])
+        level: Level = "warning" if event.problems else "info"
+        return Note(message, level, data=data, kind="answers", step=event.step)
     found = ", ".join(f"{name} {value:.4f}" for name, value in event.named.items())
     return Note(f"Evaluation at step {event.step}: {found}", data=data, kind="eval", step=event.step)

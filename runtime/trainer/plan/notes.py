@@ -204,3 +204,13 @@ def how_to_ask(prompt: Prompt, *, chats: bool) -> str:
     return (
         f"in /v1/chat/completions, with the system message that every chat begins with, as `eft chat` does: {shown!r}."
     )
+
+
+def generation_notes(recipe: Recipe, rows: int, examples: int) -> list[str]:
+    """Remarks on the answers that evaluations generate: to `rows` of `examples`."""
+    if not recipe.num_generated:
+        return []
+    if not examples:
+        return ["No answers are generated: there are neither test data nor generation_datasets."]
+    less = f" of {examples} (generation_rows is {recipe.generation_rows})" if rows == recipe.generation_rows else ""
+    return [f"Evaluations generate answers of up to {recipe.eval_max_new_tokens} tokens to {rows} rows{less}."]

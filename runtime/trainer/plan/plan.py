@@ -18,9 +18,11 @@ from runtime.trainer.data.examples import Reader, RowCounts, names_of, without_d
 from runtime.trainer.data.files import DataFiles
 from runtime.trainer.data.preferences import with_companions
 from runtime.trainer.data.prepared import KeptData, PreparedData
+from runtime.trainer.evaluation.rows import GenerationRow, generation_rows
 from runtime.trainer.plan.notes import (
     end_warnings,
     format_notes,
+    generation_notes,
     how_to_ask,
     mask_warnings,
     prompt_of,
@@ -39,6 +41,7 @@ from runtime.trainer.plan.served_model import (
     with_template,
 )
 from runtime.trainer.recipe import Recipe, check_base_model
+from runtime.trainer.recipe.schema import DATA_GROUPS
 from runtime.trainer.schedule import Schedule, make_schedule
 from runtime.trainer.shape import ModelShape, watchdog_threshold
 
@@ -185,6 +188,8 @@ class Plan:
     """Ids that end the adapter's answers, besides those of the model and its template."""
     stop: tuple[str, ...] = ()
     """Texts that do, where the template that goes with the adapter ends a turn with no single token."""
+    generation: list[GenerationRow] = field(default_factory=list, repr=False)
+    """Rows that evaluations generate answers for."""
 
 
 def prepare(
@@ -224,13 +229,15 @@ def prepare(
     train, test = data.train, data.test
     if recipe.val_set_size > 0:
         train, test = _held_out(train, recipe)
+    test, asked = test or data.generation, data.generation or test
     if recipe.rl is not None:
         _check_labels(recipe, train)
-        train, test = (with_companions(some, recipe.rl, recipe.sequence_len) for some in (train, test))
+        train, test, asked = (with_companions(some, recipe.rl, recipe.sequence_len) for some in (train, test, asked))
     lengths = [len(example) for example in train]
     capacity = recipe.sequence_len if recipe.sample_packing else None
     bins = batches.grouped(lengths, recipe.group_size, capacity, in_order=recipe.sample_packing_sequentially)
     schedule = make_schedule(recipe, -(-len(bins) // recipe.micro_batch_size), evaluates=bool(test))
+    generation = generation_rows(recipe, asked, tokenizer, max_len=max_len) if recipe.num_generated else []
     sizes = sorted((sum(lengths[index] for index in bin) for bin in bins), reverse=True)
     warnings = [
         *data.warnings,
@@ -260,11 +267,18 @@ def prepare(
         prompt=data.prompt,
         how_to_ask=how_to_ask(data.prompt, chats=tokenizer.chat_template is not None),
         warnings=warnings,
-        notes=[*warnings, *template_notes(template, data.prompt), *data.notes, *recipe.notes],
+        notes=[
+            *warnings,
+            *template_notes(template, data.prompt),
+            *generation_notes(recipe, len(generation), len(asked) // recipe.group_size),
+            *data.notes,
+            *recipe.notes,
+        ],
         bins=bins,
         template=None if data.prompt.format != "chat" else template,
         end_ids=tuple(sorted(ends.difference(tokenizer.eos_ids))),
         stop=() if template is None else stop_texts(tokenizer, ends),
+        generation=generation,
     )
 
 
@@ -273,12 +287,14 @@ def _read(
 ) -> PreparedData:
     """The examples of the recipe's files, and remarks on them. `stops_at_text`: answers of the adapter end at a text.
     Raises as `prepare`."""
-    entries = [*recipe.datasets, *recipe.test_datasets]
+    entries = [entry for group in DATA_GROUPS for entry in getattr(recipe, group)]
     files = files.naming(name for entry in entries for name in names_of(entry))
     reader = Reader(recipe, tokenizer, files, ends)
     train_counts, test_counts = RowCounts(), RowCounts()
     train = _shard(reader.read("datasets", recipe.datasets, train_counts), recipe)
     test = reader.read("test_datasets", recipe.test_datasets, test_counts)
+    generation_counts = RowCounts()
+    generation = reader.read("generation_datasets", recipe.generation_datasets, generation_counts)
     if recipe.dataset_exact_deduplication:
         seen: set[bytes] = set()
         size = recipe.answers_per_row
@@ -288,9 +304,13 @@ def _read(
         raise InvalidRequest(_nothing_left(recipe, train_counts), param="datasets", code="invalid_data")
     if recipe.test_datasets and not test:
         raise InvalidRequest(_nothing_left(recipe, test_counts), param="test_datasets", code="invalid_data")
+    if recipe.generation_datasets and not generation:
+        text = _nothing_left(recipe, generation_counts)
+        raise InvalidRequest(text, param="generation_datasets", code="invalid_data")
     return PreparedData(
         train=train,
         test=test,
+        generation=generation,
         train_counts=train_counts,
         test_counts=test_counts,
         prompt=prompt_of(reader.datasets),

@@ -6,6 +6,7 @@ from typing import Any
 from msgspec import Struct
 
 from runtime.trainer.recipe.keys import is_off
+from runtime.trainer.recipe.schema import DATA_GROUPS
 
 RENAMED: dict[str, str] = {
     "adam_eps": "adam_epsilon",
@@ -32,7 +33,6 @@ _ROLES = {"input": "user", "output": "assistant"}
 """Sides of a chat, as the older `roles` called them."""
 _SIDES = {"field_human": "user", "field_model": "assistant"}
 """Older keys with the name of one role."""
-_GROUPS = ("datasets", "test_datasets")
 
 
 class Modern(Struct):
@@ -46,7 +46,7 @@ def modernise(values: Mapping[str, Any]) -> Modern:
     """The same recipe without older forms. What is not one of them stays, to be refused by name."""
     notes = list[str]()
     found = _curriculum(_renamed(values, notes), notes)
-    for group in _GROUPS:
+    for group in DATA_GROUPS:
         entries = found.get(group)
         many = [entries] if isinstance(entries, dict) and entries else entries
         if isinstance(many, list):

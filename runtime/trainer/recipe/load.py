@@ -10,12 +10,14 @@ from msgspec import NODEFAULT, Struct
 from runtime.adapters.store import name_problem
 from runtime.errors import InvalidRequest, ModelNotFound
 from runtime.trainer.recipe import types
+from runtime.trainer.recipe.dataset import Dataset, UserType
 from runtime.trainer.recipe.document import Document, Problem, RecipeError, read_document
+from runtime.trainer.recipe.evaluation import evaluation_problems
 from runtime.trainer.recipe.keys import DATASET_NOTED, DATASET_REFUSED, DECISIVE, NOTED, REFUSED, Refused, is_off
 from runtime.trainer.recipe.legacy import modernise
 from runtime.trainer.recipe.optimization import schedule_problems, take_unbuilt_optimizer
 from runtime.trainer.recipe.preference import flatten_types, preference_problems, take_unbuilt
-from runtime.trainer.recipe.schema import Dataset, Recipe, UserType
+from runtime.trainer.recipe.schema import DATA_GROUPS, Recipe
 from runtime.trainer.recipe.types import ROLES, role_names, unknown_roles
 from runtime.trainer.recipe.verdicts import notes_of
 from settings import suggest
@@ -155,13 +157,11 @@ def find_problems(recipe: Recipe, values: Mapping[str, Any], *, max_lora_rank: i
     for name in recipe.chat_template_kwargs:
         if not name.isidentifier() or name in _TEMPLATES_OWN:
             yield f"chat_template_kwargs.{name[:64]}", "is no variable of a template that a recipe may set"
-    if problem := recipe.publish.problem():
-        yield "publish.when", problem
     if recipe.name is not None and (problem := name_problem(recipe.name)):
         yield "name", problem
     if isinstance(recipe.lora_target_modules, str):
         yield from _pattern(recipe.lora_target_modules)
-    yield from _evaluation(recipe, given)
+    yield from evaluation_problems(recipe, given)
     yield from _datasets(recipe)
 
 
@@ -197,34 +197,8 @@ def _sizes(recipe: Recipe, values: Mapping[str, Any]) -> Iterator[Found]:
         yield "min_sample_len", f"must be at most sequence_len ({recipe.sequence_len}), got {recipe.min_sample_len}"
 
 
-def _evaluation(recipe: Recipe, given: set[str]) -> Iterator[Found]:
-    if not recipe.evaluates:
-        # Recipes come with `evals_per_epoch` whether or not they hold anything out, as Axolotl allows: noted.
-        if recipe.early_stopping_patience is not None:
-            yield "early_stopping_patience", "needs test data: set val_set_size or test_datasets"
-        if recipe.save_strategy == "best":
-            yield "save_strategy", "best needs test data: set val_set_size or test_datasets"
-        if (metric := recipe.publish.metric) is not None and metric.startswith("eval_"):
-            yield "publish.when", f"{metric} needs test data: set val_set_size or test_datasets"
-    elif not recipe.load_best_model_at_end:
-        yield (
-            "load_best_model_at_end",
-            "false is not supported: where there is test data, the best weights are published",
-        )
-    if recipe.eval_strategy == "no":
-        for name in ("eval_steps", "evals_per_epoch", "early_stopping_patience"):
-            if name in given:
-                yield name, "has no meaning with `eval_strategy: no`"
-    for kind, names in (("eval", ("eval_steps", "evals_per_epoch")), ("save", ("save_steps", "saves_per_epoch"))):
-        strategy = getattr(recipe, f"{kind}_strategy")
-        if strategy == "steps" and not given.intersection(names):
-            yield f"{kind}_strategy", f"steps needs {kind}_steps"
-        if strategy == "epoch" and names[0] in given:
-            yield names[0], f"has no meaning with `{kind}_strategy: epoch`"
-
-
 def _datasets(recipe: Recipe) -> Iterator[Found]:
-    for group in ("datasets", "test_datasets"):
+    for group in DATA_GROUPS:
         for index, entry in enumerate(getattr(recipe, group)):
             path = f"{group}[{index}]"
             if entry.train_on_eos and entry.train_on_eot and entry.train_on_eos != entry.train_on_eot:

@@ -3,8 +3,9 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from runtime.trainer.recipe.dataset import Dataset
 from runtime.trainer.recipe.keys import is_off
-from runtime.trainer.recipe.schema import Dataset, Recipe
+from runtime.trainer.recipe.schema import DATA_GROUPS, Recipe
 
 GENERATES = ("grpo", "gdpo", "ebft")
 """Methods of Axolotl's under which the model writes the answers that it is trained on."""
@@ -27,7 +28,6 @@ _METHODS: dict[str, tuple[str, ...]] = {
 
 _COLUMNS = ("field_prompt", "field_chosen", "field_rejected", "field_completion", "field_label")
 _FORMATS = ("prompt_format", "chosen_format", "rejected_format", "completion_format")
-_GROUPS = ("datasets", "test_datasets")
 _OF_PAIRS = ("field_chosen", "field_rejected", "chosen_format", "rejected_format")
 _OF_LABELS = ("field_completion", "field_label", "completion_format")
 _BOTH = ("auto", "chat_template.default")
@@ -53,7 +53,7 @@ def flatten_types(values: Mapping[str, Any]) -> dict[str, Any]:
         found["dpo_loss_type"] = [term]
     if values.get("rl") is None:
         return found
-    for group in _GROUPS:
+    for group in DATA_GROUPS:
         entries = [values[group]] if isinstance(values.get(group), dict) else values.get(group)
         if isinstance(entries, list):
             found[group] = [_flat(entry) for entry in entries]
@@ -90,10 +90,8 @@ def preference_problems(recipe: Recipe, values: Mapping[str, Any]) -> Iterator[t
     named = [name for name in ("rl_beta", "dpo_beta", "orpo_alpha") if getattr(recipe, name) is not None]
     if len(named) > 1:
         yield named[1], f"is another name of {named[0]}: give one of them"
-    if recipe.rl is None and recipe.publish.rewards:
-        yield "publish.when", f"{recipe.publish.metric} is of preferences, and there is no rl"
     yield from _dpo(recipe)
-    for group in _GROUPS:
+    for group in DATA_GROUPS:
         for index, entry in enumerate(getattr(recipe, group)):
             yield from _entry(recipe, entry, f"{group}[{index}]")
 

@@ -1,22 +1,13 @@
 """The gate of a recipe: when a finished job's adapter is published."""
 
-import operator
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Annotated
 
 from msgspec import Meta, Struct
 
-METRICS = ("eval_loss", "eval_accuracy", "train_loss", "train_accuracy")
-REWARDS = ("rewards/margins", "rewards/accuracies", "rewards/chosen", "rewards/rejected")
-"""Metrics of preferences; each alone is that of the evaluation, and with `eval_` or `train_` before it either."""
-_COMPARE: dict[str, Callable[[float, float], bool]] = {
-    "<": operator.lt,
-    "<=": operator.le,
-    ">": operator.gt,
-    ">=": operator.ge,
-}
-_CONDITION = re.compile(r"\s*([\w/]+)\s*(<=|>=|<|>)\s*([0-9]+(?:\.[0-9]*)?(?:[eE][-+]?[0-9]+)?)\s*")
+from runtime.trainer.recipe.gate import Gate, GateError, GateMetric, GateUndefined
+
+_WORDS = ("always", "never")
 
 
 class Publish(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -26,39 +17,44 @@ class Publish(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         str,
         Meta(
             max_length=200,
-            description="`always`, `never`, or a metric, a comparison and a number, such as `eval_loss < 1.5`, or of "
-            "preferences `rewards/margins > 0.5`.",
+            description="`always`, `never`, or a condition on metrics, such as `eval_loss < 1.5` or "
+            "`exact_match >= base.exact_match + 0.02`.",
         ),
     ] = "always"
 
-    @property
-    def metric(self) -> str | None:
-        """The metric that decides, or None."""
-        match = _CONDITION.fullmatch(self.when)
-        if match is None:
-            return None
-        return f"eval_{match[1]}" if match[1] in REWARDS else match[1]
-
-    @property
-    def rewards(self) -> bool:
-        """True if the metric is one of preferences."""
-        return self.metric is not None and self.metric.partition("_")[2] in REWARDS
-
     def problem(self) -> str | None:
         """The fault of `when`, or None."""
-        if self.when in ("always", "never") or self.metric in METRICS or self.rewards:
-            return None
-        return (
-            f"expected always, never, or a condition such as `eval_loss < 1.5` on one of {', '.join(METRICS)}, or with "
-            f"rl on one of {', '.join(REWARDS)}, "
-            f"got {self.when!r}"
-        )
+        try:
+            self._gate()
+        except GateError as error:
+            return f"expected always, never, or a condition such as `eval_loss < 1.5`, got {self.when!r}; {error}"
+        return None
 
-    def allows(self, metrics: Mapping[str, float]) -> bool:
-        """True if a run that ended with these metrics is published. A metric that is missing or NaN forbids it."""
-        match = _CONDITION.fullmatch(self.when)
-        if match is None:
-            return self.when == "always"
-        _, comparison, limit = match.groups()
-        value = metrics.get(self.metric or "")
-        return value is not None and _COMPARE[comparison](value, float(limit))
+    @property
+    def metrics(self) -> tuple[GateMetric, ...]:
+        """Metrics that decide; none for a condition that cannot be read."""
+        try:
+            gate = self._gate()
+        except GateError:
+            return ()
+        return () if gate is None else gate.metrics
+
+    def decide(self, values: Mapping[str, float]) -> tuple[bool, str]:
+        """True if a run that ended with these metrics is published, and the reason. `values`: by `GateMetric.key`.
+        A metric that is missing or NaN forbids it."""
+        gate = self._gate()
+        if gate is None:
+            return self.when == "always", f"publish.when is {self.when}"
+        found = [f"{metric} is {_shown(values.get(metric.key))}" for metric in gate.metrics]
+        text = f"publish.when is {self.when!r}, and " + ", ".join(found or ["it names no metric"])
+        try:
+            return gate.allows(values), text
+        except GateUndefined:
+            return False, text
+
+    def _gate(self) -> Gate | None:
+        return None if self.when in _WORDS else Gate(self.when)
+
+
+def _shown(value: float | None) -> str:
+    return "not known" if value is None else f"{value:.6g}"

@@ -7,9 +7,10 @@ from typing import Any, TypeVar, get_args, get_type_hints
 import msgspec
 from msgspec import NODEFAULT, Meta, Struct
 
+from runtime.trainer.recipe.dataset import Dataset
 from runtime.trainer.recipe.keys import DATASET_NOTED, DATASET_REFUSED, NOTED, REFUSED
 from runtime.trainer.recipe.legacy import READ_AS
-from runtime.trainer.recipe.schema import Dataset, Recipe
+from runtime.trainer.recipe.schema import Recipe
 from runtime.trainer.recipe.types import describe
 
 T = TypeVar("T")
@@ -232,6 +233,40 @@ Axolotl's `int()` does. A job fails when its loss is not a number, or is above `
 `loss_watchdog_patience` steps in a row: by default above ln(vocabulary) + 1 for 3 steps, which is worse than guessing (11.8 for a
 vocabulary of 49,152). A step that takes long reports how far it is, and how long the job will still take, every five to
 thirty seconds: in its events, in `step_progress` and `estimated_finish` of the job, and in what `eft train --follow` shows.
+
+## Evaluation
+
+The test data (`val_set_size` or `test_datasets`) is scored as often as `eval_strategy`, `eval_steps` or `evals_per_epoch` say,
+and at the end: loss, perplexity, and the share of tokens that were the likeliest one. With `do_causal_lm_eval: true` the model
+is also asked: the server generates answers with the weights of that step, greedily, behind all other requests, to the prompts of
+the test rows or of `generation_datasets`, and compares each with the row's last answer. Training waits meanwhile. The model is
+evaluated once before the first step, too.
+
+| metric | |
+|---|---|
+| `exact_match` | share of answers that are the row's, but for space around them |
+| `token_f1` | mean F1 of words and signs, in any case of letters |
+| `bleu` (also `sacrebleu`), `chrf`, `ter` | sacrebleu's, from 0 to 100; extra `evaluation` |
+| `rouge_l` | rouge-score's F1 of the longest common subsequence; extra `evaluation` |
+| `regex` | share of answers in which `generation_regex` is found |
+| `json_valid` | share of answers that are one JSON value |
+| `tool_call` | share of answers with the row's calls of tools, of the rows and answers that have some |
+| your own | `generation_scorers: ["module:function"]`, of `(prompt, answer, reference)`: the mean of its numbers. The setting `trainer.scorers` must name the function |
+
+A metric that `metric_for_best_model`, or `publish.when`, names is computed without being listed. `eval_table_size` answers are shown:
+in the job's events and log, and, before and after, as `samples` of `GET /admin/jobs/{id}`.
+
+The best weights by `metric_for_best_model` are published, unless `load_best_model_at_end` is false; `early_stopping_patience` goes by
+the same metric. `publish.when` is a condition on metrics of the published weights, `train_…` for training's, and `base.…` for
+the evaluation before the first step. It has numbers, `+ - * /`, comparisons, `and`, `or`, `not` and parentheses, and is not
+met where a metric is not known:
+
+```yaml
+eval_causal_lm_metrics: [exact_match, chrf]
+metric_for_best_model: exact_match
+publish:
+  when: "exact_match >= base.exact_match + 0.02 and eval_loss < 1.5"
+```
 """  # noqa: E501
 
 

@@ -116,6 +116,8 @@ def describe(hint: Any) -> str:
         return "one of " + ", ".join(choices) if len(choices) > 1 else str(choices[0])
     if get_origin(base) is tuple:
         inner, _ = _strip(get_args(base)[0])
+        if get_origin(inner) is Literal:
+            return "a list of " + ", ".join(get_args(inner))
         return f"a list of {_PLURALS.get(inner, 'mappings')}"
     if base is str and any((meta.min_length or 0) > 0 for meta in metas):
         return "a text that is not empty"

@@ -5,9 +5,10 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from msgspec import Meta, Struct
 
+from runtime.trainer.recipe.dataset import Dataset
 from runtime.trainer.recipe.keys import DATASET_NOTED, DATASET_REFUSED, NOTED, REFUSED, Refused, is_off
 from runtime.trainer.recipe.legacy import READ_AS
-from runtime.trainer.recipe.schema import Dataset, Recipe
+from runtime.trainer.recipe.schema import DATA_GROUPS, Recipe
 from runtime.trainer.recipe.types import describe
 from settings import suggest
 
@@ -44,7 +45,7 @@ def notes_of(recipe: Recipe, values: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _entry_notes(values: Mapping[str, Any]) -> Iterator[str]:
-    for group in ("datasets", "test_datasets"):
+    for group in DATA_GROUPS:
         entries = values.get(group)
         for index, entry in enumerate(entries if isinstance(entries, list) else [entries]):
             for key, why in DATASET_NOTED.items():
@@ -67,7 +68,7 @@ class Verdict(Struct, frozen=True, kw_only=True):
 def verdicts(values: Mapping[str, Any]) -> list[Verdict]:
     """A verdict for each key that a recipe gives, those of its datasets included, in the recipe's order."""
     found = [_verdict(key, value, key, Recipe, NOTED, REFUSED) for key, value in values.items()]
-    for group in ("datasets", "test_datasets"):
+    for group in DATA_GROUPS:
         entries = values.get(group)
         for index, entry in enumerate(entries if isinstance(entries, list) else [entries]):
             if isinstance(entry, dict):

@@ -109,6 +109,8 @@ class Advance(Struct, frozen=True, tag=True):
     granted: int
     pause: bool
     """True to pause at the end of the step."""
+    answers: dict[str, float] | None = None
+    """Metrics of generated answers, for a run that waits for them."""
 
 
 class TakeSnapshot(Struct, frozen=True, tag=True):

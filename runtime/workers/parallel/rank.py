@@ -93,6 +93,8 @@ class RankTraining:
             run.pause()
         else:
             run.resume()
+        if message.answers is not None:
+            run.answer(message.answers)
         wanted = run.pacer.peek()
         if wanted is not None:
             run.pacer.do(wanted.kind, message.granted)

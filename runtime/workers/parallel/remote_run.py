@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 
 import msgspec
 
-from runtime.events import CheckpointEvent, FailedEvent, FinishedEvent, PausedEvent, RunEvent
+from runtime.events import CheckpointEvent, FailedEvent, FinishedEvent, GenerateEvent, PausedEvent, RunEvent
 from runtime.trainer.batches import ExampleFeed
 from runtime.trainer.lora import layers_of
 from runtime.trainer.sliced_run import MakeRun, RunSpec, SlicedRun, WriteAdapter
@@ -91,7 +91,7 @@ class RemoteRun(SlicedRun):
             return
 
     def _run(self) -> Slices:
-        ranks = self._executor.ranks
+        ranks, self._awaits_answers = self._executor.ranks, False
         with self._closing():
             try:
                 at = self._ask(self._start)
@@ -103,7 +103,7 @@ class RemoteRun(SlicedRun):
                 granted = yield at.wanted
                 if self._executor.ranks is not ranks:
                     raise WorkersLost("these are other ranks than the run began on")
-                at = self._ask(Advance(granted, self._pause_asked))
+                at = self._ask(Advance(granted, self._pause_asked, self._take_answers()))
 
     def _ask(self, message: RankMessage) -> Advanced:
         reply = self._executor.ask_alike(message, lambda reply: isinstance(reply, Advanced) and reply.wanted)
@@ -116,14 +116,23 @@ class RemoteRun(SlicedRun):
 
     def _take(self, event: RunEvent) -> None:
         self._step = event.step
-        if isinstance(event, CheckpointEvent | PausedEvent | FinishedEvent):
+        if isinstance(event, GenerateEvent | PausedEvent):
+            self._awaits_answers, self._answers = isinstance(event, GenerateEvent), None
+        if isinstance(event, CheckpointEvent | PausedEvent | FinishedEvent | GenerateEvent):
             reply = self._executor.ask_alike(TakeSnapshot(event.step), type)
             if not isinstance(reply, Captured) or reply.snapshot is None:
                 raise TypeError("the first rank has no snapshot")
             self._snapshots.append(self._unpacked(reply.snapshot))
-            if not isinstance(event, FinishedEvent):
+            if not isinstance(event, FinishedEvent | GenerateEvent):
                 self._start = msgspec.structs.replace(self._start, restored=reply.snapshot)
         self._on_event(event)
+
+    def _take_answers(self) -> dict[str, float] | None:
+        """The metrics that the ranks wait for, once."""
+        if not self._awaits_answers or self._answers is None:
+            return None
+        self._awaits_answers = False
+        return dict(self._answers)
 
     def _unpacked(self, tensors: Tensors) -> Snapshot:
         restored = unpack(tensors)

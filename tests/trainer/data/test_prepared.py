@@ -42,6 +42,7 @@ def data(train: list[Example], test: list[Example]) -> PreparedData:
     return PreparedData(
         train=train,
         test=test,
+        generation=[*test, *train][:2],
         train_counts=counts,
         test_counts=RowCounts(),
         prompt=Prompt(format="chat", system="Be a newt."),

@@ -99,13 +99,15 @@ def test_one_problem(keys: dict[str, Any], key: str, message: str) -> None:
 
 def test_a_gate_on_rewards() -> None:
     publish = recipe(rl="dpo", val_set_size=2, publish={"when": "rewards/margins >= 0.5"}).publish
-    assert publish.metric == "eval_rewards/margins"
-    assert publish.allows({"eval_rewards/margins": 0.5, "train_rewards/margins": 0.0})
-    assert not publish.allows({"eval_rewards/margins": 0.4, "train_rewards/margins": 9.0})
-    assert not publish.allows({})
-    assert recipe(rl="dpo", publish={"when": "train_rewards/accuracies > 0.9"}).publish.allows(
-        {"train_rewards/accuracies": 1.0}
+    assert [str(metric) for metric in publish.metrics] == ["eval_rewards/margins"]
+    assert publish.decide({"eval_rewards/margins": 0.5, "train_rewards/margins": 0.0})[0]
+    assert not publish.decide({"eval_rewards/margins": 0.4, "train_rewards/margins": 9.0})[0]
+    assert publish.decide({}) == (
+        False,
+        "publish.when is 'rewards/margins >= 0.5', and eval_rewards/margins is not known",
     )
+    trained = recipe(rl="dpo", publish={"when": "train_rewards/accuracies > 0.9"}).publish
+    assert trained.decide({"train_rewards/accuracies": 1.0})[0]
 
 
 def test_off_is_off() -> None:

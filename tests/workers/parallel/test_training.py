@@ -16,6 +16,7 @@ from runtime.events import (
     EvalEvent,
     FailedEvent,
     FinishedEvent,
+    GenerateEvent,
     PausedEvent,
     RunEvent,
     StepEvent,
@@ -162,3 +163,34 @@ def test_a_run_outlives_its_ranks(models: tuple[Assembled, Assembled], tmp_path:
     drive(plain)
     assert [step for step, _, _ in steps(events)][-4:] == [3, 4, 5, 6]
     close(saved(run, 6, tmp_path / "several"), saved(plain, 6, tmp_path / "one"))
+
+
+def test_answers_are_given_to_all_ranks(models: tuple[Assembled, Assembled]) -> None:
+    """The best weights are then the same on both sides, and a pause waits for no answer."""
+    ends = []
+    for model in models:
+        events: list[RunEvent] = []
+        made = spec(model, do_causal_lm_eval=True, metric_for_best_model="bleu", total_steps=6)
+        run = start(model, events, made)
+        values = {3: 2.0, 6: 1.0}
+        run.pause()
+        while not run.pacer.done:
+            drive(run)
+            last = events[-1]
+            if isinstance(last, PausedEvent):
+                run.take_snapshot(last.step)
+                run.resume()
+            elif isinstance(last, GenerateEvent):
+                snapshot = run.take_snapshot(last.step)
+                assert snapshot.parameters
+                assert not snapshot.optimizer
+                if last.step == 3 and not any(isinstance(event, PausedEvent) and event.step == 3 for event in events):
+                    run.pause()
+                else:
+                    run.answer({"bleu": values[last.step]})
+        evals = [event for event in events if isinstance(event, EvalEvent)]
+        assert [(event.step, event.metrics["bleu"]) for event in evals] == [(3, 2.0), (6, 1.0)]
+        assert isinstance(events[-1], FinishedEvent)
+        ends.append(events[-1])
+    assert ends[0] == ends[1]
+    assert ends[0].best_step == 3
