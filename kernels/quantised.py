@@ -159,9 +159,29 @@ def linear_quantised(x: Tensor, weight: QuantisedWeight, bias: Tensor | None) ->
     return y.to(x.dtype)
 
 
-def linear_dequantised(x: Tensor, weight: QuantisedWeight, bias: Tensor | None) -> Tensor:
-    """`Ops.linear` as if by the dequantised weight, with and without gradients: what training needs."""
-    y: Tensor = _Dequantised.apply(x, weight)  # type: ignore[no-untyped-call]
+class LastFactor:
+    """The `QuantisedWeight.factor` that was made last: training works with one weight for many pieces in turn, and to
+    make it again for each costs more than the products of a small one."""
+
+    def __init__(self) -> None:
+        self._weight: QuantisedWeight | None = None
+        self._factor = torch.empty(0)
+
+    def of(self, weight: QuantisedWeight, dtype: torch.dtype) -> Tensor:
+        """The weight's factor in `dtype`, not to be changed."""
+        if weight is not self._weight or self._factor.dtype is not dtype:
+            self._weight, self._factor = None, torch.empty(0)  # freed first: there is never room for two
+            self._factor = weight.factor(dtype)
+            self._weight = weight
+        return self._factor
+
+
+def linear_dequantised(
+    x: Tensor, weight: QuantisedWeight, bias: Tensor | None, last: LastFactor | None = None
+) -> Tensor:
+    """`Ops.linear` as if by the dequantised weight, with and without gradients: what training needs. `last`: keeps the
+    factor for the next call."""
+    y: Tensor = _Dequantised.apply(x, weight, last)  # type: ignore[no-untyped-call]
     return y if bias is None else y + bias
 
 
@@ -214,14 +234,18 @@ def quantise_rows(x: Tensor, most: Tensor | None = None) -> tuple[Tensor, Tensor
 
 
 class _Dequantised(torch.autograd.Function):
-    """x W^T with the weight turned to floating point for the moment; no gradient to the weight."""
+    """x W^T with the weight in floating point; no gradient to the weight."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: QuantisedWeight) -> Tensor:
-        ctx.weight = weight
-        return F.linear(weight.turned(x), weight.factor(x.dtype))
+    def forward(ctx: Any, x: Tensor, weight: QuantisedWeight, last: LastFactor | None) -> Tensor:
+        ctx.weight, ctx.last = weight, last
+        return F.linear(weight.turned(x), _factor(weight, x.dtype, last))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (grad,) = grads
-        return ctx.weight.turned_back(grad @ ctx.weight.factor(grad.dtype)), None
+        return ctx.weight.turned_back(grad @ _factor(ctx.weight, grad.dtype, ctx.last)), None, None
+
+
+def _factor(weight: QuantisedWeight, dtype: torch.dtype, last: LastFactor | None) -> Tensor:
+    return weight.factor(dtype) if last is None else last.of(weight, dtype)

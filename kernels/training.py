@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.quantised import QuantisedWeight, Weight, linear_dequantised
+from kernels.quantised import LastFactor, QuantisedWeight, Weight, linear_dequantised
 from kernels.reference import ReferenceOps
 
 
@@ -31,6 +31,10 @@ class TrainingOps(ReferenceOps):
     """For training: every op differentiable, the frequent ones with fewer temporaries."""
 
     name = "training"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._last_factor = LastFactor()
 
     @property
     def packs(self) -> bool:
@@ -67,7 +71,7 @@ class TrainingOps(ReferenceOps):
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         if isinstance(weight, QuantisedWeight):
-            return linear_dequantised(x, weight, bias)
+            return linear_dequantised(x, weight, bias, self._last_factor)
         return F.linear(x, weight, bias)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -61,3 +61,46 @@ void eft_int8_rows(const int8_t* values, const float* scales, long in, const int
         }
     });
 }
+
+void eft_int8_factor(const int8_t* values, const float* scales, long out, long width, float* y, int threads) {
+    constexpr long OUTPUTS = 16, LINES = 8, GROUP = LINES * 4;
+    parallel_for(threads, (out + OUTPUTS - 1) / OUTPUTS, [&](long tile) {
+        const int8_t* from = values + tile * OUTPUTS * width;
+        const long rows = std::min(OUTPUTS, out - tile * OUTPUTS);
+        for (long first = 0; first < width; first += GROUP, from += OUTPUTS * GROUP) {
+            for (long row = 0; row < rows; row++) {
+                alignas(64) int8_t bytes[GROUP];
+                for (long line = 0; line < LINES; line++)
+                    std::memcpy(bytes + line * 4, from + (line * OUTPUTS + row) * 4, 4);
+                const vf scale = splat(scales[tile * OUTPUTS + row]);
+                float* to = y + (tile * OUTPUTS + row) * width + first;
+#pragma GCC unroll 8
+                for (int k = 0; k < GROUP; k += W) {
+                    vb some;
+                    std::memcpy(&some, bytes + k, sizeof some);
+                    store(to + k, to_float(__builtin_convertvector(some, vi)) * scale);
+                }
+            }
+        }
+    });
+}
+
+void eft_hadamard(const float* x, long stride, long rows, long in, float* y, long out, int threads) {
+    constexpr long TASK_ROWS = 8;  // enough work to be worth its claim
+    parallel_for(threads, (rows + TASK_ROWS - 1) / TASK_ROWS, [&](long task) {
+        for (long row = task * TASK_ROWS; row < std::min(rows, (task + 1) * TASK_ROWS); row++)
+            for (long first = 0; first < out; first += HADAMARD_SIZE) {
+                alignas(64) float block[HADAMARD_SIZE] = {};
+                const long given = std::clamp<long>(in - first, 0, HADAMARD_SIZE);
+                std::memcpy(block, x + row * stride + first, static_cast<size_t>(given) * sizeof(float));
+                vf v[HADAMARD_VECTORS];
+#pragma GCC unroll 16
+                for (int k = 0; k < HADAMARD_VECTORS; k++) v[k] = load(block + k * W);
+                hadamard(v);
+#pragma GCC unroll 16
+                for (int k = 0; k < HADAMARD_VECTORS; k++) store(block + k * W, v[k] * splat(HADAMARD_SCALE));
+                const long most = std::min<long>(HADAMARD_SIZE, out - first);
+                std::memcpy(y + row * out + first, block, static_cast<size_t>(most) * sizeof(float));
+            }
+    });
+}

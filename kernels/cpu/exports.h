@@ -138,6 +138,14 @@ EXPORT void eft_int8_zero_sums(const int8_t* values, long tiles, long groups, in
 EXPORT void eft_int8_rows(const int8_t* values, const float* scales, long in, const int64_t* index, long count,
                           float* y, int threads);
 
+// y [out, width] = the outputs of weights as for `eft_linear_int8`, each integer times its scale, still rotated; width is
+// the inputs rounded up to whole blocks of 64.
+EXPORT void eft_int8_factor(const int8_t* values, const float* scales, long out, long width, float* y, int threads);
+
+// y [rows, out] = the blocks of 64 of x [rows, in] times the Hadamard matrix (`kernels/hadamard.py`). x counts as zero
+// after `in`; of the last block `out` may leave out the end.
+EXPORT void eft_hadamard(const float* x, long stride, long rows, long in, float* y, long out, int threads);
+
 // y [out, in] = weights as for `eft_linear_nf4`, each the product of a code's number and a scale.
 EXPORT void eft_dequantise_nf4(const uint8_t* values, const float* scales, long out, long in, float* y, int threads);
 

@@ -128,6 +128,34 @@ class Int8Tiles(Tiles):
         )
         return found
 
+    def turned(self, x: Tensor) -> Tensor:
+        return self._hadamard(x, self._width).to(x.dtype)
+
+    def turned_back(self, x: Tensor) -> Tensor:
+        return self._hadamard(x, self.size[1]).to(x.dtype)
+
+    def factor(self, dtype: torch.dtype) -> Tensor:
+        found = torch.empty(self.size[0], self._width)
+        load(self.variant).eft_int8_factor(
+            self.values.data_ptr(), self.scales.data_ptr(), *found.shape, found.data_ptr(), torch.get_num_threads()
+        )
+        return found.to(dtype)
+
+    @property
+    def _width(self) -> int:
+        """Inputs in whole Hadamard blocks."""
+        return self.values.shape[1] * GROUP
+
+    def _hadamard(self, x: Tensor, width: int) -> Tensor:
+        """x [T, any] in floating point → [T, width] float32."""
+        x = x.float()
+        x = x if x.stride(1) == 1 else x.contiguous()
+        found = torch.empty(len(x), width)
+        load(self.variant).eft_hadamard(
+            x.data_ptr(), x.stride(0), *x.shape, found.data_ptr(), width, torch.get_num_threads()
+        )
+        return found
+
     def picked(self, index: Tensor | None) -> Int8Weight:
         found = slice(self.size[0]) if index is None else index
         return Int8Weight(self._bytes(index), self.scales[found], self.sums[found], self.size[1], self.narrow)

@@ -13,6 +13,7 @@ class TritonTrainingOps(TrainingOps):
     """The loss goes over the vocabulary in chunks."""
 
     def __init__(self, flash: FlashAttention | None = None) -> None:
+        super().__init__()
         self._flash = flash
 
     @property

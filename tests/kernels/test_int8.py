@@ -178,3 +178,20 @@ def test_slices_add_up_to_the_very_bits_of_the_whole(
             total += ops.int8_sums(turn(x[:, first:last]), slice_of, largest_of(turned))
     most = largest_of(turned)
     assert torch.equal(from_sums(total, whole, most), ops.linear(x, whole))
+
+
+@backends
+@quantisers
+@pytest.mark.parametrize("shape", [(1, 1), (16, 64), (17, 65), (40, 200)])
+def test_a_product_of_factors_is_that_of_the_dequantised_weight(
+    ops: kernels.Ops, quantise: Quantiser, shape: tuple[int, int]
+) -> None:
+    """What training multiplies with: the same bits on every backend, also of rows that are not one piece."""
+    out, size = shape
+    weight, rows = quantise(random(out, size, seed=3)), random(9, 2 * size, seed=4)[:, :size]
+    prepared = ops.prepare(weight)
+    assert torch.equal(prepared.factor(torch.float32), weight.factor(torch.float32))
+    assert torch.equal(prepared.turned(rows), weight.turned(rows))
+    assert torch.equal(prepared.turned_back(turn(rows)), weight.turned_back(turn(rows)))
+    product = prepared.turned(rows) @ prepared.factor(torch.float32).t()
+    assert torch.allclose(product, rows @ weight.dequantise().t(), rtol=1e-4, atol=1e-5)

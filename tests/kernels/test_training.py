@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels import Ops, ReferenceOps
+from kernels.quantised import Int8Weight, quantise_int8
 from kernels.training import TrainingOps
 
 
@@ -69,3 +70,23 @@ def test_gradients_of_the_own_functions_by_differences() -> None:
     assert torch.autograd.gradcheck(lambda t: _RmsNorm.apply(t, weight, 1e-5), x)
     assert torch.autograd.gradcheck(_SiluMul.apply, x)
     assert torch.autograd.gradcheck(lambda t: _Rope.apply(t, cos, sin), rows)
+
+
+def test_a_weight_in_integers_is_made_float_once_for_all_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forwards and backwards, until another weight comes: its values and gradients are the dequantised weight's."""
+    torch.manual_seed(0)
+    weights, made = [quantise_int8(torch.randn(40, 70)) for _ in range(2)], list[Int8Weight]()
+    factor = Int8Weight.factor
+    monkeypatch.setattr(Int8Weight, "factor", lambda self, dtype: made.append(self) or factor(self, dtype))
+    ops, x, target = TrainingOps(), torch.randn(6, 70), torch.randn(6, 40)
+    for weight in (*weights, weights[0]):
+        for rows in (slice(0, 2), slice(2, 6)):
+            leaf = x[rows].clone().requires_grad_()
+            y = ops.linear(leaf, weight)
+            (y * target[rows]).sum().backward()  # type: ignore[no-untyped-call]
+            plain = weight.dequantise()
+            torch.testing.assert_close(y.detach(), x[rows] @ plain.t(), atol=1e-4, rtol=1e-4)
+            assert leaf.grad is not None
+            torch.testing.assert_close(leaf.grad, target[rows] @ plain, atol=1e-4, rtol=1e-4)
+    # `dequantise` makes its own, once a piece.
+    assert len(made) == 3 + 3 * 2
