@@ -40,8 +40,8 @@ from runtime.trainer.microbatch import collate
 from runtime.trainer.recipe import Dataset, Recipe
 from runtime.trainer.run import TrainingRun
 from runtime.trainer.schedule import Schedule
+from runtime.trainer.share import LatencyTargets, TrainingShare
 from runtime.trainer.sliced_run import RunSpec, TrainingHost
-from runtime.trainer.slices import TrainingShare
 from runtime.trainer.step import MicroStep
 from settings.load import load as load_settings
 
@@ -157,7 +157,7 @@ async def beside(repeats: int, tokens: int, *, checkpointing: bool) -> Table:
     settings = load_settings(env={}, flags={"model": "demo", "dtype": "float32", "prefix_caching": False}).settings
     service = EngineService.load(settings)
     decoder = service.decoder
-    share = TrainingShare(tpot_target=settings.scheduler.tpot_target, min_share=settings.trainer.min_share)
+    share = TrainingShare(LatencyTargets.of(settings.scheduler), min_share=settings.trainer.min_share)
     host = service.background = TrainingHost(share)
     service.start()
     await stream(service, 20)

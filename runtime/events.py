@@ -7,6 +7,9 @@ from typing import Literal
 
 from msgspec import Struct
 
+LatencyTarget = Literal["tpot", "ttft"]
+"""Target of requests that training may miss: time per output token, and time to first token."""
+
 Activity = Literal["train", "eval"]
 
 

@@ -31,6 +31,8 @@ MAX_RECIPE = 128 * 1024
 NonEmpty = Annotated[str, Meta(min_length=1)]
 Port = Annotated[int, Meta(ge=0, le=65535)]
 Share = Annotated[float, Meta(ge=0.0, le=0.9)]
+LatencyRatio = Annotated[float, Meta(gt=1.0, le=100.0)]
+Percentile = Annotated[float, Meta(ge=0.5, le=0.999)]
 QueueShare = Annotated[float, Meta(gt=0.0, le=1.0)]
 TenantWeight = Annotated[str, Meta(pattern=r"^[0-9a-f]{12}=(?!0+(\.0+)?$)[0-9]{1,6}(\.[0-9]{1,6})?$")]
 HostPattern = Annotated[
@@ -221,11 +223,14 @@ class SchedulerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields
     ] = 1.0
     tpot_target: Annotated[
         Seconds | None,
-        doc(
-            "Time per output token that training must leave; default: 1.35 times what it is without training.",
-            example="50ms",
-        ),
+        doc("Time per output token that training must leave; default: as `tpot_ratio` says.", example="50ms"),
     ] = None
+    tpot_ratio: Annotated[
+        LatencyRatio, doc("The same without `tpot_target`, in times of what a token takes without training.")
+    ] = 1.3
+    tpot_percentile: Annotated[
+        Percentile, doc("Share of tokens for which the time per output token holds beside training.")
+    ] = 0.95
 
 
 class ServerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -18,8 +18,8 @@ from benchmarks.gpu.subject import Generated, Row, Subject, generate, synchronis
 from benchmarks.training import Beside, Job, percentile, stand_alone, stream
 from runtime.engine.assembly import Assembled
 from runtime.engine.service import EngineService
+from runtime.trainer.share import LatencyTargets, TrainingShare
 from runtime.trainer.sliced_run import TrainingHost
-from runtime.trainer.slices import TrainingShare
 
 BATCHES = (1, 64, 256)
 PROMPT = 128
@@ -221,7 +221,7 @@ def beside_training(subject: Subject, clock: Clock, figures: Figures) -> None:
 async def _beside(subject: Subject, clock: Clock, figures: Figures) -> None:
     settings = subject.settings
     service = EngineService.load(settings)
-    share = TrainingShare(tpot_target=settings.scheduler.tpot_target, min_share=settings.trainer.min_share)
+    share = TrainingShare(LatencyTargets.of(settings.scheduler), min_share=settings.trainer.min_share)
     host = service.background = TrainingHost(share)
     service.start()
     prompt, tokens = subject.prompts(1, 64)[0], 200 if subject.device.type == "cuda" else 60

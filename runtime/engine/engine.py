@@ -9,6 +9,7 @@ import random
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from itertools import chain, islice
 
 from runtime.engine.beams import BeamSearches
 from runtime.engine.delivery import Delivery
@@ -29,6 +30,9 @@ MAX_FAILED_STEPS = 3
 PROBE = "engine probe"
 """Label of the request that the engine itself makes after a failed step: one token after one token, on the base model.
 If it succeeds, the fault lies in the requests, not in the engine."""
+
+MAX_QUEUE_HEAD = 64
+"""Waiting requests among which the oldest is looked for: this happens once a step."""
 
 LOST = "A process that computes the model was lost; the request can be sent again."
 
@@ -187,10 +191,11 @@ class Engine:
         return len(self.scheduler) > 0 or len(self._flights) > 0
 
     @property
-    def first_tokens_due(self) -> bool:
-        """True if some request has no token yet."""
-        scheduler = self.scheduler
-        return len(scheduler.waiting) > 0 or any(request.num_generated == 0 for request in scheduler.running)
+    def waiting_since(self) -> float | None:
+        """Arrival of the oldest request that has no token yet, by `time.monotonic`; None: all have one. Of a long queue
+        only the head counts."""
+        requests = chain(self.scheduler.running, islice(self.scheduler.waiting, MAX_QUEUE_HEAD))
+        return min((one.timing.arrival for one in requests if one.num_generated == 0), default=None)
 
     # -- lost workers --------------------------------------------------------------------------
 

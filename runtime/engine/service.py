@@ -85,9 +85,9 @@ class Background(Protocol):
     def idle(self) -> None:
         """Work while nothing else is to be done, and return soon."""
 
-    def between_steps(self, step_seconds: float, *, decoding: bool, first_tokens_due: bool) -> None:
+    def between_steps(self, step_seconds: float, *, decoding: bool, waiting_since: float | None) -> None:
         """Work after a step of `step_seconds`, while the next one waits. `decoding`: it did nothing else;
-        `first_tokens_due`: some request has no token yet."""
+        `waiting_since`: arrival of the oldest request that has no token yet, by `time.monotonic`."""
 
 
 T = TypeVar("T")
@@ -406,7 +406,7 @@ class EngineService:
 
     def _step(self) -> None:
         background = self.background if self.background is not None and self.background.ready else None
-        prefilling = background is not None and self.engine.first_tokens_due
+        prefilling = background is not None and self.engine.waiting_since is not None
         self._busy_since = began = time.monotonic()
         outputs = self.engine.step(ahead=background is None)
         self._busy_since = time.monotonic()
@@ -416,7 +416,7 @@ class EngineService:
                 background.between_steps,
                 time.monotonic() - began,
                 decoding=not prefilling,
-                first_tokens_due=self.engine.first_tokens_due,
+                waiting_since=self.engine.waiting_since,
             )
             self._train(between)
 
@@ -436,6 +436,11 @@ class EngineService:
                 log.exception("message_failed")
         if changed:
             self.engine.observe()
+
+    @property
+    def has_messages(self) -> bool:
+        """True if the inbox is not empty: background work should end soon. From any thread."""
+        return bool(self._inbox)
 
     @property
     def _has_work(self) -> bool:

@@ -36,8 +36,8 @@ from runtime.support.logs import get_logger
 from runtime.support.state_directory import NAMES, state_directory
 from runtime.trainer.jobs import rows
 from runtime.trainer.jobs.manager import JobManager, running_jobs
+from runtime.trainer.share import LatencyTargets, TrainingShare
 from runtime.trainer.sliced_run import TrainingHost
-from runtime.trainer.slices import TrainingShare
 from settings.schema import Settings
 
 if TYPE_CHECKING:
@@ -88,8 +88,11 @@ async def open_state(service: "EngineService", settings: Settings) -> AsyncItera
         stack.push_async_callback(library.close)
         jobs = files = batches = responses = None
         if problem is None:
-            share = TrainingShare(tpot_target=settings.scheduler.tpot_target, min_share=settings.trainer.min_share)
-            service.background = host = TrainingHost(share, service.metrics.on_slice)
+            metrics, min_share = service.metrics, settings.trainer.min_share
+            targets = LatencyTargets.of(settings.scheduler)
+            share = TrainingShare(targets, min_share=min_share, on_miss=metrics.on_target_miss)
+            host = TrainingHost(share, metrics.on_slice, lambda: service.has_messages)
+            service.background = host
             engine = EngineJobs(service, library, settings, directory, host)
             running_manager = running_jobs(database, directory, engine, service.metrics, settings.trainer)
             try:

@@ -11,7 +11,7 @@ from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from runtime.events import EvalEvent, StepEvent
+from runtime.events import EvalEvent, LatencyTarget, StepEvent
 from runtime.messages import FinishReason, RequestTiming
 from runtime.metrics.exposition import Families, NamesCollector, ProcessNames, render
 from runtime.metrics.table import ADAPTER, TABLE
@@ -130,6 +130,8 @@ class Metrics:
             self._counters["timeouts"].labels(phase)
         for outcome in PUBLISH_OUTCOMES:
             self._counters["adapter_publishes"].labels(outcome)
+        for target in get_args(LatencyTarget):
+            self._counters["train_target_misses"].labels(target)
         self._gauges["lora_requests_info"].labels(self._max_adapters, "", "").set(time.time())
 
     def on_step(self, *, running: int, waiting: int, kv_usage: float, deferred: int = 0) -> None:
@@ -264,9 +266,14 @@ class Metrics:
         if event.seconds > 0:
             self._gauges["train_share"].set(min(1.0, event.busy_seconds / event.seconds))
 
-    def on_slice(self, seconds: float) -> None:
-        """Training had the engine thread for this long."""
+    def on_slice(self, seconds: float, slack_used: float) -> None:
+        """Training had the engine thread for this long; `slack_used`: part of the slack between steps that it uses."""
         self._histograms["train_slice_seconds"].observe(seconds)
+        self._gauges["train_slack_used"].set(slack_used)
+
+    def on_target_miss(self, target: LatencyTarget) -> None:
+        """A token was late because of training; `target` is "tpot" or "ttft"."""
+        self._counters["train_target_misses"].labels(target).inc()
 
     def on_eval(self, event: EvalEvent) -> None:
         """The held-out rows were scored."""

@@ -5,6 +5,7 @@ the run can continue.
 """
 
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
@@ -21,7 +22,8 @@ from runtime.trainer.lora import Targets
 from runtime.trainer.recipe import Recipe
 from runtime.trainer.recipe.preference import beta_of
 from runtime.trainer.schedule import Schedule, rate_factor
-from runtime.trainer.slices import Pacer, Slices, TrainingShare
+from runtime.trainer.share import TrainingShare
+from runtime.trainer.slices import Pacer, Slices
 from runtime.trainer.snapshot import Restored, Snapshot
 
 # -- input -----------------------------------------------------------------------------------------
@@ -141,15 +143,19 @@ class SlicedRun(ABC):
     def _backlogged(self) -> bool:
         return self._max_untaken is not None and len(self._snapshots) >= self._max_untaken
 
-    def work(self, seconds: float, *, longest: float | None = None) -> float:
-        """Train for about `seconds`; returns the seconds it took. On the engine thread. `longest`: see `Pacer.run`."""
+    def work(
+        self, seconds: float, *, longest: float | None = None, interrupted: Callable[[], bool] = lambda: False
+    ) -> float:
+        """Train for about `seconds`; returns the seconds it took. On the engine thread. `longest`: see `Pacer.run`.
+        Ends before the next slice where `interrupted` is true."""
         if self._cancel_asked and not self.pacer.done:
             self.pacer.close()
             self._on_event(CancelledEvent(step=self.step))
-        return self.pacer.run(seconds, self._may_go_on, longest=longest)
 
-    def _may_go_on(self) -> bool:
-        return self.ready and not self._cancel_asked
+        def may_go_on() -> bool:
+            return self.ready and not self._cancel_asked and not interrupted()
+
+        return self.pacer.run(seconds, may_go_on, longest=longest)
 
     def pause(self) -> None:
         """Stand still at the end of this step, with a snapshot."""
@@ -204,10 +210,17 @@ class TrainingHost:
     `attach` and `detach` are called on the engine thread.
     """
 
-    def __init__(self, share: TrainingShare, on_slices: Callable[[float], None] = lambda seconds: None) -> None:
-        """`on_slices` is called with the seconds of every stretch of training."""
+    def __init__(
+        self,
+        share: TrainingShare,
+        on_slices: Callable[[float, float], None] = lambda seconds, slack_used: None,
+        interrupted: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """`on_slices` is called with the seconds of every stretch of training, and the part of the slack that training
+        uses. Where `interrupted` is true, no slice begins."""
         self._share = share
         self._on_slices = on_slices
+        self._interrupted = interrupted
         self._run: SlicedRun | None = None
         self._on_event: Callable[[RunEvent], None] | None = None
 
@@ -230,10 +243,11 @@ class TrainingHost:
     def idle(self) -> None:
         self._work(IDLE_TURN_SECONDS, longest=MAX_SLICE_SECONDS)
 
-    def between_steps(self, step_seconds: float, *, decoding: bool, first_tokens_due: bool) -> None:
+    def between_steps(self, step_seconds: float, *, decoding: bool, waiting_since: float | None) -> None:
         if not self.ready:
             return
-        budget = self._share.budget(step_seconds, decoding=decoding, first_tokens_due=first_tokens_due)
+        now = time.monotonic()
+        budget = self._share.budget(step_seconds, decoding=decoding, waiting_since=waiting_since, now=now)
         self._share.settle(budget, self._work(budget) if budget > 0 else 0.0)
 
     def _work(self, seconds: float, *, longest: float | None = None) -> float:
@@ -241,7 +255,7 @@ class TrainingHost:
         if run is None or on_event is None:
             return 0.0
         try:
-            spent = run.work(seconds, longest=longest)
+            spent = run.work(seconds, longest=longest, interrupted=self._interrupted)
         except Exception:
             log.exception("training_failed")
             run.pacer.close()
@@ -249,7 +263,7 @@ class TrainingHost:
             on_event(FailedEvent(step=run.step, code="internal_error", message=message))
             return 0.0
         if spent:
-            self._on_slices(spent)
+            self._on_slices(spent, self._share.slack_used)
         if run.pacer.done:
             threading.Thread(target=give_back_memory, name="trim", daemon=True).start()
         return spent

@@ -1,4 +1,4 @@
-"""Training cut into slices: the noun, and the controller that learns what each kind costs.
+"""Training cut into slices: the noun, and the pacer that learns what each kind costs.
 
 A training step is a generator. Before each piece of work it yields a `Slice` that says what comes next and how
 much of it there is, and is sent back how much it may do now. So the same loop runs a whole layer at once on an idle
@@ -31,7 +31,7 @@ class Slice:
 
 # A learned cost that keeps work from being tried is lowered by this factor.
 DOUBTED_COST_FACTOR = 0.9
-# Weight of the newest value in smoothed budgets and step times.
+# Weight of the newest value in smoothed budgets.
 EMA_WEIGHT = 0.1
 
 T = TypeVar("T")
@@ -149,52 +149,6 @@ class Pacer:
         except StopIteration:
             self._next = None
             self.done = True
-
-
-# -- share -----------------------------------------------------------------------------------------
-#
-# Time that training may take between two inference steps.
-#
-# Requests have targets: a time per output token, and a time to the first one. Training gets what
-# the steps leave of the target, and a share of the time even where they leave nothing. Time that was not used, because
-# no slice is that small, is saved up for the next gap; excess time is owed. This code counts seconds only.
-
-# Without a target, an output token may take this many times the time of a step.
-TPOT_RATIO = 1.35
-# Most savings: they must not add up to a visible pause.
-MAX_SAVED_GAPS = 0.25
-# A step counts as at most this many times the typical one.
-MAX_RISE_RATIO = 1.25
-
-
-class TrainingShare:
-    """Budgets for one engine."""
-
-    def __init__(self, *, tpot_target: float | None, min_share: float) -> None:
-        self._tpot_target = tpot_target
-        self._floor = min_share / (1 - min_share)
-        self._typical: float | None = None
-        """Seconds of a step that only decodes: smoothed."""
-        self._saved = 0.0
-
-    def budget(self, step_seconds: float, *, decoding: bool, first_tokens_due: bool) -> float:
-        """Seconds for the gap after a step, savings and debts included; may be negative. `decoding`: the step did
-        nothing else, so it is one between two tokens."""
-        least = self._floor * step_seconds
-        if decoding:
-            known = self._typical or step_seconds
-            # One step that took ten times as long, because something else ran, is not typical.
-            self._typical = known + EMA_WEIGHT * (min(step_seconds, MAX_RISE_RATIO * known) - known)
-        gap = least
-        if not first_tokens_due:  # a request without tokens waits for no more than training's share
-            target = self._tpot_target or TPOT_RATIO * (self._typical or 0.0)
-            gap = max(target - step_seconds, least)
-        self._saved = min(self._saved, MAX_SAVED_GAPS * gap)
-        return gap + self._saved
-
-    def settle(self, budget: float, spent: float) -> None:
-        """Save what is left of a budget, owe what is missing."""
-        self._saved = budget - spent
 
 
 # -- clock -----------------------------------------------------------------------------------------

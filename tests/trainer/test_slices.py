@@ -1,4 +1,4 @@
-"""The pacer and the share, with a clock that the slices move: what is cut, what is saved up, what is owed."""
+"""The pacer, with a clock that the slices move: what is cut, and what it learns."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.trainer.slices import Pacer, Slice, Slices, TrainingShare
+from runtime.trainer.slices import Pacer, Slice, Slices
 
 
 class Work:
@@ -156,78 +156,6 @@ def test_everything_is_done_exactly_once_and_never_below_the_least(
     assert pacer.done
     assert sum(count for _, count in work.done) == sum(amount for _, amount, _, _ in pieces)
     assert pacer.busy_seconds == pytest.approx(work.now)
-
-
-# -- the share -----------------------------------------------------------------------------------
-
-
-def test_without_a_target_a_token_may_take_a_third_longer() -> None:
-    share = TrainingShare(tpot_target=None, min_share=0.1)
-    assert share.budget(0.030, decoding=True, first_tokens_due=False) == pytest.approx(0.0105)
-
-
-def test_neither_a_prompt_nor_a_pause_of_the_machine_makes_a_long_step_typical() -> None:
-    share = TrainingShare(tpot_target=None, min_share=0.01)
-    share.settle(share.budget(0.500, decoding=False, first_tokens_due=False), 0.0)
-    for _ in range(50):
-        share.settle(0.0, 0.0)
-        before = share.budget(0.030, decoding=True, first_tokens_due=False)
-    share.settle(0.0, 0.0)
-    share.budget(3.0, decoding=True, first_tokens_due=False)
-    share.settle(0.0, 0.0)
-    after = share.budget(0.030, decoding=True, first_tokens_due=False)
-    assert before == pytest.approx(0.0105)
-    assert before < after < 0.0117
-
-
-def test_with_a_target_training_gets_the_rest_of_it() -> None:
-    share = TrainingShare(tpot_target=0.050, min_share=0.1)
-    assert share.budget(0.030, decoding=True, first_tokens_due=False) == pytest.approx(0.020)
-
-
-@pytest.mark.parametrize("due", [True, False])
-def test_the_least_share_is_given_even_where_the_target_is_missed(due: bool) -> None:
-    share = TrainingShare(tpot_target=0.010, min_share=0.2)
-    assert share.budget(0.040, decoding=True, first_tokens_due=due) == pytest.approx(0.010)  # a fifth of 50 ms
-
-
-def test_what_is_not_used_is_saved_but_not_without_end() -> None:
-    share = TrainingShare(tpot_target=0.050, min_share=0.1)
-    budgets = []
-    for _ in range(6):
-        budget = share.budget(0.040, decoding=True, first_tokens_due=False)
-        budgets.append(budget)
-        share.settle(budget, 0.0)
-    assert budgets[0] == pytest.approx(0.010)
-    assert budgets[1:] == pytest.approx([0.0125] * 5)
-
-
-def test_what_was_taken_too_much_is_owed() -> None:
-    share = TrainingShare(tpot_target=0.050, min_share=0.1)
-    budget = share.budget(0.040, decoding=True, first_tokens_due=False)
-    share.settle(budget, budget + 0.015)
-    assert share.budget(0.040, decoding=True, first_tokens_due=False) == pytest.approx(-0.005)
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    steps=st.lists(st.floats(0.001, 0.2), min_size=30, max_size=80),
-    least=st.floats(0.0001, 0.005),
-    minimum=st.floats(0.05, 0.5),
-)
-def test_over_time_training_gets_its_share_and_no_gap_is_long(steps: list[float], least: float, minimum: float) -> None:
-    """Whatever the smallest slice costs, as long as it is small beside a gap."""
-    share = TrainingShare(tpot_target=1e-6, min_share=minimum)
-    floor = minimum / (1 - minimum)
-    trained = 0.0
-    for step in steps:
-        budget = share.budget(step, decoding=True, first_tokens_due=False)
-        spent = math.floor(budget / least) * least if budget >= least else 0.0
-        assert spent <= 1.25 * floor * max(steps) + 1e-9
-        share.settle(budget, spent)
-        trained += spent
-    if least <= 0.25 * floor * min(steps):  # what one gap leaves over is then never more than may be saved
-        assert trained >= floor * sum(steps) - 3 * floor * max(steps)
 
 
 def test_what_was_learned_of_later_work_is_doubted_too() -> None:

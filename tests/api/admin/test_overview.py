@@ -28,7 +28,7 @@ def test_rates_and_quantiles_are_those_of_the_time_between_samples(service: Fake
     service.metrics.on_tokens(timing, 1, now=1.09)
     timing.first_token = timing.last_token = 1.09
     service.metrics.on_tokens(timing, 9, now=1.12)
-    service.metrics.on_slice(0.5)
+    service.metrics.on_slice(0.5, slack_used=1.0)
     service.num_running, service.kv_usage = 3, 0.25
     history.take(102.0)
     sample = history.samples[-1]
