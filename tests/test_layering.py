@@ -47,6 +47,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "runtime.trainer.plan": {
         "runtime.text",
+        "runtime.model",
         "runtime.adapters",
         "runtime.trainer.recipe",
         "runtime.trainer.data",
@@ -104,7 +105,6 @@ ALLOWED: dict[str, set[str]] = {
         "runtime.adapters",
         "runtime.trainer.recipe",
         "runtime.trainer.data",
-        "runtime.trainer",
         "runtime.trainer.plan",
         "runtime.workers",
         "runtime.engine",

@@ -21,8 +21,8 @@ from settings.load import Loaded
 
 if TYPE_CHECKING:
     from runtime.checkpoints import Checkpoint
+    from runtime.trainer.plan.served_model import ModelShape
     from runtime.trainer.recipe import Recipe
-    from runtime.trainer.shape import ModelShape
     from settings.schema import Settings
 
 
@@ -243,7 +243,7 @@ def _shape(checkpoint: "Checkpoint", settings: "Settings") -> tuple[int, "ModelS
     """The model's longest sequence, and its shape. A model that is served through transformers is loaded for it."""
     from runtime.checkpoints.model_loading import spec_of
     from runtime.model.families import find_model, is_native
-    from runtime.trainer.shape import shape_of, shape_of_base
+    from runtime.trainer.plan.served_model import shape_of, shape_of_base
 
     size = 2 if settings.model.dtype == "bfloat16" else 4
     if is_native(checkpoint.config):

@@ -21,9 +21,8 @@ from runtime.trainer.data.files import DataFiles
 from runtime.trainer.data.prepared import KeptData, digest_of_tokenizer
 from runtime.trainer.jobs.records import PreparedJob
 from runtime.trainer.plan.plan import Plan, feed, prepare, summarize
-from runtime.trainer.plan.served_model import by_linear
+from runtime.trainer.plan.served_model import by_linear, shape_of_base
 from runtime.trainer.recipe import adapter_name, load_recipe
-from runtime.trainer.shape import shape_of_base
 from runtime.trainer.sliced_run import LossSpec, RunSpec, SlicedRun, TrainingHost
 from runtime.trainer.snapshot import Restored, read_snapshot
 from settings.schema import Settings
@@ -41,7 +40,7 @@ log = get_logger(__name__)
 
 
 class EngineJobs:
-    """`jobs.ports.JobEngine` of one served model: recipes are read for it, runs work on the engine's thread, and
+    """`jobs.records.JobEngine` of one served model: recipes are read for it, runs work on the engine's thread, and
     results are published into the library of this server."""
 
     def __init__(
@@ -62,7 +61,7 @@ class EngineJobs:
     # -- recipes -------------------------------------------------------------------------------
 
     def prepare(self, recipe: bytes, uploads: Mapping[str, Path], kept: Path | None) -> PreparedJob:
-        """See `jobs.ports.JobEngine`."""
+        """See `jobs.records.JobEngine`."""
         service = self._service
         names = (service.model_name, self._settings.model.model)
         read = load_recipe(recipe, max_lora_rank=self._settings.adapters.max_lora_rank, served=names)
@@ -96,7 +95,7 @@ class EngineJobs:
     def start(
         self, job_id: str, prepared: PreparedJob, resume_from: Path | None, on_event: Callable[[RunEvent], None]
     ) -> "EngineRun":
-        """See `jobs.ports.JobEngine`."""
+        """See `jobs.records.JobEngine`."""
         assert isinstance(prepared.plan, Plan)
 
         def note(event: RunEvent) -> None:
@@ -111,14 +110,14 @@ class EngineJobs:
     # -- publishing ----------------------------------------------------------------------------
 
     async def publish(self, *, name: str, source: Path, job_id: str, step: int, metrics: dict[str, float]) -> str:
-        """See `jobs.ports.JobEngine`: a job is published once, whatever crashed in between."""
+        """See `jobs.records.JobEngine`: a job is published once, whatever crashed in between."""
         if (known := self._published(name, job_id)) is not None:
             return known
         version = await self._library.publish(name, source, job=job_id, step=step, metrics=dict(metrics))
         return version.id
 
     async def offer(self, *, name: str, job_id: str, folders: Mapping[int, Path]) -> None:
-        """See `jobs.ports.JobEngine`."""
+        """See `jobs.records.JobEngine`."""
         await self._library.offer(name, job_id, folders)
 
     def _published(self, name: str, job_id: str) -> str | None:
@@ -136,7 +135,7 @@ class EngineJobs:
 
 
 class EngineRun:
-    """`jobs.ports.RunHandle`. Event loop only."""
+    """`jobs.records.RunHandle`. Event loop only."""
 
     def __init__(
         self,

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from kernels import Ops
+from kernels.training import backward
 from runtime.model.attention import PackedAttention
 from runtime.model.fallback import FallbackDecoder
 from runtime.model.fallback.linears import LayerCall
 from runtime.model.lora import Adaptation
-from runtime.trainer.backward import backward
 from runtime.trainer.lora import TrainableLora, TrainingAdaptation
 from runtime.trainer.losses import Loss, Score, Supervised, apply_loss, score_targets
 from runtime.trainer.losses.logprobs import LogitsHead

@@ -35,12 +35,11 @@ from runtime.trainer.batches import ExampleFeed
 from runtime.trainer.data.example import Example
 from runtime.trainer.lora import TrainableLora, mix
 from runtime.trainer.losses import Loss, Score, make_loss
-from runtime.trainer.losses.reference import ReferenceScores
+from runtime.trainer.losses.loss import ReferenceScores
 from runtime.trainer.microbatch import MicroBatch, collate
 from runtime.trainer.optimizer import Optimizer
 from runtime.trainer.recipe import Recipe
-from runtime.trainer.schedule import rate_factor
-from runtime.trainer.shape import watchdog_threshold
+from runtime.trainer.schedule import rate_factor, watchdog_threshold
 from runtime.trainer.sliced_run import MakeRun, RunSpec, SlicedRun, WriteAdapter
 from runtime.trainer.slices import Slice, Sliced, Slices, clock_of
 from runtime.trainer.snapshot import Restored, RunProgress, Snapshot

@@ -1,4 +1,5 @@
-"""Number of a job's steps, the steps at which something happens besides training, and the learning rate over them."""
+"""Number of a job's steps, the steps at which something happens besides training, the learning rate over them, and the
+loss at which they end."""
 
 import math
 from collections.abc import Callable
@@ -6,6 +7,7 @@ from collections.abc import Callable
 from msgspec import Struct
 
 from runtime.trainer.recipe import Recipe
+from runtime.trainer.recipe.preference import beta_of
 
 DEFAULT_WARMUP = 0.03
 MOST_DEFAULT_WARMUP = 100
@@ -175,3 +177,12 @@ def _warmup(recipe: Recipe, total: int) -> int:
     if recipe.warmup_ratio is not None:
         return int(recipe.warmup_ratio * total)
     return min(int(DEFAULT_WARMUP * total), MOST_DEFAULT_WARMUP)
+
+
+def watchdog_threshold(recipe: Recipe, vocab_size: int) -> float:
+    """Loss above which a run is lost: the recipe's, else one nat more than that of guessing evenly among all tokens.
+    That of ipo begins at 1 / (2 beta)², so it is four times that where that is more."""
+    guessing = math.log(vocab_size) + 1
+    if recipe.rl == "ipo":
+        guessing = max(guessing, 1 / beta_of(recipe) ** 2)
+    return recipe.loss_watchdog_threshold or guessing

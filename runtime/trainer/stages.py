@@ -12,10 +12,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kernels.training import TrainingOps
+from kernels.training import TrainingOps, backward
 from runtime.model.attention import PackedAttention
 from runtime.model.decoder import Decoder, DecoderLayer
-from runtime.trainer.backward import backward
 from runtime.trainer.lora import TrainableLora, TrainingAdaptation
 from runtime.trainer.microbatch import MicroBatch
 from runtime.trainer.slices import Slice, Sliced, Slices

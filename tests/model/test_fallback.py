@@ -17,10 +17,9 @@ from runtime.model.fallback import FallbackDecoder
 from runtime.model.fallback.linears import attending
 from runtime.trainer.data.files import DataFiles
 from runtime.trainer.plan.plan import feed, prepare
-from runtime.trainer.plan.served_model import by_linear
+from runtime.trainer.plan.served_model import by_linear, shape_of_base
 from runtime.trainer.recipe import Document, recipe_from
 from runtime.trainer.run import TrainingRun
-from runtime.trainer.shape import shape_of_base
 from runtime.trainer.sliced_run import RunSpec
 from settings.load import load as load_settings
 from tests.parity.fallbacks import make_fallback

@@ -8,8 +8,7 @@ from typing import Any
 import msgspec
 from litestar import get, post
 
-from runtime.api.admin.stored import take_files, training_file
-from runtime.api.admin.train import job_id_of
+from runtime.api.admin.train import job_id_of, take_files, training_file
 from runtime.api.admin.views import job_item
 from runtime.api.docs import BODY, QUERY, page_query
 from runtime.api.handle import AnyRequest, Api, api_of

@@ -17,9 +17,8 @@ from runtime.text.tokenizer import Tokenizer
 from runtime.trainer.data.example import Example, RowProblem, Rows
 from runtime.trainer.data.files import DataFile, DataFiles
 from runtime.trainer.data.formats import Format, guess, make_format
-from runtime.trainer.data.hub import HubDataset
 from runtime.trainer.data.preferences import PREFERENCE_TEXTS, make_preferences
-from runtime.trainer.data.readers import DataRow, Numbered, read_rows
+from runtime.trainer.data.readers import DataRow, HubDataset, Numbered, read_rows
 from runtime.trainer.recipe import Dataset, Recipe
 
 # -- split -----------------------------------------------------------------------------------------

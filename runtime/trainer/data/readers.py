@@ -1,4 +1,4 @@
-"""Rows out of JSONL, JSON, CSV and Parquet, one at a time: a file is never held as rows.
+"""Rows out of JSONL, JSON, CSV and Parquet, and of data sets of a hub, one at a time: a file is never held as rows.
 
 A row is numbered from 1 by its place in the file: lines of a JSONL file, blank ones included, and records of the
 others. Rows are objects; the formats interpret their fields.
@@ -9,6 +9,8 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, BinaryIO
 
 import msgspec
@@ -356,3 +358,66 @@ def _surrogate(data: bytes) -> RowProblem | None:
 
 def _suffix(name: str) -> str:
     return "." + name.rpartition(".")[2].lower()
+
+
+# -- data sets of a hub ----------------------------------------------------------------------------
+#
+# By id: fetched by the library `datasets` (extra `hub`) into its own cache, or read from there without a network. Code
+# that comes with a data set is never run. HF_HOME, HF_TOKEN and HF_HUB_OFFLINE have that library's meaning.
+
+MAX_REASON = 300
+"""Characters of the library's message that an error repeats."""
+
+
+@dataclass(frozen=True)
+class HubDataset:
+    """One split of a data set."""
+
+    name: str
+    """Its id, as the recipe has it."""
+    config: str | None
+    revision: str | None
+    split: str
+    data_files: tuple[str, ...]
+    streams: bool
+    """Fetched row by row, as far as it is read, instead of whole."""
+    param: str
+    """Key of the recipe, for errors."""
+
+    def __iter__(self) -> Iterator[Numbered]:
+        """The rows with their numbers, from 1. Raises `InvalidRequest`."""
+        rows = iter(self._loaded)
+        number = 0
+        while True:
+            try:
+                row: DataRow = dict(next(rows))
+            except StopIteration:
+                return
+            except Exception as error:  # of the network, or of a file that is not what it says
+                raise self._problem(f"cannot be read after row {number}: {_reason(error)}") from error
+            number += 1
+            yield number, row
+
+    @cached_property
+    def _loaded(self) -> Any:
+        try:
+            import datasets
+        except ImportError:
+            raise self._problem(
+                "is a data set of a hub, and the library `datasets` is not installed: pip install 'eft-server[hub]'"
+            ) from None
+        chosen: dict[str, Any] = {"data_files": list(self.data_files)} if self.data_files else {}
+        try:
+            return datasets.load_dataset(
+                self.name, self.config, split=self.split, revision=self.revision, streaming=self.streams, **chosen
+            )
+        except Exception as error:  # it has no base class for its errors, and those of the network are others'
+            raise self._problem(f"cannot be fetched: {_reason(error)}") from error
+
+    def _problem(self, what: str) -> InvalidRequest:
+        return InvalidRequest(f"{self.name} {what}.", param=self.param, code="data_not_found")
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text[:MAX_REASON].rstrip(".")

@@ -32,8 +32,7 @@ from runtime.support.failpoints import failpoint
 from runtime.support.logs import get_logger
 from runtime.support.threads import WorkerThread
 from runtime.trainer.jobs.directories import JobDirectories
-from runtime.trainer.jobs.ports import JobEngine, RunHandle
-from runtime.trainer.jobs.records import Job, JobCheckpoint, JobError, Note, PreparedJob
+from runtime.trainer.jobs.records import Job, JobCheckpoint, JobEngine, JobError, Note, PreparedJob, RunHandle
 from runtime.trainer.jobs.store import JobStore, insist
 from runtime.trainer.jobs.validation import failure_of
 

@@ -23,8 +23,7 @@ from runtime.support.threads import WorkerThread
 from runtime.trainer.jobs.directories import JobDirectories
 from runtime.trainer.jobs.execution import Checkpoints, Execution, delete_discarded
 from runtime.trainer.jobs.followers import EventFeed, EventTail, Journal
-from runtime.trainer.jobs.ports import JobEngine
-from runtime.trainer.jobs.records import STATES, Job, JobSubmission, Note, PreparedJob, new_record
+from runtime.trainer.jobs.records import STATES, Job, JobEngine, JobSubmission, Note, PreparedJob, new_record
 from runtime.trainer.jobs.retention import FOR_EVER, Keep, Retention
 from runtime.trainer.jobs.store import JobStore
 from runtime.trainer.jobs.validation import Validation

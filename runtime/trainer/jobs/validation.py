@@ -12,8 +12,7 @@ from runtime.support.logs import get_logger
 from runtime.support.threads import WorkerThread
 from runtime.trainer.jobs.directories import JobDirectories
 from runtime.trainer.jobs.followers import Journal
-from runtime.trainer.jobs.ports import JobEngine
-from runtime.trainer.jobs.records import JobError, JobFile, PreparedJob
+from runtime.trainer.jobs.records import JobEngine, JobError, JobFile, PreparedJob
 from runtime.trainer.jobs.store import JobStore, insist
 
 _log = get_logger("jobs")

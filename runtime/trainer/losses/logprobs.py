@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from kernels import Ops
-from kernels.training import TrainingOps
+from kernels.training import TrainingOps, backward
 from runtime.model.decoder import Decoder
-from runtime.trainer.backward import backward
 from runtime.trainer.microbatch import MicroBatch
 from runtime.trainer.slices import Slice, Slices
 

@@ -31,6 +31,7 @@ from runtime.trainer.plan.notes import (
     unread_notes,
 )
 from runtime.trainer.plan.served_model import (
+    ModelShape,
     TargetKey,
     TemplateChoice,
     choose_template,
@@ -39,8 +40,7 @@ from runtime.trainer.plan.served_model import (
     with_template,
 )
 from runtime.trainer.recipe import Recipe, check_base_model
-from runtime.trainer.schedule import Schedule, make_schedule
-from runtime.trainer.shape import ModelShape, watchdog_threshold
+from runtime.trainer.schedule import Schedule, make_schedule, watchdog_threshold
 
 # -- estimate --------------------------------------------------------------------------------------
 #

@@ -18,8 +18,8 @@ from runtime.trainer.data.example import BadRows
 from runtime.trainer.data.files import DataFiles
 from runtime.trainer.data.prepared import KeptData
 from runtime.trainer.plan.plan import Plan, PlanSummary, eval_microbatches, feed, prepare, summarize
+from runtime.trainer.plan.served_model import ModelShape
 from runtime.trainer.recipe import Document, load_recipe, recipe_from
-from runtime.trainer.shape import ModelShape
 
 SHAPE = ModelShape(
     num_layers=2,

@@ -10,10 +10,9 @@ from runtime.events import EvalEvent, FinishedEvent, RunEvent, StepEvent
 from runtime.model.families.llama import Llama
 from runtime.trainer.data.files import DataFiles
 from runtime.trainer.plan.plan import Plan, feed, prepare
-from runtime.trainer.plan.served_model import by_linear
+from runtime.trainer.plan.served_model import by_linear, shape_of
 from runtime.trainer.recipe import Document, recipe_from
 from runtime.trainer.run import TrainingRun
-from runtime.trainer.shape import shape_of
 from runtime.trainer.sliced_run import RunSpec
 from tests.trainer.tiny_training import drive, load_decoder, write_nothing
 

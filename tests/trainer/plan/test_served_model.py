@@ -7,9 +7,8 @@ import pytest
 
 from runtime.errors import InvalidRequest
 from runtime.model.families.llama import Llama
-from runtime.trainer.plan.served_model import TargetKey, resolve_targets
+from runtime.trainer.plan.served_model import ModelShape, TargetKey, resolve_targets, shape_of
 from runtime.trainer.recipe import Document, recipe_from
-from runtime.trainer.shape import ModelShape, shape_of
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import pytest
 
 from runtime.trainer.losses import Cpo, Dpo, Kto, Loss, Orpo, Simpo, Supervised, make_loss
 from runtime.trainer.recipe import Document, Recipe, RecipeError, recipe_from
-from runtime.trainer.shape import watchdog_threshold
+from runtime.trainer.schedule import watchdog_threshold
 from runtime.trainer.sliced_run import LossSpec
 
 

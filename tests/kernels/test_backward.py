@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from runtime.trainer.backward import backward
+from kernels.training import backward
 
 ROOT = Path(__file__).parents[2]
 
