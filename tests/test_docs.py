@@ -77,7 +77,7 @@ def test_docstrings_open_with_a_noun_phrase_or_an_imperative() -> None:
 
 WIRE = "runtime.api"
 """Structs of this part have the fields of other people's APIs, whose documentation says what they are."""
-BY_ARCHITECTURE = "runtime.checkpoints.gguf.families.configs"
+BY_ARCHITECTURE = "runtime.checkpoints.gguf.configs"
 """One function for each architecture, of its name: the module says what they do."""
 
 

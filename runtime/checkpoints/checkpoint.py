@@ -30,6 +30,8 @@ class Checkpoint:
     tokenizer: Tokenizer
     reader: TensorReader = field(repr=False)
     """Factory of a fresh iterator over the weights; `tensors` calls it."""
+    describer: TensorReader | None = field(default=None, repr=False)
+    """As `reader`, from headers alone, where these have all shapes; `described` calls it."""
 
     files: WeightFiles | None = field(default=None, repr=False)
     """Names and tensors as they are stored, where the files are safetensors."""
@@ -52,6 +54,11 @@ class Checkpoint:
         integers may be a weight in integers. Raises `ModelLoadError`.
         """
         return self.reader()
+
+    def described(self) -> Iterator[tuple[str, Weight]]:
+        """As `tensors`, for names, shapes and types: tensors are without values, on the device `meta`, where that
+        saves reading them."""
+        return (self.describer or self.reader)()
 
     def blocks(self) -> Iterator[tuple[str, Weight]]:
         """As `tensors`, but weights stored in integers stay so. Raises `ModelLoadError` where no weight is."""

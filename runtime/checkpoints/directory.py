@@ -32,6 +32,7 @@ def open_directory(path: Path, *, name: str | None = None, chat_template: str | 
         config=config,
         tokenizer=tokenizer,
         reader=files.tensors if scheme is None else partial(weights, files, scheme),
+        describer=files.described if scheme is None else None,
         files=files,
         generation=generation,
     )

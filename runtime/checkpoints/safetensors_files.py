@@ -79,14 +79,26 @@ class MappedFile:
         """A view of the map, valid for as long as it is kept. Raises `ModelLoadError` for types that torch lacks."""
         import torch
 
-        place = self.places[name]
-        dtype = getattr(torch, DTYPES.get(place.dtype, ""), None)
-        if dtype is None:
-            raise ModelLoadError(f"{self._path}: {name} is of type {place.dtype}, which is not supported.")
+        place, dtype = self.places[name], self._dtype(name)
         if place.start == place.end:
             return torch.empty(place.shape, dtype=dtype)
         found = torch.frombuffer(self._map, dtype=dtype, count=prod(place.shape), offset=place.start)
         return found.view(place.shape)
+
+    def described(self, name: str) -> torch.Tensor:
+        """A tensor of the same shape and type without values, on the device `meta`: nothing but the header is read."""
+        import torch
+
+        return torch.empty(self.places[name].shape, dtype=self._dtype(name), device="meta")
+
+    def _dtype(self, name: str) -> torch.dtype:
+        import torch
+
+        stored = self.places[name].dtype
+        dtype: torch.dtype | None = getattr(torch, DTYPES.get(stored, ""), None)
+        if dtype is None:
+            raise ModelLoadError(f"{self._path}: {name} is of type {stored}, which is not supported.")
+        return dtype
 
     def drop(self, name: str) -> None:
         """Release the pages of a tensor. Its next use reads the disk again."""
@@ -121,6 +133,13 @@ class WeightFiles:
             for name in names:
                 yield name, files.read(name)
                 files.drop()
+
+    def described(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Names and tensors without values, in the same order."""
+        for path, names in self.names.items():
+            file = MappedFile(path)
+            for name in names:
+                yield name, file.described(name)
 
     def open(self) -> OpenFiles:
         return OpenFiles({name: path for path, names in self.names.items() for name in names})

@@ -4,8 +4,9 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -207,3 +208,13 @@ def test_the_way_to_convert_a_pickled_checkpoint_works(copy: Path, tiny_model: P
     got = dict(open_checkpoint(f"{copy}-safetensors").tensors())
     assert got.keys() == expected.keys()
     assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+def test_descriptions_are_the_tensors_without_values(copy: Path) -> None:
+    checkpoint = open_checkpoint(str(shard(copy)))
+
+    def shapes(tensors: Iterator[tuple[str, Any]]) -> list[tuple[str, torch.Size, torch.dtype]]:
+        return [(name, tensor.shape, tensor.dtype) for name, tensor in tensors]
+
+    assert shapes(checkpoint.described()) == shapes(checkpoint.tensors())
+    assert all(torch.is_tensor(tensor) and tensor.is_meta for _, tensor in checkpoint.described())

@@ -16,7 +16,8 @@ from runtime.checkpoints.export.gguf_metadata import family_of, metadata_of, rop
 from runtime.checkpoints.export.merge import Merge
 from runtime.checkpoints.gguf.blocks import FORMATS, ByteArray, Floats, dequantise
 from runtime.checkpoints.gguf.container import GgufFile, Metadata, TensorInfo
-from runtime.checkpoints.gguf.families import GgufFamily, find_family
+from runtime.checkpoints.gguf.families import find_family
+from runtime.checkpoints.gguf.family import GgufFamily
 from runtime.checkpoints.gguf.writing import (
     BF16,
     F16,
@@ -165,7 +166,7 @@ def _shapes(merge: Merge, family: GgufFamily) -> dict[str, tuple[str, tuple[int,
     config = _shape_config(merge.checkpoint)
     tied = bool(config.get("tie_word_embeddings"))
     found = {}
-    for name, weight in merge.checkpoint.tensors():
+    for name, weight in merge.checkpoint.described():
         stored = merge.floats(name, weight)
         file_name = family.file_name(name)
         if file_name == "output.weight" and tied:

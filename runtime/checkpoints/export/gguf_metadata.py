@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from runtime.checkpoints.checkpoint import Checkpoint
 from runtime.checkpoints.gguf.container import STRING, Metadata
-from runtime.checkpoints.gguf.families import ROPE_FACTORS, GgufFamily
-from runtime.checkpoints.gguf.families.families import FAMILIES
+from runtime.checkpoints.gguf.families import FAMILIES
+from runtime.checkpoints.gguf.family import ROPE_FACTORS, GgufFamily
 from runtime.checkpoints.gguf.tokenizer import CONTROL, NORMAL, SUPPORTED, USER_DEFINED, load_tokenizer
 from runtime.checkpoints.gguf.writing import FLOAT32, INT32, Value, value_of
 from runtime.checkpoints.model_loading import spec_of

@@ -22,9 +22,6 @@ from settings.schema import ModelSettings
 MAX_RANK = 4096
 """Largest rank that is exported: any that a file can hold in a reasonable size."""
 
-TRANSPOSED = ("GPT2LMHeadModel",)
-"""Architectures whose checkpoints have linears as [in, out]."""
-
 
 @dataclass(frozen=True, eq=False)
 class Merge:
@@ -39,7 +36,7 @@ class Merge:
     @property
     def transposed(self) -> bool:
         """True where the checkpoint has linears as [in, out]."""
-        return bool(set(TRANSPOSED) & set(self.checkpoint.config.get("architectures") or ()))
+        return find_model(self.checkpoint.config).TRANSPOSED
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the base under its Hugging Face name, those that the adapter changes with the change added.

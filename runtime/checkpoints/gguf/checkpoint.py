@@ -15,8 +15,8 @@ import numpy as np
 from runtime.checkpoints.checkpoint import Checkpoint
 from runtime.checkpoints.gguf.blocks import FORMATS, ByteArray, Floats, dequantise, type_name
 from runtime.checkpoints.gguf.container import GgufFile, Metadata, TensorInfo, generation_of
-from runtime.checkpoints.gguf.families import GgufFamily, GgufSource, find_family
-from runtime.checkpoints.gguf.families.family import FACTORS
+from runtime.checkpoints.gguf.families import find_family
+from runtime.checkpoints.gguf.family import FACTORS, GgufFamily, GgufSource
 from runtime.checkpoints.gguf.tokenizer import load_tokenizer
 from runtime.checkpoints.safetensors_files import drop_pages
 from runtime.model.config import ModelLoadError
@@ -110,7 +110,7 @@ def _tensors(
     """Names and weights in Hugging Face's form. `keep`: matrices in Q4_0, Q4_1 and Q8_0 stay in integers."""
     for info in file.tensors.values():
         try:
-            weight = _kept(info, file) if keep else None
+            weight = kept(info, _bytes(info, file)) if keep else None
             if weight is not None:
                 yield family.weight(info.name, weight, config)
             else:
@@ -120,7 +120,37 @@ def _tensors(
             raise ModelLoadError(f"{file.path}: {info.name}: {error}") from error
 
 
-def _kept(info: TensorInfo, file: GgufFile) -> GroupedWeight | None:
-    from runtime.checkpoints.gguf.kept import kept  # needs torch
+# -- matrices in integers --------------------------------------------------------------------------
+#
+# GGUF's simple blocks as weights in integers, without loss: 32 inputs, a scale in float16, perhaps a minimum.
 
-    return kept(info, _bytes(info, file))
+Q4_0, Q4_1, Q8_0 = 2, 3, 8
+
+
+def kept(info: TensorInfo, data: ByteArray) -> GroupedWeight | None:
+    """A matrix in integers, unchanged; None for another format, or for values that the ops do not take."""
+    import torch
+
+    from kernels import Int4Weight, Int8GroupWeight
+
+    if info.type not in (Q4_0, Q4_1, Q8_0) or len(info.shape) != 2:
+        return None
+    out, size = info.shape
+    blocks = data.reshape(out, -1, FORMATS[info.type].size)
+    scales = _half(blocks, 0)
+    if not scales.isfinite().all():
+        return None
+    if info.type == Q8_0:
+        values = torch.from_numpy(blocks[:, :, 2:].view(np.int8).reshape(out, -1).copy())
+        return Int8GroupWeight(values, scales, size) if int(values.min()) > -128 else None
+    packed = torch.from_numpy(blocks[:, :, -16:].reshape(out, -1).copy())
+    # Q4_0 is scale * (q - 8): eight scales are a float16 as one is, unless they are too large for it.
+    minimums = _half(blocks, 2) if info.type == Q4_1 else scales * -8
+    return Int4Weight(packed, scales, minimums, size) if minimums.isfinite().all() else None
+
+
+def _half(blocks: ByteArray, at: int) -> torch.Tensor:
+    """[out, groups]: the float16 at byte `at` of each block."""
+    import torch
+
+    return torch.from_numpy(np.ascontiguousarray(blocks[:, :, at : at + 2]).view(np.float16)[:, :, 0].copy())

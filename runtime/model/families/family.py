@@ -5,6 +5,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from kernels import Weight
 from runtime.model.config import Config, count, items, number, optional_integer, text
 from runtime.model.mlp import ACTIVATIONS
@@ -67,6 +69,8 @@ class Family(ABC):
     """Ends of the names of tensors that are not needed, besides those of `is_computed`."""
     LORA_TARGETS: ClassVar[Mapping[str, PartPlace]]
     """The names of LAYER that adapters may change: linears that every layer has."""
+    TRANSPOSED: ClassVar[bool] = False
+    """True where checkpoints store the linears of LORA_TARGETS as [in, out], not [out, in]."""
 
     @classmethod
     def layers(cls) -> str:
@@ -81,11 +85,13 @@ class Family(ABC):
     @classmethod
     def weights(cls, tensors: Iterable[tuple[str, Weight]], spec: DecoderSpec) -> Iterator[tuple[str, str, Weight]]:
         """(name, weight) of a checkpoint → (parameter, part, weight) of the decoder. Tensors that the decoder does not
-        need are dropped. Weights in integers are passed on as they are."""
+        need are dropped. Weights in integers are passed on as they are, [out, in]."""
+        transposed = {linear for linear, _ in cls.LORA_TARGETS.values()} if cls.TRANSPOSED else set()
         for name, tensor in tensors:
             place = cls.place(name)
             if place is not None and (place[0] != "head.weight" or not spec.tied):
-                yield *place, tensor
+                turn = place[0].endswith(".weight") and place[0].split(".")[-2] in transposed
+                yield *place, tensor.t() if turn and isinstance(tensor, Tensor) else tensor
 
     @classmethod
     def place(cls, name: str) -> PartPlace | None:

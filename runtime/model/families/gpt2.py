@@ -1,11 +1,7 @@
 """GPT-2: learned positions, layer norms, an ungated MLP, and weights stored transposed."""
 
-from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 
-from torch import Tensor
-
-from kernels import Weight
 from runtime.model.config import count, flag, integer, optional_integer
 from runtime.model.families.family import Family, PartPlace, activation, eps, head_dim, lora_targets
 from runtime.model.spec import DecoderSpec, LayerSpec
@@ -31,6 +27,7 @@ class GPT2(Family):
         "lm_head.weight": "head.weight",
     }
     LORA_TARGETS: ClassVar = lora_targets(LAYER)
+    TRANSPOSED: ClassVar = True
 
     @classmethod
     def spec(cls, config: dict[str, Any]) -> DecoderSpec:
@@ -64,15 +61,6 @@ class GPT2(Family):
     @classmethod
     def place(cls, name: str) -> PartPlace | None:
         return super().place(_full(name))
-
-    @classmethod
-    def weights(cls, tensors: Iterable[tuple[str, Weight]], spec: DecoderSpec) -> Iterator[tuple[str, str, Weight]]:
-        linears = {place[0] for place in cls.LORA_TARGETS.values()}
-        for name, part, tensor in super().weights(tensors, spec):
-            linear = name.split(".")[-2] in linears
-            if linear and name.endswith(".weight") and isinstance(tensor, Tensor):  # in integers it is [out, in]
-                tensor = tensor.t()
-            yield name, part, tensor
 
 
 def _full(name: str) -> str:

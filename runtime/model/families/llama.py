@@ -1,9 +1,21 @@
-"""Llama 2, 3 and 3.x, SmolLM2, TinyLlama, Yi: every model with the architecture LlamaForCausalLM."""
+"""Llama 2, 3 and 3.x, SmolLM2, TinyLlama, Yi (every model with the architecture LlamaForCausalLM), and two that are
+Llama with other numbers: Granite 3 and SmolLM3."""
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
-from runtime.model.config import MAX_COUNT, count, flag, integer, optional_integer
-from runtime.model.families.family import Family, activation, alike, eps, head_dim, lora_targets
+from runtime.model.config import (
+    MAX_COUNT,
+    MIN_FACTOR,
+    ConfigError,
+    count,
+    flag,
+    integer,
+    items,
+    number,
+    optional_integer,
+)
+from runtime.model.families.family import Family, activation, alike, by_type, eps, head_dim, lora_targets, num_layers
 from runtime.model.rope import RopeSpec
 from runtime.model.spec import DecoderSpec
 
@@ -50,4 +62,40 @@ class Llama(Family):
             out_bias=bias,
             mlp_bias=flag(config, "mlp_bias", False),
             activation=activation(config, "hidden_act", "silu"),
+        )
+
+
+class Granite(Llama):
+    """arXiv:2408.13359 (maximal update parametrisation)."""
+
+    @classmethod
+    def spec(cls, config: dict[str, Any]) -> DecoderSpec:
+        return replace(
+            super().spec(config),
+            attention_scale=number(config, "attention_multiplier", 1.0, at_least=MIN_FACTOR),
+            embedding_scale=number(config, "embedding_multiplier", 1.0, at_least=MIN_FACTOR),
+            residual_scale=number(config, "residual_multiplier", 1.0, at_least=0.0),
+            logit_scale=1.0 / number(config, "logits_scaling", 1.0, at_least=MIN_FACTOR),
+        )
+
+
+class SmolLM3(Llama):
+    """NoPE layers as in arXiv:2501.18795; windows, where they are on, in those layers only."""
+
+    @classmethod
+    def spec(cls, config: dict[str, Any]) -> DecoderSpec:
+        config = {"rope_theta": 2e6, "tie_word_embeddings": True} | config
+        if not flag(config, "use_sliding_window", False):
+            config = config | {"sliding_window": None}
+        count, interval = num_layers(config), integer(config, "no_rope_layer_interval", 4)
+        turned = items(config, "no_rope_layers") or [(index + 1) % interval != 0 for index in range(count)]
+        if len(turned) < count:
+            raise ValueError(f"no_rope_layers has {len(turned)} entries for {count} layers (num_hidden_layers)")
+        if any(one not in (0, 1) for one in turned):
+            raise ConfigError("no_rope_layers", turned, "a list of 0 and 1")
+        layers = by_type(config, [not one for one in turned[:count]])
+        ropes = (0 if one else None for one in turned)  # the config's 1 is for rope, in spite of its name
+        return replace(
+            super().spec(config),
+            layers=tuple(replace(layer, rope=rope) for layer, rope in zip(layers, ropes, strict=False)),
         )

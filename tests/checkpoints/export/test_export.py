@@ -14,6 +14,7 @@ from runtime.checkpoints import open_checkpoint
 from runtime.checkpoints.export import directory
 from runtime.checkpoints.export.export import export_adapter
 from runtime.checkpoints.model_loading import load_decoder
+from runtime.checkpoints.safetensors_files import MappedFile
 from runtime.errors import InvalidRequest
 from runtime.model.config import ModelLoadError
 from runtime.workers.export_difference import measure_difference
@@ -103,6 +104,21 @@ def test_a_gguf_file_of_a_directory(name: str, tmp_path: Path) -> None:
         assert read.tokenizer.encode(text) == checkpoint.tokenizer.encode(text)
     assert read.tokenizer.chat_template == checkpoint.tokenizer.chat_template
     assert read.tokenizer.eos_ids == checkpoint.tokenizer.eos_ids
+
+
+def test_shapes_come_from_headers_and_each_tensor_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_base(tmp_path / "base", "llama")
+    adapted(model, "llama", tmp_path / "adapter")
+    read: list[str] = []
+    tensor = MappedFile.tensor
+
+    def counted(self: MappedFile, name: str) -> torch.Tensor:
+        read.append(name)
+        return tensor(self, name)
+
+    monkeypatch.setattr(MappedFile, "tensor", counted)
+    export_adapter(open_checkpoint(str(model)), tmp_path / "adapter", tmp_path / "out.gguf", "gguf")
+    assert sorted(read) == sorted(load_file(model / "model.safetensors"))
 
 
 @pytest.mark.parametrize("name", [*FROM_DIRECTORY, *OTHERS])

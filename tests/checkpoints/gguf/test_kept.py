@@ -9,9 +9,9 @@ from gguf import GGMLQuantizationType
 
 from kernels import Int4Weight, Int8GroupWeight
 from runtime.checkpoints import open_checkpoint
+from runtime.checkpoints.gguf.checkpoint import Q8_0, kept
 from runtime.checkpoints.gguf.container import TensorInfo
-from runtime.checkpoints.gguf.families.families import FAMILIES
-from runtime.checkpoints.gguf.kept import Q8_0, kept
+from runtime.checkpoints.gguf.families import FAMILIES
 from runtime.checkpoints.model_loading import load_decoder
 from runtime.model.attention import PackedAttention
 from runtime.model.config import ModelLoadError

@@ -1,10 +1,14 @@
-"""The supported families of GGUF files, by `general.architecture`."""
+"""The supported families of GGUF files, by `general.architecture`, in Hugging Face's terms.
+
+Tensor names, order of rows and, in `configs`, configuration. The conversions of llama.cpp's convert_hf_to_gguf.py,
+which made the files, are undone.
+"""
 
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from runtime.checkpoints.gguf.families import configs
-from runtime.checkpoints.gguf.families.family import (
+from runtime.checkpoints.gguf import configs
+from runtime.checkpoints.gguf.family import (
     GgufFamily,
     as_row,
     by_group,

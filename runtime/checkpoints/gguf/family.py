@@ -157,7 +157,7 @@ class GgufFamily:
             return transposed(tensor, config)
         if undo is as_row:
             return tensor.reshape(-1)
-        order = undo(torch.arange(len(tensor)), config).flatten()
+        order = undo(torch.arange(len(tensor), device=tensor.device), config).flatten()
         return torch.empty_like(tensor).index_copy_(0, order, tensor)
 
     def lora_b(self, name: str, b: "Tensor", config: GgufConfig) -> "Tensor":

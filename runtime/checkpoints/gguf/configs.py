@@ -1,6 +1,6 @@
 """A `config.json` for each family, from a file's metadata. Absent values are llama.cpp's defaults."""
 
-from runtime.checkpoints.gguf.families.family import GgufConfig, GgufSource, rope_scaling
+from runtime.checkpoints.gguf.family import GgufConfig, GgufSource, rope_scaling
 
 GEMMA2_27B, GEMMA3_27B = 46, 62
 """Number of layers of the two Gemmas whose scores are scaled by hidden size over heads, and not by the size of a head.
