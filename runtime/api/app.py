@@ -7,6 +7,7 @@ from litestar import Litestar
 from litestar.datastructures import State
 
 from runtime.access import Access
+from runtime.api import feedback
 from runtime.api.admin import adapters, overview, system
 from runtime.api.admin.adapters import load_lora_adapter, unload_lora_adapter
 from runtime.api.admin.jobs import (
@@ -106,6 +107,7 @@ def create_app(
             *adapters.ROUTES,
             *overview.ROUTES,
             *system.ROUTES,
+            *feedback.ROUTES,
             reset_cache,
             metrics_handler(public=settings.server.public_metrics),
             *((index_page, page_file) if settings.server.page_enabled else ()),
