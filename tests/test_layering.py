@@ -96,6 +96,7 @@ ALLOWED: dict[str, set[str]] = {
         "runtime.checkpoints",
         "runtime.adapters",
         "runtime.engine",
+        "runtime.trainer.recipe",
         "runtime.trainer.jobs",
         "runtime.files",
         "runtime.batches",

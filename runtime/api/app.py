@@ -14,15 +14,17 @@ from runtime.api.admin.jobs import (
     cancel_job,
     delete_job,
     job_events,
+    job_file,
     job_logs,
     job_metrics,
+    job_recipe,
     list_jobs,
     pause_job,
     resume_job,
     retrieve_job,
 )
 from runtime.api.admin.overview import OverviewHistory
-from runtime.api.admin.train import train
+from runtime.api.admin.train import recipe_schema, train
 from runtime.api.anthropic.messages import count_message_tokens, create_message
 from runtime.api.docs import openapi_config, prepared
 from runtime.api.handle import Api, ServiceHandle
@@ -88,11 +90,14 @@ def create_app(
             *batches.ROUTES,
             *fine_tuning.ROUTES,
             train,
+            recipe_schema,
             list_jobs,
             retrieve_job,
             job_events,
             job_metrics,
             job_logs,
+            job_recipe,
+            job_file,
             cancel_job,
             pause_job,
             resume_job,
