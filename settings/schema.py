@@ -441,7 +441,7 @@ class ResponseSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class FeedbackSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What people say of answers: /v1/feedback."""
+    """Feedback on answers: /v1/feedback."""
 
     accept_feedback: Annotated[bool, doc("Store feedback, with the texts that its sender puts into it.")] = True
     keep_feedback: Annotated[Seconds | None, doc("Delete feedback this long after it was given.")] = 365 * 86_400.0

@@ -212,7 +212,7 @@ def _open(path: Path) -> BinaryIO:
 
 
 async def file_pieces(file: BinaryIO) -> AsyncGenerator[bytes, None]:
-    """What is in a file, which is closed afterwards."""
+    """The content of a file, which is closed afterwards."""
     try:
         while piece := await asyncio.to_thread(file.read, PIECE_BYTES):
             yield piece
