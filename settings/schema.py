@@ -452,6 +452,15 @@ class ResponseSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     max_responses: Annotated[Count, doc("Most stored responses; one more deletes the oldest.")] = 100_000
 
 
+class FeedbackSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Feedback on answers: /v1/feedback."""
+
+    accept_feedback: Annotated[bool, doc("Store feedback, with the texts that its sender puts into it.")] = True
+    keep_feedback: Annotated[Seconds | None, doc("Delete feedback this long after it was given.")] = 365 * 86_400.0
+    max_feedback: Annotated[Count, doc("Most stored feedback; one more deletes the oldest.")] = 100_000
+    max_feedback_size: Annotated[Bytes, doc("Largest feedback, as JSON.")] = 256 * 1024
+
+
 class LimitSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Caps on single requests; beyond them the answer is a 400 that names the cap."""
 
@@ -519,6 +528,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     trainer: TrainerSettings = field(default_factory=TrainerSettings)
     files: FileSettings = field(default_factory=FileSettings)
     responses: ResponseSettings = field(default_factory=ResponseSettings)
+    feedback: FeedbackSettings = field(default_factory=FeedbackSettings)
     limits: LimitSettings = field(default_factory=LimitSettings)
     observability: ObservabilitySettings = field(default_factory=ObservabilitySettings)
 

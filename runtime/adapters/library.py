@@ -39,6 +39,7 @@ from runtime.adapters.versions import (
     write_missing_record,
 )
 from runtime.errors import AdaptersBusy, AdapterUnavailable, Conflict, InvalidRequest, NotFound, StorageUnavailable
+from runtime.metrics import AdapterTraffic
 from runtime.support.database import Database
 from runtime.support.durable import PARTIAL, make_directory, reason, remove
 from runtime.support.event_loop import cancel
@@ -219,6 +220,10 @@ class AdapterLibrary:
     def is_name(self, model: str) -> bool:
         """True for an adapter's name and for an alias, False for the id of one version."""
         return self._catalogue.find(model) is not None
+
+    def traffic(self, version: Version) -> AdapterTraffic | None:
+        """Requests to a version since it was loaded; None for one that is not in memory."""
+        return self._host.metrics.adapter_traffic(version.key)
 
     def is_loaded(self, version: Version) -> bool:
         return version.key in self._loaded

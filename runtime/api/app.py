@@ -7,21 +7,24 @@ from litestar import Litestar
 from litestar.datastructures import State
 
 from runtime.access import Access
+from runtime.api import feedback
 from runtime.api.admin import adapters, overview, system
 from runtime.api.admin.adapters import load_lora_adapter, unload_lora_adapter
 from runtime.api.admin.jobs import (
     cancel_job,
     delete_job,
     job_events,
+    job_file,
     job_logs,
     job_metrics,
+    job_recipe,
     list_jobs,
     pause_job,
     resume_job,
     retrieve_job,
 )
 from runtime.api.admin.overview import OverviewHistory
-from runtime.api.admin.train import train
+from runtime.api.admin.train import recipe_schema, train
 from runtime.api.anthropic.messages import count_message_tokens, create_message
 from runtime.api.docs import openapi_config, prepared
 from runtime.api.handle import Api, ServiceHandle
@@ -87,11 +90,14 @@ def create_app(
             *batches.ROUTES,
             *fine_tuning.ROUTES,
             train,
+            recipe_schema,
             list_jobs,
             retrieve_job,
             job_events,
             job_metrics,
             job_logs,
+            job_recipe,
+            job_file,
             cancel_job,
             pause_job,
             resume_job,
@@ -106,6 +112,7 @@ def create_app(
             *adapters.ROUTES,
             *overview.ROUTES,
             *system.ROUTES,
+            *feedback.ROUTES,
             reset_cache,
             metrics_handler(public=settings.server.public_metrics),
             *((index_page, page_file) if settings.server.page_enabled else ()),

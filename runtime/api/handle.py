@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from runtime.batches.manager import BatchManager
     from runtime.batches.records import Ask
     from runtime.engine.service import EngineService
+    from runtime.feedback import FeedbackStore
     from runtime.files.library import FileLibrary
     from runtime.responses import ResponseStore
     from runtime.trainer.jobs.manager import JobManager
@@ -58,6 +59,7 @@ class ServiceHandle:
         self.inside: Ask | None = None
         """The app itself, for requests that the server makes; set when the app is made."""
         self.responses: ResponseStore | None = None
+        self.feedback: FeedbackStore | None = None
         self.recent: deque[RequestEntry] = deque(maxlen=MAX_RECENT_REQUESTS)
         """The last requests, but for probes."""
         self.no_jobs = "This server runs no training jobs."
@@ -100,6 +102,13 @@ class ServiceHandle:
         if self.files is None:
             raise EngineUnavailable(f"This server stores no files. {self.no_jobs}", code="storage_unavailable")
         return self.files
+
+    def require_feedback(self) -> "FeedbackStore":
+        """The stored feedback. Raises `EngineUnavailable` while, or where, there is none."""
+        self.require()
+        if self.feedback is None:
+            raise EngineUnavailable(f"This server stores no feedback. {self.no_jobs}", code="storage_unavailable")
+        return self.feedback
 
     def require_batches(self) -> "BatchManager":
         """The batches. Raises `EngineUnavailable` while, or where, there are none."""

@@ -143,7 +143,7 @@ async def _run(
             stack.enter_context(admin_token(state.directory))
         if state.batches is not None and handle.inside is not None:
             await state.batches.start(handle.inside)
-        handle.responses = state.responses
+        handle.responses, handle.feedback = state.responses, state.feedback
         handle.serve(service, state.jobs, files=state.files, batches=state.batches, problem=state.problem)
         return await _until_the_end(settings, service, handle, url, on_ready, stopping, server)
 

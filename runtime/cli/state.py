@@ -36,13 +36,15 @@ def du(*, json: Json = False, config: ConfigFile = None, **flags: Any) -> None:
     if found.responses is not None:
         in_database = f"{found.responses.count} stored responses, in the database"
         table.add_row("responses", _shown(found.responses.bytes), in_database)
+    if found.feedback is not None:
+        table.add_row("feedback", _shown(found.feedback.bytes), f"{found.feedback.count} rows, in the database")
     table.add_row("lost+found", _shown(found.lost_found), "")
     table.add_row("free", _shown(found.free), "")
     print(found.directory)
     console().print(table)
 
 
-@with_settings("trainer", "files", "responses")
+@with_settings("trainer", "files", "responses", "feedback")
 def prune(
     *,
     dry_run: Annotated[bool, Parameter(help="Only print what would be deleted.", negative="")] = False,
@@ -50,8 +52,8 @@ def prune(
     config: ConfigFile = None,
     **flags: Any,
 ) -> None:
-    """Delete what --keep-jobs, --keep-checkpoints, --keep-uploads, --keep-files, --keep-batches, --keep-responses and
-    --max-responses say, and compact the database."""
+    """Delete what --keep-jobs, --keep-checkpoints, --keep-uploads, --keep-files, --keep-batches, --keep-responses,
+    --max-responses, --keep-feedback and --max-feedback say, and compact the database."""
     from runtime.engine.state_upkeep import prune as pruned
 
     settings = read_settings(flags, config).settings
@@ -63,6 +65,8 @@ def prune(
         print(f"{name} {does}")
     if found.responses:
         print(f"{found.responses} stored responses {does}")
+    if found.feedback:
+        print(f"{found.feedback} rows of feedback {does}")
     for folder in found.lost_found:
         print(f"{folder.parent.name}/{folder.name} {does}")
     if not found:

@@ -24,6 +24,8 @@ from runtime.batches import store as batch_store
 from runtime.batches.manager import BatchManager
 from runtime.engine.jobs import EngineJobs
 from runtime.errors import StorageUnavailable
+from runtime.feedback import SCHEMA as FEEDBACK_SCHEMA
+from runtime.feedback import FeedbackStore
 from runtime.files import recovery as file_recovery
 from runtime.files import store as file_store
 from runtime.files.library import FileLibrary
@@ -38,16 +40,16 @@ from runtime.trainer.jobs import rows
 from runtime.trainer.jobs.manager import JobManager, running_jobs
 from runtime.trainer.share import LatencyTargets, TrainingShare
 from runtime.trainer.sliced_run import TrainingHost
-from settings.schema import Settings
+from settings.schema import FeedbackSettings, Settings
 
 if TYPE_CHECKING:
     from runtime.engine.service import EngineService
 
-SCHEMAS = (*rows.SCHEMAS, file_store.SCHEMA, batch_store.SCHEMA, RESPONSE_SCHEMA)
+SCHEMAS = (*rows.SCHEMAS, file_store.SCHEMA, batch_store.SCHEMA, RESPONSE_SCHEMA, FEEDBACK_SCHEMA)
 """The tables of all parts that keep rows in the state directory's database."""
 
 PRUNE_SECONDS = 60.0
-"""Seconds between two looks for files, batches and responses that have been kept for long enough."""
+"""Seconds between two looks for files, batches, responses and feedback that have been kept for long enough."""
 
 _log = get_logger("state")
 
@@ -61,6 +63,7 @@ class OpenedState:
     files: FileLibrary | None = None
     batches: BatchManager | None = None
     responses: ResponseStore | None = None
+    feedback: FeedbackStore | None = None
     directory: Path | None = None
     """Path of the directory, for other files that are kept there."""
     problem: str | None = None
@@ -86,7 +89,7 @@ async def open_state(service: "EngineService", settings: Settings) -> AsyncItera
             library, database = await _open_library(service, settings, directory, frozen=problem)
         stack.push_async_callback(asyncio.to_thread, database.close)
         stack.push_async_callback(library.close)
-        jobs = files = batches = responses = None
+        jobs = files = batches = responses = feedback = None
         if problem is None:
             metrics, min_share = service.metrics, settings.trainer.min_share
             targets = LatencyTargets.of(settings.scheduler)
@@ -103,19 +106,25 @@ async def open_state(service: "EngineService", settings: Settings) -> AsyncItera
                 stack.push_async_callback(batches.stop)
                 kept = settings.responses
                 responses = ResponseStore(database, keep_seconds=kept.keep_responses, max_responses=kept.max_responses)
-                await stack.enter_async_context(running(_prune_regularly(batches, files, responses)))
+                feedback = open_feedback(database, settings.feedback)
+                await stack.enter_async_context(running(_prune_regularly(batches, files, responses, feedback)))
             except (OSError, StorageUnavailable) as error:
                 problem = explain(error)
                 _log.error("jobs_not_usable", directory=str(directory), reason=str(error))
         if problem is not None:
             _log.warning("serving_read_only", adapters=[record.name for record in library.list() if record.served])
-        yield OpenedState(library, jobs, files, batches, responses, directory, problem)
+        yield OpenedState(library, jobs, files, batches, responses, feedback, directory, problem)
 
 
-async def _prune_regularly(batches: BatchManager, files: FileLibrary, responses: ResponseStore) -> None:
+def open_feedback(database: Database, settings: FeedbackSettings) -> FeedbackStore:
+    """The stored feedback, with the retention of the settings."""
+    return FeedbackStore(database, keep_seconds=settings.keep_feedback, max_rows=settings.max_feedback)
+
+
+async def _prune_regularly(*parts: BatchManager | FileLibrary | ResponseStore | FeedbackStore) -> None:
     """Delete what the settings say, until cancelled. Jobs are pruned by their own manager."""
     while True:
-        for part in (batches, files, responses):
+        for part in parts:
             try:
                 await part.prune()
             except (StorageUnavailable, OSError) as error:

@@ -13,7 +13,7 @@ from runtime.adapters.versions import RECORD
 from runtime.batches import recovery as batch_recovery
 from runtime.batches.manager import BatchManager
 from runtime.batches.records import RECORD as BATCH_RECORD
-from runtime.engine.state import SCHEMAS, adapter_folders, job_folders
+from runtime.engine.state import SCHEMAS, adapter_folders, job_folders, open_feedback
 from runtime.files import recovery as file_recovery
 from runtime.files.library import FileLibrary
 from runtime.files.records import RECORD as FILE_RECORD
@@ -65,6 +65,8 @@ class DiskUsage(Struct, kw_only=True):
     batches: KindUsage
     responses: KindUsage | None
     """Stored responses, which are a part of the database; None where it cannot be read."""
+    feedback: KindUsage | None
+    """Stored feedback, as the responses are."""
     lost_found: int
     free: int
 
@@ -76,10 +78,11 @@ class Pruned(Struct, kw_only=True):
     batches: list[str]
     files: list[str]
     responses: int
+    feedback: int
     lost_found: list[Path]
 
     def __bool__(self) -> bool:
-        return bool(self.jobs or self.batches or self.files or self.responses or self.lost_found)
+        return bool(self.jobs or self.batches or self.files or self.responses or self.feedback or self.lost_found)
 
 
 class Rebuilt(Struct, kw_only=True):
@@ -105,7 +108,8 @@ def usage(directory: Path) -> DiskUsage:
         jobs=sorted(found, key=lambda job: -job.total),
         files=_held(directory / "files"),
         batches=_held(directory / "batches"),
-        responses=_responses(directory / FILE),
+        responses=_rows(directory / FILE, "responses", "length(input) + length(response)"),
+        feedback=_rows(directory / FILE, "feedback", "length(data)"),
         lost_found=sum(_size(batch) for batch in finds_of(directory)),
         free=room.f_bavail * room.f_frsize,
     )
@@ -133,6 +137,7 @@ async def _prune(database: Database, directory: Path, settings: Settings, *, dry
     files = FileLibrary(database, directory, settings.files)
     batches = BatchManager(database, directory, files, settings.files, max_line=settings.server.max_body)
     responses = ResponseStore(database, keep_seconds=kept.keep_responses, max_responses=kept.max_responses)
+    feedback = open_feedback(database, settings.feedback)
     ended = await _prune_jobs(database, directory, keep, dry_run=dry_run)
     gone = await (batches.due() if dry_run else batches.prune())
     return Pruned(
@@ -140,6 +145,7 @@ async def _prune(database: Database, directory: Path, settings: Settings, *, dry
         batches=gone,
         files=[file.id for file in await (files.due() if dry_run else files.prune())],
         responses=await (responses.due() if dry_run else responses.prune()),
+        feedback=await (feedback.due() if dry_run else feedback.prune()),
         lost_found=[],
     )
 
@@ -214,14 +220,15 @@ def _held(root: Path) -> KindUsage:
     return KindUsage(count=len(folders), bytes=sum(_size(folder) for folder in folders))
 
 
-def _responses(file: Path) -> KindUsage | None:
-    query = "SELECT count(*), coalesce(sum(length(input) + length(response)), 0) FROM responses"
+def _rows(file: Path, table: str, size: str) -> KindUsage | None:
+    """Rows of a table; `size`: the expression for the bytes of one. None where the database cannot be read."""
+    query = f"SELECT count(*), coalesce(sum({size}), 0) FROM {table}"
     try:
         with contextlib.closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True)) as connection:
-            count, size = connection.execute(query).fetchone()
+            count, total = connection.execute(query).fetchone()
     except sqlite3.Error:
         return None
-    return KindUsage(count=count, bytes=size)
+    return KindUsage(count=count, bytes=total)
 
 
 def _size(path: Path) -> int:

@@ -15,7 +15,7 @@ from runtime.events import EvalEvent, LatencyTarget, StepEvent
 from runtime.messages import FinishReason, RequestTiming
 from runtime.metrics.exposition import Families, NamesCollector, ProcessNames, render
 from runtime.metrics.table import ADAPTER, TABLE
-from runtime.metrics.totals import Totals, totals_of
+from runtime.metrics.totals import AdapterTraffic, Totals, totals_of, traffic_of
 
 # -- timing ----------------------------------------------------------------------------------------
 #
@@ -223,6 +223,17 @@ class Metrics:
             for spec in TABLE:
                 if spec.labels == ADAPTER:
                     {**self._counters, **self._histograms}[spec.name].remove(*labels)
+
+    def adapter_traffic(self, key: str) -> AdapterTraffic | None:
+        """Traffic of a version since it was loaded; None for one that is not in memory."""
+        if (labels := self._adapters.get(key)) is None:
+            return None
+        return traffic_of(
+            self._counters["adapter_requests"].labels(*labels),
+            self._counters["adapter_prompt_tokens"].labels(*labels),
+            self._counters["adapter_generation_tokens"].labels(*labels),
+            self._histograms["adapter_time_to_first_token_seconds"].labels(*labels),
+        )
 
     def on_adapter_step(self, *, running: Collection[str], active: Collection[str]) -> None:
         """The keys of the versions that running requests, and all unfinished requests, are for."""

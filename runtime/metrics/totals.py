@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from msgspec import Struct
 from prometheus_client import Counter, Histogram
 
 
@@ -21,6 +22,30 @@ class Totals:
         """Increase a second since `before`; 0 where no time has passed."""
         seconds = self.time - before.time
         return max(0.0, self.sums[name] - before.sums[name]) / seconds if seconds > 0 else 0.0
+
+
+class AdapterTraffic(Struct, frozen=True, kw_only=True):
+    """Requests to one version of an adapter that ended since it was loaded."""
+
+    requests: int
+    prompt_tokens: int
+    generated_tokens: int
+    first_token_p50: float | None
+    """Seconds from arrival to the first token; null without a request."""
+    first_token_p95: float | None
+
+
+def traffic_of(requests: Counter, prompt: Counter, generated: Counter, first_token: Histogram) -> AdapterTraffic:
+    """The traffic that the samples of one version show."""
+    samples = _samples(first_token)
+    buckets = {float(border): value for (suffix, border), value in samples.items() if suffix == "_bucket"}
+    return AdapterTraffic(
+        requests=int(_samples(requests)["_total", ""]),
+        prompt_tokens=int(_samples(prompt)["_total", ""]),
+        generated_tokens=int(_samples(generated)["_total", ""]),
+        first_token_p50=quantile(buckets, 0.5),
+        first_token_p95=quantile(buckets, 0.95),
+    )
 
 
 def totals_of(time: float, counters: Mapping[str, Counter], histograms: Mapping[str, Histogram]) -> Totals:

@@ -14,6 +14,7 @@ from runtime.adapters.library import AdapterLibrary
 from runtime.api.app import create_app
 from runtime.batches.manager import BatchManager
 from runtime.engine.state import SCHEMAS, OpenedState
+from runtime.feedback import FeedbackStore
 from runtime.files.library import FileLibrary
 from runtime.responses import ResponseStore
 from runtime.support.database import Database
@@ -149,10 +150,9 @@ def jobs_of(world: World) -> "OpenState":
         await files.start()
         batches = BatchManager(database, folder, files, settings.files, max_line=settings.server.max_body)
         responses = ResponseStore(database, keep_seconds=None, max_responses=1000)
+        feedback = FeedbackStore(database, keep_seconds=None, max_rows=1000)
         try:
-            yield OpenedState(
-                adapters=library, jobs=await world.start(), files=files, batches=batches, responses=responses
-            )
+            yield OpenedState(library, await world.start(), files, batches, responses, feedback)
         finally:
             await world.stop(0.0)
             await batches.stop()

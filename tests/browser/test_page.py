@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -113,6 +115,64 @@ def test_probabilities_of_tokens(page: Page) -> None:
     assert all(title.count("%") == 6 for title in titles)
 
 
+def test_an_answer_has_the_form_of_a_schema(page: Page) -> None:
+    page.run("document.querySelector('.composer details').open = true")
+    page.fill("JSON schema of the answer", '{"enum": ["newt"]}')
+    ask(page, "Which?", 20)
+    page.until_text(".message.assistant footer", "tokens")
+    assert page.run("document.querySelector('.message.assistant .text').textContent") == '"newt"'
+    page.fill("JSON schema of the answer", "{")
+    ask(page, "Which?", 20)
+    page.until_text(".message.assistant .error", "JSON schema:")
+
+
+def test_a_tool_is_called_and_its_result_is_sent(page: Page) -> None:
+    page.run("document.querySelector('.composer details').open = true")
+    parameters = {"type": "object", "properties": {"city": {"enum": ["Ulm"]}}, "required": ["city"]}
+    tool = {"type": "function", "function": {"name": "weather", "parameters": parameters}}
+    page.fill("Tools, as a JSON list", json.dumps([tool]))
+    page.fill("Call tools", "required")
+    ask(page, "Which?", 100)
+    assert "weather(" in page.until_text(".message.assistant .calls", "Ulm")
+    page.fill("Result of weather", "rain")
+    page.fill("Call tools", "none")
+    page.click("Send results")
+    page.until("document.querySelectorAll('.message.assistant footer').length === 2")
+    page.until_text(".message.assistant:last-child footer", "tokens")
+    assert page.run("document.querySelector('.message.tool').textContent") == "rain"
+
+
+def test_thumbs_and_corrections_are_stored(page: Page, server: RunningServer) -> None:
+    ask(page, "Which one?", 4)
+    page.until_text(".message.assistant footer", "4 tokens")
+    page.click("Good answer")
+    page.until_text(".feedback", "stored")
+    page.click("Correct")
+    page.fill("The answer as it should have been", "The young newt.")
+    page.click("Store")
+    page.until_text(".feedback", "correction stored")
+    assert page.run("document.querySelector('.message.assistant .text').textContent") == "The young newt."
+    correction, score = httpx.get(f"{server.url}/admin/feedback").json()["data"][:2]
+    assert (score["score"], score["messages"]) == (1, None)
+    assert correction["correction"] == "The young newt."
+    assert correction["messages"] == [{"role": "user", "content": "Which one?"}]
+    assert correction["answer_id"] == score["answer_id"]
+
+
+@pytest.mark.parametrize(("name", "runs"), [("curl", ["bash", "-c"]), ("Python", [sys.executable, "-c"])])
+def test_a_copied_request_gives_an_answer(page: Page, name: str, runs: list[str]) -> None:
+    page.run("navigator.clipboard.writeText = text => { window.copied = text; return Promise.resolve(); }; 0")
+    page.run("document.querySelector('.composer details').open = true")
+    page.fill("Most tokens", "5")
+    page.fill("Top k", "3")
+    page.fill("JSON schema of the answer", '{"enum": ["newt", null, true]}')
+    page.fill("Message", 'It\'s "which"?')
+    page.click(f"Copy as {name}")
+    done = subprocess.run([*runs, page.until("window.copied")], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert any(word in done.stdout.replace('","', "") for word in ("newt", "null", "true", "choices")), done.stdout
+
+
 def test_an_error_is_shown(page: Page) -> None:
     page.fill("Model", "no-such-model")
     ask(page, "Which?", 4)
@@ -154,6 +214,54 @@ def test_pasted_rows_become_an_adapter_that_answers(page: Page) -> None:
     page.until_text("td", "/v1/chat/completions")
     go(page, "overview")
     page.until("document.querySelectorAll('main section:not([hidden]) path.plot').length > 0")
+
+
+def test_keys_and_values_of_a_recipe_are_completed(page: Page) -> None:
+    go(page, "train")
+    typed = "(e => { e.focus(); e.value = TEXT; e.setSelectionRange(e.value.length, e.value.length);"
+    typed += "e.dispatchEvent(new Event('input')); })(document.querySelector('#recipe'))"
+    press = "document.querySelector('#recipe').dispatchEvent(new KeyboardEvent('keydown', {key: KEY, bubbles: true}))"
+    recipe = "document.querySelector('#recipe').value"
+    page.run(typed.replace("TEXT", json.dumps("name: a\nlora_al")))
+    assert "lora_alpha" in page.until_text(".offers", "lora_alpha")
+    page.run(press.replace("KEY", "'ArrowDown'"))
+    assert page.run("document.querySelector('#recipe').getAttribute('aria-activedescendant')") == "offer-0"
+    page.run(press.replace("KEY", "'Enter'"))
+    assert page.run(recipe) == "name: a\nlora_alpha: "
+    page.run(typed.replace("TEXT", json.dumps("lr_scheduler: cosine_with_r")))
+    page.until_text(".offers", "cosine_with_restarts")
+    page.run(press.replace("KEY", "'Tab'"))
+    assert page.run(recipe) == "lr_scheduler: cosine_with_restarts"
+    page.run(typed.replace("TEXT", json.dumps("datasets:\n  - path: a.jsonl\n    message_p")))
+    assert "message_property_mappings" in page.until_text(".offers", "message_property_mappings")
+    page.run(press.replace("KEY", "'Escape'"))
+    assert page.run("document.querySelector('.offers').hidden") is True
+
+
+def test_a_job_is_cloned_and_its_checkpoints_answer(page: Page) -> None:
+    go(page, "train")
+    page.fill("Rows of train.jsonl", ROWS)
+    page.fill(
+        "Recipe",
+        RECIPE.replace("pasted", "first").replace(
+            "max_steps: 3", "max_steps: 5000\nsave_steps: 20\nsave_total_limit: 250"
+        ),
+    )
+    page.click("Start training")
+    page.until_text("main section:not([hidden]) details summary", "Checkpoints")
+    page.run("[...document.querySelectorAll('main section:not([hidden]) details')].forEach(e => (e.open = true))")
+    name = page.until_text("details li button", "Chat with step").splitlines()[0]
+    page.fill("Recipe", "name: other")
+    page.fill("Rows of train.jsonl", "")
+    page.click("Clone")
+    page.until("document.querySelector('#recipe').value.startsWith('name: first')")
+    assert "Newt 5?" in page.until("document.querySelector('#rows').value")
+    page.click(name)
+    ask(page, "Newt 1?", 4)
+    page.until_text(".message.assistant footer", "first:ckpt-step-")
+    go(page, "train")
+    page.click("Cancel", "main")
+    page.until_text("p[role=status]", "cancelled")
 
 
 def test_versions_are_rolled_back_and_tried_on_some(page: Page) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from runtime.batches.manager import BatchManager
 from runtime.engine.state import SCHEMAS
+from runtime.feedback import Feedback, FeedbackStore
 from runtime.files.library import FileLibrary
 from runtime.responses import ResponseStore, StoredResponse
 from runtime.support.database import FILE, Database
@@ -97,6 +98,8 @@ def busy(tmp_path: Path) -> Path:
         await ResponseStore(database, keep_seconds=None, max_responses=9).put(
             StoredResponse(id="r", tenant="", created_at=then, previous_id=None, input=b"[]", response=b"{}")
         )
+        feedback = FeedbackStore(database, keep_seconds=None, max_rows=9, clock=lambda: then)
+        await feedback.add(Feedback(answer_id="a", score=1), "")
         await database.call(lambda c: c.execute("UPDATE files SET created_at = ?", (then,)))
         await database.call(lambda c: c.execute("UPDATE batches SET failed_at = ?", (then,)))
         database.close()
@@ -107,7 +110,7 @@ def busy(tmp_path: Path) -> Path:
 
 def test_the_room_of_files_batches_and_responses(eft: Eft, busy: Path) -> None:
     out = eft("state", "du", "--state-dir", busy).out
-    for line in ("2 files", "1 batches", "1 stored responses, in the database"):
+    for line in ("2 files", "1 batches", "1 stored responses, in the database", "1 rows, in the database"):
         assert line in out
     found = json.loads(eft("state", "du", "--state-dir", busy, "--json").out)
     sizes = [path.stat().st_size for path in (busy / "files").rglob("*") if path.is_file()]
@@ -115,6 +118,7 @@ def test_the_room_of_files_batches_and_responses(eft: Eft, busy: Path) -> None:
     (record,) = busy.glob("batches/*/batch.json")
     assert found["batches"] == {"count": 1, "bytes": record.stat().st_size}
     assert found["responses"] == {"count": 1, "bytes": 4}
+    assert found["feedback"]["count"] == 1
     (busy / FILE).write_bytes(b"no database" * 1000)
     assert json.loads(eft("state", "du", "--state-dir", busy, "--json").out)["responses"] is None
 
@@ -128,6 +132,8 @@ def test_deleting_old_files_batches_and_responses(eft: Eft, busy: Path) -> None:
     assert [*(busy / "batches").iterdir()] == []
     assert eft(*prune, "--keep-responses", "1m", "--dry-run").out == "1 stored responses would be deleted\n"
     assert eft(*prune, "--keep-responses", "1m").out == "1 stored responses deleted\n"
+    assert eft(*prune, "--keep-feedback", "1m", "--dry-run").out == "1 rows of feedback would be deleted\n"
+    assert eft(*prune, "--keep-feedback", "1m").out == "1 rows of feedback deleted\n"
     names = {path.name for path in (busy / "files").iterdir()}
     assert set(eft(*prune, "--keep-files", "1m").out.splitlines()) == {f"{name} deleted" for name in names}
     assert [*(busy / "files").iterdir()] == []

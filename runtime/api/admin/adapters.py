@@ -18,6 +18,7 @@ from runtime.api.http.query import check_names, flag
 from runtime.api.http.record import record_of
 from runtime.api.openai.schema import Intake
 from runtime.errors import InvalidRequest, NotFound
+from runtime.metrics import AdapterTraffic
 from runtime.support.durable import remove, storage_unavailable
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ class VersionView(Struct, kw_only=True):
     metrics: dict[str, Any]
     path: str
     """Folder on the server with its files, in PEFT's format; `GET …/export` gives them."""
+    traffic: AdapterTraffic | None
+    """Requests since it was loaded; null for one that is not in memory."""
     prompt: Prompt | None
     """Prompt format of the training rows; null for a version that was not trained here."""
 
@@ -288,6 +291,7 @@ def _version(library: "AdapterLibrary", record: AdapterRecord, version: Version)
         step=version.step,
         metrics=version.metrics,
         path=str(library.directory(version)),
+        traffic=library.traffic(version),
         prompt=library.card(version).prompt,
     )
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 from litestar import Response, delete, get, post
+from litestar.response import Stream
 
 from runtime.access.limits import Bucket
 from runtime.api.admin.train import detail_of, job_id_of
@@ -35,7 +36,9 @@ from runtime.api.http.query import (
 )
 from runtime.api.http.record import record_of, visible_to
 from runtime.api.http.sse import DONE, Events, EventStream
+from runtime.api.openai.files import file_pieces
 from runtime.errors import NotFound, TooManyRequests
+from runtime.support.durable import storage_unavailable
 from runtime.trainer.jobs.followers import tail
 from runtime.trainer.jobs.manager import JobManager
 from runtime.trainer.jobs.records import STATES
@@ -142,6 +145,34 @@ async def retrieve_job(request: AnyRequest) -> JobDetail:
     """One job, with its plan, files and checkpoints."""
     check_names(request, ())
     return await detail_of(_jobs(request), await job_id_of(request))
+
+
+@get("/admin/jobs/{job_id:str}/recipe", opt={TRAIN: True})
+async def job_recipe(request: AnyRequest) -> Response[bytes]:
+    """The recipe of a job, as it was sent."""
+    jobs, job_id = _jobs(request), await job_id_of(request)
+    check_names(request, ())
+    job, _ = await jobs.store.describe(job_id)
+    return Response(job.recipe, headers={"Content-Type": "application/yaml"})
+
+
+@get("/admin/jobs/{job_id:str}/files/{name:path}", opt={TRAIN: True})
+async def job_file(request: AnyRequest) -> Response[bytes]:
+    """A data file that came with a job's recipe, by its name in `files`; 404 once it was deleted."""
+    jobs, job_id = _jobs(request), await job_id_of(request)
+    check_names(request, ())
+    name = str(request.path_params["name"]).removeprefix("/")
+    file = next((one for one in await jobs.store.files(job_id) if one.name == name), None)
+    if file is None:
+        raise NotFound(f"The job has no file `{name[:100]}`.", code="file_not_found")
+    try:
+        opened = await asyncio.to_thread(open, jobs.directories.uploads(job_id) / file.stored_as, "rb")
+    except FileNotFoundError as error:
+        raise NotFound(f"The file `{name[:100]}` was deleted.", code="file_not_found") from error
+    except OSError as error:
+        raise storage_unavailable("The file cannot be read", error) from error
+    headers = {"Content-Length": str(file.bytes), "X-Content-Type-Options": "nosniff"}
+    return Stream(file_pieces(opened), media_type="application/octet-stream", headers=headers)  # type: ignore[return-value]
 
 
 @get("/admin/jobs/{job_id:str}/events", opt={TRAIN: True})

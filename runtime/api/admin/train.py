@@ -1,6 +1,7 @@
 """POST /admin/train: start a job from a recipe."""
 
 import asyncio
+import functools
 import hashlib
 import os
 import re
@@ -10,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
-from litestar import Request, Response, post
+from litestar import Request, Response, get, post
 from msgspec.structs import replace
 from multipart import parse_options_header
 
@@ -28,6 +29,7 @@ from runtime.files.records import StoredFile
 from runtime.support.durable import create_file, make_directory, storage_unavailable, sync_directory, sync_file
 from runtime.trainer.jobs.manager import JobManager
 from runtime.trainer.jobs.records import JobFile, JobSubmission
+from runtime.trainer.recipe.reference import json_schema
 from settings.schema import Settings
 
 # -- uploads ---------------------------------------------------------------------------------------
@@ -285,6 +287,16 @@ async def train(request: AnyRequest) -> Response[JobDetail | DryRun]:
     location = {"Location": f"/admin/jobs/{job.id}"}
     status = 202 if job.state == "validating" else 201 if created else 200
     return Response(await detail_of(jobs, job.id), status_code=status, headers=location)
+
+
+@get("/admin/train/schema", opt={TRAIN: True})
+async def recipe_schema(request: AnyRequest) -> Response[dict[str, Any]]:
+    """The JSON schema of recipes, for editors."""
+    check_names(request, ())
+    return Response(await asyncio.to_thread(_schema))
+
+
+_schema = functools.cache(json_schema)
 
 
 async def job_id_of(request: AnyRequest) -> str:

@@ -1,5 +1,6 @@
 """Record of one HTTP request: its id, warnings for its sender, counts for the log."""
 
+import time
 import uuid
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +25,8 @@ class RequestRecord:
     """Record of a request: made by `runtime.api.http.observe` before routing, filled by handlers, logged at the end."""
 
     request_id: str
+    started: float = field(default_factory=time.monotonic)
+    """Time at which its headers were there, of the clock `time.monotonic`."""
     tenant: str = ""
     """Label of the API key that was checked; "" if none is required."""
     key: str = ""

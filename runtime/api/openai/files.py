@@ -119,7 +119,7 @@ async def file_content(request: AnyRequest) -> Response[bytes]:
     except OSError as error:
         raise storage_unavailable("The file cannot be read", error) from error
     headers = {"Content-Length": str(file.bytes), "X-Content-Type-Options": "nosniff"}
-    return Stream(_pieces(opened), media_type="application/octet-stream", headers=headers)  # type: ignore[return-value]
+    return Stream(file_pieces(opened), media_type="application/octet-stream", headers=headers)  # type: ignore[return-value]
 
 
 @delete("/v1/files/{file_id:str}", status_code=200)
@@ -211,7 +211,8 @@ def _open(path: Path) -> BinaryIO:
     return open(path, "rb")
 
 
-async def _pieces(file: BinaryIO) -> AsyncGenerator[bytes, None]:
+async def file_pieces(file: BinaryIO) -> AsyncGenerator[bytes, None]:
+    """The content of a file, which is closed afterwards."""
     try:
         while piece := await asyncio.to_thread(file.read, PIECE_BYTES):
             yield piece

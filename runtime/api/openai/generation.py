@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import ExitStack
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Protocol
 
 from litestar import Response
@@ -21,6 +22,10 @@ from runtime.support.event_loop import cancel
 
 if TYPE_CHECKING:
     from runtime.engine.service import EngineService
+
+
+PHASES = ("prepare_ms", "queue_ms", "prefill_ms", "decode_ms")
+"""Phases of a request in the log: reading and tokenising it, waiting, to its first token, to its last."""
 
 
 class Generation:
@@ -67,6 +72,7 @@ class Generation:
             prompt_tokens=usage.prompt_tokens,
             cached_tokens=usage.prompt_tokens_details.cached_tokens,
             completion_tokens=usage.completion_tokens,
+            **_phases(self._latest[0], self._record.started),
         )
 
     def usage_before(self, output: Output) -> Usage:
@@ -176,6 +182,19 @@ def _times(output: Output | None) -> AnswerTimes | UnsetType:
         mean_itl_ms=_ms(whole / (count - 1) if whole and count > 1 else None),
         tokens_per_second=round(count / whole, 2) if whole else None,
     )
+
+
+def _phases(output: Output | None, started: float) -> dict[str, float | None]:
+    """Milliseconds of each phase of a sequence, by the name of its field in the log; `started`: time of the request.
+    Empty for one that was left before its end."""
+    timing = output.timing if output is not None else None
+    if timing is None:
+        return {}
+    times = (started, timing.arrival, timing.scheduled, timing.first_token, timing.last_token)
+    return {
+        name: _ms(None if begin is None or end is None else max(0.0, end - begin))
+        for name, (begin, end) in zip(PHASES, pairwise(times), strict=True)
+    }
 
 
 def _ms(seconds: float | None) -> float | None:

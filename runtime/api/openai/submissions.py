@@ -409,7 +409,7 @@ def take_id(request: Request[Any, Any, Any], given: str | None, served: Served) 
     """The request's record, from here on with the version in the headers of every answer, errors included. An id in the
     body overrides the id of the record."""
     record = record_of(request)
-    record.headers[VERSION_HEADER] = served.label
+    record.headers[VERSION_HEADER] = record.log["model"] = served.label
     if (form := request.headers.get(LOAD_FORMAT_HEADER)) is not None:
         record.load_format = form.strip().upper()
         if record.load_format not in LOAD_FORMATS:

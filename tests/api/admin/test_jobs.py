@@ -203,3 +203,27 @@ async def test_a_job_that_has_not_ended_is_not_deleted(by_hand: World) -> None:
     assert answer.json()["error"]["code"] == "job_state"
     assert (await client.get(f"/admin/jobs/{job_id}")).status_code == 200
     assert (await client.delete(f"/admin/jobs/{job_id}?force=1")).status_code == 400
+
+
+async def test_the_recipe_and_the_files_come_back_as_they_were_sent(world: World) -> None:
+    client = admin(world)
+    recipe, rows = b"name: a\n# of mine\n", b'{"text": "newt"}\n'
+    form = {"recipe": ("r.yaml", recipe), "data/rows.jsonl": ("rows.jsonl", rows)}
+    job_id = (await client.post("/admin/train", files=form)).json()["id"]
+    await world.until(job_id, "succeeded")
+    answer = await client.get(f"/admin/jobs/{job_id}/recipe")
+    assert (answer.content, answer.headers["content-type"]) == (recipe, "application/yaml")
+    (file,) = (await client.get(f"/admin/jobs/{job_id}")).json()["files"]
+    answer = await client.get(f"/admin/jobs/{job_id}/files/{file['name']}")
+    assert (answer.content, answer.headers["content-length"]) == (rows, str(len(rows)))
+    for name in ("other.jsonl", "%2e%2e/%2e%2e/job.json"):
+        missing = await client.get(f"/admin/jobs/{job_id}/files/{name}")
+        assert (missing.status_code, missing.json()["error"]["code"]) == (404, "file_not_found")
+    (next(world.manager.directories.uploads(job_id).iterdir())).unlink()
+    answer = await client.get(f"/admin/jobs/{job_id}/files/{file['name']}")
+    assert "was deleted" in answer.json()["error"]["message"]
+
+
+async def test_the_schema_of_recipes(world: World) -> None:
+    schema = (await admin(world).get("/admin/train/schema")).json()
+    assert schema["$defs"]["Recipe"]["properties"]["lora_r"]["minimum"] == 1

@@ -9,9 +9,10 @@ import pytest
 
 from runtime.api.admin.overview import MAX_SAMPLES, OverviewHistory
 from runtime.api.handle import MAX_RECENT_REQUESTS, ServiceHandle
+from runtime.api.openai.generation import PHASES
 from runtime.messages import RequestTiming
 from settings.schema import Settings
-from tests.api.conftest import client_of
+from tests.api.conftest import RunningServer, client_of
 from tests.api.fakes import FakeService
 
 pytestmark = pytest.mark.anyio
@@ -72,6 +73,17 @@ async def test_those_that_wait_get_each_sample_and_the_end(service: FakeService)
     service.ready = False  # the server drains
     history.take(3.0)
     assert await last is None
+
+
+def test_requests_have_their_version_and_phases(server: RunningServer) -> None:
+    body = {"prompt": "The newt", "max_tokens": 8, "request_id": "phases-of-it"}
+    answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=30)
+    entry = next(one for one in httpx.get(f"{server.url}/admin/requests").json()["data"] if one["id"] == "phases-of-it")
+    details = entry["details"]
+    assert details["model"] == answer.headers["x-eft-adapter-version"]
+    phases = [details[name] for name in PHASES]
+    assert all(phase >= 0 for phase in phases)
+    assert 0 < details["decode_ms"] < sum(phases) <= entry["milliseconds"]
 
 
 async def test_the_endpoint(client: httpx.AsyncClient) -> None:

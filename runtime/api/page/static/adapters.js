@@ -1,7 +1,7 @@
 // Adapters: versions, names, canaries, and what changes them.
 
 import { json, request } from "./api.js";
-import { button, confirmed, field, guarded, h, moment, number, replace } from "./dom.js";
+import { button, confirmed, field, guarded, h, moment, number, replace, seconds } from "./dom.js";
 
 const EXPORTS = { peft: "PEFT (adapter)", merged: "Merged model", gguf: "GGUF (merged)", "gguf-lora": "GGUF (adapter)" };
 
@@ -129,7 +129,7 @@ export function adaptersView(app) {
   }
 
   function versions(one, act) {
-    const headings = ["Version", "Made", "Rank", "From", "Measured", "State", ""];
+    const headings = ["Version", "Made", "Rank", "From", "Measured", "Traffic", "State", ""];
     return h(
       "table",
       {},
@@ -145,8 +145,9 @@ export function adaptersView(app) {
             h("th", { scope: "row" }, each.id),
             h("td", {}, moment(each.created)),
             h("td", {}, each.rank),
-            h("td", { class: "wrap code" }, each.job ? `${each.job}, step ${each.step}` : "upload"),
+            h("td", { class: "wrap" }, origin(each)),
             h("td", { class: "wrap" }, measured.map(([name, value]) => `${name} ${number(value)}`).join(", ")),
+            h("td", { class: "wrap" }, traffic(each.traffic)),
             h(
               "td",
               {},
@@ -169,6 +170,20 @@ export function adaptersView(app) {
         }),
       ),
     );
+  }
+
+  /** Where a version came from: its job, and what its files are. */
+  function origin(version) {
+    const digest = h("span", { class: "code", title: `SHA-256 ${version.sha256}` }, version.sha256.slice(0, 12));
+    if (!version.job) return h("span", {}, "upload, ", digest);
+    return h("span", {}, button(version.job, () => app.showJob(version.job), { class: "link code" }), `, step ${version.step}, `, digest);
+  }
+
+  function traffic(found) {
+    if (!found) return h("span", { class: "quiet" }, "not in memory");
+    if (!found.requests) return "no requests";
+    const first = found.first_token_p50 === null ? "" : `; first token ${seconds(found.first_token_p50)}, 95% within ${seconds(found.first_token_p95)}`;
+    return `${number(found.requests)} requests, ${number(found.generated_tokens)} tokens${first}`;
   }
 
   async function download(source, name, format) {

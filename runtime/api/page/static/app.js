@@ -28,6 +28,16 @@ const app = {
     view("chat").use(model);
     location.hash = "chat";
   },
+  /** Show the training of this job. */
+  showJob(id) {
+    location.hash = "train";
+    view("train").showJob(id);
+  },
+  /** Start from this job's recipe and data. */
+  clone(job) {
+    location.hash = "train";
+    view("train").clone(job);
+  },
 };
 
 /** The view of this name, made at its first use. It stays, hidden or not, with what runs in it. */

@@ -1,9 +1,14 @@
 // Chats with one or two models on the same prompt.
 
-import { baseUrl, events, hasKey, json, models, request } from "./api.js";
+import { events, json, models, request } from "./api.js";
 import { announce, button, field, h, number, replace, seconds } from "./dom.js";
+import { feedbackRow } from "./feedback.js";
+import { asCurl, asPython } from "./snippets.js";
 
 const TOP_LOGPROBS = 5;
+const SCHEMA_HINT = '{"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}';
+const TOOL_CHOICES = { auto: "When the model wants", required: "Always", none: "Never" };
+const TOOLS_HINT = '[{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}}]';
 
 export function chatView() {
   const names = h("datalist", { id: "models" });
@@ -27,7 +32,11 @@ export function chatView() {
   const sendButton = button("Send", () => (running ? running.abort() : submit()), { class: "primary" });
   const again = button("Regenerate", () => regenerate(), { disabled: true });
   const clear = button("New chat", () => reset());
-  const curl = button("Copy as curl", () => copyCurl());
+  const curl = button("Copy as curl", () => copy(curl, asCurl));
+  const python = button("Copy as Python", () => copy(python, asPython));
+  const schema = h("textarea", { rows: 4, class: "code", spellcheck: "false", placeholder: SCHEMA_HINT });
+  const toolChoice = h("select", {}, Object.entries(TOOL_CHOICES).map(([value, text]) => h("option", { value }, text)));
+  const tools = h("textarea", { rows: 4, class: "code", spellcheck: "false", placeholder: TOOLS_HINT });
   const second = h("input", { type: "checkbox", onchange: () => setColumns(second.checked ? 2 : 1) });
   const trouble = h("p", { class: "error", role: "alert" });
   const area = h("div", { class: "columns" });
@@ -49,6 +58,7 @@ export function chatView() {
         again,
         clear,
         curl,
+        python,
         h("label", { class: "inline" }, second, "Compare two models"),
       ),
       trouble,
@@ -64,6 +74,8 @@ export function chatView() {
           field("Stop at", stops),
         ),
         h("label", { class: "inline" }, probabilities, "Show the probability of each token"),
+        h("div", { class: "columns" }, field("JSON schema of the answer", schema, { class: "column" }), field("Tools, as a JSON list", tools, { class: "column" })),
+        h("div", { class: "fields" }, field("Call tools", toolChoice)),
       ),
     ),
   );
@@ -157,12 +169,12 @@ export function chatView() {
     await answer();
   }
 
-  async function answer() {
+  async function answer(asked = columns) {
     running = new AbortController();
     sendButton.textContent = "Stop";
     again.disabled = true;
     trouble.textContent = "";
-    await Promise.all(columns.map((column) => stream(column, running.signal)));
+    await Promise.all(asked.map((column) => stream(column, running.signal)));
     running = null;
     sendButton.textContent = "Send";
     again.disabled = false;
@@ -176,6 +188,29 @@ export function chatView() {
     return found;
   }
 
+  /** What a text area holds as JSON; undefined where it is empty. */
+  function parsed(area, what) {
+    if (!area.value.trim()) return undefined;
+    try {
+      return JSON.parse(area.value);
+    } catch (error) {
+      throw new Error(`${what}: ${error.message}`, { cause: error });
+    }
+  }
+
+  /** Fields of a chat for the answer's schema and the tools. */
+  function forms() {
+    const [shape, functions] = [parsed(schema, "JSON schema"), parsed(tools, "Tools")];
+    const found = {};
+    if (shape !== undefined) found.response_format = { type: "json_schema", json_schema: { name: "answer", schema: shape } };
+    if (functions !== undefined) Object.assign(found, { tools: functions, tool_choice: toolChoice.value });
+    return found;
+  }
+
+  /** Messages as the API takes them. */
+  const plain = (messages) =>
+    messages.filter((message) => !message.failed).map(({ role, content, tool_calls, tool_call_id }) => ({ role, content, tool_calls, tool_call_id }));
+
   /** The path and the body of a column's request. Adapters trained on texts are asked as texts, in their format. */
   async function requestOf(column) {
     const model = column.model.value.trim() || base || undefined; // without one, the server takes its base model
@@ -187,7 +222,8 @@ export function chatView() {
       return ["v1/completions", { ...body, prompt: await asText(model, last) }];
     }
     if (probabilities.checked) Object.assign(body, { logprobs: true, top_logprobs: TOP_LOGPROBS });
-    const messages = column.messages.filter((message) => !message.failed).map(({ role, content }) => ({ role, content }));
+    Object.assign(body, forms());
+    const messages = plain(column.messages);
     if (system.value.trim()) messages.unshift({ role: "system", content: system.value });
     return ["v1/chat/completions", { ...body, messages }];
   }
@@ -211,16 +247,19 @@ export function chatView() {
     column.transcript.append(box);
     const began = performance.now();
     const message = { role: "assistant", content: "", failed: false };
-    let [first, usage, reason, thoughts] = [null, null, null, null];
+    let [first, usage, reason, thoughts, id, version, sent] = [null, null, null, null, null, null, []];
+    const calls = [];
     try {
       const [path, body] = await requestOf(column);
+      sent = body.messages ?? [{ role: "user", content: body.prompt }];
       const response = await request(path, { json: body, signal });
-      const version = response.headers.get("x-eft-adapter-version");
+      version = response.headers.get("x-eft-adapter-version");
       for await (const { data } of events(response)) {
         if (data === "[DONE]") break;
         const chunk = JSON.parse(data);
         if (chunk.error) throw new Error(chunk.error.message);
         usage = chunk.usage ?? usage;
+        id ??= chunk.id;
         const choice = chunk.choices[0];
         if (!choice) continue;
         reason = choice.finish_reason ?? reason;
@@ -230,7 +269,9 @@ export function chatView() {
           thoughts ??= box.insertBefore(h("div", { class: "thoughts" }), text);
           thoughts.append(thought);
         }
-        if (piece || thought) first ??= performance.now() - began;
+        for (const part of choice.delta?.tool_calls ?? []) takeCall(calls, part);
+        if (calls.length) showCalls(box, calls);
+        if (piece || thought || calls.length) first ??= performance.now() - began;
         message.content += piece;
         if (choice.logprobs && probabilities.checked) text.append(...tokens(choice.logprobs));
         else text.append(piece);
@@ -242,7 +283,48 @@ export function chatView() {
       footer.textContent = error.name === "AbortError" ? "stopped" : "";
       if (error.name !== "AbortError") box.append(h("p", { class: "error", role: "alert" }, error.message));
     }
+    if (calls.length) message.tool_calls = calls;
     column.messages.push(message);
+    if (calls.length) answerCalls(column, box, calls);
+    if (id !== null && message.content) {
+      box.append(
+        feedbackRow({ id, model: version, text: message.content, messages: sent }, (correction) => {
+          message.content = correction;
+          text.replaceChildren(correction);
+        }),
+      );
+    }
+  }
+
+  /** Add a piece of a tool call to the calls so far. */
+  function takeCall(calls, { index, id, function: piece }) {
+    calls[index] ??= { id, type: "function", function: { name: "", arguments: "" } };
+    calls[index].function.name += piece?.name ?? "";
+    calls[index].function.arguments += piece?.arguments ?? "";
+  }
+
+  function showCalls(box, calls) {
+    const shown = calls.map((call) => h("div", { class: "code" }, `${call.function.name}(${call.function.arguments})`));
+    const old = box.querySelector(".calls");
+    const place = h("div", { class: "calls" }, shown);
+    if (old) old.replaceWith(place);
+    else box.insertBefore(place, box.querySelector("footer"));
+  }
+
+  /** A form for what the tools gave; sending it continues the chat. */
+  function answerCalls(column, box, calls) {
+    const results = calls.map((call) => h("input", { autocomplete: "off" }));
+    const send = button("Send results", async () => {
+      if (running) return;
+      send.disabled = true;
+      calls.forEach((call, index) => {
+        const message = { role: "tool", tool_call_id: call.id, content: results[index].value };
+        column.messages.push(message);
+        column.transcript.append(bubble(message));
+      });
+      await answer([column]);
+    });
+    box.append(h("div", { class: "row end" }, calls.map((call, index) => field(`Result of ${call.function.name}`, results[index], { class: "grow" })), send));
   }
 
   function summary(usage, first, all, reason, version) {
@@ -274,21 +356,22 @@ export function chatView() {
     });
   }
 
-  async function copyCurl() {
-    const [path, body] = await requestOf(columns[0]);
-    if (body.messages && !body.messages.some((message) => message.role === "user")) {
-      body.messages.push({ role: "user", content: prompt.value || "Hello" });
-    }
-    const quoted = JSON.stringify(body, null, 1).replaceAll("'", String.raw`'\''`);
-    const auth = hasKey() ? ` -H "Authorization: Bearer $EFT_API_KEY"` : "";
-    const text = `curl -N '${baseUrl()}/${path}' -H 'Content-Type: application/json'${auth} -d '${quoted}'`;
+  async function copy(source, write) {
+    trouble.textContent = "";
+    let text;
     try {
+      const [path, body] = await requestOf(columns[0]);
+      if (body.messages && !body.messages.some((message) => message.role === "user")) {
+        body.messages.push({ role: "user", content: prompt.value || "Hello" });
+      }
+      text = write(path, body);
       await navigator.clipboard.writeText(text);
       announce("Copied.");
-      curl.textContent = "Copied";
-      setTimeout(() => (curl.textContent = "Copy as curl"), 1500);
-    } catch {
-      trouble.textContent = text;
+      const label = source.textContent;
+      source.textContent = "Copied";
+      setTimeout(() => (source.textContent = label), 1500);
+    } catch (error) {
+      trouble.textContent = text ?? error.message;
     }
   }
 

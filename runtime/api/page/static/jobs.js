@@ -26,6 +26,7 @@ export function jobsPanel(app) {
   const state = h("p", { role: "status" });
   const bar = h("progress", { max: 1, "aria-label": "Progress" });
   const actions = h("div", { class: "row" });
+  const checkpoints = h("details", { hidden: true });
   const log = h("pre", { class: "log", tabindex: 0, role: "log", "aria-label": "Log of the job" });
   const detail = h(
     "div",
@@ -34,6 +35,7 @@ export function jobsPanel(app) {
     state,
     bar,
     actions,
+    checkpoints,
     h("div", { class: "grid" }, loss.element, rate.element),
     h("h3", {}, "Log"),
     log,
@@ -150,8 +152,22 @@ export function jobsPanel(app) {
       !ENDED.includes(job.status) && ["queued", "running"].includes(job.status) && post("Pause", "pause"),
       job.status === "paused" && post("Resume", "resume"),
       !ENDED.includes(job.status) && post("Cancel", "cancel", { class: "danger" }),
+      button("Clone", () => app.clone(job)),
       ENDED.includes(job.status) && remove,
     );
+    showCheckpoints(job);
+  }
+
+  /** Checkpoints; those of a job that runs can be chatted with. */
+  function showCheckpoints(job) {
+    const answers = job.status === "running" && job.name;
+    const one = ({ step, best }) => {
+      const label = `step ${step}${best ? ", the best" : ""}`;
+      const name = `${job.name}:ckpt-step-${step}`;
+      return h("li", {}, answers ? button(`Chat with ${label}`, () => app.chatWith(name), { class: "link" }) : label);
+    };
+    checkpoints.hidden = !job.checkpoints.length;
+    replace(checkpoints, h("summary", {}, `Checkpoints (${job.checkpoints.length})`), h("ul", { class: "problems" }, job.checkpoints.map(one)));
   }
 
   async function change(source, path, method) {

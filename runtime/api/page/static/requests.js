@@ -1,18 +1,24 @@
-// The last requests: names, numbers and times.
+// The last requests: names, numbers, and where their time went.
 
 import { json } from "./api.js";
-import { button, clock, guarded, h, replace, seconds } from "./dom.js";
+import { button, clock, field, guarded, h, replace, seconds } from "./dom.js";
+
+const PHASES = { prepare_ms: "read", queue_ms: "wait", prefill_ms: "prompt", decode_ms: "answer" };
+const OTHER = "rest";
 
 export function requestsView() {
+  let entries = [];
   const trouble = h("p", { class: "error", role: "alert" });
   const rows = h("tbody");
   const refresh = button("Refresh", load);
-  const headings = ["Time", "Request", "Status", "Duration", "Tokens", "Key", "Id"];
+  const wanted = h("input", { type: "search", placeholder: "model, route, key, id, status" });
+  const headings = ["Time", "Request", "Status", "Duration", "Phases", "Tokens", "Model", "Key", "Id"];
+  const legend = [...Object.values(PHASES), OTHER].map((name, index) => h("span", { class: `key s${index + 1}` }, h("span", {}, name)));
   const element = h(
     "section",
     { "aria-labelledby": "requests-title" },
-    h("div", { class: "row" }, h("h2", { id: "requests-title", class: "grow" }, "Requests"), refresh),
-    h("p", { class: "quiet" }, "The last 300 that have ended, without their texts."),
+    h("div", { class: "row end" }, h("h2", { id: "requests-title", class: "grow" }, "Requests"), field("Find", wanted), refresh),
+    h("p", { class: "quiet" }, "The last 300 that have ended, without their texts. Phases: ", legend),
     trouble,
     h(
       "div",
@@ -20,16 +26,23 @@ export function requestsView() {
       h("table", {}, h("thead", {}, h("tr", {}, headings.map((text) => h("th", { scope: "col" }, text)))), rows),
     ),
   );
+  wanted.addEventListener("input", list);
 
   async function load() {
     await guarded(refresh, trouble, async () => {
-      const { data } = await json("admin/requests");
-      replace(rows, data.map(row));
+      entries = (await json("admin/requests")).data;
+      list();
     });
   }
 
+  function list() {
+    const words = wanted.value.trim().toLowerCase().split(/\s+/);
+    const text = (one) => [one.handler, one.method, one.status, one.key, one.id, one.details.model, one.details.error_code].join(" ").toLowerCase();
+    replace(rows, entries.filter((one) => words.every((word) => text(one).includes(word))).map(row));
+  }
+
   function row(one) {
-    const { prompt_tokens: prompt, completion_tokens: completion, error_code: code } = one.details;
+    const { prompt_tokens: prompt, completion_tokens: completion, error_code: code, model } = one.details;
     const status = h("span", { class: `chip ${one.status < 400 ? "good" : "bad"}` }, code ? `${one.status} ${code}` : one.status);
     return h(
       "tr",
@@ -38,10 +51,29 @@ export function requestsView() {
       h("td", { class: "wrap code" }, `${one.method} ${one.handler}`),
       h("td", {}, status),
       h("td", {}, seconds(one.milliseconds / 1000)),
+      h("td", {}, waterfall(one)),
       h("td", {}, prompt === undefined ? "" : `${prompt} → ${completion ?? 0}`),
+      h("td", { class: "wrap code" }, model ?? ""),
       h("td", {}, one.key),
       h("td", { class: "wrap code" }, one.id),
     );
+  }
+
+  /** A bar with the phases one after another, and the same in words. */
+  function waterfall(one) {
+    const known = Object.entries(PHASES).map(([name, label]) => [label, one.details[name] ?? 0]);
+    const spent = known.reduce((sum, [, ms]) => sum + ms, 0);
+    if (!spent) return "";
+    const parts = [...known, [OTHER, Math.max(0, one.milliseconds - spent)]];
+    const total = Math.max(spent, one.milliseconds);
+    const words = parts.filter(([, ms]) => ms > 0).map(([label, ms]) => `${label} ${seconds(ms / 1000)}`).join(", ");
+    const bar = h("div", { class: "waterfall", role: "img", "aria-label": words, title: words });
+    parts.forEach(([, ms], index) => {
+      const part = h("span", { class: `s${index + 1}` });
+      part.style.flexBasis = `${(100 * ms) / total}%`;
+      bar.append(part);
+    });
+    return bar;
   }
 
   return { element, entered: load };

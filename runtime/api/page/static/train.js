@@ -1,6 +1,7 @@
 // A recipe and its data: examples, the editor, the server's dry run while one types, the plan, and the start.
 
-import { json } from "./api.js";
+import { json, request } from "./api.js";
+import { completion } from "./complete.js";
 import { announce, bytes, button, field, guarded, h, number, replace, seconds } from "./dom.js";
 import { jobsPanel } from "./jobs.js";
 
@@ -36,6 +37,7 @@ export function trainView(app) {
   const gutter = h("div", { class: "gutter code", "aria-hidden": "true" });
   const recipe = h("textarea", { class: "code", spellcheck: "false", autocapitalize: "off", "aria-describedby": "problems" });
   recipe.id = "recipe";
+  const offers = completion(recipe);
   const state = h("span", { class: "chip" }, "not checked");
   const problems = h("ul", { class: "problems", id: "problems", "aria-live": "polite" });
   const plan = h("div", { class: "panel", hidden: true });
@@ -63,6 +65,7 @@ export function trainView(app) {
         { class: "panel column" },
         h("div", { class: "row" }, h("label", { for: "recipe", class: "grow" }, "Recipe"), state),
         h("div", { class: "editor" }, gutter, recipe),
+        offers,
         problems,
         h("div", { class: "row" }, start),
       ),
@@ -260,6 +263,30 @@ export function trainView(app) {
     });
   }
 
+  /** Start from a job's recipe and the files that came with it. */
+  async function clone(job) {
+    await guarded(null, trouble, async () => {
+      const path = (rest) => `admin/jobs/${job.id}/${rest}`;
+      const text = await (await request(path("recipe"))).text();
+      const sent = await Promise.all(
+        job.files.map(async ({ name }) => {
+          const response = await request(path(`files/${name.split("/").map(encodeURIComponent).join("/")}`));
+          return [name, await response.blob()];
+        }),
+      );
+      files.clear();
+      for (const [name, content] of sent) files.set(name, content);
+      recipe.value = text;
+      const [first] = sent.find(([name, content]) => content.size < MAX_EDITED && !name.endsWith(".parquet")) ?? [];
+      if (first === undefined) editFile(OWN_FILE);
+      else await editUpload(first);
+      changed();
+      element.scrollIntoView({ block: "start" });
+      recipe.focus();
+      announce("The recipe and its data are in the editor.");
+    });
+  }
+
   load("own");
-  return { element, entered: jobs.entered, left: jobs.left };
+  return { element, entered: jobs.entered, left: jobs.left, clone, showJob: jobs.choose };
 }
