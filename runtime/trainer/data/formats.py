@@ -20,7 +20,7 @@ from runtime.trainer.data.instructions import (
 from runtime.trainer.data.messages import Chat, ChatRows, Seen
 from runtime.trainer.data.turns import ChatEncoder
 from runtime.trainer.recipe import Dataset, Recipe
-from runtime.trainer.recipe.schema import UserType
+from runtime.trainer.recipe.dataset import UserType
 
 # -- texts -----------------------------------------------------------------------------------------
 #

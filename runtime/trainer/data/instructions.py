@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from runtime.trainer.data.example import RowProblem
-from runtime.trainer.recipe.schema import UserType
+from runtime.trainer.recipe.dataset import UserType
 
 ReadRow = Mapping[str, Any]
 

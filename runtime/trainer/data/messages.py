@@ -10,7 +10,7 @@ import msgspec
 
 from runtime.trainer.data.example import RowProblem
 from runtime.trainer.data.instructions import fields_of
-from runtime.trainer.recipe.schema import Dataset
+from runtime.trainer.recipe.dataset import Dataset
 from runtime.trainer.recipe.types import ROLES, role_names
 
 # -- parts -----------------------------------------------------------------------------------------

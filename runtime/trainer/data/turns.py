@@ -14,7 +14,7 @@ from runtime.text.tokenizer import Tokenizer
 from runtime.text.tool_prompt import shown_call, shown_tool
 from runtime.trainer.data.example import Example, RowProblem
 from runtime.trainer.data.messages import Span, text_of
-from runtime.trainer.recipe.schema import Eos
+from runtime.trainer.recipe.dataset import Eos
 
 # -- spans -----------------------------------------------------------------------------------------
 #

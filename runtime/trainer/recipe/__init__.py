@@ -1,9 +1,10 @@
 """Recipes: one YAML file a fine-tuning job, with Axolotl's key names."""
 
+from runtime.trainer.recipe.dataset import Dataset
 from runtime.trainer.recipe.document import Document, Problem, RecipeError
 from runtime.trainer.recipe.load import check_base_model, load_recipe, recipe_from
 from runtime.trainer.recipe.publish import Publish
-from runtime.trainer.recipe.schema import Dataset, OptimizerFamily, Recipe
+from runtime.trainer.recipe.schema import OptimizerFamily, Recipe
 from runtime.trainer.recipe.types import adapter_name
 
 __all__ = [

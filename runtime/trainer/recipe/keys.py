@@ -9,7 +9,8 @@ from typing import Any
 
 from msgspec import Struct
 
-from runtime.trainer.recipe.schema import Dataset, Recipe
+from runtime.trainer.recipe.dataset import Dataset
+from runtime.trainer.recipe.schema import Recipe
 
 OFF: tuple[Any, ...] = (None, False, [], {}, "")
 

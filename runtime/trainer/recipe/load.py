@@ -10,12 +10,13 @@ from msgspec import NODEFAULT, Struct
 from runtime.adapters.store import name_problem
 from runtime.errors import InvalidRequest, ModelNotFound
 from runtime.trainer.recipe import types
+from runtime.trainer.recipe.dataset import Dataset, UserType
 from runtime.trainer.recipe.document import Document, Problem, RecipeError, read_document
 from runtime.trainer.recipe.keys import DATASET_NOTED, DATASET_REFUSED, DECISIVE, NOTED, REFUSED, Refused, is_off
 from runtime.trainer.recipe.legacy import modernise
 from runtime.trainer.recipe.optimization import schedule_problems, take_unbuilt_optimizer
 from runtime.trainer.recipe.preference import flatten_types, preference_problems, take_unbuilt
-from runtime.trainer.recipe.schema import Dataset, Recipe, UserType
+from runtime.trainer.recipe.schema import Recipe
 from runtime.trainer.recipe.types import ROLES, role_names, unknown_roles
 from runtime.trainer.recipe.verdicts import notes_of
 from settings import suggest

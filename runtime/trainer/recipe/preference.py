@@ -3,8 +3,9 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from runtime.trainer.recipe.dataset import Dataset
 from runtime.trainer.recipe.keys import is_off
-from runtime.trainer.recipe.schema import Dataset, Recipe
+from runtime.trainer.recipe.schema import Recipe
 
 GENERATES = ("grpo", "gdpo", "ebft")
 """Methods of Axolotl's under which the model writes the answers that it is trained on."""

@@ -7,9 +7,10 @@ from typing import Any, TypeVar, get_args, get_type_hints
 import msgspec
 from msgspec import NODEFAULT, Meta, Struct
 
+from runtime.trainer.recipe.dataset import Dataset
 from runtime.trainer.recipe.keys import DATASET_NOTED, DATASET_REFUSED, NOTED, REFUSED
 from runtime.trainer.recipe.legacy import READ_AS
-from runtime.trainer.recipe.schema import Dataset, Recipe
+from runtime.trainer.recipe.schema import Recipe
 from runtime.trainer.recipe.types import describe
 
 T = TypeVar("T")

@@ -5,9 +5,10 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from msgspec import Meta, Struct
 
+from runtime.trainer.recipe.dataset import Dataset
 from runtime.trainer.recipe.keys import DATASET_NOTED, DATASET_REFUSED, NOTED, REFUSED, Refused, is_off
 from runtime.trainer.recipe.legacy import READ_AS
-from runtime.trainer.recipe.schema import Dataset, Recipe
+from runtime.trainer.recipe.schema import Recipe
 from runtime.trainer.recipe.types import describe
 from settings import suggest
 

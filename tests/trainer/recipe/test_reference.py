@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 
+from runtime.trainer.recipe.dataset import Dataset
 from runtime.trainer.recipe.document import read_document
 from runtime.trainer.recipe.keys import NOTED, REFUSED
 from runtime.trainer.recipe.reference import json_schema, reference
-from runtime.trainer.recipe.schema import Dataset, Recipe
+from runtime.trainer.recipe.schema import Recipe
 from runtime.trainer.recipe.verdicts import explain, nearest_key, verdicts
 
 ROOT = Path(__file__).parent.parent.parent.parent
