@@ -2,13 +2,15 @@
 
 from dataclasses import dataclass, fields, is_dataclass
 from hashlib import blake2b
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from runtime.model.decoder import Decoder
 from runtime.model.families.family import Family
 from runtime.model.model import Model
+from runtime.model.spec import DecoderSpec
+from runtime.model.vocabulary import VocabularyBase
 
 
 @dataclass(frozen=True)
@@ -25,44 +27,6 @@ class Target:
 
 
 @dataclass(frozen=True)
-class VocabularyBase:
-    """Embedding and head of a base model, [size, hidden] each."""
-
-    embedding: str
-    """Full name, as PEFT writes it: `model.embed_tokens`."""
-    head: str
-    tied: bool
-    """True where the head is the embedding."""
-    size: int
-    hidden_size: int
-    bytes_per_value: int
-    """Bytes in which a value is served."""
-
-    @classmethod
-    def of(cls, decoder: Decoder, family: type[Family]) -> "VocabularyBase":
-        spec = decoder.spec
-        return cls(*family.vocabulary(), spec.tied, spec.vocab_size, spec.hidden_size, decoder.dtype.itemsize)
-
-    def named(self, name: str) -> Literal["embedding", "head"] | None:
-        """The matrix that a name means, in full or from a dot on; None for another module's."""
-        for full, kind in ((self.embedding, "embedding"), (self.head, "head")):
-            if full == name or full.endswith(f".{name}"):
-                return kind  # type: ignore[return-value]
-        return None
-
-    def full_name(self, kind: str) -> str:
-        return self.embedding if kind == "embedding" else self.head
-
-    def bytes_of(self, rows: int) -> int:
-        """Bytes of this number of rows as they are served."""
-        return rows * self.hidden_size * self.bytes_per_value
-
-    def file_bytes(self, served: int) -> int:
-        """Most bytes of a file with rows that take `served` bytes: PEFT may write float32, and three copies."""
-        return 3 * served * 4 // self.bytes_per_value
-
-
-@dataclass(frozen=True)
 class LoraBase:
     """One base model, as adapters need it."""
 
@@ -74,7 +38,7 @@ class LoraBase:
     num_layers: int
     targets: dict[str, Target]
     """Name within a layer, such as `self_attn.q_proj` → the linear."""
-    vocabulary: "VocabularyBase | None" = None
+    vocabulary: VocabularyBase | None = None
     """Embedding and head; None where adapters may not bring rows of them."""
 
     @classmethod
@@ -92,7 +56,7 @@ class LoraBase:
             parts = list(linear.parts)
             start = sum(linear.parts[before] for before in parts[: parts.index(part)])
             targets[module] = Target(linear_name, part, start, linear.in_features, linear.parts[part])
-        vocabulary = VocabularyBase.of(decoder, family)
+        vocabulary = vocabulary_base(decoder.spec, family, bytes_per_value=decoder.dtype.itemsize)
         return cls(name, fingerprint, family.layers(), decoder.spec.num_layers, targets, vocabulary)
 
     def module(self, layer: int, linear: str, part: str) -> str:
@@ -109,6 +73,11 @@ class LoraBase:
     def widest(self) -> int:
         """in + out of all linears of all layers: the size of a rank-1 adapter of everything."""
         return self.num_layers * sum(t.in_features + t.out_features for t in self.targets.values())
+
+
+def vocabulary_base(spec: DecoderSpec, family: type[Family], *, bytes_per_value: int) -> VocabularyBase:
+    """Embedding and head of a decoder of the architecture `family`."""
+    return VocabularyBase(*family.vocabulary(), spec.tied, spec.vocab_size, spec.hidden_size, bytes_per_value)
 
 
 def fingerprint(decoder: Model) -> str:

@@ -1,7 +1,7 @@
 """Rows of the embedding and of the head that an adapter has in place of the base model's, or beyond them.
 
-PEFT writes single rows as `trainable_token_indices`, and whole copies as `modules_to_save`: here a whole copy is rows for
-every id.
+PEFT writes single rows as `trainable_token_indices`, and whole copies as `modules_to_save`: here a whole copy is rows
+for every id.
 """
 
 from collections.abc import Callable

@@ -17,9 +17,10 @@ from runtime.model.lora import Adaptation, Adapter, LoraLayers, LoraPart, LoraSh
 from runtime.model.model import Model
 from runtime.model.split import Split
 from runtime.model.token_rows import Embed, embed_with
+from runtime.model.vocabulary import RowTargets
 from runtime.trainer.dropout import dropout_mask
 from runtime.trainer.shards import Held, Shards
-from runtime.trainer.token_rows import RowTargets, TrainableVocabulary, rows_of
+from runtime.trainer.token_rows import TrainableVocabulary, rows_of
 
 Targets = Mapping[tuple[int, str], Sequence[str]]
 """(layer index, linear name) → the linear's parts that are trained, in the linear's own order."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from runtime.events import CancelledEvent, FailedEvent, RunEvent
 from runtime.model.lora import Adapter, LoraShape
+from runtime.model.vocabulary import RowTargets
 from runtime.support.logs import get_logger
 from runtime.support.memory import give_back_memory
 from runtime.trainer.batches import ExampleFeed
@@ -27,7 +28,6 @@ from runtime.trainer.schedule import Schedule, rate_factor
 from runtime.trainer.share import TrainingShare
 from runtime.trainer.slices import Pacer, Slices
 from runtime.trainer.snapshot import Restored, Snapshot
-from runtime.trainer.token_rows import RowTargets
 
 # -- input -----------------------------------------------------------------------------------------
 #
@@ -83,7 +83,7 @@ class RunSpec:
     """Steps of the optimiser that the recipe comes to with its data."""
     targets: Targets = field(repr=False)
     loss: LossSpec = LossSpec()
-    rows: RowTargets = RowTargets()
+    rows: RowTargets = field(default_factory=RowTargets, repr=False)
     """Rows of embedding and head that are trained."""
 
     @property

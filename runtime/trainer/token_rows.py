@@ -5,7 +5,6 @@ new tokens begin near the mean of all rows. The rows are alike on all ranks, and
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,45 +14,12 @@ from runtime.model.layers import Parameter
 from runtime.model.lora import Adaptation
 from runtime.model.model import Model
 from runtime.model.token_rows import Embed, TokenRows, VocabularyRows, embed_with
+from runtime.model.vocabulary import RowTargets
 
 NOISE = 0.02
 """Spread of the rows of new tokens, in the spread of all rows: without it they would begin alike."""
 ROWS_AT_ONCE = 4096
 """Rows of a matrix in floating point that are in memory together."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RowTargets:
-    """The rows that a recipe trains."""
-
-    embedding: tuple[int, ...] = ()
-    """Ids, ascending."""
-    head: tuple[int, ...] = ()
-    copies: tuple[str, ...] = ()
-    """Of embedding and head those that are trained whole."""
-    size: int = 0
-    """Number of ids, those of new tokens included: rows of whole copies."""
-    fresh: tuple[int, ...] = ()
-    """Ids of new tokens, ascending: their rows do not begin as the base's."""
-    tied: bool = False
-    """The head has the embedding's rows."""
-
-    def ids(self, kind: str) -> tuple[int, ...]:
-        """Ids of the trained rows of the embedding or the head; empty where none are."""
-        if kind in self.copies:
-            return tuple(range(self.size))
-        return self.embedding if kind == "embedding" else self.head
-
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """The matrices with parameters of their own."""
-        kinds = ("embedding",) if self.tied else ("embedding", "head")
-        return tuple(kind for kind in kinds if self.ids(kind))
-
-    @property
-    def rows(self) -> int:
-        """Number of trained rows."""
-        return sum(len(self.ids(kind)) for kind in self.kinds)
 
 
 class TrainableVocabulary:

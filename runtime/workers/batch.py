@@ -58,8 +58,8 @@ def build_batch(
     (int64), `adapters` the keys of the slots that are not for the base. Slots in `pooled` sample nothing.
 
     Rows of one token come first, by context length, so that rows that decode together lie together. Raises
-    `TokenOutOfRange` for an id beyond `vocab_size`, or beyond what `extended` says for its slot: kernels that read quantised embeddings trust ids, and a device
-    that checks them is lost to the process.
+    `TokenOutOfRange` for an id beyond `vocab_size`, or beyond the number that `extended` has for its slot: kernels that
+    read quantised embeddings trust ids, and a device that checks them is lost to the process.
     """
     rows = sorted(rows, key=lambda row: (row.count > 1, row.start if row.count == 1 else 0))
     token_ids: list[int] = []

@@ -1,7 +1,7 @@
 """Rows of embedding and head against PEFT: `trainable_token_indices`, `modules_to_save`, resized embeddings.
 
-The same logits from the files that PEFT writes, its logits from the files that we write, and in training the same losses
-and gradients.
+The same logits from the files that PEFT writes, its logits from the files that we write, and in training the same
+losses and gradients.
 """
 
 from pathlib import Path
@@ -17,11 +17,11 @@ from runtime.model.decoder import Decoder
 from runtime.model.families.family import Family
 from runtime.model.lora import LoraShape
 from runtime.model.lora_base import LoraBase
+from runtime.model.vocabulary import RowTargets
 from runtime.trainer.data.example import Example
 from runtime.trainer.lora import TrainableLora, adapter_of
 from runtime.trainer.microbatch import collate
 from runtime.trainer.step import MicroStep
-from runtime.trainer.token_rows import RowTargets
 from tests.parity.adapted import our_logits
 from tests.parity.families import CASES, SHAPE, make_model
 from tests.parity.gradients import drive

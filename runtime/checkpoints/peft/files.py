@@ -82,7 +82,7 @@ def _read(directory: Path, name: str, limit: int) -> bytes:
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _HEADER = 4 << 20
 """Generous limit for names and shapes in the file, in bytes."""
-MAX_VOCABULARY_FILE = 1 << 40
+MAX_VOCABULARY_FILE = 1 << 38
 """Largest size of rows of embedding and head in a file that was checked before, in bytes."""
 
 Module = tuple[int, str]

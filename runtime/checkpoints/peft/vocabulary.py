@@ -1,8 +1,8 @@
 """Rows of embedding and head in PEFT's files: `trainable_token_indices`, `modules_to_save`, and resized embeddings.
 
 PEFT names what it has trained of a module `token_adapter.trainable_tokens_delta` (rows by the indices of the
-configuration) or plainly `weight` (a whole copy). For a base whose embedding was resized, it writes the whole matrices as
-well, under one of several names.
+configuration) or plainly `weight` (a whole copy). For a base whose embedding was resized, it writes the whole matrices
+as well, under one of several names.
 """
 
 from collections.abc import Sequence
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from runtime.checkpoints.peft.config import CONFIG, MAX_KEYS, WEIGHTS, AdapterConfig, AdapterInvalid
-from runtime.model.lora_base import LoraBase, VocabularyBase
+from runtime.model.lora_base import LoraBase
 from runtime.model.token_rows import TokenRows, VocabularyRows
+from runtime.model.vocabulary import VocabularyBase
 
 _DELTA = "token_adapter.trainable_tokens_delta"
 _WHOLE = ("weight", "modules_to_save.weight", "token_adapter.base_layer.weight", "base_layer.weight")
@@ -54,8 +55,8 @@ def _indices(config: AdapterConfig, base: LoraBase) -> dict[str, list[int]]:
         return {}
     if base.vocabulary is None:
         raise AdapterInvalid(
-            f"{CONFIG}: trainable_token_indices is set, and this model, which runs in transformers' own modules, takes no "
-            "rows of its embedding from adapters."
+            f"{CONFIG}: trainable_token_indices is set, and this model, which runs in transformers' own modules, takes "
+            "no rows of its embedding from adapters."
         )
     by_name = {base.vocabulary.embedding: given} if isinstance(given, list) else given
     found: dict[str, list[int]] = {}
@@ -68,8 +69,8 @@ def _indices(config: AdapterConfig, base: LoraBase) -> dict[str, list[int]]:
             )
         if not ids or len(set(ids)) < len(ids) or min(ids) < 0 or len(ids) > MAX_INDICES:
             raise AdapterInvalid(
-                f"{CONFIG}: trainable_token_indices of {name[:200]} must be different ids from 0 on, at most {MAX_INDICES} "
-                "of them."
+                f"{CONFIG}: trainable_token_indices of {name[:200]} must be different ids from 0 on, at most "
+                f"{MAX_INDICES} of them."
             )
         found[kind] = ids
     return found
@@ -165,8 +166,8 @@ class VocabularyFile:
 
     @classmethod
     def of(cls, rows: VocabularyRows, base: LoraBase) -> "VocabularyFile":
-        """Whole copies become `modules_to_save`, other rows `trainable_token_indices`. Rows that a tied head shares with
-        the embedding are written once."""
+        """Whole copies become `modules_to_save`, other rows `trainable_token_indices`. Rows that a tied head shares
+        with the embedding are written once."""
         vocabulary = base.vocabulary
         assert vocabulary is not None, "there are rows of it"
         tensors: dict[str, Tensor] = {}
