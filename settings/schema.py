@@ -350,6 +350,13 @@ class AdapterSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         Count, doc("Most adapter versions in memory; one more takes the place of the one unused for longest.")
     ] = 16
     max_lora_rank: Annotated[Count, doc("Largest rank of an adapter that is loaded or trained.")] = 256
+    max_vocabulary_bytes: Annotated[
+        Bytes,
+        doc(
+            "Most memory that the rows of embedding and head of one adapter may take as they are served: those of new "
+            "tokens, and whole copies (`lora_modules_to_save`)."
+        ),
+    ] = 2 * 1024**3
     resolve_folder: Annotated[
         NonEmpty | None,
         doc(

@@ -36,7 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "runtime.metrics": {"runtime.events"},
     "runtime.model": {"kernels"},
     "runtime.checkpoints": {"kernels", "runtime.text", "runtime.model"},
-    "runtime.adapters": {"runtime.metrics", "runtime.model", "runtime.checkpoints"},
+    "runtime.adapters": {"runtime.text", "runtime.metrics", "runtime.model", "runtime.checkpoints"},
     "runtime.trainer.recipe": {"runtime.adapters"},
     "runtime.trainer.data": {"runtime.text", "runtime.adapters", "runtime.trainer.recipe"},
     "runtime.trainer.evaluation": {"runtime.text", "runtime.trainer.recipe", "runtime.trainer.data"},

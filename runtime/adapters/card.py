@@ -8,19 +8,27 @@ import os
 import stat
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import msgspec
 from msgspec import Struct
 
 from runtime.support.durable import write_file
 from runtime.support.logs import get_logger
+from runtime.text.own_tokens import OwnToken
 
 CARD = "eft.json"
 MAX_CARD = 512 * 1024
 """Largest size of the file in bytes."""
 MAX_SYSTEM = 16 * 1024
 """Largest number of characters of a kept system message: with more, the file may exceed `MAX_CARD`."""
+
+TOKENIZER = "tokenizer.json"
+MAX_TOKENIZER = 64 * 1024**2
+MAX_TOKENS = 4096
+"""Largest number of added tokens that are taken from it."""
+
+T = TypeVar("T")
 
 _log = get_logger("adapters")
 
@@ -50,6 +58,17 @@ class Card(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Ids that end its answers in chats, besides those of the base model and the template."""
     stop: tuple[str, ...] = ()
     """Texts that end its answers in chats, where the template's end of a turn is no single token."""
+    tokens: tuple[OwnToken, ...] = ()
+    """Tokens that the base's vocabulary has not, or has by another text."""
+    eos_id: int | None = None
+    """Id that ends its texts; None: the base's."""
+    vocab_size: int | None = None
+    """Ids below this are valid for it, where they are more than the base's."""
+
+    @property
+    def changes_tokens(self) -> bool:
+        """True if its tokenizer is not the base's."""
+        return bool(self.tokens) or self.eos_id is not None or self.vocab_size is not None
 
 
 class Cards:
@@ -75,20 +94,42 @@ def encode_card(card: Card) -> bytes:
 
 def read_card(directory: Path) -> Card:
     """The card in an untrusted folder; an empty one where the file is absent or no card. Blocks."""
+    return _read(directory / CARD, Card, MAX_CARD) or Card()
+
+
+class _Entry(Struct, frozen=True):
+    id: int
+    content: str
+    special: bool = False
+
+
+class _TokenizerFile(Struct, frozen=True):
+    added_tokens: list[_Entry] = []
+
+
+def read_tokens(directory: Path) -> tuple[OwnToken, ...]:
+    """The added tokens of a tokenizer.json in an untrusted folder, as PEFT's users save it beside an adapter; none
+    where it is absent or cannot be read. Blocks."""
+    found = _read(directory / TOKENIZER, _TokenizerFile, MAX_TOKENIZER) or _TokenizerFile()
+    entries = [entry for entry in found.added_tokens if entry.content and entry.id >= 0]
+    return tuple(OwnToken(entry.id, entry.content, entry.special) for entry in entries[:MAX_TOKENS])
+
+
+def _read(path: Path, type: type[T], limit: int) -> T | None:
     try:
         # These flags neither follow a link nor wait for the other end of a pipe.
-        descriptor = os.open(directory / CARD, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
-        return Card()
+        return None
     with open(descriptor, "rb") as file:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            return Card()
+            return None
         try:
-            data = file.read(MAX_CARD + 1)
-            return msgspec.json.decode(data, type=Card) if len(data) <= MAX_CARD else Card()
+            data = file.read(limit + 1)
+            return msgspec.json.decode(data, type=type) if len(data) <= limit else None
         except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            _log.warning("adapter_card_unreadable", folder=directory.name, reason=str(error))
-            return Card()
+            _log.warning("adapter_card_unreadable", folder=path.parent.name, file=path.name, reason=str(error))
+            return None
 
 
 def write_card(directory: Path, card: Card) -> None:

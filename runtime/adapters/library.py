@@ -90,6 +90,7 @@ class AdapterLibrary:
         *,
         max_loaded: int,
         max_rank: int,
+        max_vocabulary: int | None = None,
         sources: AdapterSources,
         shared: SharedStore | None = None,
     ) -> None:
@@ -98,7 +99,9 @@ class AdapterLibrary:
         self._root = directory / "adapters"
         self._host = host
         self._loaded = LoadedVersions(host, most=max_loaded)
-        self._publisher = VersionPublisher(self._root, host.lora_base, self._loaded, max_rank=max_rank)
+        self._publisher = VersionPublisher(
+            self._root, host.lora_base, self._loaded, max_rank=max_rank, max_vocabulary=max_vocabulary
+        )
         self._offers = Offers(host.lora_base, max_rank=max_rank)
         self._cards = Cards()
         self._mirror = NamesMirror(self._root)
@@ -123,19 +126,28 @@ class AdapterLibrary:
         *,
         max_loaded: int,
         max_rank: int,
+        max_vocabulary: int | None = None,
         sources: AdapterSources | None = None,
         shared: SharedStore | None = None,
     ) -> "AdapterLibrary":
         """Read the rows, clean up the leftovers of crashes, and load the published versions, newest first.
 
-        `database` was made with `store.SCHEMA` among its schemas. `sources`: where unknown adapters are looked for;
+        `database` was made with `store.SCHEMA` among its schemas. `max_vocabulary`: most bytes of an adapter's rows of
+        embedding and head. `sources`: where unknown adapters are looked for;
         default: nowhere. `shared`: where servers share adapters; what cannot be brought from there at the start comes
         when it can be reached. With a frozen database, nothing on the disk is changed.
         Raises `StorageUnavailable`.
         """
         sources = sources or AdapterSources()
         library = cls(
-            database, directory, host, max_loaded=max_loaded, max_rank=max_rank, sources=sources, shared=shared
+            database,
+            directory,
+            host,
+            max_loaded=max_loaded,
+            max_rank=max_rank,
+            max_vocabulary=max_vocabulary,
+            sources=sources,
+            shared=shared,
         )
         deleted = await library._commit(store.deleted_versions)
         library._check_base()

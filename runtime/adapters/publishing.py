@@ -30,7 +30,11 @@ Transaction = Callable[[Callable[[Connection], Any]], Awaitable[Any]]
 class VersionPublisher:
     """Writer of folders and rows. The library handles names and their pointers."""
 
-    def __init__(self, root: Path, base: LoraBase, loaded: LoadedVersions, *, max_rank: int) -> None:
+    def __init__(
+        self, root: Path, base: LoraBase, loaded: LoadedVersions, *, max_rank: int, max_vocabulary: int | None = None
+    ) -> None:
+        """`max_vocabulary`: most bytes of an adapter's rows of embedding and head."""
+        self._max_vocabulary = max_vocabulary
         self._root = root
         self._base = base
         self._loaded = loaded
@@ -87,7 +91,14 @@ class VersionPublisher:
             return msgspec.json.format(msgspec.json.encode(made[0]))
 
         try:
-            stage(source, directory, self._base, describe, max_rank=self._max_rank)
+            stage(
+                source,
+                directory,
+                self._base,
+                describe,
+                max_rank=self._max_rank,
+                max_vocabulary=self._max_vocabulary,
+            )
         except OSError as error:
             raise storage_unavailable("The adapter cannot be stored", error) from error
         try:

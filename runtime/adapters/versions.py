@@ -9,11 +9,12 @@ from typing import Protocol
 
 import msgspec
 
-from runtime.adapters.card import read_card, write_card
+from runtime.adapters.card import Card, read_card, read_tokens, write_card
 from runtime.adapters.store import NameRecord, Version
 from runtime.checkpoints.peft import FILES, AdapterInvalid, read_adapter, read_files
 from runtime.errors import AdaptersBusy, AdapterUnavailable
 from runtime.metrics import Metrics
+from runtime.model.lora import Adapter
 from runtime.model.lora_base import LoraBase
 from runtime.support.durable import (
     PARTIAL,
@@ -39,13 +40,19 @@ _log = get_logger("adapters")
 
 
 def stage(
-    source: VersionSource, directory: Path, base: LoraBase, describe: Callable[[int, str], bytes], *, max_rank: int
+    source: VersionSource,
+    directory: Path,
+    base: LoraBase,
+    describe: Callable[[int, str], bytes],
+    *,
+    max_rank: int,
+    max_vocabulary: int | None = None,
 ) -> None:
     """Bring an adapter's files to `directory`, checked and on the disk. Blocks.
 
     The files are copied, so that later changes of the source do not affect serving. `describe` makes the folder's
-    record from the rank and the digest. Raises `AdapterInvalid`, and `OSError` when the disk is full or `directory`
-    exists.
+    record from the rank and the digest. `max_vocabulary`: see `check_size`. Raises `AdapterInvalid`, and `OSError` when
+    the disk is full or `directory` exists.
     """
     written = None
     if not isinstance(source, Path):
@@ -53,15 +60,40 @@ def stage(
         source(written)
     try:
         with fresh_directory(directory) as partial:
-            files = read_files(written or _folder(source), base, max_rank=max_rank)
+            folder = written or _folder(source)
+            files = read_files(folder, base, max_rank=max_rank, max_vocabulary=max_vocabulary)
             for name, data in files.items():
                 write_file(partial / name, data)
-            write_card(partial, read_card(written or _folder(source)))
-            rank = read_adapter(partial, base, max_rank=max_rank).rank
-            write_file(partial / RECORD, describe(rank, digest_of(files)))
+            adapter = read_adapter(partial, base, max_rank=max_rank)
+            check_size(adapter, base, max_vocabulary)
+            write_card(partial, _own_card(folder, adapter, base))
+            write_file(partial / RECORD, describe(adapter.rank, digest_of(files)))
     finally:
         if written is not None:
             remove(written)
+
+
+def check_size(adapter: Adapter, base: LoraBase, most: int | None) -> None:
+    """Raise `AdapterInvalid` where rows of embedding and head take more than `most` bytes as they are served."""
+    if most is None or adapter.vocabulary is None or base.vocabulary is None:
+        return
+    size = adapter.vocabulary.values * base.vocabulary.bytes_per_value
+    if size > most:
+        raise AdapterInvalid(
+            f"The adapter's rows of embedding and head take {size} bytes; the setting adapters.max_vocabulary_bytes "
+            f"allows {most}."
+        )
+
+
+def _own_card(folder: Path, adapter: Adapter, base: LoraBase) -> Card:
+    """The card in a folder, with the number of ids that the weights have; without tokens in it, those of the folder's
+    tokenizer.json where the adapter has rows of its own."""
+    card, known = read_card(folder), 0 if base.vocabulary is None else base.vocabulary.size
+    size = known if adapter.vocabulary is None else max(known, adapter.vocabulary.size)
+    tokens = card.tokens
+    if adapter.vocabulary is not None and not tokens:
+        tokens = tuple(token for token in read_tokens(folder) if token.id < size)
+    return msgspec.structs.replace(card, tokens=tokens, vocab_size=size if size > known else None)
 
 
 def _folder(source: VersionSource) -> Path:

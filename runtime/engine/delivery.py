@@ -26,15 +26,16 @@ class Delivery:
     def __init__(
         self,
         scheduler: Scheduler,
-        tokenizer: Tokenizer,
+        tokenizer_of: Callable[[str], Tokenizer],
         metrics: Metrics,
         hooks: Hooks,
         *,
         on_end: Callable[[Request], None],
     ) -> None:
-        """`on_end` is called once for every request that has begun."""
+        """`tokenizer_of` gives the tokenizer of an adapter version, or of the base (an empty key); `on_end` is called
+        once for every request that has begun."""
         self._scheduler = scheduler
-        self._tokenizer = tokenizer
+        self._tokenizer_of = tokenizer_of
         self._metrics = metrics
         self._hooks = hooks
         self._on_end = on_end
@@ -117,7 +118,7 @@ class Delivery:
     def _detokenizer(self, request: Request) -> Detokenizer:
         params = request.params
         return Detokenizer(
-            self._tokenizer,
+            self._tokenizer_of(request.submission.adapter),
             request.submission.prompt_ids,
             stop=params.stop_strings,
             include_stop=params.include_stop_str_in_output,

@@ -74,12 +74,14 @@ class Engine:
         self.tokenizer = tokenizer
         self.metrics = metrics
         self._hooks = hooks or Hooks()
-        self.delivery = Delivery(scheduler, tokenizer, metrics, self._hooks, on_end=self._release_adapter)
+        self.delivery = Delivery(scheduler, self.tokenizer_of, metrics, self._hooks, on_end=self._release_adapter)
         self._beams = BeamSearches(scheduler, self.delivery)
         self._adapter_uses: Counter[str] = Counter()
         """Requests that are not finished, by the key of the version that they began with."""
         self._adapters: set[str] = set()
         """Keys that new requests may name."""
+        self._tokenizers: dict[str, Tokenizer] = {}
+        """Tokenizers of the versions in memory that have tokens of their own."""
         self._leaving: set[str] = set()
         """Keys that no new request may name, kept in memory for requests that still run."""
         self._failed_steps = 0
@@ -251,7 +253,8 @@ class Engine:
                 f"and max_tokens asks for {num_output} more. Shorten the prompt or lower max_tokens.",
                 param="max_tokens" if len(prompt) < self.max_len else "prompt",
             )
-        check_ids(prompt, self.vocab_size, "prompt")
+        own = self._tokenizers.get(submission.adapter)
+        check_ids(prompt, self.vocab_size if own is None else own.vocab_size, "prompt")
 
     def submit(self, submission: Submission) -> None:
         """Check and queue a sequence. Raises what `check`, `Scheduler.check_room` and `submit_all` raise."""
@@ -292,7 +295,9 @@ class Engine:
             seed=params.seed if params.seed is not None else random.getrandbits(63),
             max_len=min(self.max_len, len(submission.prompt_ids) + most),
             eos_ids=self.eos_ids,
-            bad_word_ids=self.tokenizer.bad_word_ids(params.bad_words) if params.bad_words else None,
+            bad_word_ids=self.tokenizer_of(submission.adapter).bad_word_ids(params.bad_words)
+            if params.bad_words
+            else None,
         )
         request.timing.arrival = submission.arrival or time.monotonic()
         self.scheduler.enqueue(request)
@@ -322,8 +327,14 @@ class Engine:
         Raises `AdapterInvalid`."""
         self._executor.prepare_adapter(key, directory)
 
-    def load_adapter(self, key: str) -> None:
-        """Let requests name a version that was prepared."""
+    def tokenizer_of(self, key: str) -> Tokenizer:
+        """The tokenizer of a version in memory, or of the base (an empty key)."""
+        return self._tokenizers.get(key, self.tokenizer)
+
+    def load_adapter(self, key: str, tokenizer: Tokenizer | None = None) -> None:
+        """Let requests name a version that was prepared. `tokenizer`: its own, where it has tokens of its own."""
+        if tokenizer is not None:
+            self._tokenizers[key] = tokenizer
         self._pipeline.in_order(lambda: self._executor.load_adapter(key))
         self._leaving.discard(key)
         self._adapters.add(key)
@@ -347,6 +358,7 @@ class Engine:
     def _let_go(self, key: str) -> None:
         if key in self._leaving and not self._adapter_uses[key]:
             self._leaving.discard(key)
+            self._tokenizers.pop(key, None)
             self._pipeline.in_order(lambda: self._executor.unload_adapter(key))
             self.metrics.on_adapter_unloaded(key)
 

@@ -24,7 +24,7 @@ from runtime.events import (
     RunEvent,
     StepEvent,
 )
-from runtime.model.lora import LoraLayers
+from runtime.model.lora import Adapter
 from runtime.support.durable import error_code, patiently, reason
 from runtime.support.logs import get_logger
 from runtime.support.threads import call_in_fresh_thread
@@ -263,9 +263,16 @@ class EngineRun:
         loss = LossSpec.of(plan.recipe)
         spec = RunSpec(recipe=plan.recipe, schedule=plan.schedule, targets=targets, loss=loss)
 
-        def write(directory: Path, layers: LoraLayers) -> None:
-            base, name = service.lora_base, plan.recipe.base_model
-            write_adapter(directory, layers, spec.shape, base, dropout=spec.recipe.lora_dropout, base_name=name)
+        def write(directory: Path, adapter: Adapter) -> None:
+            write_adapter(
+                directory,
+                adapter.layers,
+                spec.shape,
+                service.lora_base,
+                vocabulary=adapter.vocabulary,
+                dropout=spec.recipe.lora_dropout,
+                base_name=plan.recipe.base_model,
+            )
             write_card(directory, card_of(plan))
 
         return service.make_run(spec, feed(plan), self._from_engine, write, restored)

@@ -13,8 +13,11 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from runtime.adapters.card import Card, read_card
+from runtime.checkpoints.peft import AdapterInvalid
 from runtime.engine.assembly import Assembled, assemble
 from runtime.engine.delivery import OutputStream
 from runtime.errors import Conflict, EngineFailure, EngineUnavailable, RequestError
@@ -24,6 +27,7 @@ from runtime.support.logs import get_logger
 from runtime.support.machine import Gpu
 from runtime.support.threads import call_in_fresh_thread, run_in_fresh_thread
 from runtime.text.reasoning import reasoning_format
+from runtime.text.tokenizer import Tokenizer
 from settings.schema import Settings
 
 if TYPE_CHECKING:
@@ -268,8 +272,23 @@ class EngineService:
         """Read an adapter version's files beside the engine, then let requests name it.
         Raises `AdapterInvalid`, `EngineUnavailable`."""
         self._require_workers()
+        tokenizer = await asyncio.to_thread(self._tokenizer_in, Path(directory))
         await call_in_fresh_thread(self.engine.prepare_adapter, key, directory)
-        await self.call(lambda: self.engine.load_adapter(key))
+        await self.call(lambda: self.engine.load_adapter(key, tokenizer))
+
+    def _tokenizer_in(self, directory: Path) -> Tokenizer | None:
+        card = read_card(directory)
+        try:
+            return self.tokenizer_of(card)
+        except ValueError as error:
+            raise AdapterInvalid(f"The adapter's tokens do not fit the model: {error}.") from None
+
+    def tokenizer_of(self, card: Card) -> Tokenizer | None:
+        """The tokenizer of an adapter with tokens of its own; None where it is the base's. Takes a second the first
+        time. Raises `ValueError` where its tokens do not fit."""
+        if not card.changes_tokens:
+            return None
+        return self.tokenizer.with_tokens(card.tokens, rows=card.vocab_size, eos_id=card.eos_id)
 
     async def unload_adapter(self, key: str) -> None:
         """Refuse new requests for a version. Its memory is released once the last one for it has ended."""

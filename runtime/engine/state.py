@@ -152,6 +152,7 @@ async def _open_library(
             service,
             max_loaded=adapters.max_loaded,
             max_rank=adapters.max_lora_rank,
+            max_vocabulary=adapters.max_vocabulary_bytes,
             sources=AdapterSources.of(adapters),
             shared=None if adapters.shared_store is None else SharedStore(open_objects(adapters.shared_store)),
         )

@@ -69,7 +69,8 @@ class Decoder:
         if spec.tied:
             self._head.weight = self.embedding.weight
         # Rounded like the weights, as in the model's training.
-        self._embedding_scale = float(torch.tensor(spec.embedding_scale, dtype=dtype))
+        self.embedding_scale = float(torch.tensor(spec.embedding_scale, dtype=dtype))
+        """Factor of embeddings."""
         tables = [rope.table(spec.head_dim, max_len, dtype, device) for rope in spec.ropes]
         none = torch.empty(max_len, 0, dtype=dtype, device=device)
         self._cos = torch.stack([cos for cos, _ in tables] or [none])
@@ -97,7 +98,7 @@ class Decoder:
         `logits_indices` [n] int64, in ascending order: [n, hidden] of these tokens alone."""
         cos, sin = self.angles(positions)
         context = LayerContext(attention, cos, sin, adaptation, logits_indices)
-        return self._forward_layers(self.embed(token_ids, positions), context)
+        return self._forward_layers(self.embed(token_ids, positions, adaptation), context)
 
     @cached_property
     def _forward_layers(self) -> ForwardLayers[LayerContext]:
@@ -122,12 +123,12 @@ class Decoder:
             hidden = layer.forward(self.ops, hidden, context)
         return hidden if context.logits_indices is None else hidden[context.logits_indices]
 
-    def embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
+    def embed(self, token_ids: Tensor, positions: Tensor, adaptation: Adaptation | None = None) -> Tensor:
         """token_ids, positions [T] int64 → input of the first layer, [T, hidden]."""
-        hidden = self.embedding(token_ids)
+        hidden = self.embedding(token_ids) if adaptation is None else adaptation.embed(token_ids, self.embedding)
         if self.positions is not None:
             hidden = hidden + self.positions(positions)
-        return hidden if self._embedding_scale == 1.0 else hidden * self._embedding_scale
+        return hidden if self.embedding_scale == 1.0 else hidden * self.embedding_scale
 
     def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines [tables, T, rotated dimensions / 2] of positions [T], for each of the spec's ropes;
@@ -144,7 +145,15 @@ class Decoder:
 
     def local_logits(self, hidden: Tensor, ops: Ops | None = None) -> Tensor:
         """As `logits`, for this rank's tokens alone: [rows, own tokens], see `vocabulary`."""
-        logits = self.norm.norm_linear(ops or self.ops, hidden, self._head).float()
+        return self._bent(self.norm.norm_linear(ops or self.ops, hidden, self._head).float())
+
+    def row_logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        """hidden [R, hidden] after the last layer → [R, n] float32: logits of n tokens with these rows [n, hidden] of a
+        head."""
+        return self._bent(self.ops.linear(self.normed(hidden), rows).float())
+
+    def _bent(self, logits: Tensor) -> Tensor:
+        """Logits [R, any] of the head with the model's scale and soft cap."""
         if self.spec.logit_scale != 1.0:
             logits = logits * self.spec.logit_scale
         cap = self.spec.logit_softcap

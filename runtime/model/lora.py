@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from kernels import AdaptedTokens, LoraSegment, Ops
+from runtime.model.token_rows import Embed, TokenRows, VocabularyRows
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class Adapter:
 
     shape: LoraShape
     layers: LoraLayers
+    vocabulary: VocabularyRows | None = None
+    """Rows of embedding and head in place of the base's; None: none."""
 
     @property
     def rank(self) -> int:
@@ -73,13 +76,38 @@ class Adaptation(ABC):
         """From the layer's index, the linear's name (`decoder.LINEARS`), its input x [T, in] and its output y [T, out],
         to which a residual stream may have been added, to the adapted output, [T, out]. May change y in place."""
 
+    def embed(self, token_ids: Tensor, embed: Embed) -> Tensor:
+        """Embeddings [T, hidden] of token ids [T]; `embed` gives the base's."""
+        return embed(token_ids)
+
 
 class BatchAdaptation(Adaptation):
     """Every row's own adapter, in one step of serving. Changes outputs in place; not for training."""
 
-    def __init__(self, ops: Ops, adapted: Sequence[AdaptedTokens]) -> None:
+    def __init__(
+        self,
+        ops: Ops,
+        adapted: Sequence[AdaptedTokens],
+        embeddings: Sequence[tuple[Tensor | None, TokenRows]] = (),
+        *,
+        known: int = 0,
+    ) -> None:
+        """`embeddings`: some tokens of the batch (None: all), and the rows of their adapter. `known`: rows of the
+        base's embedding."""
         self._ops = ops
+        self._embeddings = embeddings
+        self._known = known
         self.adapted: Sequence[AdaptedTokens] = adapted
+
+    def embed(self, token_ids: Tensor, embed: Embed) -> Tensor:
+        if not self._embeddings:
+            return embed(token_ids)
+        hidden = embed(token_ids.clamp(max=self._known - 1))
+        for tokens, rows in self._embeddings:
+            if tokens is None:
+                return rows.replace(token_ids, hidden)
+            hidden[tokens] = rows.replace(token_ids[tokens], hidden[tokens])
+        return hidden
 
     def __call__(self, layer: int, linear: str, x: Tensor, y: Tensor) -> Tensor:
         place = (layer, linear)

@@ -9,6 +9,8 @@ import torch
 from runtime.model.decoder import Decoder
 from runtime.model.families.family import Family
 from runtime.model.model import Model
+from runtime.model.spec import DecoderSpec
+from runtime.model.vocabulary import VocabularyBase
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class LoraBase:
     num_layers: int
     targets: dict[str, Target]
     """Name within a layer, such as `self_attn.q_proj` → the linear."""
+    vocabulary: VocabularyBase | None = None
+    """Embedding and head; None where adapters may not bring rows of them."""
 
     @classmethod
     def of(cls, decoder: Decoder, family: type[Family], name: str) -> "LoraBase":
@@ -52,7 +56,8 @@ class LoraBase:
             parts = list(linear.parts)
             start = sum(linear.parts[before] for before in parts[: parts.index(part)])
             targets[module] = Target(linear_name, part, start, linear.in_features, linear.parts[part])
-        return cls(name, fingerprint, family.layers(), decoder.spec.num_layers, targets)
+        vocabulary = vocabulary_base(decoder.spec, family, bytes_per_value=decoder.dtype.itemsize)
+        return cls(name, fingerprint, family.layers(), decoder.spec.num_layers, targets, vocabulary)
 
     def module(self, layer: int, linear: str, part: str) -> str:
         """The full name in the checkpoint of a part of a layer's linear."""
@@ -68,6 +73,11 @@ class LoraBase:
     def widest(self) -> int:
         """in + out of all linears of all layers: the size of a rank-1 adapter of everything."""
         return self.num_layers * sum(t.in_features + t.out_features for t in self.targets.values())
+
+
+def vocabulary_base(spec: DecoderSpec, family: type[Family], *, bytes_per_value: int) -> VocabularyBase:
+    """Embedding and head of a decoder of the architecture `family`."""
+    return VocabularyBase(*family.vocabulary(), spec.tied, spec.vocab_size, spec.hidden_size, bytes_per_value)
 
 
 def fingerprint(decoder: Model) -> str:

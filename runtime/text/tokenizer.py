@@ -15,6 +15,7 @@ from tokenizers import Tokenizer as Backend
 
 from runtime.errors import ContextLengthExceeded, InvalidRequest
 from runtime.text.chat_template import ChatTemplate, ChatTemplateError, TemplateMessage
+from runtime.text.own_tokens import OwnToken, new_tokens, with_own_tokens
 from runtime.text.special_text import SpecialText
 from runtime.text.token_bounds import bound_of
 from runtime.text.tool_prompt import ToolSupport, prepare_tools
@@ -48,6 +49,8 @@ def _bytes_by_char() -> dict[str, int]:
 
 
 _BYTE_OF = _bytes_by_char()
+MAX_VOCABULARIES = 4
+"""Number of tokenizers with tokens of adapters that are kept."""
 MAX_OTHER_TEMPLATES = 8
 """Number of compiled templates that are kept, besides the model's own."""
 
@@ -93,6 +96,7 @@ class Tokenizer:
         """Tokens that a template may print by name."""
         self._template_of = lru_cache(MAX_OTHER_TEMPLATES)(self._compile)
         self.with_template = lru_cache(MAX_OTHER_TEMPLATES)(self._with_template)
+        self.with_tokens = lru_cache(MAX_VOCABULARIES)(self._with_tokens)
         vocab = backend.get_vocab(with_added_tokens=True)  # every id once: it takes long with a large vocabulary
         self.bos_id = bos_id
         self.wants_bos = wants_bos
@@ -134,6 +138,36 @@ class Tokenizer:
         other._end_turns()
         return other
 
+    def _with_tokens(
+        self, tokens: tuple[OwnToken, ...], *, rows: int | None = None, eos_id: int | None = None
+    ) -> "Tokenizer":
+        """The tokenizer of an adapter with tokens of its own, and perhaps more rows; `eos_id` ends its texts. Takes a
+        second with a large vocabulary; cached.
+
+        Raises `ValueError` where a token has no row, or does not fit the vocabulary.
+        """
+        backend = with_own_tokens(self._backend, tokens)
+        named, ends = dict(self.template_tokens), self._own_eos_ids
+        if eos_id is not None:
+            named["eos_token"], ends = backend.id_to_token(eos_id) or "", (eos_id, *ends)
+        other = Tokenizer(
+            backend,
+            bos_id=self.bos_id,
+            eos_ids=ends,
+            chat_template=self.chat_template,
+            template_tokens=named,
+            wants_bos=self.wants_bos,
+        )
+        return other.sized(max(self.vocab_size, rows or 0))
+
+    def new_tokens(self, texts: Sequence[tuple[str, bool]]) -> list[OwnToken]:
+        """See `own_tokens.new_tokens`."""
+        return new_tokens(self._backend, texts)
+
+    def is_added(self, id: int) -> bool:
+        """True for a token that was added to the vocabulary as a whole, such as a special or a reserved one."""
+        return id in self._backend.get_added_tokens_decoder()
+
     def sized(self, rows: int) -> "Tokenizer":
         """The tokenizer of a model whose embedding has `rows` rows: every id of a row is valid, with a token or not.
 
@@ -150,6 +184,7 @@ class Tokenizer:
         other = copy(self)
         other._template_of = lru_cache(MAX_OTHER_TEMPLATES)(other._compile)
         other.with_template = lru_cache(MAX_OTHER_TEMPLATES)(other._with_template)
+        other.with_tokens = lru_cache(MAX_VOCABULARIES)(other._with_tokens)
         other.vocab_size = rows
         if other.bos_id is not None and other.bos_id >= rows:
             other.bos_id = None  # no token: nothing begins with it

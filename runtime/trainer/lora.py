@@ -13,11 +13,14 @@ import torch
 from torch import Tensor
 
 from runtime.model.layers import Linear
-from runtime.model.lora import Adaptation, LoraLayers, LoraPart, LoraShape
+from runtime.model.lora import Adaptation, Adapter, LoraLayers, LoraPart, LoraShape
 from runtime.model.model import Model
 from runtime.model.split import Split
+from runtime.model.token_rows import Embed, embed_with
+from runtime.model.vocabulary import RowTargets
 from runtime.trainer.dropout import dropout_mask
 from runtime.trainer.shards import Held, Shards
+from runtime.trainer.token_rows import TrainableVocabulary, rows_of
 
 Targets = Mapping[tuple[int, str], Sequence[str]]
 """(layer index, linear name) → the linear's parts that are trained, in the linear's own order."""
@@ -43,9 +46,13 @@ class AdaptedLinear:
 class TrainableLora:
     """All parameters of one adapter."""
 
-    def __init__(self, decoder: Model, targets: Targets, shape: LoraShape, *, seed: int) -> None:
+    def __init__(
+        self, decoder: Model, targets: Targets, shape: LoraShape, *, seed: int, rows: RowTargets | None = None
+    ) -> None:
         """Fresh parameters on the decoder's device; the same seed gives the same ones. All ranks at once."""
         self.shape = shape
+        self.vocabulary = TrainableVocabulary(decoder, rows, seed=seed) if rows is not None and rows.kinds else None
+        """Rows of embedding and head; None where none are trained."""
         self.scale = shape.scale(shape.rank, shape.alpha)
         generator = torch.Generator().manual_seed(seed)
         self.linears: dict[tuple[int, str], AdaptedLinear] = {}
@@ -61,6 +68,8 @@ class TrainableLora:
             yield f"{layer}.{name}.a", linear.a
             for part, b in zip(linear.parts, linear.b, strict=True):
                 yield f"{layer}.{name}.b.{part}", b
+        if self.vocabulary is not None:
+            yield from self.vocabulary.parameters()
 
     def _held(self) -> dict[str, Held]:
         held: dict[str, Held] = {}
@@ -68,6 +77,8 @@ class TrainableLora:
             held[f"{layer}.{name}.a"] = Held(linear.inputs, 1)
             for part, split in zip(linear.parts, linear.outputs, strict=True):
                 held[f"{layer}.{name}.b.{part}"] = Held(split, 0)
+        for name, values in [] if self.vocabulary is None else self.vocabulary.parameters():
+            held[name] = Held(Split.whole(len(values)), 0)
         return held
 
     def capture(self) -> dict[str, Tensor]:
@@ -86,6 +97,13 @@ class TrainableLora:
     def layers_of(self, captured: Mapping[str, Tensor]) -> LoraLayers:
         """The result of `capture` as an adapter to serve or to write."""
         return layers_of(captured, {place: linear.parts for place, linear in self.linears.items()}, self.shape)
+
+
+def adapter_of(
+    captured: Mapping[str, Tensor], targets: Targets, shape: LoraShape, rows: RowTargets | None = None
+) -> Adapter:
+    """The result of `TrainableLora.capture` for these targets and rows, as an adapter to serve or to write."""
+    return Adapter(shape, layers_of(captured, targets, shape), None if rows is None else rows_of(captured, rows))
 
 
 def layers_of(captured: Mapping[str, Tensor], targets: Targets, shape: LoraShape) -> LoraLayers:
@@ -132,6 +150,14 @@ class TrainingAdaptation(Adaptation):
         self._dropout = dropout
         self._seed = seed
         self._rows = rows
+
+    def embed(self, token_ids: Tensor, embed: Embed) -> Tensor:
+        vocabulary = self._lora.vocabulary
+        rows = None if vocabulary is None else vocabulary.rows("embedding")
+        if vocabulary is None or rows is None:
+            return embed(token_ids)
+        with torch.no_grad():  # `TrainableVocabulary.add_embedding_grad` has the gradient
+            return embed_with(rows, token_ids, embed, known=vocabulary.known)
 
     def __call__(self, layer: int, linear: str, x: Tensor, y: Tensor) -> Tensor:
         adapted = self._lora.linears.get((layer, linear))

@@ -286,7 +286,7 @@ class TrainingRun(SlicedRun):
         self._clock = clock = clock or clock_of(decoder.device)
         self._headway = Headway(spec.schedule.total_steps, on_event)
         self._ops = training_ops(decoder.ops)
-        self._lora = TrainableLora(decoder, spec.targets, spec.shape, seed=spec.recipe.seed)
+        self._lora = TrainableLora(decoder, spec.targets, spec.shape, seed=spec.recipe.seed, rows=spec.rows)
         self._optimizer = Optimizer(self._lora.parameters(), spec.recipe, self._lora.shards)
         self._progress = RunProgress()
         self._reference = ReferenceScores()
@@ -546,7 +546,7 @@ class TrainingRun(SlicedRun):
                 optimizer={} if last else self._optimizer.capture(),
                 reference={} if last else self._reference.capture(),
                 best=self._best if keeps_best else None,
-                write_adapter=lambda path, captured: self._write_adapter(path, self._lora.layers_of(captured)),
+                write_adapter=lambda path, captured: self._write_adapter(path, self._spec.adapter_of(captured)),
             )
         )
 

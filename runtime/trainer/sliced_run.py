@@ -13,12 +13,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from torch import Tensor
+
 from runtime.events import CancelledEvent, FailedEvent, RunEvent
-from runtime.model.lora import LoraLayers, LoraShape
+from runtime.model.lora import Adapter, LoraShape
+from runtime.model.vocabulary import RowTargets
 from runtime.support.logs import get_logger
 from runtime.support.memory import give_back_memory
 from runtime.trainer.batches import ExampleFeed
-from runtime.trainer.lora import Targets
+from runtime.trainer.lora import Targets, adapter_of
 from runtime.trainer.recipe import Recipe
 from runtime.trainer.recipe.preference import beta_of
 from runtime.trainer.schedule import Schedule, rate_factor
@@ -80,6 +83,8 @@ class RunSpec:
     """Steps of the optimiser that the recipe comes to with its data."""
     targets: Targets = field(repr=False)
     loss: LossSpec = LossSpec()
+    rows: RowTargets = field(default_factory=RowTargets, repr=False)
+    """Rows of embedding and head that are trained."""
 
     @property
     def shape(self) -> LoraShape:
@@ -87,12 +92,16 @@ class RunSpec:
         recipe = self.recipe
         return LoraShape(rank=recipe.lora_r, alpha=recipe.lora_alpha, rslora=recipe.peft_use_rslora)
 
+    def adapter_of(self, captured: Mapping[str, Tensor]) -> Adapter:
+        """Parameters that a run captured, as an adapter to serve or to write."""
+        return adapter_of(captured, self.targets, self.shape, self.rows)
+
     def learning_rate(self, step: int) -> float:
         """Learning rate of a step, from 1."""
         return self.recipe.learning_rate * rate_factor(self.recipe, self.schedule, step)
 
 
-WriteAdapter = Callable[[Path, LoraLayers], None]
+WriteAdapter = Callable[[Path, Adapter], None]
 """Writes an adapter in PEFT's format into a fresh directory, and syncs it."""
 
 

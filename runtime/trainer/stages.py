@@ -38,6 +38,8 @@ class Context:
     angles: tuple[Tensor, Tensor]
     lowest: int
     """Below this layer nothing is trained, so no gradient is computed."""
+    trains_input: bool = False
+    """The gradient of the first layer's input is needed too: rows of the embedding are trained."""
 
     @property
     def stretches(self) -> tuple[slice, ...]:
@@ -81,7 +83,7 @@ class LayerState:
 
     def wants(self, name: str, context: Context) -> bool:
         """True if the gradient of this value is needed."""
-        return name != "hidden" or self.layer.index > context.lowest
+        return name != "hidden" or self.layer.index > context.lowest or context.trains_input
 
 
 class Stage(Protocol):

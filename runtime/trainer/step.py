@@ -10,10 +10,11 @@ from kernels.training import TrainingOps
 from runtime.model.decoder import Decoder
 from runtime.trainer.lora import TrainableLora, mix
 from runtime.trainer.losses import Loss, Score, Supervised, apply_loss, score_targets
-from runtime.trainer.losses.logprobs import head_of
+from runtime.trainer.losses.logprobs import Head, head_of
 from runtime.trainer.microbatch import MicroBatch
 from runtime.trainer.slices import Sliced, Slices
 from runtime.trainer.stages import Context, LayerStep
+from runtime.trainer.token_rows import InitialRows
 
 # Cost of a layer's backward pass, in forward passes of it.
 BACKWARD_COST = 2
@@ -55,6 +56,10 @@ class MicroStep:
         self._noise = noise
         self.reference = reference
         """[R] log-probabilities under the model without its adapter, for a loss that needs them: given or computed."""
+        vocabulary = lora.vocabulary
+        trains_input = vocabulary is not None and vocabulary.rows("embedding") is not None
+        lowest = 0 if trains_input else min((layer for layer, _ in lora.linears), default=0)
+        self._vocabulary = vocabulary
         self._context = Context(
             decoder=decoder,
             ops=ops,
@@ -63,7 +68,8 @@ class MicroStep:
             dropout=dropout,
             seed=seed,
             angles=decoder.angles(batch.positions),
-            lowest=min((layer for layer, _ in lora.linears), default=0),
+            lowest=lowest,
+            trains_input=trains_input,
         )
         self.score = Score()
         self.fraction = 0.0
@@ -75,7 +81,7 @@ class MicroStep:
         stages = count * self._forward_passes + BACKWARD_COST * (count - context.lowest)
         reference = yield from self._reference(stages)
         layers: list[LayerStep] = []
-        hidden = noisy(self._embedded(), context.batch, self._noise, context.seed)
+        hidden = noisy(self._embedded(context), context.batch, self._noise, context.seed)
         # One block for what checkpointing keeps: between the temporaries of layers it would leave holes.
         kept = hidden.new_empty(count - context.lowest, *hidden.shape) if self._checkpointing else None
         for layer in context.decoder.layers:
@@ -87,7 +93,7 @@ class MicroStep:
             if trained:
                 layers.append(step)
             self.fraction += 1 / stages
-        head = head_of(context.decoder, context.ops, hidden)
+        head = self._head(context, hidden)
         self.score, grad = yield from apply_loss(
             self._loss, head, hidden, context.batch, reference=reference, weight=weight
         )
@@ -96,6 +102,8 @@ class MicroStep:
         while layers:
             grad = yield from layers.pop().backward(grad)
             self.fraction += BACKWARD_COST / stages
+        if context.trains_input and self._vocabulary is not None:
+            self._vocabulary.add_embedding_grad(context.batch.token_ids, grad)
 
     def evaluate(self) -> Slices:
         """Only the `score`."""
@@ -103,7 +111,7 @@ class MicroStep:
         stages = context.decoder.spec.num_layers * self._forward_passes
         reference = yield from self._reference(stages)
         hidden = yield from self._forward(context, stages)
-        head = head_of(context.decoder, context.ops, hidden)
+        head = self._head(context, hidden)
         self.score, _ = yield from apply_loss(self._loss, head, hidden, context.batch, reference=reference, weight=None)
 
     @property
@@ -117,18 +125,30 @@ class MicroStep:
             return self.reference
         context = replace(self._context, lora=None)
         hidden = yield from self._forward(context, stages)
-        head = head_of(context.decoder, context.ops, hidden)
+        head = self._head(context, hidden)
         self.reference = yield from score_targets(head, hidden, context.batch)
         return self.reference
 
     def _forward(self, context: Context, stages: int) -> Sliced[Tensor]:
         """Hidden states [T, hidden] after the last layer, to score alone; each layer is one of the `stages`."""
-        hidden = self._embedded()
+        hidden = self._embedded(context)
         for layer in context.decoder.layers:
             hidden = yield from LayerStep(context, layer, hidden).forward(keep=False)
             self.fraction += 1 / stages
         return hidden
 
-    def _embedded(self) -> Tensor:
-        batch = self._context.batch
-        return self._context.decoder.embed(batch.token_ids, batch.positions)
+    def _embedded(self, context: Context) -> Tensor:
+        batch, vocabulary = context.batch, self._vocabulary
+        if context.lora is None and vocabulary is not None:
+            initial = InitialRows(vocabulary.initial, vocabulary.known)
+            return context.decoder.embed(batch.token_ids, batch.positions, initial)
+        adaptation = context.adaptation(slice(0, batch.num_tokens))
+        return context.decoder.embed(batch.token_ids, batch.positions, adaptation)
+
+    def _head(self, context: Context, hidden: Tensor) -> Head:
+        """The head over hidden states; that of the reference has the rows of new tokens as they began."""
+        if self._vocabulary is None:
+            return head_of(context.decoder, context.ops, hidden)
+        trained = self._vocabulary if context.lora is not None else None
+        rows = self._vocabulary.initial.head if trained is None else trained.rows("head")
+        return head_of(context.decoder, context.ops, hidden, rows, None if trained is None else trained.add_head_grad)

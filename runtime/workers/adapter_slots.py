@@ -1,5 +1,7 @@
 """The adapter versions that are in memory, and how they are applied to a batch in which rows differ."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -9,10 +11,12 @@ from torch import Tensor
 
 from kernels import AdaptedTokens, LoraFactors, StackFactors
 from runtime.checkpoints.peft import read_adapter
+from runtime.model.decoder import Decoder
 from runtime.model.layers import Linear
 from runtime.model.lora import Adapter, BatchAdaptation, LoraPart
 from runtime.model.lora_base import LoraBase
 from runtime.model.model import Model
+from runtime.model.token_rows import VocabularyRows
 from runtime.support.failpoints import failpoint
 
 
@@ -23,6 +27,15 @@ class AdapterTokens:
     key: str
     tokens: Tensor | None
     """[n] int64 ascending; None: all of the batch."""
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedAdapter:
+    """One version in memory."""
+
+    factors: StackFactors
+    vocabulary: VocabularyRows
+    """Rows of embedding and head in place of the base's."""
 
 
 class AdapterSlots:
@@ -36,8 +49,8 @@ class AdapterSlots:
         self._base = base
         self._decoder = decoder
         self._max_rank = max_rank
-        self._prepared: dict[str, StackFactors] = {}
-        self._loaded: dict[str, StackFactors] = {}
+        self._prepared: dict[str, LoadedAdapter] = {}
+        self._loaded: dict[str, LoadedAdapter] = {}
         self._lock = Lock()
         """Guards `_prepared` alone."""
 
@@ -45,16 +58,17 @@ class AdapterSlots:
         """Read an adapter's files (format of PEFT), ready to be loaded. Raises `AdapterInvalid`."""
         failpoint("adapters.prepare", key)
         adapter = read_adapter(Path(directory), self._base, max_rank=self._max_rank)
-        factors = self._factors(adapter)
+        vocabulary = (adapter.vocabulary or VocabularyRows()).to(self._decoder.device, self._decoder.dtype)
+        loaded = LoadedAdapter(self._factors(adapter), vocabulary)
         with self._lock:
-            self._prepared[key] = factors
+            self._prepared[key] = loaded
 
     def load(self, key: str) -> None:
         """Let rows use what was prepared under `key`, from the next step on. Raises `KeyError`."""
         with self._lock:
-            factors = self._prepared.pop(key)
+            loaded = self._prepared.pop(key)
         failpoint("adapters.load", key)
-        self._loaded[key] = factors
+        self._loaded[key] = loaded
 
     def unload(self, key: str) -> None:
         """Release an adapter's memory. No row may need it any more. Unknown keys are fine."""
@@ -70,9 +84,50 @@ class AdapterSlots:
         """Change to the decoder for one batch; None where all of it is for the base."""
         if not tokens:
             return None
+        loaded = [(part.tokens, self._loaded[part.key]) for part in tokens]
         return BatchAdaptation(
-            self._decoder.ops, [AdaptedTokens(part.tokens, self._loaded[part.key]) for part in tokens]
+            self._decoder.ops,
+            [AdaptedTokens(some, one.factors) for some, one in loaded],
+            [(some, rows) for some, one in loaded if (rows := one.vocabulary.embedding) is not None],
+            known=self._decoder.spec.vocab_size,
         )
+
+    # -- rows of the vocabulary ----------------------------------------------------------------
+
+    def vocab_size(self, key: str) -> int:
+        """Number of ids that are valid for an adapter, or for the base (an empty key)."""
+        loaded, known = self._loaded.get(key), self._decoder.spec.vocab_size
+        return known if loaded is None else max(known, loaded.vocabulary.size)
+
+    def changes_logits(self, keys: Sequence[str]) -> bool:
+        """True if some of these adapters have other logits than those of the base's head."""
+        return any(self._changed(key) is not None for key in keys)
+
+    def change_logits(self, hidden: Tensor, logits: Tensor, keys: Sequence[str]) -> Tensor:
+        """Logits [R, vocab] float32 of the base's head after hidden states [R, hidden], with those of each row's own
+        adapter in their places. Where adapters have more ids, there are more columns, and minus infinity in other
+        rows."""
+        changed = {key: own for key in dict.fromkeys(keys) if (own := self._changed(key)) is not None}
+        if not changed:
+            return logits
+        assert isinstance(self._decoder, Decoder), "only those have rows"
+        further = max(own.size for own in changed.values()) - logits.shape[1]
+        if further > 0:
+            logits = torch.nn.functional.pad(logits, (0, further), value=-math.inf)
+        for key, vocabulary in changed.items():
+            if (head := vocabulary.head) is None:
+                continue
+            rows = torch.tensor([index for index, own in enumerate(keys) if own == key], device=logits.device)
+            found = self._decoder.row_logits(hidden[rows], head.rows)
+            logits[rows.unsqueeze(1), head.ids] = found
+        return logits
+
+    def _changed(self, key: str) -> VocabularyRows | None:
+        loaded = self._loaded.get(key)
+        if loaded is None:
+            return None
+        own = loaded.vocabulary
+        return own if own.head is not None or own.size > self._decoder.spec.vocab_size else None
 
     def _factors(self, adapter: Adapter) -> StackFactors:
         layers = self._decoder.layers

@@ -18,6 +18,7 @@ class TokenOutOfRange(ValueError):
 
 
 NO_ADAPTERS: Mapping[int, str] = {}
+NOT_EXTENDED: Mapping[int, int] = {}
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,15 @@ def build_batch(
     adapters: Mapping[int, str] = NO_ADAPTERS,
     *,
     vocab_size: int | None = None,
+    extended: Mapping[int, int] = NOT_EXTENDED,
     pooled: Container[int] = (),
 ) -> FlatBatch:
     """`tokens` holds every slot's tokens so far and then its draft, `tables` [slots, max_blocks] its block ids
     (int64), `adapters` the keys of the slots that are not for the base. Slots in `pooled` sample nothing.
 
     Rows of one token come first, by context length, so that rows that decode together lie together. Raises
-    `TokenOutOfRange` for an id beyond `vocab_size`: kernels that read quantised embeddings trust ids, and a device
-    that checks them is lost to the process.
+    `TokenOutOfRange` for an id beyond `vocab_size`, or beyond the number that `extended` has for its slot: kernels that
+    read quantised embeddings trust ids, and a device that checks them is lost to the process.
     """
     rows = sorted(rows, key=lambda row: (row.count > 1, row.start if row.count == 1 else 0))
     token_ids: list[int] = []
@@ -91,8 +93,7 @@ def build_batch(
     counts = [row.count for row in rows]
     found = np.array([token_ids, positions, places], dtype=np.int64)
     if vocab_size is not None and not 0 <= found[0].min() <= found[0].max() < vocab_size:
-        wrong = found[0].min() if found[0].min() < 0 else found[0].max()
-        raise TokenOutOfRange(f"token id {wrong} in a batch, and the embedding has {vocab_size} rows")
+        _check_ids(found[0], [(row.count, extended.get(row.slot, vocab_size)) for row in rows])
     flat = torch.from_numpy(found).to(device)
     return FlatBatch(
         rows=rows,
@@ -111,6 +112,15 @@ def build_batch(
         adapters=_adapter_tokens([adapters.get(row.slot, "") for row in rows], counts, device) if adapters else [],
         pooled=pooling,
     )
+
+
+def _check_ids(token_ids: np.ndarray, limits: Sequence[tuple[int, int]]) -> None:
+    """`limits`: number of tokens of each row, in batch order, and the number of ids that are valid for it."""
+    ends = np.repeat([limit for _, limit in limits], [count for count, _ in limits])
+    wrong = np.flatnonzero((token_ids < 0) | (token_ids >= ends))
+    if len(wrong):
+        rows = ends[wrong[0]]
+        raise TokenOutOfRange(f"token id {token_ids[wrong[0]]} in a batch, and the embedding has {rows} rows")
 
 
 def _adapter_tokens(keys: list[str], counts: list[int], device: torch.device) -> list[AdapterTokens]:

@@ -67,6 +67,7 @@ def _served(checkpoint: Checkpoint, adapter: Path, settings: ModelSettings) -> _
     slots.prepare("adapter", str(adapter))
     slots.load("adapter")
     adaptation = slots.adaptation([AdapterTokens("adapter", None)])
+    assert not slots.changes_logits(["adapter"]), "an adapter with rows of its own is not merged"
     room = model.max_len // 2
     prompts = [
         greedy(lambda ids: _logits(model, ids, adaptation), checkpoint.tokenizer.encode(text)[:room])

@@ -44,11 +44,14 @@ class Masks:
             bits = torch.from_numpy(self.bits).to(logits.device)
             shifts = torch.arange(8, dtype=torch.uint8, device=logits.device)
             banned = ((bits.unsqueeze(-1) >> shifts) & 1 == 0).flatten(1)[:, : self.vocab_size]
+        known = logits[:, : self.vocab_size]  # a grammar is of the base's tokens, and an adapter may have more
         if self.indices == list(range(len(logits))):
-            logits.masked_fill_(banned, -math.inf)
+            known.masked_fill_(banned, -math.inf)
+            logits[:, self.vocab_size :] = -math.inf
         else:
             rows = torch.tensor(self.indices, device=logits.device)
-            logits[rows] = logits[rows].masked_fill(banned, -math.inf)
+            known[rows] = known[rows].masked_fill(banned, -math.inf)
+            logits[rows, self.vocab_size :] = -math.inf
 
 
 class GrammarMasks:

@@ -77,10 +77,13 @@ class LogitRules:
         for row in rows:
             if row.slot not in self._banned:
                 allowed = self._slots[row.slot].params.allowed_token_ids or ()
-                banned = torch.ones(self._vocab_size, dtype=torch.bool, device=logits.device)
+                size = max(self._vocab_size, max(allowed, default=0) + 1)
+                banned = torch.ones(size, dtype=torch.bool, device=logits.device)
                 banned[torch.tensor(allowed, device=logits.device)] = False
                 self._banned[row.slot] = banned
-            logits[row.index].masked_fill_(self._banned[row.slot], -math.inf)
+            banned, own = self._banned[row.slot], logits[row.index]
+            own[: len(banned)].masked_fill_(banned[: len(own)], -math.inf)
+            own[len(banned) :] = -math.inf
 
     def _ban_words(self, logits: Tensor, rows: list[RuledRow]) -> None:
         """Exclude each token that would complete a bad word. Only words within the output count."""
@@ -124,7 +127,7 @@ class LogitRules:
     def _penalise_once(self, logits: Tensor, rows: list[RuledRow]) -> None:
         device = logits.device
         prompt_lens = [self._slots[row.slot].prompt_len for row in rows]
-        counts, in_prompt = self._history.of(rows, prompt_lens, device)
+        counts, in_prompt = self._history.of(rows, prompt_lens, device, width=logits.shape[1])
         params = [self._slots[row.slot].params for row in rows]
 
         def column(values: list[float]) -> Tensor:
@@ -161,9 +164,12 @@ class TokenHistory:
             self._free.append(place)
             del self._counted[slot]
 
-    def of(self, rows: list[RuledRow], prompt_lens: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
-        """Counts [len(rows), vocab] of the output's tokens before each row's position, and whether the prompt has
-        them. No slot is there twice."""
+    def of(
+        self, rows: list[RuledRow], prompt_lens: list[int], device: torch.device, *, width: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Counts [len(rows), width] of the output's tokens before each row's position, and whether the prompt has
+        them. No slot is there twice. `width`: number of ids, where adapters have more than the base."""
+        self._widen(width or self._vocab_size)
         places: list[int] = []
         tokens: list[int] = []
         changes: list[float] = []
@@ -185,7 +191,13 @@ class TokenHistory:
             where = torch.tensor(places, device=device), torch.tensor(tokens, device=device)
             self._counts.index_put_(where, torch.tensor(changes, device=device), accumulate=True)
         index = torch.tensor([self._places[row.slot] for row in rows], device=device)
-        return self._counts[index], self._in_prompt[index]
+        return self._counts[index, :width], self._in_prompt[index, :width]
+
+    def _widen(self, width: int) -> None:
+        if (further := width - self._vocab_size) > 0:
+            self._counts = torch.nn.functional.pad(self._counts, (0, further))
+            self._in_prompt = torch.nn.functional.pad(self._in_prompt, (0, further))
+            self._vocab_size = width
 
     def _begin(self, row: RuledRow, prompt_len: int, device: torch.device) -> None:
         if not self._free:

@@ -116,13 +116,14 @@ class Sampler:
         for index, (slot, length) in enumerate(zip(slots, lengths, strict=True)):
             row = self._slots[slot]
             if not row.grammar and _suppresses(row, length):  # in the mask of a grammar
-                logits[index].index_fill_(0, self._columns(row, logits.device, own=own), -math.inf)
+                columns = self._columns(row, logits.device, own=own)
+                logits[index].index_fill_(0, columns[columns < logits.shape[1]], -math.inf)
 
     def _columns(self, row: Admission, device: torch.device, *, own: bool) -> Tensor:
         """Columns of the ids that a row must not sample. Made once for each sequence, not at every step."""
         if row.slot not in self._suppressed:
             known = self._vocabulary.known(row.suppressed_ids)
-            lists = known, self._vocabulary.own(known)
+            lists = [id for id in row.suppressed_ids if id >= 0], self._vocabulary.own(known)
             everywhere, here = (torch.tensor(ids, dtype=torch.int64, device=device) for ids in lists)
             self._suppressed[row.slot] = everywhere, here
         everywhere, here = self._suppressed[row.slot]

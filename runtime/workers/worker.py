@@ -1,7 +1,7 @@
 """One rank: weights, cache, and the state of every running sequence. It plans nothing."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -122,6 +122,7 @@ class Worker:
                 self._decoder.device,
                 self._adapted,
                 vocab_size=self._decoder.spec.vocab_size,
+                extended=self._extended(rows),
                 pooled=self._pooler if self._special else (),
             )
             due = self._due_in_prompts(batch)
@@ -236,11 +237,35 @@ class Worker:
         return decoder.forward(batch.token_ids, batch.positions, attention, adaptation, logits_indices=logits_indices)
 
     def _sample(self, hidden: Tensor, batch: FlatBatch, masks: Masks | None) -> Sampled:
+        mask = None if masks is None else masks.apply
+        if self._changes_logits(batch.slots):
+            logits = self._logits(hidden, batch.slots)
+            return self._sampler(logits, batch.slots, batch.lengths, self._tokens, mask)
         logits, vocabulary = self._decoder.local_logits(hidden), self._decoder.vocabulary
         if (found := self._sampler.argmax(logits, batch.slots, batch.lengths)) is not None:
             return found
-        mask = None if masks is None else masks.apply
         return self._sampler(vocabulary.join(logits), batch.slots, batch.lengths, self._tokens, mask)
+
+    def _logits(self, hidden: Tensor, slots: Sequence[int]) -> Tensor:
+        """Logits [n, vocab] float32 after hidden states [n, hidden] of these slots, from each one's own head; more
+        columns where an adapter has more ids."""
+        logits = self._decoder.vocabulary.join(self._decoder.local_logits(hidden))
+        if self.adapters is None or not self._changes_logits(slots):
+            return logits
+        return self.adapters.change_logits(hidden, logits, [self._adapted.get(slot, "") for slot in slots])
+
+    def _changes_logits(self, slots: Sequence[int]) -> bool:
+        if self.adapters is None or not self._adapted:
+            return False
+        return self.adapters.changes_logits([self._adapted[slot] for slot in slots if slot in self._adapted])
+
+    def _extended(self, rows: Sequence[Row]) -> dict[int, int]:
+        """Slots whose adapter has more ids than the base → their number."""
+        if self.adapters is None or not self._adapted:
+            return {}
+        known = self._decoder.spec.vocab_size
+        sizes = {row.slot: self.adapters.vocab_size(self._adapted.get(row.slot, "")) for row in rows}
+        return {slot: size for slot, size in sizes.items() if size > known}
 
     # -- log-probabilities of prompts ----------------------------------------------------------
 
@@ -266,8 +291,8 @@ class Worker:
         found: dict[int, list[TokenLogprob]] = {}
         for start in range(0, len(due), SCORED_AT_ONCE):
             part = due[start : start + SCORED_AT_ONCE]
-            local = self._decoder.local_logits(hidden[start : start + SCORED_AT_ONCE])
-            scores = self._decoder.vocabulary.join(local).log_softmax(-1)
+            logits = self._logits(hidden[start : start + SCORED_AT_ONCE], [one.slot for one in part])
+            scores = logits.log_softmax(-1)
             scored = token_logprobs(scores, [one.token for one in part], [one.count for one in part])
             for one, logprob in zip(part, scored, strict=True):
                 found.setdefault(one.slot, []).append(logprob)

@@ -17,4 +17,4 @@ def our_logits(decoder: Decoder, base: LoraBase, adapter: Path, ids: torch.Tenso
     attention = PackedAttention(decoder.ops, [len(ids)], decoder.spec)
     with torch.inference_mode():
         hidden = decoder.forward(ids, torch.arange(len(ids)), attention, slots.adaptation([AdapterTokens("a", None)]))
-        return decoder.logits(hidden)
+        return slots.change_logits(hidden, decoder.logits(hidden), ["a"] * len(ids))

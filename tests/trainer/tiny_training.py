@@ -13,7 +13,7 @@ from runtime.events import RunEvent
 from runtime.model.decoder import Decoder
 from runtime.model.families import find_model
 from runtime.model.group import SOLO, Group
-from runtime.model.lora import LoraLayers
+from runtime.model.lora import Adapter
 from runtime.trainer.data.example import Example
 from runtime.trainer.lora import Targets
 from runtime.trainer.recipe import Dataset, Recipe
@@ -87,9 +87,9 @@ def batches_of(data: list[Example], size: int = 2) -> Callable[[int], list[list[
     return batches
 
 
-def write_nothing(path: Path, layers: LoraLayers) -> None:
+def write_nothing(path: Path, adapter: Adapter) -> None:
     path.mkdir()
-    (path / "adapter").write_text(str(sorted(layers)), encoding="utf-8")
+    (path / "adapter").write_text(str(sorted(adapter.layers)), encoding="utf-8")
 
 
 def make_run(

@@ -94,7 +94,8 @@ async def open_chat(
     service = api.handle.require()
     served = await resolve_model(service, asked.model)
     record = take_id(request, asked.request_id, served)
-    wanted = check(asked, given, service, api.settings, num_prompts=1 + len(further), default_max=None)
+    count = 1 + len(further)
+    wanted = check(asked, given, served, api.settings, num_prompts=count, default_max=None)
     form_request = None
     if asked.asks_for_form or served.reasoning is not None:
         form_request = check_form(asked, served, api.settings)
@@ -114,7 +115,7 @@ async def open_chat(
             chats.append(chat)
             prompts.append(truncate(await encoder.chat(chat), asked, service.max_model_len))
         if form_request is not None:
-            first, form = form, await form_request.form(prompts[-1], service, api.settings, request.receive)
+            first, form = form, await form_request.form(prompts[-1], served, api.settings, request.receive)
             if index and form != first:
                 raise InvalidRequest(
                     f"messages[{index}]: this chat's answer begins otherwise than the first one's, inside or out "
@@ -131,7 +132,7 @@ async def open_chat(
         # As in vLLM: a message that goes on keeps its role.
         [api.settings.server.response_role if chat.add_generation_prompt else chat.last_role for chat in chats],
         form,
-        service.tokenizer,
+        served.tokenizer,
         id=f"chatcmpl-{record.request_id}",
         model=served.name,
         system_fingerprint=fingerprint(f"{service.model_name}{served.key}", api.settings.model.dtype),
@@ -153,8 +154,8 @@ async def count_chat(request: AnyRequest, api: Api, asked: ChatRequest) -> int:
         variables=form.template_kwargs,
         trust_template=api.settings.model.trust_request_chat_template,
     )
-    apart, limit = served.own_template is not None, limits.max_tokenize_chars
-    encoder = PromptEncoder(served.tokenizer, service.vocab_size, None, limit, request.receive, apart=apart)
+    apart, limit = served.own_tokenizer is not None, limits.max_tokenize_chars
+    encoder = PromptEncoder(served.tokenizer, served.vocab_size, None, limit, request.receive, apart=apart)
     return len(await encoder.chat(chat))
 
 

@@ -53,7 +53,7 @@ async def create_completion(request: AnyRequest) -> Response[TextCompletion]:
     limits, context = api.settings.limits, service.max_model_len
     if (count := count_prompts(asked.prompt)) > limits.max_prompts:
         raise InvalidRequest(f"prompt must hold at most {limits.max_prompts} prompts, got {count}.", param="prompt")
-    wanted = check(asked, given, service, api.settings, num_prompts=count, default_max=DEFAULT_COMPLETION_TOKENS)
+    wanted = check(asked, given, served, api.settings, num_prompts=count, default_max=DEFAULT_COMPLETION_TOKENS)
     form_request = check_form(asked, served, api.settings) if asked.asks_for_form else None
     encoder = encoder_for(asked, served, limits, request.receive)
     prompts = await encoder.prompts(asked.prompt, add_special_tokens=asked.add_special_tokens is not False)
@@ -61,7 +61,7 @@ async def create_completion(request: AnyRequest) -> Response[TextCompletion]:
     echoes = await _echoes(asked, prompts, encoder)
     form = PLAIN
     if form_request is not None:
-        form = await form_request.form(prompts[0], service, api.settings, request.receive)
+        form = await form_request.form(prompts[0], served, api.settings, request.receive)
     await served.ready(record)
     generation = start(served, asked, wanted, prompts, record, prompt_field="prompt", form=form)
     answer = partial(
@@ -70,7 +70,7 @@ async def create_completion(request: AnyRequest) -> Response[TextCompletion]:
         asked,
         prompts,
         echoes,
-        service.tokenizer,
+        served.tokenizer,
         id=f"cmpl-{record.request_id}",
         model=served.name,
         system_fingerprint=fingerprint(f"{service.model_name}{served.key}", api.settings.model.dtype),

@@ -57,7 +57,7 @@ async def create_embeddings(request: AnyRequest) -> Response[EmbeddingList]:
             param="dimensions",
         )
     record = take_id(request, asked.request_id, served)
-    prompts = await tokenise(asked, asked.input, api, request.receive, field="input")
+    prompts = await tokenise(asked, asked.input, served, api, request.receive, field="input")
     await served.ready(record)
     # Encoded one by one as they come: all at once they would hold the event loop.
     items: list[EmbeddingItem] = []

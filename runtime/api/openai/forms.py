@@ -113,14 +113,12 @@ class FormRequest:
     """Bytes of schemas and grammars."""
     template_kwargs: dict[str, object] = field(default_factory=dict)
 
-    async def form(
-        self, prompt: list[int], service: "EngineService", settings: Settings, receive: Receive
-    ) -> AnswerForm:
+    async def form(self, prompt: list[int], served: Served, settings: Settings, receive: Receive) -> AnswerForm:
         """The form of the answers to a prompt. Raises `InvalidRequest` for a grammar that does not compile, or takes
         too long to, and `ClientDisconnected`."""
-        inside = None
+        inside, service = None, served.service
         if self.reasoning is not None:
-            tail = service.tokenizer.decode(prompt[-MAX_TAIL:], skip_special_tokens=False)
+            tail = served.tokenizer.decode(prompt[-MAX_TAIL:], skip_special_tokens=False)
             inside = self.reasoning.begins_in(tail)
             if inside is None and self._hides(service.engine.grammars):
                 inside = False
@@ -136,7 +134,7 @@ class FormRequest:
             reasoning=self.reasoning,
             inside=inside,
             includes_reasoning=self.includes_reasoning,
-            shows_special=any(_is_skipped(service, text) for text in texts),
+            shows_special=any(_is_skipped(served.tokenizer, text) for text in texts),
         )
 
     def _hides(self, compiler: GrammarCompiler) -> bool:
@@ -209,10 +207,10 @@ def _expression(builder: GrammarBuilder, structure: Structure) -> str:
     return f"({' | '.join(tags)})* {text}"
 
 
-def _is_skipped(service: "EngineService", text: str) -> bool:
+def _is_skipped(tokenizer: Tokenizer, text: str) -> bool:
     """True for a text that is one token, which detokenizing leaves out as special."""
-    id = service.tokenizer.token_id(text)
-    return id is not None and not service.tokenizer.decode_one(id, skip_special_tokens=True)
+    id = tokenizer.token_id(text)
+    return id is not None and not tokenizer.decode_one(id, skip_special_tokens=True)
 
 
 # -- requests --------------------------------------------------------------------------------------

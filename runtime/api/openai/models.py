@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from litestar import delete, get
 from msgspec import UNSET
 
+from runtime.adapters.card import Card
 from runtime.adapters.store import split_version
 from runtime.api.admin.views import library_of
 from runtime.api.handle import AnyRequest, api_of
@@ -41,8 +42,8 @@ class Served:
     service: "EngineService"
     version: "Version | None" = None
     """None: the base model."""
-    own_template: Tokenizer | None = None
-    """Tokenizer with the chat template that goes with the adapter; None: the base model's."""
+    own_tokenizer: Tokenizer | None = None
+    """Tokenizer with the chat template and the tokens that go with the adapter; None: the base model's."""
 
     @property
     def key(self) -> str:
@@ -56,15 +57,21 @@ class Served:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """Tokenizer of the model's prompts: with the chat template that an adapter was trained with."""
-        return self.own_template or self.service.tokenizer
+        """Tokenizer of the model's prompts and answers: with the chat template and tokens that an adapter was trained
+        with."""
+        return self.own_tokenizer or self.service.tokenizer
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids below this are valid."""
+        return self.service.vocab_size if self.own_tokenizer is None else self.own_tokenizer.vocab_size
 
     @property
     def reasoning(self) -> ReasoningFormat | None:
         """Form of the reasoning of answers in chats; None if it is not split from them."""
-        if self.own_template is None:
+        if self.own_tokenizer is None:
             return self.service.reasoning
-        return reasoning_format(self.own_template.chat_template, self.service.settings.model.reasoning_parser)
+        return reasoning_format(self.own_tokenizer.chat_template, self.service.settings.model.reasoning_parser)
 
     @property
     def end_ids(self) -> tuple[int, ...]:
@@ -72,8 +79,16 @@ class Served:
         if self.version is None or self.service.adapters is None:
             return ()
         ends = (*self.tokenizer.eos_ids, *self.service.adapters.card(self.version).end_ids)
-        limit = self.service.vocab_size
+        limit = self.vocab_size
         return tuple(id for id in dict.fromkeys(ends) if id not in self.service.eos_ids and 0 <= id < limit)
+
+    @property
+    def text_end_ids(self) -> tuple[int, ...]:
+        """Ids that end an adapter's answers to plain texts, besides those that end the base model's."""
+        if self.version is None or self.service.adapters is None:
+            return ()
+        id = self.service.adapters.card(self.version).eos_id
+        return () if id is None or id in self.service.eos_ids or not 0 <= id < self.vocab_size else (id,)
 
     @property
     def stop_texts(self) -> tuple[str, ...]:
@@ -117,13 +132,19 @@ async def resolve_model(service: "EngineService", asked: str | None) -> Served:
     served = find_model(service, asked)
     if served.version is None or service.adapters is None:
         return served
-    source = service.adapters.card(served.version).chat_template
-    if source is None or source == service.tokenizer.chat_template:
+    card = service.adapters.card(served.version)
+    if card.chat_template in (None, service.tokenizer.chat_template) and not card.changes_tokens:
         return served
     try:  # on a thread: it is compiled, once, and tried
-        return replace(served, own_template=await asyncio.to_thread(service.tokenizer.with_template, source))
-    except ChatTemplateError as error:
+        return replace(served, own_tokenizer=await asyncio.to_thread(_own_tokenizer, service, card))
+    except (ChatTemplateError, ValueError) as error:
         raise AdapterUnavailable(f"The adapter `{served.label}` cannot be asked: {error}.") from error
+
+
+def _own_tokenizer(service: "EngineService", card: Card) -> Tokenizer:
+    tokenizer = service.tokenizer_of(card) or service.tokenizer
+    source = card.chat_template
+    return tokenizer if source in (None, tokenizer.chat_template) else tokenizer.with_template(source)
 
 
 def find_model(service: "EngineService", asked: str | None) -> Served:

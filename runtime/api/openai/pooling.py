@@ -79,10 +79,10 @@ def usage_of(prompts: Sequence[Sequence[int]]) -> PooledUsage:
 
 
 async def tokenise(
-    asked: PoolingRequest, inputs: PromptInput, api: Api, receive: object, *, field: str
+    asked: PoolingRequest, inputs: PromptInput, served: Served, api: Api, receive: object, *, field: str
 ) -> list[list[int]]:
     """Token ids of each input; `field` is where they are. Raises `InvalidRequest`, `ContextLengthExceeded`."""
-    service, limits = api.handle.require(), api.settings.limits
+    service, limits = served.service, api.settings.limits
     if (count := count_prompts(inputs)) > limits.max_inputs:
         raise InvalidRequest(f"{field} must hold at most {limits.max_inputs} inputs, got {count}.", param=field)
     if len(asked.user or "") > limits.max_label:
@@ -97,8 +97,8 @@ async def tokenise(
             param="truncate_prompt_tokens",
         )
     encoder = PromptEncoder(
-        service.tokenizer,
-        service.vocab_size,
+        served.tokenizer,
+        served.vocab_size,
         None if keep is not None else context,
         limits.max_tokenize_chars,
         receive,  # type: ignore[arg-type]

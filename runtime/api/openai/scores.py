@@ -164,7 +164,7 @@ async def _embedded(
     field: str,
 ) -> tuple[list[Vector], PooledUsage]:
     """A vector of length 1 for each text."""
-    prompts = await tokenise(asked, [*texts], api, receive, field=field)
+    prompts = await tokenise(asked, [*texts], served, api, receive, field=field)
     await served.ready(record)
     vectors: list[Vector] = []
 

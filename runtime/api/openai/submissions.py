@@ -82,9 +82,11 @@ def wanted_of(
     limits: LimitSettings,
     *,
     default_max: int | None,
+    vocab_size: int | None = None,
 ) -> Wanted:
     """The fields that the request sets, which are `given`, and the server's defaults for the others; `default_max`: the
-    endpoint's default of `max_tokens`. Raises `InvalidRequest`."""
+    endpoint's default of `max_tokens`; `vocab_size`: ids below this are valid, by default the base's. Raises
+    `InvalidRequest`."""
     defaults = service.sampling_defaults
     if request.use_beam_search:  # which samples nothing
         defaults = SamplingDefaults(max_tokens=defaults.max_tokens, max_tokens_limit=defaults.max_tokens_limit)
@@ -96,7 +98,7 @@ def wanted_of(
     own = {name: getattr(request, name) for name in SamplingParams.__struct_fields__ if name in given}
     reported = {"logprobs": _check_logprobs(request, limits), "prompt_logprobs": _prompt_logprobs(request)}
     params = SamplingParams(**{**defaults.values, **own, **reported, "max_tokens": most})
-    params.verify(vocab_size=service.vocab_size, eos_ids=service.eos_ids, limits=limits)
+    params.verify(vocab_size=vocab_size or service.vocab_size, eos_ids=service.eos_ids, limits=limits)
     limit = defaults.max_tokens_limit
     if limit is not None and params.min_tokens > limit:
         raise InvalidRequest(
@@ -224,7 +226,7 @@ LABELS = ("user", "safety_identifier", "prompt_cache_key", "session_id")
 def check(
     request: GenerationRequest,
     given: Collection[str],
-    service: "EngineService",
+    served: Served,
     settings: Settings,
     *,
     num_prompts: int = 1,
@@ -235,7 +237,8 @@ def check(
     limits = settings.limits
     _check_sequences(request, limits, num_prompts)
     _check_labels(request, limits)
-    wanted = wanted_of(request, given, service, limits, default_max=default_max)
+    service = served.service
+    wanted = wanted_of(request, given, service, limits, default_max=default_max, vocab_size=served.vocab_size)
     check_beams(request, given, limits, service.eos_ids)
     _check_urgency(request, settings.scheduler.policy)
     if (size := len((request.cache_salt or "").encode())) > MAX_SALT:
@@ -425,11 +428,11 @@ def encoder_for(request: GenerationRequest, served: Served, limits: LimitSetting
     truncated = request.truncate_prompt_tokens is not None
     return PromptEncoder(
         served.tokenizer,
-        served.service.vocab_size,
+        served.vocab_size,
         None if truncated else served.service.max_model_len,
         limits.max_tokenize_chars,
         receive,
-        apart=served.own_template is not None,
+        apart=served.own_tokenizer is not None,
     )
 
 
@@ -491,7 +494,7 @@ def _submissions(
     arrival = time.monotonic()
     deadline = None if request.deadline_ms is None else arrival + request.deadline_ms / 1000
     chat = prompt_field == "messages"
-    ends = served.end_ids if chat and not request.ignore_eos else ()
+    ends = () if request.ignore_eos else served.end_ids if chat else served.text_end_ids
     texts = served.stop_texts if chat and not request.ignore_eos and beams is None else ()
     for prompt in prompts:
         fitted = fit_context(wanted, len(prompt), served.service.max_model_len, prompt_field=prompt_field)

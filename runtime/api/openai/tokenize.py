@@ -41,9 +41,9 @@ async def tokenize(request: AnyRequest) -> Response[Tokens]:
     served = await resolve_model(service, asked.model)
     if (asked.prompt is None) == (asked.messages is None):
         raise InvalidRequest("Send either `prompt` or `messages`.", param="prompt")
-    tokenizer, apart = served.tokenizer, served.own_template is not None
+    tokenizer, apart = served.tokenizer, served.own_tokenizer is not None
     limit = limits.max_tokenize_chars
-    encoder = PromptEncoder(tokenizer, service.vocab_size, None, limit, request.receive, apart=apart)
+    encoder = PromptEncoder(tokenizer, served.vocab_size, None, limit, request.receive, apart=apart)
     if asked.prompt is not None:
         ids = await encoder.text(asked.prompt, add_special_tokens=asked.add_special_tokens is not False)
     else:
@@ -67,14 +67,14 @@ async def detokenize(request: AnyRequest) -> Response[DetokenizedText]:
     api = api_of(request)
     service, limit = api.handle.require(), api.settings.limits.max_detokenize_tokens
     asked = await _detokenize.read(request, api)
-    await resolve_model(service, asked.model)
+    served = await resolve_model(service, asked.model)
     if len(asked.tokens) > limit:
         raise InvalidRequest(f"tokens must hold at most {limit} ids, got {len(asked.tokens)}.", param="tokens")
 
     def decode() -> str:
         if asked.tokens:
-            check_ids(asked.tokens, service.vocab_size, "tokens")
-        return service.tokenizer.decode(asked.tokens, skip_special_tokens=False)
+            check_ids(asked.tokens, served.vocab_size, "tokens")
+        return served.tokenizer.decode(asked.tokens, skip_special_tokens=False)
 
     return Response(DetokenizedText(prompt=await run_text_work(decode, len(asked.tokens), request.receive)))
 

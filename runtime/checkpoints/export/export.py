@@ -59,6 +59,11 @@ def export_adapter(
     if template is not None:
         checkpoint = replace(checkpoint, tokenizer=_with_template(checkpoint, template))
     merge = open_merge(checkpoint, adapter)
+    if format != "peft" and merge.adapter.vocabulary is not None:
+        raise ModelLoadError(
+            f"The adapter has rows of its own in embedding and head, which the format {format} cannot hold beside the "
+            "base's: export it with --format peft, and merge it with PEFT."
+        )
     if format in ("gguf", "gguf-lora"):
         write = write_lora if format == "gguf-lora" else partial(write_merged, type=type, template=template)
         make_directory(to.parent)

@@ -164,6 +164,8 @@ class AdapterConfig(Struct, frozen=True, kw_only=True):
     layers_to_transform: list[int] | int | None = None
     bias: str = "none"
     init_lora_weights: bool | str = True
+    modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
 
     @property
     def shape(self) -> LoraShape:

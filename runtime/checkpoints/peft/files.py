@@ -22,8 +22,10 @@ from runtime.checkpoints.peft.config import (
     ends,
     parse_config,
 )
+from runtime.checkpoints.peft.vocabulary import VocabularyFile, take_rows
 from runtime.model.lora import Adapter, LoraLayers, LoraPart, LoraShape
 from runtime.model.lora_base import LoraBase, Target
+from runtime.model.token_rows import VocabularyRows
 from runtime.support.durable import TOO_MANY_FILES, fresh_directory, write_file
 
 # -- files -----------------------------------------------------------------------------------------
@@ -71,15 +73,17 @@ def _read(directory: Path, name: str, limit: int) -> bytes:
     with open(descriptor, "rb") as file:
         if status.st_size > limit:
             raise AdapterInvalid(f"The adapter's {name} has {status.st_size} bytes; at most {limit} can be right.")
-        data = file.read(limit + 1)
-    if len(data) > limit:
-        raise AdapterInvalid(f"The adapter's {name} has more than {limit} bytes.")
+        data = file.read(status.st_size + 1)
+    if len(data) > status.st_size:
+        raise AdapterInvalid(f"The adapter's {name} grew while it was read.")
     return data
 
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _HEADER = 4 << 20
 """Generous limit for names and shapes in the file, in bytes."""
+MAX_VOCABULARY_FILE = 1 << 38
+"""Largest size of rows of embedding and head in a file that was checked before, in bytes."""
 
 Module = tuple[int, str]
 """(layer index, name within the layer)."""
@@ -95,6 +99,7 @@ def read_adapter(directory: Path, base: LoraBase, *, max_rank: int) -> Adapter:
         tensors = load(files[WEIGHTS])
     except (SafetensorError, ValueError, RuntimeError, KeyError, OverflowError) as error:
         raise AdapterInvalid(f"{WEIGHTS} is truncated or no safetensors file: {error}.") from None
+    vocabulary = take_rows(tensors, config, base)
     pairs = _pairs(tensors, base)
     _check_targets(config, pairs, base)
     ranks = ModulePattern("rank_pattern", config.rank_pattern)
@@ -105,13 +110,18 @@ def read_adapter(directory: Path, base: LoraBase, *, max_rank: int) -> Adapter:
         module = f"{base.layers}.{layer}.{name}"
         rank, alpha = ranks.get(module, config.r), alphas.get(module, config.lora_alpha)
         layers[layer, target.linear].append(_part(module, target, pair, rank, config.shape.scale(rank, alpha)))
-    return Adapter(config.shape, dict(layers))
+    return Adapter(config.shape, dict(layers), vocabulary)
 
 
-def read_files(directory: Path, base: LoraBase, *, max_rank: int) -> dict[str, bytes]:
-    """The bytes of both files, by name. The weights are limited to the size of an adapter for `base`. Raises
+def read_files(
+    directory: Path, base: LoraBase, *, max_rank: int, max_vocabulary: int | None = None
+) -> dict[str, bytes]:
+    """The bytes of both files, by name. The weights are limited to the size of an adapter for `base`, whose rows of
+    embedding and head take at most `max_vocabulary` bytes as they are served; None: any number. Raises
     `AdapterInvalid`."""
     limit = 4 * base.widest * max_rank + _HEADER
+    if base.vocabulary is not None:
+        limit += MAX_VOCABULARY_FILE if max_vocabulary is None else base.vocabulary.file_bytes(max_vocabulary)
     return {CONFIG: read_config(directory), WEIGHTS: read_weights(directory, limit)}
 
 
@@ -194,6 +204,7 @@ def write_adapter(
     shape: LoraShape,
     base: LoraBase,
     *,
+    vocabulary: VocabularyRows | None = None,
     dropout: float = 0.0,
     base_name: str | None = None,
 ) -> None:
@@ -212,6 +223,9 @@ def write_adapter(
             tensors[f"base_model.model.{module}.lora_A.weight"] = part.a.detach().cpu().contiguous()
             tensors[f"base_model.model.{module}.lora_B.weight"] = part.b.detach().cpu().contiguous()
     config = _config(layers, shape, base, dropout, base_name or base.name)
+    if vocabulary is not None:
+        rows = VocabularyFile.of(vocabulary, base)
+        tensors, config = tensors | rows.tensors, config | rows.config
     with fresh_directory(directory) as partial:
         write_file(partial / CONFIG, msgspec.json.format(msgspec.json.encode(config)))
         write_file(partial / WEIGHTS, save(tensors, metadata={"format": "pt"}))

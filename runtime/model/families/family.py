@@ -78,6 +78,12 @@ class Family(ABC):
         return cls.LAYERS.removesuffix(".")
 
     @classmethod
+    def vocabulary(cls) -> tuple[str, str]:
+        """Names of the embedding and of the head in transformers' model, as PEFT's names have them."""
+        names = {place: name.removesuffix(".weight") for name, place in cls.OUTSIDE.items()}
+        return names["embedding.weight"], names["head.weight"]
+
+    @classmethod
     @abstractmethod
     def spec(cls, config: dict[str, Any]) -> DecoderSpec:
         """The decoder's shape from a Hugging Face config. Raises `ValueError` for what is not supported."""

@@ -4,6 +4,7 @@ The logits of all tokens would take more memory than the model: they are made fo
 gradient with respect to the hidden states, and forgotten. Only rows that are trained on are computed at all.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -14,6 +15,7 @@ from torch import Tensor
 from kernels import Ops
 from kernels.training import TrainingOps, backward
 from runtime.model.decoder import Decoder
+from runtime.model.token_rows import TokenRows
 from runtime.trainer.microbatch import MicroBatch
 from runtime.trainer.slices import Slice, Slices
 
@@ -76,12 +78,22 @@ MOST_ROWS, LEAST_ROWS = 128, 8
 LEAST_VOCABULARY, MOST_VOCABULARY = 2048, 8192
 
 
+AddGrad = Callable[[slice, Tensor], None]
+"""Adds the gradient [n, hidden] of some of a head's own rows."""
+
+
 class ChunkedHead:
     """The decoder's head in slices of its vocabulary. On ranks, each computes its own columns."""
 
-    def __init__(self, decoder: Decoder, ops: Ops) -> None:
+    def __init__(
+        self, decoder: Decoder, ops: Ops, rows: TokenRows | None = None, add_grad: AddGrad | None = None
+    ) -> None:
+        """`rows` stand in place of the decoder's own, and beyond; `add_grad` takes their gradient; None: they are not
+        trained."""
         self._decoder = decoder
         self._ops = ops
+        self._rows = rows
+        self._add_grad = add_grad
 
     def fill(self, buffer: ScoreBuffer) -> Slices:
         for start in range(0, buffer.batch.num_trained, MOST_ROWS):
@@ -91,7 +103,7 @@ class ChunkedHead:
         """Fill in some rows; their logits are gone when it is done."""
         rows, slopes = buffer.batch.rows[part], buffer.slopes_of(part)
         targets = buffer.batch.targets[part]
-        chunked = ChunkedLogits(self._decoder, self._ops, buffer.hidden[rows], with_grad=slopes is not None)
+        chunked = self._logits(buffer.hidden[rows], with_grad=slopes is not None)
         size = len(rows).bit_length()
 
         def score(some: slice) -> None:
@@ -104,6 +116,12 @@ class ChunkedHead:
             kind = f"logits_backward/{size}"
             yield from by_parts(kind, chunked.width, LEAST_VOCABULARY, chunked.backward, most=MOST_VOCABULARY)
             buffer.put_grad(part, chunked.hidden_grad())
+
+    def _logits(self, hidden: Tensor, *, with_grad: bool) -> "ChunkedLogits":
+        if self._rows is None:
+            return ChunkedLogits(self._decoder, self._ops, hidden, with_grad=with_grad)
+        kind = CopiedLogits if self._rows.covers(self._decoder.spec.vocab_size) else ReplacedLogits
+        return kind(self._decoder, self._ops, hidden, self._rows, self._add_grad, with_grad=with_grad)
 
 
 class ChunkedLogits:
@@ -120,8 +138,7 @@ class ChunkedLogits:
         with torch.set_grad_enabled(with_grad):
             self._above = decoder.norm(ops, self._leaf)
         self._normed = self._above.detach()
-        own = decoder.vocabulary.split
-        self._own = torch.empty(len(hidden), own.size, device=hidden.device)
+        self._own = torch.empty(len(hidden), self._own_width, device=hidden.device)
         """[R, own] float32: the logits of this rank's tokens."""
         self._logits: Tensor | None = None
         """[R, vocab] float32, once all are there: first the logits, then the gradient with respect to them."""
@@ -131,6 +148,10 @@ class ChunkedLogits:
     def width(self) -> int:
         """Columns to make, the same on all ranks."""
         return self._decoder.vocabulary.width
+
+    @property
+    def _own_width(self) -> int:
+        return self._decoder.vocabulary.split.size
 
     def logits(self, tokens: slice) -> None:
         """Compute the logits of some of the vocabulary."""
@@ -144,7 +165,7 @@ class ChunkedLogits:
         """Score the targets [n] of some rows; with `slopes` [n], their logits become the gradient of the sum of slope
         times log-probability."""
         if self._logits is None:
-            self._logits = self._decoder.vocabulary.join(self._own)
+            self._logits = self._joined()
         spec, logits = self._decoder.spec, self._logits[rows]
         if spec.logit_scale != 1.0:
             logits *= spec.logit_scale
@@ -160,6 +181,10 @@ class ChunkedLogits:
             logits *= spec.logit_scale
         return found
 
+    def _joined(self) -> Tensor:
+        """[R, vocab] float32 of all tokens."""
+        return self._decoder.vocabulary.join(self._own)
+
     def backward(self, tokens: slice) -> None:
         """Add the contribution of some of the vocabulary to the gradient below."""
         assert self._logits is not None, "scored before"
@@ -169,9 +194,87 @@ class ChunkedLogits:
 
     def hidden_grad(self) -> Tensor:
         """[R, hidden]."""
-        backward([self._above], [self._decoder.group.all_reduce(self._grad)])
+        backward([self._above], [self._whole_grad()])
         assert self._leaf.grad is not None
         return self._leaf.grad
+
+    def _whole_grad(self) -> Tensor:
+        """The gradient of the normed hidden states, of all ranks' columns."""
+        return self._decoder.group.all_reduce(self._grad)
+
+
+class ReplacedLogits(ChunkedLogits):
+    """The logits of a head of which some rows are others, or come after the decoder's own. All ranks compute these."""
+
+    def __init__(
+        self, decoder: Decoder, ops: Ops, hidden: Tensor, rows: TokenRows, add_grad: AddGrad | None, *, with_grad: bool
+    ) -> None:
+        self._rows = rows
+        self._weight = rows.rows.detach().to(decoder.dtype)
+        self._add_grad = add_grad
+        self._rows_grad: Tensor | None = None
+        """[R, hidden], what the rows add to the gradient of the normed hidden states."""
+        super().__init__(decoder, ops, hidden, with_grad=with_grad)
+
+    def _joined(self) -> Tensor:
+        joined, ids = super()._joined(), self._rows.ids
+        if (further := self._rows.size - joined.shape[1]) > 0:
+            joined = torch.nn.functional.pad(joined, (0, further), value=-math.inf)
+        joined[:, ids] = (self._normed @ self._weight.t()).float()
+        return joined
+
+    def backward(self, tokens: slice) -> None:
+        assert self._logits is not None, "scored before"
+        if self._rows_grad is None:
+            found = self._logits[:, self._rows.ids].to(self._weight.dtype)
+            self._logits[:, self._rows.ids] = 0.0  # so that the decoder's own rows add nothing
+            self._rows_grad = found @ self._weight
+            if self._add_grad is not None:
+                self._add_grad(slice(0, len(self._weight)), found.t() @ self._normed)
+        super().backward(tokens)
+
+    def _whole_grad(self) -> Tensor:
+        assert self._rows_grad is not None, "after `backward`"
+        return super()._whole_grad() + self._rows_grad
+
+
+class CopiedLogits(ChunkedLogits):
+    """The logits of a whole head in place of the decoder's own, alike on all ranks."""
+
+    def __init__(
+        self, decoder: Decoder, ops: Ops, hidden: Tensor, rows: TokenRows, add_grad: AddGrad | None, *, with_grad: bool
+    ) -> None:
+        self._rows = rows
+        self._add_grad = add_grad
+        super().__init__(decoder, ops, hidden, with_grad=with_grad)
+
+    @property
+    def width(self) -> int:
+        return self._rows.size
+
+    @property
+    def _own_width(self) -> int:
+        return self._rows.size
+
+    def logits(self, tokens: slice) -> None:
+        self._own[:, tokens] = (self._normed @ self._part(tokens).t()).float()
+
+    def _joined(self) -> Tensor:
+        return self._own
+
+    def backward(self, tokens: slice) -> None:
+        assert self._logits is not None, "scored before"
+        weight = self._part(tokens)
+        found = self._logits[:, tokens].to(weight.dtype)
+        self._grad.addmm_(found, weight)
+        if self._add_grad is not None:
+            self._add_grad(tokens, found.t() @ self._normed)
+
+    def _part(self, tokens: slice) -> Tensor:
+        return self._rows.rows.detach()[tokens].to(self._decoder.dtype)
+
+    def _whole_grad(self) -> Tensor:
+        return self._grad
 
 
 def score_logits(logits: Tensor, targets: Tensor, slopes: Tensor | None) -> TargetScores:
@@ -239,8 +342,17 @@ class FusedHead:
             buffer.put_grad(part, leaf.grad)
 
 
-def head_of(decoder: Decoder, ops: TrainingOps, hidden: Tensor) -> Head:
-    """The fused head where the op takes such hidden states and this rank has the whole vocabulary; else the chunked."""
+def head_of(
+    decoder: Decoder,
+    ops: TrainingOps,
+    hidden: Tensor,
+    rows: TokenRows | None = None,
+    add_grad: AddGrad | None = None,
+) -> Head:
+    """The fused head where the op takes such hidden states and this rank has the whole vocabulary; else the chunked.
+    `rows` and `add_grad`: see `ChunkedHead`."""
+    if rows is not None:
+        return ChunkedHead(decoder, ops, rows, add_grad)
     if decoder.group.size == 1 and ops.fuses_loss(hidden):
         return FusedHead(decoder, ops)
     return ChunkedHead(decoder, ops)

@@ -18,7 +18,7 @@ from runtime.model.attention import CACHE_DTYPES
 from runtime.model.decoder import Decoder
 from runtime.model.families import find_model
 from runtime.model.group import Group
-from runtime.model.lora import LoraLayers
+from runtime.model.lora import Adapter
 from runtime.model.lora_base import LoraBase
 from runtime.model.model import make_cache, make_device
 from runtime.support import logs
@@ -125,7 +125,7 @@ class RankTraining:
         return Advanced(wanted=wanted, paused=paused, events=events)
 
 
-def _written_elsewhere(directory: Path, layers: LoraLayers) -> None:
+def _written_elsewhere(directory: Path, adapter: Adapter) -> None:
     raise AssertionError("adapters are written by the engine's process")
 
 

@@ -11,7 +11,6 @@ import msgspec
 
 from runtime.events import CheckpointEvent, FailedEvent, FinishedEvent, GenerateEvent, PausedEvent, RunEvent
 from runtime.trainer.batches import ExampleFeed
-from runtime.trainer.lora import layers_of
 from runtime.trainer.sliced_run import MakeRun, RunSpec, SlicedRun, WriteAdapter
 from runtime.trainer.slices import Slice, Slices
 from runtime.trainer.snapshot import Restored, Snapshot
@@ -142,9 +141,7 @@ class RemoteRun(SlicedRun):
             optimizer=restored.optimizer,
             best=restored.best,
             reference=restored.reference,
-            write_adapter=lambda path, captured: self._write_adapter(
-                path, layers_of(captured, self._spec.targets, self._spec.shape)
-            ),
+            write_adapter=lambda path, captured: self._write_adapter(path, self._spec.adapter_of(captured)),
         )
 
     @contextmanager

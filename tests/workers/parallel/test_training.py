@@ -21,7 +21,7 @@ from runtime.events import (
     RunEvent,
     StepEvent,
 )
-from runtime.model.lora import LoraLayers
+from runtime.model.lora import Adapter
 from runtime.trainer.batches import ExampleFeed, pack
 from runtime.trainer.recipe import Dataset, Recipe
 from runtime.trainer.sliced_run import RunSpec, SlicedRun
@@ -67,8 +67,8 @@ def start(
 ) -> SlicedRun:
     one = made or spec(model)
 
-    def write(directory: Path, layers: LoraLayers) -> None:
-        write_adapter(directory, layers, one.shape, model.lora_base)
+    def write(directory: Path, adapter: Adapter) -> None:
+        write_adapter(directory, adapter.layers, one.shape, model.lora_base, vocabulary=adapter.vocabulary)
 
     return model.make_run(one, FEED, events.append, write, restored)
 
