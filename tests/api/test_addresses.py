@@ -83,7 +83,7 @@ async def test_locations_have_the_prefix() -> None:
     from litestar import Litestar, get
     from litestar.response import Redirect
 
-    from runtime.api.http.prefix import Prefixed
+    from runtime.api.app import Prefixed
 
     @get("/x")
     async def moved() -> Redirect:

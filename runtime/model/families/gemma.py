@@ -5,8 +5,7 @@ from typing import Any, ClassVar
 
 from runtime.model.config import MIN_FACTOR, integer, number, optional_integer, optional_number, table
 from runtime.model.families.family import Layers, activation, by_type, lora_targets, num_layers
-from runtime.model.families.llama import ATTENTION, MLP, Llama
-from runtime.model.families.qwen import QK_NORMS
+from runtime.model.families.llama import ATTENTION, MLP, QK_NORMS, Llama
 from runtime.model.rope import MIN_THETA, RopeSpec
 from runtime.model.spec import DecoderSpec
 

@@ -1,5 +1,5 @@
-"""Llama 2, 3 and 3.x, SmolLM2, TinyLlama, Yi (every model with the architecture LlamaForCausalLM), and two that are
-Llama with other numbers: Granite 3 and SmolLM3."""
+"""Llama 2, 3 and 3.x, SmolLM2, TinyLlama, Yi (every model with the architecture LlamaForCausalLM), and three that are
+Llama with other numbers or other places of its norms: Granite 3, SmolLM3 and OLMo 2."""
 
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -34,6 +34,7 @@ NORMS = {
     "input_layernorm": ("attention_norm", ""),
     "post_attention_layernorm": ("mlp_norm", ""),
 }
+QK_NORMS = {"self_attn.q_norm": ("q_norm", ""), "self_attn.k_norm": ("k_norm", "")}
 
 
 class Llama(Family):
@@ -99,3 +100,20 @@ class SmolLM3(Llama):
             super().spec(config),
             layers=tuple(replace(layer, rope=rope) for layer, rope in zip(layers, ropes, strict=False)),
         )
+
+
+class Olmo2(Llama):
+    """arXiv:2501.00656."""
+
+    LAYER: ClassVar = {
+        **ATTENTION,
+        **MLP,
+        **QK_NORMS,
+        "post_attention_layernorm": ("attention_post_norm", ""),
+        "post_feedforward_layernorm": ("mlp_post_norm", ""),
+    }
+
+    @classmethod
+    def spec(cls, config: dict[str, Any]) -> DecoderSpec:
+        spec = super().spec({"rms_norm_eps": 1e-5} | config)
+        return replace(spec, mlp_bias=False, pre_norm=False, post_norm=True, qk_norm="projection")

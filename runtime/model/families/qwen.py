@@ -6,10 +6,8 @@ from typing import Any, ClassVar
 
 from runtime.model.config import ConfigError, count, flag, integer, items, optional_integer
 from runtime.model.families.family import Family, Layers, alike, by_type, lora_targets, num_layers
-from runtime.model.families.llama import ATTENTION, MLP, NORMS, Llama
+from runtime.model.families.llama import ATTENTION, MLP, NORMS, QK_NORMS, Llama
 from runtime.model.spec import DecoderSpec, ExpertsSpec
-
-QK_NORMS = {"self_attn.q_norm": ("q_norm", ""), "self_attn.k_norm": ("k_norm", "")}
 
 
 class Qwen2(Llama):

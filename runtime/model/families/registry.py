@@ -13,9 +13,8 @@ from runtime.model.families.family import Family
 from runtime.model.families.gemma import Gemma2, Gemma3
 from runtime.model.families.gpt2 import GPT2
 from runtime.model.families.gpt_neox import GPTNeoX
-from runtime.model.families.llama import Granite, Llama, SmolLM3
+from runtime.model.families.llama import Granite, Llama, Olmo2, SmolLM3
 from runtime.model.families.mistral import Ministral, Mistral, Mixtral
-from runtime.model.families.olmo2 import Olmo2
 from runtime.model.families.phi3 import Phi3
 from runtime.model.families.qwen import Qwen2, Qwen2Moe, Qwen3, Qwen3Moe
 from runtime.model.families.stablelm import StableLm

@@ -3,11 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import fields
 
-from runtime.trainer.losses.cpo import Cpo, Simpo
 from runtime.trainer.losses.dpo import Dpo
 from runtime.trainer.losses.kto import Kto
 from runtime.trainer.losses.loss import Loss, LossInputs, LossValue, Score, apply_loss, score_targets
-from runtime.trainer.losses.orpo import Orpo
+from runtime.trainer.losses.reference_free import Cpo, Orpo, Simpo
 from runtime.trainer.losses.supervised import Supervised
 
 __all__ = [

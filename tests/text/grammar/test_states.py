@@ -89,8 +89,8 @@ def test_ids_without_a_token_and_special_tokens_are_never_allowed(
 def test_regular_expressions(compiler: GrammarCompiler, tokenizer: Tokenizer, regex: str) -> None:
     for seed in range(5):
         ids, finished = walk(compiler, tokenizer, grammar_of(compiler, regex_part(regex, "regex")), seed)
-        if finished:
-            assert re.fullmatch(regex, tokenizer.decode(ids))
+        assert finished
+        assert re.fullmatch(regex, tokenizer.decode(ids))
 
 
 @pytest.mark.parametrize("choices", [["yes"], ["a", "ab", "abc"], ['"', "\\", "\n", "ü", "👍", "<|im_end|>", "/"]])

@@ -1,8 +1,11 @@
-"""Preferences without a reference: contrastive (CPO, arXiv:2401.08417) and by mean token log-probability (SimPO,
-arXiv:2405.14734)."""
+"""Losses of pairs without a reference: contrastive (CPO, arXiv:2401.08417), by mean token log-probability (SimPO,
+arXiv:2405.14734), and by odds ratio (ORPO, arXiv:2403.07691)."""
 
 from dataclasses import dataclass
 from typing import ClassVar
+
+import torch
+from torch.nn.functional import logsigmoid
 
 from runtime.trainer.losses.loss import LossInputs, LossValue
 from runtime.trainer.losses.pairs import PairLoss, chosen_nll, chosen_of, pair_metrics, preference_nll, rejected_of
@@ -50,3 +53,28 @@ class Simpo(Cpo):
     @property
     def target_margin(self) -> float:
         return self.gamma
+
+
+@dataclass(frozen=True)
+class Orpo(PairLoss):
+    """Likelihood of the chosen text, its prompt included as in TRL, with a penalty on the rejected answer's odds: the
+    odds ratio of mean token probabilities."""
+
+    beta: float = 0.1
+    """Weight of the odds ratio (lambda in the paper)."""
+
+    def __call__(self, inputs: LossInputs) -> LossValue:
+        means = inputs.means(inputs.logprobs)
+        # A token whose probability rounds to 1 has infinite odds: so close to it, their gradient is cut off.
+        odds = means - torch.log(-torch.expm1(means.clamp(max=-1e-7)))
+        log_odds = chosen_of(odds) - rejected_of(odds)
+        ratio = logsigmoid(log_odds)
+        nll = chosen_nll(inputs)
+        pairs = len(log_odds)
+        metrics = {
+            **pair_metrics(self.beta * means, means),
+            "nll_loss": nll.detach() * pairs,
+            "log_odds_ratio": ratio.detach().sum(),
+            "log_odds_chosen": log_odds.detach().sum(),
+        }
+        return LossValue(nll * pairs - self.beta * ratio.sum(), metrics)
