@@ -87,13 +87,15 @@ def check_schema(schema: Schema, param: str) -> Schema:
     return checked
 
 
-def closed(schema: dict[str, Any]) -> dict[str, Any]:
-    """The schema with objects of declared properties that have no others, where it does not say what others may be.
+def closed(schema: Schema) -> Schema:
+    """The schema with objects of declared properties that have no others, where it does not say what others may be: a
+    model would make some up, which clients do not expect.
 
     Everything that fits the copy fits the schema: one that combines schemas, in which closing one could let through
     more, or nothing, is left as it is.
     """
-    return schema if _combines(schema) else _closed(schema)
+    found: Schema = schema if _combines(schema) else _closed(schema)
+    return found
 
 
 def _combines(schema: Any) -> bool:

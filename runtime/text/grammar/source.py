@@ -15,7 +15,7 @@ from llguidance.gbnf_to_lark import any_to_lark
 
 from runtime.errors import InvalidRequest
 from runtime.text.grammar.budget import ThinkingBudget
-from runtime.text.grammar.schema import Schema, check_schema
+from runtime.text.grammar.schema import Schema, check_schema, closed
 
 WHITESPACE = r"[\x20\x0A\x0D\x09]{1,32}"
 """Whitespace between two tokens of JSON. Unlimited, it is all that a weak model writes until its output is cut."""
@@ -37,7 +37,7 @@ class Part:
 
 def json_part(schema: Schema, param: str) -> Part:
     """JSON that is valid under the schema. Raises `InvalidRequest` naming a keyword that cannot be enforced."""
-    checked = check_schema(schema, param)
+    checked = closed(check_schema(schema, param))
     if checked is True:
         checked = {}
     if checked is False:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
 
-from runtime.text.grammar.schema import Schema, closed
+from runtime.text.grammar.schema import Schema
 from runtime.text.grammar.source import GrammarBuilder, Part, json_part
 from runtime.text.tool_calls.reader import ToolParser
 
@@ -23,9 +23,8 @@ class Tool:
 
     @cached_property
     def schema(self) -> Schema:
-        """The schema of arguments: an object in any case, with no properties but those declared where some are and the
-        schema does not say what others may be. A model would otherwise make some up."""
-        return closed({**self.parameters, "type": "object"})
+        """The schema of arguments that are an object in any case, without keywords that allow everything."""
+        return {**self.parameters, "type": "object"}
 
     @cached_property
     def arguments(self) -> Part:
