@@ -375,16 +375,7 @@ def _signals(stop: asyncio.Event, server: _Server, access: Access) -> Iterator[N
 def _listen(host: str, port: int) -> socket.socket:
     """A listening socket. Raises `OSError`."""
     family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    listener = socket.socket(family, kind)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(2048)
-        listener.setblocking(False)
-    except OSError:
-        listener.close()
-        raise
-    return listener
+    return _listening(socket.socket(family, kind), address)
 
 
 def _listen_at(name: str) -> socket.socket:
@@ -398,9 +389,15 @@ def _listen_at(name: str) -> socket.socket:
                 path.unlink()
             else:
                 raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
-    listener = socket.socket(socket.AF_UNIX)
+    return _listening(socket.socket(socket.AF_UNIX), str(path))
+
+
+def _listening(listener: socket.socket, address: Any) -> socket.socket:
+    """The socket, bound to the address of its family, or closed. Raises `OSError`."""
     try:
-        listener.bind(str(path))
+        if listener.family != socket.AF_UNIX:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
         listener.listen(2048)
         listener.setblocking(False)
     except OSError:

@@ -32,13 +32,17 @@ class Norm(ABC):
         return ops.silu_mul(self.norm_linear(ops, x, linear, adapt))
 
 
-class RMSNorm(Norm):
-    """x over its root mean square, times a weight."""
+class _Weighted(Norm):
+    """A norm with a weight [size]."""
 
     def __init__(self, size: int, eps: float, *, dtype: torch.dtype, device: torch.device) -> None:
         self.eps = eps
         self.weight = Parameter({"": size}, (), dtype, device)
         self.parameters = {"weight": self.weight}
+
+
+class RMSNorm(_Weighted):
+    """x over its root mean square, times a weight."""
 
     def __call__(self, ops: Ops, x: Tensor) -> Tensor:
         return ops.rms_norm(x, self.weight.data, self.eps)
@@ -54,13 +58,8 @@ class RMSNorm(Norm):
         return ops.norm_swiglu(x, self.weight.data, self.eps, *linear.tensors)
 
 
-class RMSNormPlusOne(Norm):
+class RMSNormPlusOne(_Weighted):
     """x over its root mean square, times one plus a weight: Gemma's."""
-
-    def __init__(self, size: int, eps: float, *, dtype: torch.dtype, device: torch.device) -> None:
-        self.eps = eps
-        self.weight = Parameter({"": size}, (), dtype, device)
-        self.parameters = {"weight": self.weight}
 
     def __call__(self, ops: Ops, x: Tensor) -> Tensor:
         return ops.rms_norm_plus_one(x, self.weight.data, self.eps)

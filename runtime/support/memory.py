@@ -4,6 +4,7 @@ cores."""
 import ctypes
 import os
 import sys
+from collections.abc import Callable
 
 # -- memory ----------------------------------------------------------------------------------------
 #
@@ -44,24 +45,25 @@ def _thresholds(size: int) -> dict[int, int]:
 
 
 def _set(wanted: dict[int, int]) -> bool:
+    mallopt = _glibc("mallopt")
+    return mallopt is not None and all(bool(mallopt(key, value)) for key, value in wanted.items())
+
+
+def _glibc(name: str) -> Callable[..., int] | None:
+    """The function of the C library; None without glibc."""
     if not sys.platform.startswith("linux"):
-        return False
+        return None
     try:
-        mallopt = ctypes.CDLL(None).mallopt
+        function: Callable[..., int] = getattr(ctypes.CDLL(None), name)
     except (OSError, AttributeError):
-        return False
-    return all(bool(mallopt(key, value)) for key, value in wanted.items())
+        return None
+    return function
 
 
 def give_back_memory() -> bool:
     """Return free memory to the system, after a large task has ended. False without glibc."""
-    if not sys.platform.startswith("linux"):
-        return False
-    try:
-        trim = ctypes.CDLL(None).malloc_trim
-    except (OSError, AttributeError):
-        return False
-    return bool(trim(0))
+    trim = _glibc("malloc_trim")
+    return trim is not None and bool(trim(0))
 
 
 # -- openmp ----------------------------------------------------------------------------------------

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.training import dropout_mask
 from runtime.model.layers import Linear
 from runtime.model.lora import Adaptation, Adapter, LoraLayers, LoraPart, LoraShape
 from runtime.model.model import Model
 from runtime.model.split import Split
 from runtime.model.token_rows import Embed, embed_with
 from runtime.model.vocabulary import RowTargets
-from runtime.trainer.dropout import dropout_mask
 from runtime.trainer.shards import Held, Shards
 from runtime.trainer.token_rows import TrainableVocabulary, rows_of
 

@@ -15,7 +15,6 @@ import msgspec
 import torch
 from torch import Tensor
 
-from kernels.training import TrainingOps
 from kernels.triton import training_ops
 from runtime.events import (
     Activity,
@@ -35,9 +34,9 @@ from runtime.support.failpoints import failpoint
 from runtime.trainer.batches import ExampleFeed
 from runtime.trainer.data.example import Example
 from runtime.trainer.lora import TrainableLora, mix
-from runtime.trainer.losses import Loss, Score, make_loss
+from runtime.trainer.losses import Score, make_loss
 from runtime.trainer.losses.loss import ReferenceScores
-from runtime.trainer.microbatch import MicroBatch, collate
+from runtime.trainer.microbatch import collate
 from runtime.trainer.optimizer import Optimizer
 from runtime.trainer.recipe import Recipe
 from runtime.trainer.recipe.metrics import higher_is_better, plain_metric
@@ -65,49 +64,13 @@ class Micro(Protocol):
     def evaluate(self) -> Slices: ...
 
 
-def micro_step(
-    model: Model,
-    ops: TrainingOps,
-    lora: TrainableLora,
-    batch: MicroBatch,
-    *,
-    loss: Loss,
-    dropout: float = 0.0,
-    seed: int = 0,
-    checkpointing: bool = True,
-    reference: Tensor | None = None,
-    noise: float = 0.0,
-) -> Micro:
-    """Arguments as `MicroStep`'s."""
+def micro_steps_of(model: Model) -> Callable[..., Micro]:
+    """The class of the steps on this kind of model; its arguments are those of `MicroStep`."""
     if isinstance(model, Decoder):
-        return MicroStep(
-            model,
-            ops,
-            lora,
-            batch,
-            loss=loss,
-            dropout=dropout,
-            seed=seed,
-            checkpointing=checkpointing,
-            reference=reference,
-            noise=noise,
-        )
-    from runtime.model.fallback import FallbackDecoder
+        return MicroStep
     from runtime.trainer.fallback_step import FallbackStep  # imports transformers, as the model has
 
-    assert isinstance(model, FallbackDecoder)
-    return FallbackStep(
-        model,
-        ops,
-        lora,
-        batch,
-        loss=loss,
-        dropout=dropout,
-        seed=seed,
-        checkpointing=checkpointing,
-        reference=reference,
-        noise=noise,
-    )
+    return FallbackStep
 
 
 # -- watchdog --------------------------------------------------------------------------------------
@@ -286,6 +249,7 @@ class TrainingRun(SlicedRun):
         self._clock = clock = clock or clock_of(decoder.device)
         self._headway = Headway(spec.schedule.total_steps, on_event)
         self._ops = training_ops(decoder.ops)
+        self._make_micro_step = micro_steps_of(decoder)
         self._lora = TrainableLora(decoder, spec.targets, spec.shape, seed=spec.recipe.seed, rows=spec.rows)
         self._optimizer = Optimizer(self._lora.parameters(), spec.recipe, self._lora.shards)
         self._progress = RunProgress()
@@ -412,7 +376,7 @@ class TrainingRun(SlicedRun):
         total, recipe = Score(), self._spec.recipe
         self._headway.begin("train", step - 1, group)
         for index, examples in enumerate(group):
-            micro = micro_step(
+            micro = self._make_micro_step(
                 self._decoder,
                 self._ops,
                 self._lora,
@@ -480,7 +444,9 @@ class TrainingRun(SlicedRun):
         for examples in self._test:
             batch = collate(examples, self._decoder.device)
             reference = self._known_reference(examples)
-            micro = micro_step(self._decoder, self._ops, self._lora, batch, loss=self._loss, reference=reference)
+            micro = self._make_micro_step(
+                self._decoder, self._ops, self._lora, batch, loss=self._loss, reference=reference
+            )
             yield from self._headway.watch(micro.evaluate(), micro, examples)
             self._keep_reference(examples, micro)
             total.add(micro.score)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from msgspec import Struct
 
 from runtime.trainer.recipe import Recipe
-from runtime.trainer.recipe.preference import beta_of
+from runtime.trainer.recipe.rules import beta_of
 
 DEFAULT_WARMUP = 0.03
 MOST_DEFAULT_WARMUP = 100

@@ -23,7 +23,7 @@ from runtime.support.memory import give_back_memory
 from runtime.trainer.batches import ExampleFeed
 from runtime.trainer.lora import Targets, adapter_of
 from runtime.trainer.recipe import Recipe
-from runtime.trainer.recipe.preference import beta_of
+from runtime.trainer.recipe.rules import beta_of
 from runtime.trainer.schedule import Schedule, rate_factor
 from runtime.trainer.share import TrainingShare
 from runtime.trainer.slices import Pacer, Slices

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import ExitStack, aclosing, suppress
 from typing import Any
 
@@ -81,15 +81,12 @@ _inputs = msgspec.json.Decoder(list[Any])
 async def create_response(request: AnyRequest) -> Response[ResponseObject]:
     """Answer input items: whole, as a stream of events, or in the background to be fetched later."""
     api = api_of(request)
-    limits = api.settings.limits
-    body = await read_body(request, api.settings.server)
-    asked, _, unknown, fields = await _intake.parse(body, limits)
-    report_unknown(request, unknown + unknown_inside(fields), limits.unknown_fields)
+    asked, fields = await _read(request, api)
     needs_store = asked.store or asked.background or asked.previous_response_id is not None
     store, tenant = _store(api) if needs_store else api.handle.responses, record_of(request).tenant
     history = await _history(asked.previous_response_id, store, tenant)
     with named_as_asked():
-        chat, given = await _as_chat(asked, fields, history, limits)
+        chat, given = await _as_chat(asked, fields, history, api.settings.limits)
         generation, make, record = await open_chat(request, api, chat, given)
     with ExitStack() as stack:
         stack.callback(generation.close)
@@ -121,15 +118,21 @@ async def create_response(request: AnyRequest) -> Response[ResponseObject]:
 async def count_input_tokens(request: AnyRequest) -> Response[InputTokenCount]:
     """The number of tokens that the prompt of a response has."""
     api = api_of(request)
+    asked, fields = await _read(request, api)
+    store = _store(api) if asked.previous_response_id is not None else None
+    history = await _history(asked.previous_response_id, store, record_of(request).tenant)
+    with named_as_asked():
+        chat, _ = await _as_chat(asked, fields, history, api.settings.limits)
+        return Response(InputTokenCount(input_tokens=await count_chat(request, api, chat)))
+
+
+async def _read(request: AnyRequest, api: Api) -> tuple[ResponseRequest, Mapping[str, msgspec.Raw]]:
+    """The request's body, and its fields as they were given. Unknown fields are reported or refused."""
     limits = api.settings.limits
     body = await read_body(request, api.settings.server)
     asked, _, unknown, fields = await _intake.parse(body, limits)
     report_unknown(request, unknown + unknown_inside(fields), limits.unknown_fields)
-    store = _store(api) if asked.previous_response_id is not None else None
-    history = await _history(asked.previous_response_id, store, record_of(request).tenant)
-    with named_as_asked():
-        chat, _ = await _as_chat(asked, fields, history, limits)
-        return Response(InputTokenCount(input_tokens=await count_chat(request, api, chat)))
+    return asked, fields
 
 
 @post("/v1/responses/compact", status_code=200, opt={BODY: CompactRequest})

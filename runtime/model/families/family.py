@@ -79,9 +79,10 @@ class Family(ABC):
 
     @classmethod
     def vocabulary(cls) -> tuple[str, str]:
-        """Names of the embedding and of the head in transformers' model, as PEFT's names have them."""
+        """Names of the embedding and of the head in transformers' model, as PEFT's names have them. A tied model may
+        have no name for its head in OUTSIDE: then it is transformers' own."""
         names = {place: name.removesuffix(".weight") for name, place in cls.OUTSIDE.items()}
-        return names["embedding.weight"], names["head.weight"]
+        return names["embedding.weight"], names.get("head.weight", "lm_head")
 
     @classmethod
     @abstractmethod

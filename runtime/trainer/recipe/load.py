@@ -15,8 +15,13 @@ from runtime.trainer.recipe.document import Document, Problem, RecipeError, read
 from runtime.trainer.recipe.evaluation import evaluation_problems
 from runtime.trainer.recipe.keys import DATASET_NOTED, DATASET_REFUSED, DECISIVE, NOTED, REFUSED, Refused, is_off
 from runtime.trainer.recipe.legacy import modernise
-from runtime.trainer.recipe.optimization import schedule_problems, take_unbuilt_optimizer
-from runtime.trainer.recipe.preference import flatten_types, preference_problems, take_unbuilt
+from runtime.trainer.recipe.rules import (
+    flatten_types,
+    preference_problems,
+    schedule_problems,
+    take_unbuilt,
+    take_unbuilt_optimizer,
+)
 from runtime.trainer.recipe.schema import DATA_GROUPS, Recipe
 from runtime.trainer.recipe.types import ROLES, role_names, unknown_roles
 from runtime.trainer.recipe.verdicts import notes_of

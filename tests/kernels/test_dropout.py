@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.trainer.dropout import dropout_mask
+from kernels.training import dropout_mask
 
 COLUMNS = torch.arange(576, dtype=torch.int32)
 
