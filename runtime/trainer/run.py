@@ -39,7 +39,7 @@ from runtime.trainer.losses.loss import ReferenceScores
 from runtime.trainer.microbatch import collate
 from runtime.trainer.optimizer import Optimizer
 from runtime.trainer.recipe import Recipe
-from runtime.trainer.recipe.metrics import higher_is_better, plain_metric
+from runtime.trainer.recipe.publish import higher_is_better, plain_metric
 from runtime.trainer.schedule import rate_factor, watchdog_threshold
 from runtime.trainer.sliced_run import MakeRun, RunSpec, SlicedRun, WriteAdapter
 from runtime.trainer.slices import Slice, Sliced, Slices, clock_of

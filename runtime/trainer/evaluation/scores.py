@@ -17,7 +17,7 @@ import regex
 from runtime.errors import Forbidden, InvalidRequest
 from runtime.text.tool_calls import Tool, ToolFormat
 from runtime.trainer.recipe import Recipe
-from runtime.trainer.recipe.metrics import PACKAGES, scorer_name
+from runtime.trainer.recipe.publish import PACKAGES, scorer_name
 
 REGEX_SECONDS = 1.0
 """Longest search in one answer; a pattern that takes longer is not found."""
@@ -61,7 +61,7 @@ class Scoring:
         tools: ToolFormat | None = None,
         scorers: Mapping[str, Scorer] | None = None,
     ) -> None:
-        """`metrics`: names of `recipe.metrics.GENERATED` and of `scorers`."""
+        """`metrics`: names of `recipe.publish.GENERATED` and of `scorers`."""
         self._metrics = tuple(metrics)
         self._pattern = None if pattern is None else regex.compile(pattern)
         self._tools = tools

@@ -10,8 +10,7 @@ from typing import Annotated, Literal, get_args, get_type_hints
 from msgspec import Meta, Struct, field
 
 from runtime.trainer.recipe.dataset import Dataset, Text
-from runtime.trainer.recipe.metrics import DEFAULT_GENERATED, GENERATED, plain_metric, scorer_name
-from runtime.trainer.recipe.publish import Publish
+from runtime.trainer.recipe.publish import DEFAULT_GENERATED, GENERATED, Publish, plain_metric, scorer_name
 
 DATA_GROUPS = ("datasets", "test_datasets", "generation_datasets")
 """Keys with entries of data."""

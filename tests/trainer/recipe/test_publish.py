@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.trainer.recipe import Document, Publish, Recipe, RecipeError, recipe_from
-from runtime.trainer.recipe.gate import MAX_DEPTH, Gate, GateError, GateMetric, GateUndefined
+from runtime.trainer.recipe.publish import MAX_DEPTH, Gate, GateError, GateMetric, GateUndefined
 
 VALUES = {
     "eval_loss": 1.25,
