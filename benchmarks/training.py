@@ -28,7 +28,7 @@ from kernels.training import TrainingOps
 from runtime.checkpoints import open_checkpoint
 from runtime.checkpoints.model_loading import load_decoder
 from runtime.engine.service import EngineService
-from runtime.events import RunEvent, StepEvent
+from runtime.events import FailedEvent, RunEvent
 from runtime.messages import SamplingParams, Submission
 from runtime.model.decoder import Decoder
 from runtime.model.lora import LoraLayers, LoraShape
@@ -52,7 +52,12 @@ VOCAB = 49_000
 
 def uniform(rng: random.Random) -> list[Example]:
     """2 sequences of 256 tokens, all of them trained on: what suits a padding loop best."""
-    return [Example([rng.randrange(VOCAB) for _ in range(256)], [False] + [True] * 255) for _ in range(2)]
+    return random_examples(rng, VOCAB)
+
+
+def random_examples(rng: random.Random, vocab: int) -> list[Example]:
+    """2 sequences of 256 random tokens below `vocab`, all of them trained on."""
+    return [Example([rng.randrange(vocab) for _ in range(256)], [False] + [True] * 255) for _ in range(2)]
 
 
 def chats(rng: random.Random) -> list[Example]:
@@ -128,10 +133,10 @@ def our_step(decoder: Decoder, lora: TrainableLora, examples: list[Example], *, 
         return micro.score.mean
 
 
-def peft_model(*, checkpointing: bool) -> Any:
+def peft_model(model: str = "demo", *, checkpointing: bool = False) -> Any:
     from peft import LoraConfig, get_peft_model
 
-    base = load_transformers("demo")
+    base = load_transformers(model)
     if checkpointing:
         base.gradient_checkpointing_enable()
         base.enable_input_require_grads()
@@ -160,23 +165,36 @@ async def beside(repeats: int, tokens: int, *, checkpointing: bool) -> Table:
     share = TrainingShare(LatencyTargets.of(settings.scheduler), min_share=settings.trainer.min_share)
     host = service.background = TrainingHost(share)
     service.start()
-    await stream(service, 20)
-    found = Beside()
-    for _ in range(repeats):
-        found.quiet.append(await stream(service, tokens))
-        found.alone.append(
-            await service.call(lambda: stand_alone(Job(decoder, random_epoch(), checkpointing=checkpointing)))
-        )
-        job = Job(decoder, random_epoch(), checkpointing=checkpointing)
-        service.on_engine_thread(lambda job=job: host.attach(job.run, job.note))  # type: ignore[misc]
-        await asyncio.sleep(8.0)
-        found.idle.append(job.rate())
-        found.busy.append(await stream(service, tokens))
-        found.beside.append(job.rate())
-        service.on_engine_thread(lambda job=job: host.detach(job.run))  # type: ignore[misc]
-        await stream(service, 5)
-    await service.stop(0.0)
+    try:
+        await stream(service, 20)
+        found = Beside()
+        for _ in range(repeats):
+            found.quiet.append(await stream(service, tokens))
+            found.alone.append(
+                await service.call(lambda: stand_alone(Job(decoder, random_epoch(), checkpointing=checkpointing)))
+            )
+            job = Job(decoder, random_epoch(), checkpointing=checkpointing)
+            service.on_engine_thread(lambda job=job: host.attach(job.run, job.note))  # type: ignore[misc]
+            while job.steps < 2:  # noqa: ASYNC110 - the engine thread does not announce it
+                await asyncio.sleep(0.1)  # the first steps learn what pieces cost
+            job.rate()
+            await asyncio.sleep(8.0)
+            found.idle.append(job.rate())
+            found.busy.append(await stream_beside(service, job, tokens))
+            found.beside.append(job.rate())
+            service.on_engine_thread(lambda job=job: host.detach(job.run))  # type: ignore[misc]
+            await stream(service, 5)
+    finally:
+        await service.stop(0.0)
     return found.table()
+
+
+async def stream_beside(service: EngineService, job: "Job", tokens: int) -> list[float]:
+    """The gaps of answers of `tokens` tokens, one after the other until a whole step of the job was done meanwhile."""
+    gaps, steps = await stream(service, tokens), job.steps
+    while job.steps < steps + 1:
+        gaps += await stream(service, tokens)
+    return gaps
 
 
 class Beside:
@@ -204,7 +222,7 @@ class Beside:
 
 
 class Job:
-    """A run without an end, and when its steps were done."""
+    """A run without an end, and how fast it is."""
 
     def __init__(self, decoder: Model, epoch: Sequence[list[Example]], *, checkpointing: bool = False) -> None:
         """`epoch`: the examples of each step."""
@@ -228,36 +246,42 @@ class Job:
             save_every=None,
         )
         spec = RunSpec(recipe=recipe, schedule=schedule, targets=targets(decoder))
-        self.done: list[tuple[float, int]] = []
         self.run = TrainingRun(decoder, spec, lambda _: [*epoch], [], self.note, write_nothing)
+        self._asked = time.perf_counter(), 0.0
+        """When `rate` was last asked, and the tokens then."""
+        self.failed: str | None = None
 
     def note(self, event: RunEvent) -> None:
-        if isinstance(event, StepEvent):
-            self.done.append((time.perf_counter(), event.tokens))
+        if isinstance(event, FailedEvent):
+            self.failed = event.message
+
+    @property
+    def steps(self) -> int:
+        """Steps done."""
+        return self.run.step
 
     def rate(self) -> float:
-        """Tokens a second since this was last asked, whole steps only."""
-        done, self.done = self.done, self.done[-1:]
-        if len(done) < 2:
-            raise RuntimeError(f"only {len(done)} steps were done: stream more --tokens")
-        return sum(tokens for _, tokens in done[1:]) / (done[-1][0] - done[0][0])
+        """Tokens a second since this was last asked, those of a step under way in part."""
+        now = time.perf_counter(), self.run.tokens_done
+        (before, tokens), self._asked = self._asked, now
+        return (now[1] - tokens) / (now[0] - before)
 
 
-def random_epoch() -> list[list[Example]]:
+def random_epoch(vocab: int = VOCAB) -> list[list[Example]]:
     rng = random.Random(0)
-    return [uniform(rng) for _ in range(64)]
+    return [random_examples(rng, vocab) for _ in range(64)]
 
 
 def stand_alone(job: Job) -> float:
     """The same loop with the machine to itself, on the thread that has the OpenMP team: 4 steps after the first
     two, which get memory from the system."""
-    while len(job.done) < 2:
-        job.run.work(1.0)
-    job.rate()
-    while len(job.done) < 5:
-        job.run.work(1.0)
-        if job.run.pacer.done:
-            raise RuntimeError("the run has ended")
+    for more in (2, 4):
+        job.rate()
+        steps = job.steps + more
+        while job.steps < steps:
+            job.run.work(1.0)
+            if job.run.pacer.done:
+                raise RuntimeError(f"the run has ended: {job.failed}")
     job.run.pacer.close()
     return job.rate()
 

@@ -235,8 +235,8 @@ async def _beside(subject: Subject, clock: Clock, figures: Figures) -> None:
         service.on_engine_thread(lambda: host.attach(job.run, job.note))
         await asyncio.sleep(8.0 if subject.device.type == "cuda" else 1.0)
         found.idle.append(job.rate())
-        gaps = await stream(service, tokens, prompt)
-        while len(job.done) < 4 and clock.left > 0:
+        gaps, steps = await stream(service, tokens, prompt), job.steps
+        while job.steps < steps + 3 and clock.left > 0:
             gaps += await stream(service, tokens, prompt)
         found.busy.append(gaps)
         found.beside.append(job.rate())

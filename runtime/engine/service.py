@@ -6,6 +6,7 @@ on the event loop, and the scheduler is never touched from two threads.
 """
 
 import asyncio
+import atexit
 import contextlib
 import math
 import threading
@@ -94,6 +95,9 @@ class Background(Protocol):
         `waiting_since`: arrival of the oldest request that has no token yet, by `time.monotonic`."""
 
 
+# The longest that the exit of a process waits for the step of a thread that was not stopped.
+ABANDONED_SECONDS = 2.0
+
 T = TypeVar("T")
 
 log = get_logger(__name__)
@@ -158,6 +162,7 @@ class EngineService:
         self._loop = asyncio.get_running_loop()
         self.engine.on_loss(lambda: self.on_engine_thread(lambda: None))
         self._thread.start()
+        atexit.register(self._end_thread)
 
     def drain(self) -> None:
         """Refuse new requests from now on; running ones and training continue."""
@@ -176,6 +181,7 @@ class EngineService:
             stream.fail(EngineUnavailable("The server is shutting down."))
         self._stopping = True
         self.on_engine_thread(lambda: None)
+        atexit.unregister(self._end_thread)
         if self.engine.lost:
             await asyncio.to_thread(self.engine.close)  # new workers would be waited for
         if self._thread.ident is not None:
@@ -186,6 +192,14 @@ class EngineService:
         self._refuse_calls("The server is shutting down.")
         if not self._thread.is_alive():
             await call_in_fresh_thread(self.engine.close)
+
+    def _end_thread(self) -> None:
+        """End the engine thread where `stop` was not called. Python ends a daemon thread in the middle of a C++ call,
+        and C++ then aborts the process: "terminate called without an active exception"."""
+        self._stopping = True
+        with contextlib.suppress(RuntimeError):  # the event loop that it writes to is closed
+            self.on_engine_thread(lambda: None)
+        self._thread.join(ABANDONED_SECONDS)
 
     @property
     def kernels(self) -> str | None:

@@ -135,6 +135,8 @@ class Headway:
         self._started = self._said = self._began = clock()
         self._activity: Activity = "train"
         self._step = self._tokens = self._done = 0
+        self.tokens = 0.0
+        """Tokens of the step under way that are done, its pieces in part."""
 
     def begin(self, activity: Activity, step: int, micro_batches: Sequence[Sequence[Example]]) -> None:
         """Note that a step or an evaluation begins, after `step` steps."""
@@ -146,6 +148,7 @@ class Headway:
         """Note that a step ended, and was reported."""
         self._said = self._clock()
         self._recent.append(self._said - self._began)
+        self.tokens = 0.0
 
     def watch(self, slices: Slices, micro: Micro, examples: Sequence[Example]) -> Slices:
         """The slices of a micro-batch as they are, with reports in between where time has passed."""
@@ -162,6 +165,7 @@ class Headway:
         self._done += tokens
 
     def _look(self, tokens: float) -> None:
+        self.tokens = tokens if self._activity == "train" else 0.0
         now = self._clock()
         if now - self._said < min(MOST_SECONDS, max(FIRST_SECONDS, (now - self._started) / 10)):
             return
@@ -270,6 +274,11 @@ class TrainingRun(SlicedRun):
     @property
     def step(self) -> int:
         return self._progress.step
+
+    @property
+    def tokens_done(self) -> float:
+        """Tokens trained on so far, those of the step under way in part. From any thread."""
+        return self._progress.tokens + self._headway.tokens
 
     @property
     def paused(self) -> bool:

@@ -1,7 +1,9 @@
 """The engine thread beside an event loop: a storm of requests and aborts, refusals, draining, death."""
 
 import asyncio
+import atexit
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,8 @@ from runtime.engine.service import EngineService
 from runtime.errors import Conflict, ContextLengthExceeded, EngineUnavailable, TooManyRequests
 from runtime.messages import Output, SamplingParams, Submission
 from runtime.support import failpoints
-from tests.engine.services import check_empty, gather, run, submission
+from settings.load import load
+from tests.engine.services import LONG, check_empty, gather, run, submission
 
 
 @pytest.mark.parametrize("asynchronous", ["off", "on"])
@@ -143,3 +146,24 @@ def test_a_slow_reader_loses_nothing_and_holds_little() -> None:
         assert aborted == []
 
     asyncio.run(main())
+
+
+def test_a_service_that_was_not_stopped_ends_its_thread_at_exit(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else Python would end it inside a C++ call, and the process would be aborted."""
+    at_exit: list[Callable[[], object]] = []
+    monkeypatch.setattr(atexit, "register", at_exit.append)
+
+    async def leave() -> EngineService:
+        service = EngineService.load(load(flags={"model": str(tiny_model)}, env={}).settings)
+        service.start()
+        stream = service.submit(Submission(request_id="one", prompt_ids=[3], params=LONG))
+        await anext(aiter(stream))
+        return service
+
+    service = asyncio.run(leave())
+    assert service._thread.is_alive()
+    for function in at_exit:
+        function()
+    assert not service._thread.is_alive()

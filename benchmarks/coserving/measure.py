@@ -1,0 +1,149 @@
+"""Loads of requests alone, beside a job in our process, and beside a job in a process of its own, in turns."""
+
+import asyncio
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from msgspec import Struct, field
+
+from benchmarks.coserving.loads import Load, Served, percentile, serve, until
+from benchmarks.coserving.peer import PeftProcess
+from benchmarks.training import Job, random_epoch
+from runtime.engine.service import EngineService
+from runtime.trainer.share import LatencyTargets, TrainingShare
+from runtime.trainer.sliced_run import TrainingHost
+from settings.schema import Settings
+
+ALONE, OURS, PEER = "alone", "one process", "two processes"
+SHARES = {"p50": 0.5, "p95": 0.95}
+WARM_SECONDS = 1.0
+
+
+class Window(Struct, frozen=True):
+    """One way to run one load, once."""
+
+    tpot: dict[str, float]
+    """Seconds by percentile, as `ttft`."""
+    ttft: dict[str, float]
+    served: float
+    """Generated tokens a second."""
+    trained: float
+    """Tokens a second of the job; 0 without one."""
+
+    @classmethod
+    def of(cls, served: Served, trained: float) -> "Window":
+        tpot, ttft = (
+            {name: percentile(values, share) for name, share in SHARES.items()} for values in (served.gaps, served.ttft)
+        )
+        return cls(tpot=tpot, ttft=ttft, served=served.rate, trained=trained)
+
+
+class Result(Struct):
+    """Windows of all repeats of one load with one type of weights."""
+
+    weights: str
+    load: str
+    windows: dict[str, list[Window]] = field(default_factory=dict)
+    """By way: `ALONE`, `OURS`, `PEER`."""
+    stand_alone: dict[str, list[float]] = field(default_factory=dict)
+    """Tokens a second of the job alone, by way."""
+
+    def median(self, way: str, value: Callable[[Window], float]) -> float:
+        """Median over the repeats; NaN where there are none."""
+        return statistics.median([value(one) for one in self.windows.get(way, [])] or [float("nan")])
+
+    def ratio(self, way: str, value: Callable[[Window], float]) -> float:
+        """Median of each repeat's ratio to the same value alone."""
+        pairs = zip(self.windows.get(way, []), self.windows[ALONE], strict=False)
+        return statistics.median([value(one) / value(alone) for one, alone in pairs] or [float("nan")])
+
+    def kept(self, way: str) -> float:
+        """Median of each repeat's share of the stand-alone speed that the job keeps."""
+        pairs = zip(self.windows.get(way, []), self.stand_alone.get(way, []), strict=False)
+        return statistics.median([one.trained / alone for one, alone in pairs] or [float("nan")])
+
+
+class Bench:
+    """One service with one type of weights, a job on it, and the other process."""
+
+    def __init__(self, service: EngineService, settings: Settings, peer: PeftProcess | None, seconds: float) -> None:
+        """`seconds`: of each window."""
+        self._service = service
+        self._peer = peer
+        self._seconds = seconds
+        share = TrainingShare(LatencyTargets.of(settings.scheduler), min_share=settings.trainer.min_share)
+        self._host = TrainingHost(share, interrupted=lambda: service.has_messages)
+        self._job = Job(service.decoder, random_epoch(service.vocab_size))
+        self._windows = 0
+
+    async def run(self, loads: Sequence[Load], repeats: int, weights: str) -> list[Result]:
+        """Measure the loads in turns. The last one, which keeps the server full, decides on the rate of random ones."""
+        service = self._service
+        service.on_engine_thread(lambda: self._host.attach(self._job.run, self._job.note))
+        await self._warm_up(loads)
+        results = {load.name: Result(weights, load.name) for load in loads}
+        jobs = (OURS,) if self._peer is None else (OURS, PEER)
+        for repeat in range(repeats):
+            full = await serve(service, loads[-1], self._seconds, seed=repeat)
+            stand_alone = {way: await self._stand_alone(way) for way in jobs}
+            for load in loads:
+                result = results[load.name]
+                rate = max(0.5 * full.rate / load.output, 1 / self._seconds)
+                for way in (ALONE, *jobs):
+                    result.windows.setdefault(way, []).append(await self._window(load, way, rate))
+                for way, speed in stand_alone.items():
+                    result.stand_alone.setdefault(way, []).append(speed)
+        service.on_engine_thread(lambda: self._host.detach(self._job.run))
+        return list(results.values())
+
+    async def _warm_up(self, loads: Sequence[Load]) -> None:
+        for load in loads:
+            await serve(self._service, load, min(WARM_SECONDS, self._seconds), seed=-1)
+        steps = self._job.steps
+        with self._job_of(OURS):
+            await until(lambda: self._job.steps > steps or self._job.failed is not None)
+            self._check()
+            await serve(self._service, loads[0], min(WARM_SECONDS, self._seconds), seed=-2)
+
+    async def _window(self, load: Load, way: str, rate: float) -> Window:
+        self._windows += 1
+        with self._job_of(way) as tokens_done:
+            before, begun = tokens_done(), time.perf_counter()
+            served = await serve(self._service, load, self._seconds, seed=self._windows, requests_per_second=rate)
+            trained = (tokens_done() - before) / (time.perf_counter() - begun)
+        self._check()
+        return Window.of(served, trained)
+
+    async def _stand_alone(self, way: str) -> float:
+        """Tokens a second of the job without requests."""
+        with self._job_of(way) as tokens_done:
+            before, begun = tokens_done(), time.perf_counter()
+            await asyncio.sleep(self._seconds)
+            await until(lambda: tokens_done() > before)
+            return (tokens_done() - before) / (time.perf_counter() - begun)
+
+    @contextmanager
+    def _job_of(self, way: str) -> Iterator[Callable[[], float]]:
+        """Let a job train meanwhile; gives its tokens so far."""
+        if way == PEER and self._peer is not None:
+            peer = self._peer
+            with peer.running():
+                yield lambda: peer.tokens_done
+            return
+        if way == ALONE:
+            yield lambda: 0.0
+            return
+        self._set_background(self._host)
+        try:
+            yield lambda: self._job.run.tokens_done
+        finally:
+            self._set_background(None)
+
+    def _set_background(self, host: TrainingHost | None) -> None:
+        self._service.on_engine_thread(lambda: setattr(self._service, "background", host))
+
+    def _check(self) -> None:
+        if self._job.failed is not None:
+            raise RuntimeError(f"the job has failed: {self._job.failed}")
