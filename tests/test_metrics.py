@@ -43,6 +43,10 @@ VLLM_NAMES = [
     "iteration_tokens_total",
     "request_params_n",
     "request_num_preemptions",
+    "engine_sleep_state",
+    "spec_decode_num_drafts",
+    "spec_decode_num_draft_tokens",
+    "spec_decode_num_accepted_tokens",
 ]
 
 
@@ -258,6 +262,14 @@ def test_openmetrics_parses() -> None:
     families = {family.name: family.type for family in parse_openmetrics(text.decode())}
     assert families["eft:generation_tokens"] == "counter"
     assert families["eft:time_to_first_token_seconds"] == "histogram"
+
+
+def test_both_forms_have_the_same_samples() -> None:
+    """The client library escapes colons in the names of OpenMetrics' samples, unless it is told not to."""
+    metrics = busy()
+    plain = {sample.name for family in parse(metrics.render()[0].decode()) for sample in family.samples}
+    text = metrics.render("application/openmetrics-text")[0].decode()
+    assert {sample.name for family in parse_openmetrics(text) for sample in family.samples} == plain
 
 
 def test_the_process_can_be_scraped_without_a_model() -> None:

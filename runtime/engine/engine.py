@@ -407,5 +407,5 @@ class Engine:
             self._seen = copy.copy(scheduler.counts)
             metrics.on_preemptions(news.preemptions)
             metrics.on_prefix_lookup(news.prefix_queries, news.prefix_hits)
-            metrics.on_drafts(news.drafted, news.accepted)
+            metrics.on_drafts(news.drafted, news.accepted, drafts=news.drafts)
             metrics.on_swap(out=news.swapped_out, back=news.swapped_in)

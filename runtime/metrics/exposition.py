@@ -24,7 +24,8 @@ def render_process(accept: str = "") -> tuple[bytes, str]:
 def render(registry: CollectorRegistry, accept: str) -> tuple[bytes, str]:
     """The exposition and its content type: OpenMetrics where `accept` requests it, else plain text."""
     if "application/openmetrics-text" in accept:
-        text: bytes = openmetrics.generate_latest(registry)  # type: ignore[no-untyped-call]
+        # Otherwise the client library writes `eft_…` for `eft:…`.
+        text: bytes = openmetrics.generate_latest(registry, openmetrics.ALLOWUTF8)  # type: ignore[no-untyped-call]
         return text, openmetrics.CONTENT_TYPE_LATEST
     return generate_latest(registry), CONTENT_TYPE_PLAIN_0_0_4
 

@@ -63,6 +63,8 @@ PUBLISH_OUTCOMES = ("published", "refused", "failed")
 """Refused: the adapter did not fit. Failed: the server could not."""
 _MEASURED = ("time_to_first_token_seconds", "inter_token_latency_seconds", "train_slice_seconds")
 """Histograms of `Metrics.totals`."""
+SLEEP_STATES = ("awake", "weights_offloaded", "discard_all")
+"""States that vLLM's dashboards know: a model without an awake engine is shown as down."""
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 UNMATCHED = "unmatched"
 """The one `handler` label of all requests that no route answered."""
@@ -121,6 +123,8 @@ class Metrics:
         self._gauges["cache_config_info"].labels(*shape).set(1)
         for reason in ("capacity", "deferred"):
             self._gauges["num_requests_waiting_by_reason"].labels(reason)
+        for state in SLEEP_STATES:
+            self._gauges["engine_sleep_state"].labels(state).set(state == "awake")
         for finish in get_args(FinishReason):
             self._counters["request_success"].labels(finish)
         for reason in sorted(_REASONS):
@@ -157,8 +161,9 @@ class Metrics:
     def on_preemptions(self, count: int) -> None:
         self._counters["num_preemptions"].inc(count)
 
-    def on_drafts(self, drafted: int, accepted: int) -> None:
-        """`drafted` tokens were guessed, and `accepted` of them were right."""
+    def on_drafts(self, drafted: int, accepted: int, *, drafts: int) -> None:
+        """`drafted` tokens were guessed, in `drafts` guesses, and `accepted` of them were right."""
+        self._counters["spec_decode_num_drafts"].inc(drafts)
         self._counters["spec_decode_num_draft_tokens"].inc(drafted)
         self._counters["spec_decode_num_accepted_tokens"].inc(accepted)
 

@@ -105,6 +105,8 @@ class SchedulerCounts:
     prefix_hits: int = 0
     """Tokens of `prefix_queries` whose KV was there already: cached, or shared with another choice of the same
     prompt."""
+    drafts: int = 0
+    """Times that tokens of a sequence were guessed ahead."""
     drafted: int = 0
     accepted: int = 0
     """Drafted tokens that proved right."""

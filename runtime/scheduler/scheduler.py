@@ -330,6 +330,7 @@ class Scheduler:
     def _learn(self, request: Request, row: Row, num_accepted: int) -> None:
         assert request.drafter is not None
         request.drafter.learn(len(row.draft), num_accepted, len(request.tokens) + num_accepted + 1)
+        self.counts.drafts += 1
         self.counts.drafted += len(row.draft)
         self.counts.accepted += num_accepted
 
