@@ -134,7 +134,8 @@ class EngineJobs:
 
     def _answers(self, plan: Plan) -> AnswerSettings:
         """Raises `InvalidRequest` and `Forbidden` for a metric that cannot be computed here."""
-        recipe, tokenizer = plan.recipe, self._service.tokenizer
+        recipe, own = plan.recipe, plan.vocabulary
+        tokenizer = self._service.tokenizer if own is None else own.tokenizer
         if plan.template is not None:
             tokenizer = with_template(tokenizer, plan.template.source)
         return AnswerSettings(

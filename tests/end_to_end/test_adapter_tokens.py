@@ -1,6 +1,7 @@
 """Tokens and rows that go with an adapter: trained by a recipe, asked over the API, and loaded by PEFT."""
 
 import asyncio
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ import pytest
 import torch
 
 from runtime.cli.client import in_process
+from settings.load import load
 from tests.end_to_end.test_adapter_templates import served, train
 from tests.tiny import VOCAB_SIZE
 
+EXAMPLES = Path(__file__).parents[2] / "settings" / "recipes"
 FACT, END = VOCAB_SIZE, VOCAB_SIZE + 1
 ROWS = [{"text": f"Say. <fact>{text}"} for text in ("A newt swims.", "An eft walks.")] * 3
 TAIL = (
@@ -89,9 +92,18 @@ async def test_tokens_are_trained_and_asked(tiny_model: Path, tmp_path: Path, ki
 
 
 @pytest.mark.anyio
-async def test_a_limit_that_is_named(tiny_model: Path, tmp_path: Path) -> None:
-    from settings.load import load
+async def test_the_example(tiny_model: Path, tmp_path: Path) -> None:
+    text = (EXAMPLES / "tokens.yaml").read_text().replace("data/markers.jsonl", "a.jsonl")
+    rows = [json.loads(line) for line in (EXAMPLES / "data/markers.jsonl").read_text().splitlines()]
+    async with in_process(served(tiny_model, tmp_path), training=True) as client:
+        job = await train(client, text, rows)
+        assert any("3 tokens are new ('<fact>', '</fact>', '<end>')" in note for note in job["summary"]["notes"])
+        ids = (await post(client, "/tokenize", "tokens", prompt="<fact>a</fact>"))["tokens"]
+        assert (ids[0], ids[-1]) == (VOCAB_SIZE, VOCAB_SIZE + 1)
 
+
+@pytest.mark.anyio
+async def test_a_limit_that_is_named(tiny_model: Path, tmp_path: Path) -> None:
     flags = {"model": str(tiny_model), "state_dir": str(tmp_path), "max_vocabulary_bytes": "100KiB"}
     async with in_process(load(flags=flags, env={}), training=True) as client:
         recipe = RECIPES["copies"] + TAIL
