@@ -230,6 +230,7 @@ def _plan(recipe: "Recipe", files: RecipeFiles, file: Path, loaded: Loaded) -> d
         model_names=tuple(name for name in names if name),
         max_len=settings.model.max_model_len or longest,
         shape=shape,
+        max_vocabulary=settings.adapters.max_vocabulary_bytes,
     )
     return {
         "object": "job.plan",
@@ -243,12 +244,20 @@ def _shape(checkpoint: "Checkpoint", settings: "Settings") -> tuple[int, "ModelS
     """The model's longest sequence, and its shape. A model that is served through transformers is loaded for it."""
     from runtime.checkpoints.model_loading import spec_of
     from runtime.model.families import find_model, is_native
+    from runtime.model.lora_base import vocabulary_base
     from runtime.trainer.plan.served_model import shape_of, shape_of_base
 
     size = 2 if settings.model.dtype == "bfloat16" else 4
     if is_native(checkpoint.config):
         architecture, spec = find_model(checkpoint.config), spec_of(checkpoint)
-        shape = shape_of(spec, architecture.LORA_TARGETS, bytes_per_value=size, prefix=architecture.layers())
+        vocabulary = vocabulary_base(spec, architecture, bytes_per_value=size)
+        shape = shape_of(
+            spec,
+            architecture.LORA_TARGETS,
+            bytes_per_value=size,
+            prefix=architecture.layers(),
+            vocabulary=vocabulary,
+        )
         return spec.max_position, shape
     from runtime.checkpoints.model_loading import base_of, load_model
     from runtime.support import logs

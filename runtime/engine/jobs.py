@@ -25,6 +25,7 @@ from runtime.events import (
     StepEvent,
 )
 from runtime.model.lora import Adapter
+from runtime.model.vocabulary import RowTargets
 from runtime.support.durable import error_code, patiently, reason
 from runtime.support.logs import get_logger
 from runtime.support.threads import call_in_fresh_thread
@@ -94,6 +95,7 @@ class EngineJobs:
             shape=self._shape,
             tokens_per_second=self._tokens_per_second,
             kept=None if kept is None else KeptData(kept, lambda: self._tokenizer_digest),
+            max_vocabulary=self._settings.adapters.max_vocabulary_bytes,
         )
         if plan.generation:
             self._answers(plan)  # what is wrong with its metrics is said now
@@ -132,7 +134,8 @@ class EngineJobs:
 
     def _answers(self, plan: Plan) -> AnswerSettings:
         """Raises `InvalidRequest` and `Forbidden` for a metric that cannot be computed here."""
-        recipe, tokenizer = plan.recipe, self._service.tokenizer
+        recipe, own = plan.recipe, plan.vocabulary
+        tokenizer = self._service.tokenizer if own is None else own.tokenizer
         if plan.template is not None:
             tokenizer = with_template(tokenizer, plan.template.source)
         return AnswerSettings(
@@ -261,7 +264,8 @@ class EngineRun:
         restored: Restored | None = None if resume_from is None else read_snapshot(resume_from)
         targets = by_linear(plan.targets, service.lora_base.places)
         loss = LossSpec.of(plan.recipe)
-        spec = RunSpec(recipe=plan.recipe, schedule=plan.schedule, targets=targets, loss=loss)
+        rows = RowTargets() if plan.vocabulary is None else plan.vocabulary.rows
+        spec = RunSpec(recipe=plan.recipe, schedule=plan.schedule, targets=targets, loss=loss, rows=rows)
 
         def write(directory: Path, adapter: Adapter) -> None:
             write_adapter(
@@ -348,7 +352,16 @@ class _AnswerProgress:
 def card_of(plan: Plan) -> Card:
     """The card of the adapters of a plan."""
     source = None if plan.template is None else plan.template.source
-    return Card(prompt=plan.prompt, chat_template=source, end_ids=plan.end_ids, stop=plan.stop)
+    own = plan.vocabulary
+    return Card(
+        prompt=plan.prompt,
+        chat_template=source,
+        end_ids=plan.end_ids,
+        stop=plan.stop,
+        tokens=() if own is None else own.tokens,
+        eos_id=None if own is None else own.eos_id,
+        vocab_size=None if own is None else own.size,
+    )
 
 
 def _wake() -> None:

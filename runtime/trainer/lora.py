@@ -103,7 +103,8 @@ def adapter_of(
     captured: Mapping[str, Tensor], targets: Targets, shape: LoraShape, rows: RowTargets | None = None
 ) -> Adapter:
     """The result of `TrainableLora.capture` for these targets and rows, as an adapter to serve or to write."""
-    return Adapter(shape, layers_of(captured, targets, shape), None if rows is None else rows_of(captured, rows))
+    own = rows_of(captured, rows) if rows is not None and rows.kinds else None
+    return Adapter(shape, layers_of(captured, targets, shape), own)
 
 
 def layers_of(captured: Mapping[str, Tensor], targets: Targets, shape: LoraShape) -> LoraLayers:

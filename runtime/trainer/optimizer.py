@@ -228,7 +228,7 @@ class Optimizer:
         self._scales: list[float] = []
         """Of the learning rate, for each of them."""
         for _, layer in groupby(self._named, key=lambda item: item[0].partition(".")[0]):
-            for scale, group in _by_scale(list(layer), recipe.loraplus_lr_ratio):
+            for scale, group in _by_scale(list(layer), recipe):
                 self._optimizers.append(_make(recipe, group, shards, self._matrices))
                 self._scales.append(scale)
 
@@ -326,9 +326,18 @@ def eight_bit_available(device: torch.device) -> bool:
     return device.type == "cuda" and importlib.util.find_spec("bitsandbytes") is not None
 
 
-def _by_scale(layer: list[Named], ratio: float | None) -> list[tuple[float, list[Named]]]:
-    """A layer's parameters by the scale of their learning rate: with a `ratio`, that of LoRA+ (arXiv:2402.12354) for B
-    matrices and vectors, as PEFT groups them."""
+def _is_rows(name: str) -> bool:
+    """True for the rows of embedding and head (`TrainableVocabulary.parameters`)."""
+    return name.endswith(".rows")
+
+
+def _by_scale(layer: list[Named], recipe: Recipe) -> list[tuple[float, list[Named]]]:
+    """A layer's parameters by the scale of their learning rate: that of LoRA+ (arXiv:2402.12354) for B matrices and
+    vectors, as PEFT groups them, and that of embeddings for their rows."""
+    ratio = recipe.loraplus_lr_ratio
+    if _is_rows(layer[0][0]):
+        own = recipe.embedding_lr
+        return [(recipe.embedding_lr_scale or 1.0 if own is None else own / recipe.learning_rate, layer)]
     if ratio is None:
         return [(1.0, layer)]
     raised = [item for item in layer if ".b." in item[0] or item[1].ndim == 1]
@@ -341,6 +350,8 @@ def _make(recipe: Recipe, named: list[Named], shards: Shards, matrices: Callable
     if family == "adamw_8bit":
         if eight_bit_available(parameters[0].device):
             return EightBit(parameters, recipe)
+        family = "adamw"
+    if family == "muon" and _is_rows(named[0][0]):  # Muon's authors leave embedding and head to AdamW
         family = "adamw"
     if family in ELEMENTWISE:
         return ELEMENTWISE[family](parameters, recipe)

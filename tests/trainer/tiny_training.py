@@ -14,6 +14,7 @@ from runtime.model.decoder import Decoder
 from runtime.model.families import find_model
 from runtime.model.group import SOLO, Group
 from runtime.model.lora import Adapter
+from runtime.model.vocabulary import RowTargets
 from runtime.trainer.data.example import Example
 from runtime.trainer.lora import Targets
 from runtime.trainer.recipe import Dataset, Recipe
@@ -61,6 +62,7 @@ def run_spec(
     eval_every: int | None = None,
     save_every: int | None = 2,
     loss: LossSpec | None = None,
+    rows: RowTargets | None = None,
     **keys: Any,
 ) -> RunSpec:
     """`keys` are those of the recipe."""
@@ -75,7 +77,13 @@ def run_spec(
         eval_every=eval_every,
         save_every=save_every,
     )
-    return RunSpec(recipe=recipe, schedule=schedule, targets=targets or all_targets(decoder), loss=loss or LossSpec())
+    return RunSpec(
+        recipe=recipe,
+        schedule=schedule,
+        targets=targets or all_targets(decoder),
+        loss=loss or LossSpec(),
+        rows=rows or RowTargets(),
+    )
 
 
 def batches_of(data: list[Example], size: int = 2) -> Callable[[int], list[list[Example]]]:

@@ -41,6 +41,7 @@ from runtime.trainer.plan.served_model import (
     resolve_targets,
     with_template,
 )
+from runtime.trainer.plan.vocabulary import VocabularyPlan, plan_vocabulary
 from runtime.trainer.recipe import Recipe, check_base_model
 from runtime.trainer.recipe.schema import DATA_GROUPS
 from runtime.trainer.schedule import Schedule, make_schedule, watchdog_threshold
@@ -83,9 +84,11 @@ def estimate(
     largest: int,
     tokens: int,
     tokens_per_second: float | None,
+    rows: int = 0,
 ) -> Estimate:
-    """`largest` is the number of tokens of the largest micro-batch, `tokens` of the whole job."""
-    parameters = sum(recipe.lora_r * sum(shape.linears[name]) for _, name in targets)
+    """`rows` is the number of trained rows of embedding and head, `largest` that of the tokens of the largest
+    micro-batch, `tokens` that of the whole job."""
+    parameters = sum(recipe.lora_r * sum(shape.linears[name]) for _, name in targets) + rows * shape.hidden_size
     return Estimate(
         parameters=parameters,
         weight_bytes=4 * parameters,
@@ -190,6 +193,8 @@ class Plan:
     """Texts that do, where the template that goes with the adapter ends a turn with no single token."""
     generation: list[GenerationRow] = field(default_factory=list, repr=False)
     """Rows that evaluations generate answers for."""
+    vocabulary: VocabularyPlan | None = None
+    """Tokens of the adapter's own, and rows of embedding and head that are trained."""
 
 
 def prepare(
@@ -202,12 +207,14 @@ def prepare(
     shape: ModelShape,
     tokens_per_second: float | None = None,
     kept: KeptData | None = None,
+    max_vocabulary: int | None = None,
 ) -> Plan:
     """Read, check and tokenise a recipe's data, and work out its steps. Takes as long as tokenising does.
 
     `model_names` are those of the served model, its own first; `max_len` is the longest sequence that it can be
     trained on; `tokens_per_second` is the rate of training here, if that is known; `kept` has the data of a job that
-    was read before. Raises `InvalidRequest` (`BadRows` for rows), `ModelNotFound` and `Forbidden`.
+    was read before; `max_vocabulary`: most bytes of the adapter's rows of embedding and head. Raises `InvalidRequest`
+    (`BadRows` for rows), `ModelNotFound` and `Forbidden`.
     """
     check_base_model(recipe, model_names)
     if recipe.sequence_len > max_len:
@@ -217,6 +224,10 @@ def prepare(
         )
     targets = resolve_targets(recipe, shape)
     template = choose_template(recipe, tokenizer)
+    vocabulary = plan_vocabulary(
+        recipe, tokenizer, shape, template=None if template is None else template.source, limit=max_vocabulary
+    )
+    tokenizer = vocabulary.tokenizer
     if template is not None:
         tokenizer = with_template(tokenizer, template.source)
     ends = end_ids(recipe, tokenizer)
@@ -261,6 +272,7 @@ def prepare(
             largest=sum(sizes[: recipe.micro_batch_size]),
             tokens=round(sum(lengths) * (schedule.epochs + _reference_passes(recipe, schedule))),
             tokens_per_second=tokens_per_second,
+            rows=vocabulary.rows.rows,
         ),
         watchdog_threshold=watchdog_threshold(recipe, shape.vocab_size),
         previews=[preview(example, tokenizer) for example in train[: PREVIEWS - PREVIEWS % recipe.group_size]],
@@ -270,6 +282,7 @@ def prepare(
         notes=[
             *warnings,
             *template_notes(template, data.prompt),
+            *vocabulary.notes(),
             *generation_notes(recipe, len(generation), len(asked) // recipe.group_size),
             *data.notes,
             *recipe.notes,
@@ -279,6 +292,7 @@ def prepare(
         end_ids=tuple(sorted(ends.difference(tokenizer.eos_ids))),
         stop=() if template is None else stop_texts(tokenizer, ends),
         generation=generation,
+        vocabulary=vocabulary,
     )
 
 

@@ -9,6 +9,7 @@ import regex
 from msgspec import Struct
 
 from runtime.errors import InvalidRequest
+from runtime.model.vocabulary import VocabularyBase
 from runtime.text.chat_template import ChatTemplateError
 from runtime.text.templates import ALIASES, BUILTIN_TEMPLATES, builtin_template
 from runtime.text.tokenizer import Tokenizer
@@ -37,6 +38,8 @@ class ModelShape(Struct, frozen=True, kw_only=True):
     """Bytes of an activation: 4 in float32, 2 in bfloat16."""
     prefix: str = "model.layers"
     """Prefix of the full name of a linear, as PEFT writes it."""
+    vocabulary: VocabularyBase | None = None
+    """Embedding and head; None where no rows of them are trained."""
 
 
 def shape_of_base(spec: "DecoderSpec", base: "LoraBase", *, bytes_per_value: int) -> ModelShape:
@@ -49,11 +52,17 @@ def shape_of_base(spec: "DecoderSpec", base: "LoraBase", *, bytes_per_value: int
         linears={name: (target.in_features, target.out_features) for name, target in base.targets.items()},
         bytes_per_value=bytes_per_value,
         prefix=base.layers,
+        vocabulary=base.vocabulary,
     )
 
 
 def shape_of(
-    spec: "DecoderSpec", targets: Mapping[str, tuple[str, str]], *, bytes_per_value: int, prefix: str = "model.layers"
+    spec: "DecoderSpec",
+    targets: Mapping[str, tuple[str, str]],
+    *,
+    bytes_per_value: int,
+    prefix: str = "model.layers",
+    vocabulary: VocabularyBase | None = None,
 ) -> ModelShape:
     """The shape of a decoder; `targets` is its architecture's `LORA_TARGETS`, `prefix` its `layers()`."""
     heads, groups, inner = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim, spec.intermediate_size
@@ -77,6 +86,7 @@ def shape_of(
         linears={name: sizes[place] for name, place in targets.items()},
         bytes_per_value=bytes_per_value,
         prefix=prefix,
+        vocabulary=vocabulary,
     )
 
 
@@ -98,8 +108,15 @@ def resolve_targets(recipe: Recipe, shape: ModelShape) -> list[TargetKey]:
     An entry of a list is the end of full names, from a dot on; a text is a regular expression over whole full
     names, or `all-linear`. Raises `InvalidRequest`, listing the model's linears, when an entry is none of them.
     """
+    if recipe.lora_target_parameters:
+        linears = ", ".join(name.rpartition(".")[2] for name in shape.linears)
+        raise InvalidRequest(
+            "lora_target_parameters: parameters of experts that are no linears are not adapted for the served model: "
+            f"name linears in lora_target_modules ({linears}), and leave it out.",
+            param="lora_target_parameters",
+        )
     modules = recipe.lora_target_modules
-    places = [(layer, name) for layer in range(shape.num_layers) for name in shape.linears]
+    places = [(layer, name) for layer in _layers(recipe, shape) for name in shape.linears]
     if recipe.lora_target_linear or modules is None or modules == "all-linear":
         return places
     if isinstance(modules, str):
@@ -112,6 +129,20 @@ def resolve_targets(recipe: Recipe, shape: ModelShape) -> list[TargetKey]:
         if not any(_ends(name, entry) for _, name in full):
             raise _absent(f"{entry[:64]!r} is", shape)
     return [place for place, name in full if any(_ends(name, entry) for entry in modules)]
+
+
+def _layers(recipe: Recipe, shape: ModelShape) -> Sequence[int]:
+    given = recipe.peft_layers_to_transform
+    if given is None or given == ():
+        return range(shape.num_layers)
+    layers = sorted({given} if isinstance(given, int) else set(given))
+    if layers[-1] >= shape.num_layers:
+        raise InvalidRequest(
+            f"peft_layers_to_transform has {layers[-1]}, and the served model has the layers 0 to "
+            f"{shape.num_layers - 1}.",
+            param="peft_layers_to_transform",
+        )
+    return layers
 
 
 def by_linear(targets: Sequence[TargetKey], places: Mapping[str, tuple[str, str]]) -> dict[tuple[int, str], list[str]]:
@@ -291,36 +322,19 @@ def end_ids(recipe: Recipe, tokenizer: Tokenizer) -> frozenset[int]:
 
     Raises `InvalidRequest` for tokens that the vocabulary does not have, or that differ from the recipe's.
     """
-    for param, token in _required(recipe):
+    for token in recipe.eot_tokens:
         if tokenizer.token_id(token) is None:
             raise InvalidRequest(
-                f"{param}: the model's vocabulary has no token {token[:64]!r}, and embeddings are not trained, so none "
-                "can be added.",
-                param=param,
+                f"eot_tokens: the model's vocabulary has no token {token[:64]!r}: name it in tokens too, and its rows "
+                "are trained with the adapter.",
+                param="eot_tokens",
             )
-    for name, token in recipe.special_tokens.items():
-        _check_special(name, token, tokenizer)
-    further = (tokenizer.token_id(token) for token in recipe.eot_tokens)
-    return frozenset([*tokenizer.eos_ids, *(id for id in further if id is not None)])
-
-
-def _required(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    yield from (("eot_tokens", token) for token in recipe.eot_tokens)
-    if not isinstance(recipe.tokens, dict):
-        yield from (("tokens", token) for token in recipe.tokens)
-
-
-def _check_special(name: str, token: str, tokenizer: Tokenizer) -> None:
-    id = tokenizer.token_id(token)
-    if name == "eos_token" and id not in tokenizer.eos_ids:
-        ends = ", ".join(repr(tokenizer.token_text(end)) for end in tokenizer.eos_ids) or "nothing"
+    bos = recipe.special_tokens.get("bos_token")
+    if isinstance(bos, str) and tokenizer.bos_id is not None and tokenizer.token_id(bos) != tokenizer.bos_id:
         raise InvalidRequest(
-            f"special_tokens.eos_token is {token[:64]!r}, but the served model ends with {ends}.",
-            param="special_tokens.eos_token",
-        )
-    if name == "bos_token" and tokenizer.bos_id is not None and id != tokenizer.bos_id:
-        raise InvalidRequest(
-            f"special_tokens.bos_token is {token[:64]!r}, but the served model's is "
+            f"special_tokens.bos_token is {bos[:64]!r}, but the served model's is "
             f"{tokenizer.token_text(tokenizer.bos_id)!r}.",
             param="special_tokens.bos_token",
         )
+    further = (tokenizer.token_id(token) for token in recipe.eot_tokens)
+    return frozenset([*tokenizer.eos_ids, *(id for id in further if id is not None)])

@@ -155,6 +155,8 @@ def find_problems(recipe: Recipe, values: Mapping[str, Any], *, max_lora_rank: i
     yield from preference_problems(recipe, values)
     if recipe.lora_r > max_lora_rank:
         yield "lora_r", f"must be at most {max_lora_rank} (adapters.max_lora_rank), got {recipe.lora_r}"
+    if recipe.embedding_lr is not None and recipe.embedding_lr_scale is not None:
+        yield "embedding_lr_scale", "give embedding_lr or embedding_lr_scale, not both"
     if recipe.lora_target_linear is False and recipe.lora_target_modules is None:
         yield "lora_target_linear", "is false, and lora_target_modules names nothing: there is nothing to train"
     if (recipe.dataset_shard_num is None) != (recipe.dataset_shard_idx is None):

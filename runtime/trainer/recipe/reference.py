@@ -117,6 +117,24 @@ A row that cannot be read or teaches nothing, such as one with an empty answer, 
 are listed with file, number, column and what is wrong. Rows that are left out or cut for their length are listed by number in
 the plan, as are columns and fields that nothing reads.
 
+## Tokens of its own
+
+`tokens`, `eos_token` and `additional_special_tokens` that the vocabulary lacks are added for this adapter: in free rows of the
+embedding where there are some, else beyond them. Their rows begin near the mean of all rows and are trained, in the head too
+where it is a matrix of its own. `added_tokens_overrides` gives reserved tokens other texts, and trains their rows. Tokens of
+`tokens` show in answers, as in Axolotl; those that the chat template writes do not, and their text in a client's message stays
+text. `eos_token` ends the adapter's texts beside what ends the model's. `settings/recipes/tokens.yaml` is an example.
+
+Rows of known tokens are trained with `peft_trainable_token_indices`, and whole matrices with `lora_modules_to_save:
+[embed_tokens, lm_head]`: beside each adapter a server then holds these rows, for a vocabulary of 128,256 and a hidden size of
+4096 in bfloat16 1 GB a matrix, up to the setting `adapters.max_vocabulary_bytes`. In training a value takes 16 bytes with AdamW.
+
+The adapter's folder is PEFT's, with `trainable_token_indices` and `modules_to_save` in its configuration. Where there are ids
+beyond the base's, PEFT needs `model.resize_token_embeddings(N)` before it loads the adapter: the plan says N, and `eft.json`
+has the tokens. Adapters that PEFT or Axolotl have written so are served too, with the added tokens of the tokenizer.json that
+lies beside them. Other adapters and the base know nothing of these tokens: their ids are refused there. Models that run in
+transformers' own modules have no such rows, and what is exported merged has none either.
+
 ## Optimisers and schedules
 
 | `optimizer` | |

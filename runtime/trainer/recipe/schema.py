@@ -158,6 +158,28 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         bool | None, key("lora", "Adapt every linear; so it is without `lora_target_modules`.")
     ] = None
     peft_use_rslora: Annotated[bool, key("lora", "Scale by alpha / sqrt(rank) instead.")] = False
+    peft_layers_to_transform: Annotated[
+        tuple[WholeNumber, ...] | WholeNumber | None, key("lora", "Layers to adapt, from 0. Default: all.")
+    ] = None
+    lora_modules_to_save: Annotated[
+        tuple[Text, ...],
+        key("lora", "Modules of which a whole copy is trained beside: `embed_tokens`, `lm_head`."),
+    ] = ()
+    peft_trainable_token_indices: Annotated[
+        tuple[WholeNumber, ...] | dict[str, tuple[WholeNumber, ...]],
+        key(
+            "lora",
+            "Ids of tokens whose rows of the embedding, and of a tied head, are trained; or by module, "
+            "`{embed_tokens: […], lm_head: […]}`.",
+        ),
+    ] = ()
+    peft_ensure_weight_tying: Annotated[
+        bool, key("lora", "A tied head follows the copy of the embedding in `lora_modules_to_save`.")
+    ] = False
+    lora_target_parameters: Annotated[
+        tuple[Text, ...] | Text,
+        key("lora", "Parameters of experts to adapt, where the served model has such; none of today's has."),
+    ] = ()
 
     datasets: Annotated[tuple[Dataset, ...], Meta(min_length=1, max_length=100), key("data", "What is trained on.")]
     test_datasets: Annotated[
@@ -208,11 +230,21 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ] = field(default_factory=dict)
     default_system_message: Annotated[Text | None, key("data", "System message for the chats that have none.")] = None
     special_tokens: Annotated[
-        dict[str, str], key("data", "Accepted where they are the model's own; the padding token is not needed.")
+        dict[str, Text | tuple[Text, ...] | None],
+        key(
+            "data",
+            "`eos_token` ends the adapter's texts; it and `additional_special_tokens` are added where the vocabulary "
+            "lacks them, as `tokens` are. Others need to be the model's own; the padding token is not needed.",
+        ),
     ] = field(default_factory=dict)
     tokens: Annotated[
-        tuple[Text, ...] | dict[str, str], key("data", "Accepted where the vocabulary has them already.")
+        tuple[Text, ...] | dict[str, str],
+        key("data", "Tokens; the rows of those that the vocabulary lacks are trained, and go with the adapter."),
     ] = ()
+    added_tokens_overrides: Annotated[
+        dict[str, Text],
+        key("data", "Id of a reserved token → its text for this adapter; its rows are trained, too."),
+    ] = field(default_factory=dict)
     eot_tokens: Annotated[
         tuple[Text, ...], key("data", "Further tokens that end a turn; the vocabulary must have them.")
     ] = ()
@@ -276,6 +308,13 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         Meta(ge=0.0, le=1e3),
         key("training", "Uniform noise on the embeddings while training (NEFTune), 5 to 15 in the paper; 0: none."),
     ] = 0.0
+    embedding_lr: Annotated[
+        Annotated[float, Meta(gt=0.0, le=1.0)] | None,
+        key("training", "Learning rate of rows of embedding and head. Default: as all others'."),
+    ] = None
+    embedding_lr_scale: Annotated[
+        Annotated[float, Meta(gt=0.0, le=1e4)] | None, key("training", "The same, in the learning rate of the others.")
+    ] = None
     loraplus_lr_ratio: Annotated[
         Annotated[float, Meta(gt=0.0, le=1e4)] | None,
         key("training", "LoRA+: learning rate of the B matrices, in that of the A matrices."),

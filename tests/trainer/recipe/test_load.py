@@ -303,7 +303,7 @@ def test_learning_rates_that_make_no_sense(value: Any) -> None:
         ({"dataset_shard_num": 2, "dataset_shard_idx": 2}, "dataset_shard_idx", "below dataset_shard_num (2)"),
         ({"rl": "grpo"}, "rl", "Collect answers"),
         ({"peft_use_dora": True}, "peft_use_dora", "rsLoRA"),
-        ({"lora_modules_to_save": ["lm_head"]}, "lora_modules_to_save", "low-rank adapters"),
+        ({"embedding_lr": 1e-5, "embedding_lr_scale": 0.1}, "embedding_lr_scale", "not both"),
         ({"context_paralel_size": 2}, "context_paralel_size", "did you mean context_parallel_size?"),
         ({"adam_eps": 1e-9, "adam_epsilon": 1e-8}, "adam_eps", "did you mean adam_epsilon?"),
         ({"notes": ["x"]}, "notes", "unknown key"),

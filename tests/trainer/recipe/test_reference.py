@@ -80,7 +80,7 @@ def test_the_page_names_every_key() -> None:
     assert not {key for key in keys if f"`{key}`" not in page}
 
 
-@pytest.mark.parametrize("name", ["starter", "tickets", "newts", "template"])
+@pytest.mark.parametrize("name", ["starter", "tickets", "newts", "template", "tokens"])
 def test_the_examples_are_valid_by_the_schema(name: str) -> None:
     """By the validator that comes with schemathesis."""
     jsonschema: Any = pytest.importorskip("jsonschema_rs")

@@ -1,9 +1,11 @@
 """Training on two ranks over gloo against one rank in this process: the same losses, norms and adapters."""
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -21,13 +23,17 @@ from runtime.events import (
     RunEvent,
     StepEvent,
 )
+from runtime.messages import SamplingParams, Submission
 from runtime.model.lora import Adapter
+from runtime.model.vocabulary import RowTargets
 from runtime.trainer.batches import ExampleFeed, pack
+from runtime.trainer.data.example import Example
 from runtime.trainer.recipe import Dataset, Recipe
 from runtime.trainer.sliced_run import RunSpec, SlicedRun
 from runtime.trainer.snapshot import Restored, read_snapshot
 from runtime.workers.parallel.executor import DistributedExecutor
 from settings.load import load
+from tests.tiny import VOCAB_SIZE
 from tests.trainer.tiny_training import drive, examples, run_spec
 
 DATA = examples(12, seed=1)
@@ -63,14 +69,18 @@ def spec(model: Assembled, **changes: Any) -> RunSpec:
 
 
 def start(
-    model: Assembled, events: list[RunEvent], made: RunSpec | None = None, restored: Restored | None = None
+    model: Assembled,
+    events: list[RunEvent],
+    made: RunSpec | None = None,
+    restored: Restored | None = None,
+    feed: ExampleFeed = FEED,
 ) -> SlicedRun:
     one = made or spec(model)
 
     def write(directory: Path, adapter: Adapter) -> None:
         write_adapter(directory, adapter.layers, one.shape, model.lora_base, vocabulary=adapter.vocabulary)
 
-    return model.make_run(one, FEED, events.append, write, restored)
+    return model.make_run(one, feed, events.append, write, restored)
 
 
 def steps(events: list[RunEvent]) -> list[tuple[int, float, float]]:
@@ -114,6 +124,55 @@ def test_a_run_equals_that_of_one_rank(models: tuple[Assembled, Assembled], tmp_
         drive(run)
         assert [step for step, _, _ in steps(again)] == [3, 4, 5, 6]
         close(saved(run, 6, tmp_path / f"again {index}"), ends[1])
+
+
+NEW = tuple(range(VOCAB_SIZE, VOCAB_SIZE + 2))
+ROWS = {
+    "new tokens": RowTargets(embedding=(7, *NEW), head=(7, *NEW), fresh=NEW, size=VOCAB_SIZE + 2),
+    "copies": RowTargets(copies=("embedding", "head"), fresh=NEW, size=VOCAB_SIZE + 2),
+}
+
+
+def with_new_tokens(example: Example) -> Example:
+    ids = list(example.token_ids)
+    ids[1], ids[-1] = NEW
+    return Example(ids, example.trained)
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_rows_of_the_vocabulary_equal_those_of_one_rank(
+    models: tuple[Assembled, Assembled], tmp_path: Path, kind: str
+) -> None:
+    """Trained on two ranks and on one; and the result served by both."""
+    feed = dataclasses.replace(FEED, train=[with_new_tokens(one) for one in FEED.train])
+    events: tuple[list[RunEvent], list[RunEvent]] = ([], [])
+    ends, answers = [], []
+    for index, (model, seen) in enumerate(zip(models, events, strict=True)):
+        made = spec(model, rows=ROWS[kind])
+        run = start(model, seen, made, feed=feed)
+        drive(run)
+        ends.append(saved(run, 6, tmp_path / str(index)))
+    for found, expected in zip(*map(steps, events), strict=True):
+        assert found == pytest.approx(expected, abs=1e-4)
+    close(*ends)
+    assert sum(tensor.shape[0] >= 3 and "lora" not in name for name, tensor in ends[0].items()) == 2
+    for model in models:
+        engine = model.engine
+        engine.prepare_adapter("own", str(tmp_path / "1" / "adapter_files"))
+        engine.load_adapter("own", engine.tokenizer.with_tokens((), rows=VOCAB_SIZE + 2))
+        greedy = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True, logprobs=0, logit_bias={NEW[0]: 1.0})
+        found = []
+        for adapter in ("own", ""):
+            params = msgspec.structs.replace(greedy, logit_bias=greedy.logit_bias if adapter else {})
+            prompt = [5, 9, NEW[1] if adapter else 7, 11]
+            engine.submit(Submission(request_id=adapter or "base", prompt_ids=prompt, params=params, adapter=adapter))
+        while engine.busy:
+            for output in engine.step():
+                assert output.error is None
+                found.append((output.request_id, output.token_ids))
+        answers.append(sorted(found))
+        engine.unload_adapter("own")
+    assert answers[0] == answers[1]
 
 
 def test_pause_resume_and_cancel(models: tuple[Assembled, Assembled]) -> None:
