@@ -34,9 +34,8 @@ from runtime.model.decoder import Decoder
 from runtime.model.lora import LoraLayers, LoraShape
 from runtime.model.model import Model
 from runtime.support.memory import keep_freed_memory
-from runtime.trainer.data.example import Example
+from runtime.trainer.data.example import Example, collate
 from runtime.trainer.lora import TrainableLora
-from runtime.trainer.microbatch import collate
 from runtime.trainer.recipe import Dataset, Recipe
 from runtime.trainer.run import TrainingRun
 from runtime.trainer.schedule import Schedule

@@ -222,6 +222,30 @@ def test_imports_point_one_way(owner: str) -> None:
     assert not ALLOWED[owner] - used, "the table allows more than there is"
 
 
+def test_the_architecture_page_has_the_same_table() -> None:
+    """Parts of a row are one; `all above` is any part above, but those that the row takes out."""
+    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    table = re.findall(r"^\| (`.+`) \| .+ \| (.+) \|$", page.partition("| imports |")[2].partition("\n\n")[0], re.M)
+    seen: set[str] = set()
+    for names, cell in table:
+        parts = {part_of_page(name) for name in re.findall(r"`([^`]+)`", names)}
+        used = set().union(*(ALLOWED[part] for part in parts)) - COMMON - parts
+        listed = set() if cell == "–" else {part_of_page(name) for name in cell.split(" but ")[0].split(", ")}
+        if cell.startswith("all above"):
+            without = {part_of_page(name) for name in cell.partition(" but ")[2].split(", ") if name}
+            assert used <= seen - without, f"{names}: {sorted(used - seen | used & without)}"
+        else:
+            assert used == listed, f"{names}: {sorted(used ^ listed)}"
+        assert not parts & seen
+        seen |= parts
+    assert seen == ALLOWED.keys() - {"runtime.__main__"}
+
+
+def part_of_page(name: str) -> str:
+    path = name.strip("/").removesuffix("/__init__").removeprefix("runtime/").replace("/", ".")
+    return path if path in ("settings", "kernels", "runtime") else f"runtime.{path}"
+
+
 def is_ours(name: str) -> bool:
     return name.split(".")[0] in PACKAGES
 

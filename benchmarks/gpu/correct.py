@@ -18,9 +18,8 @@ from runtime.checkpoints.model_loading import load_decoder
 from runtime.engine.assembly import Assembled
 from runtime.model.families import find_model
 from runtime.model.lora_base import LoraBase
-from runtime.trainer.data.example import Example
+from runtime.trainer.data.example import Example, collate
 from runtime.trainer.lora import TrainableLora
-from runtime.trainer.microbatch import collate
 from runtime.trainer.step import MicroStep
 from runtime.workers.cuda_graphs import MOST
 

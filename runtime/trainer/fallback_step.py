@@ -15,10 +15,10 @@ from runtime.model.attention import PackedAttention
 from runtime.model.fallback import FallbackDecoder
 from runtime.model.fallback.linears import LayerCall
 from runtime.model.lora import Adaptation
+from runtime.trainer.data.example import MicroBatch
 from runtime.trainer.lora import TrainableLora, TrainingAdaptation
 from runtime.trainer.losses import Loss, Score, Supervised, apply_loss, score_targets
 from runtime.trainer.losses.logprobs import LogitsHead
-from runtime.trainer.microbatch import MicroBatch
 from runtime.trainer.slices import Slice, Sliced, Slices
 from runtime.trainer.step import BACKWARD_COST, noisy
 

@@ -32,11 +32,10 @@ from runtime.model.decoder import Decoder
 from runtime.model.model import Model
 from runtime.support.failpoints import failpoint
 from runtime.trainer.batches import ExampleFeed
-from runtime.trainer.data.example import Example
+from runtime.trainer.data.example import Example, collate
 from runtime.trainer.lora import TrainableLora, mix
 from runtime.trainer.losses import Score, make_loss
 from runtime.trainer.losses.loss import ReferenceScores
-from runtime.trainer.microbatch import collate
 from runtime.trainer.optimizer import Optimizer
 from runtime.trainer.recipe import Recipe
 from runtime.trainer.recipe.publish import higher_is_better, plain_metric

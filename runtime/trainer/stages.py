@@ -15,8 +15,8 @@ from torch import Tensor
 from kernels.training import TrainingOps, backward
 from runtime.model.attention import PackedAttention
 from runtime.model.decoder import Decoder, DecoderLayer
+from runtime.trainer.data.example import MicroBatch
 from runtime.trainer.lora import TrainableLora, TrainingAdaptation
-from runtime.trainer.microbatch import MicroBatch
 from runtime.trainer.slices import Slice, Sliced, Slices
 
 # Fewer tokens at once, and reading the weights costs more than computing with them.

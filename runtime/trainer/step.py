@@ -8,10 +8,10 @@ from torch import Tensor
 
 from kernels.training import TrainingOps
 from runtime.model.decoder import Decoder
+from runtime.trainer.data.example import MicroBatch
 from runtime.trainer.lora import TrainableLora, mix
 from runtime.trainer.losses import Loss, Score, Supervised, apply_loss, score_targets
 from runtime.trainer.losses.logprobs import Head, head_of
-from runtime.trainer.microbatch import MicroBatch
 from runtime.trainer.slices import Sliced, Slices
 from runtime.trainer.stages import Context, LayerStep
 from runtime.trainer.token_rows import InitialRows

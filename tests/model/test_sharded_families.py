@@ -19,8 +19,8 @@ from runtime.model.families.family import Family
 from runtime.model.group import SOLO, Group
 from runtime.model.lora import LoraShape
 from runtime.model.lora_base import LoraBase
+from runtime.trainer.data.example import collate
 from runtime.trainer.lora import TrainableLora
-from runtime.trainer.microbatch import collate
 from runtime.trainer.step import MicroStep
 from tests.model.rank_threads import in_ranks
 from tests.parity.families import CASES, make_model

@@ -12,10 +12,9 @@ from runtime.engine.assembly import assemble
 from runtime.messages import Submission
 from runtime.model.fallback import FallbackDecoder
 from runtime.model.lora import LoraShape
-from runtime.trainer.data.example import Example
+from runtime.trainer.data.example import Example, collate
 from runtime.trainer.fallback_step import FallbackStep
 from runtime.trainer.lora import TrainableLora
-from runtime.trainer.microbatch import collate
 from settings.load import load as load_settings
 from tests.parity.fallbacks import CASES, make_fallback
 from tests.parity.gradients import drive

@@ -9,8 +9,8 @@ import torch
 from kernels.training import TrainingOps
 from runtime.model.families import find_model
 from runtime.model.lora import LoraShape
+from runtime.trainer.data.example import collate
 from runtime.trainer.lora import TrainableLora
-from runtime.trainer.microbatch import collate
 from runtime.trainer.step import MicroStep
 from tests.parity.families import CASES, make_model
 from tests.parity.gradients import data, drive

@@ -8,9 +8,8 @@ import torch
 
 from kernels.training import TrainingOps
 from runtime.model.lora import LoraShape
-from runtime.trainer.data.example import Example
+from runtime.trainer.data.example import Example, collate
 from runtime.trainer.lora import TrainableLora
-from runtime.trainer.microbatch import collate
 from runtime.trainer.step import MicroStep
 from tests.parity.gradients import adapter, drive, peft_model, peft_module
 from tests.parity.llama import VARIANTS

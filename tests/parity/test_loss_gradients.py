@@ -19,11 +19,10 @@ from runtime.engine.assembly import assemble
 from runtime.model.fallback import FallbackDecoder
 from runtime.model.group import Group
 from runtime.model.lora import LoraShape
-from runtime.trainer.data.example import Example
+from runtime.trainer.data.example import Example, collate
 from runtime.trainer.fallback_step import FallbackStep
 from runtime.trainer.lora import TrainableLora
 from runtime.trainer.losses import Loss, Supervised, logprobs
-from runtime.trainer.microbatch import collate
 from runtime.trainer.step import MicroStep
 from settings.load import load as load_settings
 from tests.model.rank_threads import in_ranks

@@ -18,9 +18,8 @@ from runtime.model.families.family import Family
 from runtime.model.lora import LoraShape
 from runtime.model.lora_base import LoraBase
 from runtime.model.vocabulary import RowTargets
-from runtime.trainer.data.example import Example
+from runtime.trainer.data.example import Example, collate
 from runtime.trainer.lora import TrainableLora, adapter_of
-from runtime.trainer.microbatch import collate
 from runtime.trainer.step import MicroStep
 from tests.parity.adapted import our_logits
 from tests.parity.families import CASES, SHAPE, make_model

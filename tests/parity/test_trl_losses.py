@@ -10,11 +10,10 @@ import torch
 
 from kernels.training import TrainingOps
 from runtime.model.lora import LoraShape
-from runtime.trainer.data.example import Example
+from runtime.trainer.data.example import Example, collate
 from runtime.trainer.data.preferences import labelled, with_companions
 from runtime.trainer.lora import TrainableLora
 from runtime.trainer.losses import Cpo, Dpo, Kto, Loss, Orpo, Simpo
-from runtime.trainer.microbatch import collate
 from runtime.trainer.step import MicroStep
 from tests.parity.gradients import drive, peft_module
 from tests.parity.trl_numbers import ALPHA, RANK, SHOWN, rows, sine_adapter, sine_model

@@ -16,9 +16,8 @@ from runtime.events import EvalEvent, RunEvent, StepEvent
 from runtime.model.decoder import Decoder
 from runtime.model.group import UnconnectedRank
 from runtime.model.lora import LoraShape
-from runtime.trainer.data.example import Example
+from runtime.trainer.data.example import Example, collate
 from runtime.trainer.losses import Score, logprobs
-from runtime.trainer.microbatch import collate
 from runtime.trainer.slices import clock_of
 from runtime.trainer.step import MicroStep
 from settings.schema import ModelSettings

@@ -12,9 +12,8 @@ from runtime.events import RunEvent
 from runtime.model.decoder import Decoder
 from runtime.model.group import SOLO
 from runtime.model.split import Split
-from runtime.trainer.data.example import Example
+from runtime.trainer.data.example import Example, collate
 from runtime.trainer.lora import mix
-from runtime.trainer.microbatch import collate
 from runtime.trainer.optimizer import Optimizer
 from runtime.trainer.recipe import Dataset, Document, Recipe, RecipeError, recipe_from
 from runtime.trainer.run import TrainingRun

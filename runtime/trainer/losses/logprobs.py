@@ -16,7 +16,7 @@ from kernels import Ops
 from kernels.training import TrainingOps, backward
 from runtime.model.decoder import Decoder
 from runtime.model.token_rows import TokenRows
-from runtime.trainer.microbatch import MicroBatch
+from runtime.trainer.data.example import MicroBatch
 from runtime.trainer.slices import Slice, Slices
 
 

@@ -14,9 +14,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from runtime.trainer.data.example import Example
+from runtime.trainer.data.example import Example, MicroBatch
 from runtime.trainer.losses.logprobs import Head, ScoreBuffer
-from runtime.trainer.microbatch import MicroBatch
 from runtime.trainer.slices import Sliced
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from runtime.trainer.data.example import MicroBatch
 from runtime.trainer.losses.loss import Loss, LossInputs, LossValue
-from runtime.trainer.microbatch import MicroBatch
 
 
 @dataclass(frozen=True)

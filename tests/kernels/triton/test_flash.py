@@ -24,7 +24,7 @@ from runtime.cli.doctor import find_flash_attention
 from runtime.model.decoder import Decoder
 from runtime.model.families import find_model
 from runtime.model.lora import LoraShape
-from runtime.trainer.microbatch import collate
+from runtime.trainer.data.example import collate
 from runtime.trainer.step import MicroStep
 from tests.kernels.triton.backend import DEVICE, REFERENCE, TRITON, TritonOps, random
 from tests.kernels.triton.varlen_attention import varlen_attention

@@ -15,9 +15,8 @@ from runtime.model.decoder import Decoder
 from runtime.trainer import run as run_module
 from runtime.trainer import step as step_module
 from runtime.trainer.batches import ExampleFeed
-from runtime.trainer.data.example import Example
+from runtime.trainer.data.example import Example, collate
 from runtime.trainer.losses import LOSSES, Loss, LossInputs, LossValue, Supervised, make_loss
-from runtime.trainer.microbatch import collate
 from runtime.trainer.run import TrainingRun, halve
 from runtime.trainer.sliced_run import LossSpec, RunSpec
 from runtime.trainer.snapshot import Restored, read_snapshot
