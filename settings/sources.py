@@ -23,6 +23,8 @@ RESERVED = {
     "EFT_CACHE_DIR": "Where downloaded models are kept.",
     "EFT_API_KEY": "The key that `eft chat`, `eft batch` and `eft bench serve` send to a server.",
     "EFT_ADMIN_KEY": "The key that `eft train`, `eft jobs` and `eft adapters` send to a server.",
+    "EFT_CHAT_HISTORY": "The file that keeps what is typed into `eft chat`; empty: none does. Default: "
+    "`eft-chat/history` under XDG_STATE_HOME or ~/.local/state.",
     "EFT_NO_PROGRESS": "Set to anything: no progress bars.",
     "EFT_FAILPOINTS": "Faults to inject, for tests.",
     "EFT_DEBUG": "1: errors of the command line come with a traceback.",

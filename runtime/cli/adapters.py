@@ -17,7 +17,7 @@ import msgspec
 from cyclopts import Parameter
 from rich.table import Table
 
-from runtime.cli.client import DEFAULT_URL, AdminKey, ServerRefusal, Url, admin_client, describe, error_text
+from runtime.cli.client import DEFAULT_URL, AdminKey, ServerRefusal, Url, admin_client, error_text, no_server
 from runtime.cli.flags import Json
 from runtime.cli.output import CommandError, UsageError, console
 
@@ -157,7 +157,7 @@ def _ask(method: str, path: str, url: str, admin_key: str | None, body: dict[str
             try:
                 return await client.request(method, path, json=body)
             except httpx.TransportError as error:
-                raise CommandError(f"no server answers at {client.base_url}: {describe(error)}") from error
+                raise no_server(client, error) from error
 
     response = asyncio.run(ask())
     if response.status_code != httpx.codes.OK:
@@ -253,7 +253,7 @@ async def _send(name: str, files: list[tuple[str, IO[bytes]]], url: str, admin_k
                 "/admin/adapters/upload", params={"name": name}, content=_archive(files), headers=headers, timeout=None
             )
         except httpx.TransportError as error:
-            raise CommandError(f"no server answers at {http.base_url}: {describe(error)}") from error
+            raise no_server(http, error) from error
     if response.is_error:
         raise CommandError(error_text(response))
     return dict(msgspec.json.decode(response.content))
@@ -334,7 +334,7 @@ async def _fetch(archive: IO[bytes], name: str, version: int | None, url: str, a
                     archive.write(data)
                 return str(response.headers.get("x-eft-adapter-version", name))
         except httpx.TransportError as error:
-            raise CommandError(f"no server answers at {http.base_url}: {describe(error)}") from error
+            raise no_server(http, error) from error
 
 
 def _unpack(archive: IO[bytes], folder: Path) -> list[str]:

@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import Annotated, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 
@@ -41,7 +42,7 @@ Exit code 0: stopped; 1: it could not load or listen; 2: wrong usage or settings
 _CHAT = """Chat with a server, or with a model loaded here.
 
 An adapter is asked as it was trained: with the system message of its rows, or in alpaca's prompt. Piped input: one
-question a line. In the dialogue: /reset, /system, /save, /help, /exit. Ctrl-C stops an answer."""
+question a line. In the dialogue: /model, /compare, /reset, /system, /save, /help, /exit. Ctrl-C stops an answer."""
 _BATCH = """Run a file of OpenAI batch lines, through a server or a model loaded here.
 
 Resumable: run it again, and it goes on where it stopped. Exit code 0: every request succeeded; 1: some
@@ -60,6 +61,15 @@ _TRAIN = """Train an adapter from a recipe, on a running server, or with a model
 The data files that the recipe names are sent along, where they are on this machine. Exit code 0: published (or, without
 --follow, queued); 1: refused, failed or cancelled; 2: wrong usage; 3: trained, and not good enough to publish."""
 
+_TOP = """Watch a server: requests, tokens, latencies, training's share and jobs.
+
+A live view on a terminal; elsewhere a line for each sample, with --json an object."""
+_COMPLETION = """Print a script that completes eft's commands and flags in a shell.
+
+bash: eft completion bash > ~/.local/share/bash-completion/completions/eft
+zsh: eft completion zsh > a folder of $fpath, as _eft
+fish: eft completion fish > ~/.config/fish/completions/eft.fish"""
+
 _EXPORT = """Write an adapter for other programs: merged into its base, as GGUF, or alone.
 
 The base is read from its own files, on this machine. A base whose files hold integers (GGUF) is merged in floats and
@@ -77,6 +87,7 @@ _LAZY = [
     (app, "chat", "chat", _CHAT),
     (app, "batch", "batch", _BATCH),
     (app, "train", "train", _TRAIN),
+    (app, "top", "top", _TOP),
     (_jobs, "list", "jobs:list_jobs", "List the jobs, the newest first."),
     (_jobs, "show", "jobs:show", "Show one job, with its plan and checkpoints."),
     (_jobs, "events", "jobs:events", "Print what happened in a job; --follow waits for more until its end."),
@@ -89,6 +100,7 @@ _LAZY = [
     (_state, "prune", "state:prune", "Delete what is old: jobs, checkpoints, uploaded files, lost+found."),
     (_state, "rebuild", "state:rebuild", _REBUILD),
     (app, "export", "export", _EXPORT),
+    (app, "completion", "app:completion", _COMPLETION),
     (app, "doctor", "doctor", "Report what was found on this machine, and what is broken."),
     (_adapters, "list", "adapters:list_adapters", "Print every adapter and the version that its name means."),
     (_adapters, "show", "adapters:show", "Print the versions of an adapter."),
@@ -132,6 +144,11 @@ app.command(_jobs)
 app.command(_keys)
 app.command(_state)
 app.command(_models)
+
+
+def completion(shell: Annotated[Literal["bash", "zsh", "fish"], Parameter(help="The shell.")], /) -> None:
+    """Print the script of one shell."""
+    print(app.generate_completion(prog_name="eft", shell=shell))
 
 
 def run(argv: Sequence[str] | None = None) -> int:

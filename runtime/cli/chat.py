@@ -1,6 +1,7 @@
 """`eft chat`: talk to a server, or to a model loaded here."""
 
 import asyncio
+import atexit
 import os
 import re
 import sys
@@ -69,6 +70,28 @@ class Conversation:
 
     def reset(self) -> None:
         self._turns = []
+
+    def fork(self) -> "Conversation":
+        """Another conversation with the same messages so far."""
+        made = Conversation(self._client, self.model, system=self.system, params=self._params, asking=self.asking)
+        made._turns = list(self._turns)
+        return made
+
+    async def models(self) -> list[str]:
+        """Names that can be asked. Raises `CommandError`."""
+        return [str(card["id"]) for card in (await client.ask(self._client, "GET", "/v1/models"))["data"]]
+
+    async def change_model(self, name: str) -> None:
+        """Go on with another model. Raises `CommandError` where the server has none of this name."""
+        try:
+            await client.ask(self._client, "GET", f"/v1/models/{quote(name)}")
+        except client.ServerRefusal as error:
+            if error.status != httpx.codes.NOT_FOUND:
+                raise
+            names = await self.models()
+            raise CommandError(f"the server has no model {name!r}{hint(name, names)}; /model lists them") from error
+        self.asking = await how_to_ask(self._client, name)
+        self.model = name
 
     async def ask(self, question: str) -> AsyncGenerator[str]:
         """Yield the answer's pieces. Raises `CommandError` if the server has none.
@@ -153,6 +176,8 @@ def _refuses_max_tokens(response: httpx.Response) -> bool:
 # Ctrl-C is Python's own. `asyncio.Runner` turns a Ctrl-C during an answer into its cancellation.
 
 HELP = """\
+/model NAME     go on with another model, adapter or version (nothing: list them)
+/compare NAME   let a second model answer the same questions too ("-": no more)
 /reset          forget the conversation
 /system TEXT    set the system message (nothing: show it; "-": take it away)
 /save FILE      write the conversation as JSON
@@ -179,7 +204,11 @@ class Repl:
         self._interactive = interactive
         self._json = json
         self._failed = False
+        self._second: Conversation | None = None
+        """A conversation with another model on the same questions."""
         self._commands: dict[str, Callable[[str], None]] = {
+            "model": self._model,
+            "compare": self._compare,
             "reset": self._reset,
             "system": self._system,
             "save": self._save,
@@ -232,8 +261,15 @@ class Repl:
             return None
 
     def _answer(self, question: str) -> None:
+        self._answer_of(self._conversation, question)
+        if self._second is not None:
+            self._answer_of(self._second, question)
+
+    def _answer_of(self, conversation: Conversation, question: str) -> None:
+        if self._second is not None and not self._json:
+            print(f"{conversation.model}:", flush=True)
         try:
-            self._run(self._stream(question))
+            self._run(self._stream(conversation, question))
         except KeyboardInterrupt:
             if not self._interactive:
                 raise
@@ -242,23 +278,22 @@ class Repl:
         if self._json:
             record = {
                 "question": question,
-                "answer": self._conversation.answer,
-                "model": self._conversation.model,
+                "answer": conversation.answer,
+                "model": conversation.model,
             }
             print(msgspec.json.encode(record).decode(), flush=True)
         else:
             print(flush=True)
-            self._say_if_cut()
+            self._say_if_cut(conversation.answer)
 
-    def _say_if_cut(self) -> None:
-        answer = self._conversation.answer
+    def _say_if_cut(self, answer: ChatReply) -> None:
         if answer.finish_reason == "length":
             tokens = (answer.usage or {}).get("completion_tokens")
             at = f" after {tokens} tokens" if tokens else ""
             print(f"eft: the answer was cut{at}; --max-tokens sets how long it may be", file=sys.stderr)
 
-    async def _stream(self, question: str) -> None:
-        async with aclosing(self._conversation.ask(question)) as pieces:
+    async def _stream(self, conversation: Conversation, question: str) -> None:
+        async with aclosing(conversation.ask(question)) as pieces:
             async for piece in pieces:
                 if not self._json:
                     print(piece, end="", flush=True)
@@ -268,8 +303,31 @@ class Repl:
             raise CommandError(f"unknown command /{name}{hint(name, [*self._commands, 'exit'])}; /help lists them")
         self._commands[name](argument.strip())
 
+    def _model(self, name: str) -> None:
+        if not name:
+            self._run(self._list_models())
+            return
+        self._run(self._conversation.change_model(name))
+        self._note(f"(model: {name})")
+
+    def _compare(self, name: str) -> None:
+        if name in ("", "-"):
+            self._second = None
+            self._note("(one model answers)")
+            return
+        second = self._conversation.fork()
+        self._run(second.change_model(name))
+        self._second = second
+        self._note(f"({self._conversation.model} and {name} answer)")
+
+    async def _list_models(self) -> None:
+        for name in await self._conversation.models():
+            self._note(f"{'*' if name == self._conversation.model else ' '} {name}")
+
     def _reset(self, _: str) -> None:
         self._conversation.reset()
+        if self._second is not None:
+            self._second.reset()
         self._note("(conversation forgotten)")
 
     def _system(self, text: str) -> None:
@@ -277,6 +335,8 @@ class Repl:
             raise CommandError(f"{self._conversation.model} is asked in texts, which have no system message")
         if text:
             self._conversation.system = None if text == "-" else text
+            if self._second is not None:
+                self._second.system = self._conversation.system
         self._note(f"(system message: {self._conversation.system or 'none'})")
 
     def _save(self, name: str) -> None:
@@ -411,5 +471,37 @@ async def _model_name(http: httpx.AsyncClient, url: str | None, model: str | Non
 
 def _prepare_terminal(name: str) -> None:
     with suppress(ImportError):  # line editing where Python was built with it
-        import readline  # noqa: F401
+        import readline
+
+        _keep_history(readline)
     print(f"{name}\n{HELP}")
+
+
+HISTORY_LINES = 1000
+
+
+def history_file() -> Path | None:
+    """The file that keeps what is typed; None where EFT_CHAT_HISTORY is empty."""
+    named = os.environ.get("EFT_CHAT_HISTORY")
+    if named is not None:
+        return Path(named).expanduser() if named else None
+    home = Path(os.environ.get("XDG_STATE_HOME", ""))
+    return (home if home.is_absolute() else Path.home() / ".local" / "state") / "eft-chat" / "history"
+
+
+def _keep_history(readline: Any) -> None:
+    """Read the history, and write it at the end, readable by its owner only. A disk that takes nothing is no error."""
+    path = history_file()
+    if path is None:
+        return
+    readline.set_history_length(HISTORY_LINES)
+    with suppress(OSError):
+        readline.read_history_file(path)
+
+    def write() -> None:
+        with suppress(OSError):
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
+            readline.write_history_file(path)
+
+    atexit.register(write)

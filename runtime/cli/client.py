@@ -125,7 +125,7 @@ async def served_model(client: httpx.AsyncClient) -> str:
     try:
         response = await client.get("/v1/models")
     except httpx.TransportError as error:
-        raise CommandError(f"no server answers at {client.base_url}: {describe(error)}") from error
+        raise no_server(client, error) from error
     if response.status_code != 200:
         raise CommandError(f"{client.base_url} answers {error_text(response)}")
     try:
@@ -141,6 +141,12 @@ def error_text(response: httpx.Response) -> str:
     except (msgspec.DecodeError, KeyError, TypeError):
         message = response.reason_phrase
     return f"{response.status_code}: {message}"
+
+
+def no_server(http: httpx.AsyncClient, error: httpx.HTTPError) -> CommandError:
+    """The error of a request that found no server, with what to do."""
+    start = "; `eft serve` starts one" if _is_loopback(http.base_url) else ""
+    return CommandError(f"no server answers at {http.base_url}: {describe(error)}{start}")
 
 
 def describe(error: httpx.HTTPError) -> str:
@@ -237,7 +243,7 @@ async def send(http: httpx.AsyncClient, method: str, path: str, **options: Any) 
     try:
         response = await http.request(method, path, **options)
     except httpx.TransportError as error:
-        raise CommandError(f"no server answers at {http.base_url}: {client.describe(error)}") from error
+        raise no_server(http, error) from error
     if response.is_error:
         raise ServerRefusal(response)
     return response

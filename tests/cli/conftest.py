@@ -31,6 +31,7 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in [name for name in os.environ if name.startswith("EFT_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("EFT_CHAT_HISTORY", "")
     for command in ("recipe", "chat"):  # whatever else serves on this machine
         monkeypatch.setattr(f"runtime.cli.{command}.DEFAULT_URL", "http://127.0.0.1:9")
     monkeypatch.chdir(tmp_path)

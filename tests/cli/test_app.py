@@ -29,6 +29,16 @@ def process(*arguments: str, cwd: Path, code: str | None = None) -> subprocess.C
     )
 
 
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_of_a_shell_knows_commands_and_flags(eft: Eft, shell: str) -> None:
+    done = eft("completion", shell)
+    assert done.code == 0
+    for known in ("serve", "adapters", "max-running"):
+        assert known in done.out
+    if shell == "bash":
+        subprocess.run(["bash", "-n"], input=done.out, text=True, check=True)
+
+
 def test_help_lists_every_command(eft: Eft) -> None:
     done = eft("--help")
     assert done.code == 0
@@ -51,7 +61,7 @@ def test_help_of_what_loads_a_model_has_a_flag_with_its_documentation_for_every_
     text = " ".join(done.out.replace("│", " ").split())
     everything = command in (["serve"], ["config", "show"])
     for field in fields.fields():
-        if not everything and field.section in ("server", "adapters", "trainer", "files", "responses"):
+        if not everything and field.section in ("server", "adapters", "trainer", "files", "responses", "feedback"):
             continue
         if not everything and field.section in ("adapters", "trainer") and command != ["train"]:
             continue

@@ -4,14 +4,17 @@ import io
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from runtime.cli.chat import DEFAULT_MAX_TOKENS
+from runtime.cli.chat import DEFAULT_MAX_TOKENS, history_file
 from runtime.trainer.data.instructions import ALPACA
 from tests.cli.conftest import Eft
 from tests.cli.fake_api import MODEL, FakeApi
+from tests.tree import ROOT
 
 
 @pytest.fixture
@@ -262,3 +265,36 @@ def test_a_model_here_is_loaded_with_the_settings_given(eft: Eft, loaded_here: F
     say("hello there\n")
     assert eft("chat", "demo", "--kv-memory", "1GiB").out == "hello there \n"
     assert loaded_here.bodies[0]["stream"] is True
+
+
+def test_another_model_goes_on_with_the_conversation(eft: Eft, api: FakeApi, url: str, say) -> None:
+    adapter(api, "newts", {"format": "chat"})
+    say("one\n/model newts\ntwo\n/model nets\n")
+    done = eft("chat", "--url", url)
+    assert done.out == "one \ntwo \n"
+    assert [body["model"] for body in api.bodies] == [MODEL, "newts"]
+    assert [message["content"] for message in api.bodies[1]["messages"]] == ["one", "one ", "two"]
+    assert "no model 'nets'" in done.err
+    assert "/model lists them" in done.err
+
+
+def test_two_models_answer_the_same_questions(eft: Eft, api: FakeApi, url: str, say) -> None:
+    adapter(api, "newts", {"format": "chat"})
+    say("one\n/compare newts\ntwo\n/reset\nthree\n/compare -\nfour\n")
+    done = eft("chat", "--url", url)
+    assert done.out.split("\n")[:5] == ["one ", "echo:", "two ", "newts:", "two "]
+    assert [body["model"] for body in api.bodies] == [MODEL, MODEL, "newts", MODEL, "newts", MODEL]
+    assert [len(body["messages"]) for body in api.bodies] == [1, 3, 3, 1, 1, 3]
+
+
+def test_the_history_is_private_and_can_be_off(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert history_file() is None
+    monkeypatch.delenv("EFT_CHAT_HISTORY")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    path = tmp_path / "eft-chat" / "history"
+    assert history_file() == path
+    script = "import readline; from runtime.cli.chat import _keep_history; _keep_history(readline); "
+    script += "readline.add_history('What is an eft?')"
+    subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert "What is an eft?" in path.read_text()
+    assert path.stat().st_mode & 0o077 == 0
