@@ -34,3 +34,8 @@ class TestChat(ChatModelIntegrationTests):
     @pytest.mark.xfail(reason="a model this small does not call a tool of its own accord")
     def test_agent_loop(self, model: BaseChatModel) -> None:
         super().test_agent_loop(model)
+
+    def test_structured_output_optional_param(self, model: BaseChatModel) -> None:
+        """Asked for half of a joke, a model this small repeats itself without end unless repetition costs something."""
+        assert isinstance(model, ChatOpenAI)
+        super().test_structured_output_optional_param(model.model_copy(update={"frequency_penalty": 0.5}))
