@@ -12,6 +12,7 @@ from msgspec import Struct
 
 from runtime.api.anthropic import schema as anthropic
 from runtime.api.openai import schema as openai
+from runtime.api.openai.neutral import COMPLETION_NEUTRAL, INSTEAD, NEUTRAL
 from runtime.api.openai.pooling import EmbeddingRequest, RerankRequest, ScoreRequest
 from runtime.api.responses import schema as responses
 
@@ -115,8 +116,8 @@ FOR_CHATS = "It is for chats."
 LATER = "Not supported yet."
 
 ENDPOINTS = (
-    BodyEndpoint("/v1/chat/completions", openai.ChatRequest, openai.NEUTRAL, openai.INSTEAD, OPENAI),
-    BodyEndpoint("/v1/completions", openai.CompletionRequest, openai.COMPLETION_NEUTRAL, openai.INSTEAD, OPENAI),
+    BodyEndpoint("/v1/chat/completions", openai.ChatRequest, NEUTRAL, INSTEAD, OPENAI),
+    BodyEndpoint("/v1/completions", openai.CompletionRequest, COMPLETION_NEUTRAL, INSTEAD, OPENAI),
     BodyEndpoint(
         "/v1/responses",
         responses.ResponseRequest,
@@ -188,7 +189,7 @@ def _origin(endpoint: BodyEndpoint, name: str) -> FieldOrigin:
 def _refusal(endpoint: BodyEndpoint, name: str) -> str:
     neutral = [value for value in endpoint.neutral[name] if value is not None]
     values = ", ".join(f"`{msgspec.json.encode(value).decode()}`" for value in neutral)
-    note = endpoint.instead.get(name, LATER if name in openai.NEUTRAL else FOR_CHATS)
+    note = endpoint.instead.get(name, LATER if name in NEUTRAL else FOR_CHATS)
     return f"{note} Accepted: {values}." if values else note
 
 

@@ -292,7 +292,7 @@ GROUPS = ("eft.models", "eft.hooks")
 
 
 def find_plugins() -> list[Finding]:
-    """Plugins of other packages; those that cannot be loaded are problems."""
+    """Plugins of other packages; one that cannot be loaded is a problem."""
     return [finding for group in GROUPS for finding in _group_of_plugins(group)]
 
 

@@ -61,7 +61,7 @@ class DiskUsage(Struct, kw_only=True):
     jobs: list[JobUsage]
     """Jobs, the largest first."""
     files: KindUsage
-    """Files of /v1/files; those that batches wrote count as the batches'."""
+    """Files of /v1/files; the output of batches counts as theirs."""
     batches: KindUsage
     responses: KindUsage | None
     """Stored responses, which are a part of the database; None where it cannot be read."""
@@ -72,7 +72,7 @@ class DiskUsage(Struct, kw_only=True):
 
 
 class Pruned(Struct, kw_only=True):
-    """The deleted items, or those that would be."""
+    """The deleted items; of a dry run, the items that it would delete."""
 
     jobs: list[Due]
     batches: list[str]

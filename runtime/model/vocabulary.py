@@ -44,7 +44,7 @@ class RowTargets:
     """Ids, ascending."""
     head: tuple[int, ...] = ()
     copies: tuple[str, ...] = ()
-    """Of embedding and head those that are trained whole."""
+    """The matrices that are trained whole: embedding, head."""
     size: int = 0
     """Number of ids, those of new tokens included: rows of whole copies."""
     fresh: tuple[int, ...] = ()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 LONGEST, SHORTEST = 4, 2
 """Tokens at the end that are searched for: first many, then fewer."""
 
-MEMORY = 0.8
+PAST_ACCEPTANCE_WEIGHT = 0.8
 """Weight of the acceptance so far in its running mean; a new draft has the rest."""
 
 PAUSE = 64
@@ -60,7 +60,7 @@ class Drafter:
     def learn(self, num_drafted: int, num_accepted: int, num_tokens: int) -> None:
         """Take in that `num_accepted` tokens of a draft proved right; the sequence now has `num_tokens`."""
         share = num_accepted / num_drafted
-        self._acceptance = MEMORY * self._acceptance + (1 - MEMORY) * share
+        self._acceptance = PAST_ACCEPTANCE_WEIGHT * self._acceptance + (1 - PAST_ACCEPTANCE_WEIGHT) * share
         if self._acceptance < self._rules.min_acceptance:
             self._paused_until = num_tokens + PAUSE
             self._acceptance = 1.0

@@ -80,7 +80,7 @@ class OverviewHistory:
         self._next: asyncio.Future[OverviewSample | None] | None = None
 
     def take(self, now: float) -> None:
-        """Take a sample, and hand it to those that wait. `now`: seconds since the epoch."""
+        """Take a sample, and hand it to the requests that wait. `now`: seconds since the epoch."""
         service = self._handle.service
         if service is None:
             return

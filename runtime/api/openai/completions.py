@@ -21,9 +21,10 @@ from runtime.api.openai.logprobs import (
     write_answer,
 )
 from runtime.api.openai.models import resolve_model
+from runtime.api.openai.neutral import COMPLETION_NEUTRAL
 from runtime.api.openai.prompts import PromptEncoder, count_prompts
 from runtime.api.openai.responses import AnswerTimes, CompletionChoice, TextCompletion
-from runtime.api.openai.schema import COMPLETION_NEUTRAL, CompletionRequest, Intake
+from runtime.api.openai.schema import CompletionRequest, Intake
 from runtime.api.openai.submissions import (
     DEFAULT_COMPLETION_TOKENS,
     check,

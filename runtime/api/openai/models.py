@@ -75,7 +75,7 @@ class Served:
 
     @property
     def end_ids(self) -> tuple[int, ...]:
-        """Ids that end an adapter's answers in chats, besides those that end the base model's."""
+        """Ids that end an adapter's answers in chats, besides the base model's."""
         if self.version is None or self.service.adapters is None:
             return ()
         ends = (*self.tokenizer.eos_ids, *self.service.adapters.card(self.version).end_ids)
@@ -84,7 +84,7 @@ class Served:
 
     @property
     def text_end_ids(self) -> tuple[int, ...]:
-        """Ids that end an adapter's answers to plain texts, besides those that end the base model's."""
+        """Ids that end an adapter's answers to plain texts, besides the base model's."""
         if self.version is None or self.service.adapters is None:
             return ()
         id = self.service.adapters.card(self.version).eos_id

@@ -39,7 +39,7 @@ class Merge:
         return find_model(self.checkpoint.config).TRANSPOSED
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the base under its Hugging Face name, those that the adapter changes with the change added.
+        """Every tensor of the base under its Hugging Face name, with the adapter's change added where it has one.
         Computed in float32 and rounded once, to the base's type. Raises `ModelLoadError`."""
         missing = set(self.parts)
         for name, weight in self.checkpoint.tensors():

@@ -89,7 +89,7 @@ def properties_of(tool: Tool) -> dict[str, dict[str, object]]:
 def in_order(
     builder: GrammarBuilder, name: str, items: Sequence[str], required: Sequence[bool], separator: str = '", "'
 ) -> str:
-    """Expression for the items in their order, those that are not required left out or not, a separator between."""
+    """Expression for the items in their order, with a separator between; any that is not required may be left out."""
     first_rest, rest = "", ""
     for at in range(len(items) - 1, -1, -1):
         # Two rules for what is left from here: at the beginning, and after another item.

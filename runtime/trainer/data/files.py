@@ -132,7 +132,7 @@ class DataFiles:
         )
 
     def find_all(self, name: str, *, param: str = "datasets") -> list[DataFile]:
-        """The files that a recipe calls `name`, which may be a pattern with `*`, `?` and `[…]`: those that were sent,
+        """The files that a recipe calls `name`, which may be a pattern with `*`, `?` and `[…]`: files that were sent,
         or else those under a data root, in the order of their names. Raises as `find`, and `InvalidRequest` for more
         than `MAX_MATCHES`."""
         if not _PATTERN.search(name) or name in self.uploads:

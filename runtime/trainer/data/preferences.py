@@ -51,7 +51,7 @@ _LABELS = {"true": True, "1": True, "false": False, "0": False}
 
 
 def _columns_of(kind: str, entry: Dataset) -> PreferenceColumns:
-    """The columns of a type, with those that the entry names in place of its own."""
+    """A type's columns, replaced where the entry names others."""
     known = COLUMNS.get(kind.rpartition(".")[2], COLUMNS["default"])
     if kind in ("auto", "chat_template.default"):
         known = known._replace(prompt=(entry.field_messages, *known.prompt))

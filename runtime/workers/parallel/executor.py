@@ -112,7 +112,7 @@ class DistributedExecutor(RowByRow):
 
     def recover(self) -> None:
         if not self._launch.restarts:
-            raise WorkersLost("a rank was lost, and those who started the ranks must start them again")
+            raise WorkersLost("a rank was lost: start all ranks again, as they were started")
         for left in reversed(range(TRIES)):
             self.ranks.end()
             try:

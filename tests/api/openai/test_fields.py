@@ -5,7 +5,8 @@ from typing import Any
 import httpx
 import pytest
 
-from runtime.api.openai.schema import COMPLETION_NEUTRAL, INSTEAD, NEUTRAL, ChatRequest, CompletionRequest
+from runtime.api.openai.neutral import COMPLETION_NEUTRAL, INSTEAD, NEUTRAL
+from runtime.api.openai.schema import ChatRequest, CompletionRequest
 from tests.api.conftest import RunningServer, client_of
 from tests.api.fakes import FakeService, events, settings_with
 
