@@ -44,6 +44,8 @@ HubAdapter = Annotated[
 ]
 RootPath = Annotated[str, Meta(pattern=r"^((/[A-Za-z0-9._~-]+)+)?$")]
 Device = Annotated[str, Meta(pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$")]
+TrainingDevice = Annotated[str, Meta(pattern=r"^(cpu|cuda:[0-9]{1,3})$")]
+Restarts = Annotated[int, Meta(ge=0, le=99)]
 
 
 class ModelSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -408,6 +410,23 @@ class TrainerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         ),
     ] = ()
     min_share: Annotated[Share, doc("Share of the time that a running job gets even when requests never pause.")] = 0.2
+    devices: Annotated[
+        tuple[TrainingDevice, ...],
+        doc(
+            "Devices set aside for jobs in processes of their own, which train all weights or spread over several "
+            "devices: `cuda:N`, none of those that serve, or `cpu` once for each rank.",
+            expects="a list of `cuda:N`, or of `cpu`",
+        ),
+    ] = ()
+    max_restarts: Annotated[
+        Restarts,
+        doc("A job of its own processes is started again this often when they are killed without a step in between."),
+    ] = 3
+    nodes: Annotated[Count, doc("Nodes that such a job runs on, each with as many ranks as `devices`.")] = 1
+    rendezvous: Annotated[
+        NonEmpty | None,
+        doc("`host:port` at which the nodes meet; torchrun on one of them listens there.", example="node-0:29400"),
+    ] = None
     max_queued_jobs: Annotated[Count, doc("Most jobs waiting; one more is answered 429.")] = 100
     max_recipe: Annotated[
         Bytes, Meta(le=MAX_RECIPE), doc("Largest recipe; at most 128KiB.", expects="a size of at most 128KiB")

@@ -55,7 +55,8 @@ def _open(model: str, revision: str | None, template: str | None) -> Checkpoint:
     found = "a file of another kind" if path.exists() else "nothing"
     raise ModelLoadError(
         f"{model!r} is not a model. Tried: the name {DEMO!r}; a file that ends in .gguf; a directory with "
-        f"config.json and *.safetensors ({found} is at {path}); a hub id of the form org/name."
+        f"config.json and *.safetensors ({found} is at {path}); a hub id of the form org/name; NAME@VERSION of a model "
+        "that a job in the state directory has trained."
     )
 
 

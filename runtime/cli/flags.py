@@ -5,12 +5,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar
 
+import msgspec
 from cyclopts import Group, Parameter
 
 from runtime.cli.output import UsageError
 from settings import fields, values
 from settings.fields import Field
 from settings.load import Loaded, load
+from settings.schema import Settings
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -52,8 +54,26 @@ def with_settings(*sections: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 
 def read_settings(flags: dict[str, Any], config: Path | None, **more: Any) -> Loaded:
-    """The settings of a command that was decorated with `with_settings`. Raises `SettingsError`."""
-    return load(flags={**flags, **more}, file=config)
+    """The settings of a command that was decorated with `with_settings`; a model of the library is named by its
+    directory. Raises `SettingsError`."""
+    loaded = load(flags={**flags, **more}, file=config)
+    return msgspec.structs.replace(loaded, settings=with_library_model(loaded.settings))
+
+
+def with_library_model(settings: Settings) -> Settings:
+    """The settings with `NAME@VERSION`, a whole model that a job has trained, as the directory that it is in. It is
+    served as NAME where the settings give no other name."""
+    label = settings.model.model
+    if "@" not in label or Path(label).expanduser().exists():
+        return settings
+    from runtime.checkpoints.model_library import ModelLibrary  # imports torch, which few commands need
+    from runtime.support.state_directory import state_directory
+
+    if (found := ModelLibrary(state_directory(settings)).find(label)) is None:
+        return settings
+    name = settings.model.served_model_name or label.rpartition("@")[0]
+    model = msgspec.structs.replace(settings.model, model=str(found), served_model_name=name)
+    return msgspec.structs.replace(settings, model=model)
 
 
 def refuse_settings(flags: dict[str, Any], config: Path | None) -> None:

@@ -160,7 +160,9 @@ def _write(text: str, output: Path | None) -> None:
 def _load(file: Path, loaded: Loaded) -> "Recipe":
     from runtime.trainer.recipe import load_recipe
 
-    return load_recipe(_bytes(file), max_lora_rank=loaded.settings.adapters.max_lora_rank)
+    settings = loaded.settings
+    rank, devices = settings.adapters.max_lora_rank, len(settings.trainer.devices)
+    return load_recipe(_bytes(file), max_lora_rank=rank, devices=devices)
 
 
 def _bytes(file: Path) -> bytes:
@@ -200,7 +202,8 @@ def _check_keys(file: Path, loaded: Loaded, *, json: bool) -> int:
     if not json:
         width = max((len(one.key) for one in found), default=0)
         print("\n".join(f"{one.key:{width}}  {one.verdict:8}  {one.why}".rstrip() for one in found))
-    recipe = recipe_from(document, max_lora_rank=loaded.settings.adapters.max_lora_rank)
+    rank, devices = loaded.settings.adapters.max_lora_rank, len(loaded.settings.trainer.devices)
+    recipe = recipe_from(document, max_lora_rank=rank, devices=devices)
     if json:
         print(msgspec.json.format(msgspec.json.encode({"keys": found, "notes": recipe.notes})).decode())
     else:
@@ -231,6 +234,8 @@ def _plan(recipe: "Recipe", files: RecipeFiles, file: Path, loaded: Loaded) -> d
         max_len=settings.model.max_model_len or longest,
         shape=shape,
         max_vocabulary=settings.adapters.max_vocabulary_bytes,
+        devices=len(settings.trainer.devices),
+        nodes=settings.trainer.nodes,
     )
     return {
         "object": "job.plan",

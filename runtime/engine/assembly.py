@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import torch
@@ -10,6 +11,7 @@ from runtime.blocks import BlockManager, SwapSpace
 from runtime.checkpoints import Checkpoint, open_checkpoint
 from runtime.checkpoints.generation_config import sampling_defaults
 from runtime.checkpoints.model_loading import base_of, describe_decoder, load_model, tokenizer_of
+from runtime.engine.devices import training_devices
 from runtime.engine.engine import Engine
 from runtime.engine.hooks import Hooks
 from runtime.messages import SamplingDefaults
@@ -51,6 +53,8 @@ class Assembled:
     """Makes training runs on the same weights."""
     sampling_defaults: SamplingDefaults
     """Values of the sampling fields that a request leaves out."""
+    model_source: Path
+    """The file or directory that the model was read from."""
 
     @property
     def vocab_size(self) -> int:
@@ -60,6 +64,7 @@ class Assembled:
 
 def assemble(settings: Settings) -> Assembled:
     """Load the model and build the engine. Raises `ModelLoadError` with the error and a remedy."""
+    training_devices(settings)
     return_freed_memory()
     if settings.model.threads:
         torch.set_num_threads(settings.model.threads)
@@ -217,7 +222,17 @@ def _assembled(
         eos_ids=defaults.eos_ids,
         grammars=grammars,
     )
-    return Assembled(engine, lora_base.name, cache.block_size, cache.num_blocks, decoder, lora_base, make_run, defaults)
+    return Assembled(
+        engine=engine,
+        model_name=lora_base.name,
+        block_size=cache.block_size,
+        num_blocks=cache.num_blocks,
+        decoder=decoder,
+        lora_base=lora_base,
+        make_run=make_run,
+        sampling_defaults=defaults,
+        model_source=checkpoint.source,
+    )
 
 
 def make_scheduler(

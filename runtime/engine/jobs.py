@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from runtime.adapters.card import Card, write_card
+from runtime.adapters.card import write_card
 from runtime.adapters.library import AdapterLibrary
 from runtime.checkpoints.peft import write_adapter
 from runtime.engine.answers import AnswerRounds, AnswerSettings
+from runtime.engine.devices import training_devices
+from runtime.engine.launched import LaunchedJobs, LaunchedPlan, card_of, publish_model
 from runtime.errors import NotFound
 from runtime.events import (
     AnswersEvent,
@@ -33,10 +35,12 @@ from runtime.text.tool_calls import detect_format
 from runtime.trainer.data.files import DataFiles
 from runtime.trainer.data.prepared import KeptData, digest_of_tokenizer
 from runtime.trainer.evaluation.scores import make_scoring
-from runtime.trainer.jobs.records import PreparedJob
+from runtime.trainer.jobs.records import ADAPTER_FILES, PreparedJob, RunHandle
+from runtime.trainer.launched.files import MODEL
 from runtime.trainer.plan.plan import Plan, feed, prepare, summarize
 from runtime.trainer.plan.served_model import by_linear, end_ids, shape_of_base, with_template
 from runtime.trainer.recipe import adapter_name, load_recipe
+from runtime.trainer.recipe.launch import wants_launch
 from runtime.trainer.sliced_run import LossSpec, RunSpec, SlicedRun, TrainingHost
 from runtime.trainer.snapshot import Restored, Snapshot, read_snapshot
 from settings.schema import Settings
@@ -69,6 +73,8 @@ class EngineJobs:
         self._settings = settings
         self._host = host
         self._directory = directory
+        devices = training_devices(settings)
+        self._launched = None if devices is None else LaunchedJobs(service, settings, directory, devices)
         self._roots = [Path(root).expanduser() for root in settings.trainer.data_roots] + [directory / "data"]
         decoder, base = service.decoder, service.lora_base
         self._shape = shape_of_base(decoder.spec, base, bytes_per_value=decoder.dtype.itemsize)
@@ -82,10 +88,15 @@ class EngineJobs:
         """See `jobs.records.JobEngine`."""
         service = self._service
         names = (service.model_name, self._settings.model.model)
-        read = load_recipe(recipe, max_lora_rank=self._settings.adapters.max_lora_rank, served=names)
+        devices = 0 if self._launched is None else self._launched.devices
+        read = load_recipe(recipe, max_lora_rank=self._settings.adapters.max_lora_rank, served=names, devices=devices)
         name = adapter_name(read, "")
         if name:
             self._library.check_free(name, "name")
+        deepspeed: dict[str, Any] | None = None
+        if self._launched is not None and wants_launch(read):
+            deepspeed, notes = self._launched.check(read, uploads)
+            read = msgspec.structs.replace(read, notes=(*read.notes, *notes))
         plan = prepare(
             read,
             service.tokenizer,
@@ -96,6 +107,8 @@ class EngineJobs:
             tokens_per_second=self._tokens_per_second,
             kept=None if kept is None else KeptData(kept, lambda: self._tokenizer_digest),
             max_vocabulary=self._settings.adapters.max_vocabulary_bytes,
+            devices=devices,
+            nodes=self._settings.trainer.nodes,
         )
         if plan.generation:
             self._answers(plan)  # what is wrong with its metrics is said now
@@ -104,7 +117,12 @@ class EngineJobs:
         if read.save_total_limit is not None:
             summary["save_total_limit"] = read.save_total_limit
         return PreparedJob(
-            name=name, summary=summary, total_steps=plan.schedule.total_steps, publish=read.publish, plan=plan
+            name=name,
+            summary=summary,
+            total_steps=plan.schedule.total_steps,
+            publish=read.publish,
+            plan=plan if plan.launch is None else LaunchedPlan(plan, deepspeed),
+            result_files=MODEL if plan.launch is not None and plan.launch.full else ADAPTER_FILES,
         )
 
     @functools.cached_property
@@ -115,8 +133,11 @@ class EngineJobs:
 
     def start(
         self, job_id: str, prepared: PreparedJob, resume_from: Path | None, on_event: Callable[[RunEvent], None]
-    ) -> "EngineRun":
+    ) -> RunHandle:
         """See `jobs.records.JobEngine`."""
+        if isinstance(prepared.plan, LaunchedPlan):
+            assert self._launched is not None, "the plan was made with its devices"
+            return self._launched.start(job_id, prepared.plan, on_event)
         assert isinstance(prepared.plan, Plan)
 
         def note(event: RunEvent) -> None:
@@ -152,6 +173,16 @@ class EngineJobs:
 
     async def publish(self, *, name: str, source: Path, job_id: str, step: int, metrics: dict[str, float]) -> str:
         """See `jobs.records.JobEngine`: a job is published once, whatever crashed in between."""
+        if source.name == MODEL:
+            return await publish_model(
+                self._directory,
+                name=name,
+                source=source,
+                job_id=job_id,
+                step=step,
+                metrics=metrics,
+                base=self._service.model_name,
+            )
         if (known := self._published(name, job_id)) is not None:
             return known
         version = await self._library.publish(name, source, job=job_id, step=step, metrics=dict(metrics))
@@ -347,21 +378,6 @@ class _AnswerProgress:
                 seconds_left=None,
             )
         )
-
-
-def card_of(plan: Plan) -> Card:
-    """The card of the adapters of a plan."""
-    source = None if plan.template is None else plan.template.source
-    own = plan.vocabulary
-    return Card(
-        prompt=plan.prompt,
-        chat_template=source,
-        end_ids=plan.end_ids,
-        stop=plan.stop,
-        tokens=() if own is None else own.tokens,
-        eos_id=None if own is None else own.eos_id,
-        vocab_size=None if own is None else own.size,
-    )
 
 
 def _wake() -> None:

@@ -114,6 +114,7 @@ class EngineService:
         self.reasoning = reasoning_format(self.tokenizer.chat_template, settings.model.reasoning_parser)
         """Form of the model's reasoning; None if it is not split from its answers."""
         self.model_name = assembled.model_name
+        self.model_source = assembled.model_source
         self.max_model_len = assembled.engine.max_len
         self.vocab_size = assembled.engine.vocab_size
         self.eos_ids = assembled.engine.eos_ids

@@ -22,6 +22,7 @@ from runtime.adapters.versions import versions
 from runtime.batches import recovery as batch_recovery
 from runtime.batches import store as batch_store
 from runtime.batches.manager import BatchManager
+from runtime.checkpoints.model_library import FOLDER as MODELS
 from runtime.engine.jobs import EngineJobs
 from runtime.errors import StorageUnavailable
 from runtime.feedback import SCHEMA as FEEDBACK_SCHEMA
@@ -164,8 +165,8 @@ async def _open_library(
 
 def _make_private(directory: Path) -> None:
     """Remove other users' permissions from the state. A directory that holds other things too stays as it is."""
-    ours = {FILE, LOCK, "jobs", "adapters", "data", "files", "batches", "admin-token", *NAMES}
-    for path in (directory / "jobs", directory / "adapters"):
+    ours = {FILE, LOCK, "jobs", "adapters", MODELS, "data", "files", "batches", "admin-token", *NAMES}
+    for path in (directory / "jobs", directory / "adapters", directory / MODELS):
         if path.is_dir() and not tighten(path):
             _log.warning("state_is_readable_by_others", path=str(path))
     mode = directory.stat().st_mode

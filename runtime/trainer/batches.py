@@ -6,7 +6,7 @@ examples that have room in `sequence_len` tokens together. Bins are made once; e
 
 import random
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from runtime.trainer.data.example import Example
@@ -104,6 +104,22 @@ def _by_length(order: list[int], bins: Sequence[Bin], lengths: Sequence[int], mi
 def chosen(examples: Sequence[Example], batches: Sequence[Sequence[int]]) -> list[list[Example]]:
     """The micro-batches themselves."""
     return [[examples[index] for index in batch] for batch in batches]
+
+
+def step_groups(
+    epoch: Callable[[int], Sequence[Sequence[Example]]], size: int, *, total: int, done: int
+) -> Iterator[tuple[float, Sequence[Sequence[Example]]]]:
+    """The micro-batches of each step after the first `done` of `total`, and the epoch that the step ends at. `epoch`
+    gives the micro-batches of an epoch (from 0), of which `size` make a step."""
+    step = number = 0
+    while step < total:
+        batches = epoch(number)
+        groups = [batches[first : first + size] for first in range(0, len(batches), size)]
+        for index, group in enumerate(groups[: total - step], 1):
+            if step + index > done:
+                yield number + index / len(groups), group
+        step += len(groups)
+        number += 1
 
 
 # -- feed ------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from torch import Tensor
 from kernels.training import dropout_mask
 from runtime.model.layers import Linear
 from runtime.model.lora import Adaptation, Adapter, LoraLayers, LoraPart, LoraShape
+from runtime.model.lora_base import LoraBase
 from runtime.model.model import Model
 from runtime.model.split import Split
 from runtime.model.token_rows import Embed, embed_with
@@ -127,9 +128,8 @@ def layers_of(captured: Mapping[str, Tensor], targets: Targets, shape: LoraShape
 def _fresh(
     linear: Linear, parts: Sequence[str], rank: int, generator: torch.Generator, device: torch.device
 ) -> AdaptedLinear:
-    bound = 1 / math.sqrt(linear.in_features)  # kaiming_uniform with a = sqrt(5), which is PEFT's
     # Drawn as a whole on every rank, so that any number of ranks begins with the same.
-    a = torch.empty(len(parts) * rank, linear.in_features).uniform_(-bound, bound, generator=generator)
+    a = _draw_a(len(parts) * rank, linear.in_features, generator)
     starts, outputs = linear.weight.starts, [linear.outputs[part] for part in parts]
     places = zip((starts[part] for part in parts), outputs, strict=True)
     return AdaptedLinear(
@@ -140,6 +140,24 @@ def _fresh(
         inputs=linear.inputs,
         outputs=tuple(outputs),
     )
+
+
+def _draw_a(rows: int, in_features: int, generator: torch.Generator) -> Tensor:
+    bound = 1 / math.sqrt(in_features)  # kaiming_uniform with a = sqrt(5), which is PEFT's
+    return torch.empty(rows, in_features).uniform_(-bound, bound, generator=generator)
+
+
+def initial_layers(targets: Targets, base: LoraBase, shape: LoraShape, *, seed: int) -> LoraLayers:
+    """The adapter that a fresh `TrainableLora` with the same arguments is, to write where no decoder is."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = {(one.linear, one.part): (one.in_features, one.out_features) for one in base.targets.values()}
+    captured: dict[str, Tensor] = {}
+    for (layer, name), parts in targets.items():
+        in_features = sizes[name, parts[0]][0]
+        captured[f"{layer}.{name}.a"] = _draw_a(len(parts) * shape.rank, in_features, generator)
+        for part in parts:
+            captured[f"{layer}.{name}.b.{part}"] = torch.zeros(sizes[name, part][1], shape.rank)
+    return layers_of(captured, targets, shape)
 
 
 class TrainingAdaptation(Adaptation):

@@ -31,7 +31,7 @@ from runtime.events import (
 from runtime.model.decoder import Decoder
 from runtime.model.model import Model
 from runtime.support.failpoints import failpoint
-from runtime.trainer.batches import ExampleFeed
+from runtime.trainer.batches import ExampleFeed, step_groups
 from runtime.trainer.data.example import Example, collate
 from runtime.trainer.lora import TrainableLora, mix
 from runtime.trainer.losses import Score, make_loss
@@ -149,6 +149,11 @@ class Headway:
         self._recent.append(self._said - self._began)
         self.tokens = 0.0
 
+    def add(self, examples: Sequence[Example]) -> None:
+        """Note that a micro-batch is done, for a run that is not in slices."""
+        self._done += sum(map(len, examples))
+        self._look(self._done)
+
     def watch(self, slices: Slices, micro: Micro, examples: Sequence[Example]) -> Slices:
         """The slices of a micro-batch as they are, with reports in between where time has passed."""
         tokens = sum(map(len, examples))
@@ -219,6 +224,19 @@ def halve(micro_batches: Sequence[Sequence[Example]], group_size: int = 1) -> li
 
 
 MicroBatches = Sequence[Sequence[Example]]
+
+
+def is_better(recipe: Recipe, metrics: Mapping[str, float], progress: RunProgress) -> bool:
+    """True if an evaluation is better than all before it, whose best value then is this one's."""
+    name = plain_metric(recipe.metric_for_best_model)
+    value = metrics.get(name, math.nan)
+    rises = higher_is_better(name) if recipe.greater_is_better is None else recipe.greater_is_better
+    best = progress.best_value
+    if math.isnan(value) or not (best is None or (value > best if rises else value < best)):
+        return False
+    progress.best_value = value
+    return True
+
 
 MAX_EXPONENT = 700.0
 """Loss above which perplexity is the largest number that is shown."""
@@ -347,15 +365,7 @@ class TrainingRun(SlicedRun):
     def _groups(self) -> Iterator[tuple[float, MicroBatches]]:
         """The micro-batches of each step that is still to do, and the epoch that it ends at."""
         size, total = self._spec.recipe.gradient_accumulation_steps, self._spec.schedule.total_steps
-        step = epoch = 0
-        while step < total:
-            batches = self._batches(epoch)
-            groups = [batches[first : first + size] for first in range(0, len(batches), size)]
-            for index, group in enumerate(groups[: total - step], 1):
-                if step + index > self._progress.step:
-                    yield epoch + index / len(groups), group
-            step += len(groups)
-            epoch += 1
+        return step_groups(self._batches, size, total=total, done=self._progress.step)
 
     def _step(self, group: MicroBatches) -> Sliced[tuple[Score, float]]:
         """One change of the parameters; the score of its tokens, and the gradient's norm."""
@@ -433,12 +443,8 @@ class TrainingRun(SlicedRun):
         """Measure the parameters, and remember the best; True when they have not improved for too long."""
         metrics = yield from self._measure()
         progress, recipe = self._progress, self._spec.recipe
-        name = plain_metric(recipe.metric_for_best_model)
-        value = metrics.get(name, math.nan)
-        rises = higher_is_better(name) if recipe.greater_is_better is None else recipe.greater_is_better
-        best = progress.best_value
-        if not math.isnan(value) and (best is None or (value > best if rises else value < best)):
-            progress.best_value, progress.best_step, progress.worse_evals = value, progress.step, 0
+        if is_better(recipe, metrics, progress):
+            progress.best_step, progress.worse_evals = progress.step, 0
             self._best = self._lora.capture() if recipe.load_best_model_at_end else None
         else:
             progress.worse_evals += 1

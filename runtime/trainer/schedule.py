@@ -29,9 +29,10 @@ class Schedule(Struct, frozen=True, kw_only=True):
     """Steps between checkpoints; None: none, but when the job is paused."""
 
 
-def make_schedule(recipe: Recipe, microbatches: int, *, evaluates: bool) -> Schedule:
-    """The schedule of a recipe whose epochs have `microbatches` micro-batches."""
-    per_epoch = math.ceil(microbatches / recipe.gradient_accumulation_steps)
+def make_schedule(recipe: Recipe, microbatches: int, *, evaluates: bool, ranks: int = 1) -> Schedule:
+    """The schedule of a recipe whose epochs have `microbatches` micro-batches, of which each of `ranks` computes
+    `gradient_accumulation_steps` in a step."""
+    per_epoch = math.ceil(microbatches / (recipe.gradient_accumulation_steps * ranks))
     # A hair less, so that 0.1 × 30 is 3 steps and not 4.
     total = recipe.max_steps or max(1, math.ceil(per_epoch * recipe.num_epochs - 1e-9))
     eval_every = None

@@ -45,6 +45,7 @@ def test_several_keys_are_a_flag_given_several_times(eft: Eft) -> None:
 
 
 LISTS = {
+    "devices": ("cuda:1", "cuda:2"),
     "fair_weights": ("a" * 12 + "=1", "b" * 12 + "=2"),
     "cors_origins": ("http://a", "http://b"),
     "resolve_hub": ("a=org/one", "b=org/two@v2"),

@@ -32,14 +32,19 @@ class ServerProcess:
         log: Path | None = None,
         **settings: object,
     ) -> None:
-        """`settings` are flags. `descriptors`: its hard limit of open files. `file_size`: bytes to which a file may
-        grow, as on a disk that is full. `log`: file for its standard error."""
+        """`settings` are flags, given once for each value of a list. `descriptors`: its hard limit of open files.
+        `file_size`: bytes to which a file may grow, as on a disk that is full. `log`: file for its standard error."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         given = {"port": port, "state_dir": state, "log_level": "warning", **settings}
-        flags = [item for name, value in given.items() for item in (f"--{name.replace('_', '-')}", str(value))]
+        flags = [
+            item
+            for name, value in given.items()
+            for one in (value if isinstance(value, list) else [value])
+            for item in (f"--{name.replace('_', '-')}", str(one))
+        ]
         environment = os.environ | {"EFT_FAILPOINTS": failpoints}
         command = [sys.executable, "-m", "runtime", "serve", model, *flags]
         if descriptors is not None:

@@ -16,6 +16,8 @@ CHECKPOINT_RECORD = "checkpoint.json"
 """File in a checkpoint's and a result's folder: a copy of its row, in case the row is lost."""
 
 PREPARED = "examples.bin"
+LAUNCHED = "launched"
+"""Folder of the files that the server and the ranks of a job on devices of its own exchange."""
 
 _PARTIAL = ".partial"
 _REFUSED = f"{PARTIAL}refused"
@@ -43,6 +45,10 @@ class JobDirectories:
     def prepared(self, job_id: str) -> Path:
         """File with the job's tokenised examples, from the reading of its recipe to its end."""
         return self.root / job_id / PREPARED
+
+    def launched(self, job_id: str) -> Path:
+        """Folder of what the ranks of a launched job read and write, to its end."""
+        return self.root / job_id / LAUNCHED
 
     def record(self, job_id: str) -> Path:
         """A copy of the job's row, from which the row can be made again."""

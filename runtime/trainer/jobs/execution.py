@@ -32,7 +32,16 @@ from runtime.support.failpoints import failpoint
 from runtime.support.logs import get_logger
 from runtime.support.threads import WorkerThread
 from runtime.trainer.jobs.directories import JobDirectories
-from runtime.trainer.jobs.records import Job, JobCheckpoint, JobEngine, JobError, Note, PreparedJob, RunHandle
+from runtime.trainer.jobs.records import (
+    ADAPTER_FILES,
+    Job,
+    JobCheckpoint,
+    JobEngine,
+    JobError,
+    Note,
+    PreparedJob,
+    RunHandle,
+)
 from runtime.trainer.jobs.store import JobStore, insist
 from runtime.trainer.jobs.validation import failure_of
 
@@ -117,9 +126,6 @@ def surplus(known: list[JobCheckpoint], limit: int) -> list[int]:
 
 
 _log = get_logger("jobs")
-
-ADAPTER_FILES = "adapter_files"
-"""Folder of the adapter in a result."""
 
 Outcome = Literal["paused", "cancelled", "finished"]
 
@@ -304,7 +310,7 @@ class Execution:
 
     async def _offer(self, *, none: bool = False) -> None:
         """Make the checkpoints available to requests, or `none` of them any more. Errors there do not fail the job."""
-        if self._prepared is None:
+        if self._prepared is None or self._prepared.result_files != ADAPTER_FILES:
             return
         try:
             known = [] if none else await self._store.checkpoints(self.id)
@@ -327,7 +333,7 @@ class Execution:
         label = await patiently(
             lambda: self._engine.publish(
                 name=job.name or self.id,
-                source=self._directories.result(self.id) / ADAPTER_FILES,
+                source=self._directories.result(self.id) / prepared.result_files,
                 job_id=self.id,
                 step=step,
                 metrics=metrics,
@@ -335,7 +341,11 @@ class Execution:
         )
         # It is published, and must not be called failed, however long the disk is full.
         asking = prepared.summary.get("how_to_ask")
-        note = Note(f"Published as {label}." + (f" Ask it {asking}" if asking else ""))
+        if prepared.result_files != ADAPTER_FILES:
+            asking = f"Serve it: eft serve {label}"
+        elif asking:
+            asking = f"Ask it {asking}"
+        note = Note(" ".join(filter(None, [f"Published as {label}.", asking])))
         await insist(lambda: self._store.move(self.id, "succeeded", note, adapter=label))
 
     async def _fail(self, error: JobError) -> None:

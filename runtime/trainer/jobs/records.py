@@ -157,6 +157,10 @@ class JobCheckpoint(Struct, frozen=True, kw_only=True):
     created_at: float
 
 
+ADAPTER_FILES = "adapter_files"
+"""Folder of the adapter in a checkpoint and in a result."""
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class PreparedJob:
     """A recipe that was read, checked and planned."""
@@ -170,6 +174,8 @@ class PreparedJob:
     publish: Publish
     plan: object
     """The engine's own; opaque here."""
+    result_files: str = ADAPTER_FILES
+    """Folder of a result that is published. Another one than the adapter's is in no checkpoint."""
 
     def publish_when(self, metrics: dict[str, float]) -> tuple[bool, str]:
         """True if the result is good enough to publish, and the reason. `metrics`: see `JobReader.gate_metrics`."""
@@ -255,7 +261,8 @@ class JobEngine(Protocol):
         """
 
     async def publish(self, *, name: str, source: Path, job_id: str, step: int, metrics: dict[str, float]) -> str:
-        """Make the PEFT files in `source` the newest version of `name`, and return its label (`name@3`).
+        """Make the files in `source`, a result's `PreparedJob.result_files`, the newest version of `name`, and return
+        its label (`name@3`).
 
         A job that was published before a crash is published again after it: the same `job_id` gives the
         version that is there. Raises `RequestError`.

@@ -43,6 +43,7 @@ from runtime.trainer.plan.served_model import (
 )
 from runtime.trainer.plan.vocabulary import VocabularyPlan, plan_vocabulary
 from runtime.trainer.recipe import Recipe, check_base_model
+from runtime.trainer.recipe.launch import Launch, launch_of
 from runtime.trainer.recipe.schema import DATA_GROUPS
 from runtime.trainer.schedule import Schedule, make_schedule, watchdog_threshold
 
@@ -88,7 +89,11 @@ def estimate(
 ) -> Estimate:
     """`rows` is the number of trained rows of embedding and head, `largest` that of the tokens of the largest
     micro-batch, `tokens` that of the whole job."""
-    parameters = sum(recipe.lora_r * sum(shape.linears[name]) for _, name in targets) + rows * shape.hidden_size
+    if recipe.adapter is None:
+        layer = sum(inputs * outputs for inputs, outputs in shape.linears.values())
+        parameters = shape.num_layers * layer + shape.vocab_size * shape.hidden_size
+    else:
+        parameters = sum(recipe.lora_r * sum(shape.linears[name]) for _, name in targets) + rows * shape.hidden_size
     return Estimate(
         parameters=parameters,
         weight_bytes=4 * parameters,
@@ -195,6 +200,8 @@ class Plan:
     """Rows that evaluations generate answers for."""
     vocabulary: VocabularyPlan | None = None
     """Tokens of the adapter's own, and rows of embedding and head that are trained."""
+    launch: Launch | None = None
+    """The processes that the job runs in; None: the serving one."""
 
 
 def prepare(
@@ -208,13 +215,16 @@ def prepare(
     tokens_per_second: float | None = None,
     kept: KeptData | None = None,
     max_vocabulary: int | None = None,
+    devices: int = 0,
+    nodes: int = 1,
 ) -> Plan:
     """Read, check and tokenise a recipe's data, and work out its steps. Takes as long as tokenising does.
 
     `model_names` are those of the served model, its own first; `max_len` is the longest sequence that it can be
     trained on; `tokens_per_second` is the rate of training here, if that is known; `kept` has the data of a job that
-    was read before; `max_vocabulary`: most bytes of the adapter's rows of embedding and head. Raises `InvalidRequest`
-    (`BadRows` for rows), `ModelNotFound` and `Forbidden`.
+    was read before; `max_vocabulary`: most bytes of the adapter's rows of embedding and head; `devices` are set aside
+    for jobs on each of `nodes`.
+    Raises `InvalidRequest` (`BadRows` for rows), `ModelNotFound` and `Forbidden`.
     """
     check_base_model(recipe, model_names)
     if recipe.sequence_len > max_len:
@@ -222,7 +232,9 @@ def prepare(
             f"sequence_len must be at most {max_len}, the served model's context, got {recipe.sequence_len}.",
             param="sequence_len",
         )
-    targets = resolve_targets(recipe, shape)
+    launch = launch_of(recipe, devices, nodes)
+    full, ranks = (False, 1) if launch is None else (launch.full, launch.ranks)
+    targets = [] if full else resolve_targets(recipe, shape)
     template = choose_template(recipe, tokenizer)
     vocabulary = plan_vocabulary(
         recipe, tokenizer, shape, template=None if template is None else template.source, limit=max_vocabulary
@@ -247,7 +259,7 @@ def prepare(
     lengths = [len(example) for example in train]
     capacity = recipe.sequence_len if recipe.sample_packing else None
     bins = batches.grouped(lengths, recipe.group_size, capacity, in_order=recipe.sample_packing_sequentially)
-    schedule = make_schedule(recipe, -(-len(bins) // recipe.micro_batch_size), evaluates=bool(test))
+    schedule = make_schedule(recipe, -(-len(bins) // recipe.micro_batch_size), evaluates=bool(test), ranks=ranks)
     generation = generation_rows(recipe, asked, tokenizer, max_len=max_len) if recipe.num_generated else []
     sizes = sorted((sum(lengths[index] for index in bin) for bin in bins), reverse=True)
     warnings = [
@@ -293,6 +305,7 @@ def prepare(
         stop=() if template is None else stop_texts(tokenizer, ends),
         generation=generation,
         vocabulary=vocabulary,
+        launch=launch,
     )
 
 
@@ -466,8 +479,8 @@ def summarize(plan: Plan) -> PlanSummary:
         name=recipe.name,
         micro_batch_size=recipe.micro_batch_size,
         gradient_accumulation_steps=recipe.gradient_accumulation_steps,
-        ranks=1,
-        effective_batch=recipe.effective_batch,
+        ranks=1 if plan.launch is None else plan.launch.ranks,
+        effective_batch=recipe.effective_batch * (1 if plan.launch is None else plan.launch.ranks),
         method=recipe.rl or "supervised",
         packed_bins=len(plan.bins) if recipe.sample_packing else None,
         schedule=plan.schedule,

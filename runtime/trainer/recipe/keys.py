@@ -54,6 +54,17 @@ LAUNCH = (
 """Keys that spread a run over processes."""
 _ONE = "the job runs inside the serving process, over its one copy of the weights"
 
+LAUNCHED_WHY: dict[str, str] = {
+    _ONE: "each rank computes whole rows on one device, by the method that deepspeed, fsdp or ddp names",
+    _SERVED: "the files are those of the served model",
+    _KERNELS: "transformers computes this in its default way",
+    _PRECISION: "weights are float32, or in bfloat16 by `bf16`, and adapters are float32",
+    _PADDING: "batches are padded to their longest row",
+    _BINS: "a bin is a number of rows of a batch",
+    _EMBEDDINGS: "the vocabulary is the served model's",
+}
+"""Reason of a noted key → the reason in a job on devices of its own, where it is another one."""
+
 _NOTED = {
     _ONE: LAUNCH,
     _SERVED: (
@@ -169,7 +180,7 @@ _LOADING = frozenset(
     {"output_router_logits", "use_cache", "attn_implementation", "torch_dtype", "dtype", "low_cpu_mem_usage"}
 )
 """Keys of a model's configuration that say how it is loaded, or what it returns."""
-_WHOLE = "it is a way of training all weights, which are being served; `adapter: lora` trains an adapter instead"
+_WHOLE = "it is a way of training all weights that is not built; leave it out"
 _MODEL = "the model is the served one, and its configuration cannot be changed by a job; leave it out"
 _IMAGES = "models of images or sound are not trained; leave it out, and train on rows of text"
 _RL = "reinforcement training from rewards is not supported; preferences are, by `rl: dpo`, `kto` and their own keys"

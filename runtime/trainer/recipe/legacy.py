@@ -51,6 +51,8 @@ def modernise(values: Mapping[str, Any]) -> Modern:
         many = [entries] if isinstance(entries, dict) and entries else entries
         if isinstance(many, list):
             found[group] = [_entry(entry, f"{group}[{index}]", notes) for index, entry in enumerate(many)]
+    if isinstance(config := found.get("fsdp_config"), dict):
+        found["fsdp_config"] = {name.removeprefix("fsdp_"): value for name, value in config.items()} or None
     return Modern(_pretraining(found, notes), notes)
 
 

@@ -13,6 +13,7 @@ from runtime.trainer.recipe import types
 from runtime.trainer.recipe.dataset import Dataset, UserType
 from runtime.trainer.recipe.document import Document, Problem, RecipeError, read_document
 from runtime.trainer.recipe.keys import DATASET_NOTED, DATASET_REFUSED, DECISIVE, NOTED, REFUSED, Refused, is_off
+from runtime.trainer.recipe.launch import FSDP_NOTED, NO_ADAPTER, launch_notes, launch_of, launch_problems
 from runtime.trainer.recipe.legacy import modernise
 from runtime.trainer.recipe.publish import (
     GENERATED,
@@ -30,7 +31,7 @@ from runtime.trainer.recipe.rules import (
     take_unbuilt,
     take_unbuilt_optimizer,
 )
-from runtime.trainer.recipe.schema import DATA_GROUPS, Recipe
+from runtime.trainer.recipe.schema import DATA_GROUPS, FsdpConfig, Recipe
 from runtime.trainer.recipe.types import ROLES, role_names, unknown_roles
 from runtime.trainer.recipe.verdicts import notes_of
 from settings import suggest
@@ -50,6 +51,7 @@ MAX_HINTS = 50
 _TABLES: Mapping[type[Struct], tuple[Mapping[str, str], Mapping[str, Refused]]] = {
     Recipe: (NOTED, REFUSED),
     Dataset: (DATASET_NOTED, DATASET_REFUSED),
+    FsdpConfig: (FSDP_NOTED, {}),
 }
 """Known keys besides a struct's own: those that are noted, and those that are refused."""
 
@@ -153,11 +155,11 @@ def find_problems(recipe: Recipe, values: Mapping[str, Any], *, max_lora_rank: i
     yield from _sizes(recipe, values)
     yield from schedule_problems(recipe)
     yield from preference_problems(recipe, values)
-    if recipe.lora_r > max_lora_rank:
+    if recipe.adapter is not None and recipe.lora_r > max_lora_rank:
         yield "lora_r", f"must be at most {max_lora_rank} (adapters.max_lora_rank), got {recipe.lora_r}"
     if recipe.embedding_lr is not None and recipe.embedding_lr_scale is not None:
         yield "embedding_lr_scale", "give embedding_lr or embedding_lr_scale, not both"
-    if recipe.lora_target_linear is False and recipe.lora_target_modules is None:
+    if recipe.adapter is not None and recipe.lora_target_linear is False and recipe.lora_target_modules is None:
         yield "lora_target_linear", "is false, and lora_target_modules names nothing: there is nothing to train"
     if (recipe.dataset_shard_num is None) != (recipe.dataset_shard_idx is None):
         yield "dataset_shard_num", "and dataset_shard_idx belong together: give both, or neither"
@@ -374,28 +376,27 @@ def _pattern(pattern: str) -> Iterator[Found]:
         yield "lora_target_modules", f"is no regular expression: {error}"
 
 
-_NO_ADAPTER = (
-    "is missing: training all weights is not supported, because they are being served; set `adapter: lora` (or qlora) "
-    "to train an adapter"
-)
 _SWITCHES_ELSEWHERE = ("offload", "offload_disk", "unsloth")
 
 
-def load_recipe(data: bytes, *, max_lora_rank: int, served: Iterable[str] | None = None) -> Recipe:
-    """Read a recipe's YAML. `served` are the names of the served model, if it is to be checked.
+def load_recipe(data: bytes, *, max_lora_rank: int, served: Iterable[str] | None = None, devices: int = 0) -> Recipe:
+    """Read a recipe's YAML. `served` are the names of the served model, if it is to be checked; `devices` is the number
+    of devices that are set aside for jobs.
 
     Raises `RecipeError` with all problems, each with its key and line, and `ModelNotFound`.
     """
-    return recipe_from(read_document(data), max_lora_rank=max_lora_rank, served=served)
+    return recipe_from(read_document(data), max_lora_rank=max_lora_rank, served=served, devices=devices)
 
 
-def recipe_from(document: Document, *, max_lora_rank: int, served: Iterable[str] | None = None) -> Recipe:
+def recipe_from(
+    document: Document, *, max_lora_rank: int, served: Iterable[str] | None = None, devices: int = 0
+) -> Recipe:
     """The same for values that did not come as YAML, such as a JSON object's: `Document(values)`."""
     modern = modernise(flatten_types(document.values))
     values, problems = _checkpointing(modern.values), list[Problem]()
-    if is_off(values.get("adapter")):
+    if is_off(values.get("adapter")) and not devices:
         values["adapter"] = "lora"
-        problems.append(Problem("adapter", _NO_ADAPTER, document.lines.get("adapter")))
+        problems.append(Problem("adapter", NO_ADAPTER, document.lines.get("adapter")))
 
     def report(key: str, message: str) -> None:
         problems.append(Problem(key, message, document.lines.get(key)))
@@ -404,7 +405,8 @@ def recipe_from(document: Document, *, max_lora_rank: int, served: Iterable[str]
         report(key, message)
     recipe = convert_struct(Recipe, values, "", report)
     reported = {problem.key for problem in problems}
-    for key, message in find_problems(recipe, values, max_lora_rank=max_lora_rank):
+    found = find_problems(recipe, values, max_lora_rank=max_lora_rank)
+    for key, message in (*found, *launch_problems(recipe, values, devices)):
         if key not in reported:
             report(key, message)
     if not reported & {"batch_size", "micro_batch_size", "gradient_accumulation_steps"}:
@@ -416,7 +418,9 @@ def recipe_from(document: Document, *, max_lora_rank: int, served: Iterable[str]
         raise RecipeError(sorted(_essential(problems, values), key=lambda problem: problem.line or 0))
     if served is not None:
         check_base_model(recipe, served)
-    return msgspec.structs.replace(recipe, notes=(*modern.notes, *notes_of(recipe, document.values)))
+    launched = launch_of(recipe, devices) is not None
+    notes = (*modern.notes, *notes_of(recipe, document.values, launched=launched))
+    return msgspec.structs.replace(recipe, notes=(*notes, *launch_notes(recipe, document.values, devices)))
 
 
 def _essential(problems: list[Problem], values: Mapping[str, Any]) -> list[Problem]:

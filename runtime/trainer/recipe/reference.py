@@ -10,7 +10,7 @@ from msgspec import NODEFAULT, Meta, Struct
 from runtime.trainer.recipe.dataset import Dataset
 from runtime.trainer.recipe.keys import DATASET_NOTED, DATASET_REFUSED, NOTED, REFUSED
 from runtime.trainer.recipe.legacy import READ_AS
-from runtime.trainer.recipe.schema import Recipe
+from runtime.trainer.recipe.schema import FsdpConfig, Recipe
 from runtime.trainer.recipe.types import describe
 
 T = TypeVar("T")
@@ -26,7 +26,7 @@ Generated from `runtime/trainer/recipe` by `eft recipe docs`; do not edit.
 
 A recipe is one YAML file that describes a fine-tuning job. Keys are named as in
 [Axolotl](https://github.com/axolotl-ai-cloud/axolotl)'s recipes and mean the same, so most of its LoRA and QLoRA recipes run
-once they name data that the server may read. Ours are `name` and `publish`. No key is ignored in silence: it works,
+once they name data that the server may read. Ours are `name`, `publish` and `devices`. No key is ignored in silence: it works,
 or the plan notes why it makes no difference, or the recipe is refused with the reason.
 
 ```sh
@@ -302,6 +302,7 @@ GROUPS = {
     "training": "Training",
     "preferences": "Preferences",
     "evaluation": "Evaluation and checkpoints",
+    "launched": "Devices of their own",
 }
 
 
@@ -322,6 +323,8 @@ def reference() -> str:
         lines += ["", f"## {title}", "", *_table(Recipe, group)]
         if group == "data":
             lines += ["", "### An entry of `datasets` and `test_datasets`", "", *_table(Dataset)]
+        if group == "launched":
+            lines += ["", *_LAUNCHED, "", "### `fsdp_config`", "", *_table(FsdpConfig)]
     lines += ["", "## Accepted and noted", "", *_NOTED_HEAD, "", "| key | ignored because |", "|---|---|"]
     lines += [f"| {_names(names)} | {why} |" for why, names in _by_reason(NOTED, str)]
     lines += [f"| {_names(names, '`datasets`: ')} | {why} |" for why, names in _by_reason(DATASET_NOTED, str)]
@@ -336,6 +339,11 @@ def reference() -> str:
     return "\n".join(lines) + "\n"
 
 
+_LAUNCHED = [
+    "These act where the server has devices set aside (`trainer.devices`, [launched-jobs.md](launched-jobs.md)): the",
+    "job then runs in processes of its own, and so does a recipe without `adapter`, which trains all weights.",
+    "Elsewhere they only say how something is computed: the plan notes them, and the job runs inside the server.",
+]
 _NOTED_HEAD = [
     "These say how something is computed or where a copy goes, never what is learned. The plan has a note for each",
     "that is given and not null or false.",

@@ -5,15 +5,32 @@ are refused, stand in `keys`. What a key means together with others is checked i
 """
 
 import functools
-from typing import Annotated, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from msgspec import Meta, Struct, field
 
-from runtime.trainer.recipe.dataset import Dataset, Text
+from runtime.trainer.recipe.dataset import Dataset, Text, entry
 from runtime.trainer.recipe.publish import DEFAULT_GENERATED, GENERATED, Publish, plain_metric, scorer_name
 
 DATA_GROUPS = ("datasets", "test_datasets", "generation_datasets")
 """Keys with entries of data."""
+
+
+class FsdpConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Options of FSDP2; the prefix `fsdp_` of a key makes no difference."""
+
+    offload_params: Annotated[bool, entry("Keep parameters and the optimiser's state on the CPU.")] = False
+    reshard_after_forward: Annotated[
+        bool, entry("Drop gathered parameters after the forward pass, and gather them again for the backward pass.")
+    ] = True
+    activation_checkpointing: Annotated[bool, entry("As `gradient_checkpointing`.")] = False
+    transformer_layer_cls_to_wrap: Annotated[
+        Text | None, entry("Classes of layers, comma-separated. Default: as transformers names them for the model.")
+    ] = None
+    sharding_strategy: Annotated[
+        Text | int | None, entry("The older way: `SHARD_GRAD_OP` is `reshard_after_forward: false`.")
+    ] = None
+
 
 LARGEST = 2**31 - 1
 
@@ -142,9 +159,13 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ] = field(default_factory=Publish)
 
     adapter: Annotated[
-        Literal["lora", "qlora"],
-        key("lora", "`lora`, or `qlora`, which is the same here: the base is trained on as it is served."),
-    ]
+        Literal["lora", "qlora"] | None,
+        key(
+            "lora",
+            "`lora`, or `qlora`, which is the same here: the base is trained on as it is served. Without, all weights "
+            "are trained, on devices of their own.",
+        ),
+    ] = None
     lora_r: Annotated[int, Meta(ge=1), key("lora", "Rank; at most the setting `adapters.max_lora_rank`.")] = 16
     lora_alpha: Annotated[
         float, Meta(gt=0.0, le=65536.0), key("lora", "The adapter's output is scaled by alpha / rank.")
@@ -434,6 +455,40 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ] = None
     saves_per_epoch: Annotated[WholeNumber | None, key("evaluation", "Or their number in an epoch.")] = None
     save_total_limit: Annotated[Positive | None, key("evaluation", "Most checkpoints kept.")] = None
+
+    devices: Annotated[
+        Positive | None, key("launched", "Number of devices, of those of the setting `trainer.devices`. Default: all.")
+    ] = None
+    deepspeed: Annotated[
+        Text | dict[str, Any] | None,
+        key(
+            "launched",
+            "DeepSpeed's configuration: the name of a shipped one (`zero1`, `zero2`, `zero3`, …; a path to such a name "
+            "is the same), a JSON file that is sent along, or a mapping.",
+        ),
+    ] = None
+    fsdp: Annotated[
+        tuple[Text, ...] | Text, key("launched", "Any value: shard over the devices, by FSDP2; `offload` in it counts.")
+    ] = ()
+    fsdp_config: Annotated[FsdpConfig | None, key("launched", "Options of FSDP2, below.")] = None
+    fsdp_version: Annotated[
+        Annotated[int, Meta(ge=1, le=2)] | None, key("launched", "FSDP2 is used with either number.")
+    ] = None
+    ddp: Annotated[
+        bool, key("launched", "A copy of the model on each device; so it is without `fsdp` and deepspeed.")
+    ] = False
+    ddp_timeout: Annotated[
+        Positive | None, key("launched", "Seconds that a rank waits for the others. Default: 1800.")
+    ] = None
+    ddp_bucket_cap_mb: Annotated[Positive | None, key("launched", "ddp: megabytes of gradients in a message.")] = None
+    ddp_find_unused_parameters: Annotated[bool, key("launched", "ddp: look for parameters without a gradient.")] = False
+    ddp_broadcast_buffers: Annotated[bool, key("launched", "ddp: send buffers before each forward pass.")] = False
+    bf16: Annotated[
+        bool | Literal["auto", "full"], key("launched", "Compute in bfloat16; auto: where the device has it.")
+    ] = False
+    fp16: Annotated[
+        bool | Literal["auto"], key("launched", "Compute in float16, with a loss scale that follows overflows.")
+    ] = False
 
     notes: tuple[str, ...] = ()
     """Remarks on keys that do nothing here, or something else than they say. Not a key."""

@@ -6,9 +6,17 @@ from typing import Any, Literal, get_args, get_type_hints
 from msgspec import Meta, Struct
 
 from runtime.trainer.recipe.dataset import Dataset
-from runtime.trainer.recipe.keys import DATASET_NOTED, DATASET_REFUSED, NOTED, REFUSED, Refused, is_off
+from runtime.trainer.recipe.keys import (
+    DATASET_NOTED,
+    DATASET_REFUSED,
+    LAUNCHED_WHY,
+    NOTED,
+    REFUSED,
+    Refused,
+    is_off,
+)
 from runtime.trainer.recipe.legacy import READ_AS
-from runtime.trainer.recipe.schema import DATA_GROUPS, Recipe
+from runtime.trainer.recipe.schema import DATA_GROUPS, Recipe, keys_of
 from runtime.trainer.recipe.types import describe
 from settings import suggest
 
@@ -17,11 +25,12 @@ from settings import suggest
 # What a recipe says that does nothing here, or something else than it seems to: a line each, for the plan.
 
 
-def notes_of(recipe: Recipe, values: Mapping[str, Any]) -> Iterator[str]:
-    """The notes on a recipe that was accepted; `values` are its keys as they were given."""
+def notes_of(recipe: Recipe, values: Mapping[str, Any], *, launched: bool = False) -> Iterator[str]:
+    """The notes on a recipe that was accepted; `values` are its keys as they were given. `launched`: it runs on devices
+    of its own."""
     for key, why in NOTED.items():
         if not is_off(values.get(key)):
-            yield f"{key} is ignored: {why}."
+            yield f"{key} is ignored: {LAUNCHED_WHY.get(why, why) if launched else why}."
     for key, refused in REFUSED.items():
         if refused.parts and isinstance(values.get(key), dict) and values[key]:
             yield f"{key} is ignored: {', '.join(values[key])} say how the model is loaded, not what is learned."
@@ -84,7 +93,9 @@ def _verdict(
 ) -> Verdict:
     fields = set(struct.__struct_fields__) - {"notes"}
     if name in fields:
-        return Verdict(key=path, verdict="off" if value is None else "works")
+        beside = struct is Recipe and name in keys_of("launched")
+        off = is_off(value) if beside else value is None
+        return Verdict(key=path, verdict="off" if off else "works", why=_BESIDE if beside else "")
     if struct is Recipe and name in READ_AS and not is_off(value):
         return Verdict(key=path, verdict="renamed", why=READ_AS[name])
     if name in noted:
@@ -97,6 +108,8 @@ def _verdict(
     near = suggest.nearest(name, [*fields, *noted, *refused, *READ_AS], cutoff=0.75)
     return Verdict(key=path, verdict="unknown", why=f"did you mean {near}?" if near else "no key of this name is known")
 
+
+_BESIDE = "where the server has devices set aside (trainer.devices); noted where the job runs inside it"
 
 OLDER_DATASET_KEYS = frozenset({"conversation", "field_human", "field_model"})
 
@@ -134,4 +147,5 @@ def _explained(
     given = dict(zip(struct.__struct_fields__[len(struct.__struct_fields__) - len(default) :], default, strict=True))
     value = given.get(name)
     usual = f" Default: {value}." if isinstance(value, str | int | float) else ""
-    return [f"{shown}: {describe(hint)}.{usual} {text}".rstrip()]
+    beside = f" It acts {_BESIDE}." if struct is Recipe and name in keys_of("launched") else ""
+    return [f"{shown}: {describe(hint)}.{usual} {text}{beside}".rstrip()]

@@ -1,9 +1,7 @@
 """Starting all ranks of one node as children of this process."""
 
-import ctypes
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -88,21 +86,3 @@ def environment(threads: int, interface: str | None) -> dict[str, str]:
     paths = [here, *filter(None, [kept.get("PYTHONPATH")])]
     named = {} if interface is None else {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
     return kept | named | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(threads)}
-
-
-# -- lifeline --------------------------------------------------------------------------------------
-#
-# A process that ends when its parent does, however that ends, and whatever this one is doing.
-
-_PR_SET_PDEATHSIG = 1  # from linux/prctl.h
-
-
-def die_with(parent: int) -> None:
-    """Have the system kill this process when the thread of process `parent` that made it ends. Exits at once when it
-    has ended already. Elsewhere than on Linux the closed link is the only sign, which a stuck process does not read."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # meant for the parent, which first lets requests finish
-        signal.signal(number, signal.SIG_IGN)
-    if sys.platform.startswith("linux"):
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:
-        sys.exit(1)

@@ -232,7 +232,7 @@ def test_learning_rates_that_make_no_sense(value: Any) -> None:
 @pytest.mark.parametrize(
     ("keys", "key", "message"),
     [
-        ({"adapter": None}, "adapter", "training all weights is not supported"),
+        ({"adapter": None}, "adapter", "needs devices of its own"),
         ({"adapter": "llama-adapter"}, "adapter", "one of lora, qlora"),
         ({"datasets": None}, "datasets", "is missing"),
         ({"datasets": []}, "datasets", "1 to 100 entries, got 0"),

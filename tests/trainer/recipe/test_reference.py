@@ -94,10 +94,19 @@ def test_the_examples_are_valid_by_the_schema(name: str) -> None:
 def test_a_verdict_for_each_key_in_the_recipes_order() -> None:
     entry = {"path": "a", "shards": 2, "trust_remote_code": True, "input_format": "x", "pth": 1, "field_human": "me"}
     found = verdicts(
-        {"lora_r": 8, "bf16": "auto", "tf32": None, "adam_eps": 1e-6, "use_pose": True, "lora_rr": 1, "datasets": entry}
+        {
+            "lora_r": 8,
+            "load_in_4bit": True,
+            "tf32": None,
+            "adam_eps": 1e-6,
+            "use_pose": True,
+            "lora_rr": 1,
+            "datasets": entry,
+        }
     )
     assert [(one.key, one.verdict) for one in found] == [
-        ("lora_r", "works"), ("bf16", "noted"), ("tf32", "off"), ("adam_eps", "renamed"), ("use_pose", "refused"),
+        ("lora_r", "works"), ("load_in_4bit", "noted"), ("tf32", "off"), ("adam_eps", "renamed"),
+        ("use_pose", "refused"),
         ("lora_rr", "unknown"), ("datasets", "works"), ("datasets[0].path", "works"), ("datasets[0].shards", "works"),
         ("datasets[0].trust_remote_code", "noted"), ("datasets[0].input_format", "refused"),
         ("datasets[0].pth", "unknown"), ("datasets[0].field_human", "renamed"),
@@ -105,3 +114,12 @@ def test_a_verdict_for_each_key_in_the_recipes_order() -> None:
     why = {one.key: one.why for one in found}
     assert why["adam_eps"] == "adam_epsilon"
     assert why["lora_rr"] == "did you mean lora_r?"
+
+
+def test_keys_that_act_on_devices_of_their_own_say_so() -> None:
+    found = {one.key: one for one in verdicts({"deepspeed": "zero2", "fsdp": [], "bf16": "auto", "devices": None})}
+    assert {key: one.verdict for key, one in found.items()} == {
+        "deepspeed": "works", "fsdp": "off", "bf16": "works", "devices": "off",
+    }  # fmt: skip
+    assert "trainer.devices" in found["deepspeed"].why
+    assert "trainer.devices" in (explain("fsdp_config") or "")

@@ -1,0 +1,197 @@
+"""Jobs on devices of their own, as the engine's side makes them: the devices, the model's files, the first adapter."""
+
+import asyncio
+import importlib.util
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+import settings as settings_package
+from runtime.adapters.card import Card, write_card
+from runtime.checkpoints.model_library import ModelLibrary, ModelRecord
+from runtime.checkpoints.peft import write_adapter
+from runtime.engine.devices import TrainingDevices
+from runtime.errors import InvalidRequest
+from runtime.events import RunEvent
+from runtime.support.durable import remove, storage_unavailable
+from runtime.trainer.batches import ExampleFeed
+from runtime.trainer.jobs.directories import JobDirectories
+from runtime.trainer.launched.files import JobFolder, LaunchSpec, ModelFiles
+from runtime.trainer.launched.process import LaunchedRun, Nodes
+from runtime.trainer.lora import initial_layers
+from runtime.trainer.plan.plan import Plan, feed
+from runtime.trainer.plan.served_model import by_linear
+from runtime.trainer.recipe import Recipe
+from runtime.trainer.sliced_run import RunSpec
+from runtime.workers.parallel.launch import LOOPBACK, environment
+from runtime.workers.parallel.launchers import usable_cores
+from settings.schema import Settings
+
+if TYPE_CHECKING:
+    from runtime.engine.service import EngineService
+
+DEEPSPEED = Path(settings_package.__file__).parent / "deepspeed"
+"""Folder of the shipped configurations."""
+
+
+# -- deepspeed -------------------------------------------------------------------------------------
+
+
+def deepspeed_config(recipe: Recipe, uploads: Mapping[str, Path]) -> tuple[dict[str, Any], str | None]:
+    """DeepSpeed's configuration of a recipe, and a note where a path is read as a shipped one. Raises
+    `InvalidRequest`."""
+    given = recipe.deepspeed
+    if importlib.util.find_spec("deepspeed") is None:
+        raise InvalidRequest(
+            "deepspeed is not installed on this server: pip install 'eft-server[distributed]', or use fsdp_config or "
+            "ddp, which need nothing more.",
+            param="deepspeed",
+        )
+    if isinstance(given, dict):
+        return given, None
+    assert given is not None
+    last = given.rstrip("/").rpartition("/")[2]
+    sent = uploads.get(given) or uploads.get(last)
+    if sent is not None:
+        return _read_config(given, sent), None
+    shipped = DEEPSPEED / f"{last.removesuffix('.json')}.json"
+    if not shipped.is_file() or shipped.parent != DEEPSPEED:
+        known = ", ".join(sorted(path.stem for path in DEEPSPEED.glob("*.json")))
+        raise InvalidRequest(
+            f"deepspeed is {given[:200]!r}, which is neither a file that was sent along nor a shipped configuration: "
+            f"{known}.",
+            param="deepspeed",
+        )
+    note = None if given == shipped.stem else f"deepspeed: {given} is read as the shipped {shipped.stem}."
+    return _read_config(given, shipped), note
+
+
+def _read_config(name: str, path: Path) -> dict[str, Any]:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    except (OSError, msgspec.MsgspecError) as error:
+        raise InvalidRequest(f"deepspeed: {name[:200]} is no JSON object: {error}.", param="deepspeed") from error
+
+
+# -- jobs ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class LaunchedPlan:
+    """The plan of a job on devices of its own."""
+
+    plan: Plan
+    deepspeed: dict[str, Any] | None
+
+
+class LaunchedJobs:
+    """Starts jobs on the devices that are set aside, and publishes whole models."""
+
+    def __init__(self, service: "EngineService", settings: Settings, directory: Path, devices: TrainingDevices) -> None:
+        """`directory` is the state directory."""
+        self._service, self._settings, self._directory = service, settings, directory
+        self._devices = devices
+
+    @property
+    def devices(self) -> int:
+        """Devices on each node."""
+        return len(self._devices.indices)
+
+    def check(self, recipe: Recipe, uploads: Mapping[str, Path]) -> tuple[dict[str, Any] | None, list[str]]:
+        """DeepSpeed's configuration of a recipe, if it has one, and notes. Raises `InvalidRequest`."""
+        self._model_files()
+        if not recipe.deepspeed:
+            return None, []
+        config, note = deepspeed_config(recipe, uploads)
+        dropped = [f"deepspeed.{name} is ignored: the recipe's own keys decide." for name in _DECIDED if name in config]
+        return config, [*([note] if note else []), *dropped]
+
+    def start(self, job_id: str, launched: LaunchedPlan, on_event: Callable[[RunEvent], None]) -> LaunchedRun:
+        """See `jobs.records.JobEngine.start`; the ranks look for the newest checkpoint themselves."""
+        settings, launch = self._settings.trainer, launched.plan.launch
+        assert launch is not None
+        per_node = launch.ranks // settings.nodes
+        threads = max(1, usable_cores() // per_node)
+        interface = self._settings.parallel.interface or (LOOPBACK if settings.nodes == 1 else None)
+        return LaunchedRun(
+            JobFolder(JobDirectories(self._directory).launched(job_id)),
+            job_id,
+            lambda folder: self._write(job_id, launched, folder, threads),
+            Nodes(per_node=per_node, count=settings.nodes, rendezvous=settings.rendezvous),
+            environment(threads, interface) | self._devices.visible(per_node),
+            on_event,
+            max_restarts=settings.max_restarts,
+        )
+
+    def _write(
+        self, job_id: str, launched: LaunchedPlan, folder: JobFolder, threads: int
+    ) -> tuple[LaunchSpec, ExampleFeed]:
+        """The job as ranks read it; writes the adapter that they begin with. Blocks."""
+        plan = launched.plan
+        assert plan.launch is not None
+        if not plan.launch.full:
+            self._write_initial(plan, folder.initial)
+        spec = LaunchSpec(
+            recipe=plan.recipe,
+            schedule=plan.schedule,
+            launch=plan.launch,
+            model=self._model_files(),
+            device=self._devices.kind,
+            checkpoints=str(JobDirectories(self._directory).checkpoint(job_id, 0).parent),
+            vocab_size=self._service.vocab_size,
+            deepspeed=launched.deepspeed,
+            chat_template=None if plan.template is None else plan.template.source,
+            threads=threads,
+        )
+        return spec, feed(plan)
+
+    def _write_initial(self, plan: Plan, directory: Path) -> None:
+        remove(directory)
+        base, recipe = self._service.lora_base, plan.recipe
+        shape = RunSpec(recipe=recipe, schedule=plan.schedule, targets={}).shape
+        layers = initial_layers(by_linear(plan.targets, base.places), base, shape, seed=recipe.seed)
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        write_adapter(directory, layers, shape, base, dropout=recipe.lora_dropout, base_name=recipe.base_model)
+        write_card(directory, card_of(plan))
+
+    def _model_files(self) -> ModelFiles:
+        """The served model's files. Raises `InvalidRequest` where transformers cannot read them."""
+        source = self._service.model_source
+        if source.is_dir():
+            return ModelFiles(directory=str(source))
+        return ModelFiles(directory=str(source.parent), gguf=source.name)
+
+
+async def publish_model(
+    directory: Path, *, name: str, source: Path, job_id: str, step: int, metrics: dict[str, float], base: str
+) -> str:
+    """Make a whole model the newest version of `name` in the library of the state directory; returns its label. `base`:
+    name of the model that it was trained from. Raises `StorageUnavailable`."""
+    record = ModelRecord(job=job_id, step=step, metrics=dict(metrics), base=base, created=time.time())
+    try:
+        return await asyncio.to_thread(ModelLibrary(directory).publish, name, source, record)
+    except OSError as error:
+        raise storage_unavailable("The model cannot be stored", error) from error
+
+
+_DECIDED = ("optimizer", "scheduler")
+"""Parts of DeepSpeed's configuration that a recipe has keys for."""
+
+
+def card_of(plan: Plan) -> Card:
+    """The card of the adapters of a plan."""
+    source = None if plan.template is None else plan.template.source
+    own = plan.vocabulary
+    return Card(
+        prompt=plan.prompt,
+        chat_template=source,
+        end_ids=plan.end_ids,
+        stop=plan.stop,
+        tokens=() if own is None else own.tokens,
+        eos_id=None if own is None else own.eos_id,
+        vocab_size=None if own is None else own.size,
+    )

@@ -1,0 +1,90 @@
+"""The processes of a launched job: torchrun's agent, which dies with the server, and the ranks, which die with it."""
+
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+from runtime.support.durable import error_code
+from runtime.support.lifeline import die_with
+from runtime.trainer.launched.files import RESTARTS, JobFolder, LaunchEnd
+
+PARENT = "EFT_LAUNCH_AGENT"
+"""Environment variable with the process id of the agent."""
+
+
+def run_agent(parent: int, arguments: list[str], folder: JobFolder) -> int:
+    """Be torchrun until the ranks have ended; `parent` is the server's process, 0 on nodes without one. `arguments` are
+    torchrun's. Returns the exit code."""
+    if parent:
+        die_with(parent, ignoring=(signal.SIGINT,))
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main
+
+    os.environ[PARENT] = str(os.getpid())
+    try:
+        main(arguments)
+    except ChildFailedError as error:
+        failures = [failure.exitcode for failure in error.failures.values()]
+        # torchrun ends the other ranks by SIGTERM.
+        folder.write_end(crashed=any(code < 0 and code != -signal.SIGTERM for code in failures))
+        return 1
+    return 0
+
+
+def run_rank(folder: JobFolder) -> int:
+    """Be one rank, from the environment that torchrun makes."""
+    die_with(int(os.environ.get(PARENT, os.getppid())), ignoring=(signal.SIGINT,))
+    try:
+        _train(folder)
+    except Exception as error:
+        traceback.print_exc()
+        folder.write_error(int(os.environ["RANK"]), _end_of(error))
+        return 1
+    return 0
+
+
+def _train(folder: JobFolder) -> None:
+    import torch
+
+    from runtime.trainer.launched.rank import DDP_TIMEOUT, RankReporter, RankRun
+    from runtime.trainer.launched.ranks import Ranks
+
+    spec = folder.read_spec()
+    attempt = spec.attempt * RESTARTS + int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    torch.set_num_threads(spec.threads)
+    torch.manual_seed(spec.recipe.seed)
+    ranks = Ranks(spec.device, spec.recipe.ddp_timeout or DDP_TIMEOUT)
+    try:
+        if ranks.first:
+            with folder.reports(attempt).open("ab") as file:
+                RankRun(folder, spec, ranks, attempt, RankReporter(file)).run()
+        else:
+            RankRun(folder, spec, ranks, attempt, RankReporter(None)).run()
+    finally:
+        ranks.close()
+
+
+def _end_of(error: Exception) -> LaunchEnd:
+    from runtime.trainer.run import is_out_of_memory
+
+    if is_out_of_memory(error):
+        message = "There is not enough memory for this job: lower micro_batch_size or sequence_len."
+        return LaunchEnd(crashed=False, message=message, code="out_of_memory")
+    if isinstance(error, OSError):
+        return LaunchEnd(
+            crashed=False, message=f"The job cannot go on: {error.strerror or error}.", code=error_code(error)
+        )
+    return LaunchEnd(crashed=False, message=f"A rank of this job failed: {type(error).__name__}: {str(error)[:500]}")
+
+
+def main(arguments: list[str]) -> int:
+    """`agent PARENT FOLDER TORCHRUN'S…`, or `rank FOLDER`."""
+    match arguments:
+        case ["rank", folder]:
+            return run_rank(JobFolder(Path(folder)))
+        case ["agent", parent, folder, *torchrun]:
+            return run_agent(int(parent), torchrun, JobFolder(Path(folder)))
+    sys.stderr.write("This is the program of launched jobs: see docs/launched-jobs.md.\n")
+    return 2

@@ -1,0 +1,305 @@
+"""A launched job as the server sees it: torchrun as a child, its reports as events, restarts where a rank is killed."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+
+from runtime.events import CancelledEvent, FailedEvent, FinishedEvent, PausedEvent, RunEvent
+from runtime.support.durable import error_code, reason, remove, sync_file
+from runtime.support.failpoints import failpoint
+from runtime.support.logs import get_logger
+from runtime.trainer.batches import ExampleFeed
+from runtime.trainer.launched.files import PAUSE, REQUEST, JobFolder, LaunchSpec, ReportReader
+
+_log = get_logger("launched")
+
+TAIL_SECONDS = 0.1
+"""Time between looks at the reports."""
+EXIT_SECONDS = 20.0
+"""Time in which torchrun must have ended after the last report, before it is killed."""
+Ended = (FinishedEvent, FailedEvent, PausedEvent)
+
+
+class Nodes(Struct, frozen=True, kw_only=True):
+    """Nodes that the ranks of a job run on."""
+
+    per_node: int
+    """Ranks of a node."""
+    count: int = 1
+    rendezvous: str | None = None
+    """`host:port` at which nodes meet; None: one node, by itself."""
+
+    def arguments(self, folder: JobFolder, name: str, *, max_restarts: int) -> list[str]:
+        """torchrun's, for one node. `name`: of the job, by which nodes know that they belong together."""
+        shared = ["--nproc-per-node", str(self.per_node)]
+        if self.rendezvous is None:
+            shared += ["--standalone"]
+        else:
+            shared += ["--nnodes", str(self.count), "--rdzv-backend", "c10d", "--rdzv-endpoint", self.rendezvous]
+            shared += ["--rdzv-id", name, "--max-restarts", str(max_restarts)]
+        return [*shared, "-m", "runtime.trainer.launched", "rank", str(folder.path)]
+
+
+class LaunchedRun:
+    """`jobs.records.RunHandle` of a job in processes of its own. Event loop only.
+
+    A thread for each launch starts torchrun, reads its reports and waits for its end. torchrun dies with that thread,
+    and the ranks die with torchrun.
+    """
+
+    def __init__(
+        self,
+        folder: JobFolder,
+        name: str,
+        write: Callable[[JobFolder], tuple[LaunchSpec, ExampleFeed]],
+        nodes: Nodes,
+        environment: Mapping[str, str],
+        on_event: Callable[[RunEvent], None],
+        *,
+        max_restarts: int,
+    ) -> None:
+        """`write` makes the job for the ranks, and may write into its folder; it blocks, and runs on the thread.
+        `max_restarts`: how often the job is started again after a rank was killed, without a checkpoint in between."""
+        self._folder, self._name, self._write, self._nodes = folder, name, write, nodes
+        self._environment = dict(environment)
+        self._on_event = on_event
+        self._max_restarts = max_restarts
+        self._loop = asyncio.get_running_loop()
+        self._closed = False
+        self._cancelled = False
+        self._paused = False
+        self._step = 0
+        self._snapshots: list[tuple[int, str]] = []
+        self._current = self._launch()
+
+    # -- requests to it ------------------------------------------------------------------------
+
+    def pause(self) -> None:
+        self._paused = True
+        self._current.pause()
+
+    def resume(self) -> None:
+        """Launch again, from the checkpoint of the pause; where the pause has not begun, take it back."""
+        self._paused = False
+        if self._current.ended:
+            self._current = self._launch()
+        else:
+            self._current.unpause()
+
+    def cancel(self) -> None:
+        self._cancelled = True
+        if self._current.ended:
+            self._report(CancelledEvent(step=self._step))
+        else:
+            self._current.kill()
+
+    async def take_snapshot(self, step: int) -> Callable[[Path], None]:
+        place = next(index for index, (known, _) in enumerate(self._snapshots) if known == step)
+        return partial(_move, self._folder.snapshot(self._snapshots.pop(place)[1]))
+
+    def close(self) -> None:
+        self._closed = True
+        self._current.kill()
+
+    # -- its processes -------------------------------------------------------------------------
+
+    def _launch(self) -> "_Launch":
+        launch = _Launch(self, self._folder, self._name, self._write, self._nodes, self._environment)
+        launch.start(self._max_restarts)
+        if self._paused:
+            launch.pause()
+        return launch
+
+    def post(self, event: RunEvent, snapshot: str | None) -> None:
+        """Hand an event to the event loop. Any thread."""
+        try:
+            self._loop.call_soon_threadsafe(self._take, event, snapshot)
+        except RuntimeError:  # the loop is closed: the server ends
+            self._current.kill()
+
+    @property
+    def is_cancelled(self) -> bool:
+        return self._cancelled
+
+    def _take(self, event: RunEvent, snapshot: str | None) -> None:
+        self._step = max(self._step, event.step)
+        if snapshot is not None:
+            self._snapshots.append((event.step, snapshot))
+        self._report(event)
+
+    def _report(self, event: RunEvent) -> None:
+        if not self._closed:
+            self._on_event(event)
+
+
+class _Launch:
+    """The processes from one start to an end or a pause, restarts included."""
+
+    def __init__(
+        self,
+        run: LaunchedRun,
+        folder: JobFolder,
+        name: str,
+        write: Callable[[JobFolder], tuple[LaunchSpec, ExampleFeed]],
+        nodes: Nodes,
+        environment: dict[str, str],
+    ) -> None:
+        self._run, self._folder, self._name, self._write, self._nodes = run, folder, name, write, nodes
+        self._environment = environment
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._killed = False
+        self._pausing = False
+        self._step = 0
+        self.ended = False
+        """True once the last event was posted, or nothing more will be."""
+
+    def start(self, max_restarts: int) -> None:
+        threading.Thread(target=self._supervise, args=(max_restarts,), name="launched", daemon=True).start()
+
+    def pause(self) -> None:
+        self._pausing = True
+        self._ask()
+
+    def unpause(self) -> None:
+        self._pausing = False
+        remove(self._folder.path / REQUEST)
+
+    def kill(self) -> None:
+        """End all processes at once."""
+        with self._lock:
+            self._killed = True
+            if self._process is not None:
+                _kill(self._process)
+
+    def _ask(self) -> None:
+        try:
+            self._folder.request(PAUSE)
+        except OSError as error:
+            _log.warning("cannot_pause", job=self._name, reason=reason(error))
+
+    # -- on the thread -------------------------------------------------------------------------
+
+    def _supervise(self, max_restarts: int) -> None:
+        try:
+            last = self._work(max_restarts)
+        except OSError as error:
+            message = f"The job cannot start: {reason(error)}."
+            last = (FailedEvent(step=self._step, code=error_code(error), message=message), None)
+        except Exception:
+            _log.exception("launched_job_failed", job=self._name)
+            message = "An internal error ended this job; the server's log has it."
+            last = (FailedEvent(step=self._step, code="internal_error", message=message), None)
+        self.ended = True
+        if self._run.is_cancelled:
+            last = (CancelledEvent(step=self._step), None)
+        if last is not None:
+            self._run.post(*last)
+
+    def _work(self, max_restarts: int) -> tuple[RunEvent, str | None] | None:
+        """Run torchrun, again where ranks were killed; returns the last event, which is not posted yet."""
+        self._folder.clear()
+        spec, feed = self._write(self._folder)
+        self._folder.write(spec, feed)
+        if self._pausing:
+            self._ask()
+        attempt = restarts = 0
+        while not self._killed:
+            best, attempt = self._step, attempt + 1
+            self._folder.write_spec(msgspec.structs.replace(spec, attempt=attempt))
+            last = self._attempt(attempt, max_restarts)
+            if last is not None or self._killed:
+                return last
+            end = self._folder.end()
+            if end is not None and not end.crashed:
+                _log.warning("launched_job_failed", job=self._name, log=self._folder.last_lines())
+                return FailedEvent(step=self._step, code=end.code, message=end.message), None
+            restarts = 1 if self._step > best else restarts + 1
+            _log.warning("launched_job_crashed", job=self._name, restarts=restarts, log=self._folder.last_lines())
+            if restarts > max_restarts:
+                message = (
+                    f"The processes of this job were killed {restarts} times in a row without a step in between "
+                    f"(trainer.max_restarts is {max_restarts}); {self._folder.log} has their output."
+                )
+                return FailedEvent(step=self._step, code="ranks_killed", message=message), None
+        return None
+
+    def _attempt(self, attempt: int, max_restarts: int) -> tuple[RunEvent, str | None] | None:
+        """One life of torchrun; returns the event that ends the run, if there was one."""
+        reader = ReportReader(self._folder, attempt)
+        with self._folder.log.open("ab") as output:
+            process = self._spawn(max_restarts, output.fileno())
+        last: tuple[RunEvent, str | None] | None = None
+        try:
+            alive = True
+            while alive and last is None:
+                alive = process.poll() is None
+                for report in reader.read():
+                    if isinstance(report.event, Ended):
+                        last = (report.event, report.snapshot)
+                        continue
+                    self._step = report.event.step
+                    self._run.post(report.event, report.snapshot)
+                if alive and last is None:
+                    time.sleep(TAIL_SECONDS)
+            if last is not None:
+                self._step = last[0].step
+                _wait(process, EXIT_SECONDS)
+        finally:
+            _kill(process)
+            process.wait()
+        return last
+
+    def _spawn(self, max_restarts: int, output: int) -> subprocess.Popen[bytes]:
+        arguments = self._nodes.arguments(self._folder, self._name, max_restarts=max_restarts)
+        command = [sys.executable, "-m", "runtime.trainer.launched", "agent", str(os.getpid()), str(self._folder.path)]
+        failpoint("launched.spawn")
+        with self._lock:
+            self._process = process = subprocess.Popen(
+                [*command, *arguments],
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+            if self._killed:
+                _kill(process)
+        _log.info("launched", job=self._name, process=process.pid)
+        return process
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Kill torchrun, and with it its ranks."""
+    if process.poll() is None:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            process.kill()
+
+
+def _wait(process: subprocess.Popen[bytes], seconds: float) -> None:
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        _log.warning("launched_job_does_not_end", process=process.pid)
+
+
+def _move(source: Path, target: Path) -> None:
+    """Make a snapshot's files those of an empty directory, synced. Raises `OSError`."""
+    for path in sorted(source.iterdir()):
+        path.rename(target / path.name)
+    for folder, _, names in os.walk(target):
+        for name in names:
+            sync_file(Path(folder) / name)
+    remove(source)
