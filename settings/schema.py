@@ -70,6 +70,13 @@ class ModelSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
             "(Q4_0, Q4_1, Q8_0)."
         ),
     ] = "none"
+    cache_quantised: Annotated[
+        bool,
+        doc(
+            "Keep weights that were quantised on a CPU (int8, int4, nf4) below the cache directory, the last four, and "
+            "map them at the next start."
+        ),
+    ] = True
     device: Annotated[Device, doc("auto, cpu, cuda or cuda:N.")] = "auto"
     max_model_len: Annotated[Count | None, doc("Context length in tokens; default: the model's own.", example="8K")] = (
         None

@@ -11,6 +11,7 @@ from torch import Tensor
 import kernels
 from runtime.checkpoints import Checkpoint
 from runtime.checkpoints.safetensors_files import WeightFiles
+from runtime.checkpoints.weight_cache import WeightCache
 from runtime.model.config import ModelLoadError, architectures
 from runtime.model.decoder import Decoder
 from runtime.model.families import find_model, is_native
@@ -154,11 +155,17 @@ def load_decoder(
     device = device or make_device(settings.device)
     with _load_errors(checkpoint):
         decoder, quantization = _make_decoder(checkpoint, settings, group, device)
+        cache = WeightCache.of(checkpoint, decoder, quantization) if settings.cache_quantised else None
+        if cache is not None and cache.restore(decoder):
+            return decoder
         stored = _blocks(checkpoint, device) if quantization == "gguf" else checkpoint.tensors()
         family = find_model(checkpoint.config)
         renamed = head_as_embedding(checkpoint.files, family, decoder.spec)
         weights = family.weights(((renamed.get(name, name), weight) for name, weight in stored), decoder.spec)
-        decoder.load(weights, quantization=quantization, name_of=family.tensor_name)
+        keep = None if cache is None else cache.keep
+        decoder.load(weights, quantization=quantization, name_of=family.tensor_name, keep=keep)
+        if cache is not None:
+            cache.commit(decoder)
     return decoder
 
 

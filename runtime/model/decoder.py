@@ -202,11 +202,13 @@ class Decoder:
         *,
         quantization: str = "none",
         name_of: Callable[[str, str], str] = "{} ({})".format,
+        keep: Callable[[str, QuantisedWeight, tuple[Tensor, Tensor]], None] | None = None,
     ) -> None:
         """Fill the weights from (parameter, part, tensor), and quantise matrices as soon as they are complete:
         `quantization` is "none" or one of `kernels.QUANTISERS`. Weights stored in integers stay as they are, except in
         mixtures of experts, which compute in floating point. Raises `WeightError` naming the misfitting or missing
-        parts; `name_of` maps a parameter and part to a name."""
+        parts; `name_of` maps a parameter and part to a name. `keep` gets each weight that was quantised, by its
+        parameter, with the sample of its values from before."""
         quantisers = QUANTISERS.get(quantization)
         parameters = self.parameters()
         for parameter in parameters.values():
@@ -222,7 +224,9 @@ class Decoder:
             except WeightError as error:
                 raise WeightError(f"{name_of(name, part)}: {error}{self.spec.sizes}") from None
             if quantisers and parameter.data.ndim == 2 and not parameter.missing and not parameter.quantised:
-                parameter.quantise(self.ops, _quantiser(quantisers, name))
+                quantised = parameter.quantise(self.ops, _quantiser(quantisers, name))
+                if keep is not None:
+                    keep(name, quantised, parameter.sample())
         lacking = [name_of(name, part) for name, parameter in parameters.items() for part in parameter.missing]
         if lacking:
             raise WeightError(f"the checkpoint lacks {len(lacking)} weights, the first: {lacking[0]}")

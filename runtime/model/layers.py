@@ -82,14 +82,29 @@ class Parameter:
         parameter._missing.clear()
         return parameter
 
-    def quantise(self, ops: Ops, quantiser: Quantiser) -> None:
-        """Replace the weight [out, in] in floating point by the quantiser's result. Ranks that hold columns of one
-        weight call this together."""
+    def quantise(self, ops: Ops, quantiser: Quantiser) -> QuantisedWeight:
+        """Replace the weight [out, in] in floating point by the quantiser's result, and return that. Ranks that hold
+        columns of one weight call this together."""
         self._sampled = self.sample()
         if self._columns is not None and quantiser is quantise_int8:
-            self._hold(quantise_int8(self.data, self._group.max(reach_of(turn(self.data)))), ops)
+            weight: QuantisedWeight = quantise_int8(self.data, self._group.max(reach_of(turn(self.data))))
         else:
-            self._hold(quantiser(self.data), ops)
+            weight = quantiser(self.data)
+        self._hold(weight, ops)
+        return weight
+
+    def restore(self, weight: Weight, sample: tuple[Tensor, Tensor] | None, ops: Ops) -> None:
+        """Fill the whole weight at once, with the result of `quantise` and the `sample` from before it, or in floating
+        point. Raises `WeightError` for a wrong shape."""
+        expected = (self.data.shape[0], *self.data.shape[1:])
+        if tuple(weight.shape) != expected:
+            raise WeightError(f"expected shape {list(expected)}, got {list(weight.shape)}")
+        if isinstance(weight, Tensor):
+            self._floats().copy_(weight)
+        else:
+            self._sampled = sample
+            self._hold(weight, ops)
+        self._missing.clear()
 
     def _hold(self, weight: QuantisedWeight, ops: Ops) -> None:
         exact = self._columns is not None and isinstance(weight, Int8Weight)  # as `kernels.sharded` requires
