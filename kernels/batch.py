@@ -236,6 +236,10 @@ class LoraFactors:
     scales: Tensor
     """[R]: the scale of the part that each row of `a` belongs to."""
 
+    def plain(self) -> LoraFactors:
+        """The same as tensors of these shapes in floating point, where a backend has them in a layout of its own."""
+        return self
+
 
 class LoraSegment(NamedTuple):
     """The tokens of a batch that one adapter is for."""

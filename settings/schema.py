@@ -357,6 +357,13 @@ class AdapterSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             "tokens, and whole copies (`lora_modules_to_save`)."
         ),
     ] = 2 * 1024**3
+    lora_dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "int8"],
+        doc(
+            "Type in which a CPU holds adapters to serve them; sums are float32's. auto: int8 beside a base in "
+            "integers, else the base's type; with `deterministic` float32. What is trained and stored is float32."
+        ),
+    ] = "auto"
     resolve_folder: Annotated[
         NonEmpty | None,
         doc(

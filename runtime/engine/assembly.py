@@ -26,7 +26,7 @@ from runtime.support.memory import keep_freed_memory, return_freed_memory
 from runtime.text.grammar import GrammarCompiler
 from runtime.trainer.run import make_run_on
 from runtime.trainer.sliced_run import MakeRun
-from runtime.workers.adapter_slots import AdapterSlots
+from runtime.workers.adapter_slots import AdapterSlots, lora_dtype
 from runtime.workers.executor import Executor, InProcessExecutor
 from runtime.workers.worker import Worker
 from settings.schema import CacheSettings, ParallelSettings, SchedulerSettings, Settings
@@ -77,7 +77,8 @@ def assemble(settings: Settings) -> Assembled:
         raise ModelLoadError(f"model.deterministic cannot be promised for {name}: {reason}.")
     dtype = cache_dtype(settings, decoder)
     lora_base = base_of(decoder, checkpoint, name)
-    slots = AdapterSlots(lora_base, decoder, max_rank=settings.adapters.max_lora_rank)
+    held_in = lora_dtype(settings.adapters.lora_dtype, settings.model)
+    slots = AdapterSlots(lora_base, decoder, max_rank=settings.adapters.max_lora_rank, dtype=held_in)
     cpu, host_blocks = torch.device("cpu"), cache.num_host_blocks
     grammars = _grammars(settings, checkpoint, decoder)
     worker = Worker(
@@ -111,7 +112,10 @@ def _assemble_ranks(settings: Settings, checkpoint: Checkpoint, name: str, size:
     launch = launcher(settings, size)
     device = make_device(settings.model.device)
     shapes = describe_decoder(checkpoint, settings.model, UnconnectedRank(size))
-    load = LoadModel(model=settings.model, name=name, max_lora_rank=settings.adapters.max_lora_rank)
+    adapters = settings.adapters
+    load = LoadModel(
+        model=settings.model, name=name, max_lora_rank=adapters.max_lora_rank, lora_dtype=adapters.lora_dtype
+    )
     executor = DistributedExecutor(launch, load, timeout=settings.parallel.rank_timeout)
     try:
         loaded = executor.loaded

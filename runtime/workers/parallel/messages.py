@@ -40,6 +40,8 @@ class LoadModel(Struct, frozen=True, kw_only=True, tag=True):
     name: str
     """Name of the model in the API."""
     max_lora_rank: int
+    lora_dtype: str
+    """As in the setting `adapters.lora_dtype`."""
 
 
 class Allocate(Struct, frozen=True, kw_only=True, tag=True):

@@ -27,7 +27,7 @@ from runtime.text.grammar import GrammarCompiler
 from runtime.trainer.batches import ExampleFeed
 from runtime.trainer.run import TrainingRun
 from runtime.trainer.sliced_run import RunSpec
-from runtime.workers.adapter_slots import AdapterSlots
+from runtime.workers.adapter_slots import AdapterSlots, lora_dtype
 from runtime.workers.parallel.collectives import CollectiveFailed, TorchGroup
 from runtime.workers.parallel.link import Link, LinkClosed
 from runtime.workers.parallel.messages import (
@@ -241,7 +241,8 @@ class Rank:
         self._decoder = load_decoder(checkpoint, settings, self._meet(device), device=device)
         self._training = RankTraining(self._decoder)
         base = LoraBase.of(self._decoder, find_model(checkpoint.config), message.name)
-        self._slots = AdapterSlots(base, self._decoder, max_rank=message.max_lora_rank)
+        held_in = lora_dtype(message.lora_dtype, message.model)
+        self._slots = AdapterSlots(base, self._decoder, max_rank=message.max_lora_rank, dtype=held_in)
         free = int(psutil.virtual_memory().available)
         if device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(device)
