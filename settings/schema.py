@@ -415,6 +415,26 @@ class TrainerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         ),
     ] = ()
     min_share: Annotated[Share, doc("Share of the time that a running job gets even when requests never pause.")] = 0.2
+    max_running_jobs: Annotated[
+        Count, doc("Most jobs that train at once, in turns; more wait, as do jobs for which there is no memory.")
+    ] = 1
+    job_weight: Annotated[
+        float,
+        Meta(gt=0.0, le=1000.0),
+        doc(
+            "Share of the training time that a job gets beside others, in relation to theirs; a recipe's own "
+            "`job_weight` goes first.",
+            expects="a number above 0 and at most 1000",
+        ),
+    ] = 1.0
+    job_memory: Annotated[
+        Bytes | None,
+        doc(
+            "Memory that jobs running at once may take together, by their plans; one alone always starts. Default: "
+            "half of what is free when a second job is to start.",
+            example="8GiB",
+        ),
+    ] = None
     max_queued_jobs: Annotated[Count, doc("Most jobs waiting; one more is answered 429.")] = 100
     max_recipe: Annotated[
         Bytes, Meta(le=MAX_RECIPE), doc("Largest recipe; at most 128KiB.", expects="a size of at most 128KiB")

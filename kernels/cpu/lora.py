@@ -2,7 +2,7 @@
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
@@ -47,8 +47,10 @@ class LoraLayout(LoraFactors):
         """For float32 on the CPU, to be held in `dtype`, one of `_TYPES`: integers have a scale for each rank of A and
         one of B."""
         factors = _by_column(factors)
-        a, a_scales = _held(factors.a, dtype, 1)
-        parts = [_held(b.t(), dtype, 1) for b in factors.b]
+        reach = factors.reach if factors.reach is not None else _reach_of(factors)
+        a, a_scales = _held(factors.a, dtype, reach[0])
+        of_parts = torch.split(reach[1], [b.shape[1] for b in factors.b])
+        parts = [_held(b.t(), dtype, one) for b, one in zip(factors.b, of_parts, strict=True)]
         scales = factors.scales
         if a_scales is not None:
             scales = scales * a_scales * torch.cat([one for _, one in parts if one is not None])
@@ -78,7 +80,7 @@ def _by_column(factors: LoraFactors) -> LoraFactors:
     """The same with the parts in the order of their columns."""
     order = sorted(range(len(factors.b)), key=lambda part: factors.columns[part])
     if order == [*range(len(order))]:
-        return LoraFactors(factors.a.contiguous(), factors.b, factors.columns, factors.scales.contiguous())
+        return replace(factors, a=factors.a.contiguous(), scales=factors.scales.contiguous())
     ranks = [b.shape[1] for b in factors.b]
     a, scales = torch.split(factors.a, ranks), torch.split(factors.scales, ranks)
     return LoraFactors(
@@ -86,14 +88,23 @@ def _by_column(factors: LoraFactors) -> LoraFactors:
         tuple(factors.b[part] for part in order),
         tuple(factors.columns[part] for part in order),
         torch.cat([scales[part] for part in order]),
+        reach=None
+        if factors.reach is None
+        else torch.cat([torch.split(factors.reach, ranks, 1)[part] for part in order], 1),
     )
 
 
-def _held(values: Tensor, dtype: torch.dtype, dim: int) -> tuple[Tensor, Tensor | None]:
-    """values [R, n] in another type, and for integers the scales [R] that they are to be multiplied with."""
+def _reach_of(factors: LoraFactors) -> Tensor:
+    """`LoraFactors.reach` of factors that are whole."""
+    return torch.stack([factors.a.abs().amax(1), torch.cat([b.abs().amax(0) for b in factors.b])])
+
+
+def _held(values: Tensor, dtype: torch.dtype, reach: Tensor) -> tuple[Tensor, Tensor | None]:
+    """values [R, n], none larger than reach [R], in another type, and for integers the scales [R] that they are to be
+    multiplied with."""
     if dtype is not torch.int8:
         return values.to(dtype).contiguous(), None
-    scales = values.abs().amax(dim).clamp(min=torch.finfo(torch.float32).tiny) / LARGEST_INT8
+    scales = reach.clamp(min=torch.finfo(torch.float32).tiny) / LARGEST_INT8
     return (values / scales.unsqueeze(1)).round().to(torch.int8), scales
 
 

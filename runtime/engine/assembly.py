@@ -72,7 +72,7 @@ def assemble(settings: Settings) -> Assembled:
     device = make_device(settings.model.device)
     decoder = load_model(checkpoint, settings.model, device=device)
     keep_freed_memory()
-    cache = _plan_cache(settings, decoder, _free_bytes(device))
+    cache = _plan_cache(settings, decoder, free_bytes(device))
     if settings.model.deterministic and (reason := decoder.batch_variance) is not None:
         raise ModelLoadError(f"model.deterministic cannot be promised for {name}: {reason}.")
     dtype = cache_dtype(settings, decoder)
@@ -259,7 +259,8 @@ def _asynchronous(mode: str, device: torch.device) -> bool:
     return mode == "on" or (mode == "auto" and device.type == "cuda")
 
 
-def _free_bytes(device: torch.device) -> int:
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free on a device, or on the host for any other than a GPU."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free)

@@ -164,5 +164,14 @@ class AdapterSlots:
             b=tuple(b.to(device, dtype).contiguous() for _, b in held),
             columns=tuple(linear.weight.starts[part.part] for part in parts),
             scales=scales.to(device, dtype),
+            # Of whole factors: what ranks hold adds up to what one process holds.
+            reach=torch.stack(
+                [torch.cat([_reach(part.a) for part in parts]), torch.cat([_reach(part.b.t()) for part in parts])]
+            ),
         )
         return self._decoder.ops.prepare_lora(factors, self._dtype)
+
+
+def _reach(values: Tensor) -> Tensor:
+    """values [R, n] → [R]: the largest size in each row."""
+    return values.abs().amax(1).float()
