@@ -9,7 +9,7 @@ Shapes are those of `kernels.interface`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
 from typing import NamedTuple
@@ -235,6 +235,13 @@ class LoraFactors:
     """First column of each part in the linear's output."""
     scales: Tensor
     """[R]: the scale of the part that each row of `a` belongs to."""
+    reach: Tensor | None = field(default=None, kw_only=True)
+    """[2, R]: the largest size of each rank's numbers in A and in B, where these are a rank process's share of them;
+    None: they are all here."""
+
+    def plain(self) -> LoraFactors:
+        """The same as tensors of these shapes in floating point, where a backend has them in a layout of its own."""
+        return self
 
 
 class LoraSegment(NamedTuple):

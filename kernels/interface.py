@@ -8,6 +8,7 @@ Ops without "in place" in their docstring are differentiable in the reference ba
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from kernels.batch import LoraFactors, LoraSegment, PagedRows
@@ -32,9 +33,9 @@ class Ops(ABC):
         """The same weight in this backend's layout. Called once, when it is loaded. Any backend takes the result."""
         return weight
 
-    def prepare_lora(self, factors: LoraFactors) -> LoraFactors:
+    def prepare_lora(self, factors: LoraFactors, dtype: torch.dtype = torch.float32) -> LoraFactors:
         """The same factors in this backend's layout. Called once, when an adapter is loaded. Any backend takes the
-        result."""
+        result. `dtype`: float32, bfloat16 or int8, in which a backend may hold factors that are given in float32."""
         return factors
 
     def fuse_layers(self, stack: LayerStack, layer_by_layer: ForwardLayers[ContextT]) -> ForwardLayers[ContextT]:

@@ -40,7 +40,7 @@ class ReferenceOps(Ops):
 
     def lora_apply(self, x: Tensor, y: Tensor, segments: Sequence[LoraSegment]) -> Tensor:
         for segment in segments:
-            tokens, factors = segment.tokens, segment.factors
+            tokens, factors = segment.tokens, segment.factors.plain()
             shrunk = F.linear(x if tokens is None else x.index_select(0, tokens), factors.a) * factors.scales
             ranks = [b.shape[1] for b in factors.b]
             for narrow, b, column in zip(torch.split(shrunk, ranks, dim=-1), factors.b, factors.columns, strict=True):

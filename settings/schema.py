@@ -366,6 +366,13 @@ class AdapterSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             "tokens, and whole copies (`lora_modules_to_save`)."
         ),
     ] = 2 * 1024**3
+    lora_dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "int8"],
+        doc(
+            "Type in which a CPU holds adapters to serve them; sums are float32's. auto: int8 beside a base in "
+            "integers, else the base's type; with `deterministic` float32. What is trained and stored is float32."
+        ),
+    ] = "auto"
     resolve_folder: Annotated[
         NonEmpty | None,
         doc(
@@ -433,6 +440,26 @@ class TrainerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     rendezvous: Annotated[
         NonEmpty | None,
         doc("`host:port` at which the nodes meet; torchrun on one of them listens there.", example="node-0:29400"),
+    ] = None
+    max_running_jobs: Annotated[
+        Count, doc("Most jobs that train at once, in turns; more wait, as do jobs for which there is no memory.")
+    ] = 1
+    job_weight: Annotated[
+        float,
+        Meta(gt=0.0, le=1000.0),
+        doc(
+            "Share of the training time that a job gets beside others, in relation to theirs; a recipe's own "
+            "`job_weight` goes first.",
+            expects="a number above 0 and at most 1000",
+        ),
+    ] = 1.0
+    job_memory: Annotated[
+        Bytes | None,
+        doc(
+            "Memory that jobs running at once may take together, by their plans; one alone always starts. Default: "
+            "half of what is free when a second job is to start.",
+            example="8GiB",
+        ),
     ] = None
     max_queued_jobs: Annotated[Count, doc("Most jobs waiting; one more is answered 429.")] = 100
     max_recipe: Annotated[

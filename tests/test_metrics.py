@@ -87,7 +87,8 @@ def busy() -> Metrics:
             accuracy=0.5,
             seconds=4.0,
             busy_seconds=3.0,
-        )
+        ),
+        "ftjob-1",
     )
     metrics.on_slice(0.003, slack_used=0.5)
     metrics.on_target_miss("tpot")

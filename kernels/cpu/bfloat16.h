@@ -1,4 +1,4 @@
-// Rows of float weights, [out][in] as they lie: float32, or bfloat16 that is widened on the way.
+// Rows of weights as they lie: float32, or bfloat16 and integers that become float32 on the way.
 #pragma once
 
 #include "simd.h"
@@ -11,6 +11,18 @@ INLINE vf load_weights(const uint16_t* from) {
     vh halves;
     std::memcpy(&halves, from, sizeof halves);
     return bits(__builtin_convertvector(halves, vi) << 16);
+}
+
+INLINE vf load_weights(const int8_t* from) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#elif defined(__AVX2__)
+    return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+#else
+    vi wide;
+    for (int i = 0; i < W; i++) wide[i] = from[i];
+    return __builtin_convertvector(wide, vf);
+#endif
 }
 
 INLINE float load_weight(const float* from) { return *from; }

@@ -13,19 +13,55 @@
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-// Types of the KV cache.
+// Types of the KV cache, and of adapters' factors.
 enum CacheType : int { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2 };
 
 // A layer's linears, in the order in which they run.
 enum LinearPlace : int { QKV = 0, OUT = 1, GATE_UP = 2, DOWN = 3 };
 
+// Tiles of 64 outputs to which the same ranks of an adapter add.
+struct LoraSpan {
+    int64_t first_tile;
+    int64_t end_tile;
+    int64_t first_rank;
+    int64_t ranks;
+    int64_t offset;  // of the first tile in `b`, in numbers
+};
+
+// Factors of one adapter for one linear. Numbers that are integers are so times `scales`.
+struct LoraView {
+    const void* a;         // [rank, in]: every part's A, one below the other
+    const void* b;         // by span, [tiles, ranks, 64]
+    const float* scales;   // [rank]
+    int64_t rank;          // of all parts together
+    int64_t out_features;  // up to the last output that it changes
+    const LoraSpan* spans;
+    int64_t num_spans;
+    int64_t type;  // `CacheType` of a and b
+};
+
+// The tokens of a batch that one adapter applies to, for one linear.
+struct LoraTokens {
+    const int64_t* tokens;  // [count], or null: the first `count` of the batch
+    int64_t count;
+    const LoraView* factors;
+};
+
+// The tokens of a batch that have adapters, for one linear; no token is in two segments.
+struct LoraBatch {
+    const LoraTokens* segments;
+    int64_t num_segments;
+};
+
 // y [rows, out] = f(norm(x) W^T + bias) + residual, for x [rows, in]. `values`, `scales` and `zero_sums` are the
 // weight, as the comment of each function says. `norm` [in], `bias` [out] and `residual` [rows, out] may be null. With
 // `swiglu` 1 the weight (and the bias) has 2 * out outputs, gates and then ups, and f(gate, up) is silu(gate) * up;
 // else f(x) is x.
+// `lora`, or null: what adapters add to x W^T before SwiGLU, else to y.
 using LinearFunction = void(const float* x, long x_stride, long rows, long in, long out, const void* values,
                             const void* scales, const void* zero_sums, const float* bias, const float* norm, float eps,
-                            const float* residual, float* y, int swiglu, int threads);
+                            const float* residual, float* y, int swiglu, const LoraBatch* lora,
+                            int threads);
 
 // A linear of a layer.
 struct LinearView {
@@ -53,30 +89,6 @@ struct LayerView {
 struct CacheView {
     char* keys;
     char* values;
-};
-
-// Factors of one adapted part of a linear's output.
-struct LoraPart {
-    const float* b;  // [rank, out]
-    int64_t rank;
-    int64_t out_features;
-    int64_t column;  // first column of the part in the linear's output
-};
-
-// Factors of one adapter for one linear.
-struct LoraView {
-    const float* a;       // [rank, in]: every part's A, one below the other
-    const float* scales;  // [rank]
-    int64_t rank;         // of all parts together
-    const LoraPart* parts;
-    int64_t num_parts;
-};
-
-// The tokens of a batch that one adapter applies to, for one linear.
-struct LoraTokens {
-    const int64_t* tokens;  // [count], or null: the first `count` of the batch
-    int64_t count;
-    const LoraView* factors;
 };
 
 // The tokens of a batch that one adapter applies to, for all layers.
@@ -155,9 +167,9 @@ EXPORT void eft_int8_matmul(const int8_t* x, long rows, long in, const int8_t* v
 
 // ---- Other ops of a layer ----
 
-// y [.., out] += (scales * x A^T) B^T for the tokens of every segment; x [.., in].
-EXPORT void eft_lora_apply(const float* x, long x_stride, long in, float* y, long y_stride, const LoraTokens* segments,
-                           long num_segments, int threads);
+// y [tokens, out] += (scales * x A^T) B^T for the tokens of every segment; x [tokens, in].
+EXPORT void eft_lora_apply(const float* x, long x_stride, long tokens, long in, float* y, long y_stride,
+                           const LoraBatch* lora, int threads);
 
 // y [rows, size] = x over its root mean square, times weight [size] plus `one`, which is 0 or 1.
 EXPORT void eft_rms_norm(const float* x, long stride, long rows, long size, const float* weight, float one, float eps,

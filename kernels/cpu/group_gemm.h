@@ -120,7 +120,9 @@ void run_streamed(const GemmProblem& op, const Format& format, int threads) {
         // Every thread packs all rows: that is quicker than to wait for one that did.
         static thread_local Scratch scratch;
         const Block block(scratch.bytes(static_cast<size_t>(Block::size(format.groups, rows))), format.groups, rows);
+        op.begin_lora();
         format.pack(block, 0, rows);
+        op.finish_lora();
         alignas(64) TileOutputs result[MAX_STREAMED_ROWS], ups[MAX_STREAMED_ROWS];
         ranges.run(own, [&](long tile, bool) {
             multiply_stored(rows, format, block, tile, result);
@@ -168,10 +170,12 @@ void run_unpacked(const GemmProblem& op, const Format& format, int threads) {
         in_parallel(threads, [&] {
             static thread_local Scratch own, unpacked;
             char* packed = apart ? own.bytes(bytes) : shared;
+            op.begin_lora();
             if (apart)
                 for (long block = 0; block < blocks; block++) pack(packed, block);
             else
                 packing.run([&](long block) { pack(packed, block); });
+            op.finish_lora();
             const Panels<Format> panels(unpacked, format, both);
             ranges.run([&](long task, bool more) {
                 const long tile = tile_of(task), other = other_of(task);

@@ -21,12 +21,13 @@ struct Epilogue {
     float eps = 0.0f;
     const float* residual = nullptr;
     int swiglu = 0;
+    const LoraBatch* lora = nullptr;
 };
 
 void multiply(const LinearView& w, const float* x, long rows, const Epilogue& fused, float* y, int threads) {
     const long out = fused.swiglu ? w.out_features / 2 : w.out_features;
     w.function(x, w.in_features, rows, w.in_features, out, w.values, w.scales, w.zero_sums, w.bias, fused.norm,
-               fused.eps, fused.residual, y, fused.swiglu, threads);
+               fused.eps, fused.residual, y, fused.swiglu, fused.lora, threads);
 }
 
 // Bytes of memory at most that a thread keeps for its next call.
@@ -42,59 +43,50 @@ struct LayersPass {
     float eps;
     int threads;
     std::vector<LoraTokens> segments = {};
-    float *fused = nullptr, *attended = nullptr, *gates = nullptr, *mlp_inner = nullptr, *normed = nullptr;
+    LoraBatch lora = {};
+    float *fused = nullptr, *attended = nullptr, *gates = nullptr, *mlp_inner = nullptr;
 
     long qkv_width() const { return (heads + 2 * kv_heads) * dim; }
 
     void allocate(Scratch& kept, Scratch& own) {
-        const long sizes[] = {qkv_width(), heads * dim, 2 * inner, inner, hidden};
+        const long sizes[] = {qkv_width(), heads * dim, 2 * inner, inner};
         long all = 0;
         for (long size : sizes) all += size;
         const auto bytes = static_cast<size_t>(tokens * all) * sizeof(float);
         float* memory = reinterpret_cast<float*>((bytes > MAX_KEPT_BYTES ? own : kept).bytes(bytes));
-        float** places[] = {&fused, &attended, &gates, &mlp_inner, &normed};
-        for (int i = 0; i < 5; i++) {
+        float** places[] = {&fused, &attended, &gates, &mlp_inner};
+        for (int i = 0; i < 4; i++) {
             *places[i] = memory;
             memory += tokens * sizes[i];
         }
     }
 
-    // True if an adapter changes this linear; then `segments` are those that do.
-    bool has_lora(long layer, LinearPlace place) {
+    // What adapters add to this linear, until the next call; null: none changes it.
+    const LoraBatch* lora_of(long layer, LinearPlace place) {
         segments.clear();
         for (long i = 0; i < num_adapters; i++)
             if (const LoraView* factors = adapters[i].factors[layer * NUM_PLACES + place])
                 segments.push_back({adapters[i].tokens, adapters[i].count, factors});
-        return !segments.empty();
-    }
-
-    // y += what adapters make of x.
-    void add_lora(const LinearView& w, const float* x, float* y) const {
-        eft_lora_apply(x, w.in_features, w.in_features, y, w.out_features, segments.data(),
-                       static_cast<long>(segments.size()), threads);
+        lora = {segments.data(), static_cast<int64_t>(segments.size())};
+        return segments.empty() ? nullptr : &lora;
     }
 
     // y = x's norm times the weight, and what adapters add.
     void norm_linear(long layer, LinearPlace place, const float* x, const float* norm, float* y) {
-        const LinearView& w = layers[layer].linears[place];
-        if (!has_lora(layer, place)) return multiply(w, x, tokens, {norm, eps}, y, threads);
-        eft_rms_norm(x, hidden, tokens, hidden, norm, 0.0f, eps, normed, threads);
-        multiply(w, normed, tokens, {}, y, threads);
-        add_lora(w, normed, y);
+        multiply(layers[layer].linears[place], x, tokens, {norm, eps, nullptr, 0, lora_of(layer, place)}, y, threads);
     }
 
     // y += x times the weight, and what adapters add.
     void linear_add(long layer, LinearPlace place, const float* x, float* y) {
-        const LinearView& w = layers[layer].linears[place];
-        multiply(w, x, tokens, {nullptr, 0.0f, y}, y, threads);
-        if (has_lora(layer, place)) add_lora(w, x, y);
+        multiply(layers[layer].linears[place], x, tokens, {nullptr, 0.0f, y, 0, lora_of(layer, place)}, y, threads);
     }
 
     // The MLP's inner values of x, into `mlp_inner`.
     void norm_swiglu(long layer, const float* x) {
         const LayerView& one = layers[layer];
-        if (one.fuses_swiglu && !has_lora(layer, GATE_UP))
-            return multiply(one.linears[GATE_UP], x, tokens, {one.mlp_norm, eps, nullptr, 1}, mlp_inner, threads);
+        const LoraBatch* own = lora_of(layer, GATE_UP);
+        if (one.fuses_swiglu)
+            return multiply(one.linears[GATE_UP], x, tokens, {one.mlp_norm, eps, nullptr, 1, own}, mlp_inner, threads);
         norm_linear(layer, GATE_UP, x, one.mlp_norm, gates);
         eft_silu_mul(gates, tokens, inner, mlp_inner, threads);
     }

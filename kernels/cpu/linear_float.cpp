@@ -166,10 +166,12 @@ void run_rows(const GemmProblem& op, const FloatOperands<T>& from, int threads) 
     in_parallel(threads, [&] {
         static thread_local Scratch scratch;
         const Workspace space(scratch, batch, sizeof(T) != sizeof(float));
+        op.begin_lora();
         if (together)
             normalising.run([&](long task) {
                 norms(task * NORM_ROWS_PER_TASK, std::min(op.rows, (task + 1) * NORM_ROWS_PER_TASK));
             });
+        op.finish_lora();
         ranges.run([&](long task, bool) { compute(op, batch, from.weight, task * W, space); });
     });
 }
@@ -178,10 +180,7 @@ template <typename T>
 void run(const GemmProblem& op, FloatOperands<T> from, int threads) {
     const long most = std::max(MAX_PACKED_BYTES / (std::max(op.in, 1L) * static_cast<long>(sizeof(float))), 32L);
     for (long first = 0; first < op.rows; first += most) {
-        GemmProblem part = op;
-        part.rows = std::min(most, op.rows - first);
-        part.y += first * op.out;
-        if (op.residual) part.residual += first * op.out;
+        const GemmProblem part = op.part(first, std::min(most, op.rows - first));
         run_rows(part, from, threads);
         from.x += part.rows * from.stride;
     }
@@ -191,14 +190,16 @@ void run(const GemmProblem& op, FloatOperands<T> from, int threads) {
 
 void eft_linear_float32(const float* x, long x_stride, long rows, long in, long out, const void* values,
                         const void*, const void*, const float* bias, const float* norm, float eps,
-                        const float* residual, float* y, int swiglu, int threads) {
-    run(GemmProblem{rows, in, out, bias, residual, y, swiglu != 0},
+                        const float* residual, float* y, int swiglu, const LoraBatch* lora, int threads) {
+    LoraDeltas deltas(lora, {x, x_stride, rows, in, swiglu ? 2 * out : out, norm, eps});
+    run(GemmProblem{rows, in, out, bias, residual, y, swiglu != 0, deltas.get(), deltas.rows()},
         FloatOperands<float>{x, x_stride, static_cast<const float*>(values), norm, eps}, threads);
 }
 
 void eft_linear_bfloat16(const float* x, long x_stride, long rows, long in, long out, const void* values,
                          const void*, const void*, const float* bias, const float* norm, float eps,
-                         const float* residual, float* y, int swiglu, int threads) {
-    run(GemmProblem{rows, in, out, bias, residual, y, swiglu != 0},
+                         const float* residual, float* y, int swiglu, const LoraBatch* lora, int threads) {
+    LoraDeltas deltas(lora, {x, x_stride, rows, in, swiglu ? 2 * out : out, norm, eps});
+    run(GemmProblem{rows, in, out, bias, residual, y, swiglu != 0, deltas.get(), deltas.rows()},
         FloatOperands<uint16_t>{x, x_stride, static_cast<const uint16_t*>(values), norm, eps}, threads);
 }

@@ -63,8 +63,9 @@ struct Int8Groups {
 
 void eft_linear_int4(const float* x, long x_stride, long rows, long in, long out, const void* values,
                      const void*, const void*, const float* bias, const float* norm, float eps,
-                     const float* residual, float* y, int swiglu, int threads) {
-    run_groups(GemmProblem{rows, in, out, bias, residual, y, swiglu != 0},
+                     const float* residual, float* y, int swiglu, const LoraBatch* lora, int threads) {
+    LoraDeltas deltas(lora, {x, x_stride, rows, in, swiglu ? 2 * out : out, norm, eps});
+    run_groups(GemmProblem{rows, in, out, bias, residual, y, swiglu != 0, deltas.get(), deltas.rows()},
                GroupedWeights<Int4Groups>{
                    {x, x_stride, in, norm, eps}, static_cast<const uint8_t*>(values), (in + GROUP - 1) / GROUP},
                threads);
@@ -72,8 +73,9 @@ void eft_linear_int4(const float* x, long x_stride, long rows, long in, long out
 
 void eft_linear_int8_groups(const float* x, long x_stride, long rows, long in, long out, const void* values,
                             const void*, const void*, const float* bias, const float* norm, float eps,
-                            const float* residual, float* y, int swiglu, int threads) {
-    run_groups(GemmProblem{rows, in, out, bias, residual, y, swiglu != 0},
+                            const float* residual, float* y, int swiglu, const LoraBatch* lora, int threads) {
+    LoraDeltas deltas(lora, {x, x_stride, rows, in, swiglu ? 2 * out : out, norm, eps});
+    run_groups(GemmProblem{rows, in, out, bias, residual, y, swiglu != 0, deltas.get(), deltas.rows()},
                GroupedWeights<Int8Groups>{
                    {x, x_stride, in, norm, eps}, static_cast<const uint8_t*>(values), (in + GROUP - 1) / GROUP},
                threads);

@@ -269,16 +269,18 @@ void write_zero_sums(const int8_t* values, long tiles, long groups, int32_t* zer
 
 void eft_linear_int8(const float* x, long x_stride, long rows, long in, long out, const void* values,
                      const void* scales, const void* zero_sums, const float* bias, const float* norm, float eps,
-                     const float* residual, float* y, int swiglu, int threads) {
-    run<false>({rows, in, out, bias, residual, y, swiglu != 0}, {x, x_stride, in, norm, eps}, values, scales, zero_sums,
-              threads);
+                     const float* residual, float* y, int swiglu, const LoraBatch* lora, int threads) {
+    LoraDeltas deltas(lora, {x, x_stride, rows, in, swiglu ? 2 * out : out, norm, eps});
+    run<false>({rows, in, out, bias, residual, y, swiglu != 0, deltas.get(), deltas.rows()},
+               {x, x_stride, in, norm, eps}, values, scales, zero_sums, threads);
 }
 
 void eft_linear_int8_narrow(const float* x, long x_stride, long rows, long in, long out, const void* values,
                             const void* scales, const void* zero_sums, const float* bias, const float* norm, float eps,
-                            const float* residual, float* y, int swiglu, int threads) {
-    run<true>({rows, in, out, bias, residual, y, swiglu != 0}, {x, x_stride, in, norm, eps}, values, scales, zero_sums,
-              threads);
+                            const float* residual, float* y, int swiglu, const LoraBatch* lora, int threads) {
+    LoraDeltas deltas(lora, {x, x_stride, rows, in, swiglu ? 2 * out : out, norm, eps});
+    run<true>({rows, in, out, bias, residual, y, swiglu != 0, deltas.get(), deltas.rows()},
+               {x, x_stride, in, norm, eps}, values, scales, zero_sums, threads);
 }
 
 void eft_int8_zero_sums(const int8_t* values, long tiles, long groups, int32_t* zero_sums, int narrow) {

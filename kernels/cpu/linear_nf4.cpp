@@ -179,20 +179,19 @@ void run(const GemmProblem& op, const Nf4Operands& from, int threads) {
         const long count = std::min(most, op.rows - begin);
         const bool few = count <= ROWS_AT_ONCE;
         float* x = scratch.floats(static_cast<size_t>(count * size));
-        GemmProblem part = op;
-        part.rows = count;
-        part.y += begin * op.out;
-        if (part.residual) part.residual += begin * op.out;
+        const GemmProblem part = op.part(begin, count);
         // Neighbouring outputs go to the same thread, which reads on where it was.
         const long at_once = op.swiglu ? 1 : 2;
         const long share = few ? std::max(1L, units / (UNITS_AT_ONCE * 8L * threads)) * UNITS_AT_ONCE : at_once;
         Phase transposing((count + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE);
         TaskQueue work((units + share - 1) / share);
         in_parallel(threads, [&] {
+            op.begin_lora();
             transposing.run([&](long group) {
                 const long row = group * ROWS_AT_ONCE;
                 transpose_rows(from, begin + row, std::min<long>(ROWS_AT_ONCE, count - row), op.in, x + row * size);
             });
+            op.finish_lora();
             static thread_local Scratch codes;
             long task;
             while (work.claim(task)) {
@@ -217,9 +216,10 @@ void run(const GemmProblem& op, const Nf4Operands& from, int threads) {
 
 void eft_linear_nf4(const float* x, long x_stride, long rows, long in, long out, const void* values,
                     const void* scales, const void*, const float* bias, const float* norm, float eps,
-                    const float* residual, float* y, int swiglu, int threads) {
+                    const float* residual, float* y, int swiglu, const LoraBatch* lora, int threads) {
+    LoraDeltas deltas(lora, {x, x_stride, rows, in, swiglu ? 2 * out : out, norm, eps});
     const Nf4Tiles weight{static_cast<const uint8_t*>(values), static_cast<const float*>(scales),
                           (in + NF4_BLOCK - 1) / NF4_BLOCK};
-    run(GemmProblem{rows, in, out, bias, residual, y, swiglu != 0}, Nf4Operands{x, x_stride, norm, eps, weight},
-        threads);
+    run(GemmProblem{rows, in, out, bias, residual, y, swiglu != 0, deltas.get(), deltas.rows()},
+        Nf4Operands{x, x_stride, norm, eps, weight}, threads);
 }

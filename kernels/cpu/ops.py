@@ -97,6 +97,7 @@ class CpuOps(ReferenceOps):
             address(residual),
             y.data_ptr(),
             swiglu,
+            None,
             torch.get_num_threads(),
         )
         return y
@@ -141,8 +142,8 @@ class CpuOps(ReferenceOps):
         )
         return y
 
-    def prepare_lora(self, factors: LoraFactors) -> LoraFactors:
-        return LoraLayout.of(factors) if suits(factors) else factors
+    def prepare_lora(self, factors: LoraFactors, dtype: torch.dtype = torch.float32) -> LoraFactors:
+        return LoraLayout.of(factors, dtype) if suits(factors) else factors
 
     def lora_apply(self, x: Tensor, y: Tensor, segments: Sequence[LoraSegment]) -> Tensor:
         ours = laid_out(segments) if _ours(x, y) and y.stride(1) == 1 else None
@@ -153,11 +154,10 @@ class CpuOps(ReferenceOps):
         self._lib.eft_lora_apply(
             x.data_ptr(),
             x.stride(0),
-            x.shape[1],
+            *x.shape,
             y.data_ptr(),
             y.stride(0),
             table,
-            len(ours),
             torch.get_num_threads(),
         )
         return y

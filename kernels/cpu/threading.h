@@ -82,14 +82,22 @@ struct Phase {
 
     template <typename Body>
     void run(Body&& body) {
+        work(body);
+        wait();
+    }
+
+    // `run` without waiting for others: call `wait` before the second phase.
+    template <typename Body>
+    void work(Body&& body) {
         const auto all = static_cast<uint32_t>(tasks.count);
         long task;
         while (tasks.claim(task)) {
             body(task);
             if (done.value.fetch_add(1) + 1 == all) done.notify();
         }
-        done.wait(all);
     }
+
+    void wait() { done.wait(static_cast<uint32_t>(tasks.count)); }
 
     TaskQueue tasks;
     alignas(64) WaitableCounter done;

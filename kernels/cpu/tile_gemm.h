@@ -119,10 +119,12 @@ void run_tiles(const GemmProblem& op, const Format& format, int threads) {
         Phase packing(blocks);
         WorkStealingRanges ranges(twos, threads);
         in_parallel(threads, [&] {
+            op.begin_lora();
             packing.run([&](long block) {
                 const int rows = rows_of(block);
                 format.pack(Block(packed + block * size, format.groups, rows), first + begin_of(block), rows);
             });
+            op.finish_lora();
             [[maybe_unused]] const typename Format::Session session;
             ranges.run(compute);
         });

@@ -28,7 +28,7 @@ from runtime.support.memory import keep_freed_memory, return_freed_memory
 from runtime.text.grammar import GrammarCompiler
 from runtime.trainer.run import make_run_on
 from runtime.trainer.sliced_run import MakeRun
-from runtime.workers.adapter_slots import AdapterSlots
+from runtime.workers.adapter_slots import AdapterSlots, lora_dtype
 from runtime.workers.executor import Executor, InProcessExecutor
 from runtime.workers.worker import Worker
 from settings.schema import CacheSettings, ParallelSettings, SchedulerSettings, Settings
@@ -77,12 +77,13 @@ def assemble(settings: Settings) -> Assembled:
     device = make_device(settings.model.device)
     decoder = load_model(checkpoint, settings.model, device=device)
     keep_freed_memory()
-    cache = _plan_cache(settings, decoder, _free_bytes(device))
+    cache = _plan_cache(settings, decoder, free_bytes(device))
     if settings.model.deterministic and (reason := decoder.batch_variance) is not None:
         raise ModelLoadError(f"model.deterministic cannot be promised for {name}: {reason}.")
     dtype = cache_dtype(settings, decoder)
     lora_base = base_of(decoder, checkpoint, name)
-    slots = AdapterSlots(lora_base, decoder, max_rank=settings.adapters.max_lora_rank)
+    held_in = lora_dtype(settings.adapters.lora_dtype, settings.model)
+    slots = AdapterSlots(lora_base, decoder, max_rank=settings.adapters.max_lora_rank, dtype=held_in)
     cpu, host_blocks = torch.device("cpu"), cache.num_host_blocks
     grammars = _grammars(settings, checkpoint, decoder)
     worker = Worker(
@@ -116,7 +117,10 @@ def _assemble_ranks(settings: Settings, checkpoint: Checkpoint, name: str, size:
     launch = launcher(settings, size)
     device = make_device(settings.model.device)
     shapes = describe_decoder(checkpoint, settings.model, UnconnectedRank(size))
-    load = LoadModel(model=settings.model, name=name, max_lora_rank=settings.adapters.max_lora_rank)
+    adapters = settings.adapters
+    load = LoadModel(
+        model=settings.model, name=name, max_lora_rank=adapters.max_lora_rank, lora_dtype=adapters.lora_dtype
+    )
     executor = DistributedExecutor(launch, load, timeout=settings.parallel.rank_timeout)
     try:
         loaded = executor.loaded
@@ -270,7 +274,8 @@ def _asynchronous(mode: str, device: torch.device) -> bool:
     return mode == "on" or (mode == "auto" and device.type == "cuda")
 
 
-def _free_bytes(device: torch.device) -> int:
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free on a device, or on the host for any other than a GPU."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free)

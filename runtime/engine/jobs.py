@@ -13,6 +13,7 @@ from runtime.adapters.card import write_card
 from runtime.adapters.library import AdapterLibrary
 from runtime.checkpoints.peft import write_adapter
 from runtime.engine.answers import AnswerRounds, AnswerSettings
+from runtime.engine.assembly import free_bytes
 from runtime.engine.devices import training_devices
 from runtime.engine.launched import LaunchedJobs, LaunchedPlan, card_of, publish_model
 from runtime.errors import NotFound
@@ -39,7 +40,7 @@ from runtime.trainer.jobs.records import ADAPTER_FILES, PreparedJob, RunHandle
 from runtime.trainer.launched.files import MODEL
 from runtime.trainer.plan.plan import Plan, feed, prepare, summarize
 from runtime.trainer.plan.served_model import by_linear, end_ids, shape_of_base, with_template
-from runtime.trainer.recipe import adapter_name, load_recipe
+from runtime.trainer.recipe import Recipe, adapter_name, load_recipe
 from runtime.trainer.recipe.launch import wants_launch
 from runtime.trainer.sliced_run import LossSpec, RunSpec, SlicedRun, TrainingHost
 from runtime.trainer.snapshot import Restored, Snapshot, read_snapshot
@@ -81,6 +82,8 @@ class EngineJobs:
         self._tokens_per_second: float | None = None
         """Tokens per second of training when it has the machine to itself, as measured in runs; None before the
         first."""
+        self._memory_for_jobs: int | None = None
+        """Bytes, as measured when first asked for."""
 
     # -- recipes -------------------------------------------------------------------------------
 
@@ -114,6 +117,7 @@ class EngineJobs:
             self._answers(plan)  # what is wrong with its metrics is said now
         summary: dict[str, Any] = msgspec.to_builtins(summarize(plan))
         summary["total_steps"] = plan.schedule.total_steps
+        summary |= {"job_weight": self._weight_of(read), "job_priority": read.job_priority}
         if read.save_total_limit is not None:
             summary["save_total_limit"] = read.save_total_limit
         return PreparedJob(
@@ -151,7 +155,19 @@ class EngineJobs:
         if plan.generation:
             folder, name = self._directory / "jobs" / job_id, prepared.name or job_id
             rounds = AnswerRounds(self._service, self._answers(plan), job_id=job_id, name=name, folder=folder)
-        return EngineRun(self._service, self._host, plan, resume_from, note, rounds)
+        claim = (self._weight_of(plan.recipe), plan.recipe.job_priority)
+        return EngineRun(self._service, self._host, plan, resume_from, note, rounds, claim=claim)
+
+    def _weight_of(self, recipe: Recipe) -> float:
+        return self._settings.trainer.job_weight if recipe.job_weight is None else recipe.job_weight
+
+    def memory_for_jobs(self) -> int:
+        """See `jobs.records.JobEngine`."""
+        if (given := self._settings.trainer.job_memory) is not None:
+            return given
+        if self._memory_for_jobs is None:
+            self._memory_for_jobs = free_bytes(self._service.decoder.device) // 2
+        return self._memory_for_jobs
 
     def _answers(self, plan: Plan) -> AnswerSettings:
         """Raises `InvalidRequest` and `Forbidden` for a metric that cannot be computed here."""
@@ -217,8 +233,11 @@ class EngineRun:
         resume_from: Path | None,
         on_event: Callable[[RunEvent], None],
         rounds: AnswerRounds | None = None,
+        *,
+        claim: tuple[float, int] = (1.0, 0),
     ) -> None:
-        """`rounds`: where evaluations generate answers."""
+        """`rounds`: where evaluations generate answers. `claim`: weight and priority, see `FairQueue`."""
+        self._claim = claim
         self._service = service
         self._host = host
         self._plan = plan
@@ -288,7 +307,10 @@ class EngineRun:
         if self._paused:
             run.pause()
         self._run = run
-        self._service.on_engine_thread(lambda: self._host.attach(run, self._from_engine))
+        weight, priority = self._claim
+        self._service.on_engine_thread(
+            lambda: self._host.attach(run, self._from_engine, weight=weight, priority=priority)
+        )
 
     def _make(self, resume_from: Path | None) -> SlicedRun:
         plan, service = self._plan, self._service

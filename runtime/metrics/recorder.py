@@ -88,6 +88,8 @@ class Metrics:
         """`num_host_blocks`: of `block_bytes` each, for what is swapped out."""
         lengths = _one_two_five(max_model_len)
         self._gauges: dict[str, Gauge] = {}
+        self._train_shares: dict[str, float] = {}
+        """Share of the time of each job at work."""
         self._counters: dict[str, Counter] = {}
         self._histograms: dict[str, Histogram] = {}
         for spec in TABLE:
@@ -274,13 +276,19 @@ class Metrics:
         self._histograms["http_request_duration_seconds"].labels(handler, verb).observe(seconds)
         self._histograms["http_request_duration_highr_seconds"].observe(seconds)
 
-    def on_train_step(self, event: StepEvent) -> None:
-        """A training step was taken."""
+    def on_train_step(self, event: StepEvent, job_id: str) -> None:
+        """A training step of a job was taken."""
         self._gauges["train_loss"].set(event.loss)
         self._counters["train_tokens"].inc(event.tokens)
         self._histograms["train_step_seconds"].observe(event.seconds)
         if event.seconds > 0:
-            self._gauges["train_share"].set(min(1.0, event.busy_seconds / event.seconds))
+            self._train_shares[job_id] = event.busy_seconds / event.seconds
+            self._gauges["train_share"].set(min(1.0, sum(self._train_shares.values())))
+
+    def on_train_pause(self, job_id: str) -> None:
+        """A job is not at work any more."""
+        if self._train_shares.pop(job_id, None) is not None:
+            self._gauges["train_share"].set(min(1.0, sum(self._train_shares.values())))
 
     def on_slice(self, seconds: float, slack_used: float) -> None:
         """Training had the engine thread for this long; `slack_used`: part of the slack between steps that it uses."""

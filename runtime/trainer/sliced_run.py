@@ -21,6 +21,7 @@ from runtime.model.vocabulary import RowTargets
 from runtime.support.logs import get_logger
 from runtime.support.memory import give_back_memory
 from runtime.trainer.batches import ExampleFeed
+from runtime.trainer.fair_queue import FairQueue
 from runtime.trainer.lora import Targets, adapter_of
 from runtime.trainer.recipe import Recipe
 from runtime.trainer.recipe.rules import beta_of
@@ -214,7 +215,7 @@ class MakeRun(Protocol):
 
 # -- host ------------------------------------------------------------------------------------------
 #
-# The engine thread's side of training: holds the run that is being trained, and gives it its share of the time.
+# The engine thread's side of training: holds the runs at work, and gives each its share of the time.
 
 # Training between two looks at the inbox, when there are no requests.
 IDLE_TURN_SECONDS = 0.05
@@ -225,7 +226,7 @@ log = get_logger(__name__)
 
 
 class TrainingHost:
-    """`runtime.engine.service.Background` of at most one run.
+    """`runtime.engine.service.Background` of runs that share the time, slice by slice.
 
     `attach` and `detach` are called on the engine thread.
     """
@@ -241,24 +242,25 @@ class TrainingHost:
         self._share = share
         self._on_slices = on_slices
         self._interrupted = interrupted
-        self._run: SlicedRun | None = None
-        self._on_event: Callable[[RunEvent], None] | None = None
+        self._runs: dict[SlicedRun, Callable[[RunEvent], None]] = {}
+        self._queue: FairQueue[SlicedRun] = FairQueue()
 
     @property
     def ready(self) -> bool:
-        run = self._run
-        return run is not None and run.ready
+        return any(run.ready for run in self._runs)
 
-    def attach(self, run: SlicedRun, on_event: Callable[[RunEvent], None]) -> None:
-        """`on_event` gets the errors that the run does not handle itself."""
-        assert self._run is None or self._run.pacer.done, "one run at a time"
-        self._run, self._on_event = run, on_event
+    def attach(
+        self, run: SlicedRun, on_event: Callable[[RunEvent], None], *, weight: float = 1.0, priority: int = 0
+    ) -> None:
+        """`on_event` gets the errors that the run does not handle itself. `weight` and `priority`: see `FairQueue`."""
+        self._runs[run] = on_event
+        self._queue.add(run, weight=weight, priority=priority)
 
     def detach(self, run: SlicedRun) -> None:
         """Forget a run, wherever it is. One that is not attached is fine."""
-        if self._run is run:
+        if self._runs.pop(run, None) is not None:
+            self._queue.remove(run)
             run.pacer.close()
-            self._run = self._on_event = None
 
     def idle(self) -> None:
         self._work(IDLE_TURN_SECONDS, longest=MAX_SLICE_SECONDS)
@@ -271,19 +273,25 @@ class TrainingHost:
         self._share.settle(budget, self._work(budget) if budget > 0 else 0.0)
 
     def _work(self, seconds: float, *, longest: float | None = None) -> float:
-        run, on_event = self._run, self._on_event
-        if run is None or on_event is None:
-            return 0.0
+        """Let the run train that is next, or one after it where it has no slice that fits."""
+        waiting = [run for run in self._runs if run.ready]
+        while (run := self._queue.next_of(waiting)) is not None:
+            if spent := self._train(run, seconds, longest):
+                self._queue.charge(run, spent)
+                self._on_slices(spent, self._share.slack_used)
+                return spent
+            waiting.remove(run)
+        return 0.0
+
+    def _train(self, run: SlicedRun, seconds: float, longest: float | None) -> float:
         try:
             spent = run.work(seconds, longest=longest, interrupted=self._interrupted)
         except Exception:
             log.exception("training_failed")
             run.pacer.close()
             message = "An internal error ended this job; the server's log has it."
-            on_event(FailedEvent(step=run.step, code="internal_error", message=message))
+            self._runs[run](FailedEvent(step=run.step, code="internal_error", message=message))
             return 0.0
-        if spent:
-            self._on_slices(spent, self._share.slack_used)
         if run.pacer.done:
             threading.Thread(target=give_back_memory, name="trim", daemon=True).start()
         return spent

@@ -18,6 +18,21 @@ from runtime.model.lora_base import LoraBase
 from runtime.model.model import Model
 from runtime.model.token_rows import VocabularyRows
 from runtime.support.failpoints import failpoint
+from settings.schema import ModelSettings
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+"""Value of the setting `adapters.lora_dtype` → torch dtype."""
+
+
+def lora_dtype(asked: str, model: ModelSettings) -> torch.dtype:
+    """Data type in which a CPU holds adapters, from the setting `adapters.lora_dtype`."""
+    if asked != "auto":
+        return DTYPES[asked]
+    if model.deterministic:
+        return torch.float32
+    if model.quantization != "none":
+        return torch.int8
+    return torch.bfloat16 if model.dtype == "bfloat16" else torch.float32
 
 
 @dataclass(frozen=True)
@@ -44,8 +59,10 @@ class AdapterSlots:
     An adapter's weights never change once they are here: a new version has a new key.
     """
 
-    def __init__(self, base: LoraBase, decoder: Model, *, max_rank: int) -> None:
-        """`base` is what `decoder` is, as a whole; of each adapter it holds what the decoder holds of the base."""
+    def __init__(self, base: LoraBase, decoder: Model, *, max_rank: int, dtype: torch.dtype = torch.float32) -> None:
+        """`base` is what `decoder` is, as a whole; of each adapter it holds what the decoder holds of the base.
+        `dtype`: see `Ops.prepare_lora`."""
+        self._dtype = dtype
         self._base = base
         self._decoder = decoder
         self._max_rank = max_rank
@@ -147,5 +164,14 @@ class AdapterSlots:
             b=tuple(b.to(device, dtype).contiguous() for _, b in held),
             columns=tuple(linear.weight.starts[part.part] for part in parts),
             scales=scales.to(device, dtype),
+            # Of whole factors: what ranks hold adds up to what one process holds.
+            reach=torch.stack(
+                [torch.cat([_reach(part.a) for part in parts]), torch.cat([_reach(part.b.t()) for part in parts])]
+            ),
         )
-        return self._decoder.ops.prepare_lora(factors)
+        return self._decoder.ops.prepare_lora(factors, self._dtype)
+
+
+def _reach(values: Tensor) -> Tensor:
+    """values [R, n] → [R]: the largest size in each row."""
+    return values.abs().amax(1).float()

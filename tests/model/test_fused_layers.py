@@ -137,24 +137,38 @@ def test_weights_and_caches(tmp_path: Path, fused_calls: list[int], quantization
     Case(tmp_path, fused_calls, "llama", quantization).check([], dtype)
 
 
-def factors(decoder: Decoder, seed: int, places: list[tuple[int, str]]) -> StackFactors:
+def factors(
+    decoder: Decoder, seed: int, places: list[tuple[int, str]], dtype: torch.dtype = torch.float32, *, lacks: int = 0
+) -> StackFactors:
+    """The last `lacks` outputs of each linear are not adapted."""
     made = {}
     for layer, name in places:
         out, size = decoder.layers[layer].linears[name].weight.value.shape
+        out -= lacks
         a, b = random(4, size, seed=seed), random(out, 4, seed=seed + 1)
-        made[layer, name] = decoder.ops.prepare_lora(LoraFactors(a, (b,), (0,), torch.full((4,), 0.3)))
+        made[layer, name] = decoder.ops.prepare_lora(LoraFactors(a, (b,), (0,), torch.full((4,), 0.3)), dtype)
     return StackFactors(made)
 
 
 EVERY = [(layer, name) for layer in range(4) for name in ("qkv", "out", "gate_up", "down")]
 
 
-@pytest.mark.parametrize("quantization", ["none", "int8"])
-def test_adapters(tmp_path: Path, fused_calls: list[int], quantization: str) -> None:
+@pytest.mark.parametrize(
+    ("quantization", "held"),
+    [
+        ("none", torch.float32),
+        ("bfloat16", torch.bfloat16),
+        ("int8", torch.float32),
+        ("int8", torch.int8),
+        ("int4", torch.int8),
+        ("nf4", torch.int8),
+    ],
+)
+def test_adapters(tmp_path: Path, fused_calls: list[int], quantization: str, held: torch.dtype) -> None:
     """Of two adapters one changes every linear, the other some of some layers; the rest of the batch is the base's."""
     case = Case(tmp_path, fused_calls, "llama", quantization)
-    first = factors(case.fused, 5, EVERY)
-    second = factors(case.fused, 9, [(0, "gate_up"), (2, "qkv"), (3, "down")])
+    first = factors(case.fused, 5, EVERY, held)
+    second = factors(case.fused, 9, [(0, "gate_up"), (2, "qkv"), (3, "down")], held, lacks=21)
     base = case.check([])
     mixed = [AdaptedTokens(torch.arange(1, 3), first), AdaptedTokens(torch.arange(5, 30), second)]
     found = case.check(mixed)

@@ -213,6 +213,7 @@ class Execution:
             _log.exception("job_failed", job=self.id)
             await self._fail(JobError("internal_error", "An internal error ended the job; the server's log has more."))
         finally:
+            self._metrics.on_train_pause(self.id)
             if not paused:
                 self.close()
         await self._offer(none=True)
@@ -268,7 +269,7 @@ class Execution:
 
     def _measure(self, event: Report) -> None:
         if isinstance(event, StepEvent):
-            self._metrics.on_train_step(event)
+            self._metrics.on_train_step(event, self.id)
         elif isinstance(event, EvalEvent):
             self._metrics.on_eval(event)
 

@@ -1,4 +1,4 @@
-"""Jobs in order: stored when they are submitted, read at once, run one at a time.
+"""Jobs in order: stored when they are submitted, read at once, run as many at a time as the settings say.
 
 Every action is stored before it is done, so a process that dies at any point leaves rows that say what to
 do next: `start` reads them. Event loop only.
@@ -36,7 +36,7 @@ PATIENCE = 30.0
 
 
 class JobManager:
-    """Owns the job that runs. Reads go straight to `store`."""
+    """Owns the jobs at work. Reads go straight to `store`."""
 
     def __init__(
         self,
@@ -46,10 +46,11 @@ class JobManager:
         metrics: Metrics,
         *,
         max_waiting: int,
+        max_running: int = 1,
         keep: Keep = FOR_EVER,
     ) -> None:
-        """`max_waiting`: the most jobs that are validating or queued. `keep`: for how long, once they have ended. The
-        database stays the caller's to close."""
+        """`max_waiting`: the most jobs that are validating or queued, `max_running`: that are at work. `keep`: for how
+        long, once they have ended. The database stays the caller's to close."""
         self.directories = directories
         self.feed = EventFeed()
         self.store = JobStore(database, self._changed)
@@ -57,6 +58,7 @@ class JobManager:
         self._engine = engine
         self._metrics = metrics
         self._max_waiting = max_waiting
+        self._max_running = max_running
         self._disk = WorkerThread()
         self._checkpoints = Checkpoints(self.store, directories, self._disk)
         self._journal = Journal(self.store, directories, self._disk)
@@ -70,10 +72,12 @@ class JobManager:
         self._arriving = 0
         self._wake = asyncio.Event()
         self._lane: asyncio.Task[None] | None = None
-        self._current: Execution | None = None
-        """The job at work."""
-        self._parked: Execution | None = None
-        """A paused job whose run is still there, as long as no other is to start."""
+        self._at_work: dict[str, Execution] = {}
+        """By the ids of their jobs."""
+        self._working: set[asyncio.Task[None]] = set()
+        """A task for each that has begun."""
+        self._parked: dict[str, Execution] = {}
+        """Paused jobs whose runs are still there, as long as no other is to start."""
         self._stopping = False
         self._stopped = False
 
@@ -99,7 +103,7 @@ class JobManager:
         self._deleting = asyncio.create_task(self._delete_unneeded())
 
     async def stop(self, timeout: float, *, crashed: bool = False) -> None:
-        """Give the running job `timeout` seconds to write a checkpoint, and leave it for the next process.
+        """Give the running jobs `timeout` seconds to write a checkpoint, and leave them for the next process.
 
         `crashed`: the engine is gone. The rows stay as they are, and the next process counts a crash. Any number
         of times.
@@ -109,14 +113,17 @@ class JobManager:
         self._stopping = True
         self.feed.close()
         await self._validation.close()
-        current = self._current
-        if current is not None and not crashed and current.suspend() and self._lane is not None:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(asyncio.shield(self._lane), timeout)
-        await cancel(self._lane)
-        if current is not None and not crashed:
-            with contextlib.suppress(StorageUnavailable):  # then it counts as a crash: the rows still say what to do
-                await self.store.interrupt(current.id)
+        at_work = list(self._at_work.values())
+        suspended = [one.suspend() for one in at_work if not crashed]
+        if any(suspended) and self._working:
+            await asyncio.wait(self._working, timeout=timeout)
+        await cancel(self._lane, *self._working)
+        if not crashed:
+            for one in at_work:
+                with contextlib.suppress(
+                    StorageUnavailable
+                ):  # then it counts as a crash: the rows still say what to do
+                    await self.store.interrupt(one.id)
         self._unpark()
         await cancel(self._pruning, self._deleting)
         await cancel(self._journaling)
@@ -191,53 +198,58 @@ class JobManager:
     async def cancel(self, job_id: str) -> Job:
         """End a job: now, or after the step that is running. Raises `NotFound`, `Conflict`."""
         job = await self.store.cancel(job_id)
-        if self._parked is not None and self._parked.id == job_id:
-            self._unpark()
-        if self._current is not None and self._current.id == job_id:
-            self._current.cancel()
+        if (parked := self._parked.pop(job_id, None)) is not None:
+            parked.close()
+        if (execution := self._at_work.get(job_id)) is not None:
+            execution.cancel()
         return job
 
     async def pause(self, job_id: str) -> Job:
         """Hold a job: now, or after the step that is running. Raises `NotFound`, `Conflict`."""
         job = await self.store.pause(job_id)
-        if job.state == "running" and self._current is not None and self._current.id == job_id:
-            self._current.pause()
+        if job.state == "running" and (execution := self._at_work.get(job_id)) is not None:
+            execution.pause()
         return job
 
     async def resume(self, job_id: str) -> Job:
         """Resume a paused job: at once where its run is still there, else when it is its turn."""
         self._require_running()
-        parked = self._parked
-        job = await self.store.resume(job_id, at_once=parked is not None and parked.id == job_id)
+        job = await self.store.resume(job_id, at_once=job_id in self._parked, max_running=self._max_running)
         if job.state == "running":
-            self._current, self._parked = parked, None
+            self._begin(self._parked.pop(job_id))
         self._wake_up()
         return job
 
     # -- the lane ------------------------------------------------------------------------------
 
     async def _run_lane(self) -> None:
-        """Run jobs, the one that was resumed or else the first of the queue, until the process ends."""
+        """Start jobs, the first of the queue while there is room for it, until the process ends."""
         while not self._stopping:
             self._wake.clear()
-            if self._current is None:
-                self._current = await self._next()
-            if self._current is None:
+            execution = await self._next() if len(self._at_work) < self._max_running else None
+            if execution is None:
                 await self._wake.wait()
-                continue
-            await self._work(self._current)
+            else:
+                self._begin(execution)
+
+    def _begin(self, execution: Execution) -> None:
+        self._at_work[execution.id] = execution
+        task = asyncio.create_task(self._work(execution))
+        self._working.add(task)
+        task.add_done_callback(self._working.discard)
 
     async def _work(self, execution: Execution) -> None:
         await execution.work()
-        self._current = None
+        del self._at_work[execution.id]
         if execution.cancelled:
             execution.close()
         elif execution.kept:
-            self._parked = execution
+            self._parked[execution.id] = execution
+        self._wake_up()
 
     async def _next(self) -> Execution | None:
         try:
-            job = await self.store.start_next()
+            job = await self.store.start_next(max_running=self._max_running, memory=self._engine.memory_for_jobs)
         except Exception:
             _log.exception("cannot_start_a_job")
             asyncio.get_running_loop().call_later(5.0, self._wake_up)
@@ -280,10 +292,10 @@ class JobManager:
                 _log.warning("cannot_delete", reason=error.message)
 
     def _unpark(self) -> None:
-        """Release the paused run; its job continues from its checkpoint."""
-        if self._parked is not None:
-            self._parked.close()
-            self._parked = None
+        """Release the paused runs; their jobs continue from their checkpoints."""
+        for execution in self._parked.values():
+            execution.close()
+        self._parked.clear()
 
     def _wake_up(self) -> None:
         self._wake.set()
@@ -312,12 +324,20 @@ async def running_jobs(
 ) -> AsyncIterator[JobManager]:
     """A started manager over the state `directory`, whose database has the tables of `jobs.rows`.
 
-    Leaving the block without a call of `stop` interrupts the job at work. Raises `StorageUnavailable` and
+    Leaving the block without a call of `stop` interrupts the jobs at work. Raises `StorageUnavailable` and
     `OSError` where the state cannot be read.
     """
     keep = Keep(jobs=settings.keep_jobs, checkpoints=settings.keep_checkpoints, uploads=settings.keep_uploads)
     directories = JobDirectories(directory)
-    manager = JobManager(database, directories, engine, metrics, max_waiting=settings.max_queued_jobs, keep=keep)
+    manager = JobManager(
+        database,
+        directories,
+        engine,
+        metrics,
+        max_waiting=settings.max_queued_jobs,
+        max_running=settings.max_running_jobs,
+        keep=keep,
+    )
     try:
         await manager.start()
         yield manager

@@ -255,10 +255,13 @@ class JobEngine(Protocol):
     def start(
         self, job_id: str, prepared: PreparedJob, resume_from: Path | None, on_event: Callable[[RunEvent], None]
     ) -> RunHandle:
-        """Start the training of a job, from the beginning or from a snapshot's directory, one run at a time.
+        """Start the training of a job, from the beginning or from a snapshot's directory, beside the runs at work.
 
         Called on the event loop, where `on_event` is called too, in order. Raises `RequestError`.
         """
+
+    def memory_for_jobs(self) -> int:
+        """Bytes that the jobs at work may take together, by their plans, before another one starts."""
 
     async def publish(self, *, name: str, source: Path, job_id: str, step: int, metrics: dict[str, float]) -> str:
         """Make the files in `source`, a result's `PreparedJob.result_files`, the newest version of `name`, and return

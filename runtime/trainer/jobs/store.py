@@ -58,6 +58,8 @@ class JobStore(JobReader):
         a state may have changed, and None where events were stored."""
         super().__init__(database)
         self._on_change = on_change
+        self._waiting_for_memory: set[str] = set()
+        """Jobs with a note that they wait for it."""
 
     # -- coming and going ----------------------------------------------------------------------
 
@@ -161,16 +163,23 @@ class JobStore(JobReader):
 
     # -- states --------------------------------------------------------------------------------
 
-    async def start_next(self) -> Job | None:
-        """Make the first of the queue the running one. None where none waits, or one is at work."""
+    async def start_next(self, *, max_running: int, memory: Callable[[], int]) -> Job | None:
+        """Start the first of the queue, of those of the highest priority. None where none waits, `max_running` are at
+        work, or it does not fit beside these into `memory`, in bytes. A job alone always starts."""
 
         def work(c: sqlite3.Connection) -> Job | None:
-            if _at_work(c):
+            beside = _at_work(c)
+            if len(beside) >= max_running:
                 return None
-            row = c.execute("SELECT * FROM jobs WHERE state = 'queued' ORDER BY number LIMIT 1").fetchone()
+            row = c.execute(f"SELECT * FROM jobs WHERE state = 'queued' {_IN_TURN} LIMIT 1").fetchone()
             if row is None:
                 return None
             job = rows.to_job(row)
+            if beside and (problem := _lacks_memory(job, beside, memory())):
+                if job.id not in self._waiting_for_memory:
+                    self._waiting_for_memory.add(job.id)
+                    rows.append(c, job.id, Note(problem))
+                return None
             return rows.move(c, job.id, "running", Note("Started."), attempts=job.attempts + 1)
 
         job = await self._changing("", work)
@@ -238,15 +247,15 @@ class JobStore(JobReader):
 
         return await self._changing(job_id, work)
 
-    async def resume(self, job_id: str, *, at_once: bool) -> Job:
-        """Make a paused job running, where its run is still there (`at_once`) and none other is at work, else
-        queued. Raises `Conflict`."""
+    async def resume(self, job_id: str, *, at_once: bool, max_running: int) -> Job:
+        """Make a paused job running, where its run is still there (`at_once`) and fewer than `max_running` are at work,
+        else queued. Raises `Conflict`."""
 
         def work(c: sqlite3.Connection) -> Job:
             job = rows.get(c, job_id)
             if job.state != "paused":
                 raise Conflict(f"The job is {job.state}: only a paused job can be resumed.", code="job_state")
-            if at_once and not _at_work(c):
+            if at_once and len(_at_work(c)) < max_running:
                 return rows.move(c, job_id, "running", Note("Resumed."))
             return rows.move(c, job_id, "queued", Note("Resumed: queued."))
 
@@ -332,9 +341,26 @@ class JobStore(JobReader):
         self._on_change(job_id, None)
 
 
-def _at_work(c: sqlite3.Connection) -> bool:
+_IN_TURN = "ORDER BY COALESCE(json_extract(summary, '$.job_priority'), 0) DESC, number"
+"""The order in which queued jobs start."""
+
+
+def _at_work(c: sqlite3.Connection) -> list[Job]:
     states = ", ".join(f"'{state}'" for state in sorted(AT_WORK))
-    return c.execute(f"SELECT 1 FROM jobs WHERE state IN ({states})").fetchone() is not None
+    return [rows.to_job(row) for row in c.execute(f"SELECT * FROM jobs WHERE state IN ({states})").fetchall()]
+
+
+def _lacks_memory(job: Job, beside: Sequence[Job], memory: int) -> str | None:
+    """The reason where a job does not fit beside those at work into `memory` bytes."""
+    own, taken = _memory_of(job), sum(map(_memory_of, beside))
+    if own + taken <= memory:
+        return None
+    need, there, room = (f"{size / 2**20:.0f} MiB" for size in (own, taken, memory))
+    return f"Waits for memory: it takes {need} beside {there} of the jobs at work, and these may take {room} together."
+
+
+def _memory_of(job: Job) -> int:
+    return int(job.summary.get("memory_bytes", 0))
 
 
 def _recover(c: sqlite3.Connection, job: Job) -> None:

@@ -26,7 +26,8 @@ Generated from `runtime/trainer/recipe` by `eft recipe docs`; do not edit.
 
 A recipe is one YAML file that describes a fine-tuning job. Keys are named as in
 [Axolotl](https://github.com/axolotl-ai-cloud/axolotl)'s recipes and mean the same, so most of its LoRA and QLoRA recipes run
-once they name data that the server may read. Ours are `name`, `publish` and `devices`. No key is ignored in silence: it works,
+once they name data that the server may read. Ours are `name`, `publish`, `devices`, `job_weight` and `job_priority`. No key
+is ignored in silence: it works,
 or the plan notes why it makes no difference, or the recipe is refused with the reason.
 
 ```sh

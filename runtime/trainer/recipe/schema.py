@@ -1,7 +1,8 @@
 """The keys of a recipe that do something, once: type, limits, default and a line of documentation.
 
-Names and meaning are Axolotl's, but for `name` and `publish`, which are ours. Keys that are only noted, and those that
-are refused, stand in `keys`. What a key means together with others is checked in `load` and `types`.
+Names and meaning are Axolotl's, but for `name`, `publish`, `job_weight` and `job_priority`, which are ours. Keys that
+are only noted, and those that are refused, stand in `keys`. What a key means together with others is checked in `load`
+and `types`.
 """
 
 import functools
@@ -157,6 +158,15 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             '`{when: always}`, `{when: never}`, or a condition, such as `{when: "exact_match > base.exact_match"}`.',
         ),
     ] = field(default_factory=Publish)
+    job_weight: Annotated[
+        Annotated[float, Meta(gt=0.0, le=1000.0)] | None,
+        key("model", "Share of the training time beside other jobs, in relation to theirs. Default: the setting's."),
+    ] = None
+    job_priority: Annotated[
+        int,
+        Meta(ge=-100, le=100),
+        key("model", "Jobs of a higher priority start first, and beside running ones get all of the training time."),
+    ] = 0
 
     adapter: Annotated[
         Literal["lora", "qlora"] | None,

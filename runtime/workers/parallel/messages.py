@@ -40,6 +40,8 @@ class LoadModel(Struct, frozen=True, kw_only=True, tag=True):
     name: str
     """Name of the model in the API."""
     max_lora_rank: int
+    lora_dtype: str
+    """As in the setting `adapters.lora_dtype`."""
 
 
 class Allocate(Struct, frozen=True, kw_only=True, tag=True):
@@ -94,8 +96,10 @@ class Tensors(Struct, frozen=True):
 
 
 class StartRun(Struct, frozen=True, kw_only=True, tag=True):
-    """Begin to train. One run at a time."""
+    """Begin a training run; or begin it again, where there is one of that number."""
 
+    run: int
+    """Number of the run, by which later messages name it."""
     spec: bytes
     """A `trainer.sliced_run.RunSpec`, encoded."""
     feed: bytes
@@ -106,6 +110,7 @@ class StartRun(Struct, frozen=True, kw_only=True, tag=True):
 class Advance(Struct, frozen=True, tag=True):
     """Compute `granted` of the slice that the rank has requested."""
 
+    run: int
     granted: int
     pause: bool
     """True to pause at the end of the step."""
@@ -116,11 +121,14 @@ class Advance(Struct, frozen=True, tag=True):
 class TakeSnapshot(Struct, frozen=True, tag=True):
     """Hand out what was captured at this step. The first rank's answer has it."""
 
+    run: int
     step: int
 
 
 class CloseRun(Struct, frozen=True, tag=True):
-    """Release the run, if there is one."""
+    """Release a run, if it is there."""
+
+    run: int
 
 
 class Stop(Struct, frozen=True, tag=True):

@@ -27,7 +27,7 @@ from runtime.text.grammar import GrammarCompiler
 from runtime.trainer.batches import ExampleFeed
 from runtime.trainer.run import TrainingRun
 from runtime.trainer.sliced_run import RunSpec
-from runtime.workers.adapter_slots import AdapterSlots
+from runtime.workers.adapter_slots import AdapterSlots, lora_dtype
 from runtime.workers.parallel.collectives import CollectiveFailed, TorchGroup
 from runtime.workers.parallel.link import Link, LinkClosed
 from runtime.workers.parallel.messages import (
@@ -60,23 +60,19 @@ from runtime.workers.worker import Worker
 
 # -- rank training ---------------------------------------------------------------------------------
 #
-# A rank's side of a training run.
+# A rank's side of training runs.
 
 
-class RankTraining:
-    """Training on one rank: at most one run at a time."""
+class RankRun:
+    """A training run on one rank."""
 
-    def __init__(self, decoder: Decoder) -> None:
-        self._decoder = decoder
-        self._run: TrainingRun | None = None
-        self._events: list[RunEvent] = []
-
-    def start(self, message: StartRun) -> Advanced:
+    def __init__(self, decoder: Decoder, message: StartRun) -> None:
         """Raises `ValueError` for a snapshot of another run."""
-        self.close()
+        self._decoder = decoder
+        self._events: list[RunEvent] = []
         feed = msgspec.msgpack.decode(message.feed, type=ExampleFeed)
         self._run = TrainingRun(
-            self._decoder,
+            decoder,
             msgspec.msgpack.decode(message.spec, type=RunSpec),
             feed.epoch,
             feed.test,
@@ -84,11 +80,10 @@ class RankTraining:
             _written_elsewhere,
             restored=None if message.restored is None else unpack(message.restored),
         )
-        return self._state(self._run)
 
     def advance(self, message: Advance) -> Advanced:
         """Compute one slice."""
-        run = self._running
+        run = self._run
         if message.pause:
             run.pause()
         else:
@@ -98,31 +93,48 @@ class RankTraining:
         wanted = run.pacer.peek()
         if wanted is not None:
             run.pacer.do(wanted.kind, message.granted)
-        return self._state(run)
+        return self.state()
 
     def snapshot(self, step: int) -> Captured:
         """Raises `KeyError` for a step without a snapshot."""
-        snapshot = self._running.take_snapshot(step)
+        snapshot = self._run.take_snapshot(step)
         return Captured(pack(snapshot) if self._decoder.group.rank == 0 else None)
 
-    def close(self) -> None:
-        """Release a run."""
-        if self._run is not None:
-            self._run.pacer.close()
-            self._run = None
-        self._events.clear()
-
-    @property
-    def _running(self) -> TrainingRun:
-        if self._run is None:
-            raise RuntimeError("no run was started")
-        return self._run
-
-    def _state(self, run: TrainingRun) -> Advanced:
-        wanted = run.pacer.peek()
-        events, paused = list(self._events), run.paused
+    def state(self) -> Advanced:
+        """Its next slice, and its events since the last answer."""
+        wanted = self._run.pacer.peek()
+        events, paused = list(self._events), self._run.paused
         self._events.clear()
         return Advanced(wanted=wanted, paused=paused, events=events)
+
+    def close(self) -> None:
+        """Release it."""
+        self._run.pacer.close()
+
+
+class RankTraining:
+    """Training on one rank: runs by their numbers."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self._runs: dict[int, RankRun] = {}
+
+    def start(self, message: StartRun) -> Advanced:
+        """Raises `ValueError` for a snapshot of another run."""
+        self.close(message.run)
+        self._runs[message.run] = run = RankRun(self._decoder, message)
+        return run.state()
+
+    def run(self, number: int) -> RankRun:
+        """A run that was started."""
+        if number not in self._runs:
+            raise RuntimeError(f"no run {number} was started")
+        return self._runs[number]
+
+    def close(self, number: int) -> None:
+        """Release a run, if it is there."""
+        if (run := self._runs.pop(number, None)) is not None:
+            run.close()
 
 
 def _written_elsewhere(directory: Path, adapter: Adapter) -> None:
@@ -199,11 +211,11 @@ class Rank:
             case StartRun():
                 return self.training.start(message)
             case Advance():
-                return self.training.advance(message)
+                return self.training.run(message.run).advance(message)
             case TakeSnapshot():
-                return self.training.snapshot(message.step)
+                return self.training.run(message.run).snapshot(message.step)
             case CloseRun():
-                self.training.close()
+                self.training.close(message.run)
             case _:
                 raise TypeError(f"unexpected: {type(message).__name__}")
         return Done()
@@ -241,7 +253,8 @@ class Rank:
         self._decoder = load_decoder(checkpoint, settings, self._meet(device), device=device)
         self._training = RankTraining(self._decoder)
         base = LoraBase.of(self._decoder, find_model(checkpoint.config), message.name)
-        self._slots = AdapterSlots(base, self._decoder, max_rank=message.max_lora_rank)
+        held_in = lora_dtype(message.lora_dtype, message.model)
+        self._slots = AdapterSlots(base, self._decoder, max_rank=message.max_lora_rank, dtype=held_in)
         free = int(psutil.virtual_memory().available)
         if device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(device)

@@ -6,6 +6,7 @@ When the ranks are lost, the run continues from its newest snapshot with the nex
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 
 import msgspec
 
@@ -32,6 +33,7 @@ from runtime.workers.parallel.messages import (
 
 def make_run_on_ranks(executor: DistributedExecutor) -> MakeRun:
     """Makes runs on a group of ranks."""
+    numbers = count()
 
     def make(
         spec: RunSpec,
@@ -40,7 +42,7 @@ def make_run_on_ranks(executor: DistributedExecutor) -> MakeRun:
         write_adapter: WriteAdapter,
         restored: Restored | None,
     ) -> RemoteRun:
-        return RemoteRun(executor, spec, feed, on_event, write_adapter, restored)
+        return RemoteRun(next(numbers), executor, spec, feed, on_event, write_adapter, restored)
 
     return make
 
@@ -50,6 +52,7 @@ class RemoteRun(SlicedRun):
 
     def __init__(
         self,
+        number: int,
         executor: DistributedExecutor,
         spec: RunSpec,
         feed: ExampleFeed,
@@ -57,9 +60,12 @@ class RemoteRun(SlicedRun):
         write_adapter: WriteAdapter,
         restored: Restored | None,
     ) -> None:
+        """`number`: by which the ranks tell it from other runs."""
+        self._number = number
         self._executor = executor
         self._spec = spec
         self._start = StartRun(
+            run=number,
             spec=msgspec.msgpack.encode(spec),
             feed=msgspec.msgpack.encode(feed),
             restored=None if restored is None else pack(restored),
@@ -102,7 +108,7 @@ class RemoteRun(SlicedRun):
                 granted = yield at.wanted
                 if self._executor.ranks is not ranks:
                     raise WorkersLost("these are other ranks than the run began on")
-                at = self._ask(Advance(granted, self._pause_asked, self._take_answers()))
+                at = self._ask(Advance(self._number, granted, self._pause_asked, self._take_answers()))
 
     def _ask(self, message: RankMessage) -> Advanced:
         reply = self._executor.ask_alike(message, lambda reply: isinstance(reply, Advanced) and reply.wanted)
@@ -118,7 +124,7 @@ class RemoteRun(SlicedRun):
         if isinstance(event, GenerateEvent | PausedEvent):
             self._awaits_answers, self._answers = isinstance(event, GenerateEvent), None
         if isinstance(event, CheckpointEvent | PausedEvent | FinishedEvent | GenerateEvent):
-            reply = self._executor.ask_alike(TakeSnapshot(event.step), type)
+            reply = self._executor.ask_alike(TakeSnapshot(self._number, event.step), type)
             if not isinstance(reply, Captured) or reply.snapshot is None:
                 raise TypeError("the first rank has no snapshot")
             self._snapshots.append(self._unpacked(reply.snapshot))
@@ -150,4 +156,4 @@ class RemoteRun(SlicedRun):
             yield
         finally:
             with suppress(WorkersLost, AllFailed):
-                self._executor.ask_alike(CloseRun(), type)
+                self._executor.ask_alike(CloseRun(self._number), type)

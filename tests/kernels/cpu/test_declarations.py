@@ -134,10 +134,10 @@ def test_arguments_are_checked_where_they_are_passed() -> None:
 def test_structs_take_their_own_fields_and_types() -> None:
     kernels, structs = loaded(), declared().structs
     wrong = (structs["CacheView"] * 1)()
-    with pytest.raises(ctypes.ArgumentError, match="argument 6"):
-        kernels.eft_lora_apply(0, 1, 1, 0, 1, wrong, 0, 1)
-    with pytest.raises(ctypes.ArgumentError, match="argument 6"):
-        kernels.eft_lora_apply(0, 1, 1, 0, 1, ctypes.addressof(wrong), 0, 1)
+    with pytest.raises(ctypes.ArgumentError, match="argument 7"):
+        kernels.eft_lora_apply(0, 1, 1, 1, 0, 1, wrong, 1)
+    with pytest.raises(ctypes.ArgumentError, match="argument 7"):
+        kernels.eft_lora_apply(0, 1, 1, 1, 0, 1, ctypes.addressof(wrong), 1)
     with pytest.raises(AttributeError):
         structs["CacheView"]().key = 1
     linear = structs["LinearView"]()

@@ -52,13 +52,14 @@ def dense(given: LoraFactors, out: int) -> torch.Tensor:
     ),
     gap=st.sampled_from([0, 3]),
     adapters=st.integers(0, 5),
-    prepared=st.booleans(),
+    held=st.sampled_from([None, torch.float32, torch.bfloat16, torch.int8]),
     seed=st.integers(0, 99),
 )  # fmt: skip
 def test_it_is_the_dense_product(
-    variant, tokens: int, inner: int, parts: Shape, gap: int, adapters: int, prepared: bool, seed: int
+    variant, tokens: int, inner: int, parts: Shape, gap: int, adapters: int, held: torch.dtype | None, seed: int
 ) -> None:
-    """Each token is for one of some adapters, or for the base; of the last adapter only the first part is adapted."""
+    """Each token is for one of some adapters, or for the base; of the last adapter only the first part is adapted. With
+    numbers as they are `held`, or factors that were not prepared."""
     ops = CpuOps(variant)
     generator = torch.Generator().manual_seed(seed)
     out = sum(width + gap for width, _ in parts) + 2
@@ -68,9 +69,10 @@ def test_it_is_the_dense_product(
     expected, segments = start.double(), []
     for index in range(adapters):
         own = factors(inner, parts[:1] if index == adapters - 1 else parts, gap, seed + index)
+        own = own if held is None else ops.prepare_lora(own, held)
         rows = torch.nonzero(owner == index).flatten()
-        expected[rows] += x[rows].double() @ dense(own, out).T
-        segments.append(LoraSegment(rows, ops.prepare_lora(own) if prepared else own))
+        expected[rows] += x[rows].double() @ dense(own.plain(), out).T
+        segments.append(LoraSegment(rows, own))
     y = start.clone()
     assert ops.lora_apply(x, y, segments) is y
     assert torch.allclose(y.double(), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()) if tokens else 0.0)
@@ -101,9 +103,41 @@ def test_a_token_is_the_same_bit_by_bit_in_every_batch_and_on_any_number_of_thre
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize(("held", "close"), [(torch.float32, 0.0), (torch.bfloat16, 2**-8), (torch.int8, 0.5 / 127)])
+def test_held_numbers_are_the_given_ones_rounded(held: torch.dtype, close: float) -> None:
+    """bfloat16 has 8 bits; an integer is at most half of one off, of 127 that are the largest number of a rank."""
+    given = factors(300, [(96, 8), (70, 5), (40, 3)], 2, 1)
+    layout = CpuOps().prepare_lora(given, held)
+    assert isinstance(layout, LoraLayout)
+    assert layout.a.dtype is layout.b[0].dtype is held
+    plain = layout.plain()
+    for part, column in enumerate(given.columns):
+        there, here = (dense(LoraFactors(one.a, one.b, one.columns, one.scales), 212) for one in (given, plain))
+        rows = slice(column, column + len(given.b[part]))
+        a = given.a.split([b.shape[1] for b in given.b])[part]
+        # Both factors of every rank may be off.
+        size = float((0.5 + part) * (a.abs().amax(1) * given.b[part].abs().amax(0)).sum())
+        assert float((there[rows] - here[rows]).abs().max()) <= (2 * close + close**2 + 1e-6) * size
+
+
+def test_parts_may_come_in_any_order() -> None:
+    given = factors(20, [(70, 4), (65, 2)], 0, 1)
+    turned = LoraFactors(
+        torch.cat([given.a[4:], given.a[:4]]),
+        given.b[::-1],
+        given.columns[::-1],
+        torch.cat([given.scales[4:], given.scales[:4]]),
+    )
+    x, y = torch.randn(3, 20), torch.zeros(3, 135)
+    expected = y + x @ dense(given, 135).float().T
+    ops = CpuOps()
+    assert torch.allclose(ops.lora_apply(x, y, [LoraSegment(None, ops.prepare_lora(turned))]), expected, atol=1e-4)
+
+
 def test_prepared_factors_are_the_same_numbers_for_any_backend() -> None:
     given = factors(20, [(8, 4), (5, 2)], 0, 1)
     prepared = CpuOps().prepare_lora(given)
     assert isinstance(prepared, LoraLayout)
+    prepared = prepared.plain()
     assert torch.equal(prepared.a, given.a)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(prepared.b, given.b, strict=True))

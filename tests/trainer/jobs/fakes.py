@@ -65,6 +65,9 @@ class FakePreparer:
         rows = sum(path.read_bytes().count(b"\n") for path in uploads.values())
         steps = int(keys.get("steps", "3"))
         summary: dict[str, Any] = {"total_steps": steps, "rows": rows, "every": int(keys.get("every", "0"))}
+        for key in ("memory_bytes", "job_priority"):
+            if key in keys:
+                summary[key] = int(keys[key])
         if "slow" in keys:
             summary["slow"] = True
         if "warning" in keys:
@@ -154,8 +157,9 @@ class FakeRun:
 class FakeRuns:
     """`steps_itself`: runs go on by themselves, a step a turn of the loop."""
 
-    def __init__(self, *, steps_itself: bool = True) -> None:
+    def __init__(self, *, steps_itself: bool = True, at_once: int = 1) -> None:
         self.steps_itself = steps_itself
+        self.at_once = at_once
         self.started: list[tuple[str, int]] = []
         """Job and the step that it began after."""
         self.runs: list[FakeRun] = []
@@ -165,7 +169,8 @@ class FakeRuns:
         self, job_id: str, prepared: Any, resume_from: Path | None, on_event: Callable[[RunEvent], None]
     ) -> FakeRun:
         first = 0 if resume_from is None else int((resume_from / "step").read_text())
-        assert all(run.closed or run.ended or run.paused for run in self.runs), "two runs at once"
+        at_work = [run for run in self.runs if not (run.closed or run.ended or run.paused)]
+        assert len(at_work) < self.at_once, "too many runs at once"
         self.started.append((job_id, first))
         self.runs.append(run := FakeRun(self, job_id, prepared, first, on_event))
         self.schedule(run)
@@ -207,12 +212,16 @@ class FakeEngine:
 
     def __init__(self, preparer: FakePreparer, runs: FakeRuns, publisher: FakePublisher) -> None:
         self.preparer, self.runs, self.publisher = preparer, runs, publisher
+        self.memory = 1000
 
     def prepare(self, *args: Any) -> FakePrepared:
         return self.preparer.prepare(*args)
 
     def start(self, *args: Any) -> FakeRun:
         return self.runs.start(*args)
+
+    def memory_for_jobs(self) -> int:
+        return self.memory
 
     async def publish(self, **more: Any) -> str:
         return await self.publisher.publish(**more)
@@ -227,8 +236,11 @@ class FakeMeters:
         self.evals: list[EvalEvent] = []
         self.counts: dict[str, int] = {}
 
-    def on_train_step(self, event: StepEvent) -> None:
+    def on_train_step(self, event: StepEvent, job_id: str) -> None:
         self.steps.append(event)
+
+    def on_train_pause(self, job_id: str) -> None:
+        pass
 
     def on_eval(self, event: EvalEvent) -> None:
         self.evals.append(event)
@@ -244,16 +256,22 @@ class World:
     path: Path
     steps_itself: bool = True
     max_waiting: int = 100
+    max_running: int = 1
     preparer: FakePreparer = field(default_factory=FakePreparer)
     publisher: FakePublisher = field(default_factory=FakePublisher)
     meters: FakeMeters = field(default_factory=FakeMeters)
 
     async def start(self) -> JobManager:
-        self.runs = FakeRuns(steps_itself=self.steps_itself)
+        self.runs = FakeRuns(steps_itself=self.steps_itself, at_once=self.max_running)
         self.database = Database(self.path, [SCHEMA])
         engine = FakeEngine(self.preparer, self.runs, self.publisher)
         self.manager = JobManager(
-            self.database, JobDirectories(self.path), engine, self.meters, max_waiting=self.max_waiting
+            self.database,
+            JobDirectories(self.path),
+            engine,
+            self.meters,
+            max_waiting=self.max_waiting,
+            max_running=self.max_running,
         )
         await self.manager.start()
         return self.manager

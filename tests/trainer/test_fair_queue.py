@@ -1,0 +1,61 @@
+"""The run that gets the next slice: weights, priorities, and runs that come, wait and go."""
+
+from collections import Counter
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runtime.trainer.fair_queue import FairQueue
+
+
+def used(queue: FairQueue[str], ready: list[str], seconds: float, slice_of: dict[str, float]) -> Counter[str]:
+    """Seconds of each run, once `seconds` are used; a run's slice takes `slice_of` it."""
+    found: Counter[str] = Counter()
+    while found.total() < seconds:
+        run = queue.next_of(ready)
+        assert run is not None
+        queue.charge(run, slice_of[run])
+        found[run] += slice_of[run]  # type: ignore[assignment]
+    return found
+
+
+@given(st.dictionaries(st.sampled_from("abcdef"), st.floats(0.1, 10.0), min_size=1), st.data())
+def test_time_is_shared_by_weight_whatever_slices_take(weights: dict[str, float], data: st.DataObject) -> None:
+    slice_of = {name: data.draw(st.floats(0.01, 1.0)) for name in weights}
+    queue: FairQueue[str] = FairQueue()
+    for name, weight in weights.items():
+        queue.add(name, weight=weight)
+    found = used(queue, list(weights), 300.0, slice_of)
+    for name, weight in weights.items():
+        expected = found.total() * weight / sum(weights.values())
+        # A run is at most a slice of each run off, in time over weight.
+        slack = weight * sum(slice_of[one] / weights[one] for one in weights) + slice_of[name]
+        assert abs(found[name] - expected) <= slack
+
+
+def test_a_higher_priority_takes_all_of_the_time_it_can_use() -> None:
+    queue: FairQueue[str] = FairQueue()
+    queue.add("long", priority=0)
+    queue.add("urgent", weight=0.1, priority=1)
+    assert used(queue, ["long", "urgent"], 10.0, {"long": 1.0, "urgent": 1.0}) == {"urgent": 10.0}
+    assert queue.next_of(["long"]) == "long"
+
+
+def test_who_joins_or_comes_back_is_owed_nothing() -> None:
+    queue: FairQueue[str] = FairQueue()
+    queue.add("first")
+    used(queue, ["first"], 100.0, {"first": 1.0})
+    queue.add("second")
+    assert used(queue, ["first", "second"], 20.0, {"first": 1.0, "second": 1.0}) == {"first": 10.0, "second": 10.0}
+    used(queue, ["first"], 50.0, {"first": 1.0})
+    assert used(queue, ["first", "second"], 20.0, {"first": 1.0, "second": 1.0})["second"] <= 11.0
+
+
+def test_one_that_has_gone_has_no_turn() -> None:
+    queue: FairQueue[str] = FairQueue()
+    queue.add("a")
+    queue.add("b")
+    queue.remove("a")
+    queue.remove("a")
+    assert queue.next_of(["b"]) == "b"
+    assert queue.next_of([]) is None

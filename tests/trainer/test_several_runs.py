@@ -1,0 +1,148 @@
+"""Several runs on one decoder, slice by slice in turns: each is as if it were alone."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from runtime.events import FailedEvent, FinishedEvent, RunEvent, StepEvent
+from runtime.model.decoder import Decoder
+from runtime.trainer.run import TrainingRun
+from runtime.trainer.share import LatencyTargets, TrainingShare
+from runtime.trainer.sliced_run import LossSpec, SlicedRun, TrainingHost
+from runtime.trainer.slices import Slice, Slices
+from tests.trainer.tiny_training import all_targets, examples, load_decoder, make_run, run_spec
+
+
+@pytest.fixture(scope="module")
+def decoder(tiny_model: Path) -> Decoder:
+    return load_decoder(tiny_model)
+
+
+def four_runs(decoder: Decoder, events: list[list[RunEvent]]) -> list[TrainingRun]:
+    """Of different ranks, targets, lengths, optimisers and dropout."""
+    few = {key: parts for key, parts in all_targets(decoder).items() if key[1] == "qkv"}
+    specs = [
+        run_spec(decoder, save_every=None),
+        run_spec(decoder, save_every=None, lora_r=8, lora_dropout=0.2, seed=3, total_steps=4),
+        run_spec(decoder, save_every=None, targets=few, optimizer="sgd", learning_rate=0.1, total_steps=3),
+        run_spec(decoder, save_every=None, loss=LossSpec(), neftune_noise_alpha=5.0, gradient_checkpointing=False),
+    ]
+    data = [examples(8, seed=index, longest=20 + 15 * index) for index in range(4)]
+    return [make_run(decoder, spec, into, data=rows) for spec, into, rows in zip(specs, events, data, strict=True)]
+
+
+def host(**more: float) -> TrainingHost:
+    return TrainingHost(TrainingShare(LatencyTargets(), min_share=0.2))
+
+
+def losses(events: list[RunEvent]) -> list[float]:
+    return [event.loss for event in events if isinstance(event, StepEvent)]
+
+
+def test_losses_of_four_at_once_equal_those_of_each_alone(decoder: Decoder) -> None:
+    alone: list[list[RunEvent]] = [[], [], [], []]
+    for run in four_runs(decoder, alone):
+        while run.ready:
+            run.work(float("inf"))
+    together: list[list[RunEvent]] = [[], [], [], []]
+    owner = host()
+    runs = four_runs(decoder, together)
+    for run, into in zip(runs, together, strict=True):
+        owner.attach(run, into.append)
+    order: list[int] = []
+    while owner.ready:
+        done = [len(losses(into)) for into in together]
+        # Small budgets, as between steps of requests: steps of all runs are under way at the same time.
+        owner._work(0.002, longest=0.002)
+        order += [index for index, into in enumerate(together) if len(losses(into)) > done[index]]
+    assert all(isinstance(into[-1], FinishedEvent) for into in together)
+    assert order != sorted(order), "they took turns"
+    for mine, theirs in zip(together, alone, strict=True):
+        assert losses(mine) == pytest.approx(losses(theirs), rel=1e-4)
+
+
+class TimedRun(SlicedRun):
+    """Slices of one unit that take some seconds of a clock each, and may raise."""
+
+    def __init__(self, seconds: float, events: list[RunEvent], *, slices: int = 10**6, fails: bool = False) -> None:
+        self._seconds, self._count, self._fails = seconds, slices, fails
+        self._now = 0.0
+        super().__init__(events.append, lambda: self._now)
+
+    @property
+    def step(self) -> int:
+        return 0
+
+    @property
+    def trained(self) -> float:
+        return self._now
+
+    def _slices(self) -> Slices:
+        for _ in range(self._count):
+            yield Slice("work", 1)
+            if self._fails:
+                raise ArithmeticError("broken")
+            self._now += self._seconds
+
+
+def attached(owner: TrainingHost, *claims: tuple[float, int]) -> list[TimedRun]:
+    """A run of each weight and priority, with slices of different lengths."""
+    runs = []
+    for index, (weight, priority) in enumerate(claims):
+        events: list[RunEvent] = []
+        runs.append(run := TimedRun(0.001 * (index + 1), events))
+        owner.attach(run, events.append, weight=weight, priority=priority)
+    return runs
+
+
+def spend(work: Callable[[], None], runs: list[TimedRun], seconds: float) -> list[float]:
+    """What each run used of the time."""
+    while sum(run.trained for run in runs) < seconds:
+        work()
+    total = sum(run.trained for run in runs)
+    return [run.trained / total for run in runs]
+
+
+@pytest.mark.parametrize("between", [False, True], ids=["idle", "between steps"])
+def test_shares_are_as_set(between: bool) -> None:
+    owner = host()
+    runs = attached(owner, (1.0, 0), (2.0, 0), (4.0, 0), (1.0, 0))
+    work = owner.idle
+    if between:
+        work = lambda: owner.between_steps(0.05, decoding=True, waiting_since=None)  # noqa: E731
+    found = spend(work, runs, 20.0)
+    assert found == pytest.approx([1 / 8, 2 / 8, 4 / 8, 1 / 8], abs=0.02)
+
+
+def test_a_run_that_fails_leaves_the_others_alone() -> None:
+    owner, events = host(), [[], []]  # type: ignore[var-annotated]
+    broken, good = TimedRun(0.001, events[0], fails=True), TimedRun(0.001, events[1], slices=50)
+    owner.attach(broken, events[0].append)
+    owner.attach(good, events[1].append)
+    begin = time.monotonic()
+    while owner.ready and time.monotonic() < begin + 10:
+        owner.idle()
+    assert [type(event) for event in events[0]] == [FailedEvent]
+    assert good.pacer.done
+    assert good.trained == pytest.approx(0.05)
+    assert events[1] == []
+
+
+def test_a_run_that_waits_or_has_gone_costs_the_others_nothing() -> None:
+    owner = host()
+    first, second = attached(owner, (1.0, 0), (1.0, 0))
+    spend(owner.idle, [first, second], 1.0)
+    second._waits_for_disk = True
+    second.bound_untaken(0)
+    before = second.trained
+    spend(owner.idle, [first], 2.0)
+    assert second.trained == before
+    owner.detach(first)
+    owner.detach(first)
+    assert not owner.ready
+    second._waits_for_disk = False
+    assert owner.ready
+    owner.idle()
+    assert second.trained > before
