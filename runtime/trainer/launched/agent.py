@@ -48,7 +48,7 @@ def run_rank(folder: JobFolder) -> int:
 def _train(folder: JobFolder) -> None:
     import torch
 
-    from runtime.trainer.launched.rank import DDP_TIMEOUT, RankReporter, RankRun
+    from runtime.trainer.launched.rank import DDP_TIMEOUT, RankReporter, LaunchedRank
     from runtime.trainer.launched.ranks import Ranks
 
     spec = folder.read_spec()
@@ -59,9 +59,9 @@ def _train(folder: JobFolder) -> None:
     try:
         if ranks.first:
             with folder.reports(attempt).open("ab") as file:
-                RankRun(folder, spec, ranks, attempt, RankReporter(file)).run()
+                LaunchedRank(folder, spec, ranks, attempt, RankReporter(file)).run()
         else:
-            RankRun(folder, spec, ranks, attempt, RankReporter(None)).run()
+            LaunchedRank(folder, spec, ranks, attempt, RankReporter(None)).run()
     finally:
         ranks.close()
 

@@ -65,7 +65,7 @@ class RankReporter:
             self._file.flush()
 
 
-class RankRun:
+class LaunchedRank:
     """One rank's part of a run, from where the newest checkpoint left off to its end or a pause."""
 
     def __init__(self, folder: JobFolder, spec: LaunchSpec, ranks: Ranks, attempt: int, report: RankReporter) -> None:
