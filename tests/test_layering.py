@@ -365,6 +365,21 @@ def test_top_level_layout() -> None:
     assert names == folders | files
 
 
+MAX_LINES, CRUMB_LINES, MAX_CRUMBS = 600, 40, 0.12
+"""Longest module of `runtime`; what counts as a crumb, and their largest share: `__init__`, one of a kind."""
+
+
+def test_modules_are_neither_crumbs_nor_tomes() -> None:
+    lengths = {
+        str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines())
+        for name, path in modules().items()
+        if name.split(".")[0] == "runtime"
+    }
+    assert not {name: length for name, length in lengths.items() if length > MAX_LINES}
+    crumbs = sorted(name for name, length in lengths.items() if length <= CRUMB_LINES)
+    assert len(crumbs) <= MAX_CRUMBS * len(lengths), "\n".join(crumbs)
+
+
 def test_readme_names_every_folder_of_the_tree() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     folders = {path.relative_to(ROOT).parts[0] for path in tracked() if path.parent != ROOT}

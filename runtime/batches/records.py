@@ -5,7 +5,7 @@ from typing import Literal, Protocol, get_args
 
 from msgspec import Struct, field
 
-from runtime.files.records import StoredFile
+from runtime.files.store import StoredFile
 
 FOLDER = "batches"
 """Folder in the state directory; each batch has a folder of its own there, named for its id."""

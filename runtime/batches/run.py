@@ -28,7 +28,7 @@ from runtime.batches.records import (
 from runtime.batches.store import BatchStore
 from runtime.errors import Conflict, StorageUnavailable
 from runtime.files.library import FileLibrary, new_file_id
-from runtime.files.records import BATCH_OUTPUT, StoredFile
+from runtime.files.store import BATCH_OUTPUT, StoredFile
 from runtime.support.durable import make_directory, remove, replace_file
 from runtime.support.event_loop import cancel
 from runtime.support.failpoints import failpoint

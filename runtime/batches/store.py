@@ -10,7 +10,7 @@ import msgspec
 from runtime.batches.records import ENDED, FOLDER, STAMPED, TRANSITIONS, Batch, BatchUsage, LineError, State
 from runtime.errors import Conflict, InvalidRequest, NotFound, TooManyRequests
 from runtime.files import store as files
-from runtime.files.records import StoredFile
+from runtime.files.store import StoredFile
 from runtime.support.database import Database, select_page
 
 SCHEMA = """

@@ -16,7 +16,7 @@ from runtime.batches.records import RECORD as BATCH_RECORD
 from runtime.engine.state import SCHEMAS, adapter_folders, job_folders, open_feedback
 from runtime.files import recovery as file_recovery
 from runtime.files.library import FileLibrary
-from runtime.files.records import RECORD as FILE_RECORD
+from runtime.files.store import RECORD as FILE_RECORD
 from runtime.responses import ResponseStore
 from runtime.support.database import FILE, Database, DatabaseCorrupt
 from runtime.support.durable import PARTIAL, move, remove

@@ -13,8 +13,7 @@ from types import TracebackType
 from typing import BinaryIO, Self
 
 from runtime.errors import PayloadTooLarge
-from runtime.files.records import CONTENT, FOLDER, RECORD, StoredFile, encode_record
-from runtime.files.store import FileStore
+from runtime.files.store import CONTENT, FOLDER, RECORD, FileStore, StoredFile, encode_record
 from runtime.support.database import Database
 from runtime.support.durable import (
     PARTIAL,

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-from runtime.files.records import CONTENT, FOLDER, RECORD, StoredFile
-from runtime.files.store import insert
+from runtime.files.store import CONTENT, FOLDER, RECORD, StoredFile, insert
 from runtime.support.durable import PARTIAL, reason
 
 

@@ -1,4 +1,4 @@
-"""Heavy work outside the engine's thread, each piece on a thread that ends with it.
+"""Heavy work outside the engine's thread, each piece on a thread of its own; processes that end with their parent.
 
 The engine computes with a team of OpenMP threads as large as the machine. A second thread that uses torch gets a team
 of its own, and as long as both exist there are more threads than cores: libgomp then puts waiting threads to sleep
@@ -9,6 +9,10 @@ which a pool's are not: a load or a large data set does not keep the process ali
 
 import asyncio
 import contextlib
+import ctypes
+import os
+import signal
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -89,3 +93,25 @@ class WorkerThread:
         self._running.discard(task)
         if not task.cancelled():
             task.exception()  # callers that still wait get the error; asyncio must not log it
+
+
+# -- processes -------------------------------------------------------------------------------------
+#
+# A process that ends when its parent does, however that ends, and whatever this one is doing.
+
+_PR_SET_PDEATHSIG = 1  # from linux/prctl.h
+
+
+def die_with(parent: int, *, ignoring: tuple[signal.Signals, ...] = (signal.SIGINT, signal.SIGTERM)) -> None:
+    """Have the system kill this process when the thread of process `parent` that made it ends. Exits at once when it
+    has ended already.
+
+    `ignoring`: signals that are meant for the parent, which ends its work first. Elsewhere than on Linux nothing kills
+    this process: it needs another sign, such as a link that is closed, which a stuck process does not read.
+    """
+    for number in ignoring:
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        sys.exit(1)

@@ -8,7 +8,7 @@ import pytest
 from runtime.errors import Conflict, NotFound, PayloadTooLarge, StorageUnavailable
 from runtime.files import recovery, store
 from runtime.files.library import FileLibrary
-from runtime.files.records import StoredFile
+from runtime.files.store import StoredFile
 from runtime.support import failpoints
 from runtime.support.database import Database
 from settings.schema import FileSettings

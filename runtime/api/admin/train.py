@@ -25,7 +25,7 @@ from runtime.api.http.query import check_names, flag
 from runtime.api.http.record import RequestRecord, record_of, visible_to
 from runtime.errors import InvalidRequest, NotFound, PayloadTooLarge, UnsupportedMediaType
 from runtime.files.library import FileLibrary
-from runtime.files.records import StoredFile
+from runtime.files.store import StoredFile
 from runtime.support.durable import create_file, make_directory, storage_unavailable, sync_directory, sync_file
 from runtime.trainer.jobs.manager import JobManager
 from runtime.trainer.jobs.records import JobFile, JobSubmission

@@ -21,7 +21,7 @@ from runtime.batches.records import (
     window_seconds,
 )
 from runtime.errors import InvalidRequest
-from runtime.files.records import MAX_EXPIRY_SECONDS, MIN_EXPIRY_SECONDS
+from runtime.files.store import MAX_EXPIRY_SECONDS, MIN_EXPIRY_SECONDS
 from settings.schema import LimitSettings
 
 

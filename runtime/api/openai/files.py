@@ -16,7 +16,7 @@ from runtime.api.http.query import ObjectPage, check_names, choices, number, obj
 from runtime.api.http.record import record_of, visible_to
 from runtime.errors import InvalidRequest
 from runtime.files.library import FileLibrary, Upload
-from runtime.files.records import (
+from runtime.files.store import (
     MAX_EXPIRY_SECONDS,
     MAX_FILENAME,
     MIN_EXPIRY_SECONDS,

@@ -7,7 +7,7 @@ import traceback
 from pathlib import Path
 
 from runtime.support.durable import error_code
-from runtime.support.lifeline import die_with
+from runtime.support.threads import die_with
 from runtime.trainer.launched.files import RESTARTS, JobFolder, LaunchEnd
 
 PARENT = "EFT_LAUNCH_AGENT"

@@ -6,8 +6,8 @@ It is driven over a socket.
 import socket
 import sys
 
-from runtime.support.lifeline import die_with
 from runtime.support.memory import share_one_arena
+from runtime.support.threads import die_with
 
 
 def main() -> None:

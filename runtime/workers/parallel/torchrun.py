@@ -20,7 +20,7 @@ import psutil
 from msgspec import Struct
 
 from runtime.model.config import ModelLoadError
-from runtime.support.lifeline import die_with
+from runtime.support.threads import die_with
 from runtime.workers.parallel.launch import LOOPBACK, environment, start_rank
 from runtime.workers.parallel.link import Link, LinkClosed
 from runtime.workers.parallel.messages import Hello, encode

@@ -356,7 +356,7 @@ def test_versions_of_whole_models(tmp_path: Path) -> None:
 
 def test_a_process_ends_with_its_parent(tmp_path: Path) -> None:
     """The child of a parent that is killed is killed too, whatever it does."""
-    child = "import os, time, sys; from runtime.support.lifeline import die_with; die_with(os.getppid()); "
+    child = "import os, time, sys; from runtime.support.threads import die_with; die_with(os.getppid()); "
     child += "print(os.getpid(), flush=True); time.sleep(60)"
     parent = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True) as process:
