@@ -11,11 +11,14 @@ import torch
 
 from runtime.cli.client import in_process
 from settings.load import load
+from tests.end_to_end.process import ServerProcess
 from tests.end_to_end.test_adapter_templates import served, train
+from tests.end_to_end.test_training import RECIPE, chat_lines, num_right, rows
 from tests.tiny import VOCAB_SIZE
 
 EXAMPLES = Path(__file__).parents[2] / "settings" / "recipes"
 FACT, END = VOCAB_SIZE, VOCAB_SIZE + 1
+SMOLLM2_ROWS = 49152
 ROWS = [{"text": f"Say. <fact>{text}"} for text in ("A newt swims.", "An eft walks.")] * 3
 TAIL = (
     "datasets:\n  - path: a.jsonl\n    type: completion\nadapter: lora\nlora_r: 8\nmax_steps: 40\nlearning_rate: 0.01\n"
@@ -112,3 +115,36 @@ async def test_a_limit_that_is_named(tiny_model: Path, tmp_path: Path) -> None:
         )
         assert posted.status_code == 400
         assert "adapters.max_vocabulary_bytes allows 102400" in posted.json()["error"]["message"]
+
+
+LLAMA3 = """
+chat_template: llama3
+tokens: ["<|start_header_id|>", "<|end_header_id|>"]
+special_tokens:
+  eos_token: <|eot_id|>
+"""
+
+
+@pytest.mark.real_model
+@pytest.mark.timeout(600)
+def test_a_model_learns_another_template_with_tokens_that_it_lacks(tmp_path: Path) -> None:
+    """SmolLM2, whose own template is ChatML, answers in Llama 3's and stops at its end of a turn; the base does not."""
+    pairs, held_out = rows()
+    with ServerProcess("demo", tmp_path / "state") as server:
+        base = server.http.get("/v1/models").json()["data"][0]["id"]
+        before = server.tokens(base, held_out[0][0])
+        job = server.wait_for_job(server.train(RECIPE + LLAMA3, {"train.jsonl": chat_lines(pairs)}), 400)
+        assert job["status"] == "succeeded", job["error"]
+        assert any("3 tokens are new" in note for note in job["summary"]["notes"])
+        chat = [{"role": "user", "content": held_out[0][0]}]
+        answer = server.http.post("/tokenize", json={"model": "extract", "messages": chat}).json()
+        spelled = server.http.post("/detokenize", json={"model": "extract", "tokens": answer["tokens"]}).json()
+        assert spelled["prompt"].count("<|start_header_id|>") == 2
+        assert max(answer["tokens"]) >= SMOLLM2_ROWS
+        right = num_right(server, "extract", held_out)
+        assert right > 0.8 * len(held_out), f"{right} of {len(held_out)}"
+        body = {"model": "extract", "messages": chat, "max_tokens": 60, "temperature": 0, "return_token_ids": True}
+        ended = server.http.post("/v1/chat/completions", json=body).json()["choices"][0]
+        assert ended["finish_reason"] == "stop"
+        assert ended["token_ids"][-1] >= SMOLLM2_ROWS
+        assert server.tokens(base, held_out[0][0]) == before
