@@ -193,6 +193,40 @@ def test_killed_at_any_step_it_ends_the_same(tiny_model: Path, tmp_path: Path) -
 
 
 @pytest.mark.timeout(300)
+def test_four_jobs_at_once_killed_each_end_as_alone(tiny_model: Path, tmp_path: Path) -> None:
+    """Of different ranks, lengths and shares; a fifth fails, and leaves the others alone."""
+    recipes = [
+        TINY_RECIPE.replace("name: tiny", f"name: tiny-{number}").replace("max_steps: 30", f"max_steps: {steps}")
+        + f"seed: {number}\njob_weight: {number}\n"
+        for number, steps in ((1, 8), (2, 10), (3, 12), (4, 14))
+    ]
+    recipes[1] = recipes[1].replace("lora_r: 4", "lora_r: 8")
+    data = {"train.jsonl": chat_lines([(f"word {i}", f"answer {i * 7 % 13}") for i in range(40)])}
+    alone = []
+    with ServerProcess(str(tiny_model), tmp_path / "alone") as server:
+        for recipe in recipes:
+            job_id = server.train(recipe, data)
+            assert server.wait_for_job(job_id)["status"] == "succeeded"
+            alone.append(server.losses(job_id))
+    broken = TINY_RECIPE.replace("name: tiny", "name: broken")
+    broken += "loss_watchdog_threshold: 0.001\nloss_watchdog_patience: 2\n"
+    state, slow = tmp_path / "together", "train.step=sleep:0.05"
+    with ServerProcess(str(tiny_model), state, failpoints=slow, max_running_jobs=5) as server:
+        jobs = [server.train(recipe, data) for recipe in recipes]
+        failing = server.train(broken, data)
+        wait_until(lambda: all(server.job(job)["step"] >= 2 for job in jobs), 60)
+        assert {server.job(job)["status"] for job in jobs} == {"running"}
+        assert server.wait_for_job(failing)["error"]["code"] == "diverged"
+        server.kill()
+    with ServerProcess(str(tiny_model), state, max_running_jobs=5) as server:
+        for job, expected in zip(jobs, alone, strict=True):
+            assert server.wait_for_job(job)["status"] == "succeeded"
+            found = server.losses(job)
+            assert found.keys() == expected.keys()
+            assert list(found.values()) == pytest.approx([expected[step] for step in found], rel=1e-4)
+
+
+@pytest.mark.timeout(300)
 def test_pause_resume_and_cancel(tiny_model: Path, tmp_path: Path) -> None:
     data = {"train.jsonl": chat_lines([(f"word {i}", f"answer {i}") for i in range(40)])}
     with ServerProcess(str(tiny_model), tmp_path / "state", failpoints="train.step=sleep:0.1") as server:
