@@ -31,7 +31,7 @@ from runtime.engine.service import EngineService
 from runtime.events import FailedEvent, RunEvent
 from runtime.messages import SamplingParams, Submission
 from runtime.model.decoder import Decoder
-from runtime.model.lora import LoraLayers, LoraShape
+from runtime.model.lora import Adapter, LoraShape
 from runtime.model.model import Model
 from runtime.support.memory import keep_freed_memory
 from runtime.trainer.data.example import Example, collate
@@ -150,7 +150,7 @@ def peft_step(model: Any, examples: list[Example]) -> float:
     trained = torch.tensor([example.trained + [False] * (width - len(example)) for example in examples])
     found = model(input_ids=ids, attention_mask=mask, labels=torch.where(trained, ids, -100))
     found.loss.backward()
-    return float(found.loss)
+    return float(found.loss.detach())
 
 
 # -- beside requests -----------------------------------------------------------------------------
@@ -304,7 +304,7 @@ def targets(decoder: Model) -> dict[tuple[int, str], tuple[str, ...]]:
     return {(layer.index, name): parts for layer in decoder.layers for name, parts in PARTS.items()}
 
 
-def write_nothing(path: Path, layers: LoraLayers) -> None:
+def write_nothing(path: Path, adapter: Adapter) -> None:
     """Nothing is published here."""
 
 

@@ -167,9 +167,13 @@ class LastFactor:
         self._weight: QuantisedWeight | None = None
         self._factor = torch.empty(0)
 
+    def has(self, weight: QuantisedWeight, dtype: torch.dtype) -> bool:
+        """True if `of` need not make it."""
+        return weight is self._weight and self._factor.dtype is dtype
+
     def of(self, weight: QuantisedWeight, dtype: torch.dtype) -> Tensor:
         """The weight's factor in `dtype`, not to be changed."""
-        if weight is not self._weight or self._factor.dtype is not dtype:
+        if not self.has(weight, dtype):
             self._weight, self._factor = None, torch.empty(0)  # freed first: there is never room for two
             self._factor = weight.factor(dtype)
             self._weight = weight

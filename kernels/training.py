@@ -42,6 +42,14 @@ class TrainingOps(ReferenceOps):
         """True if `packed_attention` of many sequences is one piece of work, and not one for each."""
         return False
 
+    def lacks_factor(self, weight: Weight, dtype: torch.dtype) -> bool:
+        """True if the next `linear` with this weight makes it float first: `make_factor` does so ahead of it."""
+        return isinstance(weight, QuantisedWeight) and not self._last_factor.has(weight, dtype)
+
+    def make_factor(self, weight: Weight, dtype: torch.dtype) -> None:
+        if isinstance(weight, QuantisedWeight):
+            self._last_factor.of(weight, dtype)
+
     def fuses_loss(self, hidden: Tensor) -> bool:
         """True if `linear_cross_entropy` of such rows keeps the logits out of memory, and so should be used."""
         return False

@@ -15,7 +15,7 @@ import argparse
 import asyncio
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             peer = PeftProcess(given.model, CORES)
             stack.callback(peer.close)
         for weights in given.types:
-            results += asyncio.run(_measure(_settings(given, weights), peer, given))
+            results += asyncio.run(_measure(_settings(given, weights), peer, given, console.print))
         if peer is not None:
             console.print(f"The second process holds {peer.memory / 1e6:.0f} MB: its own copy of the weights.")
     console.print(render(results))
@@ -62,7 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-async def _measure(settings: Settings, peer: PeftProcess | None, given: argparse.Namespace) -> list[Result]:
+async def _measure(
+    settings: Settings, peer: PeftProcess | None, given: argparse.Namespace, report: Callable[[str], None]
+) -> list[Result]:
     service = EngineService.load(settings)
     service.start()
     loads = [
@@ -72,7 +74,7 @@ async def _measure(settings: Settings, peer: PeftProcess | None, given: argparse
     ]
     try:
         bench = Bench(service, settings, peer, given.seconds)
-        return await bench.run(loads, given.repeats, settings.model.quantization)
+        return await bench.run(loads, given.repeats, settings.model.quantization, report)
     finally:
         await service.stop(0.0)
 

@@ -78,8 +78,11 @@ class Bench:
         self._job = Job(service.decoder, random_epoch(service.vocab_size))
         self._windows = 0
 
-    async def run(self, loads: Sequence[Load], repeats: int, weights: str) -> list[Result]:
-        """Measure the loads in turns. The last one, which keeps the server full, decides on the rate of random ones."""
+    async def run(
+        self, loads: Sequence[Load], repeats: int, weights: str, report: Callable[[str], None]
+    ) -> list[Result]:
+        """Measure the loads in turns. The last one, which keeps the server full, decides on the rate of random ones.
+        `report` is called with every window, as a line of text."""
         service = self._service
         service.on_engine_thread(lambda: self._host.attach(self._job.run, self._job.note))
         await self._warm_up(loads)
@@ -92,7 +95,10 @@ class Bench:
                 result = results[load.name]
                 rate = max(0.5 * full.rate / load.output, 1 / self._seconds)
                 for way in (ALONE, *jobs):
-                    result.windows.setdefault(way, []).append(await self._window(load, way, rate))
+                    window = await self._window(load, way, rate)
+                    result.windows.setdefault(way, []).append(window)
+                    tpot, speeds = 1e3 * window.tpot["p95"], f"{window.served:.0f} and {window.trained:.0f} tok/s"
+                    report(f"{weights}, turn {repeat + 1}, {load.name}, {way}: TPOT p95 {tpot:.1f} ms, {speeds}")
                 for way, speed in stand_alone.items():
                     result.stand_alone.setdefault(way, []).append(speed)
         service.on_engine_thread(lambda: self._host.detach(self._job.run))

@@ -15,7 +15,7 @@ from settings.schema import SchedulerSettings
 # Weight of the newest value in smoothed times.
 EMA_WEIGHT = 0.1
 # Part of a budget that a later one may exceed its own by, where no slice was small enough to use it.
-MAX_SAVED_GAPS = 0.1
+MAX_SAVED_GAPS = 0.2
 # A step counts as at most this many times the typical one.
 MAX_RISE_RATIO = 1.25
 # Once in this number of tokens no training precedes one, to measure what a step takes without it.
@@ -138,7 +138,7 @@ class TrainingShare:
             self._slowdown += EMA_WEIGHT * (seen - self._slowdown)
         target = self._targets.tpot or self._targets.tpot_ratio * known / self._slowdown
         late = self._spent + step_seconds > target
-        if self._spent > 0 and step_seconds <= target:  # else training is not the cause
+        if step_seconds <= target:  # else training is not the cause
             part = self._targets.percentile if late else self._targets.percentile - 1
             self._reserve = min(1.0, max(0.0, self._reserve + RESERVE_STEP * part))
             if late:

@@ -31,6 +31,9 @@ class Slice:
 
 # A learned cost that keeps work from being tried is lowered by this factor.
 DOUBTED_COST_FACTOR = 0.9
+# Weight of the newest value in learned costs; and of one that exceeds `JUMP_RATIO` times what was learned.
+COST_WEIGHT = 0.2
+JUMP_WEIGHT, JUMP_RATIO = 0.5, 2.0
 # Weight of the newest value in smoothed budgets.
 EMA_WEIGHT = 0.1
 
@@ -139,8 +142,9 @@ class Pacer:
         self.busy_seconds += seconds
         rate = max(seconds, 1e-7) / granted
         known = self._rates.get(kind, rate)
-        # Adopt cost increases at once; smooth decreases: too much time taken shows, too little does not.
-        self._rates[kind] = max(0.5 * (known + rate), 0.9 * known)
+        # Follow the mean of costs, and a jump at once: a kind that is as cheap as believed fills its budgets.
+        weight = JUMP_WEIGHT if rate > JUMP_RATIO * known else COST_WEIGHT
+        self._rates[kind] = known + weight * (rate - known)
         return seconds
 
     def _advance(self, granted: int | None) -> None:

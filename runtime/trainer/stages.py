@@ -102,15 +102,23 @@ class TokenStage:
     """A stage in which tokens do not see each other."""
 
     def __init__(
-        self, name: str, inputs: Sequence[str], outputs: Sequence[str], run: Callable[..., Tensor | tuple[Tensor, ...]]
+        self,
+        name: str,
+        linear: str,
+        inputs: Sequence[str],
+        outputs: Sequence[str],
+        run: Callable[..., Tensor | tuple[Tensor, ...]],
     ) -> None:
-        """`run` takes the layer, ops, the inputs and the adaptation."""
+        """`linear` is the name of the layer's linear that it runs; `run` takes the layer, ops, the inputs and the
+        adaptation."""
         self.name = name
+        self._linear = linear
         self._inputs = inputs
         self._outputs = outputs
         self._run = run
 
     def forward(self, context: Context, state: LayerState, *, keep: bool) -> Slices:
+        yield from self._make_factor(context, state)
         pieces: list[StagePiece] = []
         start, end = 0, context.batch.num_tokens
         kind, then = (f"{self.name}_kept", f"{self.name}_backward") if keep else (self.name, None)
@@ -124,6 +132,7 @@ class TokenStage:
             state.pieces[self.name] = pieces
 
     def backward(self, context: Context, state: LayerState) -> Slices:
+        yield from self._make_factor(context, state)
         kept = {piece.rows.start: piece for piece in state.pieces.pop(self.name, [])}
         begun = state.grads.keys() & set(self._inputs)
         start, end = 0, context.batch.num_tokens
@@ -146,6 +155,13 @@ class TokenStage:
             start += done
         for name in self._outputs:
             del state.grads[name]
+
+    def _make_factor(self, context: Context, state: LayerState) -> Slices:
+        """Make a weight in integers float, for all pieces: with the first of them it would be too much for a slice."""
+        linear, dtype = state.layer.linears.get(self._linear), context.decoder.dtype
+        if linear is not None and context.ops.lacks_factor(linear.weight.value, dtype):
+            yield Slice(f"factor/{self._linear}", 1)
+            context.ops.make_factor(linear.weight.value, dtype)
 
     def _piece(self, context: Context, state: LayerState, rows: slice, *, keep: bool) -> StagePiece:
         inputs = tuple(
@@ -229,12 +245,12 @@ class AttendStage:
         return mixed
 
 
-PROJECT = TokenStage("project", ("hidden",), ("q", "k", "v"), DecoderLayer.project)
-MIX = TokenStage("mix", ("hidden", "mixed"), ("residual",), DecoderLayer.mix)
-EXPAND = TokenStage("expand", ("residual",), ("inner",), DecoderLayer.expand)
-EXPAND_BESIDE = TokenStage("expand", ("hidden",), ("inner",), DecoderLayer.expand)
+PROJECT = TokenStage("project", "qkv", ("hidden",), ("q", "k", "v"), DecoderLayer.project)
+MIX = TokenStage("mix", "out", ("hidden", "mixed"), ("residual",), DecoderLayer.mix)
+EXPAND = TokenStage("expand", "gate_up", ("residual",), ("inner",), DecoderLayer.expand)
+EXPAND_BESIDE = TokenStage("expand", "gate_up", ("hidden",), ("inner",), DecoderLayer.expand)
 """Stage of layers whose MLP stands beside attention."""
-CONTRACT = TokenStage("contract", ("residual", "inner"), ("out",), DecoderLayer.contract)
+CONTRACT = TokenStage("contract", "down", ("residual", "inner"), ("out",), DecoderLayer.contract)
 
 SERIAL: tuple[Stage, ...] = (PROJECT, AttendStage(), MIX, EXPAND, CONTRACT)
 PARALLEL: tuple[Stage, ...] = (PROJECT, AttendStage(), MIX, EXPAND_BESIDE, CONTRACT)

@@ -90,3 +90,13 @@ def test_a_weight_in_integers_is_made_float_once_for_all_pieces(monkeypatch: pyt
             torch.testing.assert_close(leaf.grad, target[rows] @ plain, atol=1e-4, rtol=1e-4)
     # `dequantise` makes its own, once a piece.
     assert len(made) == 3 + 3 * 2
+
+
+def test_a_factor_can_be_made_ahead_of_its_first_piece() -> None:
+    ops, weight, x = TrainingOps(), quantise_int8(torch.randn(40, 70)), torch.randn(3, 70)
+    assert ops.lacks_factor(weight, torch.float32)
+    ops.make_factor(weight, torch.float32)
+    assert not ops.lacks_factor(weight, torch.float32)
+    assert ops.lacks_factor(weight, torch.bfloat16)
+    assert torch.equal(ops.linear(x, weight), TrainingOps().linear(x, weight))
+    assert not ops.lacks_factor(torch.randn(40, 70), torch.float32)

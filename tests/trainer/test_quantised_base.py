@@ -1,5 +1,6 @@
 """Training on a base in integers: losses and adapters are those of the float model with the same values."""
 
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -8,11 +9,17 @@ import torch
 from kernels import Ops, QuantisedWeight
 from kernels.cpu import CpuOps
 from kernels.reference import ReferenceOps
+from kernels.training import TrainingOps
 from runtime.checkpoints import open_checkpoint
 from runtime.checkpoints.model_loading import load_decoder
 from runtime.events import RunEvent, StepEvent
 from runtime.model.decoder import Decoder
+from runtime.model.lora import LoraShape
+from runtime.trainer.data.example import Example
+from runtime.trainer.lora import TrainableLora
+from runtime.trainer.microbatch import collate
 from runtime.trainer.run import TrainingRun
+from runtime.trainer.step import MicroStep
 from settings.schema import ModelSettings
 from tests.trainer.tiny_training import drive, make_run, run_spec
 
@@ -51,3 +58,21 @@ def test_a_whole_run_ends_in_an_adapter(tiny_model: Path) -> None:
     events: list[RunEvent] = []
     drive(make_run(decoder, run_spec(decoder), events))
     assert type(events[-1]).__name__ == "FinishedEvent"
+
+
+def test_a_weight_is_made_float_in_a_slice_of_its_own(tiny_model: Path) -> None:
+    """Once for all pieces of a stage, forwards and backwards; the last stage goes backwards with the same one."""
+    decoder = load(tiny_model, "int8", "auto")
+    examples = [Example([7 + index % 50 for index in range(90)], [False] + [True] * 89)]
+    lora = TrainableLora(decoder, run_spec(decoder).targets, LoraShape(rank=4, alpha=8), seed=0)
+    micro = MicroStep(decoder, TrainingOps(), lora, collate(examples, decoder.device), checkpointing=False)
+    slices, kinds = micro.forward_backward(1.0), list[str]()
+    with suppress(StopIteration):
+        wanted = next(slices)
+        while True:
+            kinds.append(wanted.kind)
+            wanted = slices.send(min(wanted.amount, 64))  # so there are two pieces of each stage
+    factors = [kind for kind in kinds if kind.startswith("factor/")]
+    assert len(factors) == len(decoder.layers) * 4 * 2 - 1
+    assert kinds.count("expand_kept") == 2 * len(decoder.layers)
+    assert micro.score.tokens == 89

@@ -82,6 +82,16 @@ def test_it_learns_that_a_kind_has_become_dearer_at_once() -> None:
     assert all(0.05 < seconds < 0.2 for seconds in spent[2:])
 
 
+def test_a_budget_is_filled_though_costs_vary() -> None:
+    """What is learned is the mean: a cost that is believed to be high leaves budgets unused."""
+    work = Work([("a", 10, 1, 0.001 * (0.7 if index % 2 else 1.3)) for index in range(4000)])
+    pacer = work.pacer()
+    for _ in range(100):
+        pacer.run(0.02)
+    spent = [pacer.run(0.02) for _ in range(500)]
+    assert sum(spent) / len(spent) == pytest.approx(0.02, rel=0.1)
+
+
 def test_a_piece_is_no_larger_than_what_will_be_done_on_it_later_allows() -> None:
     def slices() -> Slices:
         yield Slice("backward", 10, 10)
