@@ -68,7 +68,7 @@ class CachedParameter(Struct, frozen=True):
 
 
 class CacheIndex(Struct, frozen=True):
-    """What a file holds."""
+    """Index of a file."""
 
     parameters: dict[str, CachedParameter]
 
