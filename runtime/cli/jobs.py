@@ -4,6 +4,7 @@ import asyncio
 import sys
 from collections.abc import Awaitable, Callable
 from datetime import datetime
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import httpx
@@ -12,10 +13,13 @@ from cyclopts import Parameter
 from rich.table import Table
 
 from runtime.cli.client import DEFAULT_URL, AdminKey, Url, admin_client, ask, send
+from runtime.cli.compare import JobComparison, compare_jobs, tables
 from runtime.cli.flags import Json
 from runtime.cli.output import CommandError, UsageError, console
 from runtime.cli.train import events as stream_events
 from runtime.cli.train import exit_code, follow_to_end
+from runtime.support.durable import reason
+from runtime.trainer.recipe.document import RecipeError, read_document
 
 T = TypeVar("T")
 JobId = Annotated[str, Parameter(help="The job's id, ftjob-….")]
@@ -147,6 +151,89 @@ def remove(
         return code
 
     return _with(url, admin_key, delete)
+
+
+def rerun(
+    job_id: JobId,
+    /,
+    *,
+    set: Annotated[
+        list[str] | None, Parameter(help="A key of the recipe and its new value, KEY=VALUE; KEY= takes it out.")
+    ] = None,
+    dry_run: Annotated[bool, Parameter(help="Show the plan, and start nothing.", negative="")] = False,
+    follow: Annotated[bool, Parameter(help="Wait for the new job's end.", negative="")] = False,
+    url: Url = DEFAULT_URL,
+    admin_key: AdminKey = None,
+    json: Json = False,
+) -> int:
+    """With --follow, returns 1 where the new job failed or was cancelled."""
+    body = {"set": _changes(set or [])}
+    params = {"dry_run": "1"} if dry_run else {}
+
+    async def start(http: httpx.AsyncClient) -> int:
+        job = await ask(http, "POST", f"/admin/jobs/{job_id}/rerun", json=body, params=params)
+        if json or dry_run:
+            _print(job)
+        if follow and not dry_run:
+            return exit_code(await follow_to_end(http, job))
+        if not json and not dry_run:
+            print(f"{job['id']} is {job['status']}.")
+        return 0
+
+    return _with(url, admin_key, start)
+
+
+def _changes(given: list[str]) -> dict[str, Any]:
+    changes: dict[str, Any] = {}
+    for one in given:
+        key, sign, value = one.partition("=")
+        if not sign or not key.strip():
+            raise UsageError(f"--set takes KEY=VALUE, got {one!r}")
+        try:
+            changes[key.strip()] = read_document(f"value: {value}".encode()).values["value"]
+        except RecipeError as error:
+            raise UsageError(f"--set {one}: {error.problems[0].message}") from error
+    return changes
+
+
+def report(
+    job_id: JobId,
+    /,
+    *,
+    to: Annotated[Path | None, Parameter(help="The file to write. Default: the job's id and .html.")] = None,
+    url: Url = DEFAULT_URL,
+    admin_key: AdminKey = None,
+) -> int:
+    """HTML that needs no network. An existing file is replaced."""
+    path = to or Path(f"{job_id}.html")
+    page = _with(url, admin_key, lambda http: send(http, "GET", f"/admin/jobs/{job_id}/report"))
+    try:
+        path.write_bytes(page.content)
+    except OSError as error:
+        raise CommandError(f"cannot write {path}: {reason(error)}") from error
+    print(f"Wrote {path}.")
+    return 0
+
+
+def compare(
+    first: JobId, second: JobId, /, *, url: Url = DEFAULT_URL, admin_key: AdminKey = None, json: Json = False
+) -> int:
+    """Keys that differ, results, and the metrics of evaluations side by side."""
+
+    async def fetch(http: httpx.AsyncClient, job_id: str) -> tuple[Any, bytes, list[Any]]:
+        job = await ask(http, "GET", f"/admin/jobs/{job_id}")
+        recipe = (await send(http, "GET", f"/admin/jobs/{job_id}/recipe")).content
+        return job, recipe, (await ask(http, "GET", f"/admin/jobs/{job_id}/metrics"))["data"]
+
+    async def both(http: httpx.AsyncClient) -> JobComparison:
+        one, other = await fetch(http, first), await fetch(http, second)
+        return compare_jobs((one[0], other[0]), (one[1], other[1]), (one[2], other[2]))
+
+    comparison = _with(url, admin_key, both)
+    if json:
+        return _print(comparison)
+    console().print(tables(comparison))
+    return 0
 
 
 def _act(job_id: str, action: str, url: str, admin_key: str | None, *, json: bool) -> int:

@@ -32,6 +32,7 @@ from runtime.model.vocabulary import RowTargets
 from runtime.support.durable import error_code, patiently, reason
 from runtime.support.logs import get_logger
 from runtime.support.threads import call_in_fresh_thread
+from runtime.support.version import versions
 from runtime.text.tool_calls import detect_format
 from runtime.trainer.data.files import DataFiles
 from runtime.trainer.data.prepared import KeptData, digest_of_tokenizer
@@ -118,6 +119,7 @@ class EngineJobs:
         summary: dict[str, Any] = msgspec.to_builtins(summarize(plan))
         summary["total_steps"] = plan.schedule.total_steps
         summary |= {"job_weight": self._weight_of(read), "job_priority": read.job_priority}
+        summary["versions"] = versions()
         if read.save_total_limit is not None:
             summary["save_total_limit"] = read.save_total_limit
         return PreparedJob(

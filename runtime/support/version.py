@@ -1,8 +1,10 @@
 """The version of Eft: from the installed distribution, else from the source tree's pyproject.toml."""
 
+import contextlib
 import functools
 import importlib.metadata
 import importlib.util
+import platform
 import tomllib
 from pathlib import Path
 
@@ -15,6 +17,19 @@ def version() -> str:
     except importlib.metadata.PackageNotFoundError:
         pyproject = Path(__file__).resolve().parents[2] / "pyproject.toml"
         return str(tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]["version"])
+
+
+_PACKAGES = ("torch", "tokenizers", "transformers", "peft", "safetensors")
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Versions of Eft, Python, and the packages that decide about the results of training."""
+    found = {"eft": version(), "python": platform.python_version()}
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 # -- clash -----------------------------------------------------------------------------------------

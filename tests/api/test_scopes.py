@@ -20,6 +20,7 @@ OPEN = {"/health", "/ready", "/metrics", "/", "/page/{}"}
 TRAIN = {
     ("POST", "/admin/train"), ("GET", "/admin/jobs"), ("GET", "/admin/jobs/{}"), ("GET", "/admin/jobs/{}/events"),
     ("GET", "/admin/jobs/{}/metrics"), ("GET", "/admin/jobs/{}/logs"), ("POST", "/admin/jobs/{}/cancel"),
+    ("POST", "/admin/jobs/{}/rerun"), ("GET", "/admin/jobs/{}/report"),
     ("POST", "/admin/jobs/{}/pause"), ("POST", "/admin/jobs/{}/resume"), ("GET", "/admin/adapters"),
     ("GET", "/admin/adapters/{}"), ("GET", "/admin/overview"), ("GET", "/admin/adapters/upload"),
     ("DELETE", "/admin/jobs/{}"), ("GET", "/admin/jobs/{}/recipe"), ("GET", "/admin/jobs/{}/files/{}"),

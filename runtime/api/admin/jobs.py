@@ -13,6 +13,7 @@ from litestar.response import Stream
 from runtime.access.limits import Bucket
 from runtime.api.admin.train import detail_of, job_id_of
 from runtime.api.admin.views import (
+    DryRun,
     EventItem,
     JobDeleted,
     JobDetail,
@@ -20,7 +21,7 @@ from runtime.api.admin.views import (
     event_item,
     job_item,
 )
-from runtime.api.docs import QUERY, page_query
+from runtime.api.docs import BODY, QUERY, page_query
 from runtime.api.handle import AnyRequest, Api, api_of
 from runtime.api.http.auth import TRAIN
 from runtime.api.http.query import (
@@ -29,6 +30,7 @@ from runtime.api.http.query import (
     Page,
     check_names,
     choices,
+    flag,
     integer,
     number,
     object_page,
@@ -37,11 +39,14 @@ from runtime.api.http.query import (
 from runtime.api.http.record import record_of, visible_to
 from runtime.api.http.sse import DONE, Events, EventStream
 from runtime.api.openai.files import file_pieces
+from runtime.api.openai.schema import Intake
 from runtime.errors import NotFound, TooManyRequests
 from runtime.support.durable import storage_unavailable
 from runtime.trainer.jobs.followers import tail
 from runtime.trainer.jobs.manager import JobManager
-from runtime.trainer.jobs.records import STATES
+from runtime.trainer.jobs.records import STATES, Note
+from runtime.trainer.jobs.report import POLICY, JobReport, render_report
+from runtime.trainer.recipe.change import changed_recipe
 
 # -- job events ------------------------------------------------------------------------------------
 #
@@ -236,6 +241,64 @@ async def resume_job(request: AnyRequest) -> JobDetail:
     jobs = _jobs(request)
     job = await jobs.resume(await job_id_of(request))
     return await detail_of(jobs, job.id)
+
+
+class RerunRequest(msgspec.Struct, kw_only=True):
+    """Changes to the recipe of a job that is started again."""
+
+    set: dict[str, Any] = {}
+    """Path of a key, such as `learning_rate` or `publish.when`, to its new value; null takes it out."""
+
+
+_rerun = Intake(RerunRequest)
+
+
+@post(
+    "/admin/jobs/{job_id:str}/rerun",
+    opt={TRAIN: True, BODY: RerunRequest, QUERY: {"dry_run": {"enum": ["0", "1"]}}},
+    status_code=201,
+)
+async def rerun_job(request: AnyRequest) -> Response[JobDetail | DryRun]:
+    """Start a new job with the recipe and the data files of another, and changes (`set`). `dry_run=1` asks for the plan
+    only. 409 where the files were deleted."""
+    jobs, job_id = _jobs(request), await job_id_of(request)
+    check_names(request, ("dry_run",))
+    asked = await _rerun.read(request, api_of(request))
+    job = await jobs.store.get(job_id)
+    recipe = await asyncio.to_thread(changed_recipe, job.recipe, asked.set)
+    with jobs.arriving():
+        submission = await jobs.copy_of(job_id, recipe, owner=record_of(request).tenant)
+    if flag(request, "dry_run"):
+        record_of(request).action = ""  # it changes nothing
+        prepared = await jobs.dry_run(submission)
+        plan = DryRun(name=prepared.name, total_steps=prepared.total_steps, summary=prepared.summary)
+        return Response(plan, status_code=200)
+    made, _ = await jobs.submit(submission)
+    changes = ", ".join(f"{key} = {msgspec.json.encode(value).decode()}" for key, value in asked.set.items())
+    await jobs.store.note(made.id, Note(f"Started from {job_id}" + (f" with {changes[:1000]}." if changes else ".")))
+    record_of(request).target = made.id
+    location = {"Location": f"/admin/jobs/{made.id}"}
+    status = 202 if made.state == "validating" else 201
+    return Response(await detail_of(jobs, made.id), status_code=status, headers=location)
+
+
+@get("/admin/jobs/{job_id:str}/report", media_type="text/html", opt={TRAIN: True})
+async def job_report(request: AnyRequest) -> Response[str]:
+    """The job as one HTML page: curves, evaluations, answers, data, recipe and versions."""
+    jobs, job_id = _jobs(request), await job_id_of(request)
+    check_names(request, ())
+    store = jobs.store
+    job, progress = await store.describe(job_id)
+    report = JobReport(
+        job=job,
+        progress=progress,
+        files=await store.files(job_id),
+        checkpoints=await store.checkpoints(job_id),
+        metrics=await store.metrics(job_id, after=-1, limit=MAX_ROWS),
+        answers=await store.answers(job_id),
+    )
+    headers = {"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff"}
+    return Response(await asyncio.to_thread(render_report, report), media_type="text/html", headers=headers)
 
 
 @delete("/admin/jobs/{job_id:str}", opt={TRAIN: True}, status_code=200)

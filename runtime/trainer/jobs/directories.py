@@ -72,6 +72,22 @@ class JobDirectories:
         if self.incoming(job_id).is_dir():
             move(self.incoming(job_id), self.uploads(job_id))
 
+    def copy_uploads(self, job_id: str, other: str, names: Iterable[str]) -> None:
+        """Make a job's uploads those of another that is arriving. Files never change, so one that can be linked is.
+        Raises `OSError`."""
+        target = self.incoming(other)
+        for name in names:
+            make_directory(target)
+            source = self.uploads(job_id) / name
+            try:
+                os.link(source, target / name)
+            except FileNotFoundError:
+                raise
+            except OSError:
+                shutil.copyfile(source, target / name)
+        if target.is_dir():
+            sync_directory(target)
+
     def refuse(self, job_id: str) -> None:
         """Mark a job whose row could not be deleted as refused, as far as the disk lets it: a full one takes another
         name of a folder where it takes nothing else."""

@@ -6,6 +6,7 @@ do next: `start` reads them. Event loop only.
 
 import asyncio
 import contextlib
+import hashlib
 import secrets
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 
-from runtime.errors import EngineUnavailable, StorageUnavailable, TooManyRequests
+from runtime.errors import Conflict, EngineUnavailable, StorageUnavailable, TooManyRequests
 from runtime.metrics import Metrics
 from runtime.support.database import Database
 from runtime.support.durable import make_directory, replace_file, storage_unavailable
@@ -172,6 +173,26 @@ class JobManager:
             await self.discard(submission.id)
         await self._validation.wait(job.id, patience)
         return await self.store.get(job.id), created
+
+    async def copy_of(self, job_id: str, recipe: bytes, *, owner: str) -> JobSubmission:
+        """A submission of another recipe with the data files of a job, which are in place. Raises `Conflict` where
+        they were deleted, and `StorageUnavailable`."""
+        self._require_running()
+        files = await self.store.files(job_id)
+        copy = self.new_id()
+        try:
+            await self._disk.call(self.directories.copy_uploads, job_id, copy, [file.stored_as for file in files])
+        except FileNotFoundError as error:
+            await self.discard(copy)
+            raise Conflict(
+                "The data files of this job were deleted (trainer.keep_uploads): send the recipe and the files anew.",
+                code="files_deleted",
+            ) from error
+        except OSError as error:
+            await self.discard(copy)
+            raise storage_unavailable("The files cannot be stored", error) from error
+        digest = hashlib.blake2b(recipe + job_id.encode()).hexdigest()
+        return JobSubmission(id=copy, recipe=recipe, files=tuple(files), digest=digest, owner=owner)
 
     async def dry_run(self, submission: JobSubmission) -> PreparedJob:
         """Read a recipe and its files, and keep nothing. Raises what is wrong with it."""
