@@ -8,12 +8,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+from torch import Tensor
 
 from runtime.adapters.card import Card, write_card
 from runtime.adapters.library import AdapterLibrary
+from runtime.checkpoints import open_checkpoint
 from runtime.checkpoints.peft import write_adapter
 from runtime.engine.answers import AnswerRounds, AnswerSettings
-from runtime.errors import NotFound
+from runtime.engine.first_weights import (
+    BaseWeights,
+    Stopped,
+    find_origin,
+    going_on,
+    keep_origin,
+    kept_origin,
+    made_parameters,
+    origin_parameters,
+)
+from runtime.errors import InvalidRequest, NotFound, RequestError
 from runtime.events import (
     AnswersEvent,
     CancelledEvent,
@@ -33,12 +45,13 @@ from runtime.text.tool_calls import detect_format
 from runtime.trainer.data.files import DataFiles
 from runtime.trainer.data.prepared import KeptData, digest_of_tokenizer
 from runtime.trainer.evaluation.scores import make_scoring
+from runtime.trainer.jobs.directories import ORIGIN
 from runtime.trainer.jobs.records import PreparedJob
-from runtime.trainer.plan.plan import Plan, feed, prepare, summarize
+from runtime.trainer.plan.plan import AdapterOrigin, Plan, feed, prepare, summarize
 from runtime.trainer.plan.served_model import by_linear, end_ids, shape_of_base, with_template
-from runtime.trainer.recipe import adapter_name, load_recipe
+from runtime.trainer.recipe import Recipe, adapter_name, load_recipe
 from runtime.trainer.sliced_run import LossSpec, RunSpec, SlicedRun, TrainingHost
-from runtime.trainer.snapshot import Restored, Snapshot, read_snapshot
+from runtime.trainer.snapshot import Restored, RunProgress, Snapshot, read_snapshot
 from settings.schema import Settings
 
 if TYPE_CHECKING:
@@ -86,6 +99,8 @@ class EngineJobs:
         name = adapter_name(read, "")
         if name:
             self._library.check_free(name, "name")
+        read, origin = self._going_on(read, kept)
+        self._check_first_weights(read)
         plan = prepare(
             read,
             service.tokenizer,
@@ -96,6 +111,7 @@ class EngineJobs:
             tokens_per_second=self._tokens_per_second,
             kept=None if kept is None else KeptData(kept, lambda: self._tokenizer_digest),
             max_vocabulary=self._settings.adapters.max_vocabulary_bytes,
+            origin=origin,
         )
         if plan.generation:
             self._answers(plan)  # what is wrong with its metrics is said now
@@ -106,6 +122,29 @@ class EngineJobs:
         return PreparedJob(
             name=name, summary=summary, total_steps=plan.schedule.total_steps, publish=read.publish, plan=plan
         )
+
+    def _going_on(self, recipe: Recipe, kept: Path | None) -> tuple[Recipe, AdapterOrigin | None]:
+        """The recipe with what the adapter decides that it goes on from, and that adapter: once a job has it, its own
+        copy."""
+        if recipe.lora_model_dir is None:
+            return recipe, None
+        base, most = self._service.lora_base, self._settings.adapters.max_lora_rank
+        copy = None if kept is None else kept.with_name(ORIGIN)
+        origin = None if copy is None else kept_origin(copy)
+        if origin is None:
+            origin = find_origin(recipe.lora_model_dir, self._library, self._roots, base)
+            decided = going_on(recipe, origin, base, self._shape, max_rank=most)
+            return decided, origin if copy is None else keep_origin(origin, copy, base, max_rank=most)
+        return going_on(recipe, origin, base, self._shape, max_rank=most), origin
+
+    def _check_first_weights(self, recipe: Recipe) -> None:
+        if recipe.first_weights == "loftq" and self._service.decoder.group.size > 1:
+            raise InvalidRequest(
+                "peft_init_lora_weights is loftq, which compares the base's files with its weights as one process "
+                f"holds them, and here {self._service.decoder.group.size} ranks share them: leave it out, or serve "
+                "with parallel.tp 1.",
+                param="peft_init_lora_weights",
+            )
 
     @functools.cached_property
     def _tokenizer_digest(self) -> str:
@@ -238,6 +277,12 @@ class EngineRun:
     async def _build(self, resume_from: Path | None) -> None:
         try:
             run = await patiently(lambda: call_in_fresh_thread(self._make, resume_from))
+        except Stopped:
+            self._report(CancelledEvent(step=0))
+            return
+        except RequestError as error:
+            self._report(FailedEvent(step=0, code=error.code or error.type, message=error.message))
+            return
         except ValueError as error:
             self._report(FailedEvent(step=0, code="bad_checkpoint", message=f"The job cannot go on: {error}."))
             return
@@ -261,17 +306,17 @@ class EngineRun:
 
     def _make(self, resume_from: Path | None) -> SlicedRun:
         plan, service = self._plan, self._service
-        restored: Restored | None = None if resume_from is None else read_snapshot(resume_from)
         targets = by_linear(plan.targets, service.lora_base.places)
         loss = LossSpec.of(plan.recipe)
         rows = RowTargets() if plan.vocabulary is None else plan.vocabulary.rows
         spec = RunSpec(recipe=plan.recipe, schedule=plan.schedule, targets=targets, loss=loss, rows=rows)
+        restored = self._first(spec) if resume_from is None else read_snapshot(resume_from)
 
         def write(directory: Path, adapter: Adapter) -> None:
             write_adapter(
                 directory,
                 adapter.layers,
-                spec.shape,
+                adapter.shape,
                 service.lora_base,
                 vocabulary=adapter.vocabulary,
                 dropout=spec.recipe.lora_dropout,
@@ -280,6 +325,20 @@ class EngineRun:
             write_card(directory, card_of(plan))
 
         return service.make_run(spec, feed(plan), self._from_engine, write, restored)
+
+    def _first(self, spec: RunSpec) -> Restored | None:
+        """The state that the run begins with, where its first weights are not drawn."""
+        plan, service = self._plan, self._service
+        parameters: Mapping[str, Tensor] | None = None
+        if plan.origin is not None:
+            most = service.settings.adapters.max_lora_rank
+            parameters = origin_parameters(plan.origin, service.lora_base, max_rank=most)
+        elif plan.recipe.is_made_of_base:
+            model = service.settings.model
+            checkpoint = open_checkpoint(model.model, revision=model.revision, chat_template=model.chat_template)
+            weights = BaseWeights(checkpoint, service.lora_base, service.decoder)
+            parameters = made_parameters(plan.recipe, spec.shape, spec.targets, weights, lambda: self._cancelled)
+        return None if parameters is None else Restored(RunProgress(), parameters, {}, None)
 
     # -- its reports ---------------------------------------------------------------------------
 
@@ -361,6 +420,7 @@ def card_of(plan: Plan) -> Card:
         tokens=() if own is None else own.tokens,
         eos_id=None if own is None else own.eos_id,
         vocab_size=None if own is None else own.size,
+        went_on_from=None if plan.origin is None else plan.origin.label,
     )
 
 

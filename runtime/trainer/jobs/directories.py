@@ -16,6 +16,8 @@ CHECKPOINT_RECORD = "checkpoint.json"
 """File in a checkpoint's and a result's folder: a copy of its row, in case the row is lost."""
 
 PREPARED = "examples.bin"
+ORIGIN = "origin"
+"""Folder with a copy of the adapter that the job goes on from, beside PREPARED and for as long."""
 
 _PARTIAL = ".partial"
 _REFUSED = f"{PARTIAL}refused"

@@ -5,6 +5,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
 
 from msgspec import Struct
 
@@ -88,10 +90,13 @@ def estimate(
 ) -> Estimate:
     """`rows` is the number of trained rows of embedding and head, `largest` that of the tokens of the largest
     micro-batch, `tokens` that of the whole job."""
-    parameters = sum(recipe.lora_r * sum(shape.linears[name]) for _, name in targets) + rows * shape.hidden_size
+    magnitudes = sum(shape.linears[name][1] for _, name in targets) if recipe.peft_use_dora else 0
+    factors = sum(recipe.lora_r * sum(shape.linears[name]) for _, name in targets)
+    parameters = factors + magnitudes + rows * shape.hidden_size
+    kept = factors if recipe.begins_in_base else 0  # beside them, the first weights
     return Estimate(
         parameters=parameters,
-        weight_bytes=4 * parameters,
+        weight_bytes=4 * (parameters + kept),
         gradient_bytes=4 * parameters,
         optimizer_bytes=_STATE_BYTES[recipe.optimizer_family] * parameters,
         activation_bytes=_activations(recipe, shape, largest),
@@ -157,6 +162,15 @@ class DataStats(Struct, frozen=True, kw_only=True):
     """Tokens of the longest example."""
 
 
+class AdapterOrigin(NamedTuple):
+    """The adapter that a job goes on from."""
+
+    directory: Path
+    """Folder with its files, in PEFT's format."""
+    label: str
+    """`name@version`, or the name of the folder that the recipe gave."""
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
     """A job that is ready to run."""
@@ -195,6 +209,8 @@ class Plan:
     """Rows that evaluations generate answers for."""
     vocabulary: VocabularyPlan | None = None
     """Tokens of the adapter's own, and rows of embedding and head that are trained."""
+    origin: AdapterOrigin | None = None
+    """The adapter that the job goes on from."""
 
 
 def prepare(
@@ -208,12 +224,14 @@ def prepare(
     tokens_per_second: float | None = None,
     kept: KeptData | None = None,
     max_vocabulary: int | None = None,
+    origin: AdapterOrigin | None = None,
 ) -> Plan:
     """Read, check and tokenise a recipe's data, and work out its steps. Takes as long as tokenising does.
 
     `model_names` are those of the served model, its own first; `max_len` is the longest sequence that it can be
     trained on; `tokens_per_second` is the rate of training here, if that is known; `kept` has the data of a job that
-    was read before; `max_vocabulary`: most bytes of the adapter's rows of embedding and head. Raises `InvalidRequest`
+    was read before; `max_vocabulary`: most bytes of the adapter's rows of embedding and head; `origin` is the adapter
+    to go on from, which the recipe agrees with. Raises `InvalidRequest`
     (`BadRows` for rows), `ModelNotFound` and `Forbidden`.
     """
     check_base_model(recipe, model_names)
@@ -293,6 +311,7 @@ def prepare(
         stop=() if template is None else stop_texts(tokenizer, ends),
         generation=generation,
         vocabulary=vocabulary,
+        origin=origin,
     )
 
 

@@ -8,7 +8,7 @@ from msgspec import Meta, Struct
 from runtime.trainer.recipe.dataset import Dataset
 from runtime.trainer.recipe.keys import DATASET_NOTED, DATASET_REFUSED, NOTED, REFUSED, Refused, is_off
 from runtime.trainer.recipe.legacy import READ_AS
-from runtime.trainer.recipe.schema import DATA_GROUPS, Recipe
+from runtime.trainer.recipe.schema import DATA_GROUPS, INTERNAL, Recipe
 from runtime.trainer.recipe.types import describe
 from settings import suggest
 
@@ -82,7 +82,7 @@ def verdicts(values: Mapping[str, Any]) -> list[Verdict]:
 def _verdict(
     name: str, value: Any, path: str, struct: type[Struct], noted: Mapping[str, str], refused: Mapping[str, Refused]
 ) -> Verdict:
-    fields = set(struct.__struct_fields__) - {"notes"}
+    fields = set(struct.__struct_fields__) - INTERNAL
     if name in fields:
         return Verdict(key=path, verdict="off" if value is None else "works")
     if struct is Recipe and name in READ_AS and not is_off(value):
@@ -127,7 +127,7 @@ def _explained(
     if name in refused:
         return [f"{shown}: refused when it is on: {refused[name].why}."]
     hint = get_type_hints(struct, include_extras=True).get(name)
-    if hint is None or name == "notes":
+    if hint is None or name in INTERNAL:
         return []
     text = next((meta.description for meta in get_args(hint)[1:] if isinstance(meta, Meta) and meta.description), "")
     default = getattr(struct, "__struct_defaults__", ())
