@@ -26,6 +26,7 @@ from kernels.stack import (
     LayerStack,
     LayerWeights,
     LinearWeights,
+    OutputFactors,
     PagedContext,
     StackFactors,
 )
@@ -123,6 +124,7 @@ __all__ = [
     "LoraSegment",
     "Nf4Weight",
     "Ops",
+    "OutputFactors",
     "PagedContext",
     "PagedRows",
     "QuantisedWeight",

@@ -7,7 +7,7 @@ both need of a step, besides the hidden states, is a `ForwardContext`; its `Page
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -64,10 +64,34 @@ class LayerStack:
 
 
 @dataclass(frozen=True, eq=False)
+class OutputFactors:
+    """Factors of one linear's outputs, which DoRA has beside its low-rank ones (arXiv:2402.09353). The bias has none:
+    y = factor * (W x) + bias."""
+
+    excess: Tensor
+    """[out] float32: the factors less 1."""
+    bias: Tensor | None
+    """[out] float32."""
+
+    def add(self, tokens: Tensor | None, base: Tensor, y: Tensor) -> None:
+        """In place: add to y [T, out] what the factors change in `base` [T, out], the linear's output, for these tokens
+        ([n] int64; None: all)."""
+        some = base if tokens is None else base.index_select(0, tokens)
+        some = some.float() if self.bias is None else some.float() - self.bias
+        change = some.mul(self.excess).to(y.dtype)
+        if tokens is None:
+            y.add_(change)
+        else:
+            y.index_add_(0, tokens, change)
+
+
+@dataclass(frozen=True, eq=False)
 class StackFactors:
     """One adapter's factors, by layer and linear (`PLACES`)."""
 
     places: Mapping[tuple[int, str], LoraFactors]
+    factors: Mapping[tuple[int, str], OutputFactors] = field(default_factory=dict)
+    """Where the linear's own outputs are changed."""
 
 
 class AdaptedTokens(NamedTuple):
@@ -125,7 +149,8 @@ class FusedLayers(ABC, Generic[ContextT]):
     def __call__(self, hidden: Tensor, context: ContextT) -> Tensor:
         """A `ForwardLayers`."""
         paged = context.paged
-        if paged is None or torch.is_grad_enabled() or not self.takes(hidden, context.cos, paged):
+        rescaled = paged is not None and any(adapter.factors for _, adapter in paged.adapted)
+        if paged is None or rescaled or torch.is_grad_enabled() or not self.takes(hidden, context.cos, paged):
             return self._layer_by_layer(hidden, context)
         return self.forward_fused(hidden, context.cos, context.sin, paged, context.logits_indices)
 

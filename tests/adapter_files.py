@@ -20,7 +20,9 @@ def make_adapter(model: Path, path: Path, *, seed: int = 1, spread: float = 0.15
     adapted = get_peft_model(base, LoraConfig(**{**fields, **config}))
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in adapted.named_parameters():
-        if "lora_" in name:
+        if "lora_magnitude" in name:
+            parameter.data *= torch.rand(parameter.shape, generator=generator) + 0.5
+        elif "lora_" in name:
             parameter.data = torch.randn(parameter.shape, generator=generator) * spread
     adapted.save_pretrained(path)
     return path

@@ -64,6 +64,8 @@ class Card(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Id that ends its texts; None: the base's."""
     vocab_size: int | None = None
     """Ids below this are valid for it, where they are more than the base's."""
+    went_on_from: str | None = None
+    """The adapter that its training began with: `name@version` of this server, or a folder's name."""
 
     @property
     def changes_tokens(self) -> bool:

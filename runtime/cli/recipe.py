@@ -220,6 +220,9 @@ def _plan(recipe: "Recipe", files: RecipeFiles, file: Path, loaded: Loaded) -> d
     from runtime.trainer.recipe import adapter_name
 
     settings = loaded.settings
+    if recipe.lora_model_dir is not None:
+        note = "lora_model_dir is looked up by the server alone: what the adapter decides is not known to this plan."
+        recipe = msgspec.structs.replace(recipe, notes=(*recipe.notes, note))
     checkpoint = open_checkpoint(
         settings.model.model, revision=settings.model.revision, chat_template=settings.model.chat_template
     )

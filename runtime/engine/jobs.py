@@ -8,15 +8,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+from torch import Tensor
 
 from runtime.adapters.card import write_card
 from runtime.adapters.library import AdapterLibrary
+from runtime.checkpoints import open_checkpoint
 from runtime.checkpoints.peft import write_adapter
 from runtime.engine.answers import AnswerRounds, AnswerSettings
 from runtime.engine.assembly import free_bytes
 from runtime.engine.devices import training_devices
+from runtime.engine.first_weights import (
+    BaseWeights,
+    Stopped,
+    find_origin,
+    going_on,
+    keep_origin,
+    kept_origin,
+    made_parameters,
+    origin_parameters,
+)
 from runtime.engine.launched import LaunchedJobs, LaunchedPlan, card_of, publish_model
-from runtime.errors import NotFound
+from runtime.errors import InvalidRequest, NotFound, RequestError
 from runtime.events import (
     AnswersEvent,
     CancelledEvent,
@@ -37,14 +49,15 @@ from runtime.text.tool_calls import detect_format
 from runtime.trainer.data.files import DataFiles
 from runtime.trainer.data.prepared import KeptData, digest_of_tokenizer
 from runtime.trainer.evaluation.scores import make_scoring
+from runtime.trainer.jobs.directories import ORIGIN
 from runtime.trainer.jobs.records import ADAPTER_FILES, PreparedJob, RunHandle
 from runtime.trainer.launched.files import MODEL
-from runtime.trainer.plan.plan import Plan, feed, prepare, summarize
+from runtime.trainer.plan.plan import AdapterOrigin, Plan, feed, prepare, summarize
 from runtime.trainer.plan.served_model import by_linear, end_ids, shape_of_base, with_template
 from runtime.trainer.recipe import Recipe, adapter_name, load_recipe
 from runtime.trainer.recipe.launch import wants_launch
 from runtime.trainer.sliced_run import LossSpec, RunSpec, SlicedRun, TrainingHost
-from runtime.trainer.snapshot import Restored, Snapshot, read_snapshot
+from runtime.trainer.snapshot import Restored, RunProgress, Snapshot, read_snapshot
 from settings.schema import Settings
 
 if TYPE_CHECKING:
@@ -101,6 +114,8 @@ class EngineJobs:
         if self._launched is not None and wants_launch(read):
             deepspeed, notes = self._launched.check(read, uploads)
             read = msgspec.structs.replace(read, notes=(*read.notes, *notes))
+        read, origin = self._going_on(read, kept)
+        self._check_first_weights(read)
         plan = prepare(
             read,
             service.tokenizer,
@@ -113,6 +128,7 @@ class EngineJobs:
             max_vocabulary=self._settings.adapters.max_vocabulary_bytes,
             devices=devices,
             nodes=self._settings.trainer.nodes,
+            origin=origin,
         )
         if plan.generation:
             self._answers(plan)  # what is wrong with its metrics is said now
@@ -130,6 +146,29 @@ class EngineJobs:
             plan=plan if plan.launch is None else LaunchedPlan(plan, deepspeed),
             result_files=MODEL if plan.launch is not None and plan.launch.full else ADAPTER_FILES,
         )
+
+    def _going_on(self, recipe: Recipe, kept: Path | None) -> tuple[Recipe, AdapterOrigin | None]:
+        """The recipe with what the adapter decides that it goes on from, and that adapter: once a job has it, its own
+        copy."""
+        if recipe.lora_model_dir is None:
+            return recipe, None
+        base, most = self._service.lora_base, self._settings.adapters.max_lora_rank
+        copy = None if kept is None else kept.with_name(ORIGIN)
+        origin = None if copy is None else kept_origin(copy)
+        if origin is None:
+            origin = find_origin(recipe.lora_model_dir, self._library, self._roots, base)
+            decided = going_on(recipe, origin, base, self._shape, max_rank=most)
+            return decided, origin if copy is None else keep_origin(origin, copy, base, max_rank=most)
+        return going_on(recipe, origin, base, self._shape, max_rank=most), origin
+
+    def _check_first_weights(self, recipe: Recipe) -> None:
+        if recipe.first_weights == "loftq" and self._service.decoder.group.size > 1:
+            raise InvalidRequest(
+                "peft_init_lora_weights is loftq, which compares the base's files with its weights as one process "
+                f"holds them, and here {self._service.decoder.group.size} ranks share them: leave it out, or serve "
+                "with parallel.tp 1.",
+                param="peft_init_lora_weights",
+            )
 
     @functools.cached_property
     def _tokenizer_digest(self) -> str:
@@ -290,6 +329,12 @@ class EngineRun:
     async def _build(self, resume_from: Path | None) -> None:
         try:
             run = await patiently(lambda: call_in_fresh_thread(self._make, resume_from))
+        except Stopped:
+            self._report(CancelledEvent(step=0))
+            return
+        except RequestError as error:
+            self._report(FailedEvent(step=0, code=error.code or error.type, message=error.message))
+            return
         except ValueError as error:
             self._report(FailedEvent(step=0, code="bad_checkpoint", message=f"The job cannot go on: {error}."))
             return
@@ -316,17 +361,17 @@ class EngineRun:
 
     def _make(self, resume_from: Path | None) -> SlicedRun:
         plan, service = self._plan, self._service
-        restored: Restored | None = None if resume_from is None else read_snapshot(resume_from)
         targets = by_linear(plan.targets, service.lora_base.places)
         loss = LossSpec.of(plan.recipe)
         rows = RowTargets() if plan.vocabulary is None else plan.vocabulary.rows
         spec = RunSpec(recipe=plan.recipe, schedule=plan.schedule, targets=targets, loss=loss, rows=rows)
+        restored = self._first(spec) if resume_from is None else read_snapshot(resume_from)
 
         def write(directory: Path, adapter: Adapter) -> None:
             write_adapter(
                 directory,
                 adapter.layers,
-                spec.shape,
+                adapter.shape,
                 service.lora_base,
                 vocabulary=adapter.vocabulary,
                 dropout=spec.recipe.lora_dropout,
@@ -335,6 +380,20 @@ class EngineRun:
             write_card(directory, card_of(plan))
 
         return service.make_run(spec, feed(plan), self._from_engine, write, restored)
+
+    def _first(self, spec: RunSpec) -> Restored | None:
+        """The state that the run begins with, where its first weights are not drawn."""
+        plan, service = self._plan, self._service
+        parameters: Mapping[str, Tensor] | None = None
+        if plan.origin is not None:
+            most = service.settings.adapters.max_lora_rank
+            parameters = origin_parameters(plan.origin, service.lora_base, max_rank=most)
+        elif plan.recipe.is_made_of_base:
+            model = service.settings.model
+            checkpoint = open_checkpoint(model.model, revision=model.revision, chat_template=model.chat_template)
+            weights = BaseWeights(checkpoint, service.lora_base, service.decoder)
+            parameters = made_parameters(plan.recipe, spec.shape, spec.targets, weights, lambda: self._cancelled)
+        return None if parameters is None else Restored(RunProgress(), parameters, {}, None)
 
     # -- its reports ---------------------------------------------------------------------------
 

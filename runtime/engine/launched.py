@@ -194,4 +194,5 @@ def card_of(plan: Plan) -> Card:
         tokens=() if own is None else own.tokens,
         eos_id=None if own is None else own.eos_id,
         vocab_size=None if own is None else own.size,
+        went_on_from=None if plan.origin is None else plan.origin.label,
     )

@@ -6,7 +6,6 @@ into slices.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -162,7 +161,7 @@ class DecoderLayer:
         )
 
     def _adapt(self, name: str, adaptation: Adaptation | None) -> Adapt | None:
-        return None if adaptation is None else partial(adaptation, self.index, name)
+        return None if adaptation is None else adaptation.at(self.index, name)
 
     def _by_head(self, fused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         spec = self._spec

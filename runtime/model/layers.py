@@ -7,7 +7,7 @@ for adding an adapter, belongs here, not in the decoder.
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,8 +22,17 @@ from runtime.model.split import Split
 Parts = Mapping[str, int | Split]
 """A weight's parts by name: the number of rows, all held here, or a `Split` with the rows that are held here."""
 
-Adapt = Callable[[Tensor, Tensor], Tensor]
-"""(input, output) of a linear → the adapted output; see `runtime.model.lora.Adaptation`."""
+
+class Adapt(Protocol):
+    """The change that adapters make to one linear; see `runtime.model.lora.Adaptation`."""
+
+    @property
+    def rescales(self) -> bool:
+        """True if it needs the linear's output apart from a residual stream."""
+
+    def __call__(self, x: Tensor, y: Tensor, base: Tensor) -> Tensor:
+        """From the linear's input, its output, to which a residual stream may have been added, and its output alone, to
+        the adapted output."""
 
 
 SAMPLES = 256
@@ -164,6 +173,12 @@ class Parameter:
         """Expected shape of a part's whole tensor."""
         return torch.Size((self.parts[part].full, *self._shape))
 
+    def rows(self, first: int, last: int) -> Tensor:
+        """Held rows from `first` to `last` of a matrix, float32."""
+        if self.quantised is not None:
+            return self.quantised.rows(torch.arange(first, last, device=self._device))
+        return self.data[first:last].float()
+
     @property
     def missing(self) -> list[str]:
         """Parts that no tensor has filled yet."""
@@ -292,6 +307,11 @@ class Linear:
         return self.weight.value, None if self.bias is None else self.bias.data
 
     @property
+    def adapted_bias(self) -> Tensor | None:
+        """The bias [out] in the outputs that `Adapt` gets."""
+        return None if self.bias is None else self.bias.data
+
+    @property
     def parameters(self) -> dict[str, Parameter]:
         return {"weight": self.weight} if self.bias is None else {"weight": self.weight, "bias": self.bias}
 
@@ -299,12 +319,15 @@ class Linear:
         """x, as this rank holds it → y, this rank's outputs; `adapt` changes y."""
         x = self.group.copy_to_tp(x)
         y = ops.linear(x, *self.tensors)
-        return y if adapt is None else adapt(x, y)
+        return y if adapt is None else adapt(x, y, y)
 
     def residual_add(self, ops: Ops, residual: Tensor, x: Tensor, adapt: Adapt | None = None) -> Tensor:
         """residual [T, out] plus the linear's output for x; `adapt` changes the sum, since what adapters do is add."""
+        if adapt is not None and adapt.rescales:
+            base = ops.linear(x, *self.tensors)
+            return adapt(x, residual + base, base)
         y = ops.linear_add(residual, x, *self.tensors)
-        return y if adapt is None else adapt(x, y)
+        return y if adapt is None else adapt(x, y, y)
 
     @property
     def fuses_norm(self) -> bool:
@@ -339,6 +362,10 @@ class RowLinear(Linear):
         columns = None if self._split.is_whole else self._split
         return Parameter(parts, (self.in_features,), dtype, device, columns=columns, group=self.group)
 
+    @property
+    def adapted_bias(self) -> Tensor | None:
+        return super().adapted_bias if self.group.size == 1 else None
+
     def __call__(self, ops: Ops, x: Tensor, adapt: Adapt | None = None) -> Tensor:
         return self.begin(ops, x, adapt)()
 
@@ -352,11 +379,12 @@ class RowLinear(Linear):
             y = split_linear(ops, x, weight, self.group)
             if adapt is not None:
                 # The first rank's share is the sum itself: where no adapter changes a row, adding zeros keeps its bits.
-                y = self.group.sum(adapt(x, y if self.group.rank == 0 else torch.zeros_like(y)))
+                share = y if self.group.rank == 0 else torch.zeros_like(y)
+                y = self.group.sum(adapt(x, share, share))
             arrives: Callable[[], Tensor] = partial(_given, y)
         else:
             y = ops.linear(x, weight)
-            arrives = self.group.sum_later(y if adapt is None else adapt(x, y))
+            arrives = self.group.sum_later(y if adapt is None else adapt(x, y, y))
         return arrives if bias is None else lambda: arrives() + bias
 
     def residual_add(self, ops: Ops, residual: Tensor, x: Tensor, adapt: Adapt | None = None) -> Tensor:

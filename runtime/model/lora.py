@@ -24,6 +24,8 @@ class LoraShape:
     """Scale by alpha / sqrt(rank) instead of alpha / rank (arXiv:2312.03732)."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
+    dora: bool = False
+    """Each part has a magnitude (DoRA, arXiv:2402.09353)."""
 
     def scale(self, rank: int, alpha: float) -> float:
         return alpha / (rank**0.5 if self.rslora else rank)
@@ -40,6 +42,9 @@ class LoraPart:
     b: Tensor
     """[out of the part, rank]"""
     scale: float
+    magnitude: Tensor | None = None
+    """[out of the part]: the norms that the rows of W + scale * B A are brought to (DoRA); None: they stay as they
+    are."""
 
 
 LoraLayers = dict[tuple[int, str], list[LoraPart]]
@@ -72,13 +77,38 @@ class Adaptation(ABC):
     """The same for a backend that runs all layers in one call; None where that cannot say it, as in training."""
 
     @abstractmethod
-    def __call__(self, layer: int, linear: str, x: Tensor, y: Tensor) -> Tensor:
+    def __call__(self, layer: int, linear: str, x: Tensor, y: Tensor, base: Tensor | None = None) -> Tensor:
         """From the layer's index, the linear's name (`decoder.LINEARS`), its input x [T, in] and its output y [T, out],
-        to which a residual stream may have been added, to the adapted output, [T, out]. May change y in place."""
+        to which a residual stream may have been added, to the adapted output, [T, out]. `base` [T, out] is the output
+        without that stream; it may be y itself, and is given where it `rescales`. May change y in place."""
 
     def embed(self, token_ids: Tensor, embed: Embed) -> Tensor:
         """Embeddings [T, hidden] of token ids [T]; `embed` gives the base's."""
         return embed(token_ids)
+
+    def rescales(self, layer: int, linear: str) -> bool:
+        """True if the linear's own output is changed by factors, as DoRA does, and not only added to."""
+        return False
+
+    def at(self, layer: int, linear: str) -> "LinearAdaptation":
+        """The change to one linear."""
+        return LinearAdaptation(self, layer, linear)
+
+
+@dataclass(frozen=True, eq=False)
+class LinearAdaptation:
+    """`layers.Adapt` of one linear."""
+
+    adaptation: Adaptation
+    layer: int
+    linear: str
+
+    @property
+    def rescales(self) -> bool:
+        return self.adaptation.rescales(self.layer, self.linear)
+
+    def __call__(self, x: Tensor, y: Tensor, base: Tensor) -> Tensor:
+        return self.adaptation(self.layer, self.linear, x, y, base)
 
 
 class BatchAdaptation(Adaptation):
@@ -109,8 +139,15 @@ class BatchAdaptation(Adaptation):
             hidden[tokens] = rows.replace(token_ids[tokens], hidden[tokens])
         return hidden
 
-    def __call__(self, layer: int, linear: str, x: Tensor, y: Tensor) -> Tensor:
+    def rescales(self, layer: int, linear: str) -> bool:
+        return any((layer, linear) in adapter.factors for _, adapter in self.adapted)
+
+    def __call__(self, layer: int, linear: str, x: Tensor, y: Tensor, base: Tensor | None = None) -> Tensor:
         place = (layer, linear)
+        for tokens, adapter in self.adapted:
+            if (factors := adapter.factors.get(place)) is not None:
+                assert base is not None, "the linear asks `rescales`"
+                factors.add(tokens, base, y)
         segments = [
             LoraSegment(tokens, adapter.places[place]) for tokens, adapter in self.adapted if place in adapter.places
         ]

@@ -60,6 +60,10 @@ class FallbackStep:
         self._attention = PackedAttention(ops, [part.stop - part.start for part in batch.sequences], model.spec)
         every = slice(0, batch.num_tokens)
         self._adaptation = TrainingAdaptation(lora, dropout=dropout, seed=seed, rows=every)
+        refers = lora.reference
+        self._reference_adaptation = (
+            None if refers is None else TrainingAdaptation(refers, dropout=0.0, seed=seed, rows=every)
+        )
         self._calls: list[LayerCall] = []
         self.score = Score()
         self.fraction = 0.0
@@ -108,10 +112,10 @@ class FallbackStep:
         return 2 if self._loss.needs_reference and self.reference is None else 1
 
     def _reference(self, passes: int) -> Sliced[Tensor | None]:
-        """Log-probabilities [R] under the model without its adapter, for a loss that needs them."""
+        """Log-probabilities [R] under the reference, for a loss that needs them."""
         if not self._loss.needs_reference or self.reference is not None:
             return self.reference
-        hidden = yield from self._forward(None, passes)
+        hidden = yield from self._forward(self._reference_adaptation, passes)
         self.reference = yield from score_targets(self._head, hidden, self._batch)
         return self.reference
 

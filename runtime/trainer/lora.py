@@ -1,18 +1,21 @@
 """The adapter that is being trained: its parameters, and their effect on the decoder's linears.
 
 LoRA (arXiv:2106.09685) as PEFT has it: A starts uniform, B at zero, dropout before A. One difference: the parts of
-a fused linear (query, key and value; gate and up) share a dropout mask, since they share their input.
+a fused linear (query, key and value; gate and up) share a dropout mask, since they share their input. PiSSA and OLoRA
+begin with a part of the weight itself and train beside the rest: the base is shared here and does not change, so the
+product of the first factors is taken off.
 """
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from kernels.training import dropout_mask
+from runtime.model.dora import row_norms
 from runtime.model.layers import Linear
 from runtime.model.lora import Adaptation, Adapter, LoraLayers, LoraPart, LoraShape
 from runtime.model.lora_base import LoraBase
@@ -20,17 +23,26 @@ from runtime.model.model import Model
 from runtime.model.split import Split
 from runtime.model.token_rows import Embed, embed_with
 from runtime.model.vocabulary import RowTargets
+from runtime.trainer.dora import add_dora, product
 from runtime.trainer.shards import Held, Shards
 from runtime.trainer.token_rows import TrainableVocabulary, rows_of
 
 Targets = Mapping[tuple[int, str], Sequence[str]]
 """(layer index, linear name) → the linear's parts that are trained, in the linear's own order."""
 
+StartUse = Literal["none", "subtracted", "reference"]
+"""Use of a copy of the weights that the adapter begins with: to train beside the base less their product, as PiSSA and
+OLoRA do, or as the reference of a loss."""
+
+START = "start/"
+"""Prefix of the names of that copy in a capture."""
+
 
 @dataclass(frozen=True, eq=False)
 class AdaptedLinear:
     """The parameters of one linear, as far as this rank holds them. Float32 for any type of the base."""
 
+    linear: Linear
     parts: tuple[str, ...]
     columns: tuple[slice, ...]
     """Columns of each part in the linear's output."""
@@ -38,113 +50,238 @@ class AdaptedLinear:
     """[parts * rank, in]: the parts' A matrices, one above the other, since all of them see the same input."""
     b: tuple[Tensor, ...]
     """[out of the part, rank] each."""
+    m: tuple[Tensor, ...]
+    """[out of the part] each: magnitudes (DoRA); empty without."""
     inputs: Split
     """Columns of the whole A that this rank holds."""
     outputs: tuple[Split, ...]
     """Rows of each whole B that this rank holds."""
 
+    def named(self, layer: int, name: str) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor by a stable name; `name` is that of the linear."""
+        yield f"{layer}.{name}.a", self.a
+        for kind, tensors in (("b", self.b), ("m", self.m)):
+            if tensors:
+                yield from ((f"{layer}.{name}.{kind}.{part}", t) for part, t in zip(self.parts, tensors, strict=True))
 
-class TrainableLora:
+    def held(self, layer: int, name: str) -> Iterator[tuple[str, Held]]:
+        """The share of each of `named` that this rank holds."""
+        for key, tensor in self.named(layer, name):
+            if tensor is self.a:
+                yield key, Held(self.inputs, 1)
+            else:
+                yield key, Held(self.outputs[self.parts.index(key.rpartition(".")[2])], 0, tensor.ndim)
+
+    def copy(self) -> "AdaptedLinear":
+        """The same with copies of the tensors, which are not trained."""
+        b, m = ([tensor.detach().clone() for tensor in tensors] for tensors in (self.b, self.m))
+        return replace(self, a=self.a.detach().clone(), b=tuple(b), m=tuple(m))
+
+
+Linears = dict[tuple[int, str], AdaptedLinear]
+
+
+class LoraWeights:
+    """Weights of one adapter as training applies them, trained or not."""
+
+    vocabulary: TrainableVocabulary | None = None
+    """Rows of embedding and head; None where none are trained."""
+
+    def __init__(self, linears: Linears, scale: float) -> None:
+        self.linears = linears
+        self.scale = scale
+        self._norms: dict[tuple[int, str], list[Tensor]] = {}
+
+    def norms(self, layer: int, name: str) -> list[Tensor]:
+        """`row_norms` of each part of a linear. Computed once for as long as the weights do not change (`changed`)."""
+        found = self._norms.get((layer, name))
+        if found is None:
+            found = self._norms[layer, name] = _norms(self.linears[layer, name], self.scale)
+        return found
+
+    def changed(self) -> None:
+        """Note that the weights are other ones now."""
+        self._norms.clear()
+
+
+class TrainableLora(LoraWeights):
     """All parameters of one adapter."""
 
     def __init__(
-        self, decoder: Model, targets: Targets, shape: LoraShape, *, seed: int, rows: RowTargets | None = None
+        self,
+        decoder: Model,
+        targets: Targets,
+        shape: LoraShape,
+        *,
+        seed: int,
+        rows: RowTargets | None = None,
+        initial: str = "uniform",
+        start: StartUse = "none",
     ) -> None:
         """Fresh parameters on the decoder's device; the same seed gives the same ones. All ranks at once."""
+        super().__init__({}, shape.scale(shape.rank, shape.alpha))
         self.shape = shape
         self.vocabulary = TrainableVocabulary(decoder, rows, seed=seed) if rows is not None and rows.kinds else None
-        """Rows of embedding and head; None where none are trained."""
-        self.scale = shape.scale(shape.rank, shape.alpha)
         generator = torch.Generator().manual_seed(seed)
-        self.linears: dict[tuple[int, str], AdaptedLinear] = {}
         for (layer, name), parts in targets.items():
             linear = decoder.layers[layer].linears[name]
-            self.linears[layer, name] = _fresh(linear, parts, shape.rank, generator, decoder.device)
+            self.linears[layer, name] = _fresh(linear, parts, shape.rank, generator, decoder.device, initial)
+        if shape.dora:
+            for place, adapted in self.linears.items():
+                m = tuple(norms.requires_grad_() for norms in _norms(adapted, self.scale))
+                self.linears[place] = replace(adapted, m=m)
+        self._use = start
+        self._start = None if start == "none" else LoraWeights(_copies(self.linears), self.scale)
         self.shards = Shards(decoder.group, self._held(), decoder.device)
         """The part of each parameter that this rank holds."""
+
+    @property
+    def reference(self) -> LoraWeights | None:
+        """The weights under which a loss with a reference computes it; None: the base without an adapter."""
+        return self._start if self._use == "reference" else None
+
+    @property
+    def subtracted(self) -> LoraWeights | None:
+        """The weights whose product is taken off the base's."""
+        return self._start if self._use == "subtracted" else None
 
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Every trained tensor by a stable name, layer by layer."""
         for (layer, name), linear in self.linears.items():
-            yield f"{layer}.{name}.a", linear.a
-            for part, b in zip(linear.parts, linear.b, strict=True):
-                yield f"{layer}.{name}.b.{part}", b
+            yield from linear.named(layer, name)
         if self.vocabulary is not None:
             yield from self.vocabulary.parameters()
 
+    def _kept(self) -> dict[str, Tensor]:
+        """The start's tensors by name."""
+        linears = {} if self._start is None else self._start.linears
+        return {START + key: t for (layer, name), one in linears.items() for key, t in one.named(layer, name)}
+
     def _held(self) -> dict[str, Held]:
-        held: dict[str, Held] = {}
-        for (layer, name), linear in self.linears.items():
-            held[f"{layer}.{name}.a"] = Held(linear.inputs, 1)
-            for part, split in zip(linear.parts, linear.outputs, strict=True):
-                held[f"{layer}.{name}.b.{part}"] = Held(split, 0)
-        for name, values in [] if self.vocabulary is None else self.vocabulary.parameters():
+        held = {key: h for (layer, name), one in self.linears.items() for key, h in one.held(layer, name)}
+        for name, values in self._rows().items():
             held[name] = Held(Split.whole(len(values)), 0)
-        return held
+        return held | {key: held[key.removeprefix(START)] for key in self._kept()}
+
+    def _rows(self) -> dict[str, Tensor]:
+        """The trained rows of embedding and head by name."""
+        return {} if self.vocabulary is None else dict(self.vocabulary.parameters())
 
     def capture(self) -> dict[str, Tensor]:
-        """A copy of every whole parameter, on the CPU. All ranks at once."""
-        return self.shards.gather({name: parameter.detach() for name, parameter in self.parameters()})
+        """A copy of every whole parameter, and of the start where it is used, on the CPU. All ranks at once."""
+        own = {name: parameter.detach() for name, parameter in self.parameters()}
+        return self.shards.gather(own | self._kept())
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take the values of an earlier `capture`. Raises `ValueError` where they are another adapter's."""
-        own, shards = dict(self.parameters()), self.shards
-        if own.keys() != tensors.keys() or any(shards.shape(name, own[name]) != tensors[name].shape for name in own):
+        """Take the values of an earlier `capture`, or those to begin with: where the start is used, these are it.
+        Raises `ValueError` where they are another adapter's."""
+        own, shards, kept = dict(self.parameters()), self.shards, self._kept()
+        first = {name: tensors[name.removeprefix(START)] for name in kept if name.removeprefix(START) in tensors}
+        given, own = {**first, **tensors}, own | kept
+        if not given.keys() & self._rows().keys():  # first weights have none: rows begin as they are
+            own = {name: parameter for name, parameter in own.items() if name not in self._rows()}
+        if own.keys() != given.keys() or any(shards.shape(name, own[name]) != given[name].shape for name in own):
             raise ValueError("these are the weights of an adapter of another shape")
         with torch.no_grad():
             for name, parameter in own.items():
-                parameter.copy_(shards.pick(name, tensors[name]))
+                parameter.copy_(shards.pick(name, given[name]))
+        self.changed()
+        if self._start is not None:
+            self._start.changed()
 
     def layers_of(self, captured: Mapping[str, Tensor]) -> LoraLayers:
         """The result of `capture` as an adapter to serve or to write."""
-        return layers_of(captured, {place: linear.parts for place, linear in self.linears.items()}, self.shape)
+        targets = {place: linear.parts for place, linear in self.linears.items()}
+        return layers_of(captured, targets, self.shape, subtracted=self._use == "subtracted")
 
 
 def adapter_of(
-    captured: Mapping[str, Tensor], targets: Targets, shape: LoraShape, rows: RowTargets | None = None
+    captured: Mapping[str, Tensor],
+    targets: Targets,
+    shape: LoraShape,
+    rows: RowTargets | None = None,
+    *,
+    subtracted: bool = False,
 ) -> Adapter:
-    """The result of `TrainableLora.capture` for these targets and rows, as an adapter to serve or to write."""
-    own = rows_of(captured, rows) if rows is not None and rows.kinds else None
-    return Adapter(shape, layers_of(captured, targets, shape), own)
+    """The result of `TrainableLora.capture` for these targets and rows, as an adapter to serve or to write.
+    `subtracted`: see `layers_of`."""
+    layers = layers_of(captured, targets, shape, subtracted=subtracted)
+    if subtracted:
+        shape = replace(shape, rank=2 * shape.rank, alpha=shape.alpha * (2**0.5 if shape.rslora else 2))
+    return Adapter(shape, layers, rows_of(captured, rows) if rows is not None and rows.kinds else None)
 
 
-def layers_of(captured: Mapping[str, Tensor], targets: Targets, shape: LoraShape) -> LoraLayers:
-    """The result of `TrainableLora.capture` for these targets, as an adapter to serve or to write."""
+def layers_of(
+    captured: Mapping[str, Tensor], targets: Targets, shape: LoraShape, *, subtracted: bool = False
+) -> LoraLayers:
+    """The result of `TrainableLora.capture` for these targets, as an adapter to serve or to write. `subtracted`: with
+    twice the rank, since the product that it began with is taken off, as PEFT converts PiSSA and OLoRA."""
     rank, scale = shape.rank, shape.scale(shape.rank, shape.alpha)
+
+    def factors(layer: int, name: str, index: int, part: str, prefix: str = "") -> tuple[Tensor, Tensor]:
+        a = captured[f"{prefix}{layer}.{name}.a"][index * rank : (index + 1) * rank]
+        return a, captured[f"{prefix}{layer}.{name}.b.{part}"]
+
+    def part_of(layer: int, name: str, index: int, part: str) -> LoraPart:
+        a, b = factors(layer, name, index, part)
+        if subtracted:
+            before_a, before_b = factors(layer, name, index, part, START)
+            a, b = torch.cat([a, before_a]), torch.cat([b, -before_b], dim=1)
+        return LoraPart(part, a, b, scale, captured.get(f"{layer}.{name}.m.{part}"))
+
     return {
-        (layer, name): [
-            LoraPart(
-                part=part,
-                a=captured[f"{layer}.{name}.a"][index * rank : (index + 1) * rank],
-                b=captured[f"{layer}.{name}.b.{part}"],
-                scale=scale,
-            )
-            for index, part in enumerate(parts)
-        ]
+        (layer, name): [part_of(layer, name, index, part) for index, part in enumerate(parts)]
         for (layer, name), parts in targets.items()
     }
 
 
+def parameters_of(layers: LoraLayers) -> dict[str, Tensor]:
+    """An adapter's weights by the names of the parameters: what `layers_of` gives, the other way round."""
+    found: dict[str, Tensor] = {}
+    for (layer, name), parts in layers.items():
+        found[f"{layer}.{name}.a"] = torch.cat([part.a for part in parts])
+        for part in parts:
+            found[f"{layer}.{name}.b.{part.part}"] = part.b
+            if part.magnitude is not None:
+                found[f"{layer}.{name}.m.{part.part}"] = part.magnitude
+    return found
+
+
+def _copies(linears: Linears) -> Linears:
+    return {place: linear.copy() for place, linear in linears.items()}
+
+
+@torch.no_grad()
+def _norms(adapted: AdaptedLinear, scale: float) -> list[Tensor]:
+    pieces = zip(adapted.parts, adapted.a.chunk(len(adapted.b)), adapted.b, strict=True)
+    return [row_norms(adapted.linear, part, a, b, scale) for part, a, b in pieces]
+
+
 def _fresh(
-    linear: Linear, parts: Sequence[str], rank: int, generator: torch.Generator, device: torch.device
+    linear: Linear,
+    parts: Sequence[str],
+    rank: int,
+    generator: torch.Generator,
+    device: torch.device,
+    initial: str,
 ) -> AdaptedLinear:
     # Drawn as a whole on every rank, so that any number of ranks begins with the same.
-    a = _draw_a(len(parts) * rank, linear.in_features, generator)
     starts, outputs = linear.weight.starts, [linear.outputs[part] for part in parts]
+    a, b = _drawn(initial, linear.in_features, [held.full for held in outputs], rank, generator)
     places = zip((starts[part] for part in parts), outputs, strict=True)
     return AdaptedLinear(
+        linear=linear,
         parts=tuple(parts),
         columns=tuple(slice(start, start + held.size) for start, held in places),
         a=linear.inputs.pick(a, 1).to(device, copy=True).contiguous().requires_grad_(),
-        b=tuple(torch.zeros(held.size, rank, device=device, requires_grad=True) for held in outputs),
+        b=tuple(
+            held.pick(one).to(device, copy=True).contiguous().requires_grad_()
+            for held, one in zip(outputs, b, strict=True)
+        ),
+        m=(),
         inputs=linear.inputs,
         outputs=tuple(outputs),
     )
-
-
-def _draw_a(rows: int, in_features: int, generator: torch.Generator) -> Tensor:
-    bound = 1 / math.sqrt(in_features)  # kaiming_uniform with a = sqrt(5), which is PEFT's
-    return torch.empty(rows, in_features).uniform_(-bound, bound, generator=generator)
 
 
 def initial_layers(targets: Targets, base: LoraBase, shape: LoraShape, *, seed: int) -> LoraLayers:
@@ -153,19 +290,47 @@ def initial_layers(targets: Targets, base: LoraBase, shape: LoraShape, *, seed: 
     sizes = {(one.linear, one.part): (one.in_features, one.out_features) for one in base.targets.values()}
     captured: dict[str, Tensor] = {}
     for (layer, name), parts in targets.items():
-        in_features = sizes[name, parts[0]][0]
-        captured[f"{layer}.{name}.a"] = _draw_a(len(parts) * shape.rank, in_features, generator)
-        for part in parts:
-            captured[f"{layer}.{name}.b.{part}"] = torch.zeros(sizes[name, part][1], shape.rank)
+        in_features, outs = sizes[name, parts[0]][0], [sizes[name, part][1] for part in parts]
+        captured[f"{layer}.{name}.a"], drawn = _drawn("uniform", in_features, outs, shape.rank, generator)
+        captured |= {f"{layer}.{name}.b.{part}": b for part, b in zip(parts, drawn, strict=True)}
     return layers_of(captured, targets, shape)
+
+
+def _drawn(
+    initial: str, in_features: int, outs: Sequence[int], rank: int, generator: torch.Generator
+) -> tuple[Tensor, list[Tensor]]:
+    """Factors of one linear's parts, float32 on the CPU: A [parts * rank, in], and a B [out, rank] for each of `outs`.
+    `initial` is `Recipe.first_weights`; kinds that are made from weights begin at zero here."""
+    if initial == "orthogonal":
+        return _orthogonal(in_features, outs, rank, generator)
+    a = torch.empty(len(outs) * rank, in_features)
+    if initial == "gaussian":
+        a.normal_(std=1 / rank, generator=generator)
+    else:
+        bound = 1 / math.sqrt(in_features)  # kaiming_uniform with a = sqrt(5), which is PEFT's
+        a.uniform_(-bound, bound, generator=generator)
+    return a, [torch.zeros(out, rank) for out in outs]
+
+
+def _orthogonal(
+    in_features: int, outs: Sequence[int], rank: int, generator: torch.Generator
+) -> tuple[Tensor, list[Tensor]]:
+    """Odd rows of an orthogonal matrix span A, even ones B, so that B A is zero. For an even rank."""
+    a, b = [], []
+    for out in outs:
+        rows, _ = torch.linalg.qr(torch.randn(rank, rank, generator=generator))
+        a.append(torch.randn(in_features, rank // 2, generator=generator).mm(rows[0::2]).t() / 10)
+        b.append(torch.randn(rank // 2, out, generator=generator).t().mm(rows[1::2]) / 10)
+    return torch.cat(a), b
 
 
 class TrainingAdaptation(Adaptation):
     """The hook for a run of tokens of one micro-batch: adds the adapter's output, with gradients, and dropout."""
 
-    def __init__(self, lora: TrainableLora, *, dropout: float, seed: int, rows: slice) -> None:
+    def __init__(self, lora: LoraWeights, *, dropout: float, seed: int, rows: slice) -> None:
         """`rows` are these tokens' places in the micro-batch; `seed` is the micro-batch's."""
         self._lora = lora
+        self._subtracted = lora.subtracted if isinstance(lora, TrainableLora) else None
         self._dropout = dropout
         self._seed = seed
         self._rows = rows
@@ -178,12 +343,24 @@ class TrainingAdaptation(Adaptation):
         with torch.no_grad():  # `TrainableVocabulary.add_embedding_grad` has the gradient
             return embed_with(rows, token_ids, embed, known=vocabulary.known)
 
-    def __call__(self, layer: int, linear: str, x: Tensor, y: Tensor) -> Tensor:
+    def rescales(self, layer: int, linear: str) -> bool:
         adapted = self._lora.linears.get((layer, linear))
+        return adapted is not None and bool(adapted.m)
+
+    def __call__(self, layer: int, linear: str, x: Tensor, y: Tensor, base: Tensor | None = None) -> Tensor:
+        adapted, scale = self._lora.linears.get((layer, linear)), self._lora.scale
         if adapted is None:
             return y
         mask = self._mask(layer, linear, x, adapted.inputs) if self._dropout else None
-        added: Tensor = _AddLora.apply(y, x, mask, adapted.columns, self._lora.scale, adapted.a, *adapted.b)  # type: ignore[no-untyped-call]
+        if adapted.m:
+            assert base is not None, "the linear asks `rescales`"
+            norms = self._lora.norms(layer, linear)
+            left, own = _left_of(x, base, mask, adapted.linear)
+            return add_dora(y, own, left, adapted.columns, scale, norms, adapted.a, adapted.b, adapted.m)
+        added: Tensor = _AddLora.apply(y, x, mask, adapted.columns, scale, adapted.a, *adapted.b)  # type: ignore[no-untyped-call]
+        if self._subtracted is not None:
+            before = self._subtracted.linears[layer, linear]
+            added = _AddLora.apply(added, x, None, before.columns, -scale, before.a, *before.b)  # type: ignore[no-untyped-call]
         return added
 
     def _mask(self, layer: int, linear: str, x: Tensor, inputs: Split) -> Tensor:
@@ -191,6 +368,16 @@ class TrainingAdaptation(Adaptation):
         columns = inputs.pick(torch.arange(inputs.full, dtype=torch.int32, device=x.device))
         seed = mix(self._seed, layer, sum(linear.encode()))
         return dropout_mask(seed, self._rows, columns, self._dropout).to(x.dtype)
+
+
+def _left_of(x: Tensor, base: Tensor, mask: Tensor | None, linear: Linear) -> tuple[Tensor, Tensor]:
+    """The part of x that dropout leaves, and its product with the weight, without a bias: PEFT scales that by the
+    magnitudes, and adds the rest as it is."""
+    if mask is not None:
+        left = x * mask
+        return left, product(left, linear.weight.value)
+    bias = linear.adapted_bias
+    return x, base if bias is None else base - bias
 
 
 def mix(*numbers: int) -> int:

@@ -271,7 +271,15 @@ class TrainingRun(SlicedRun):
         self._headway = Headway(spec.schedule.total_steps, on_event)
         self._ops = training_ops(decoder.ops)
         self._make_micro_step = micro_steps_of(decoder)
-        self._lora = TrainableLora(decoder, spec.targets, spec.shape, seed=spec.recipe.seed, rows=spec.rows)
+        self._lora = TrainableLora(
+            decoder,
+            spec.targets,
+            spec.shape,
+            seed=spec.recipe.seed,
+            rows=spec.rows,
+            initial=spec.recipe.first_weights,
+            start="none" if spec.start == "reference" and not self._loss.needs_reference else spec.start,
+        )
         self._optimizer = Optimizer(self._lora.parameters(), spec.recipe, self._lora.shards)
         self._progress = RunProgress()
         self._reference = ReferenceScores()
@@ -373,6 +381,7 @@ class TrainingRun(SlicedRun):
         failpoint("train.step", step)
         score = yield from self._gradients(step, group)
         norm = yield from self._optimizer.step(rate_factor(self._spec.recipe, self._spec.schedule, step))
+        self._lora.changed()
         self._watchdog.check(step, score.mean, norm)
         self._progress.steps_above = self._watchdog.above
         return score, norm

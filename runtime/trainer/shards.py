@@ -19,6 +19,8 @@ class Held:
 
     split: Split
     dim: int
+    ndim: int = 2
+    """Dimensions of the parameter."""
 
 
 class Shards:
@@ -95,7 +97,7 @@ class Shards:
         return whole
 
     def _whole(self, held: Held, tensor: Tensor, *, is_state: bool = False) -> Tensor:
-        if held.split.is_whole or (is_state and tensor.ndim != 2):
+        if held.split.is_whole or (is_state and not _is_held(tensor, held)):
             return tensor
         # Values that several ranks hold are the same on all of them.
         total = self._group.all_reduce(self._spread(held, tensor))
@@ -115,4 +117,9 @@ def _along(counts: Tensor, dim: int, ndim: int) -> Tensor:
 
 
 def _is_shaped(tensor: Tensor, held: Held) -> bool:
-    return tensor.ndim == 2 and tensor.shape[held.dim] == held.split.full
+    return tensor.ndim == held.ndim and tensor.shape[held.dim] == held.split.full
+
+
+def _is_held(tensor: Tensor, held: Held) -> bool:
+    """True for a state [values held here], and not one of another shape, such as a number of steps."""
+    return tensor.ndim == held.ndim and tensor.shape[held.dim] == held.split.size

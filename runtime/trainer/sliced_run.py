@@ -22,7 +22,7 @@ from runtime.support.logs import get_logger
 from runtime.support.memory import give_back_memory
 from runtime.trainer.batches import ExampleFeed
 from runtime.trainer.fair_queue import FairQueue
-from runtime.trainer.lora import Targets, adapter_of
+from runtime.trainer.lora import StartUse, Targets, adapter_of
 from runtime.trainer.recipe import Recipe
 from runtime.trainer.recipe.rules import beta_of
 from runtime.trainer.schedule import Schedule, rate_factor
@@ -89,13 +89,26 @@ class RunSpec:
 
     @property
     def shape(self) -> LoraShape:
-        """Rank and scale of the adapter."""
+        """Rank and scale of the adapter in training."""
         recipe = self.recipe
-        return LoraShape(rank=recipe.lora_r, alpha=recipe.lora_alpha, rslora=recipe.peft_use_rslora)
+        return LoraShape(
+            rank=recipe.lora_r,
+            alpha=recipe.lora_alpha,
+            rslora=recipe.peft_use_rslora,
+            dora=recipe.peft_use_dora,
+        )
+
+    @property
+    def start(self) -> StartUse:
+        """Use of a copy of the first weights."""
+        if self.recipe.begins_in_base:
+            return "subtracted"
+        return "reference" if self.recipe.lora_model_dir is not None else "none"
 
     def adapter_of(self, captured: Mapping[str, Tensor]) -> Adapter:
         """Parameters that a run captured, as an adapter to serve or to write."""
-        return adapter_of(captured, self.targets, self.shape, self.rows)
+        subtracted = self.start == "subtracted"
+        return adapter_of(captured, self.targets, self.shape, self.rows, subtracted=subtracted)
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of a step, from 1."""

@@ -16,7 +16,7 @@ from kernels.training import TrainingOps, backward
 from runtime.model.attention import PackedAttention
 from runtime.model.decoder import Decoder, DecoderLayer
 from runtime.trainer.data.example import MicroBatch
-from runtime.trainer.lora import TrainableLora, TrainingAdaptation
+from runtime.trainer.lora import LoraWeights, TrainingAdaptation
 from runtime.trainer.slices import Slice, Sliced, Slices
 
 # Fewer tokens at once, and reading the weights costs more than computing with them.
@@ -29,7 +29,7 @@ class Context:
 
     decoder: Decoder
     ops: TrainingOps
-    lora: TrainableLora | None
+    lora: LoraWeights | None
     """None: the model without its adapter."""
     batch: MicroBatch
     dropout: float

@@ -54,8 +54,10 @@ class MicroStep:
         self._loss = loss or Supervised()
         self._checkpointing = checkpointing
         self._noise = noise
+        self._lora = lora
         self.reference = reference
-        """[R] log-probabilities under the model without its adapter, for a loss that needs them: given or computed."""
+        """[R] log-probabilities under the model without its adapter, or with the one that it went on from, for a loss
+        that needs them: given or computed."""
         vocabulary = lora.vocabulary
         trains_input = vocabulary is not None and vocabulary.rows("embedding") is not None
         lowest = 0 if trains_input else min((layer for layer, _ in lora.linears), default=0)
@@ -120,10 +122,10 @@ class MicroStep:
         return 2 if self._loss.needs_reference and self.reference is None else 1
 
     def _reference(self, stages: int) -> Sliced[Tensor | None]:
-        """Log-probabilities [R] under the model without its adapter, for a loss that needs them."""
+        """Log-probabilities [R] under the reference, for a loss that needs them."""
         if not self._loss.needs_reference or self.reference is not None:
             return self.reference
-        context = replace(self._context, lora=None)
+        context = replace(self._context, lora=self._lora.reference, dropout=0.0)
         hidden = yield from self._forward(context, stages)
         head = self._head(context, hidden)
         self.reference = yield from score_targets(head, hidden, context.batch)
@@ -139,7 +141,7 @@ class MicroStep:
 
     def _embedded(self, context: Context) -> Tensor:
         batch, vocabulary = context.batch, self._vocabulary
-        if context.lora is None and vocabulary is not None:
+        if context.lora is not self._lora and vocabulary is not None:
             initial = InitialRows(vocabulary.initial, vocabulary.known)
             return context.decoder.embed(batch.token_ids, batch.positions, initial)
         adaptation = context.adaptation(slice(0, batch.num_tokens))
@@ -149,6 +151,6 @@ class MicroStep:
         """The head over hidden states; that of the reference has the rows of new tokens as they began."""
         if self._vocabulary is None:
             return head_of(context.decoder, context.ops, hidden)
-        trained = self._vocabulary if context.lora is not None else None
+        trained = self._vocabulary if context.lora is self._lora else None
         rows = self._vocabulary.initial.head if trained is None else trained.rows("head")
         return head_of(context.decoder, context.ops, hidden, rows, None if trained is None else trained.add_head_grad)

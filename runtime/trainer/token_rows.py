@@ -98,7 +98,7 @@ class InitialRows(Adaptation):
         self._rows = rows
         self._known = known
 
-    def __call__(self, layer: int, linear: str, x: Tensor, y: Tensor) -> Tensor:
+    def __call__(self, layer: int, linear: str, x: Tensor, y: Tensor, base: Tensor | None = None) -> Tensor:
         return y
 
     def embed(self, token_ids: Tensor, embed: Embed) -> Tensor:

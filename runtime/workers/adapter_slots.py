@@ -12,6 +12,7 @@ from torch import Tensor
 from kernels import AdaptedTokens, LoraFactors, StackFactors
 from runtime.checkpoints.peft import read_adapter
 from runtime.model.decoder import Decoder
+from runtime.model.dora import output_factors
 from runtime.model.layers import Linear
 from runtime.model.lora import Adapter, BatchAdaptation, LoraPart
 from runtime.model.lora_base import LoraBase
@@ -147,13 +148,13 @@ class AdapterSlots:
         return own if own.head is not None or own.size > self._decoder.spec.vocab_size else None
 
     def _factors(self, adapter: Adapter) -> StackFactors:
-        layers = self._decoder.layers
-        return StackFactors(
-            {
-                (layer, name): self._stack(layers[layer].linears[name], parts)
-                for (layer, name), parts in adapter.layers.items()
-            }
-        )
+        places, factors = {}, {}
+        for (layer, name), parts in adapter.layers.items():
+            linear = self._decoder.layers[layer].linears[name]
+            if adapter.shape.dora:
+                factors[layer, name], parts = output_factors(linear, parts, self._decoder.device)
+            places[layer, name] = self._stack(linear, parts)
+        return StackFactors(places, factors)
 
     def _stack(self, linear: Linear, parts: list[LoraPart]) -> LoraFactors:
         device, dtype = self._decoder.device, self._decoder.dtype

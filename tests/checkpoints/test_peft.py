@@ -71,7 +71,8 @@ def test_the_draft_is_good(draft: Draft, base: LoraBase) -> None:
     ("change", "says"),
     [
         ({"peft_type": "LOHA"}, r"peft_type is 'LOHA'.*LORA"),
-        ({"use_dora": True}, "DoRA"),
+        ({"use_dora": True}, r"lacks lora_magnitude_vector of model\.layers\.\d\..*"),
+        ({"use_dora": "yes"}, r"Expected `bool`, got `str` - at `\$.use_dora`"),
         ({"bias": "all"}, r"bias is 'all'.*'none'"),
         ({"modules_to_save": ["norm"]}, "modules_to_save has 'norm'.*embed_tokens and lm_head"),
         ({"modules_to_save": ["lm_head"]}, "lacks the weights of lm_head"),
@@ -117,13 +118,34 @@ def test_half_a_pair(draft: Draft, base: LoraBase) -> None:
         ("base_model.model.lm_head.lora_A.weight", "self_attn.q_proj, self_attn.k_proj"),
         (Q.replace("q_proj", "query") + ".lora_A.weight", "no linear of this model"),
         (Q.replace("layers.0", "layers.7") + ".lora_A.weight", "2 layers"),
-        (f"{Q}.lora_magnitude_vector", "no linear of this model"),
+        (f"{Q}.lora_magnitude_vector", "use_dora is not set in adapter_config.json"),
         (Q.removeprefix("base_model.model.") + ".lora_A.weight", "twice"),
     ],
 )
 def test_names_that_are_not_there(name: str, says: str, draft: Draft, base: LoraBase) -> None:
     draft.tensors[name] = torch.zeros(4, 64)
     assert says in refusal(draft.write(), base)
+
+
+def test_magnitudes(tiny_model: Path, tmp_path: Path, base: LoraBase) -> None:
+    """By either of the names that PEFT has given them; of the shape of a linear's outputs, and finite."""
+    (tmp_path / "draft").mkdir()
+    draft = Draft(
+        make_adapter(tiny_model, tmp_path / "dora", target_modules=["q_proj"], use_dora=True), tmp_path / "draft"
+    )
+    name = f"{Q}.lora_magnitude_vector"
+    expected = draft.tensors.pop(name)
+    assert "lacks lora_magnitude_vector of model.layers.0.self_attn.q_proj" in refusal(draft.write(), base)
+    draft.tensors[f"{name}.weight"] = expected
+    adapter = read_adapter(draft.write(), base, max_rank=64)
+    found = adapter.layers[0, "qkv"][0].magnitude
+    assert adapter.shape.dora
+    assert found is not None
+    assert torch.equal(found, expected)
+    draft.tensors[f"{name}.weight"] = expected[1:]
+    assert "lora_magnitude_vector: expected shape [64], got [63]" in refusal(draft.write(), base)
+    draft.tensors[f"{name}.weight"] = expected / 0
+    assert "lora_magnitude_vector has values that are not finite" in refusal(draft.write(), base)
 
 
 def test_an_adapter_for_a_larger_model(tiny_model: Path, tmp_path: Path, base: LoraBase) -> None:

@@ -22,6 +22,10 @@ def adapters(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
         "two@1:b": make_adapter(
             tiny_model, folder / "two", seed=2, r=9, target_modules=["q_proj", "v_proj", "down_proj"]
         ),
+        "dora@1:c": make_adapter(tiny_model, folder / "dora", seed=3, use_dora=True),
+        "dora@2:d": make_adapter(
+            tiny_model, folder / "dora2", seed=4, use_dora=True, target_modules=["k_proj", "o_proj", "up_proj"]
+        ),
     }
 
 
@@ -64,22 +68,20 @@ def ask(name: str, adapter: str, prompt: list[int] = PROMPT) -> Submission:
 def test_each_row_of_a_mixed_batch_answers_as_it_does_alone(
     llm: LLM, tiny_model: Path, adapters: dict[str, Path]
 ) -> None:
-    """Two adapters and the base, prompts of many lengths, in chunks: decode and prefill rows in one step."""
+    """Adapters with and without magnitudes and the base, prompts of many lengths, in chunks: decode and prefill rows in
+    one step."""
+    keys = ("", *adapters)
     prompts = [[(7 * i + j) % 500 + 3 for j in range(n)] for i, n in enumerate((1, 3, 30, 50, 8, 2))]
-    asked = [
-        ask(f"{key or 'base'}/{index}", key, prompt)
-        for index, prompt in enumerate(prompts)
-        for key in ("", "one@1:a", "two@1:b")
-    ]
+    asked = [ask(f"{key or 'base'}/{index}", key, prompt) for index, prompt in enumerate(prompts) for key in keys]
     together = run(llm, *asked)
     llm.engine.scheduler.blocks.reset_prefixes()
     alone = {s.request_id: run(llm, s)[s.request_id] for s in asked}
     assert together == alone
-    for submission in asked[-3:]:
+    for submission in asked[-len(keys) :]:
         if submission.adapter:
             oracle = peft_greedy(tiny_model, adapters[submission.adapter], submission.prompt_ids, 12)
             assert together[submission.request_id] == oracle
-    assert len({tuple(together[s.request_id]) for s in asked[-3:]}) == 3
+    assert len({tuple(together[s.request_id]) for s in asked[-len(keys) :]}) == len(keys)
 
 
 def test_preemption_keeps_a_rows_adapter(llm: LLM, tiny_model: Path, adapters: dict[str, Path]) -> None:
@@ -109,7 +111,7 @@ def test_cached_prefixes_are_per_version(llm: LLM) -> None:
 
 def test_a_version_that_is_not_loaded_is_refused_before_it_waits(llm: LLM) -> None:
     with pytest.raises(AdapterUnavailable):
-        llm.engine.submit(ask("r", "three@1:c"))
+        llm.engine.submit(ask("r", "three@1:e"))
     assert not llm.engine.busy
 
 
@@ -130,7 +132,7 @@ def test_unloading_waits_for_the_last_request(tiny_model: Path, adapters: dict[s
         for output in llm.engine.step():
             got[output.request_id] += output.token_ids
     assert got["waiting"] == expected
-    assert slots.keys == ["two@1:b"]
+    assert slots.keys == [key for key in adapters if key != "one@1:a"]
     assert 'adapter="one"' not in llm.engine.metrics.render()[0].decode()
     loaded(llm, {"one@1:a": adapters["one@1:a"]})
     assert run(llm, ask("again", "one@1:a"))["again"] == expected
@@ -143,7 +145,7 @@ def test_aborted_requests_let_go_too(tiny_model: Path, adapters: dict[str, Path]
     llm.engine.step()
     llm.engine.unload_adapter("one@1:a")
     llm.engine.abort(asked.id)
-    assert llm.engine._executor._slots.keys == ["two@1:b"]  # type: ignore[attr-defined]
+    assert "one@1:a" not in llm.engine._executor._slots.keys  # type: ignore[attr-defined]
 
 
 def test_an_idle_version_is_visible_at_zero(llm: LLM) -> None:

@@ -51,7 +51,7 @@ class Halved(Adaptation):
     def __init__(self) -> None:
         self.linears: list[str] = []
 
-    def __call__(self, layer: int, linear: str, x: Tensor, y: Tensor) -> Tensor:
+    def __call__(self, layer: int, linear: str, x: Tensor, y: Tensor, base: Tensor | None = None) -> Tensor:
         self.linears.append(linear)
         width = min(x.shape[1], y.shape[1])
         y[:, :width] += x[:, :width] / 2
@@ -127,10 +127,7 @@ def test_an_adapted_sum_is_the_sum_of_an_adapted_output(tmp_path: Path) -> None:
     decoder = load(tmp_path, "llama")
     out, adaptation = decoder.layers[0].linears["out"], Halved()
     x, residual = random(7, 64, seed=2), random(7, 64, seed=3)
-
-    def adapt(x: Tensor, y: Tensor) -> Tensor:
-        return adaptation(0, "out", x, y)
-
+    adapt = adaptation.at(0, "out")
     found = out.residual_add(ReferenceOps(), residual, x, adapt)
     torch.testing.assert_close(found, residual + out(ReferenceOps(), x, adapt))
     assert not torch.isclose(found, out.residual_add(ReferenceOps(), residual, x)).all(1).any()

@@ -196,7 +196,7 @@ def test_factors_that_the_op_cannot_read_run_one_by_one(tmp_path: Path, fused_ca
 class Doubled(Adaptation):
     """A change that is no adapter of the ops: the output of every `qkv` twice."""
 
-    def __call__(self, layer: int, linear: str, x: Tensor, y: Tensor) -> Tensor:
+    def __call__(self, layer: int, linear: str, x: Tensor, y: Tensor, base: Tensor | None = None) -> Tensor:
         return y * 2 if linear == "qkv" else y
 
 

@@ -74,13 +74,13 @@ def logits(decoder: Decoder) -> Tensor:
         return decoder.logits(decoder.forward(IDS, positions, attention))
 
 
-def gradients(decoder: Decoder, family: type[Family]) -> dict[str, Tensor]:
+def gradients(decoder: Decoder, family: type[Family], *, dora: bool = False) -> dict[str, Tensor]:
     """Of all factors of an adapter of everything, whole, and the loss under the name of nothing."""
     targets: dict[tuple[int, str], list[str]] = {}
     for layer in range(decoder.spec.num_layers):
         for linear, part in family.LORA_TARGETS.values():
             targets.setdefault((layer, linear), []).append(part)
-    lora = TrainableLora(decoder, targets, LoraShape(rank=3, alpha=6), seed=3)
+    lora = TrainableLora(decoder, targets, LoraShape(rank=3, alpha=6, dora=dora), seed=3)
     whole = lora.capture()
     lora.restore({name: torch.randn(x.shape, generator=_seeded(name)) * 0.2 for name, x in whole.items()})
     micro = MicroStep(decoder, TrainingOps(), lora, collate(data(), decoder.device), dropout=0.1, checkpointing=True)
@@ -119,6 +119,28 @@ def test_ranks_compute_what_one_does(name: str, tmp_path: Path) -> None:
                 error = (grad - expected_grads[key]).abs().max() / expected_grads[key].abs().max().clamp(min=1)
                 assert error < 1e-4, key
             assert mark == fingerprint
+
+
+@pytest.mark.parametrize(
+    ("name", "quantization"),
+    [("llama", "none"), ("llama", "int4"), ("gpt2, options", "none"), ("phi3", "none"), ("gpt-neox", "none")],
+)
+def test_ranks_train_magnitudes_as_one_does(name: str, quantization: str, tmp_path: Path) -> None:
+    """int4: each rank has whole groups."""
+    model_type, options = CASES[name]
+    make_model(tmp_path, model_type, {**options, "hidden_size": 256, "intermediate_size": 256})
+
+    def work(group: Group) -> dict[str, Tensor]:
+        return gradients(*load(tmp_path, group, quantization=quantization), dora=True)
+
+    ((expected),) = in_ranks(1, work)
+    assert any(".m." in key for key in expected)
+    for size in (2, 4):
+        for found in in_ranks(size, work):
+            assert found.keys() == expected.keys()
+            for key, grad in found.items():
+                error = (grad - expected[key]).abs().max() / expected[key].abs().max().clamp(min=1)
+                assert error < 1e-4, key
 
 
 def test_every_family_is_tried() -> None:

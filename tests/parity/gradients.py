@@ -35,6 +35,9 @@ def adapter(decoder: Decoder, shape: LoraShape) -> TrainableLora:
         for name, parameter in lora.parameters():
             if ".b." in name:
                 parameter.normal_(std=0.2, generator=generator)
+            if ".m." in name:
+                parameter *= torch.rand(parameter.shape, generator=generator) + 0.5
+    lora.changed()
     return lora
 
 
@@ -45,7 +48,7 @@ def data() -> list[Example]:
     return [Example(one, [place >= 3 for place in range(len(one))]) for one in ids]
 
 
-def peft_model(path: Path, lora: TrainableLora) -> Any:
+def peft_model(path: Path, lora: TrainableLora, *, dropout: float = 0.0) -> Any:
     """transformers + PEFT with the very same adapter weights; B is not zero, so that A has a gradient."""
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaForCausalLM
@@ -57,6 +60,8 @@ def peft_model(path: Path, lora: TrainableLora) -> Any:
         lora_alpha=shape.alpha,
         target_modules=modules,
         use_rslora=shape.rslora,
+        use_dora=shape.dora,
+        lora_dropout=dropout,
         task_type="CAUSAL_LM",
     )
     model = get_peft_model(LlamaForCausalLM.from_pretrained(path, dtype=torch.float32), config)
@@ -66,6 +71,8 @@ def peft_model(path: Path, lora: TrainableLora) -> Any:
                 module = peft_module(model, layer, linear, part.part)
                 module.lora_A["default"].weight.copy_(part.a)
                 module.lora_B["default"].weight.copy_(part.b)
+                if part.magnitude is not None:
+                    module.lora_magnitude_vector["default"].weight.copy_(part.magnitude)
     return model.train()
 
 

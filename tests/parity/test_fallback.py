@@ -42,7 +42,7 @@ def decoder_of(path: Path, **flags: object) -> FallbackDecoder:
     return decoder
 
 
-def adapter_of(path: Path, decoder: FallbackDecoder, target: Path, seed: int) -> Path:
+def adapter_of(path: Path, decoder: FallbackDecoder, target: Path, seed: int, *, dora: bool = False) -> Path:
     """A random adapter of all that can be adapted, as PEFT saves it."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -50,13 +50,13 @@ def adapter_of(path: Path, decoder: FallbackDecoder, target: Path, seed: int) ->
     base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     modules = [f"{decoder.layers_path}.{layer}.{name}" for layer in range(4) for name in decoder.targets]
     transposed = "c_attn" in str(modules)
-    adapted = get_peft_model(
-        base,
-        LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=modules, task_type="CAUSAL_LM", fan_in_fan_out=transposed),
-    )
+    shape = {"r": RANK, "lora_alpha": ALPHA, "use_dora": dora, "fan_in_fan_out": transposed}
+    adapted = get_peft_model(base, LoraConfig(target_modules=modules, task_type="CAUSAL_LM", **shape))
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in adapted.named_parameters():
-        if "lora_" in name:
+        if "lora_magnitude" in name:
+            parameter.data *= torch.rand(parameter.shape, generator=generator) + 0.5
+        elif "lora_" in name:
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.15
     adapted.save_pretrained(target)
     return target
@@ -81,7 +81,9 @@ def test_each_row_has_its_own_adapter(case: tuple[Path, Any], tmp_path: Path) ->
 
     path, oracle = case
     llm = LLM(str(path), max_batched_tokens=24, num_blocks=60)
-    folders = {key: adapter_of(path, decoder_of(path), tmp_path / key, seed) for seed, key in enumerate("ab")}
+    folders = {
+        key: adapter_of(path, decoder_of(path), tmp_path / key, seed, dora=key == "b") for seed, key in enumerate("ab")
+    }
     expected = {("", 2): greedy(oracle, PROMPTS[2])}
     for key, folder in folders.items():
         llm.engine.prepare_adapter(key, str(folder))
@@ -102,7 +104,10 @@ def test_each_row_has_its_own_adapter(case: tuple[Path, Any], tmp_path: Path) ->
 
 @pytest.mark.parametrize("checkpointing", [True, False])
 @pytest.mark.parametrize("separable", [True, False])
-def test_gradients_equal_peft(case: tuple[Path, Any], tmp_path: Path, checkpointing: bool, separable: bool) -> None:
+@pytest.mark.parametrize("dora", [True, False])
+def test_gradients_equal_peft(
+    case: tuple[Path, Any], tmp_path: Path, checkpointing: bool, separable: bool, dora: bool
+) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -112,8 +117,8 @@ def test_gradients_equal_peft(case: tuple[Path, Any], tmp_path: Path, checkpoint
     decoder.separable = separable
     layers = range(decoder.spec.num_layers)
     targets = {(layer, name): ("",) for layer in layers for name in decoder.targets}
-    lora = TrainableLora(decoder, targets, LoraShape(rank=RANK, alpha=ALPHA), seed=3)
-    adapter = adapter_of(path, decoder, tmp_path / "adapter", 5)
+    lora = TrainableLora(decoder, targets, LoraShape(rank=RANK, alpha=ALPHA, dora=dora), seed=3)
+    adapter = adapter_of(path, decoder, tmp_path / "adapter", 5, dora=dora)
     base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     oracle = PeftModel.from_pretrained(base, adapter, is_trainable=True).eval()
     modules = {
@@ -124,6 +129,9 @@ def test_gradients_equal_peft(case: tuple[Path, Any], tmp_path: Path, checkpoint
         for place, adapted in lora.linears.items():
             adapted.a.copy_(modules[place].lora_A["default"].weight)
             adapted.b[0].copy_(modules[place].lora_B["default"].weight)
+            for m in adapted.m:
+                m.copy_(modules[place].lora_magnitude_vector["default"].weight)
+    lora.changed()
     examples = [Example(ids, [place >= 3 for place in range(len(ids))]) for ids in PROMPTS[1:3]]
     loss = torch.zeros(())
     for example in examples:
@@ -140,6 +148,9 @@ def test_gradients_equal_peft(case: tuple[Path, Any], tmp_path: Path, checkpoint
         torch.testing.assert_close(
             adapted.b[0].grad, modules[place].lora_B["default"].weight.grad, atol=1e-4, rtol=1e-3
         )
+        for m in adapted.m:
+            expected = modules[place].lora_magnitude_vector["default"].weight.grad
+            torch.testing.assert_close(m.grad, expected, atol=1e-4, rtol=1e-3)
     scored = FallbackStep(decoder, TrainingOps(), lora, collate(examples, decoder.device))
     drive(scored.evaluate(), "whole")
     assert scored.score.mean == pytest.approx(micro.score.mean, abs=1e-5)

@@ -35,8 +35,13 @@ NAMES = [
 ]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_gradients_equal_peft(name: str, tmp_path: Path) -> None:
+WITH_MAGNITUDES = ["gpt2", "falcon 40b", "gemma2", "phi4 mini", "qwen3 with biases and windows"]
+
+
+@pytest.mark.parametrize(
+    ("name", "dora"), [*((name, False) for name in NAMES), *((name, True) for name in WITH_MAGNITUDES)]
+)
+def test_gradients_equal_peft(name: str, dora: bool, tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
     base = make_model(tmp_path, *CASES[name])
@@ -46,15 +51,19 @@ def test_gradients_equal_peft(name: str, tmp_path: Path) -> None:
     for layer in range(decoder.spec.num_layers):
         for linear, part in family.LORA_TARGETS.values():
             targets.setdefault((layer, linear), []).append(part)
-    lora = TrainableLora(decoder, targets, LoraShape(rank=RANK, alpha=ALPHA), seed=3)
+    lora = TrainableLora(decoder, targets, LoraShape(rank=RANK, alpha=ALPHA, dora=dora), seed=3)
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for key, parameter in lora.parameters():
             if ".b." in key:
                 parameter.normal_(std=0.2, generator=generator)
+            if ".m." in key:
+                parameter *= torch.rand(parameter.shape, generator=generator) + 0.5
+    lora.changed()
     path, layers = family.layers(), range(decoder.spec.num_layers)
     modules = [f"{path}.{layer}.{one}" for layer in layers for one in family.LORA_TARGETS]
-    oracle = get_peft_model(base, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=modules, task_type="CAUSAL_LM"))
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=modules, task_type="CAUSAL_LM", use_dora=dora)
+    oracle = get_peft_model(base, config)
     places = {place: module for module, place in family.LORA_TARGETS.items()}
     named = {
         (layer, linear, part.part): oracle.get_submodule(f"base_model.model.{path}.{layer}.{places[linear, part.part]}")
@@ -67,6 +76,8 @@ def test_gradients_equal_peft(name: str, tmp_path: Path) -> None:
                 module = named[layer, linear, part.part]
                 module.lora_A["default"].weight.copy_(part.a)
                 module.lora_B["default"].weight.copy_(part.b)
+                if part.magnitude is not None:
+                    module.lora_magnitude_vector["default"].weight.copy_(part.magnitude)
     oracle.eval()
     loss = torch.zeros(())
     for example in data():
@@ -84,3 +95,6 @@ def test_gradients_equal_peft(name: str, tmp_path: Path) -> None:
             module = named[layer, linear, part_name]
             torch.testing.assert_close(grad_a, module.lora_A["default"].weight.grad, atol=1e-4, rtol=1e-3)
             torch.testing.assert_close(b.grad, module.lora_B["default"].weight.grad, atol=1e-4, rtol=1e-3)
+        for part_name, m in zip(adapted.parts, adapted.m, strict=dora):
+            expected = named[layer, linear, part_name].lora_magnitude_vector["default"].weight.grad
+            torch.testing.assert_close(m.grad, expected, atol=1e-4, rtol=1e-3)

@@ -33,6 +33,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "rank 1": {"r": 1, "lora_alpha": 3},
     "rank pattern": {"rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.down_proj": 7}},
     "alpha pattern": {"alpha_pattern": {"v_proj": 32, r"layers.0.*up_proj": 1}},
+    "dora": {"use_dora": True},
+    "dora, one part of three": {"use_dora": True, "target_modules": ["v_proj", "gate_proj"], "use_rslora": True},
     "both, rslora": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 32}, "use_rslora": True},
 }
 

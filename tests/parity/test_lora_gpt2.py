@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import GPT2LMHeadModel
@@ -16,15 +17,18 @@ from tests.parity.packing import load
 IDS = torch.randint(0, 128, (30,), generator=torch.Generator().manual_seed(5))
 
 
-def test_logits_equal_pefts_both_ways(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dora", [False, True])
+def test_logits_equal_pefts_both_ways(dora: bool, tmp_path: Path) -> None:
     model, adapter = tmp_path / "model", tmp_path / "adapter"
     oracle = get_peft_model(
         make_model(model, *CASES["gpt2"]),
-        LoraConfig(r=4, target_modules=["c_attn", "c_proj", "c_fc"], task_type="CAUSAL_LM"),
+        LoraConfig(r=4, target_modules=["c_attn", "c_proj", "c_fc"], task_type="CAUSAL_LM", use_dora=dora),
     )
     generator = torch.Generator().manual_seed(1)
     for name, parameter in oracle.named_parameters():
-        if "lora_" in name:
+        if "lora_magnitude" in name:
+            parameter.data *= torch.rand(parameter.shape, generator=generator) + 0.5
+        elif "lora_" in name:
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.15
     oracle.save_pretrained(adapter)
     assert json.loads((adapter / "adapter_config.json").read_text())["fan_in_fan_out"] is True

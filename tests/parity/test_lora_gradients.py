@@ -9,7 +9,7 @@ import torch
 from kernels.training import TrainingOps
 from runtime.model.lora import LoraShape
 from runtime.trainer.data.example import Example, collate
-from runtime.trainer.lora import TrainableLora
+from runtime.trainer.lora import TrainableLora, TrainingAdaptation
 from runtime.trainer.step import MicroStep
 from tests.parity.gradients import adapter, drive, peft_model, peft_module
 from tests.parity.llama import VARIANTS
@@ -32,9 +32,11 @@ def peft_loss(model: Any, data: list[Example]) -> torch.Tensor:
     return total / count
 
 
-def check(path: Path, *, slicing: str, checkpointing: bool, rslora: bool = False, longest: int = 40) -> None:
+def check(
+    path: Path, *, slicing: str, checkpointing: bool, rslora: bool = False, dora: bool = False, longest: int = 40
+) -> None:
     decoder = load_decoder(path)
-    lora = adapter(decoder, LoraShape(rank=RANK, alpha=ALPHA, rslora=rslora))
+    lora = adapter(decoder, LoraShape(rank=RANK, alpha=ALPHA, rslora=rslora, dora=dora))
     data = examples(3, longest=longest)
     oracle = peft_model(path, lora)
     loss = peft_loss(oracle, data)
@@ -50,6 +52,11 @@ def check(path: Path, *, slicing: str, checkpointing: bool, rslora: bool = False
             module = peft_module(oracle, layer, linear, part)
             torch.testing.assert_close(grad_a, module.lora_A["default"].weight.grad, atol=1e-4, rtol=1e-4)
             torch.testing.assert_close(b.grad, module.lora_B["default"].weight.grad, atol=1e-4, rtol=1e-4)
+        for part, m in zip(adapted.parts, adapted.m, strict=dora):
+            module = peft_module(oracle, layer, linear, part)
+            torch.testing.assert_close(
+                m.grad, module.lora_magnitude_vector["default"].weight.grad, atol=1e-4, rtol=1e-4
+            )
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
@@ -59,6 +66,18 @@ def test_gradients_equal_peft_however_sliced(slicing: str, checkpointing: bool, 
     check(path, slicing=slicing, checkpointing=checkpointing, longest=150)
 
 
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("slicing", SLICING)
+def test_dora_s_gradients_equal_peft_however_sliced(slicing: str, checkpointing: bool, tmp_path: Path) -> None:
+    path = make_tiny_llama(tmp_path / "model")
+    check(path, slicing=slicing, checkpointing=checkpointing, longest=150, dora=True, rslora=checkpointing)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_dora_s_gradients_equal_peft_for_every_variant(name: str, tmp_path: Path) -> None:
+    check(make_tiny_llama(tmp_path / "model", **VARIANTS[name]), slicing="odd", checkpointing=True, dora=True)
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_gradients_equal_peft_for_every_variant(name: str, tmp_path: Path) -> None:
     check(make_tiny_llama(tmp_path / "model", **VARIANTS[name]), slicing="odd", checkpointing=True)
@@ -66,6 +85,46 @@ def test_gradients_equal_peft_for_every_variant(name: str, tmp_path: Path) -> No
 
 def test_rank_stabilised_scaling_is_peft_s(tmp_path: Path) -> None:
     check(make_tiny_llama(tmp_path / "model"), slicing="whole", checkpointing=False, rslora=True)
+
+
+class Masked(torch.nn.Module):
+    """PEFT's dropout with our mask."""
+
+    def __init__(self, mask: torch.Tensor) -> None:
+        super().__init__()
+        self._mask = mask
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self._mask
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_dropout_is_applied_as_in_peft(dora: bool, tmp_path: Path) -> None:
+    """With magnitudes, they scale the product of the base for what dropout leaves."""
+    path = make_tiny_llama(tmp_path / "model", attention_bias=True)
+    decoder = load_decoder(path)
+    lora = adapter(decoder, LoraShape(rank=RANK, alpha=ALPHA, dora=dora))
+    data = examples(1, longest=60)
+    tokens = len(data[0].token_ids)
+    oracle = peft_model(path, lora, dropout=0.3)
+    masks = TrainingAdaptation(lora, dropout=0.3, seed=11, rows=slice(0, tokens), num_tokens=tokens)
+    for (layer, linear), adapted in lora.linears.items():
+        mask = masks._mask(layer, linear, torch.zeros(tokens, adapted.linear.in_features), adapted.inputs)
+        for part in adapted.parts:
+            peft_module(oracle, layer, linear, part).lora_dropout["default"] = Masked(mask)
+    loss = peft_loss(oracle, data)
+    loss.backward()
+    micro = MicroStep(decoder, TrainingOps(), lora, collate(data, decoder.device), dropout=0.3, seed=11)
+    drive(micro.forward_backward(1 / data[0].num_trained), "odd")
+    assert micro.score.mean == pytest.approx(loss.item(), abs=1e-4)
+    for (layer, linear), adapted in lora.linears.items():
+        module = peft_module(oracle, layer, linear, adapted.parts[0])
+        assert adapted.a.grad is not None
+        expected = module.lora_A["default"].weight.grad
+        torch.testing.assert_close(adapted.a.grad[:RANK], expected, atol=1e-4, rtol=1e-4)
+        if dora:
+            expected = module.lora_magnitude_vector["default"].weight.grad
+            torch.testing.assert_close(adapted.m[0].grad, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("slicing", SLICING)

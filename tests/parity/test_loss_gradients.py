@@ -4,6 +4,7 @@ transformers, and with the fused head.
 The formulas here are over whole log-probabilities, pair by pair; those of the trainer never see more than a slice.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +31,7 @@ from tests.parity.fallbacks import make_fallback
 from tests.parity.gradients import adapter, drive, peft_model, peft_module
 from tests.tiny import make_tiny_llama
 from tests.trainer.losses.samples import ClippedPolicy, OddsRatio, documented_dpo
-from tests.trainer.tiny_training import examples, load_decoder
+from tests.trainer.tiny_training import all_targets, examples, load_decoder
 
 SHAPE = LoraShape(rank=4, alpha=12)
 WEIGHTS = [1.0, -0.5, 2.0, 0.25]
@@ -70,6 +71,32 @@ CASES: dict[str, tuple[Loss, Callable[[Sequences], Tensor]]] = {
     "odds ratio": (OddsRatio(share=0.5), odds_ratio),
     "clipped policy": (ClippedPolicy(clip=0.4), clipped_policy),
 }
+
+
+def test_the_reference_of_a_run_that_goes_on_is_what_it_went_on_from(tmp_path: Path) -> None:
+    """So at first no answer is preferred: both of a pair are as likely as under the reference."""
+    decoder = load_decoder(make_tiny_llama(tmp_path / "model"))
+    begun = adapter(decoder, replace(SHAPE, dora=True))
+    first = begun.capture()
+    batch = collate(DATA, decoder.device)
+    found = {}
+    for start in ("none", "reference"):
+        lora = TrainableLora(decoder, all_targets(decoder), begun.shape, seed=9, start=start)
+        lora.restore(first)
+        micro = MicroStep(decoder, TrainingOps(), lora, batch, loss=CASES["dpo"][0])
+        drive(micro.forward_backward(1 / 2), "odd")
+        found[start] = micro.score.mean
+        with torch.no_grad():
+            for _, parameter in lora.parameters():
+                parameter.mul_(1.1)
+        lora.changed()
+        again = MicroStep(decoder, TrainingOps(), lora, batch, loss=CASES["dpo"][0])
+        drive(again.evaluate(), "whole")
+        assert micro.reference is not None
+        assert again.reference is not None
+        torch.testing.assert_close(again.reference, micro.reference)  # it does not move with what is trained
+    assert found["reference"] == pytest.approx(math.log(2), abs=1e-4)
+    assert found["none"] != pytest.approx(math.log(2), abs=1e-2)
 
 
 def target_logprobs(model: Any, example: Example) -> Tensor:

@@ -2,9 +2,11 @@
 
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from runtime.trainer.microbatch import collate
 
 from kernels import Ops, QuantisedWeight
 from kernels.cpu import CpuOps
@@ -17,7 +19,6 @@ from runtime.model.decoder import Decoder
 from runtime.model.lora import LoraShape
 from runtime.trainer.data.example import Example
 from runtime.trainer.lora import TrainableLora
-from runtime.trainer.microbatch import collate
 from runtime.trainer.run import TrainingRun
 from runtime.trainer.step import MicroStep
 from settings.schema import ModelSettings
@@ -31,23 +32,24 @@ def load(path: Path, quantization: str, kernels: str) -> Decoder:
     return load_decoder(open_checkpoint(str(path)), settings)
 
 
-def trained(decoder: Decoder) -> tuple[list[float], torch.Tensor]:
+def trained(decoder: Decoder, **keys: Any) -> tuple[list[float], torch.Tensor]:
     """The losses of two steps, and the adapter after them."""
     events: list[RunEvent] = []
-    run: TrainingRun = make_run(decoder, run_spec(decoder, total_steps=2, warmup_steps=0), events)
+    run: TrainingRun = make_run(decoder, run_spec(decoder, total_steps=2, warmup_steps=0, **keys), events)
     drive(run)
     weights = torch.cat([tensor.flatten() for tensor in run._lora.capture().values()])
     return [event.loss for event in events if isinstance(event, StepEvent)], weights
 
 
 @pytest.mark.parametrize("backend", [backend.name for backend in BACKENDS])
-@pytest.mark.parametrize("quantization", ["int8", "int4", "nf4"])
-def test_it_trains_as_the_dequantised_model_does(tiny_model: Path, quantization: str, backend: str) -> None:
+@pytest.mark.parametrize("quantization", ["int8", "int4", "nf4", "bfloat16"])
+@pytest.mark.parametrize("dora", [False, True])
+def test_it_trains_as_the_dequantised_model_does(tiny_model: Path, quantization: str, backend: str, dora: bool) -> None:
     ours, floats = load(tiny_model, quantization, backend), load(tiny_model, "none", backend)
     for name, parameter in ours.parameters().items():
         if parameter.quantised is not None:
             floats.parameters()[name].data.copy_(parameter.quantised.dequantise())
-    found, expected = trained(ours), trained(floats)
+    found, expected = (trained(decoder, peft_use_dora=dora, lora_dropout=0.1) for decoder in (ours, floats))
     assert found[0] == pytest.approx(expected[0], abs=1e-4)
     assert torch.allclose(found[1], expected[1], atol=1e-4)
     assert all(isinstance(linear.weight.value, QuantisedWeight) for linear in ours.layers[0].linears.values())

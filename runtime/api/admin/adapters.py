@@ -47,6 +47,8 @@ class VersionView(Struct, kw_only=True):
     """Requests since it was loaded; null for one that is not in memory."""
     prompt: Prompt | None
     """Prompt format of the training rows; null for a version that was not trained here."""
+    went_on_from: str | None
+    """Adapter that its training began with, `name@version` or a folder's name; null: fresh weights."""
 
 
 class AdapterView(Struct, kw_only=True):
@@ -293,6 +295,7 @@ def _version(library: "AdapterLibrary", record: AdapterRecord, version: Version)
         path=str(library.directory(version)),
         traffic=library.traffic(version),
         prompt=library.card(version).prompt,
+        went_on_from=library.card(version).went_on_from,
     )
 
 

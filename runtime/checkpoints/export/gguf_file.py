@@ -223,6 +223,11 @@ def write_lora(path: Path, merge: Merge, *, name: str) -> None:
     llama.cpp multiplies by alpha over the rank that it sees in a tensor, with one alpha for the file: each part's own
     scale goes into its B.
     """
+    if merge.adapter.shape.dora:
+        raise ModelLoadError(
+            "The adapter has magnitudes (DoRA), and GGUF files of adapters hold low-rank factors alone: export it as "
+            "gguf, merged into its base."
+        )
     architecture, family = _family(merge.checkpoint)
     fields: Mapping[str, Value] = {
         "general.architecture": value_of(architecture),

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from kernels import QuantisedWeight, Weight
@@ -54,13 +55,19 @@ class Merge:
             raise ModelLoadError(f"{self.checkpoint.name} has no tensor {min(missing)}, which the adapter changes.")
 
     def merged(self, name: str, stored: Tensor, part: LoraPart) -> Tensor:
-        """The stored tensor, [out, in] or transposed, with the part's product added, in the stored type."""
+        """The stored tensor, [out, in] or transposed, with the part's product added, and its outputs brought to the
+        part's magnitudes, in the stored type."""
         product = delta(part)
         if self.transposed:
             product = product.t()
         if product.shape != stored.shape:
             raise ModelLoadError(f"{name} is {list(stored.shape)}, and the adapter's product {list(product.shape)}.")
-        return (stored.float() + product).to(stored.dtype)
+        whole = stored.float() + product
+        if part.magnitude is not None:
+            inputs = 0 if self.transposed else 1
+            factor = part.magnitude.float() / torch.linalg.vector_norm(whole, dim=inputs)
+            whole *= factor.unsqueeze(inputs)
+        return whole.to(stored.dtype)
 
     def full_name(self, name: str) -> str:
         """The name with the prefix that checkpoints of a model without its head leave out."""

@@ -158,6 +158,7 @@ class AdapterConfig(Struct, frozen=True, kw_only=True):
     r: int = 8
     lora_alpha: float = 8
     use_rslora: bool = False
+    use_dora: bool = False
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     target_modules: list[str] | str | None = None
@@ -169,7 +170,7 @@ class AdapterConfig(Struct, frozen=True, kw_only=True):
 
     @property
     def shape(self) -> LoraShape:
-        return LoraShape(self.r, self.lora_alpha, self.use_rslora, self.rank_pattern, self.alpha_pattern)
+        return LoraShape(self.r, self.lora_alpha, self.use_rslora, self.rank_pattern, self.alpha_pattern, self.use_dora)
 
 
 def parse_config(data: bytes) -> AdapterConfig:
@@ -211,8 +212,6 @@ def _brief(value: object) -> str:
 def _refuse(raw: dict[str, Any], config: AdapterConfig) -> None:
     if config.peft_type != "LORA":
         raise AdapterInvalid(f"{CONFIG}: peft_type is {_brief(repr(config.peft_type))}; only LORA is supported.")
-    if raw.get("use_dora"):
-        raise AdapterInvalid(f"{CONFIG}: use_dora (DoRA) is not supported; only plain LoRA is.")
     if config.bias != "none":
         raise AdapterInvalid(
             f"{CONFIG}: bias is {_brief(repr(config.bias))}; adapters may not change biases: it must be 'none'."

@@ -100,7 +100,7 @@ def read_adapter(directory: Path, base: LoraBase, *, max_rank: int) -> Adapter:
     except (SafetensorError, ValueError, RuntimeError, KeyError, OverflowError) as error:
         raise AdapterInvalid(f"{WEIGHTS} is truncated or no safetensors file: {error}.") from None
     vocabulary = take_rows(tensors, config, base)
-    pairs = _pairs(tensors, base)
+    pairs = _pairs(tensors, base, dora=config.use_dora)
     _check_targets(config, pairs, base)
     ranks = ModulePattern("rank_pattern", config.rank_pattern)
     alphas = ModulePattern("alpha_pattern", config.alpha_pattern)
@@ -119,7 +119,7 @@ def read_files(
     """The bytes of both files, by name. The weights are limited to the size of an adapter for `base`, whose rows of
     embedding and head take at most `max_vocabulary` bytes as they are served; None: any number. Raises
     `AdapterInvalid`."""
-    limit = 4 * base.widest * max_rank + _HEADER
+    limit = 4 * base.widest * (max_rank + 1) + _HEADER  # magnitudes are less than one more rank
     if base.vocabulary is not None:
         limit += MAX_VOCABULARY_FILE if max_vocabulary is None else base.vocabulary.file_bytes(max_vocabulary)
     return {CONFIG: read_config(directory), WEIGHTS: read_weights(directory, limit)}
@@ -130,10 +130,16 @@ def _check_rank(rank: int, limit: int) -> None:
         raise AdapterInvalid(f"The adapter's rank is {rank}; the setting adapters.max_lora_rank allows {limit}.")
 
 
-def _pairs(tensors: dict[str, Tensor], base: LoraBase) -> dict[Module, dict[str, Tensor]]:
-    """Both factors of every module in the file."""
+MAGNITUDE = "lora_magnitude_vector"
+
+
+def _pairs(tensors: dict[str, Tensor], base: LoraBase, *, dora: bool) -> dict[Module, dict[str, Tensor]]:
+    """Both factors of every module in the file, and its magnitude."""
     pairs: dict[Module, dict[str, Tensor]] = defaultdict(dict)
-    pattern = re.compile(rf"(?:base_model\.model\.)?{re.escape(base.layers)}\.(\d{{1,6}})\.(.+)\.lora_(A|B)\.weight")
+    pattern = re.compile(
+        rf"(?:base_model\.model\.)?{re.escape(base.layers)}\.(\d{{1,6}})\.(.+)\."
+        rf"(?:(lora_A|lora_B)\.weight|({MAGNITUDE})(?:\.weight)?)"
+    )
     for name, tensor in tensors.items():
         match = pattern.fullmatch(name)
         if match is None or match[2] not in base.targets:
@@ -145,16 +151,18 @@ def _pairs(tensors: dict[str, Tensor], base: LoraBase) -> dict[Module, dict[str,
             raise AdapterInvalid(f"{WEIGHTS} has {name!r}, but this model has {base.num_layers} layers.")
         if tensor.dtype not in _DTYPES:
             raise AdapterInvalid(f"{WEIGHTS}: {name} is {tensor.dtype}; float32, float16 or bfloat16 is needed.")
-        factor = pairs[int(match[1]), match[2]]
-        if match[3] in factor:
+        factor, kind = pairs[int(match[1]), match[2]], match[3] or match[4]
+        if kind in factor:
             raise AdapterInvalid(f"{WEIGHTS} has {name!r} twice.")
-        factor[match[3]] = tensor
+        if kind == MAGNITUDE and not dora:
+            raise AdapterInvalid(f"{WEIGHTS} has {name!r}, but use_dora is not set in {CONFIG}.")
+        factor[kind] = tensor
     if not pairs:
         raise AdapterInvalid(f"{WEIGHTS} holds no weights.")
     for (layer, name), factors in pairs.items():
-        if len(factors) != 2:
-            lacking = "B" if "A" in factors else "A"
-            raise AdapterInvalid(f"{WEIGHTS} lacks lora_{lacking} of {base.layers}.{layer}.{name}.")
+        for kind in ("lora_A", "lora_B", *([MAGNITUDE] if dora else [])):
+            if kind not in factors:
+                raise AdapterInvalid(f"{WEIGHTS} lacks {kind} of {base.layers}.{layer}.{name}.")
     return pairs
 
 
@@ -179,18 +187,22 @@ def _check_targets(config: AdapterConfig, pairs: dict[Module, dict[str, Tensor]]
 
 
 def _part(module: str, target: Target, pair: dict[str, Tensor], rank: int, scale: float) -> LoraPart:
-    expected = {"A": [rank, target.in_features], "B": [target.out_features, rank]}
+    expected = {
+        "lora_A": [rank, target.in_features],
+        "lora_B": [target.out_features, rank],
+        MAGNITUDE: [target.out_features],
+    }
     factors = {}
-    for name, shape in expected.items():
-        tensor = pair[name]
+    for kind, shape in expected.items():
+        if kind not in pair:  # an adapter without magnitudes
+            continue
+        name, tensor = kind if kind == MAGNITUDE else f"{kind}.weight", pair[kind]
         if list(tensor.shape) != shape:
-            raise AdapterInvalid(
-                f"{WEIGHTS}: {module}.lora_{name}.weight: expected shape {shape}, got {list(tensor.shape)}."
-            )
-        factors[name] = tensor.float().contiguous()
-        if not bool(factors[name].isfinite().all()):
-            raise AdapterInvalid(f"{WEIGHTS}: {module}.lora_{name}.weight has values that are not finite numbers.")
-    return LoraPart(target.part, factors["A"], factors["B"], scale)
+            raise AdapterInvalid(f"{WEIGHTS}: {module}.{name}: expected shape {shape}, got {list(tensor.shape)}.")
+        factors[kind] = tensor.float().contiguous()
+        if not bool(factors[kind].isfinite().all()):
+            raise AdapterInvalid(f"{WEIGHTS}: {module}.{name} has values that are not finite numbers.")
+    return LoraPart(target.part, factors["lora_A"], factors["lora_B"], scale, factors.get(MAGNITUDE))
 
 
 # -- writing ---------------------------------------------------------------------------------------
@@ -222,6 +234,12 @@ def write_adapter(
                 raise ValueError(f"{module} has rank {part.a.shape[0]}, but the shape says {rank}")
             tensors[f"base_model.model.{module}.lora_A.weight"] = part.a.detach().cpu().contiguous()
             tensors[f"base_model.model.{module}.lora_B.weight"] = part.b.detach().cpu().contiguous()
+            if (part.magnitude is not None) != shape.dora:
+                raise ValueError(
+                    f"{module} has {'a' if part.magnitude is not None else 'no'} magnitude, unlike the shape"
+                )
+            if part.magnitude is not None:
+                tensors[f"base_model.model.{module}.{MAGNITUDE}"] = part.magnitude.detach().cpu().contiguous()
     config = _config(layers, shape, base, dropout, base_name or base.name)
     if vocabulary is not None:
         rows = VocabularyFile.of(vocabulary, base)
@@ -247,7 +265,7 @@ def _config(layers: LoraLayers, shape: LoraShape, base: LoraBase, dropout: float
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
-        "use_dora": False,
+        "use_dora": shape.dora,
         "modules_to_save": None,
     }
 

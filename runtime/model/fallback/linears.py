@@ -87,7 +87,7 @@ def _run(running: FallbackPass, index: int, name: str, linear: Linear, x: Tensor
         running.seen(index, name, len(rows))
     y = linear(running.ops, rows)
     if running.adaptation is not None:
-        y = running.adaptation(index, name, rows, y)
+        y = running.adaptation(index, name, rows, y, y)
     return y.view(*x.shape[:-1], -1)
 
 

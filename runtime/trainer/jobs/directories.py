@@ -18,6 +18,8 @@ CHECKPOINT_RECORD = "checkpoint.json"
 PREPARED = "examples.bin"
 LAUNCHED = "launched"
 """Folder of the files that the server and the ranks of a job on devices of its own exchange."""
+ORIGIN = "origin"
+"""Folder with a copy of the adapter that the job goes on from, beside PREPARED and for as long."""
 
 _PARTIAL = ".partial"
 _REFUSED = f"{PARTIAL}refused"

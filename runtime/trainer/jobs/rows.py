@@ -12,7 +12,7 @@ import msgspec
 from runtime.adapters import store
 from runtime.errors import Conflict, NotFound
 from runtime.support.database import Database, select_page
-from runtime.trainer.jobs.directories import LAUNCHED, PREPARED
+from runtime.trainer.jobs.directories import LAUNCHED, ORIGIN, PREPARED
 from runtime.trainer.jobs.records import (
     ENDED,
     TRANSITIONS,
@@ -75,7 +75,7 @@ def move(connection: sqlite3.Connection, job_id: str, to: JobState, note: Note, 
         columns["started_at"] = now
     if to in ENDED:
         columns["finished_at"] = now
-        discard(connection, [f"jobs/{job_id}/{name}" for name in (PREPARED, LAUNCHED)])  # nothing reads them any more
+        discard(connection, [f"jobs/{job_id}/{name}" for name in (PREPARED, ORIGIN, LAUNCHED)])  # read by nothing now
     if to != job.state and to not in ("running", "evaluating"):
         columns.setdefault("wanted", None)
     change(connection, job_id, state=to, **columns)

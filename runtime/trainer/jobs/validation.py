@@ -10,7 +10,7 @@ from runtime.support.durable import error_code, patiently, reason, remove
 from runtime.support.event_loop import cancel
 from runtime.support.logs import get_logger
 from runtime.support.threads import WorkerThread
-from runtime.trainer.jobs.directories import JobDirectories
+from runtime.trainer.jobs.directories import ORIGIN, JobDirectories
 from runtime.trainer.jobs.followers import Journal
 from runtime.trainer.jobs.records import JobEngine, JobError, JobFile, PreparedJob
 from runtime.trainer.jobs.store import JobStore, insist
@@ -85,7 +85,9 @@ class Validation:
         except RequestError as error:
             job = await self._store.get(job_id)
             if job.state != "validating":
-                await self._reading.call(remove, self._directories.prepared(job_id))
+                prepared = self._directories.prepared(job_id)
+                await self._reading.call(remove, prepared)
+                await self._reading.call(remove, prepared.with_name(ORIGIN))
                 return  # cancelled meanwhile
             if self._waiters[job_id]:
                 self._refused.add(job_id)

@@ -5,6 +5,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
 
 from msgspec import Struct
 
@@ -91,12 +93,15 @@ def estimate(
     micro-batch, `tokens` that of the whole job."""
     if recipe.adapter is None:
         layer = sum(inputs * outputs for inputs, outputs in shape.linears.values())
-        parameters = shape.num_layers * layer + shape.vocab_size * shape.hidden_size
+        factors = shape.num_layers * layer + shape.vocab_size * shape.hidden_size
     else:
-        parameters = sum(recipe.lora_r * sum(shape.linears[name]) for _, name in targets) + rows * shape.hidden_size
+        factors = sum(recipe.lora_r * sum(shape.linears[name]) for _, name in targets)
+    magnitudes = sum(shape.linears[name][1] for _, name in targets) if recipe.peft_use_dora else 0
+    parameters = factors + magnitudes + (rows * shape.hidden_size if recipe.adapter is not None else 0)
+    kept = factors if recipe.begins_in_base else 0  # beside them, the first weights
     return Estimate(
         parameters=parameters,
-        weight_bytes=4 * parameters,
+        weight_bytes=4 * (parameters + kept),
         gradient_bytes=4 * parameters,
         optimizer_bytes=_STATE_BYTES[recipe.optimizer_family] * parameters,
         activation_bytes=_activations(recipe, shape, largest),
@@ -162,6 +167,15 @@ class DataStats(Struct, frozen=True, kw_only=True):
     """Tokens of the longest example."""
 
 
+class AdapterOrigin(NamedTuple):
+    """The adapter that a job goes on from."""
+
+    directory: Path
+    """Folder with its files, in PEFT's format."""
+    label: str
+    """`name@version`, or the name of the folder that the recipe gave."""
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
     """A job that is ready to run."""
@@ -202,6 +216,8 @@ class Plan:
     """Tokens of the adapter's own, and rows of embedding and head that are trained."""
     launch: Launch | None = None
     """The processes that the job runs in; None: the serving one."""
+    origin: AdapterOrigin | None = None
+    """The adapter that the job goes on from."""
 
 
 def prepare(
@@ -217,13 +233,14 @@ def prepare(
     max_vocabulary: int | None = None,
     devices: int = 0,
     nodes: int = 1,
+    origin: AdapterOrigin | None = None,
 ) -> Plan:
     """Read, check and tokenise a recipe's data, and work out its steps. Takes as long as tokenising does.
 
     `model_names` are those of the served model, its own first; `max_len` is the longest sequence that it can be
     trained on; `tokens_per_second` is the rate of training here, if that is known; `kept` has the data of a job that
     was read before; `max_vocabulary`: most bytes of the adapter's rows of embedding and head; `devices` are set aside
-    for jobs on each of `nodes`.
+    for jobs on each of `nodes`; `origin` is the adapter to go on from, which the recipe agrees with.
     Raises `InvalidRequest` (`BadRows` for rows), `ModelNotFound` and `Forbidden`.
     """
     check_base_model(recipe, model_names)
@@ -239,6 +256,12 @@ def prepare(
     vocabulary = plan_vocabulary(
         recipe, tokenizer, shape, template=None if template is None else template.source, limit=max_vocabulary
     )
+    if launch is not None and (vocabulary.tokens or vocabulary.rows.rows):
+        raise InvalidRequest(
+            "special_tokens name tokens whose rows would be trained, which is done in the serving process only: leave "
+            "them out, or what asks for devices (devices, deepspeed, fsdp, ddp, no adapter).",
+            param="special_tokens",
+        )
     tokenizer = vocabulary.tokenizer
     if template is not None:
         tokenizer = with_template(tokenizer, template.source)
@@ -306,6 +329,7 @@ def prepare(
         generation=generation,
         vocabulary=vocabulary,
         launch=launch,
+        origin=origin,
     )
 
 

@@ -189,16 +189,13 @@ _ROPE = "long contexts cannot be trained in pieces; raise sequence_len, up to th
 _OPTIMIZER = "it belongs to an optimizer that is not supported; use adamw_torch_fused, lion or muon, and leave it out"
 _SCHEDULE = "it is another way to set the schedule, which is not supported; use lr_scheduler_kwargs"
 _LOSS = "it changes the loss in a way that is not supported; leave it out"
-_LATER_ADAPTER = "it is not supported yet: adapters are plain LoRA or rsLoRA (peft_use_rslora) on linears"
+_LATER_ADAPTER = "it is not supported yet: adapters are LoRA, rsLoRA or DoRA, of one rank, on linears of all layers"
 _CODE = "code of the recipe's is never run; leave it out"
 
 DECISIVE = ("rl", "reward_model", "process_reward_model", "processor_type", "diffusion")
 """Keys that decide about the kind of training: where one is refused, the rest of the recipe need not be looked at."""
 
 _REFUSED: dict[str, Refused] = {
-    "lora_model_dir": Refused("a job starts from a fresh adapter; going on from another one is not supported yet"),
-    "peft_use_dora": Refused("DoRA is not supported yet; plain LoRA and rsLoRA (peft_use_rslora) are"),
-    "peft_init_lora_weights": Refused("adapters begin at zero, as PEFT's by default; leave it out", (True,)),
     "resume_from_checkpoint": Refused("a job resumes from its own checkpoints: POST /admin/jobs/{id}/resume"),
     "eval_sequence_len": Refused("test rows are held to sequence_len; leave it out"),
     "max_packed_sequence_len": Refused("an old name: use sample_packing and sequence_len"),
@@ -247,7 +244,7 @@ _REFUSED |= _group(
 _REFUSED |= _group(_SCHEDULE, "eta_min lr_div_factor lr_groups")
 _REFUSED |= _group(
     _LATER_ADAPTER,
-    "peft lora_alpha_pattern lora_rank_pattern peft_layers_pattern peft_layer_replication",
+    "lora_alpha_pattern lora_rank_pattern peft_layers_pattern peft_layer_replication",
 )
 
 

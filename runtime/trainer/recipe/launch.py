@@ -50,6 +50,16 @@ _WITHOUT_ADAPTER = {
 """Keys that only an adapter makes harmless."""
 
 
+_SERVER_ONLY = {
+    "peft_use_dora": "magnitudes are trained",
+    "lora_model_dir": "jobs go on from an adapter",
+    "lora_modules_to_save": "whole copies are trained",
+    "peft_trainable_token_indices": "rows of tokens are trained",
+    "tokens": "rows of tokens are trained",
+}
+"""Keys of an adapter → what is done in the server's own process only."""
+
+
 class Launch(Struct, frozen=True, kw_only=True):
     """Spread of a recipe over ranks."""
 
@@ -132,6 +142,7 @@ def launch_problems(recipe: Recipe, values: Mapping[str, Any], devices: int) -> 
     if launch.method == "deepspeed" and recipe.optimizer_family != "adamw":
         yield "optimizer", f"{recipe.optimizer} is not built with deepspeed; use adamw_torch_fused"
     if not launch.full:
+        yield from _for_the_server(recipe)
         return
     if recipe.rl in ("dpo", "ipo", "kto"):
         yield "rl", f"{recipe.rl} compares with the model without its adapter, and there is none: set `adapter: lora`"
@@ -140,6 +151,16 @@ def launch_problems(recipe: Recipe, values: Mapping[str, Any], devices: int) -> 
     for name, why in _WITHOUT_ADAPTER.items():
         if values.get(name):
             yield name, f"is not supported without an adapter: {why}"
+
+
+def _for_the_server(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Problems of an adapter that a job on devices of its own cannot train."""
+    instead = "only in the serving process: leave it out, or what asks for devices (devices, deepspeed, fsdp, ddp)"
+    for name, what in _SERVER_ONLY.items():
+        if getattr(recipe, name):
+            yield name, f"{what} {instead}"
+    if recipe.first_weights != "uniform":
+        yield "peft_init_lora_weights", f"{recipe.first_weights} is made {instead}"
 
 
 def launch_notes(recipe: Recipe, values: Mapping[str, Any], devices: int) -> Iterator[str]:

@@ -25,13 +25,14 @@ from runtime.trainer.recipe.publish import (
     scorer_name,
 )
 from runtime.trainer.recipe.rules import (
+    adapter_problems,
     flatten_types,
     preference_problems,
     schedule_problems,
     take_unbuilt,
     take_unbuilt_optimizer,
 )
-from runtime.trainer.recipe.schema import DATA_GROUPS, FsdpConfig, Recipe
+from runtime.trainer.recipe.schema import ADAPTER_KEYS, DATA_GROUPS, INTERNAL, FsdpConfig, Recipe
 from runtime.trainer.recipe.types import ROLES, role_names, unknown_roles
 from runtime.trainer.recipe.verdicts import notes_of
 from settings import suggest
@@ -65,7 +66,7 @@ def convert_struct(struct: type[S], values: Mapping[str, Any], path: str, report
     A null is the same as a key that is absent, and so is an empty value where the type does not take it.
     """
     hints = get_type_hints(struct, include_extras=True)
-    fields = {field.name: field for field in msgspec.structs.fields(struct) if field.name != "notes"}
+    fields = {field.name: field for field in msgspec.structs.fields(struct) if field.name not in INTERNAL}
     noted, refused = _TABLES.get(struct, ({}, {}))
     beside = {*noted, *refused}
     for key, refusal in refused.items():
@@ -155,11 +156,12 @@ def find_problems(recipe: Recipe, values: Mapping[str, Any], *, max_lora_rank: i
     yield from _sizes(recipe, values)
     yield from schedule_problems(recipe)
     yield from preference_problems(recipe, values)
-    if recipe.adapter is not None and recipe.lora_r > max_lora_rank:
-        yield "lora_r", f"must be at most {max_lora_rank} (adapters.max_lora_rank), got {recipe.lora_r}"
+    if recipe.adapter is not None:
+        yield from adapter_problems(recipe, given, max_lora_rank=max_lora_rank)
     if recipe.embedding_lr is not None and recipe.embedding_lr_scale is not None:
         yield "embedding_lr_scale", "give embedding_lr or embedding_lr_scale, not both"
-    if recipe.adapter is not None and recipe.lora_target_linear is False and recipe.lora_target_modules is None:
+    names_none = recipe.lora_target_linear is False and recipe.lora_target_modules is None
+    if names_none and recipe.adapter is not None and recipe.lora_model_dir is None:
         yield "lora_target_linear", "is false, and lora_target_modules names nothing: there is nothing to train"
     if (recipe.dataset_shard_num is None) != (recipe.dataset_shard_idx is None):
         yield "dataset_shard_num", "and dataset_shard_idx belong together: give both, or neither"
@@ -418,9 +420,15 @@ def recipe_from(
         raise RecipeError(sorted(_essential(problems, values), key=lambda problem: problem.line or 0))
     if served is not None:
         check_base_model(recipe, served)
+    left_out = tuple(key for key in ADAPTER_KEYS if values.get(key) is None or _names_nothing(key, values[key]))
     launched = launch_of(recipe, devices) is not None
     notes = (*modern.notes, *notes_of(recipe, document.values, launched=launched))
-    return msgspec.structs.replace(recipe, notes=(*notes, *launch_notes(recipe, document.values, devices)))
+    notes = (*notes, *launch_notes(recipe, document.values, devices))
+    return msgspec.structs.replace(recipe, notes=notes, left_out=left_out)
+
+
+def _names_nothing(key: str, value: Any) -> bool:
+    return key.startswith("lora_target") and is_off(value)
 
 
 def _essential(problems: list[Problem], values: Mapping[str, Any]) -> list[Problem]:

@@ -10,7 +10,7 @@ from msgspec import NODEFAULT, Meta, Struct
 from runtime.trainer.recipe.dataset import Dataset
 from runtime.trainer.recipe.keys import DATASET_NOTED, DATASET_REFUSED, NOTED, REFUSED
 from runtime.trainer.recipe.legacy import READ_AS
-from runtime.trainer.recipe.schema import FsdpConfig, Recipe
+from runtime.trainer.recipe.schema import INTERNAL, FsdpConfig, Recipe
 from runtime.trainer.recipe.types import describe
 
 T = TypeVar("T")
@@ -169,8 +169,8 @@ With `rl`, a row has two answers to a prompt, of which the chosen one is better,
 | `simpo` | means of log-probabilities and a margin (arXiv:2405.14734); no reference | `simpo_gamma`, `cpo_alpha` |
 | `cpo` | sums of log-probabilities (arXiv:2401.08417); no reference | `cpo_alpha` |
 
-Losses and gradients are TRL's. The reference is the served model without the adapter: there is no second copy of its weights. Its
-log-probabilities are computed once a row, when the row is first met, and kept with checkpoints. `lora_dropout` is applied where a
+Losses and gradients are TRL's. The reference is the served model without the adapter, or with the one of `lora_model_dir`: there is no
+second copy of its weights. Its log-probabilities are computed once a row, when the row is first met, and kept with checkpoints. `lora_dropout` is applied where a
 recipe has it (TRL turns it off). In `kto` each answer is also computed after another row's prompt, to estimate the divergence.
 
 | `type` | a row | the prompt |
@@ -237,6 +237,22 @@ where they are bitsandbytes': give the model that it was made from. GGUF types a
 are no whole blocks of q4_k are written as q8_0 or f16. From a directory GGUF is written for Llama, Mistral, Qwen 2 and 3,
 SmolLM3, OLMo 2 and Granite; from a GGUF base for every architecture that is read, with its metadata unchanged. Over HTTP:
 `GET /admin/adapters/NAME/export?format=merged|gguf|gguf-lora&type=…`.
+
+## Kinds of adapters, and going on from one
+
+`peft_use_dora: true` trains a magnitude for each output beside the factors (arXiv:2402.09353), as PEFT does; the adapter is served
+beside plain ones, and exported merged: GGUF files of adapters alone have no place for magnitudes. On a base in integers the norms
+are of the weights as they are served.
+
+`peft_init_lora_weights` says what an adapter begins with. PEFT takes the first product of `pissa` and `olora` out of the base. Here
+the base is shared: the product is taken off in training, and the adapter is published with twice the rank, as PEFT's
+`path_initial_model_for_weight_conversion` does, for the base as it is. `pissa` decomposes each weight whole, which takes long
+for a large model; `pissa_niter_16` does not. `loftq` begins with what rounding took from the base's own files where it is served in
+integers, divided by the scale, so that it fits any alpha.
+
+`lora_model_dir` goes on from an adapter: its weights are the first ones, its rank, alpha, targets and kind hold, and its chat
+template where the recipe names none. A key that says otherwise is an error. The optimiser begins afresh. The job keeps a copy,
+and `went_on_from` of the version says where it came from. Of preferences, it is the reference.
 
 ## Steps
 
@@ -311,7 +327,8 @@ def json_schema() -> dict[str, Any]:
     """The JSON schema of a recipe, noted keys included: for editors that check YAML."""
     schema = msgspec.json.schema(Recipe)
     properties = schema["$defs"]["Recipe"]["properties"]
-    del properties["notes"]
+    for name in INTERNAL:
+        del properties[name]
     for name, why in NOTED.items():
         properties[name] = {"description": f"Ignored: {why}."}
     return schema

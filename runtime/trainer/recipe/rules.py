@@ -1,12 +1,14 @@
 """Keys that go together: those of preference training with its methods, and Axolotl's other ways to write the same;
-those of optimisers and of the learning rate with each of them."""
+those of optimisers and of the learning rate with each of them; those of the adapter."""
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from runtime.trainer.recipe.dataset import Dataset
 from runtime.trainer.recipe.keys import is_off
 from runtime.trainer.recipe.schema import DATA_GROUPS, Recipe
+from settings.suggest import hint
 
 GENERATES = ("grpo", "gdpo", "ebft")
 """Methods of Axolotl's under which the model writes the answers that it is trained on."""
@@ -206,3 +208,60 @@ def schedule_problems(recipe: Recipe) -> Iterator[tuple[str, str]]:
 
 def _listed(names: frozenset[str]) -> str:
     return ", ".join(sorted(names)) or "none"
+
+
+# -- adapters --------------------------------------------------------------------------------------
+#
+# The kind of adapter that is trained, and what it begins with.
+
+_DRAWN = ("gaussian", "orthogonal")
+"""Kinds of first weights that are drawn…"""
+_MADE = ("pissa", "olora", "loftq")
+"""…and those that are made from the base's weights."""
+_UNBUILT = {
+    "eva": "it looks at the base's activations on the data, which is not built",
+    "corda": "it looks at the base's activations on the data, which is not built",
+    "lora_ga": "it looks at gradients of the base on the data, which is not built",
+    "mica": "it leaves B as it is in training, which is not built",
+}
+_NITER = re.compile(r"pissa_niter_([0-9]{1,2})")
+
+
+def adapter_problems(recipe: Recipe, given: Collection[str], *, max_lora_rank: int) -> Iterator[tuple[str, str]]:
+    """Keys and what is wrong with them. `given`: the keys that are set."""
+    rank = recipe.lora_r
+    if rank > max_lora_rank:
+        yield "lora_r", f"must be at most {max_lora_rank} (adapters.max_lora_rank), got {rank}"
+    elif recipe.begins_in_base and 2 * rank > max_lora_rank:
+        yield (
+            "lora_r",
+            f"must be at most {max_lora_rank // 2} with {recipe.first_weights}, got {rank}: the adapter is published "
+            f"with twice the rank, and adapters.max_lora_rank is {max_lora_rank}",
+        )
+    yield from _first_weights(recipe, given)
+
+
+def _first_weights(recipe: Recipe, given: Collection[str]) -> Iterator[tuple[str, str]]:
+    key, named, kind = "peft_init_lora_weights", recipe.peft_init_lora_weights, recipe.first_weights
+    loftq = recipe.peft and recipe.peft.loftq_config
+    if loftq and loftq.loftq_iter != 1:
+        yield "peft.loftq_config.loftq_iter", f"must be 1: the served base is not rounded again, got {loftq.loftq_iter}"
+    if loftq and loftq.loftq_bits and isinstance(named, str) and named != "loftq":
+        yield key, f"is {named!r}, and peft.loftq_config asks for loftq; give one of them"
+    if isinstance(named, str) and named not in (*_DRAWN, *_MADE) and not _NITER.fullmatch(named):
+        if named in _UNBUILT:
+            yield key, f"{named} is not supported: {_UNBUILT[named]}; use pissa, gaussian, or leave it out"
+        else:
+            known = (*_DRAWN, *_MADE)
+            near = hint(named, known)
+            yield key, f"is {named[:64]!r}{near}; known are true, {', '.join(known)} and pissa_niter_N"
+        return
+    if kind == "orthogonal" and recipe.lora_r % 2:
+        yield key, f"orthogonal needs an even lora_r, got {recipe.lora_r}"
+    if kind not in ("uniform", *_DRAWN) and recipe.peft_use_dora:
+        yield "peft_use_dora", f"is not possible with first weights from {kind}: leave one of the two out"
+    if recipe.lora_model_dir is not None and kind != "uniform":
+        yield (
+            (key if key in given else "peft"),
+            "has no meaning with lora_model_dir: the first weights are the adapter's",
+        )

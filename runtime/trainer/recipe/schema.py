@@ -128,6 +128,22 @@ _FAMILIES: dict[str, OptimizerFamily] = {
 }
 
 
+class LoftqConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Options of LoftQ."""
+
+    loftq_bits: Annotated[
+        Annotated[int, Meta(ge=2, le=8)] | None,
+        entry("Turns LoftQ on; the base's bits are those that it is served in."),
+    ] = None
+    loftq_iter: Annotated[int, Meta(ge=1), entry("Only 1 is possible: the base is shared, and not rounded again.")] = 1
+
+
+class PeftOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Options of PEFT's that Axolotl has in a mapping of their own."""
+
+    loftq_config: Annotated[LoftqConfig | None, entry("LoftQ's options.")] = None
+
+
 def key(group: str, text: str) -> Meta:
     """The line of documentation of a key, and the section of the reference that it stands in."""
     return Meta(description=text, extra={"group": group})
@@ -211,6 +227,35 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         tuple[Text, ...] | Text,
         key("lora", "Parameters of experts to adapt, where the served model has such; none of today's has."),
     ] = ()
+    peft_use_dora: Annotated[
+        bool,
+        key("lora", "DoRA: train the norm of each output's weights beside the low-rank factors. Costs time."),
+    ] = False
+    peft_init_lora_weights: Annotated[
+        bool | Text,
+        key(
+            "lora",
+            "First weights: `gaussian`, `orthogonal`, `pissa`, `pissa_niter_16`, `olora` or `loftq`, as PEFT has them; "
+            "true and false: A uniform, B zero. Adapters of `pissa` and `olora` are published with twice the rank, for "
+            "the base as it is.",
+        ),
+    ] = True
+    peft: Annotated[
+        PeftOptions | None,
+        key(
+            "lora",
+            "`{loftq_config: {loftq_bits: 4}}`: begin with what rounding took from the served base's weights. Nothing "
+            "where it is served in floats.",
+        ),
+    ] = None
+    lora_model_dir: Annotated[
+        Text | None,
+        key(
+            "lora",
+            "Adapter to go on from: one of this server, as `name` or `name@version`, or a folder of PEFT's under the "
+            "data roots. Rank, alpha, targets and kind are the adapter's, and may be left out.",
+        ),
+    ] = None
 
     datasets: Annotated[tuple[Dataset, ...], Meta(min_length=1, max_length=100), key("data", "What is trained on.")]
     test_datasets: Annotated[
@@ -502,6 +547,24 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     notes: tuple[str, ...] = ()
     """Remarks on keys that do nothing here, or something else than they say. Not a key."""
+    left_out: tuple[str, ...] = ()
+    """Keys of `ADAPTER_KEYS` that were not given. Not a key."""
+
+    @property
+    def first_weights(self) -> str:
+        """Kind of the adapter's first weights: `peft_init_lora_weights`, "uniform" by default, or loftq by `peft`."""
+        loftq, named = self.peft and self.peft.loftq_config, self.peft_init_lora_weights
+        return "loftq" if loftq and loftq.loftq_bits else named if isinstance(named, str) else "uniform"
+
+    @property
+    def is_made_of_base(self) -> bool:
+        """True if the first weights are computed from the base's."""
+        return self.begins_in_base or self.first_weights == "loftq"
+
+    @property
+    def begins_in_base(self) -> bool:
+        """True if the first weights are a part of the base's, beside the rest of which they are trained."""
+        return self.first_weights.startswith(("pissa", "olora"))
 
     @property
     def optimizer_family(self) -> OptimizerFamily:
@@ -560,6 +623,20 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         """True if the model is evaluated before the first step, too."""
         compared = any(one.scope == "base" for one in self.publish.metrics)
         return self.evaluates and (compared or self.num_generated > 0)
+
+
+INTERNAL = frozenset({"notes", "left_out"})
+"""Fields of a recipe that are no keys."""
+ADAPTER_KEYS = (
+    "lora_r",
+    "lora_alpha",
+    "lora_target_modules",
+    "lora_target_linear",
+    "peft_layers_to_transform",
+    "peft_use_rslora",
+    "peft_use_dora",
+)
+"""Keys that an adapter to go on from decides."""
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from runtime.trainer.recipe.keys import (
     is_off,
 )
 from runtime.trainer.recipe.legacy import READ_AS
-from runtime.trainer.recipe.schema import DATA_GROUPS, Recipe, keys_of
+from runtime.trainer.recipe.schema import DATA_GROUPS, INTERNAL, Recipe, keys_of
 from runtime.trainer.recipe.types import describe
 from settings import suggest
 
@@ -91,7 +91,7 @@ def verdicts(values: Mapping[str, Any]) -> list[Verdict]:
 def _verdict(
     name: str, value: Any, path: str, struct: type[Struct], noted: Mapping[str, str], refused: Mapping[str, Refused]
 ) -> Verdict:
-    fields = set(struct.__struct_fields__) - {"notes"}
+    fields = set(struct.__struct_fields__) - INTERNAL
     if name in fields:
         beside = struct is Recipe and name in keys_of("launched")
         off = is_off(value) if beside else value is None
@@ -140,7 +140,7 @@ def _explained(
     if name in refused:
         return [f"{shown}: refused when it is on: {refused[name].why}."]
     hint = get_type_hints(struct, include_extras=True).get(name)
-    if hint is None or name == "notes":
+    if hint is None or name in INTERNAL:
         return []
     text = next((meta.description for meta in get_args(hint)[1:] if isinstance(meta, Meta) and meta.description), "")
     default = getattr(struct, "__struct_defaults__", ())

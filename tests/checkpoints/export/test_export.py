@@ -54,7 +54,9 @@ def adapted(model: Path, name: str, path: Path, **config: Any) -> torch.Tensor:
     lora = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **fields)).eval()
     generator = torch.Generator().manual_seed(1)
     for key, parameter in lora.named_parameters():
-        if "lora_" in key:
+        if "lora_magnitude" in key:
+            parameter.data *= torch.rand(parameter.shape, generator=generator) + 0.5
+        elif "lora_" in key:
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
     lora.save_pretrained(path)
     with torch.no_grad():
@@ -90,6 +92,20 @@ def test_a_merged_directory_is_peft_merged(name: str, tmp_path: Path) -> None:
         == AutoTokenizer.from_pretrained(model)(text).input_ids
     )
     assert written.bytes == sum(file.stat().st_size for file in (tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3"])
+def test_magnitudes_are_merged(name: str, tmp_path: Path) -> None:
+    model = make_base(tmp_path / "base", name)
+    expected = adapted(model, name, tmp_path / "adapter", use_dora=True)
+    checkpoint = open_checkpoint(str(model))
+    export_adapter(checkpoint, tmp_path / "adapter", tmp_path / "out", "merged")
+    close(ours(tmp_path / "out"), expected)
+    if name == "llama":
+        export_adapter(checkpoint, tmp_path / "adapter", tmp_path / "out.gguf", "gguf", type="f32")
+        close(ours(tmp_path / "out.gguf"), expected)
+    with pytest.raises(ModelLoadError, match=r"magnitudes \(DoRA\).*export it as gguf, merged"):
+        export_adapter(checkpoint, tmp_path / "adapter", tmp_path / "lora.gguf", "gguf-lora")
 
 
 @pytest.mark.parametrize("name", FROM_DIRECTORY)

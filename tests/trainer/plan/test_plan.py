@@ -587,7 +587,7 @@ def test_memory_falls_with_checkpointing_and_grows_with_the_batch(planner: Plann
     assert planner.plan(optimizer="sgd").estimate.optimizer_bytes == 0
 
 
-@pytest.mark.parametrize("name", ["tickets", "newts", "template"])
+@pytest.mark.parametrize("name", ["tickets", "newts", "template", "dora"])
 def test_the_example_recipes(name: str, tokenizer: Tokenizer) -> None:
     text = (EXAMPLES / f"{name}.yaml").read_text()
     assert text.startswith(f"# eft train settings/recipes/{name}.yaml\n")

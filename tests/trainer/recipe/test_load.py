@@ -11,6 +11,7 @@ from runtime.errors import ModelNotFound
 from runtime.trainer.recipe import Dataset, Document, Recipe, RecipeError, adapter_name, load_recipe, recipe_from
 from runtime.trainer.recipe.keys import DATASET_NOTED, DATASET_REFUSED, NOTED, REFUSED
 from runtime.trainer.recipe.legacy import RENAMED
+from runtime.trainer.recipe.schema import INTERNAL
 from tests.trainer.recipe.acceptance import check_folder, report
 
 BASIC: dict[str, Any] = {"adapter": "lora", "learning_rate": 2e-4, "datasets": [{"path": "a.jsonl"}]}
@@ -302,8 +303,25 @@ def test_learning_rates_that_make_no_sense(value: Any) -> None:
         ({"dataset_shard_num": 2}, "dataset_shard_num", "both, or neither"),
         ({"dataset_shard_num": 2, "dataset_shard_idx": 2}, "dataset_shard_idx", "below dataset_shard_num (2)"),
         ({"rl": "grpo"}, "rl", "Collect answers"),
-        ({"peft_use_dora": True}, "peft_use_dora", "rsLoRA"),
         ({"embedding_lr": 1e-5, "embedding_lr_scale": 0.1}, "embedding_lr_scale", "not both"),
+        ({"peft_use_dora": True, "peft_init_lora_weights": "pissa"}, "peft_use_dora", "first weights from pissa"),
+        ({"peft_init_lora_weights": "pisa"}, "peft_init_lora_weights", "did you mean pissa?"),
+        ({"peft_init_lora_weights": "eva"}, "peft_init_lora_weights", "use pissa, gaussian, or leave it out"),
+        ({"peft_init_lora_weights": "olora", "lora_r": 40}, "lora_r", "at most 32 with olora"),
+        ({"peft_init_lora_weights": "orthogonal", "lora_r": 5}, "peft_init_lora_weights", "an even lora_r, got 5"),
+        ({"peft": {"loftq_config": {"loftq_bits": 9}}}, "peft.loftq_config.loftq_bits", "got 9"),
+        ({"peft": {"loftq_config": {"loftq_bits": 4, "loftq_iter": 2}}}, "peft.loftq_config.loftq_iter", "must be 1"),
+        ({"peft": {"r": 4}}, "peft.r", "unknown key"),
+        (
+            {"peft": {"loftq_config": {"loftq_bits": 4}}, "peft_init_lora_weights": "pissa"},
+            "peft_init_lora_weights",
+            "asks for loftq",
+        ),
+        (
+            {"peft": {"loftq_config": {"loftq_bits": 4}}, "lora_model_dir": "newt"},
+            "peft",
+            "the first weights are the adapter's",
+        ),
         ({"context_paralel_size": 2}, "context_paralel_size", "did you mean context_parallel_size?"),
         ({"adam_eps": 1e-9, "adam_epsilon": 1e-8}, "adam_eps", "did you mean adam_epsilon?"),
         ({"notes": ["x"]}, "notes", "unknown key"),
@@ -389,7 +407,7 @@ def test_keys_that_are_read_as_others() -> None:
 
 
 @pytest.mark.parametrize(
-    "key", sorted(set(Recipe.__struct_fields__) - {"notes", "adapter", "learning_rate", "datasets"})
+    "key", sorted(set(Recipe.__struct_fields__) - INTERNAL - {"adapter", "learning_rate", "datasets"})
 )
 @pytest.mark.parametrize("off", [None, "", [], {}, False])
 def test_empty_values_never_stop_a_recipe(key: str, off: Any) -> None:

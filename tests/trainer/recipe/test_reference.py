@@ -9,7 +9,7 @@ from runtime.trainer.recipe.dataset import Dataset
 from runtime.trainer.recipe.document import read_document
 from runtime.trainer.recipe.keys import NOTED, REFUSED
 from runtime.trainer.recipe.reference import json_schema, reference
-from runtime.trainer.recipe.schema import Recipe
+from runtime.trainer.recipe.schema import INTERNAL, Recipe
 from runtime.trainer.recipe.verdicts import explain, nearest_key, verdicts
 
 ROOT = Path(__file__).parent.parent.parent.parent
@@ -76,7 +76,7 @@ def test_the_page_is_current() -> None:
 
 def test_the_page_names_every_key() -> None:
     page = reference()
-    keys = {*Recipe.__struct_fields__, *Dataset.__struct_fields__, *NOTED, *REFUSED} - {"notes"}
+    keys = {*Recipe.__struct_fields__, *Dataset.__struct_fields__, *NOTED, *REFUSED} - INTERNAL
     assert not {key for key in keys if f"`{key}`" not in page}
 
 
