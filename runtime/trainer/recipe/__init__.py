@@ -4,8 +4,9 @@ from runtime.trainer.recipe.dataset import Dataset
 from runtime.trainer.recipe.document import Document, Problem, RecipeError
 from runtime.trainer.recipe.load import check_base_model, load_recipe, recipe_from
 from runtime.trainer.recipe.publish import Publish
-from runtime.trainer.recipe.schema import OptimizerFamily, Recipe
+from runtime.trainer.recipe.schema import Recipe
 from runtime.trainer.recipe.types import adapter_name
+from runtime.trainer.recipe.values import OptimizerFamily
 
 __all__ = [
     "Dataset",

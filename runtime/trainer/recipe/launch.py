@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from msgspec import Struct
 
-from runtime.trainer.recipe.schema import FsdpConfig, Recipe, keys_of
+from runtime.trainer.recipe.schema import Recipe, keys_of
+from runtime.trainer.recipe.values import FsdpConfig
 
 ParallelMethod = Literal["ddp", "fsdp", "deepspeed"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]

@@ -32,8 +32,9 @@ from runtime.trainer.recipe.rules import (
     take_unbuilt,
     take_unbuilt_optimizer,
 )
-from runtime.trainer.recipe.schema import ADAPTER_KEYS, DATA_GROUPS, INTERNAL, FsdpConfig, Recipe
+from runtime.trainer.recipe.schema import ADAPTER_KEYS, DATA_GROUPS, INTERNAL, Recipe
 from runtime.trainer.recipe.types import ROLES, role_names, unknown_roles
+from runtime.trainer.recipe.values import FsdpConfig
 from runtime.trainer.recipe.verdicts import notes_of
 from settings import suggest
 

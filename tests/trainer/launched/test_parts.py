@@ -94,6 +94,11 @@ def test_without_devices_all_weights_are_refused_in_a_sentence() -> None:
         ({"neftune_noise_alpha": 5}, "neftune_noise_alpha", "leave it out"),
         ({"loraplus_lr_ratio": 4}, "loraplus_lr_ratio", "leave it out"),
         ({"unfrozen_parameters": ["^lm_head"]}, "unfrozen_parameters", "without an adapter"),
+        ({"adapter": "lora", "devices": 2, "peft_use_dora": True}, "peft_use_dora", "serving process"),
+        ({"adapter": "lora", "ddp": True, "lora_model_dir": "ahoy"}, "lora_model_dir", "serving process"),
+        ({"adapter": "lora", "devices": 2, "tokens": ["<x>"]}, "tokens", "serving process"),
+        ({"adapter": "lora", "devices": 2, "lora_modules_to_save": ["lm_head"]}, "lora_modules_to_save", "serving"),
+        ({"adapter": "lora", "devices": 2, "peft_init_lora_weights": "pissa"}, "peft_init_lora_weights", "pissa"),
         ({"fsdp_config": {"offload_parms": True}}, "fsdp_config.offload_parms", "offload_params"),
     ],
 )
