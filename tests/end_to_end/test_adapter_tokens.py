@@ -117,29 +117,31 @@ async def test_a_limit_that_is_named(tiny_model: Path, tmp_path: Path) -> None:
         assert "adapters.max_vocabulary_bytes allows 102400" in posted.json()["error"]["message"]
 
 
-LLAMA3 = """
-chat_template: llama3
-tokens: ["<|start_header_id|>", "<|end_header_id|>"]
+GEMMA = """
+embedding_lr: 0.01
+chat_template: gemma
+tokens: ["<start_of_turn>"]
 special_tokens:
-  eos_token: <|eot_id|>
+  eos_token: <end_of_turn>
 """
 
 
 @pytest.mark.real_model
 @pytest.mark.timeout(600)
 def test_a_model_learns_another_template_with_tokens_that_it_lacks(tmp_path: Path) -> None:
-    """SmolLM2, whose own template is ChatML, answers in Llama 3's and stops at its end of a turn; the base does not."""
+    """SmolLM2, whose own template is ChatML, answers in Gemma's and stops at its end of a turn; the base does not."""
     pairs, held_out = rows()
+    recipe = RECIPE.replace("num_epochs: 1", "num_epochs: 2") + GEMMA
     with ServerProcess("demo", tmp_path / "state") as server:
         base = server.http.get("/v1/models").json()["data"][0]["id"]
         before = server.tokens(base, held_out[0][0])
-        job = server.wait_for_job(server.train(RECIPE + LLAMA3, {"train.jsonl": chat_lines(pairs)}), 400)
+        job = server.wait_for_job(server.train(recipe, {"train.jsonl": chat_lines(pairs)}), 400)
         assert job["status"] == "succeeded", job["error"]
-        assert any("3 tokens are new" in note for note in job["summary"]["notes"])
+        assert any("2 tokens are new" in note for note in job["summary"]["notes"])
         chat = [{"role": "user", "content": held_out[0][0]}]
         answer = server.http.post("/tokenize", json={"model": "extract", "messages": chat}).json()
         spelled = server.http.post("/detokenize", json={"model": "extract", "tokens": answer["tokens"]}).json()
-        assert spelled["prompt"].count("<|start_header_id|>") == 2
+        assert spelled["prompt"].count("<start_of_turn>") == 2
         assert max(answer["tokens"]) >= SMOLLM2_ROWS
         right = num_right(server, "extract", held_out)
         assert right > 0.8 * len(held_out), f"{right} of {len(held_out)}"

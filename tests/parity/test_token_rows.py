@@ -20,6 +20,7 @@ from runtime.model.lora_base import LoraBase
 from runtime.model.vocabulary import RowTargets
 from runtime.trainer.data.example import Example, collate
 from runtime.trainer.lora import TrainableLora, adapter_of
+from runtime.trainer.losses import make_loss
 from runtime.trainer.step import MicroStep
 from tests.parity.adapted import our_logits
 from tests.parity.families import CASES, SHAPE, make_model
@@ -186,3 +187,33 @@ def trainable(
     captured = adapter_of(lora.capture(), places, lora.shape, rows)
     assert captured.vocabulary is not None
     return lora
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_the_reference_of_preferences_has_new_rows_as_they_began(name: str, tmp_path: Path) -> None:
+    """The base without the adapter knows the new tokens by their first rows, whatever was trained since."""
+    base = make_model(tmp_path, *CASES[name])
+    decoder, _ = load(tmp_path)
+    places = {(layer, "qkv"): ["q"] for layer in range(decoder.spec.num_layers)}
+    rows = targets("new", decoder.spec.tied)
+    lora = TrainableLora(decoder, places, LoraShape(rank=4, alpha=12), seed=3, rows=rows)
+    assert lora.vocabulary is not None
+    first = {kind: values.detach().clone() for kind, values in lora.vocabulary.values.items()}
+    with torch.no_grad():
+        for values in lora.vocabulary.values.values():
+            values.add_(1.0)
+    data = examples("new")
+    micro = MicroStep(decoder, TrainingOps(), lora, collate(data, decoder.device), loss=make_loss("dpo", {}))
+    drive(micro.evaluate(), "whole")
+    base.resize_token_embeddings(VOCAB + 3, mean_resizing=False)
+    with torch.no_grad():
+        base.get_input_embeddings().weight[VOCAB:] = first["embedding"]
+        base.get_output_embeddings().weight[VOCAB:] = first.get("head", first["embedding"])
+        expected = []
+        for example in data:
+            scores = base(input_ids=torch.tensor([example.token_ids])).logits[0, :-1].log_softmax(-1)
+            found = scores.gather(1, torch.tensor(example.token_ids[1:]).unsqueeze(1)).squeeze(1)
+            expected.append(found[torch.tensor(example.trained[1:])])
+    assert micro.reference is not None
+    torch.testing.assert_close(micro.reference, torch.cat(expected), atol=1e-4, rtol=1e-4)
+    assert first["embedding"].std() < 0.5 * decoder.embedding.weight.data.std()  # near the mean of all rows
