@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import uvicorn
+from litestar import Litestar
 
 from runtime.access import Access
 from runtime.access.access import make_token, remove_token, write_token
@@ -27,9 +28,11 @@ from runtime.api.app import create_app
 from runtime.api.handle import ServiceHandle
 from runtime.api.http.acceptor import Acceptor, connections_for, raise_descriptor_limit
 from runtime.api.http.protocol import MAX_HEADERS, Protocol
+from runtime.api.supervisor import Reloader, notify
 from runtime.support.event_loop import cancel
 from runtime.support.logs import configure, get_logger
 from runtime.support.threads import call_in_fresh_thread
+from settings.load import Loaded
 from settings.schema import Settings
 
 if TYPE_CHECKING:
@@ -60,13 +63,15 @@ async def serve(
     on_ready: Callable[[str], None] | None = None,
     stop: asyncio.Event | None = None,
     origins: Mapping[str, str] | None = None,
+    reread: Callable[[], Loaded] | None = None,
 ) -> int:
     """Serve until SIGTERM, SIGINT or `stop`; return the process's exit code.
 
     The socket is open at once: /health, /ready and /metrics answer while the model loads. `on_ready` gets the
-    server's URL when requests can be served. `origins`: where each setting came from, by key. A second signal ends
-    everything within `HURRY_SECONDS`, if need be by exiting the process at once with code 1. The code is 0 after an
-    orderly end, 1 when the address is taken, the model cannot be loaded, or the engine dies.
+    server's URL when requests can be served. `origins`: where each setting came from, by key; `reread`: reads the
+    settings again, for SIGHUP. A second signal ends everything within `HURRY_SECONDS`, if need be by exiting the
+    process at once with code 1. The code is 0 after an orderly end, 1 when the address is taken, the model cannot be
+    loaded, or the engine dies.
     """
     configure(settings.observability)
     try:
@@ -91,7 +96,9 @@ async def serve(
     asked = settings.server.max_connections
     config = _config(settings, handle, access, origins)
     server = _Server(config, max_connections=min(asked, connections_for(descriptors)))
-    with _signals(stop, server, access):
+    app = cast(Litestar, config.app)
+    notify("STATUS=loading the model")
+    with _signals(stop, server, Reloader(app.state.api, access, reread)):
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         try:
             url = _url(settings.server.host, listener)
@@ -200,6 +207,7 @@ async def _until_the_end(
     if on_ready is not None:
         on_ready(url)
     _log.info("ready", url=url, model=service.model_name)
+    notify("READY=1", f"STATUS=serving {service.model_name} at {url}")
     died = asyncio.ensure_future(service.died.wait())
     await asyncio.wait((died, stopping), return_when=asyncio.FIRST_COMPLETED)
     if died.done():
@@ -218,6 +226,7 @@ async def _until_the_end(
 async def _drain(service: "EngineService", jobs: "JobManager | None", timeout: float, server: "_Server") -> None:
     """Refuse new requests. Running ones, and a checkpoint of the running job, get `timeout` seconds, or until a
     second signal."""
+    notify("STOPPING=1")
     _log.info("draining", timeout_s=timeout, running=service.num_running, waiting=service.num_waiting)
     service.drain()
     draining = asyncio.ensure_future(_stop(service, jobs, timeout))
@@ -348,9 +357,9 @@ def _config(
 
 
 @contextlib.contextmanager
-def _signals(stop: asyncio.Event, server: _Server, access: Access) -> Iterator[None]:
-    """Handle signals: the first SIGTERM or SIGINT stops, the second hurries; SIGHUP rereads the keys file. Does nothing
-    off the main thread."""
+def _signals(stop: asyncio.Event, server: _Server, reloader: Reloader) -> Iterator[None]:
+    """Handle signals: the first SIGTERM or SIGINT stops, the second hurries; SIGHUP rereads the keys file and settings.
+    Does nothing off the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -363,8 +372,8 @@ def _signals(stop: asyncio.Event, server: _Server, access: Access) -> Iterator[N
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
-    if access.has_file:  # without a keys file the default stays: closing the terminal ends the server
-        loop.add_signal_handler(signal.SIGHUP, access.reread)
+    if reloader.useful:
+        loop.add_signal_handler(signal.SIGHUP, reloader.ask)
     try:
         yield
     finally:

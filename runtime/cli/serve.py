@@ -4,6 +4,7 @@ import asyncio
 import gc
 import os
 import shlex
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import msgspec
@@ -90,11 +91,15 @@ def serve(
     from runtime.support import logs
 
     logs.configure(settings.observability)
-    code: int = uvloop.run(_serve(loaded))
+
+    def reread() -> Loaded:
+        return read_settings(flags, config, model=model)
+
+    code: int = uvloop.run(_serve(loaded, reread if loaded.file is not None else None))
     return code
 
 
-async def _serve(loaded: Loaded) -> int:
+async def _serve(loaded: Loaded, reread: Callable[[], Loaded] | None) -> int:
     from runtime.api.server import serve as run_server
 
     settings = loaded.settings
@@ -110,7 +115,7 @@ async def _serve(loaded: Loaded) -> int:
     # during loading nor later, which would stop every stream for a tenth of a second, nor at the end.
     gc.disable()
     try:
-        return await run_server(settings, on_ready=ready, origins=loaded.origins)
+        return await run_server(settings, on_ready=ready, origins=loaded.origins, reread=reread)
     finally:
         gc.enable()
 
