@@ -14,7 +14,7 @@ from typing import Literal
 import msgspec
 from msgspec import Struct
 
-from runtime.errors import Conflict, RequestError
+from runtime.errors import Conflict, RequestError, StorageUnavailable
 from runtime.events import (
     CancelledEvent,
     CheckpointEvent,
@@ -30,8 +30,9 @@ from runtime.metrics import Metrics
 from runtime.support.durable import error_code, patiently, reason
 from runtime.support.failpoints import failpoint
 from runtime.support.logs import get_logger
-from runtime.support.threads import WorkerThread
+from runtime.support.threads import WorkerThread, call_in_fresh_thread
 from runtime.trainer.jobs.directories import JobDirectories
+from runtime.trainer.jobs.loggers import CLOSE_SECONDS, JobLoggers
 from runtime.trainer.jobs.records import (
     ADAPTER_FILES,
     Job,
@@ -164,6 +165,8 @@ class Execution:
         self.cancelled = False
         self._pausing = False
         self._suspending = False
+        self._loggers: JobLoggers | None = None
+        self._logger_problems: asyncio.Queue[str] = asyncio.Queue()
 
     # -- requests from outside -----------------------------------------------------------------
 
@@ -217,6 +220,32 @@ class Execution:
             if not paused:
                 self.close()
         await self._offer(none=True)
+        await self._end_loggers()
+
+    def _log_to(self, prepared: PreparedJob) -> None:
+        if prepared.recipe is None or not prepared.recipe.loggers or self._loggers is not None:
+            return
+        loop = asyncio.get_running_loop()
+
+        def told(problem: str) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(self._logger_problems.put_nowait, problem)
+
+        self._loggers = JobLoggers(prepared.recipe, self.id, self._directories.folder(self.id), told)
+
+    async def _end_loggers(self) -> None:
+        """Have the loggers write what they have, and tell of those that failed."""
+        if self._loggers is not None and (thread := self._loggers.end()) is not None:
+            await call_in_fresh_thread(thread.join, CLOSE_SECONDS)
+            await asyncio.sleep(0)  # what its last calls have put on the loop
+        self._loggers = None
+        await self._tell_logger_problems()
+
+    async def _tell_logger_problems(self) -> None:
+        while not self._logger_problems.empty():
+            note = Note(self._logger_problems.get_nowait(), "warning")
+            with contextlib.suppress(StorageUnavailable):
+                await self._store.note(self.id, note)
 
     async def _work(self) -> Outcome:
         if self._prepared is None:
@@ -235,6 +264,7 @@ class Execution:
         return "finished"
 
     async def _train(self, prepared: PreparedJob) -> Outcome:
+        self._log_to(prepared)
         if self._handle is not None:
             self._handle.resume()
         else:
@@ -264,10 +294,13 @@ class Execution:
                 event = None if self._inbox.empty() else self._inbox.get_nowait()
             if reports:
                 await self._store.report(self.id, reports)
+                await self._tell_logger_problems()
             if event is not None and (outcome := await self._take(handle, event)) is not None:
                 return outcome
 
     def _measure(self, event: Report) -> None:
+        if self._loggers is not None:
+            self._loggers.note(event)
         if isinstance(event, StepEvent):
             self._metrics.on_train_step(event, self.id)
         elif isinstance(event, EvalEvent):

@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol, get_args
 from msgspec import Struct
 
 from runtime.events import RunEvent
-from runtime.trainer.recipe import Publish
+from runtime.trainer.recipe import Publish, Recipe
 
 # -- states ----------------------------------------------------------------------------------------
 #
@@ -172,6 +172,8 @@ class PreparedJob:
     that are kept), and `warnings` and `how_to_ask` become events of the job."""
     total_steps: int
     publish: Publish
+    recipe: Recipe | None = None
+    """The recipe, for its loggers; None: there are none."""
     plan: object
     """The engine's own; opaque here."""
     result_files: str = ADAPTER_FILES

@@ -29,7 +29,7 @@ def is_off(value: Any, harmless: tuple[Any, ...] = ()) -> bool:
 _KERNELS = "the server's own kernels compute this"
 _SERVED = "the model is loaded already, by the server"
 _TOKENIZER = "the served model's tokenizer is used, in training as in serving"
-_TRACKING = "nothing is sent; losses are in the job's events and in /metrics"
+_TRACKING = "nothing is sent; numbers are in the job's log and in the files of the loggers that are used"
 _STATE = "the server keeps jobs and checkpoints in its state directory"
 _HUB = "adapters are published by this server, not sent to a hub"
 _PRECISION = "the base is trained on in the type in which it is served"
@@ -143,9 +143,8 @@ _NOTED = {
     _CHAT: ("gradio_max_new_tokens gradio_server_name gradio_server_port gradio_share gradio_temperature gradio_title"),
     _STATE: "axolotl_config_path",
     _TRACKING: (
-        "use_wandb wandb_project wandb_entity wandb_name wandb_watch wandb_log_model wandb_run_id wandb_mode "
-        "use_tensorboard use_mlflow mlflow_experiment_name mlflow_run_name mlflow_tracking_uri "
-        "hf_mlflow_log_artifacts use_comet comet_api_key comet_experiment_config comet_experiment_key comet_mode "
+        "wandb_watch wandb_log_model wandb_mode mlflow_tracking_uri hf_mlflow_log_artifacts "
+        "use_comet comet_api_key comet_experiment_config comet_experiment_key comet_mode "
         "comet_online comet_project_name comet_workspace use_trackio trackio_project_name trackio_run_name "
         "trackio_space_id use_swanlab swanlab_project swanlab_workspace swanlab_experiment_name swanlab_description "
         "swanlab_mode swanlab_log_model swanlab_log_completions swanlab_completion_log_interval "

@@ -303,6 +303,10 @@ metric_for_best_model: exact_match
 publish:
   when: "exact_match >= base.exact_match + 0.02 and eval_loss < 1.5"
 ```
+
+Every step and evaluation is a line of the job's log. `use_tensorboard`, `use_wandb` (or `wandb_project`) and `use_mlflow` record
+the numbers in the formats of these tools too, in folders of the job beside its log. Nothing is sent: W&B's runs are offline, and
+`wandb sync` sends them. A logger that fails, or is not installed, is named in the job's events, and the job goes on.
 """  # noqa: E501
 
 

@@ -393,6 +393,27 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         Meta(max_length=20),
         key("evaluation", "Scorers of the operator's, `module:function`, that the setting `trainer.scorers` names."),
     ] = ()
+    use_tensorboard: Annotated[
+        bool, key("evaluation", "Log to TensorBoard's files in the job's folder (extra `tensorboard`).")
+    ] = False
+    use_wandb: Annotated[
+        bool | None, key("evaluation", "Log to a run of Weights & Biases. Default: where `wandb_project` is given.")
+    ] = None
+    wandb_project: Annotated[
+        Text | None,
+        key(
+            "evaluation",
+            "Project of the run, which is recorded offline in the job's folder (extra `wandb`); `wandb sync` sends it.",
+        ),
+    ] = None
+    wandb_entity: Annotated[Text | None, key("evaluation", "Entity of the run.")] = None
+    wandb_name: Annotated[Text | None, key("evaluation", "Name of the run. Default: the job's id.")] = None
+    wandb_run_id: Annotated[Text | None, key("evaluation", "Id of the run. Default: the job's id.")] = None
+    use_mlflow: Annotated[
+        bool, key("evaluation", "Log to MLflow's store of files in the job's folder (extra `mlflow`).")
+    ] = False
+    mlflow_experiment_name: Annotated[Text | None, key("evaluation", "Experiment of the run.")] = None
+    mlflow_run_name: Annotated[Text | None, key("evaluation", "Name of the run. Default: the job's id.")] = None
     save_strategy: Annotated[
         Literal["no", "steps", "epoch", "best"] | None,
         key("evaluation", "When to write a checkpoint; best: at each evaluation. Default: after each epoch."),
@@ -509,6 +530,13 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     def num_generated(self) -> int:
         """Most rows that answers are generated for; 0 where none are."""
         return self.generation_rows if self.generated_metrics else min(self.num_samples, self.generation_rows)
+
+    @property
+    def loggers(self) -> tuple[str, ...]:
+        """Names of the tools that the job's numbers are logged to, besides its own log."""
+        wandb = self.wandb_project is not None if self.use_wandb is None else self.use_wandb
+        asked = {"tensorboard": self.use_tensorboard, "wandb": wandb, "mlflow": self.use_mlflow}
+        return tuple(name for name, on in asked.items() if on)
 
     @property
     def measures_base(self) -> bool:
