@@ -15,7 +15,7 @@ from runtime.checkpoints.peft import write_adapter
 from runtime.engine.answers import AnswerRounds, AnswerSettings
 from runtime.engine.assembly import free_bytes
 from runtime.engine.devices import training_devices
-from runtime.engine.launched import LaunchedJobs, LaunchedPlan, card_of, publish_model
+from runtime.engine.launched import LaunchedJobs, LaunchedPlan, card_of, publish_model, refuse_own_tokens
 from runtime.errors import NotFound
 from runtime.events import (
     AnswersEvent,
@@ -114,6 +114,7 @@ class EngineJobs:
             devices=devices,
             nodes=self._settings.trainer.nodes,
         )
+        refuse_own_tokens(plan)
         if plan.generation:
             self._answers(plan)  # what is wrong with its metrics is said now
         summary: dict[str, Any] = msgspec.to_builtins(summarize(plan))

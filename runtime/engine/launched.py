@@ -103,7 +103,12 @@ class LaunchedJobs:
 
     def check(self, recipe: Recipe, uploads: Mapping[str, Path]) -> tuple[dict[str, Any] | None, list[str]]:
         """DeepSpeed's configuration of a recipe, if it has one, and notes. Raises `InvalidRequest`."""
-        self._model_files()
+        if recipe.adapter is not None and importlib.util.find_spec("peft") is None:
+            raise InvalidRequest(
+                "peft is not installed on this server: pip install 'eft-server[distributed]', or leave out what asks "
+                "for devices of its own, and the adapter is trained inside the server.",
+                param="adapter",
+            )
         if not recipe.deepspeed:
             return None, []
         config, note = deepspeed_config(recipe, uploads)
@@ -159,7 +164,7 @@ class LaunchedJobs:
         write_card(directory, card_of(plan))
 
     def _model_files(self) -> ModelFiles:
-        """The served model's files. Raises `InvalidRequest` where transformers cannot read them."""
+        """The served model's files, as transformers reads them."""
         source = self._service.model_source
         if source.is_dir():
             return ModelFiles(directory=str(source))
@@ -176,6 +181,20 @@ async def publish_model(
         return await asyncio.to_thread(ModelLibrary(directory).publish, name, source, record)
     except OSError as error:
         raise storage_unavailable("The model cannot be stored", error) from error
+
+
+def refuse_own_tokens(plan: Plan) -> None:
+    """Raise `InvalidRequest` where a launched job would change the vocabulary."""
+    own, recipe = plan.vocabulary, plan.recipe
+    if plan.launch is None or own is None or not (own.tokens or own.rows.kinds or own.eos_id is not None):
+        return
+    keys = ("lora_modules_to_save", "peft_trainable_token_indices", "added_tokens_overrides", "tokens")
+    param = next((name for name in keys if getattr(recipe, name)), "special_tokens")
+    raise InvalidRequest(
+        f"{param}: tokens of an adapter's own, and rows of embedding and head, are not trained in jobs on devices of "
+        "their own; leave it out, or leave out what asks for such devices, and train an adapter inside the server.",
+        param=param,
+    )
 
 
 _DECIDED = ("optimizer", "scheduler")
