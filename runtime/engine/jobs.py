@@ -15,7 +15,7 @@ from runtime.checkpoints.peft import write_adapter
 from runtime.engine.answers import AnswerRounds, AnswerSettings
 from runtime.engine.assembly import free_bytes
 from runtime.engine.devices import training_devices
-from runtime.engine.launched import LaunchedJobs, LaunchedPlan, card_of, publish_model, refuse_own_tokens
+from runtime.engine.launched import LaunchedJobs, LaunchedPlan, publish_model, refuse_own_tokens
 from runtime.errors import NotFound
 from runtime.events import (
     AnswersEvent,
@@ -114,7 +114,8 @@ class EngineJobs:
             devices=devices,
             nodes=self._settings.trainer.nodes,
         )
-        refuse_own_tokens(plan)
+        if plan.launch is not None:
+            refuse_own_tokens(plan)
         if plan.generation:
             self._answers(plan)  # what is wrong with its metrics is said now
         summary: dict[str, Any] = msgspec.to_builtins(summarize(plan))
@@ -333,7 +334,7 @@ class EngineRun:
                 dropout=spec.recipe.lora_dropout,
                 base_name=plan.recipe.base_model,
             )
-            write_card(directory, card_of(plan))
+            write_card(directory, plan.card)
 
         return service.make_run(spec, feed(plan), self._from_engine, write, restored)
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib.util
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 import settings as settings_package
-from runtime.adapters.card import Card, write_card
+from runtime.adapters.card import write_card
 from runtime.checkpoints.model_library import ModelLibrary, ModelRecord
 from runtime.checkpoints.peft import write_adapter
 from runtime.engine.devices import TrainingDevices
@@ -95,6 +96,7 @@ class LaunchedJobs:
         """`directory` is the state directory."""
         self._service, self._settings, self._directory = service, settings, directory
         self._devices = devices
+        self._lock = threading.Lock()
 
     @property
     def devices(self) -> int:
@@ -130,6 +132,7 @@ class LaunchedJobs:
             environment(threads, interface) | self._devices.visible(per_node),
             on_event,
             max_restarts=settings.max_restarts,
+            devices=self._lock,
         )
 
     def _write(
@@ -161,7 +164,7 @@ class LaunchedJobs:
         layers = initial_layers(by_linear(plan.targets, base.places), base, shape, seed=recipe.seed)
         directory.parent.mkdir(parents=True, exist_ok=True)
         write_adapter(directory, layers, shape, base, dropout=recipe.lora_dropout, base_name=recipe.base_model)
-        write_card(directory, card_of(plan))
+        write_card(directory, plan.card)
 
     def _model_files(self) -> ModelFiles:
         """The served model's files, as transformers reads them."""
@@ -199,18 +202,3 @@ def refuse_own_tokens(plan: Plan) -> None:
 
 _DECIDED = ("optimizer", "scheduler")
 """Parts of DeepSpeed's configuration that a recipe has keys for."""
-
-
-def card_of(plan: Plan) -> Card:
-    """The card of the adapters of a plan."""
-    source = None if plan.template is None else plan.template.source
-    own = plan.vocabulary
-    return Card(
-        prompt=plan.prompt,
-        chat_template=source,
-        end_ids=plan.end_ids,
-        stop=plan.stop,
-        tokens=() if own is None else own.tokens,
-        eos_id=None if own is None else own.eos_id,
-        vocab_size=None if own is None else own.size,
-    )

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from runtime.trainer.microbatch import collate
 
 from kernels import Ops, QuantisedWeight
 from kernels.cpu import CpuOps
@@ -17,7 +18,6 @@ from runtime.model.decoder import Decoder
 from runtime.model.lora import LoraShape
 from runtime.trainer.data.example import Example
 from runtime.trainer.lora import TrainableLora
-from runtime.trainer.microbatch import collate
 from runtime.trainer.run import TrainingRun
 from runtime.trainer.step import MicroStep
 from settings.schema import ModelSettings

@@ -48,7 +48,7 @@ def run_rank(folder: JobFolder) -> int:
 def _train(folder: JobFolder) -> None:
     import torch
 
-    from runtime.trainer.launched.rank import DDP_TIMEOUT, RankReporter, LaunchedRank
+    from runtime.trainer.launched.rank import DDP_TIMEOUT, LaunchedRank, RankReporter
     from runtime.trainer.launched.ranks import Ranks
 
     spec = folder.read_spec()

@@ -8,7 +8,7 @@ from itertools import groupby
 
 from msgspec import Struct
 
-from runtime.adapters.card import Prompt
+from runtime.adapters.card import Card, Prompt
 from runtime.errors import InvalidRequest
 from runtime.text.tokenizer import Tokenizer
 from runtime.trainer import batches
@@ -202,6 +202,20 @@ class Plan:
     """Tokens of the adapter's own, and rows of embedding and head that are trained."""
     launch: Launch | None = None
     """The processes that the job runs in; None: the serving one."""
+
+    @property
+    def card(self) -> Card:
+        """The card of the adapters that it makes."""
+        own = self.vocabulary
+        return Card(
+            prompt=self.prompt,
+            chat_template=None if self.template is None else self.template.source,
+            end_ids=self.end_ids,
+            stop=self.stop,
+            tokens=() if own is None else own.tokens,
+            eos_id=None if own is None else own.eos_id,
+            vocab_size=None if own is None else own.size,
+        )
 
 
 def prepare(
