@@ -27,7 +27,7 @@ from runtime.engine.first_weights import (
     made_parameters,
     origin_parameters,
 )
-from runtime.engine.launched import LaunchedJobs, LaunchedPlan, card_of, publish_model
+from runtime.engine.launched import LaunchedJobs, LaunchedPlan, publish_model, refuse_own_tokens
 from runtime.errors import InvalidRequest, NotFound, RequestError
 from runtime.events import (
     AnswersEvent,
@@ -130,6 +130,8 @@ class EngineJobs:
             nodes=self._settings.trainer.nodes,
             origin=origin,
         )
+        if plan.launch is not None:
+            refuse_own_tokens(plan)
         if plan.generation:
             self._answers(plan)  # what is wrong with its metrics is said now
         summary: dict[str, Any] = msgspec.to_builtins(summarize(plan))
@@ -377,7 +379,7 @@ class EngineRun:
                 dropout=spec.recipe.lora_dropout,
                 base_name=plan.recipe.base_model,
             )
-            write_card(directory, card_of(plan))
+            write_card(directory, plan.card)
 
         return service.make_run(spec, feed(plan), self._from_engine, write, restored)
 

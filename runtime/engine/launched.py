@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib.util
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 import settings as settings_package
-from runtime.adapters.card import Card, write_card
+from runtime.adapters.card import write_card
 from runtime.checkpoints.model_library import ModelLibrary, ModelRecord
 from runtime.checkpoints.peft import write_adapter
 from runtime.engine.devices import TrainingDevices
@@ -95,6 +96,7 @@ class LaunchedJobs:
         """`directory` is the state directory."""
         self._service, self._settings, self._directory = service, settings, directory
         self._devices = devices
+        self._lock = threading.Lock()
 
     @property
     def devices(self) -> int:
@@ -103,7 +105,12 @@ class LaunchedJobs:
 
     def check(self, recipe: Recipe, uploads: Mapping[str, Path]) -> tuple[dict[str, Any] | None, list[str]]:
         """DeepSpeed's configuration of a recipe, if it has one, and notes. Raises `InvalidRequest`."""
-        self._model_files()
+        if recipe.adapter is not None and importlib.util.find_spec("peft") is None:
+            raise InvalidRequest(
+                "peft is not installed on this server: pip install 'eft-server[distributed]', or leave out what asks "
+                "for devices of its own, and the adapter is trained inside the server.",
+                param="adapter",
+            )
         if not recipe.deepspeed:
             return None, []
         config, note = deepspeed_config(recipe, uploads)
@@ -125,6 +132,7 @@ class LaunchedJobs:
             environment(threads, interface) | self._devices.visible(per_node),
             on_event,
             max_restarts=settings.max_restarts,
+            devices=self._lock,
         )
 
     def _write(
@@ -156,10 +164,10 @@ class LaunchedJobs:
         layers = initial_layers(by_linear(plan.targets, base.places), base, shape, seed=recipe.seed)
         directory.parent.mkdir(parents=True, exist_ok=True)
         write_adapter(directory, layers, shape, base, dropout=recipe.lora_dropout, base_name=recipe.base_model)
-        write_card(directory, card_of(plan))
+        write_card(directory, plan.card)
 
     def _model_files(self) -> ModelFiles:
-        """The served model's files. Raises `InvalidRequest` where transformers cannot read them."""
+        """The served model's files, as transformers reads them."""
         source = self._service.model_source
         if source.is_dir():
             return ModelFiles(directory=str(source))
@@ -178,21 +186,19 @@ async def publish_model(
         raise storage_unavailable("The model cannot be stored", error) from error
 
 
+def refuse_own_tokens(plan: Plan) -> None:
+    """Raise `InvalidRequest` where a launched job would change the vocabulary."""
+    own, recipe = plan.vocabulary, plan.recipe
+    if plan.launch is None or own is None or not (own.tokens or own.rows.kinds or own.eos_id is not None):
+        return
+    keys = ("lora_modules_to_save", "peft_trainable_token_indices", "added_tokens_overrides", "tokens")
+    param = next((name for name in keys if getattr(recipe, name)), "special_tokens")
+    raise InvalidRequest(
+        f"{param}: tokens of an adapter's own, and rows of embedding and head, are not trained in jobs on devices of "
+        "their own; leave it out, or leave out what asks for such devices, and train an adapter inside the server.",
+        param=param,
+    )
+
+
 _DECIDED = ("optimizer", "scheduler")
 """Parts of DeepSpeed's configuration that a recipe has keys for."""
-
-
-def card_of(plan: Plan) -> Card:
-    """The card of the adapters of a plan."""
-    source = None if plan.template is None else plan.template.source
-    own = plan.vocabulary
-    return Card(
-        prompt=plan.prompt,
-        chat_template=source,
-        end_ids=plan.end_ids,
-        stop=plan.stop,
-        tokens=() if own is None else own.tokens,
-        eos_id=None if own is None else own.eos_id,
-        vocab_size=None if own is None else own.size,
-        went_on_from=None if plan.origin is None else plan.origin.label,
-    )

@@ -190,12 +190,13 @@ def test_check_of_a_model_without_a_family(eft: Eft, recipe: Path, tmp_path: Pat
 
 
 def test_keys_only_prints_the_verdict_of_each_key(eft: Eft, recipe: Path) -> None:
-    recipe.write_text(RECIPE + "evaluation_strategy: epoch\nwandb_mode:\n")
+    recipe.write_text(RECIPE + "evaluation_strategy: epoch\nwandb_mode:\nflash_attention: true\n")
     done = eft("recipe", "check", recipe, "--keys-only")
     lines = [line.split(maxsplit=2) for line in done.out.splitlines()]
     assert ["lora_r", "works"] in lines
     assert ["wandb_mode", "off", "nothing is sent; losses are in the job's events and in /metrics"] in lines
-    assert ["bf16", "noted", "the base is trained on in the type in which it is served"] in lines
+    assert ["flash_attention", "noted", "the server's own kernels compute this"] in lines
+    assert ["bf16", "works"] in [line[:2] for line in lines]
     assert ["evaluation_strategy", "renamed", "eval_strategy"] in lines
     assert ["datasets[0].path", "works"] in lines
     as_json = json.loads(eft("recipe", "check", recipe, "--keys-only", "--json").out)

@@ -67,13 +67,16 @@ class LaunchedRun:
         on_event: Callable[[RunEvent], None],
         *,
         max_restarts: int,
+        devices: threading.Lock,
     ) -> None:
         """`write` makes the job for the ranks, and may write into its folder; it blocks, and runs on the thread.
-        `max_restarts`: how often the job is started again after a rank was killed, without a checkpoint in between."""
+        `max_restarts`: how often the job is started again after a rank was killed, without a step in between.
+        `devices`: held by the run whose processes have the devices; others wait for it."""
         self._folder, self._name, self._write, self._nodes = folder, name, write, nodes
         self._environment = dict(environment)
         self._on_event = on_event
         self._max_restarts = max_restarts
+        self._devices = devices
         self._loop = asyncio.get_running_loop()
         self._closed = False
         self._cancelled = False
@@ -114,7 +117,7 @@ class LaunchedRun:
     # -- its processes -------------------------------------------------------------------------
 
     def _launch(self) -> "_Launch":
-        launch = _Launch(self, self._folder, self._name, self._write, self._nodes, self._environment)
+        launch = _Launch(self, self._folder, self._name, self._write, self._nodes, self._environment, self._devices)
         launch.start(self._max_restarts)
         if self._paused:
             launch.pause()
@@ -153,7 +156,9 @@ class _Launch:
         write: Callable[[JobFolder], tuple[LaunchSpec, ExampleFeed]],
         nodes: Nodes,
         environment: dict[str, str],
+        devices: threading.Lock,
     ) -> None:
+        self._devices = devices
         self._run, self._folder, self._name, self._write, self._nodes = run, folder, name, write, nodes
         self._environment = environment
         self._lock = threading.Lock()
@@ -207,7 +212,17 @@ class _Launch:
             self._run.post(*last)
 
     def _work(self, max_restarts: int) -> tuple[RunEvent, str | None] | None:
-        """Run torchrun, again where ranks were killed; returns the last event, which is not posted yet."""
+        """Wait for the devices, and run torchrun on them; returns the last event, which is not posted yet."""
+        while not self._devices.acquire(timeout=TAIL_SECONDS):
+            if self._killed:
+                return None
+        try:
+            return self._work_on_devices(max_restarts)
+        finally:
+            self._devices.release()
+
+    def _work_on_devices(self, max_restarts: int) -> tuple[RunEvent, str | None] | None:
+        """Run torchrun, again where ranks were killed."""
         self._folder.clear()
         spec, feed = self._write(self._folder)
         self._folder.write(spec, feed)

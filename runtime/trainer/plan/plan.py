@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from msgspec import Struct
 
-from runtime.adapters.card import Prompt
+from runtime.adapters.card import Card, Prompt
 from runtime.errors import InvalidRequest
 from runtime.text.tokenizer import Tokenizer
 from runtime.trainer import batches
@@ -219,6 +219,21 @@ class Plan:
     origin: AdapterOrigin | None = None
     """The adapter that the job goes on from."""
 
+    @property
+    def card(self) -> Card:
+        """The card of the adapters that it makes."""
+        own = self.vocabulary
+        return Card(
+            prompt=self.prompt,
+            chat_template=None if self.template is None else self.template.source,
+            end_ids=self.end_ids,
+            stop=self.stop,
+            tokens=() if own is None else own.tokens,
+            eos_id=None if own is None else own.eos_id,
+            vocab_size=None if own is None else own.size,
+            went_on_from=None if self.origin is None else self.origin.label,
+        )
+
 
 def prepare(
     recipe: Recipe,
@@ -256,12 +271,6 @@ def prepare(
     vocabulary = plan_vocabulary(
         recipe, tokenizer, shape, template=None if template is None else template.source, limit=max_vocabulary
     )
-    if launch is not None and (vocabulary.tokens or vocabulary.rows.rows):
-        raise InvalidRequest(
-            "special_tokens name tokens whose rows would be trained, which is done in the serving process only: leave "
-            "them out, or what asks for devices (devices, deepspeed, fsdp, ddp, no adapter).",
-            param="special_tokens",
-        )
     tokenizer = vocabulary.tokenizer
     if template is not None:
         tokenizer = with_template(tokenizer, template.source)

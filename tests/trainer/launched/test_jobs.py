@@ -40,12 +40,12 @@ def followed(server: ServerProcess, job_id: str) -> list[float]:
     return [found[step] for step in sorted(found)]
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(480)
 def test_two_ranks_learn_what_one_does_though_one_is_killed(tiny: str, tmp_path: Path) -> None:
     state = tmp_path / "state"
     with ServerProcess(tiny, state, failpoints="launched.step@4=sleep:3", devices=TWO) as server:
         job = server.train(LORA + "ddp: true\nsave_steps: 2\n", DATA)
-        wait_until(lambda: 3 in server.losses(job), 90)
+        wait_until(lambda: 3 in server.losses(job), 180)
         assert len(ranks_of(state)) == 2
         os.kill(ranks_of(state)[1], signal.SIGKILL)
         server.ask("tiny", "Why is the sky blue?")  # serving goes on
@@ -56,7 +56,7 @@ def test_two_ranks_learn_what_one_does_though_one_is_killed(tiny: str, tmp_path:
         assert ranks_of(state) == agents_of(state) == []
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(480)
 def test_a_whole_model_is_trained_and_served(tiny: str, tmp_path: Path) -> None:
     state = tmp_path / "state"
     with ServerProcess(tiny, state, devices=TWO) as server:
@@ -143,14 +143,14 @@ def test_pause_resume_cancel_and_deaths(tiny: str, tmp_path: Path) -> None:
     slow = "launched.step=sleep:1"
     with ServerProcess(tiny, state, failpoints=slow, devices=TWO) as server:
         job = server.train(recipe, DATA)
-        wait_until(lambda: 1 in server.losses(job), 90)
+        wait_until(lambda: 1 in server.losses(job), 180)
         assert server.http.post(f"/admin/jobs/{job}/pause").status_code == 200
         wait_until(lambda: server.job(job)["status"] == "paused", 60)
         wait_until(lambda: not ranks_of(state), 30)  # a paused job holds no devices
         assert server.http.post(f"/admin/jobs/{job}/resume").status_code == 200
-        wait_until(lambda: 3 in server.losses(job), 90)
+        wait_until(lambda: 3 in server.losses(job), 180)
         os.kill(agents_of(state)[0], signal.SIGKILL)
-        wait_until(lambda: 4 in server.losses(job), 90)
+        wait_until(lambda: 4 in server.losses(job), 180)
         server.kill()
         wait_until(lambda: not ranks_of(state) and not agents_of(state), 10)
     with ServerProcess(tiny, state, devices=TWO) as server:
@@ -158,7 +158,7 @@ def test_pause_resume_cancel_and_deaths(tiny: str, tmp_path: Path) -> None:
         expected = trained(server, recipe.replace(FULL_SHARD, "gradient_accumulation_steps: 2\n"))
         assert losses == pytest.approx(expected, **SAME)
         other = server.train(LORA + "ddp: true\nnum_epochs: 100\n", DATA)
-        wait_until(lambda: 1 in server.losses(other), 90)
+        wait_until(lambda: 1 in server.losses(other), 180)
         assert server.http.post(f"/admin/jobs/{other}/cancel").status_code == 200
         wait_until(lambda: server.job(other)["status"] == "cancelled", 20)
         wait_until(lambda: not ranks_of(state), 10)
@@ -171,7 +171,7 @@ def test_a_server_that_ends_takes_a_launched_job_along(tiny: str, tmp_path: Path
     state = tmp_path / "state"
     with ServerProcess(tiny, state, failpoints="launched.step=sleep:0.5", devices=TWO) as server:
         job = server.train(LORA + "ddp: true\nsave_strategy: 'no'\n", DATA)
-        wait_until(lambda: 2 in server.losses(job), 90)
+        wait_until(lambda: 2 in server.losses(job), 180)
     assert ranks_of(state) == agents_of(state) == []
     with ServerProcess(tiny, state, devices=TWO) as server:
         losses = followed(server, job)
@@ -203,7 +203,7 @@ def test_deepspeed_learns_what_the_embedded_trainer_does(tiny: str, tmp_path: Pa
     state = tmp_path / "state"
     with ServerProcess(tiny, state, failpoints="launched.step@4=sleep:3", devices=TWO) as server:
         job = server.train(LORA + f"deepspeed: {config}\nsave_steps: 2\n", DATA)
-        wait_until(lambda: 3 in server.losses(job), 120)
+        wait_until(lambda: 3 in server.losses(job), 180)
         os.kill(ranks_of(state)[1], signal.SIGKILL)
         losses = followed(server, job)
         assert losses == pytest.approx(trained(server, LORA + "gradient_accumulation_steps: 2\n"), **SAME)

@@ -382,3 +382,23 @@ def _alive(pid: int) -> bool:
     except OSError:
         return False
     return state != "Z" and os.path.exists(f"/proc/{pid}")
+
+
+def test_an_adapters_own_tokens_are_refused(tmp_path: Path) -> None:
+    from dataclasses import replace
+    from types import SimpleNamespace
+    from typing import cast
+
+    from runtime.engine.launched import refuse_own_tokens
+    from runtime.model.vocabulary import RowTargets
+    from runtime.trainer.plan.plan import Plan
+    from runtime.trainer.plan.vocabulary import VocabularyPlan
+
+    own = VocabularyPlan(tokenizer=cast(Any, None), eos_id=3, rows=RowTargets())
+    recipe = make(adapter="lora", ddp=True, special_tokens={"eos_token": "x"})
+    plan = cast(Plan, SimpleNamespace(vocabulary=own, recipe=recipe, launch=launch_of(recipe, 2)))
+    with pytest.raises(InvalidRequest) as caught:
+        refuse_own_tokens(plan)
+    assert caught.value.param == "special_tokens"
+    plan.vocabulary = replace(own, eos_id=None)  # type: ignore[misc]
+    refuse_own_tokens(plan)
