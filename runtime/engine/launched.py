@@ -19,7 +19,6 @@ from runtime.engine.devices import TrainingDevices
 from runtime.errors import InvalidRequest
 from runtime.events import RunEvent
 from runtime.support.durable import remove, storage_unavailable
-from runtime.trainer.batches import ExampleFeed
 from runtime.trainer.jobs.directories import JobDirectories
 from runtime.trainer.launched.files import JobFolder, LaunchSpec, ModelFiles
 from runtime.trainer.launched.process import LaunchedRun, Nodes
@@ -27,6 +26,7 @@ from runtime.trainer.lora import initial_layers
 from runtime.trainer.plan.plan import Plan, feed
 from runtime.trainer.plan.served_model import by_linear
 from runtime.trainer.recipe import Recipe
+from runtime.trainer.schedule import ExampleFeed
 from runtime.trainer.sliced_run import RunSpec
 from runtime.workers.parallel.launch import LOOPBACK, environment
 from runtime.workers.parallel.launchers import usable_cores

@@ -31,7 +31,6 @@ from runtime.events import (
 from runtime.model.decoder import Decoder
 from runtime.model.model import Model
 from runtime.support.failpoints import failpoint
-from runtime.trainer.batches import ExampleFeed, step_groups
 from runtime.trainer.data.example import Example, collate
 from runtime.trainer.lora import TrainableLora, mix
 from runtime.trainer.losses import Score, make_loss
@@ -39,7 +38,7 @@ from runtime.trainer.losses.loss import ReferenceScores
 from runtime.trainer.optimizer import Optimizer
 from runtime.trainer.recipe import Recipe
 from runtime.trainer.recipe.publish import higher_is_better, plain_metric
-from runtime.trainer.schedule import rate_factor, watchdog_threshold
+from runtime.trainer.schedule import ExampleFeed, rate_factor, step_groups, watchdog_threshold
 from runtime.trainer.sliced_run import MakeRun, RunSpec, SlicedRun, WriteAdapter
 from runtime.trainer.slices import Slice, Sliced, Slices, clock_of
 from runtime.trainer.snapshot import Restored, RunProgress, Snapshot

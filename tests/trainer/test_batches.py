@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.trainer.batches import Bin, epoch_order, pack
+from runtime.trainer.schedule import Bin, epoch_order, pack
 
 LENGTHS = st.lists(st.integers(1, 100), max_size=80)
 

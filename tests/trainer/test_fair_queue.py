@@ -5,7 +5,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.trainer.fair_queue import FairQueue
+from runtime.trainer.slices import FairQueue
 
 
 def used(queue: FairQueue[str], ready: list[str], seconds: float, slice_of: dict[str, float]) -> Counter[str]:

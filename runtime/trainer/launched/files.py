@@ -13,10 +13,9 @@ from msgspec import Struct
 
 from runtime.events import RunEvent
 from runtime.support.durable import make_directory, remove, replace_file
-from runtime.trainer.batches import ExampleFeed
 from runtime.trainer.recipe import Recipe
 from runtime.trainer.recipe.launch import Launch
-from runtime.trainer.schedule import Schedule
+from runtime.trainer.schedule import ExampleFeed, Schedule
 
 SPEC, FEED, INITIAL, REQUEST, LOG, END = "spec.json", "feed.msgpack", "initial", "request", "ranks.log", "end.json"
 SNAPSHOTS = "snapshots"

@@ -18,8 +18,8 @@ from runtime.events import CancelledEvent, FailedEvent, FinishedEvent, PausedEve
 from runtime.support.durable import error_code, reason, remove, sync_file
 from runtime.support.failpoints import failpoint
 from runtime.support.logs import get_logger
-from runtime.trainer.batches import ExampleFeed
 from runtime.trainer.launched.files import PAUSE, REQUEST, JobFolder, LaunchSpec, ReportReader
+from runtime.trainer.schedule import ExampleFeed
 
 _log = get_logger("launched")
 

@@ -21,7 +21,6 @@ from torch import Tensor
 from runtime.events import CheckpointEvent, EvalEvent, FailedEvent, FinishedEvent, PausedEvent, RunEvent, StepEvent
 from runtime.support.durable import replacing, write_with
 from runtime.support.failpoints import failpoint
-from runtime.trainer.batches import step_groups
 from runtime.trainer.data.example import Example
 from runtime.trainer.launched.files import PAUSE, JobFolder, LaunchSpec, RankReport, framed, newest_checkpoint
 from runtime.trainer.launched.ranks import Ranks
@@ -38,7 +37,7 @@ from runtime.trainer.launched.weights import (
 )
 from runtime.trainer.losses import Score, make_loss
 from runtime.trainer.run import MAX_EXPONENT, Headway, Lost, MicroBatches, Watchdog, is_better
-from runtime.trainer.schedule import rate_factor
+from runtime.trainer.schedule import rate_factor, step_groups
 from runtime.trainer.sliced_run import LossSpec
 
 DDP_TIMEOUT = 1800

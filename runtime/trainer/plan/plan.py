@@ -13,8 +13,6 @@ from msgspec import Struct
 from runtime.adapters.card import Card, Prompt
 from runtime.errors import InvalidRequest
 from runtime.text.tokenizer import Tokenizer
-from runtime.trainer import batches
-from runtime.trainer.batches import ExampleFeed
 from runtime.trainer.data.example import Example
 from runtime.trainer.data.examples import Reader, RowCounts, names_of, without_duplicates
 from runtime.trainer.data.files import DataFiles
@@ -47,7 +45,7 @@ from runtime.trainer.plan.vocabulary import VocabularyPlan, plan_vocabulary
 from runtime.trainer.recipe import Recipe, check_base_model
 from runtime.trainer.recipe.launch import Launch, launch_of
 from runtime.trainer.recipe.schema import DATA_GROUPS
-from runtime.trainer.schedule import Schedule, make_schedule, watchdog_threshold
+from runtime.trainer.schedule import Bin, ExampleFeed, Schedule, grouped, make_schedule, watchdog_threshold
 
 # -- estimate --------------------------------------------------------------------------------------
 #
@@ -202,7 +200,7 @@ class Plan:
     """Likely mistakes. They are logged, and stand in the job's events."""
     notes: list[str]
     """All notes on the plan, the warnings first."""
-    bins: list[batches.Bin] = field(repr=False)
+    bins: list[Bin] = field(repr=False)
     """Examples that are packed together; each by itself without sample_packing."""
     template: TemplateChoice | None = None
     """Chat template that goes with the adapter; None: the served model's own."""
@@ -290,7 +288,7 @@ def prepare(
         train, test, asked = (with_companions(some, recipe.rl, recipe.sequence_len) for some in (train, test, asked))
     lengths = [len(example) for example in train]
     capacity = recipe.sequence_len if recipe.sample_packing else None
-    bins = batches.grouped(lengths, recipe.group_size, capacity, in_order=recipe.sample_packing_sequentially)
+    bins = grouped(lengths, recipe.group_size, capacity, in_order=recipe.sample_packing_sequentially)
     schedule = make_schedule(recipe, -(-len(bins) // recipe.micro_batch_size), evaluates=bool(test), ranks=ranks)
     generation = generation_rows(recipe, asked, tokenizer, max_len=max_len) if recipe.num_generated else []
     sizes = sorted((sum(lengths[index] for index in bin) for bin in bins), reverse=True)

@@ -12,9 +12,17 @@ from runtime.errors import InvalidRequest, ModelNotFound
 from runtime.trainer.recipe import types
 from runtime.trainer.recipe.dataset import Dataset, UserType
 from runtime.trainer.recipe.document import Document, Problem, RecipeError, read_document
-from runtime.trainer.recipe.keys import DATASET_NOTED, DATASET_REFUSED, DECISIVE, NOTED, REFUSED, Refused, is_off
+from runtime.trainer.recipe.keys import (
+    DATASET_NOTED,
+    DATASET_REFUSED,
+    DECISIVE,
+    NOTED,
+    REFUSED,
+    Refused,
+    is_off,
+    modernise,
+)
 from runtime.trainer.recipe.launch import FSDP_NOTED, NO_ADAPTER, launch_notes, launch_of, launch_problems
-from runtime.trainer.recipe.legacy import modernise
 from runtime.trainer.recipe.publish import (
     GENERATED,
     OF_LOSS,

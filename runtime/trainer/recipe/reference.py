@@ -8,8 +8,7 @@ import msgspec
 from msgspec import NODEFAULT, Meta, Struct
 
 from runtime.trainer.recipe.dataset import Dataset
-from runtime.trainer.recipe.keys import DATASET_NOTED, DATASET_REFUSED, NOTED, REFUSED
-from runtime.trainer.recipe.legacy import READ_AS
+from runtime.trainer.recipe.keys import DATASET_NOTED, DATASET_REFUSED, NOTED, READ_AS, REFUSED
 from runtime.trainer.recipe.schema import INTERNAL, Recipe
 from runtime.trainer.recipe.types import describe
 from runtime.trainer.recipe.values import FsdpConfig

@@ -11,11 +11,11 @@ from runtime.trainer.recipe.keys import (
     DATASET_REFUSED,
     LAUNCHED_WHY,
     NOTED,
+    READ_AS,
     REFUSED,
     Refused,
     is_off,
 )
-from runtime.trainer.recipe.legacy import READ_AS
 from runtime.trainer.recipe.schema import DATA_GROUPS, INTERNAL, Recipe, keys_of
 from runtime.trainer.recipe.types import describe
 from settings import suggest

@@ -24,8 +24,8 @@ from runtime.model.model import make_cache, make_device
 from runtime.support import logs
 from runtime.support.memory import keep_freed_memory
 from runtime.text.grammar import GrammarCompiler
-from runtime.trainer.batches import ExampleFeed
 from runtime.trainer.run import TrainingRun
+from runtime.trainer.schedule import ExampleFeed
 from runtime.trainer.sliced_run import RunSpec
 from runtime.workers.adapter_slots import AdapterSlots, lora_dtype
 from runtime.workers.parallel.collectives import CollectiveFailed, TorchGroup

@@ -11,7 +11,7 @@ from itertools import count
 import msgspec
 
 from runtime.events import CheckpointEvent, FailedEvent, FinishedEvent, GenerateEvent, PausedEvent, RunEvent
-from runtime.trainer.batches import ExampleFeed
+from runtime.trainer.schedule import ExampleFeed
 from runtime.trainer.sliced_run import MakeRun, RunSpec, SlicedRun, WriteAdapter
 from runtime.trainer.slices import Slice, Slices
 from runtime.trainer.snapshot import Restored, Snapshot

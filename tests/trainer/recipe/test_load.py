@@ -9,8 +9,7 @@ import pytest
 
 from runtime.errors import ModelNotFound
 from runtime.trainer.recipe import Dataset, Document, Recipe, RecipeError, adapter_name, load_recipe, recipe_from
-from runtime.trainer.recipe.keys import DATASET_NOTED, DATASET_REFUSED, NOTED, REFUSED
-from runtime.trainer.recipe.legacy import RENAMED
+from runtime.trainer.recipe.keys import DATASET_NOTED, DATASET_REFUSED, NOTED, REFUSED, RENAMED
 from runtime.trainer.recipe.schema import INTERNAL
 from tests.trainer.recipe.acceptance import check_folder, report
 
