@@ -2,7 +2,7 @@
 
 python -m benchmarks.coserving                                 float32 and int8, all loads
 python -m benchmarks.coserving --types int8 --repeats 5 --plot coserving.svg
-python -m benchmarks.coserving --no-peer                       ours alone
+python -m benchmarks.coserving --no-peer --jobs 4              ours alone, four jobs at once
 python -m benchmarks.coserving --tpot-ratio 1.25 --min-share 0.1
 
 Three loads: a lone stream; half of what the server can do, at random times (Poisson); and as many requests at once as
@@ -73,7 +73,7 @@ async def _measure(
         Load(name="full", at_once=given.at_once, prompt=given.prompt, output=given.output),
     ]
     try:
-        bench = Bench(service, settings, peer, given.seconds)
+        bench = Bench(service, settings, peer, given.seconds, given.jobs)
         return await bench.run(loads, given.repeats, settings.model.quantization, report)
     finally:
         await service.stop(0.0)
@@ -138,6 +138,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--at-once", type=int, default=16, help="requests that keep the server full (default: 16)")
     parser.add_argument("--prompt", type=int, default=64, help="tokens of each prompt (default: 64)")
     parser.add_argument("--output", type=int, default=128, help="tokens of each answer (default: 128)")
+    parser.add_argument("--jobs", type=int, default=1, help="that train at once in our process (default: 1)")
     parser.add_argument("--seconds", type=float, default=10.0, help="of each window (default: 10)")
     parser.add_argument("--repeats", type=int, default=3, help="turns (default: 3)")
     parser.add_argument("--tpot-ratio", type=float, default=1.3, help="target of the time per token, times alone")

@@ -66,16 +66,18 @@ class Result(Struct):
 
 
 class Bench:
-    """One service with one type of weights, a job on it, and the other process."""
+    """One service with one type of weights, jobs on it, and the other process."""
 
-    def __init__(self, service: EngineService, settings: Settings, peer: PeftProcess | None, seconds: float) -> None:
-        """`seconds`: of each window."""
+    def __init__(
+        self, service: EngineService, settings: Settings, peer: PeftProcess | None, seconds: float, jobs: int = 1
+    ) -> None:
+        """`seconds`: of each window; `jobs`: that train at once in our process."""
         self._service = service
         self._peer = peer
         self._seconds = seconds
         share = TrainingShare(LatencyTargets.of(settings.scheduler), min_share=settings.trainer.min_share)
         self._host = TrainingHost(share, interrupted=lambda: service.has_messages)
-        self._job = Job(service.decoder, random_epoch(service.vocab_size))
+        self._jobs = [Job(service.decoder, random_epoch(service.vocab_size)) for _ in range(jobs)]
         self._windows = 0
 
     async def run(
@@ -84,32 +86,33 @@ class Bench:
         """Measure the loads in turns. The last one, which keeps the server full, decides on the rate of random ones.
         `report` is called with every window, as a line of text."""
         service = self._service
-        service.on_engine_thread(lambda: self._host.attach(self._job.run, self._job.note))
+        for job in self._jobs:
+            service.on_engine_thread(lambda job=job: self._host.attach(job.run, job.note))  # type: ignore[misc]
         await self._warm_up(loads)
         results = {load.name: Result(weights, load.name) for load in loads}
-        jobs = (OURS,) if self._peer is None else (OURS, PEER)
+        ways = (OURS,) if self._peer is None else (OURS, PEER)
         for repeat in range(repeats):
             full = await serve(service, loads[-1], self._seconds, seed=repeat)
-            stand_alone = {way: await self._stand_alone(way) for way in jobs}
+            stand_alone = {way: await self._stand_alone(way) for way in ways}
             for load in loads:
                 result = results[load.name]
                 rate = max(0.5 * full.rate / load.output, 1 / self._seconds)
-                for way in (ALONE, *jobs):
+                for way in (ALONE, *ways):
                     window = await self._window(load, way, rate)
                     result.windows.setdefault(way, []).append(window)
                     tpot, speeds = 1e3 * window.tpot["p95"], f"{window.served:.0f} and {window.trained:.0f} tok/s"
                     report(f"{weights}, turn {repeat + 1}, {load.name}, {way}: TPOT p95 {tpot:.1f} ms, {speeds}")
                 for way, speed in stand_alone.items():
                     result.stand_alone.setdefault(way, []).append(speed)
-        service.on_engine_thread(lambda: self._host.detach(self._job.run))
+        for job in self._jobs:
+            service.on_engine_thread(lambda job=job: self._host.detach(job.run))  # type: ignore[misc]
         return list(results.values())
 
     async def _warm_up(self, loads: Sequence[Load]) -> None:
         for load in loads:
             await serve(self._service, load, min(WARM_SECONDS, self._seconds), seed=-1)
-        steps = self._job.steps
         with self._job_of(OURS):
-            await until(lambda: self._job.steps > steps or self._job.failed is not None)
+            await until(lambda: all(job.steps > 0 or job.failed is not None for job in self._jobs))
             self._check()
             await serve(self._service, loads[0], min(WARM_SECONDS, self._seconds), seed=-2)
 
@@ -143,7 +146,7 @@ class Bench:
             return
         self._set_background(self._host)
         try:
-            yield lambda: self._job.run.tokens_done
+            yield lambda: sum(job.run.tokens_done for job in self._jobs)
         finally:
             self._set_background(None)
 
@@ -151,5 +154,6 @@ class Bench:
         self._service.on_engine_thread(lambda: setattr(self._service, "background", host))
 
     def _check(self) -> None:
-        if self._job.failed is not None:
-            raise RuntimeError(f"the job has failed: {self._job.failed}")
+        for job in self._jobs:
+            if job.failed is not None:
+                raise RuntimeError(f"a job has failed: {job.failed}")

@@ -17,7 +17,21 @@ def test_one_run_measures_all_loads_with_and_without_a_job(
     tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     report, chart = tmp_path / "report.json", tmp_path / "chart.svg"
-    few = ["--seconds", "0.5", "--repeats", "1", "--output", "8", "--prompt", "4", "--at-once", "2", "--no-peer"]
+    few = [
+        "--seconds",
+        "0.5",
+        "--repeats",
+        "1",
+        "--output",
+        "8",
+        "--prompt",
+        "4",
+        "--at-once",
+        "2",
+        "--jobs",
+        "2",
+        "--no-peer",
+    ]
     assert main(["--model", str(tiny_model), *few, "--json", str(report), "--plot", str(chart)]) == 0
     results = json.loads(report.read_bytes())["results"]
     assert [(one["weights"], one["load"]) for one in results] == [

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from runtime.trainer.microbatch import collate
 
 from kernels import Ops, QuantisedWeight
 from kernels.cpu import CpuOps
@@ -17,7 +16,7 @@ from runtime.checkpoints.model_loading import load_decoder
 from runtime.events import RunEvent, StepEvent
 from runtime.model.decoder import Decoder
 from runtime.model.lora import LoraShape
-from runtime.trainer.data.example import Example
+from runtime.trainer.data.example import Example, collate
 from runtime.trainer.lora import TrainableLora
 from runtime.trainer.run import TrainingRun
 from runtime.trainer.step import MicroStep
