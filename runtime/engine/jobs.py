@@ -137,6 +137,7 @@ class EngineJobs:
         summary: dict[str, Any] = msgspec.to_builtins(summarize(plan))
         summary["total_steps"] = plan.schedule.total_steps
         summary |= {"job_weight": self._weight_of(read), "job_priority": read.job_priority}
+        summary["launched"] = plan.launch is not None
         summary["versions"] = versions()
         if read.save_total_limit is not None:
             summary["save_total_limit"] = read.save_total_limit

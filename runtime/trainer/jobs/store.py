@@ -165,13 +165,17 @@ class JobStore(JobReader):
 
     async def start_next(self, *, max_running: int, memory: Callable[[], int]) -> Job | None:
         """Start the first of the queue, of those of the highest priority. None where none waits, `max_running` are at
-        work, or it does not fit beside these into `memory`, in bytes. A job alone always starts."""
+        work, or it does not fit beside these into `memory`, in bytes. A job alone always starts. A launched job has
+        devices of its own: it takes none of that memory, and another one waits for the devices, others not for it."""
 
         def work(c: sqlite3.Connection) -> Job | None:
             beside = _at_work(c)
             if len(beside) >= max_running:
                 return None
-            row = c.execute(f"SELECT * FROM jobs WHERE state = 'queued' {_IN_TURN} LIMIT 1").fetchone()
+            devices_taken = any(job.summary.get("launched") for job in beside)
+            row = c.execute(
+                f"SELECT * FROM jobs WHERE state = 'queued' {_LAUNCHABLE if devices_taken else ''} {_IN_TURN} LIMIT 1"
+            ).fetchone()
             if row is None:
                 return None
             job = rows.to_job(row)
@@ -345,6 +349,10 @@ _IN_TURN = "ORDER BY COALESCE(json_extract(summary, '$.job_priority'), 0) DESC, 
 """The order in which queued jobs start."""
 
 
+_LAUNCHABLE = "AND NOT COALESCE(json_extract(summary, '$.launched'), 0)"
+"""Jobs that may start while the devices of launched ones are taken."""
+
+
 def _at_work(c: sqlite3.Connection) -> list[Job]:
     states = ", ".join(f"'{state}'" for state in sorted(AT_WORK))
     return [rows.to_job(row) for row in c.execute(f"SELECT * FROM jobs WHERE state IN ({states})").fetchall()]
@@ -353,14 +361,15 @@ def _at_work(c: sqlite3.Connection) -> list[Job]:
 def _lacks_memory(job: Job, beside: Sequence[Job], memory: int) -> str | None:
     """The reason where a job does not fit beside those at work into `memory` bytes."""
     own, taken = _memory_of(job), sum(map(_memory_of, beside))
-    if own + taken <= memory:
+    if own == 0 or taken == 0 or own + taken <= memory:
         return None
     need, there, room = (f"{size / 2**20:.0f} MiB" for size in (own, taken, memory))
     return f"Waits for memory: it takes {need} beside {there} of the jobs at work, and these may take {room} together."
 
 
 def _memory_of(job: Job) -> int:
-    return int(job.summary.get("memory_bytes", 0))
+    """Bytes beside the base model; 0 on devices of its own."""
+    return 0 if job.summary.get("launched") else int(job.summary.get("memory_bytes", 0))
 
 
 def _recover(c: sqlite3.Connection, job: Job) -> None:

@@ -68,6 +68,7 @@ class FakePreparer:
         for key in ("memory_bytes", "job_priority"):
             if key in keys:
                 summary[key] = int(keys[key])
+        summary["launched"] = "launched" in keys
         if "slow" in keys:
             summary["slow"] = True
         if "warning" in keys:

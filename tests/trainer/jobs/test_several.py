@@ -105,6 +105,18 @@ async def test_a_job_waits_until_its_memory_is_there(three: World) -> None:
     await three.until(last.id, "running")
 
 
+async def test_launched_jobs_wait_for_their_devices_and_take_no_memory(three: World) -> None:
+    first = await three.submit("name: a", "steps: 1", "launched: yes", "memory_bytes: 5000")
+    second = await three.submit("name: b", "steps: 1", "launched: yes", "memory_bytes: 5000")
+    third = await three.submit("name: c", "steps: 1", "memory_bytes: 900")
+    for job in (first, third):
+        await three.until(job.id, "running")
+    await three.settle()
+    assert (await three.manager.store.get(second.id)).state == "queued"
+    await step(three, first.id)
+    await three.until(second.id, "running")
+
+
 @pytest.mark.parametrize("crashes", [False, True])
 async def test_all_go_on_after_the_process_has_ended(tmp_path: Path, crashes: bool) -> None:
     world = World(tmp_path, steps_itself=False, max_running=4)
