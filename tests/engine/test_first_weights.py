@@ -1,5 +1,6 @@
 """First weights that are made from the base's, against PEFT, which takes them out of a copy of the base."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,14 @@ from runtime.checkpoints import open_checkpoint
 from runtime.checkpoints.export.merge import delta
 from runtime.checkpoints.model_loading import load_decoder
 from runtime.checkpoints.peft import read_adapter
-from runtime.engine.first_weights import BaseWeights, Stopped, made_parameters
+from runtime.engine.first_weights import (
+    BaseWeights,
+    Stopped,
+    keep_origin,
+    kept_origin,
+    made_parameters,
+    origin_parameters,
+)
 from runtime.errors import InvalidRequest
 from runtime.model.decoder import Decoder
 from runtime.model.families.gpt2 import GPT2
@@ -19,11 +27,12 @@ from runtime.model.families.llama import Llama
 from runtime.model.lora_base import LoraBase
 from runtime.trainer.data.example import collate
 from runtime.trainer.lora import TrainableLora, layers_of, parameters_of
+from runtime.trainer.plan.plan import AdapterOrigin
 from runtime.trainer.sliced_run import RunSpec
 from runtime.trainer.snapshot import Restored, RunProgress
 from runtime.trainer.step import MicroStep
 from settings.schema import ModelSettings
-from tests.adapter_files import peft_logits
+from tests.adapter_files import make_adapter, peft_logits
 from tests.parity.adapted import our_logits
 from tests.parity.families import CASES, make_model
 from tests.parity.gradients import drive as drive_slices
@@ -168,6 +177,25 @@ def test_the_order_of_reading_and_the_number_of_runs_change_nothing(tiny_model: 
     assert all(torch.equal(one[name], other[name]) for name in one)
     layers = layers_of(one, spec.targets, spec.shape)
     assert all(torch.equal(tensor, one[name]) for name, tensor in parameters_of(layers).items())
+
+
+def test_a_job_keeps_what_it_goes_on_from(tiny_model: Path, tmp_path: Path) -> None:
+    """In the next process too, where the name may mean another version, or none."""
+    base = LoraBase.of(load_reference(tiny_model), Llama, "tiny")
+    source = make_adapter(tiny_model, tmp_path / "source", use_dora=True)
+    expected = origin_parameters(AdapterOrigin(source, "newt@1"), base, max_rank=8)
+    assert kept_origin(tmp_path / "origin") is None
+    keep_origin(AdapterOrigin(source, "newt@1"), tmp_path / "origin", base, max_rank=8)
+    shutil.rmtree(source)
+    kept = kept_origin(tmp_path / "origin")
+    assert kept == AdapterOrigin(tmp_path / "origin", "newt@1")
+    found = origin_parameters(kept, base, max_rank=8)
+    assert any(".m." in name for name in found)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    with pytest.raises(InvalidRequest, match=r"lora_model_dir \(newt@2\): The adapter has no adapter_config.json"):
+        keep_origin(AdapterOrigin(source, "newt@2"), tmp_path / "other", base, max_rank=8)
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_run_that_is_cancelled_stops_making_them(tiny_model: Path) -> None:
