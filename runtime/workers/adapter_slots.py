@@ -50,8 +50,8 @@ class LoadedAdapter:
     """One version in memory."""
 
     factors: StackFactors
-    vocabulary: VocabularyRows
-    """Rows of embedding and head in place of the base's."""
+    vocabulary: VocabularyRows | None
+    """Rows of embedding and head in place of the base's; None: none."""
 
 
 class AdapterSlots:
@@ -76,7 +76,9 @@ class AdapterSlots:
         """Read an adapter's files (format of PEFT), ready to be loaded. Raises `AdapterInvalid`."""
         failpoint("adapters.prepare", key)
         adapter = read_adapter(Path(directory), self._base, max_rank=self._max_rank)
-        vocabulary = (adapter.vocabulary or VocabularyRows()).to(self._decoder.device, self._decoder.dtype)
+        vocabulary = adapter.vocabulary
+        if vocabulary is not None:
+            vocabulary = vocabulary.to(self._decoder.device, self._decoder.dtype)
         loaded = LoadedAdapter(self._factors(adapter), vocabulary)
         with self._lock:
             self._prepared[key] = loaded
@@ -106,7 +108,11 @@ class AdapterSlots:
         return BatchAdaptation(
             self._decoder.ops,
             [AdaptedTokens(some, one.factors) for some, one in loaded],
-            [(some, rows) for some, one in loaded if (rows := one.vocabulary.embedding) is not None],
+            [
+                (some, one.vocabulary.embedding)
+                for some, one in loaded
+                if one.vocabulary is not None and one.vocabulary.embedding is not None
+            ],
             known=self._decoder.spec.vocab_size,
         )
 
@@ -115,7 +121,8 @@ class AdapterSlots:
     def vocab_size(self, key: str) -> int:
         """Number of ids that are valid for an adapter, or for the base (an empty key)."""
         loaded, known = self._loaded.get(key), self._decoder.spec.vocab_size
-        return known if loaded is None else max(known, loaded.vocabulary.size)
+        own = None if loaded is None else loaded.vocabulary
+        return known if own is None else max(known, own.size)
 
     def changes_logits(self, keys: Sequence[str]) -> bool:
         """True if some of these adapters have other logits than those of the base's head."""
@@ -142,9 +149,9 @@ class AdapterSlots:
 
     def _changed(self, key: str) -> VocabularyRows | None:
         loaded = self._loaded.get(key)
-        if loaded is None:
+        own = None if loaded is None else loaded.vocabulary
+        if own is None:
             return None
-        own = loaded.vocabulary
         return own if own.head is not None or own.size > self._decoder.spec.vocab_size else None
 
     def _factors(self, adapter: Adapter) -> StackFactors:

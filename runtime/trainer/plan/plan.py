@@ -211,7 +211,7 @@ class Plan:
     generation: list[GenerationRow] = field(default_factory=list, repr=False)
     """Rows that evaluations generate answers for."""
     vocabulary: VocabularyPlan | None = None
-    """Tokens of the adapter's own, and rows of embedding and head that are trained."""
+    """Tokens of the adapter's own, and rows of embedding and head that are trained; None: all are the model's."""
     launch: Launch | None = None
     """The processes that the job runs in; None: the serving one."""
     origin: AdapterOrigin | None = None
@@ -266,10 +266,11 @@ def prepare(
     full, ranks = (False, 1) if launch is None else (launch.full, launch.ranks)
     targets = [] if full else resolve_targets(recipe, shape)
     template = choose_template(recipe, tokenizer)
-    vocabulary = plan_vocabulary(
-        recipe, tokenizer, shape, template=None if template is None else template.source, limit=max_vocabulary
-    )
-    tokenizer = vocabulary.tokenizer
+    vocabulary = None
+    if recipe.changes_vocabulary:
+        source = None if template is None else template.source
+        vocabulary = plan_vocabulary(recipe, tokenizer, shape, template=source, limit=max_vocabulary)
+        tokenizer = vocabulary.tokenizer
     if template is not None:
         tokenizer = with_template(tokenizer, template.source)
     ends = end_ids(recipe, tokenizer)
@@ -314,7 +315,7 @@ def prepare(
             largest=sum(sizes[: recipe.micro_batch_size]),
             tokens=round(sum(lengths) * (schedule.epochs + _reference_passes(recipe, schedule))),
             tokens_per_second=tokens_per_second,
-            rows=vocabulary.rows.rows,
+            rows=0 if vocabulary is None else vocabulary.rows.rows,
         ),
         watchdog_threshold=watchdog_threshold(recipe, shape.vocab_size),
         previews=[preview(example, tokenizer) for example in train[: PREVIEWS - PREVIEWS % recipe.group_size]],
@@ -324,7 +325,7 @@ def prepare(
         notes=[
             *warnings,
             *template_notes(template, data.prompt),
-            *vocabulary.notes(),
+            *([] if vocabulary is None else vocabulary.notes()),
             *generation_notes(recipe, len(generation), len(asked) // recipe.group_size),
             *data.notes,
             *recipe.notes,

@@ -108,7 +108,7 @@ def _new(recipe: Recipe, tokenizer: Tokenizer, template: str) -> list[OwnToken]:
         raise InvalidRequest(
             f"tokens may name at most {MAX_NEW_TOKENS} that the vocabulary lacks, got {len(wanted)}.", param="tokens"
         )
-    return tokenizer.new_tokens(list(wanted.items()))
+    return tokenizer.new_tokens(list(wanted.items())) if wanted else []
 
 
 def _wanted(recipe: Recipe) -> Iterator[tuple[str, bool]]:

@@ -485,6 +485,12 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return OPTIMIZER_FAMILIES.get(self.optimizer, "adamw_8bit")
 
     @property
+    def changes_vocabulary(self) -> bool:
+        """True if it names tokens, or rows of embedding and head."""
+        tokens = self.tokens or self.special_tokens or self.added_tokens_overrides
+        return bool(tokens or self.peft_trainable_token_indices or self.lora_modules_to_save)
+
+    @property
     def answers_per_row(self) -> int:
         """Examples that a row of the data has: 2 for pairs."""
         return 1 if self.rl in (None, "kto") else 2
