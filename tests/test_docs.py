@@ -93,3 +93,27 @@ def test_public_classes_and_functions_have_docstrings() -> None:
             if not node.name.startswith("_") and not wire and ast.get_docstring(node) is None:
                 missing.append(f"{name}.{node.name}")
     assert not missing
+
+
+def test_every_error_code_is_explained() -> None:
+    """In docs/troubleshooting.md, or among the errors of jobs in docs/state.md; and no code that there is not."""
+    sources = [path.read_text(encoding="utf-8") for path in tracked() if path.relative_to(ROOT).parts[0] == "runtime"]
+    literal = re.compile(r"\b(?:default_)?code ?= ?\"([a-z_]+)\"")
+    codes = {code for text in sources for code in literal.findall(text)}
+    pages = [(ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("troubleshooting.md", "state.md")]
+    named = [set(re.findall(r"`([a-z]+(?:_[a-z]+)*)`", page)) for page in pages]
+    assert len(codes) > 40
+    assert codes - named[0] - named[1] == set()
+    first_cells = {
+        code
+        for line in pages[0].splitlines()
+        for code in re.findall(r"`([a-z_]+)`", line.split("|")[1] if "|" in line else "")
+    }
+    assert first_cells - codes == set()
+
+
+def test_llms_txt_names_every_document() -> None:
+    text = (ROOT / "docs" / "llms.txt").read_text(encoding="utf-8")
+    links = set(re.findall(r"\]\(([^)]+)\)", text))
+    assert {path.name for path in (ROOT / "docs").glob("*.md")} <= links
+    assert all((ROOT / "docs" / link).exists() for link in links)
