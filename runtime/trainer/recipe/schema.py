@@ -121,7 +121,7 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ] = ()
     peft_use_dora: Annotated[
         bool,
-        key("lora", "DoRA: train the norm of each output's weights beside the low-rank factors. Costs time."),
+        key("lora", "DoRA: train the norm of each output's weights beside the low-rank factors."),
     ] = False
     peft_init_lora_weights: Annotated[
         bool | Text,
