@@ -399,6 +399,7 @@ class EngineService:
                         self._step()
                 elif self.background is not None:
                     self._train(self.background.idle)
+            self._take_messages()  # aborts among them
             self._busy_since = time.monotonic()
             self.engine.settle()
         except Exception:
