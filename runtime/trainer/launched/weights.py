@@ -114,12 +114,14 @@ def write_adapter_files(directory: Path, initial: Path, parameters: Mapping[str,
 
 def write_model(directory: Path, spec: LaunchSpec, parameters: Mapping[str, Tensor]) -> None:
     """Write a whole model as transformers does, in the type of the served one's files, with its tokenizer."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     make_directory(directory)
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        spec.model.directory, gguf_file=spec.model.gguf, dtype="auto", local_files_only=True
-    )
+    source = spec.model
+    config: Any = AutoConfig.from_pretrained(source.directory, gguf_file=source.gguf, local_files_only=True)
+    # Every weight is trained, so none is read. A file of GGUF's blocks has no type to keep.
+    untyped: Any = AutoModelForCausalLM
+    model = untyped.from_config(config, dtype=config.dtype or torch.float32)
     found = dict(model.named_parameters())
     with torch.no_grad():
         for name, tensor in parameters.items():
