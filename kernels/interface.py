@@ -24,6 +24,9 @@ class Ops(ABC):
     batch_invariant = False
     """True if a row's result is the same bits for any batch and any number of threads, except in `moe`."""
 
+    quantises_inputs = True
+    """True if `linear` with a weight in integers quantises its input too, where that needs no gradient."""
+
     @classmethod
     @abstractmethod
     def unavailable(cls) -> str | None:

@@ -28,13 +28,15 @@ class Collective(Protocol):
 
 def split_linear(ops: Ops, x: Tensor, weight: Weight, ranks: Collective) -> Tensor:
     """x [T, in / ranks] times weight [out, in / ranks] transposed, added up over the ranks → [T, out]."""
-    if isinstance(weight, Int8Weight) and is_exact(weight, x):
+    if isinstance(weight, Int8Weight) and is_exact(ops, weight, x):
         turned = turn(x)
         most = ranks.max(largest_of(turned))
         return from_sums(ranks.sum(ops.int8_sums(turned, weight, most)), weight, most).to(x.dtype)
     return ranks.sum(ops.linear(x, weight))
 
 
-def is_exact(weight: Weight, x: Tensor) -> bool:
-    """True if `split_linear` adds in integers, so that nothing may be added to a rank's share before."""
-    return isinstance(weight, Int8Weight) and not (torch.is_grad_enabled() and x.requires_grad)
+def is_exact(ops: Ops, weight: Weight, x: Tensor) -> bool:
+    """True if `split_linear` adds in integers, so that nothing may be added to a rank's share before. In training it
+    does not, with gradients or without: a layer that is computed again for its backward pass gives what it gave."""
+    wants_grad = torch.is_grad_enabled() and x.requires_grad
+    return isinstance(weight, Int8Weight) and ops.quantises_inputs and not wants_grad

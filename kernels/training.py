@@ -32,6 +32,7 @@ class TrainingOps(ReferenceOps):
     """For training: every op differentiable, the frequent ones with fewer temporaries."""
 
     name = "training"
+    quantises_inputs = False
 
     def __init__(self) -> None:
         super().__init__()

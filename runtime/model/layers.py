@@ -375,7 +375,7 @@ class RowLinear(Linear):
         if self.group.size == 1:
             return partial(_given, super().__call__(ops, x, adapt))
         weight, bias = self.tensors
-        if is_exact(weight, x):
+        if is_exact(ops, weight, x):
             y = split_linear(ops, x, weight, self.group)
             if adapt is not None:
                 # The first rank's share is the sum itself: where no adapter changes a row, adding zeros keeps its bits.

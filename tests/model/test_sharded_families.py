@@ -143,6 +143,20 @@ def test_ranks_train_magnitudes_as_one_does(name: str, quantization: str, tmp_pa
                 assert error < 1e-4, key
 
 
+@pytest.mark.parametrize(("name", "quantization"), [("llama", "int8"), ("phi3", "int8"), ("llama", "int4")])
+def test_ranks_train_on_integers_as_one_does(name: str, quantization: str, tmp_path: Path) -> None:
+    """Without gradients too, where serving quantises activations: each rank has whole groups."""
+    model_type, options = CASES[name]
+    make_model(tmp_path, model_type, {**options, "hidden_size": 256, "intermediate_size": 256})
+    (expected,) = in_ranks(1, lambda group: gradients(*load(tmp_path, group, quantization=quantization)))
+    for size in (2, 4):
+        for found in in_ranks(size, lambda group: gradients(*load(tmp_path, group, quantization=quantization))):
+            assert found.keys() == expected.keys()
+            for key, grad in found.items():
+                error = (grad - expected[key]).abs().max() / expected[key].abs().max().clamp(min=1)
+                assert error < 2e-4, key
+
+
 def test_every_family_is_tried() -> None:
     assert {CASES[name][0] for name in NAMES} == {model_type for model_type, _ in CASES.values()}
 
