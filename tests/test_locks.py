@@ -62,8 +62,8 @@ def test_torch_is_locked_apart() -> None:
 
 def test_serving_has_the_same_versions_in_both() -> None:
     serve, dev = locked(SERVE), locked(DEV)
-    assert {name: list(map(str, entries)) for name, entries in serve.items()} == {
-        name: list(map(str, dev[name])) for name in serve
+    assert {name: list(map(version_of, entries)) for name, entries in serve.items()} == {
+        name: list(map(version_of, dev[name])) for name in serve
     }
 
 

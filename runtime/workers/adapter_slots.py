@@ -156,7 +156,8 @@ class AdapterSlots:
 
     def _factors(self, adapter: Adapter) -> StackFactors:
         places, factors = {}, {}
-        for (layer, name), parts in adapter.layers.items():
+        # In one order on all ranks, which work out the norms of rows that they share together.
+        for (layer, name), parts in sorted(adapter.layers.items()):
             linear = self._decoder.layers[layer].linears[name]
             if adapter.shape.dora:
                 factors[layer, name], parts = output_factors(linear, parts, self._decoder.device)

@@ -14,13 +14,18 @@ ROOT = Path(__file__).parents[2]
 HOSTILE = "import pathlib\npathlib.Path(__file__).with_name('ran').touch()\nclass Evil: pass\n"
 
 
+def of_peft(call: ast.Call) -> bool:
+    """True for PEFT's own loading, which runs no code of an adapter's."""
+    return ast.unparse(call.func) == "PeftModel.from_pretrained"
+
+
 def calls() -> list[tuple[str, ast.Call]]:
     """Every call of a `from_pretrained` in what we ship."""
     found = []
     for path in sorted((ROOT / "runtime").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             named = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr
-            if isinstance(node, ast.Call) and named == "from_pretrained":
+            if isinstance(node, ast.Call) and named == "from_pretrained" and not of_peft(node):
                 found.append((f"{path.relative_to(ROOT)}:{node.lineno}", node))
     return found
 

@@ -50,8 +50,8 @@ LISTS = {
     "cors_origins": ("http://a", "http://b"),
     "resolve_hub": ("a=org/one", "b=org/two@v2"),
 }
-FORMS = {"device": "cpu", "root_path": "/x"}
-"""Values of texts that must have a form."""
+FORMS = {"device": "cpu", "root_path": "/x", "tpot_ratio": "1.5"}
+"""Values of fields that must have a form, or be within limits."""
 
 
 @pytest.mark.parametrize("field", fields.fields(), ids=lambda field: field.flag)
@@ -63,7 +63,8 @@ def test_of_a_flag_given_twice_the_last_one_counts(eft: Eft, field: fields.Field
         given = [f"{field.flag}={value}" for value in LISTS.get(field.name, ("one", "two"))]
     else:
         number = field.unit or field.base in (int, float)
-        last = "0.5" if field.base is float and not field.unit else "7" if number else FORMS.get(field.name, "x")
+        usual = "0.5" if field.base is float and not field.unit else "7" if number else "x"
+        last = FORMS.get(field.name, usual)
         given = [f"{field.flag}=wrong", f"{field.flag}={(field.choices or [last])[-1]}"]
     done = eft("config", "show", "--json", *given)
     assert done.code == 0, done.err

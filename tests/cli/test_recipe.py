@@ -194,7 +194,7 @@ def test_keys_only_prints_the_verdict_of_each_key(eft: Eft, recipe: Path) -> Non
     done = eft("recipe", "check", recipe, "--keys-only")
     lines = [line.split(maxsplit=2) for line in done.out.splitlines()]
     assert ["lora_r", "works"] in lines
-    assert ["wandb_mode", "off", "nothing is sent; losses are in the job's events and in /metrics"] in lines
+    assert ["wandb_mode", "off"] in [line[:2] for line in lines]
     assert ["flash_attention", "noted", "the server's own kernels compute this"] in lines
     assert ["bf16", "works"] in [line[:2] for line in lines]
     assert ["evaluation_strategy", "renamed", "eval_strategy"] in lines

@@ -197,7 +197,7 @@ def test_a_read_only_disk_at_the_start(tiny_model: Path, state: Path, tmp_path: 
 
 def test_a_disk_that_is_full_while_a_job_runs(tiny_model: Path, tmp_path: Path) -> None:
     """Its checkpoint is too large, the database is not: the job says so, and the server goes on."""
-    with ServerProcess(str(tiny_model), tmp_path / "state", file_size=600_000) as server:
+    with ServerProcess(str(tiny_model), tmp_path / "state", file_size=1_000_000) as server:
         base = server.http.get("/v1/models").json()["data"][0]["id"]
         before = server.tokens(base, "Hi", 4)
         job = server.wait_for_job(server.train(RECIPE.format(rank=64, steps=6, save=2), {"train.jsonl": ROWS}))

@@ -52,6 +52,7 @@ def load(spec: LaunchSpec, folder: JobFolder, compute: torch.dtype) -> nn.Module
         gguf_file=spec.model.gguf,
         dtype=torch.float32 if full else compute,
         local_files_only=True,
+        trust_remote_code=False,
     )
     model.config.use_cache = False
     if recipe.gradient_checkpointing or fsdp_options(recipe).activation_checkpointing:
@@ -118,10 +119,12 @@ def write_model(directory: Path, spec: LaunchSpec, parameters: Mapping[str, Tens
 
     make_directory(directory)
     source = spec.model
-    config: Any = AutoConfig.from_pretrained(source.directory, gguf_file=source.gguf, local_files_only=True)
+    config: Any = AutoConfig.from_pretrained(
+        source.directory, gguf_file=source.gguf, local_files_only=True, trust_remote_code=False
+    )
     # Every weight is trained, so none is read. A file of GGUF's blocks has no type to keep.
     untyped: Any = AutoModelForCausalLM
-    model = untyped.from_config(config, dtype=config.dtype or torch.float32)
+    model = untyped.from_config(config, dtype=config.dtype or torch.float32, trust_remote_code=False)
     found = dict(model.named_parameters())
     with torch.no_grad():
         for name, tensor in parameters.items():
@@ -136,7 +139,9 @@ def _write_tokenizer(directory: Path, spec: LaunchSpec) -> None:
     if spec.model.gguf is not None:
         from transformers import AutoTokenizer
 
-        made: Any = AutoTokenizer.from_pretrained(spec.model.directory, gguf_file=spec.model.gguf)
+        made: Any = AutoTokenizer.from_pretrained(
+            spec.model.directory, gguf_file=spec.model.gguf, trust_remote_code=False
+        )
         made.save_pretrained(directory)
         return
     for path in Path(spec.model.directory).iterdir():
