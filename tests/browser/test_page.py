@@ -10,6 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from runtime.support import failpoints
 from tests.api.conftest import RunningServer
 from tests.browser.chromium import CHROMIUM, Page, browser, serving
 
@@ -79,6 +80,15 @@ def ask(page: Page, text: str, tokens: int) -> None:
     page.click("Send")
 
 
+@pytest.fixture
+def slow() -> Iterator[None]:
+    """A server that takes 20 ms a token: nothing ends before it is looked at."""
+    failpoints.configure("engine.deliver=sleep:0.02")
+    yield
+    failpoints.configure("")
+
+
+@pytest.mark.usefixtures("slow")
 def test_a_chat_streams_and_stops(page: Page) -> None:
     ask(page, "Tell me everything.", 450)
     page.until("document.querySelector('.message.assistant .text').textContent.length > 5")
