@@ -53,7 +53,7 @@ def deepspeed_config(recipe: Recipe, uploads: Mapping[str, Path]) -> tuple[dict[
             param="deepspeed",
         )
     if isinstance(given, dict):
-        return given, None
+        return _checked_config(given), None
     assert given is not None
     last = given.rstrip("/").rpartition("/")[2]
     sent = uploads.get(given) or uploads.get(last)
@@ -73,9 +73,36 @@ def deepspeed_config(recipe: Recipe, uploads: Mapping[str, Path]) -> tuple[dict[
 
 def _read_config(name: str, path: Path) -> dict[str, Any]:
     try:
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-    except (OSError, msgspec.MsgspecError) as error:
+        with path.open("rb") as file:
+            text = file.read(MAX_CONFIG + 1)
+        if len(text) > MAX_CONFIG:
+            raise InvalidRequest(f"deepspeed: {name[:200]} must have at most {MAX_CONFIG} bytes.", param="deepspeed")
+        return _checked_config(msgspec.json.decode(text, type=dict[str, Any]))
+    except (OSError, msgspec.MsgspecError, RecursionError) as error:
         raise InvalidRequest(f"deepspeed: {name[:200]} is no JSON object: {error}.", param="deepspeed") from error
+
+
+def _checked_config(given: dict[str, Any]) -> dict[str, Any]:
+    """Raise `InvalidRequest` for parts of a configuration that are not about how a step is computed: DeepSpeed would
+    write files and send numbers where they say."""
+    for name in given:
+        if name not in _COMPUTING:
+            raise InvalidRequest(
+                f"deepspeed.{name[:100]} is not taken; the parts are {', '.join(sorted(_COMPUTING))}.",
+                param="deepspeed",
+            )
+    zero = given.get("zero_optimization")
+    for name in ("offload_optimizer", "offload_param"):
+        offload = zero.get(name) if isinstance(zero, dict) else None
+        if isinstance(offload, dict) and (
+            offload.get("device", "cpu") not in ("cpu", "none") or "nvme_path" in offload
+        ):
+            raise InvalidRequest(
+                f"deepspeed.zero_optimization.{name} goes to the CPU only: its device must be cpu or none, without "
+                "nvme_path.",
+                param="deepspeed",
+            )
+    return given
 
 
 # -- jobs ------------------------------------------------------------------------------------------
@@ -200,5 +227,15 @@ def refuse_own_tokens(plan: Plan) -> None:
     )
 
 
+_NAMES = (
+    "bf16 communication_data_type data_types fp16 gradient_accumulation_steps gradient_clipping "
+    "gradient_predivide_factor optimizer prescale_gradients scheduler seq_parallel_communication_data_type "
+    "sparse_gradients steps_per_print train_batch_size train_micro_batch_size_per_gpu wall_clock_breakdown "
+    "zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization"
+)
+_COMPUTING = frozenset(_NAMES.split())
+"""Parts of DeepSpeed's configuration that recipes may have."""
+MAX_CONFIG = 64 * 1024
+"""Bytes of a configuration."""
 _DECIDED = ("optimizer", "scheduler")
 """Parts of DeepSpeed's configuration that a recipe has keys for."""

@@ -263,16 +263,17 @@ async def rerun_job(request: AnyRequest) -> Response[JobDetail | DryRun]:
     only. 409 where the files were deleted."""
     jobs, job_id = _jobs(request), await job_id_of(request)
     check_names(request, ("dry_run",))
+    only_plan = flag(request, "dry_run")
     asked = await _rerun.read(request, api_of(request))
     job = await jobs.store.get(job_id)
-    recipe = await asyncio.to_thread(changed_recipe, job.recipe, asked.set)
     with jobs.arriving():
+        recipe = await asyncio.to_thread(changed_recipe, job.recipe, asked.set)
         submission = await jobs.copy_of(job_id, recipe, owner=record_of(request).tenant)
-    if flag(request, "dry_run"):
-        record_of(request).action = ""  # it changes nothing
-        prepared = await jobs.dry_run(submission)
-        plan = DryRun(name=prepared.name, total_steps=prepared.total_steps, summary=prepared.summary)
-        return Response(plan, status_code=200)
+        if only_plan:
+            record_of(request).action = ""  # it changes nothing
+            prepared = await jobs.dry_run(submission)
+            plan = DryRun(name=prepared.name, total_steps=prepared.total_steps, summary=prepared.summary)
+            return Response(plan, status_code=200)
     made, _ = await jobs.submit(submission)
     changes = ", ".join(f"{key} = {msgspec.json.encode(value).decode()}" for key, value in asked.set.items())
     await jobs.store.note(made.id, Note(f"Started from {job_id}" + (f" with {changes[:1000]}." if changes else ".")))

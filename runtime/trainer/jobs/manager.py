@@ -75,7 +75,7 @@ class JobManager:
         self._lane: asyncio.Task[None] | None = None
         self._at_work: dict[str, Execution] = {}
         """By the ids of their jobs."""
-        self._working: set[asyncio.Task[None]] = set()
+        self._working: dict[Execution, asyncio.Task[None]] = {}
         """A task for each that has begun."""
         self._parked: dict[str, Execution] = {}
         """Paused jobs whose runs are still there, as long as no other is to start."""
@@ -117,8 +117,8 @@ class JobManager:
         at_work = list(self._at_work.values())
         suspended = [one.suspend() for one in at_work if not crashed]
         if any(suspended) and self._working:
-            await asyncio.wait(self._working, timeout=timeout)
-        await cancel(self._lane, *self._working)
+            await asyncio.wait(self._working.values(), timeout=timeout)
+        await cancel(self._lane, *self._working.values())
         if not crashed:
             for one in at_work:
                 with contextlib.suppress(
@@ -235,9 +235,13 @@ class JobManager:
     async def resume(self, job_id: str) -> Job:
         """Resume a paused job: at once where its run is still there, else when it is its turn."""
         self._require_running()
+        task = next((task for one, task in self._working.items() if one.id == job_id), None)
+        if task is not None and (await self.store.get(job_id)).state == "paused":
+            await asyncio.wait({task})  # it tidies up still, and is parked then
         job = await self.store.resume(job_id, at_once=job_id in self._parked, max_running=self._max_running)
-        if job.state == "running":
-            self._begin(self._parked.pop(job_id))
+        if job.state == "running":  # another job that has started since may have released the paused runs
+            parked = self._parked.pop(job_id, None)
+            self._begin(self._execution_of(job) if parked is None else parked)
         self._wake_up()
         return job
 
@@ -255,9 +259,8 @@ class JobManager:
 
     def _begin(self, execution: Execution) -> None:
         self._at_work[execution.id] = execution
-        task = asyncio.create_task(self._work(execution))
-        self._working.add(task)
-        task.add_done_callback(self._working.discard)
+        self._working[execution] = task = asyncio.create_task(self._work(execution))
+        task.add_done_callback(lambda _: self._working.pop(execution))
 
     async def _work(self, execution: Execution) -> None:
         await execution.work()
@@ -278,7 +281,9 @@ class JobManager:
         if job is None:
             return None
         self._unpark()
+        return self._execution_of(job)
 
+    def _execution_of(self, job: Job) -> Execution:
         async def prepare() -> PreparedJob:
             return await self._validation.prepare(job.recipe, await self.store.files(job.id), job.id)
 

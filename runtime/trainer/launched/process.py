@@ -43,7 +43,12 @@ class Nodes(Struct, frozen=True, kw_only=True):
         """torchrun's, for one node. `name`: of the job, by which nodes know that they belong together."""
         shared = ["--nproc-per-node", str(self.per_node)]
         if self.rendezvous is None:
-            shared += ["--standalone"]
+            # By a file, which only this user reads: torchrun unpickles what it finds where its agents meet, and a port
+            # is open to all that reach the machine.
+            meeting = folder.path / "meeting"
+            meeting.unlink(missing_ok=True)
+            shared += ["--nnodes", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", str(meeting)]
+            shared += ["--rdzv-conf", "store_type=file", "--rdzv-id", name, "--local-addr", "127.0.0.1"]
         else:
             shared += ["--nnodes", str(self.count), "--rdzv-backend", "c10d", "--rdzv-endpoint", self.rendezvous]
             shared += ["--rdzv-id", name, "--max-restarts", str(max_restarts)]

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
 import yaml
 
 from runtime.errors import InvalidRequest
@@ -19,6 +20,8 @@ SHORT_NAMES: Mapping[str, str] = {
 }
 """Short name of a key, for people who type it → the key."""
 MAX_CHANGES = 100
+MAX_BYTES = 64 * 1024
+"""Bytes of all changes, as JSON."""
 
 _STEP = re.compile(r"([A-Za-z_]\w*)((?:\[\d{1,4}\])*)")
 
@@ -48,10 +51,16 @@ def changed_recipe(recipe: bytes, changes: Mapping[str, Any]) -> bytes:
     """
     if len(changes) > MAX_CHANGES:
         raise InvalidRequest(f"set has {len(changes)} changes; at most {MAX_CHANGES} are allowed.", param="set")
+    size = len(msgspec.json.encode(changes))
+    if size > MAX_BYTES:
+        raise InvalidRequest(f"set has {size} bytes; at most {MAX_BYTES} are allowed.", param="set")
     values = read_document(recipe).values
     for path, value in changes.items():
         _set(values, SHORT_NAMES.get(path, path), value)
-    return write_document(values)
+    try:
+        return write_document(values)
+    except RecursionError:
+        raise InvalidRequest("set is nested too deep.", param="set") from None
 
 
 def _set(values: dict[str, Any], path: str, value: Any) -> None:

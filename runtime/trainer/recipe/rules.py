@@ -238,6 +238,8 @@ def adapter_problems(recipe: Recipe, given: Collection[str], *, max_lora_rank: i
             f"must be at most {max_lora_rank // 2} with {recipe.first_weights}, got {rank}: the adapter is published "
             f"with twice the rank, and adapters.max_lora_rank is {max_lora_rank}",
         )
+    if recipe.peft_use_dora and recipe.optimizer_family == "muon":
+        yield "optimizer", "muon is for matrices, and DoRA's magnitudes are none: use adamw_torch, or leave out DoRA"
     yield from _first_weights(recipe, given)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from runtime.trainer.jobs.execution import Execution
 from tests.trainer.jobs.fakes import FakeRun, World
 
 pytestmark = pytest.mark.anyio
@@ -65,6 +66,33 @@ async def test_each_reports_pauses_and_ends_for_itself(three: World) -> None:
     await step(three, second.id, 3)
     assert (await three.until(second.id, "succeeded")).adapter == "b@1"
     assert len(three.runs.started) == 3, "the paused run went on"
+
+
+async def test_a_job_that_is_resumed_while_it_tidies_up_has_one_run(
+    three: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its state is paused before its loggers have ended, and there is room for another run."""
+    job, other = [await three.submit(f"name: {name}", "steps: 4") for name in "ab"]
+    for one in (job, other):
+        await three.until(one.id, "running")
+    released, end = asyncio.Event(), Execution._end_loggers
+
+    async def slowly(self: Execution) -> None:
+        await released.wait()
+        await end(self)
+
+    monkeypatch.setattr(Execution, "_end_loggers", slowly)
+    await three.settle()
+    await three.manager.pause(job.id)
+    run_of(three, job.id).step()
+    await three.until(job.id, "paused")
+    resumed = asyncio.create_task(three.manager.resume(job.id))
+    await asyncio.sleep(0.05)
+    assert not resumed.done()
+    released.set()
+    await resumed
+    await three.settle()
+    assert len(three.manager._working) == len(three.manager._at_work) == 2
 
 
 async def test_a_higher_priority_starts_first(tmp_path: Path) -> None:

@@ -14,12 +14,13 @@ import torch
 
 from runtime.checkpoints.model_library import ModelLibrary, ModelRecord
 from runtime.engine.devices import TrainingDevices, training_devices
-from runtime.engine.launched import DEEPSPEED, deepspeed_config
+from runtime.engine.launched import DEEPSPEED, MAX_CONFIG, deepspeed_config
 from runtime.errors import InvalidRequest
 from runtime.events import CheckpointEvent, PausedEvent
 from runtime.model.config import ModelLoadError
 from runtime.trainer.data.example import Example
 from runtime.trainer.launched.files import RESTARTS, JobFolder, RankReport, ReportReader, framed, newest_checkpoint
+from runtime.trainer.launched.process import Nodes
 from runtime.trainer.launched.scoring import ScoredModel, call, pad, without_adapters
 from runtime.trainer.launched.spread import LossScale
 from runtime.trainer.launched.zero import complete
@@ -178,6 +179,37 @@ def test_files_that_are_sent_and_mappings(tmp_path: Path) -> None:
         with pytest.raises(InvalidRequest) as caught:
             deepspeed_config(recipe, {"ds.json": sent})
         assert caught.value.param == "deepspeed"
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ({"flops_profiler": {"enabled": True, "output_file": "/tmp/x"}}, "flops_profiler"),
+        ({"csv_monitor": {"enabled": True, "output_path": "/tmp"}}, "csv_monitor"),
+        ({"zero_optimization": {"offload_param": {"device": "nvme", "nvme_path": "/tmp"}}}, "offload_param"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu", "nvme_path": "/tmp"}}}, "offload_optimizer"),
+    ],
+)
+def test_a_configuration_writes_and_sends_nothing(config: dict[str, Any], named: str, tmp_path: Path) -> None:
+    sent = tmp_path / "ds.json"
+    sent.write_bytes(msgspec.json.encode(config))
+    for given in (config, "ds.json"):
+        with pytest.raises(InvalidRequest, match=named):
+            deepspeed_config(make(deepspeed=given), {"ds.json": sent})
+    sent.write_bytes(b'{"fp16": {"enabled": false}}' + b" " * MAX_CONFIG)
+    with pytest.raises(InvalidRequest, match=str(MAX_CONFIG)):
+        deepspeed_config(make(deepspeed="ds.json"), {"ds.json": sent})
+
+
+@pytest.mark.parametrize("rendezvous", [None, "node-0:29400"])
+def test_processes_of_one_node_meet_by_a_file(rendezvous: str | None, tmp_path: Path) -> None:
+    """torchrun unpickles what it finds where its agents meet."""
+    arguments = Nodes(per_node=2, rendezvous=rendezvous).arguments(JobFolder(tmp_path), "job", max_restarts=0)
+    place = arguments[arguments.index("--rdzv-endpoint") + 1]
+    assert place == (rendezvous or str(tmp_path / "meeting"))
+    assert ("store_type=file" in arguments) == (rendezvous is None)
+    assert "--standalone" not in arguments
 
 
 def test_without_deepspeed_its_recipes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

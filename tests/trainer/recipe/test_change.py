@@ -54,6 +54,16 @@ def test_too_many_changes() -> None:
         changed_recipe(RECIPE, {f"a{n}": 1 for n in range(101)})
 
 
+def test_changes_that_are_too_large_or_too_deep() -> None:
+    deep: Any = 1
+    for _ in range(600):
+        deep = [deep]
+    for changes, text in (({"a": "x" * 70_000}, "at most 65536"), ({"a": deep}, "nested too deep")):
+        with pytest.raises(InvalidRequest, match=text) as raised:
+            changed_recipe(RECIPE, changes)
+        assert raised.value.param == "set"
+
+
 SCALARS = (
     st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=20)
     | st.sampled_from(["1e4", "no", "yes", "~", "null", "0o17", ".5", "1_000", "true", "-", "a: b", "#x", " x ", "é🦎"])
