@@ -36,11 +36,13 @@ export function adaptersView(app) {
   async function load() {
     await guarded(refresh, trouble, async () => {
       const { adapters } = await json("admin/adapters");
+      if (chosen && !adapters.some((one) => one.name === chosen)) chosen = null;
+      const one = chosen && (await json(pathOf(chosen)));
+      // The list and the forms change together: what is typed after the list has changed stays.
       empty.hidden = adapters.length > 0;
       replace(rows, adapters.map(row));
-      if (chosen && !adapters.some((one) => one.name === chosen)) chosen = null;
-      detail.hidden = chosen === null;
-      if (chosen) show(await json(pathOf(chosen)));
+      detail.hidden = !one;
+      if (one) show(one);
     });
   }
 

@@ -21,6 +21,7 @@ export function trainView(app) {
   let edited = OWN_FILE;
   let timer = 0;
   let checking = null;
+  let awaited = null; // the example that is on its way: it does not replace what is typed or chosen meanwhile
 
   const jobs = jobsPanel(app);
   const trouble = h("p", { class: "error", role: "alert" });
@@ -74,6 +75,7 @@ export function trainView(app) {
     jobs.element,
   );
 
+  for (const input of [recipe, rows, upload]) input.addEventListener("input", () => (awaited = null));
   recipe.addEventListener("input", changed);
   recipe.addEventListener("scroll", () => (gutter.scrollTop = recipe.scrollTop));
   rows.addEventListener("input", () => {
@@ -96,9 +98,11 @@ export function trainView(app) {
   }
 
   async function load(which) {
+    awaited = which;
     await guarded(null, trouble, async () => {
       const [, path, data] = EXAMPLES[which];
       const texts = await Promise.all([path, ...data.map((name) => `page/examples/${name}`)].map(textOf));
+      if (awaited !== which) return;
       files.clear();
       data.forEach((name, index) => files.set(name, texts[index + 1]));
       recipe.value = texts[0];
@@ -265,6 +269,7 @@ export function trainView(app) {
 
   /** Start from a job's recipe and the files that came with it. */
   async function clone(job) {
+    awaited = null;
     await guarded(null, trouble, async () => {
       const path = (rest) => `admin/jobs/${job.id}/${rest}`;
       const text = await (await request(path("recipe"))).text();
