@@ -4,12 +4,7 @@ Lives on the engine thread. Everything random is made from the seed and the step
 snapshot does what it would have done. Knows no job and no file.
 """
 
-import math
-import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
-from typing import Protocol
 
 import msgspec
 import torch
@@ -17,49 +12,29 @@ from torch import Tensor
 
 from kernels.triton import training_ops
 from runtime.events import (
-    Activity,
-    CheckpointEvent,
-    EvalEvent,
     FailedEvent,
-    FinishedEvent,
     GenerateEvent,
     PausedEvent,
-    ProgressEvent,
     RunEvent,
-    StepEvent,
 )
 from runtime.model.decoder import Decoder
 from runtime.model.model import Model
 from runtime.support.failpoints import failpoint
+from runtime.trainer.course import Course, Headway, Lost, MicroBatches, Watchdog
 from runtime.trainer.data.example import Example, collate
 from runtime.trainer.lora import TrainableLora, mix
 from runtime.trainer.losses import Score, make_loss
 from runtime.trainer.losses.loss import ReferenceScores
 from runtime.trainer.optimizer import Optimizer
-from runtime.trainer.recipe import Recipe
-from runtime.trainer.recipe.publish import higher_is_better, plain_metric
-from runtime.trainer.schedule import ExampleFeed, rate_factor, step_groups, watchdog_threshold
+from runtime.trainer.schedule import ExampleFeed, rate_factor, step_groups
 from runtime.trainer.sliced_run import MakeRun, RunSpec, SlicedRun, WriteAdapter
 from runtime.trainer.slices import Slice, Sliced, Slices, clock_of
 from runtime.trainer.snapshot import Restored, RunProgress, Snapshot
-from runtime.trainer.step import MicroStep
+from runtime.trainer.step import Micro, MicroStep
 
 # -- micro-steps -----------------------------------------------------------------------------------
 #
 # The work on one micro-batch, for either kind of model: our decoder, or transformers' modules.
-
-
-class Micro(Protocol):
-    """See `MicroStep`."""
-
-    score: Score
-    fraction: float
-    """Share of it that is done, from 0 to 1."""
-    reference: Tensor | None
-
-    def forward_backward(self, weight: float) -> Slices: ...
-
-    def evaluate(self) -> Slices: ...
 
 
 def micro_steps_of(model: Model) -> Callable[..., Micro]:
@@ -69,136 +44,6 @@ def micro_steps_of(model: Model) -> Callable[..., Micro]:
     from runtime.trainer.fallback_step import FallbackStep  # imports transformers, as the model has
 
     return FallbackStep
-
-
-# -- watchdog --------------------------------------------------------------------------------------
-#
-# Distinguishes a run that learns from one that is lost.
-
-
-class Lost(Exception):
-    """The run cannot recover, and must not be published."""
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
-        self.code = code
-
-
-class Watchdog:
-    """Checks the loss and the gradient's norm of every step."""
-
-    def __init__(self, recipe: Recipe, vocab_size: int, *, above: int = 0) -> None:
-        """`above`: see the attribute; for a run that is continued."""
-        self._threshold = watchdog_threshold(recipe, vocab_size)
-        self._patience = recipe.loss_watchdog_patience
-        self.above = above
-        """Steps in a row with a loss above the threshold."""
-
-    def check(self, step: int, loss: float, grad_norm: float) -> None:
-        """Raise `Lost` where the run cannot recover."""
-        for name, value in (("loss", loss), ("gradient", grad_norm)):
-            if not math.isfinite(value):
-                raise Lost("nan_loss", f"The {name} of step {step} is not a finite number ({value}).")
-        self.above = self.above + 1 if loss > self._threshold else 0
-        if self.above >= self._patience:
-            raise Lost(
-                "diverged",
-                f"The loss was above {self._threshold:.4g} for {self.above} steps in a row, "
-                f"and {loss:.4g} in step {step}.",
-            )
-
-
-# -- progress --------------------------------------------------------------------------------------
-#
-# Progress inside a step or an evaluation: how far it is, and how long the run will still take at this pace.
-
-# Without a step's end, progress is reported after this long, and again and again…
-FIRST_SECONDS = 5.0
-# …up to this far apart, in a run that takes long.
-MOST_SECONDS = 30.0
-# Steps over which their mean time is taken.
-_RECENT_STEPS = 20
-
-
-class Headway:
-    """Belongs to one run. Waits, pauses and evaluations do not count as a step's time."""
-
-    def __init__(
-        self, total_steps: int, report: Callable[[ProgressEvent], None], clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self._total_steps = total_steps
-        self._report = report
-        self._clock = clock
-        self._recent: deque[float] = deque(maxlen=_RECENT_STEPS)
-        self._started = self._said = self._began = clock()
-        self._activity: Activity = "train"
-        self._step = self._tokens = self._done = 0
-        self.tokens = 0.0
-        """Tokens of the step under way that are done, its pieces in part."""
-
-    def begin(self, activity: Activity, step: int, micro_batches: Sequence[Sequence[Example]]) -> None:
-        """Note that a step or an evaluation begins, after `step` steps."""
-        self._activity, self._step, self._done = activity, step, 0
-        self._tokens = sum(len(example) for examples in micro_batches for example in examples)
-        self._began = self._clock()
-
-    def end_step(self) -> None:
-        """Note that a step ended, and was reported."""
-        self._said = self._clock()
-        self._recent.append(self._said - self._began)
-        self.tokens = 0.0
-
-    def add(self, examples: Sequence[Example]) -> None:
-        """Note that a micro-batch is done, for a run that is not in slices."""
-        self._done += sum(map(len, examples))
-        self._look(self._done)
-
-    def watch(self, slices: Slices, micro: Micro, examples: Sequence[Example]) -> Slices:
-        """The slices of a micro-batch as they are, with reports in between where time has passed."""
-        tokens = sum(map(len, examples))
-        with closing(slices):
-            wanted = next(slices, None)
-            while wanted is not None:
-                granted = yield wanted
-                try:
-                    wanted = slices.send(granted)
-                except StopIteration:
-                    break
-                self._look(self._done + micro.fraction * tokens)
-        self._done += tokens
-
-    def _look(self, tokens: float) -> None:
-        self.tokens = tokens if self._activity == "train" else 0.0
-        now = self._clock()
-        if now - self._said < min(MOST_SECONDS, max(FIRST_SECONDS, (now - self._started) / 10)):
-            return
-        self._said = now
-        fraction = min(1.0, tokens / max(1, self._tokens))
-        self._report(
-            ProgressEvent(
-                step=self._step,
-                total_steps=self._total_steps,
-                activity=self._activity,
-                fraction=fraction,
-                seconds=now - self._began,
-                seconds_left=self._left(fraction, now - self._began),
-            )
-        )
-
-    def _left(self, fraction: float, seconds: float) -> float | None:
-        """Seconds that the run will still take; None while the time of a step is unknown."""
-        training = self._activity == "train"
-        if self._recent and training:  # the step that is under way counts too: it may be slower than all before it
-            each = (sum(self._recent) + seconds) / (len(self._recent) + fraction)
-        elif self._recent:
-            each = sum(self._recent) / len(self._recent)
-        elif training and fraction > 0:
-            each = seconds / fraction
-        else:
-            return None
-        steps = self._total_steps - self._step - (fraction if training else 0.0)
-        rest = 0.0 if training or not fraction else seconds * (1 / fraction - 1)
-        return max(0.0, steps * each + rest)
 
 
 # -- memory ----------------------------------------------------------------------------------------
@@ -220,25 +65,6 @@ def halve(micro_batches: Sequence[Sequence[Example]], group_size: int = 1) -> li
         middle = (len(examples) // group_size + 1) // 2 * group_size
         halves += [part for part in (examples[:middle], examples[middle:]) if part]
     return halves
-
-
-MicroBatches = Sequence[Sequence[Example]]
-
-
-def is_better(recipe: Recipe, metrics: Mapping[str, float], progress: RunProgress) -> bool:
-    """True if an evaluation is better than all before it, whose best value then is this one's."""
-    name = plain_metric(recipe.metric_for_best_model)
-    value = metrics.get(name, math.nan)
-    rises = higher_is_better(name) if recipe.greater_is_better is None else recipe.greater_is_better
-    best = progress.best_value
-    if math.isnan(value) or not (best is None or (value > best if rises else value < best)):
-        return False
-    progress.best_value = value
-    return True
-
-
-MAX_EXPONENT = 700.0
-"""Loss above which perplexity is the largest number that is shown."""
 
 
 class TrainingRun(SlicedRun):
@@ -292,6 +118,7 @@ class TrainingRun(SlicedRun):
         if spec.recipe.neftune_noise_alpha and not getattr(decoder, "separable", True):
             raise ValueError("neftune_noise_alpha is not possible with this model: its embeddings cannot be told apart")
         self._watchdog = Watchdog(spec.recipe, decoder.spec.vocab_size, above=self._progress.steps_above)
+        self._course = Course(spec.recipe, spec.schedule, self._loss, self._progress, bool(test))
         super().__init__(on_event, clock, whole=whole)
         self.pacer.learn(self._progress.rates)
 
@@ -335,7 +162,7 @@ class TrainingRun(SlicedRun):
         again, self._progress.evaluating = self._progress.evaluating, False
         if self._progress.step and again:
             return (yield from self._after_step())
-        if not self._progress.step and self._test and self._spec.recipe.measures_base:
+        if self._course.measures_first:
             yield from self._measure()
         return False
 
@@ -343,27 +170,10 @@ class TrainingRun(SlicedRun):
         began, busy = self._clock(), self.pacer.busy_seconds
         for epoch, group in self._groups():
             score, norm = yield from self._step(group)
-            progress = self._progress
-            progress.step += 1
             now, now_busy = self._clock(), self.pacer.busy_seconds
-            tokens = sum(len(example) for micro in group for example in micro)
-            progress.tokens += tokens
-            progress.trained_tokens += score.tokens
-            self._on_event(
-                StepEvent(
-                    step=progress.step,
-                    epoch=epoch,
-                    loss=score.mean,
-                    learning_rate=self._spec.learning_rate(progress.step),
-                    grad_norm=norm,
-                    tokens=tokens,
-                    trained_tokens=score.tokens,
-                    accuracy=score.accuracy,
-                    seconds=now - began,
-                    busy_seconds=now_busy - busy,
-                    metrics=self._loss.summary(score.metrics),
-                )
-            )
+            seconds, busy_seconds = now - began, now_busy - busy
+            event = self._course.end_step(epoch, group, score, norm, seconds=seconds, busy_seconds=busy_seconds)
+            self._on_event(event)
             self._headway.end_step()
             began, busy = now, now_busy
             if (yield from self._after_step()):
@@ -428,15 +238,13 @@ class TrainingRun(SlicedRun):
 
     def _after_step(self) -> Sliced[bool]:
         """Evaluate, capture and stand still where that is due; True when the run should end early."""
-        schedule, progress = self._spec.schedule, self._progress
-        stop = False
-        last = progress.step == schedule.total_steps
-        if self._test and schedule.eval_every and (progress.step % schedule.eval_every == 0 or last):
+        course, stop = self._course, False
+        if course.evaluates:
             stop = yield from self._evaluate()
-        if schedule.save_every and progress.step % schedule.save_every == 0 and not last and not stop:
+        if course.saves and not stop:
             yield from self._capture()
-            self._on_event(CheckpointEvent(step=progress.step, best=progress.best_step == progress.step))
-        if self._pause_asked and not last and not stop:
+            self._on_event(course.checkpoint())
+        if self._pause_asked and not course.at_end and not stop:
             yield from self._stand_still()
         return stop
 
@@ -449,15 +257,9 @@ class TrainingRun(SlicedRun):
 
     def _evaluate(self) -> Sliced[bool]:
         """Measure the parameters, and remember the best; True when they have not improved for too long."""
-        metrics = yield from self._measure()
-        progress, recipe = self._progress, self._spec.recipe
-        if is_better(recipe, metrics, progress):
-            progress.best_step, progress.worse_evals = progress.step, 0
-            self._best = self._lora.capture() if recipe.load_best_model_at_end else None
-        else:
-            progress.worse_evals += 1
-        patience = recipe.early_stopping_patience
-        return patience is not None and progress.worse_evals >= patience
+        if self._course.is_best((yield from self._measure())):
+            self._best = self._lora.capture() if self._spec.recipe.load_best_model_at_end else None
+        return self._course.stops_early
 
     def _measure(self) -> Sliced[Mapping[str, float]]:
         """Score the held-out rows, and have answers generated where the recipe asks for them; all metrics by name."""
@@ -472,14 +274,10 @@ class TrainingRun(SlicedRun):
             yield from self._headway.watch(micro.evaluate(), micro, examples)
             self._keep_reference(examples, micro)
             total.add(micro.score)
-        metrics = dict(self._loss.summary(total.metrics))
-        if self._spec.recipe.rl is None:
-            metrics["perplexity"] = math.exp(min(total.mean, MAX_EXPONENT))
+        metrics = self._course.metrics_of(total)
         if self._spec.recipe.num_generated:
             metrics |= yield from self._generated()
-        event = EvalEvent(
-            step=self._progress.step, loss=total.mean, accuracy=total.accuracy, tokens=total.tokens, metrics=metrics
-        )
+        event = self._course.evaluation(total, metrics)
         self._on_event(event)
         return event.named
 
@@ -500,18 +298,10 @@ class TrainingRun(SlicedRun):
             self._progress.evaluating = False
 
     def _finish(self) -> Slices:
-        progress = self._progress
-        if self._test and not self._spec.schedule.eval_every:
+        if self._course.evaluates_last:
             yield from self._evaluate()
-        done = progress.step == self._spec.schedule.total_steps
         yield from self._capture(last=True)
-        self._on_event(
-            FinishedEvent(
-                step=progress.step,
-                best_step=(self._spec.recipe.load_best_model_at_end and progress.best_step) or progress.step,
-                reason="done" if done else "early_stopping",
-            )
-        )
+        self._on_event(self._course.finished())
 
     def _capture(self, *, last: bool = False, adapter_only: bool = False) -> Slices:
         """Add a snapshot, once there is room for it (`bound_untaken`). `last`: nothing continues from here, so the

@@ -23,7 +23,7 @@ from runtime.support.memory import give_back_memory
 from runtime.trainer.lora import StartUse, Targets, adapter_of
 from runtime.trainer.recipe import Recipe
 from runtime.trainer.recipe.rules import beta_of
-from runtime.trainer.schedule import ExampleFeed, Schedule, rate_factor
+from runtime.trainer.schedule import ExampleFeed, Schedule
 from runtime.trainer.share import TrainingShare
 from runtime.trainer.slices import FairQueue, Pacer, Slices
 from runtime.trainer.snapshot import Restored, Snapshot
@@ -107,10 +107,6 @@ class RunSpec:
         """Parameters that a run captured, as an adapter to serve or to write."""
         subtracted = self.start == "subtracted"
         return adapter_of(captured, self.targets, self.shape, self.rows, subtracted=subtracted)
-
-    def learning_rate(self, step: int) -> float:
-        """Learning rate of a step, from 1."""
-        return self.recipe.learning_rate * rate_factor(self.recipe, self.schedule, step)
 
 
 WriteAdapter = Callable[[Path, Adapter], None]

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +19,19 @@ from runtime.trainer.token_rows import InitialRows
 
 # Cost of a layer's backward pass, in forward passes of it.
 BACKWARD_COST = 2
+
+
+class Micro(Protocol):
+    """See `MicroStep`."""
+
+    score: Score
+    fraction: float
+    """Share of it that is done, from 0 to 1."""
+    reference: Tensor | None
+
+    def forward_backward(self, weight: float) -> Slices: ...
+
+    def evaluate(self) -> Slices: ...
 
 
 def noisy(hidden: Tensor, batch: MicroBatch, alpha: float, seed: int) -> Tensor:

@@ -8,9 +8,9 @@ import pytest
 
 from runtime.events import EvalEvent, ProgressEvent, RunEvent, StepEvent
 from runtime.model.decoder import Decoder
+from runtime.trainer.course import FIRST_SECONDS, MOST_SECONDS, Headway
 from runtime.trainer.data.example import Example
 from runtime.trainer.losses import Score
-from runtime.trainer.run import FIRST_SECONDS, MOST_SECONDS, Headway
 from runtime.trainer.slices import Slice, Slices
 from tests.trainer.tiny_training import drive, examples, load_decoder, make_run, run_spec
 
@@ -170,8 +170,8 @@ def decoder(tiny_model: Path) -> Decoder:
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_run_reports_within_its_steps(decoder: Decoder, checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """With no time between two reports: after each slice, ever more of the step, to its end."""
-    monkeypatch.setattr("runtime.trainer.run.FIRST_SECONDS", 0.0)
-    monkeypatch.setattr("runtime.trainer.run.MOST_SECONDS", 0.0)
+    monkeypatch.setattr("runtime.trainer.course.FIRST_SECONDS", 0.0)
+    monkeypatch.setattr("runtime.trainer.course.MOST_SECONDS", 0.0)
     events: list[RunEvent] = []
     spec = run_spec(decoder, total_steps=2, warmup_steps=0, gradient_checkpointing=checkpointing, eval_every=1)
     drive(make_run(decoder, spec, events, data=examples(8), test=[examples(2, seed=9)] * 2))

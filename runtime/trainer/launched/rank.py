@@ -18,9 +18,10 @@ from msgspec import Struct
 from safetensors.torch import save_file
 from torch import Tensor
 
-from runtime.events import CheckpointEvent, EvalEvent, FailedEvent, FinishedEvent, PausedEvent, RunEvent, StepEvent
+from runtime.events import FailedEvent, PausedEvent, RunEvent
 from runtime.support.durable import replacing, write_with
 from runtime.support.failpoints import failpoint
+from runtime.trainer.course import Course, Headway, Lost, MicroBatches, Watchdog
 from runtime.trainer.data.example import Example
 from runtime.trainer.launched.files import PAUSE, JobFolder, LaunchSpec, RankReport, framed, newest_checkpoint
 from runtime.trainer.launched.ranks import Ranks
@@ -36,8 +37,7 @@ from runtime.trainer.launched.weights import (
     write_snapshot,
 )
 from runtime.trainer.losses import Score, make_loss
-from runtime.trainer.run import MAX_EXPONENT, Headway, Lost, MicroBatches, Watchdog, is_better
-from runtime.trainer.schedule import rate_factor, step_groups
+from runtime.trainer.schedule import step_groups
 from runtime.trainer.sliced_run import LossSpec
 
 DDP_TIMEOUT = 1800
@@ -81,6 +81,7 @@ class LaunchedRank:
         self._progress = LaunchedProgress()
         self._restore()
         self._watchdog = Watchdog(spec.recipe, spec.vocab_size, above=self._progress.steps_above)
+        self._course = Course(spec.recipe, spec.schedule, self._loss, self._progress, bool(self._feed.test))
         self._headway = Headway(spec.schedule.total_steps, report)
         self._asked = False
         self._captured = 0
@@ -120,7 +121,7 @@ class LaunchedRank:
 
     def _train(self) -> None:
         recipe = self._recipe
-        if not self._progress.step and self._feed.test and recipe.measures_base:
+        if self._course.measures_first:
             self._measure()
         began = time.monotonic()
         size = recipe.gradient_accumulation_steps * self._ranks.size
@@ -128,27 +129,9 @@ class LaunchedRank:
         for epoch, group in step_groups(self._feed.epoch, size, total=total, done=self._progress.step):
             failpoint("launched.step", self._progress.step + 1)
             score, norm = self._step(group)
-            progress = self._progress
-            progress.step += 1
-            tokens = sum(len(example) for micro in group for example in micro)
-            progress.tokens += tokens
-            progress.trained_tokens += score.tokens
             now = time.monotonic()
-            self._report(
-                StepEvent(
-                    step=progress.step,
-                    epoch=epoch,
-                    loss=score.mean,
-                    learning_rate=recipe.learning_rate * rate_factor(recipe, self._schedule, progress.step),
-                    grad_norm=norm,
-                    tokens=tokens,
-                    trained_tokens=score.tokens,
-                    accuracy=score.accuracy,
-                    seconds=now - began,
-                    busy_seconds=now - began,
-                    metrics=self._loss.summary(score.metrics),
-                )
-            )
+            seconds = now - began
+            self._report(self._course.end_step(epoch, group, score, norm, seconds=seconds, busy_seconds=seconds))
             self._headway.end_step()
             began = now
             stop = self._after_step()
@@ -171,7 +154,7 @@ class LaunchedRank:
             if not idle:
                 score.add(found)
                 self._headway.add(examples)
-        norm = self._model.step(self._recipe.learning_rate * rate_factor(self._recipe, self._schedule, step))
+        norm = self._model.step(self._course.rate(step))
         total = self._sum(score)
         if not math.isfinite(norm):
             norm = self._overflown(norm)
@@ -222,30 +205,21 @@ class LaunchedRank:
 
     def _after_step(self) -> bool | None:
         """Evaluate and capture where that is due. True when the run should end early, None when it is paused."""
-        schedule, progress = self._schedule, self._progress
-        stop = False
-        last = progress.step == schedule.total_steps
-        if self._feed.test and schedule.eval_every and (progress.step % schedule.eval_every == 0 or last):
+        course, stop = self._course, False
+        if course.evaluates:
             stop = self._evaluate()
-        if schedule.save_every and progress.step % schedule.save_every == 0 and not last and not stop:
-            name = self._capture()
-            self._report(CheckpointEvent(step=progress.step, best=progress.best_step == progress.step), name)
-        if self._asked and not last and not stop:
-            self._report(PausedEvent(step=progress.step), self._capture())
+        if course.saves and not stop:
+            self._report(course.checkpoint(), self._capture())
+        if self._asked and not course.at_end and not stop:
+            self._report(PausedEvent(step=self._progress.step), self._capture())
             return None
         return stop
 
     def _evaluate(self) -> bool:
         """Measure the parameters, and keep the best; True when they have not improved for too long."""
-        metrics, progress, recipe = self._measure(), self._progress, self._recipe
-        if is_better(recipe, metrics, progress):
-            progress.best_step, progress.worse_evals = progress.step, 0
-            if recipe.load_best_model_at_end:
-                self._keep_best()
-        else:
-            progress.worse_evals += 1
-        patience = recipe.early_stopping_patience
-        return patience is not None and progress.worse_evals >= patience
+        if self._course.is_best(self._measure()) and self._recipe.load_best_model_at_end:
+            self._keep_best()
+        return self._course.stops_early
 
     def _keep_best(self) -> None:
         parameters = self._model.parameters()
@@ -269,24 +243,15 @@ class LaunchedRank:
                 score.add(score_of(self._loss, batch, value_of(self._loss, batch, logprobs, reference), correct))
                 self._headway.add(examples)
         total = self._sum(score)
-        metrics = dict(self._loss.summary(total.metrics))
-        if self._recipe.rl is None:
-            metrics["perplexity"] = math.exp(min(total.mean, MAX_EXPONENT))
-        event = EvalEvent(
-            step=self._progress.step, loss=total.mean, accuracy=total.accuracy, tokens=total.tokens, metrics=metrics
-        )
+        event = self._course.evaluation(total, self._course.metrics_of(total))
         self._report(event)
         return event.named
 
     def _finish(self) -> None:
-        progress = self._progress
-        if self._feed.test and not self._schedule.eval_every:
+        if self._course.evaluates_last:
             self._evaluate()
-        done = progress.step == self._schedule.total_steps
         name = self._capture(last=True)
-        reason = "done" if done else "early_stopping"
-        best = (self._recipe.load_best_model_at_end and progress.best_step) or progress.step
-        self._report(FinishedEvent(step=progress.step, best_step=best, reason=reason), name)
+        self._report(self._course.finished(), name)
 
     def _capture(self, *, last: bool = False) -> str:
         """Write a snapshot; returns the name of its folder."""
