@@ -1,4 +1,4 @@
-"""Rows of feedback: what people said of answers. Retention deletes the oldest, by age and by number.
+"""Rows of feedback: what people said of answers. RowRetention deletes the oldest, by age and by number.
 
 A row holds the texts that its sender put into it, and no others: nothing of a request or an answer is looked up.
 """
@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Struct
 
 from runtime.errors import NotFound
-from runtime.support.database import Database, select_page
+from runtime.support.database import Database, RowRetention, select_page
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS feedback (
@@ -30,8 +30,6 @@ CREATE INDEX IF NOT EXISTS feedback_by_age ON feedback (created_at);
 
 MAX_NUMBER = 2**62
 """Above the number of every row."""
-
-_DUE = "created_at < ? OR number IN (SELECT number FROM feedback ORDER BY number DESC LIMIT -1 OFFSET ?)"
 
 
 class FeedbackMessage(Struct, frozen=True, kw_only=True):
@@ -75,9 +73,10 @@ class FeedbackStore:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._database = database
-        self._keep_seconds = keep_seconds
-        self._max_rows = max_rows
         self._clock = clock
+        self._retention = RowRetention(
+            "feedback", "number DESC", keep_seconds=keep_seconds, max_rows=max_rows, clock=clock
+        )
 
     async def add(self, feedback: Feedback, owner: str) -> Feedback:
         """Store it, with an id and the time, and delete what retention says. `owner`: label of its sender's key. Raises
@@ -90,7 +89,7 @@ class FeedbackStore:
                 "INSERT INTO feedback (id, owner, created_at, model, data) VALUES (?, ?, ?, ?, ?)",
                 (stored.id, owner, stored.created_at, stored.model, data),
             )
-            self._delete_due(connection)
+            self._retention.delete(connection)
 
         await self._database.call(work)
         return stored
@@ -134,20 +133,11 @@ class FeedbackStore:
 
     async def due(self) -> int:
         """Number of rows that retention deletes. Raises `StorageUnavailable`."""
-        query = f"SELECT count(*) FROM feedback WHERE {_DUE}"
-        return await self._database.call(lambda c: int(c.execute(query, self._limits()).fetchone()[0]))
+        return await self._database.call(self._retention.count)
 
     async def prune(self) -> int:
         """Delete what retention says; the number of rows. Raises `StorageUnavailable`."""
-        return await self._database.call(self._delete_due)
-
-    def _delete_due(self, connection: sqlite3.Connection) -> int:
-        return connection.execute(f"DELETE FROM feedback WHERE {_DUE}", self._limits()).rowcount
-
-    def _limits(self) -> tuple[float, int]:
-        """Time of the oldest row that is kept, and the most rows."""
-        oldest = float("-inf") if self._keep_seconds is None else self._clock() - self._keep_seconds
-        return oldest, self._max_rows
+        return await self._database.call(self._retention.delete)
 
 
 def _decode(row: sqlite3.Row) -> Feedback:

@@ -1,6 +1,6 @@
 """Rows of stored responses. Each belongs to the holder of the key that made it; others do not see it.
 
-A conversation is a chain: each response names the one before it. Retention deletes the oldest, by age and by number.
+A conversation is a chain: each response names the one before it. RowRetention deletes the oldest, by age and by number.
 """
 
 import sqlite3
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from msgspec import Struct
 
 from runtime.errors import InvalidRequest, NotFound
-from runtime.support.database import Database
+from runtime.support.database import Database, RowRetention
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS responses (
@@ -28,7 +28,6 @@ MAX_CHAIN = 1000
 """Most responses of a conversation."""
 
 _INSERT = "INSERT OR REPLACE INTO responses VALUES (?, ?, ?, ?, ?, ?)"
-_DUE = "created_at < ? OR id IN (SELECT id FROM responses ORDER BY created_at DESC, rowid DESC LIMIT -1 OFFSET ?)"
 _COLUMNS = "id, tenant, created_at, previous_id, input, response"
 
 
@@ -55,9 +54,9 @@ class ResponseStore:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._database = database
-        self._keep_seconds = keep_seconds
-        self._max_responses = max_responses
-        self._clock = clock
+        self._retention = RowRetention(
+            "responses", "created_at DESC, rowid DESC", keep_seconds=keep_seconds, max_rows=max_responses, clock=clock
+        )
 
     async def put(self, stored: StoredResponse) -> None:
         """Store a response, or its newer state, and delete what retention says. Raises `StorageUnavailable`."""
@@ -67,26 +66,17 @@ class ResponseStore:
                 _INSERT,
                 (stored.id, stored.tenant, stored.created_at, stored.previous_id, stored.input, stored.response),
             )
-            self._delete_due(connection)
+            self._retention.delete(connection)
 
         await self._database.call(work)
 
     async def due(self) -> int:
         """Number of the responses that retention deletes. Raises `StorageUnavailable`."""
-        query = f"SELECT count(*) FROM responses WHERE {_DUE}"
-        return await self._database.call(lambda c: int(c.execute(query, self._limits()).fetchone()[0]))
+        return await self._database.call(self._retention.count)
 
     async def prune(self) -> int:
         """Delete what retention says; the number of responses. Raises `StorageUnavailable`."""
-        return await self._database.call(self._delete_due)
-
-    def _delete_due(self, connection: sqlite3.Connection) -> int:
-        return connection.execute(f"DELETE FROM responses WHERE {_DUE}", self._limits()).rowcount
-
-    def _limits(self) -> tuple[float, int]:
-        """Time of the oldest response that is kept, and the most responses."""
-        oldest = float("-inf") if self._keep_seconds is None else self._clock() - self._keep_seconds
-        return oldest, self._max_responses
+        return await self._database.call(self._retention.delete)
 
     async def get(self, id: str, tenant: str) -> StoredResponse:
         """Raises `NotFound`."""

@@ -9,6 +9,7 @@ import errno
 import fcntl
 import os
 import sqlite3
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -292,6 +293,40 @@ def select_page(
     values = [value for some in conditions.values() for value in some]
     found = connection.execute(query, (*values, limit + 1)).fetchall()
     return found[:limit], len(found) > limit
+
+
+class RowRetention:
+    """Retention of the rows of a table with a column `created_at`: by age, and by number."""
+
+    def __init__(
+        self,
+        table: str,
+        order: str,
+        *,
+        keep_seconds: float | None,
+        max_rows: int,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """`order`: SQL by which the newest rows come first; None as `keep_seconds`: rows do not age."""
+        self._due = (
+            f"FROM {table} WHERE created_at < ? "
+            f"OR rowid IN (SELECT rowid FROM {table} ORDER BY {order} LIMIT -1 OFFSET ?)"
+        )
+        self._keep_seconds = keep_seconds
+        self._max_rows = max_rows
+        self._clock = clock
+
+    def count(self, connection: sqlite3.Connection) -> int:
+        """Number of rows that are due."""
+        return int(connection.execute(f"SELECT count(*) {self._due}", self._limits()).fetchone()[0])
+
+    def delete(self, connection: sqlite3.Connection) -> int:
+        """Delete the rows that are due; returns their number."""
+        return connection.execute(f"DELETE {self._due}", self._limits()).rowcount
+
+    def _limits(self) -> tuple[float, int]:
+        oldest = float("-inf") if self._keep_seconds is None else self._clock() - self._keep_seconds
+        return oldest, self._max_rows
 
 
 def _primary(error: sqlite3.Error) -> int:
