@@ -1,4 +1,4 @@
-"""Rows of feedback: what people said of answers. RowRetention deletes the oldest, by age and by number.
+"""Rows of feedback: what people said of answers. Retention deletes the oldest, by age and by number.
 
 A row holds the texts that its sender put into it, and no others: nothing of a request or an answer is looked up.
 """

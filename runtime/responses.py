@@ -1,6 +1,6 @@
 """Rows of stored responses. Each belongs to the holder of the key that made it; others do not see it.
 
-A conversation is a chain: each response names the one before it. RowRetention deletes the oldest, by age and by number.
+A conversation is a chain: each response names the one before it. Retention deletes the oldest, by age and by number.
 """
 
 import sqlite3

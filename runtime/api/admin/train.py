@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from multipart import parse_options_header
 
 from runtime.api.admin.views import DryRun, JobDetail, job_detail
-from runtime.api.docs import BINARY, FORM, QUERY
+from runtime.api.docs import ANSWERS, BINARY, FLAG, FORM, QUERY
 from runtime.api.handle import AnyRequest, Api, api_of
 from runtime.api.http.auth import TRAIN
 from runtime.api.http.body import check_encoding, check_typed, content_type, receive_all, receive_chunks
@@ -253,10 +253,13 @@ def _checked_name(segment: Any) -> str:
 MAX_KEY = 255
 """Characters of an idempotency key."""
 
+SUBMITTED = {200: (JobDetail, DryRun), 201: (JobDetail,), 202: (JobDetail,)}
+"""What a submission may be answered with."""
+
 
 @post(
     "/admin/train",
-    opt={TRAIN: True, FORM: _TRAIN_FORM, QUERY: {"dry_run": {"enum": ["0", "1"]}}},
+    opt={TRAIN: True, FORM: _TRAIN_FORM, QUERY: {"dry_run": FLAG}, ANSWERS: SUBMITTED},
     status_code=201,
 )
 async def train(request: AnyRequest) -> Response[JobDetail | DryRun]:
