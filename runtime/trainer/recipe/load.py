@@ -21,6 +21,7 @@ from runtime.trainer.recipe.keys import (
     Refused,
     is_off,
     modernise,
+    notes_of,
 )
 from runtime.trainer.recipe.launch import FSDP_NOTED, NO_ADAPTER, launch_notes, launch_of, launch_problems
 from runtime.trainer.recipe.publish import (
@@ -43,7 +44,6 @@ from runtime.trainer.recipe.rules import (
 from runtime.trainer.recipe.schema import ADAPTER_KEYS, DATA_GROUPS, INTERNAL, Recipe
 from runtime.trainer.recipe.types import ROLES, role_names, unknown_roles
 from runtime.trainer.recipe.values import FsdpConfig
-from runtime.trainer.recipe.verdicts import notes_of
 from settings import suggest
 
 # -- convert ---------------------------------------------------------------------------------------
