@@ -48,6 +48,7 @@ from runtime.api.openai.tokenize import detokenize, tokenize, tokenizer_info
 from runtime.api.operations import get_version, health, load, metrics_handler, ping, ready, reset_cache
 from runtime.api.page.routes import index_page, page_file
 from runtime.api.responses import routes as responses
+from runtime.api.responses.sockets import ResponseSockets
 from runtime.support.event_loop import running
 from settings.schema import Settings
 
@@ -146,6 +147,7 @@ def create_app(
     )
     if settings.server.root_path:
         app.asgi_handler = Prefixed(app.asgi_handler, settings.server.root_path)
+    app.asgi_handler = ResponseSockets(app.asgi_handler, settings.server)
     return app
 
 

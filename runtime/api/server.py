@@ -27,7 +27,7 @@ from runtime.access.keys import KeysFileError
 from runtime.api.app import create_app
 from runtime.api.handle import ServiceHandle
 from runtime.api.http.acceptor import Acceptor, connections_for, raise_descriptor_limit
-from runtime.api.http.protocol import MAX_HEADERS, Protocol
+from runtime.api.http.protocol import MAX_HEADERS, Protocol, SocketProtocol
 from runtime.api.supervisor import Reloader, notify
 from runtime.support.event_loop import cancel
 from runtime.support.logs import configure, get_logger
@@ -343,7 +343,9 @@ def _config(
     return uvicorn.Config(
         create_app(handle, settings, access, origins=origins),
         http=protocol,
-        ws="none",
+        ws=SocketProtocol.configured(write_timeout=server.write_timeout),
+        ws_max_size=server.max_body,
+        ws_per_message_deflate=False,  # a small message could become one of gigabytes
         lifespan="on",
         log_config=None,
         access_log=False,  # ours is `runtime.api.http.observe`
