@@ -45,7 +45,17 @@ from runtime.api.openai.invocations import invoke
 from runtime.api.openai.models import delete_model, list_models, retrieve_model
 from runtime.api.openai.scores import rerank, score
 from runtime.api.openai.tokenize import detokenize, tokenize, tokenizer_info
-from runtime.api.operations import get_version, health, load, metrics_handler, ping, ready, reset_cache
+from runtime.api.operations import (
+    drain,
+    end_drain,
+    get_version,
+    health,
+    load,
+    metrics_handler,
+    ping,
+    ready,
+    reset_cache,
+)
 from runtime.api.page.routes import index_page, page_file
 from runtime.api.responses import routes as responses
 from runtime.api.responses.sockets import ResponseSockets
@@ -120,6 +130,8 @@ def create_app(
             *system.ROUTES,
             *feedback.ROUTES,
             reset_cache,
+            drain,
+            end_drain,
             metrics_handler(public=settings.server.public_metrics),
             *((index_page, page_file) if settings.server.page_enabled else ()),
         ],

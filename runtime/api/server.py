@@ -228,7 +228,7 @@ async def _drain(service: "EngineService", jobs: "JobManager | None", timeout: f
     second signal."""
     notify("STOPPING=1")
     _log.info("draining", timeout_s=timeout, running=service.num_running, waiting=service.num_waiting)
-    service.drain()
+    service.drain(leaving=True)
     draining = asyncio.ensure_future(_stop(service, jobs, timeout))
     hurry = asyncio.ensure_future(server.hurry.wait())
     await asyncio.wait((draining, hurry), return_when=asyncio.FIRST_COMPLETED)
