@@ -121,13 +121,13 @@ class DrainState(Struct):
 
     draining: bool
     running: int
-    """Sequences; training and stored batches go on."""
+    """Sequences. Training goes on; batches wait."""
     waiting: int
 
 
 @post("/admin/drain", status_code=200, opt={ADMIN: True})
 async def drain(request: AnyRequest) -> DrainState:
-    """Take no new requests: they get 503, and /ready says so. What is at work goes on."""
+    """Take no new requests: they get 503, and /ready says so. What is at work goes on, training too; batches wait."""
     api_of(request).handle.require().drain()
     return _drain_state(request)
 

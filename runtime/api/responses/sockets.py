@@ -149,6 +149,8 @@ class _Connection:
         self._waiting: asyncio.Queue[bytes | None] = asyncio.Queue()
         self._waiting_bytes = 0
         self._gone = asyncio.Event()
+        self._sending = asyncio.Lock()
+        self._closed = False
 
     async def run(self) -> None:
         """Answer message after message, until the client leaves or the connection is too old."""
@@ -211,11 +213,16 @@ class _Connection:
         await self._gone.wait()
 
     async def say(self, data: bytes) -> None:
-        """Send JSON as a text. Raises `OSError` when the client is gone."""
-        await self._send({"type": "websocket.send", "text": data.decode(), "bytes": None})
+        """Send JSON as a text. Raises `OSError` when the connection is closed."""
+        async with self._sending:
+            if self._closed:
+                raise ConnectionError("This connection is closed.")
+            await self._send({"type": "websocket.send", "text": data.decode(), "bytes": None})
 
     async def _close(self, code: int, reason: str) -> None:
-        await self._send({"type": "websocket.close", "code": code, "reason": reason})
+        async with self._sending:
+            self._closed = True
+            await self._send({"type": "websocket.close", "code": code, "reason": reason})
 
 
 class _Turn:
