@@ -28,6 +28,7 @@ from runtime.api.app import create_app
 from runtime.api.handle import ServiceHandle
 from runtime.api.http.acceptor import Acceptor, connections_for, raise_descriptor_limit
 from runtime.api.http.protocol import MAX_HEADERS, Protocol, SocketProtocol
+from runtime.api.responses.sockets import socket_paths
 from runtime.api.supervisor import Reloader, notify
 from runtime.support.event_loop import cancel
 from runtime.support.logs import configure, get_logger
@@ -339,7 +340,11 @@ def _config(
     settings: Settings, handle: ServiceHandle, access: Access, origins: Mapping[str, str] | None
 ) -> uvicorn.Config:
     server = settings.server
-    protocol = Protocol.configured(header_timeout=server.header_timeout, write_timeout=server.write_timeout)
+    protocol = Protocol.configured(
+        header_timeout=server.header_timeout,
+        write_timeout=server.write_timeout,
+        socket_paths=socket_paths(server.root_path),
+    )
     return uvicorn.Config(
         create_app(handle, settings, access, origins=origins),
         http=protocol,

@@ -10,7 +10,7 @@ import contextlib
 import fcntl
 import sys
 import termios
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, ClassVar, cast
 
 import h11
@@ -70,6 +70,8 @@ class Protocol(H11Protocol):
 
     header_timeout: ClassVar[float]
     write_timeout: ClassVar[float]
+    socket_paths: ClassVar[Collection[str]]
+    """Paths at which a connection may become a WebSocket."""
 
     on_lost: Callable[[], None] | None = None
     """Called once the connection is gone."""
@@ -79,9 +81,11 @@ class Protocol(H11Protocol):
     _unsent = 0
 
     @classmethod
-    def configured(cls, *, header_timeout: float, write_timeout: float) -> type["Protocol"]:
-        deadlines = {"header_timeout": header_timeout, "write_timeout": write_timeout}
-        return type("ConfiguredProtocol", (cls,), deadlines)
+    def configured(
+        cls, *, header_timeout: float, write_timeout: float, socket_paths: Collection[str] = ()
+    ) -> type["Protocol"]:
+        fields = {"header_timeout": header_timeout, "write_timeout": write_timeout, "socket_paths": socket_paths}
+        return type("ConfiguredProtocol", (cls,), fields)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         lingering = LingeringTransport(transport, self._has_unread_input)
@@ -138,6 +142,13 @@ class Protocol(H11Protocol):
             self._send_error(error)
         except h11.LocalProtocolError:  # an answer has begun already
             self.transport.abort()
+
+    def _should_upgrade(self) -> bool:
+        """True for a whole handshake where there is a WebSocket. Elsewhere `Upgrade` is ignored, as RFC 9110 has it,
+        and the request is answered as it is."""
+        headers = dict(self.headers)
+        whole = b"sec-websocket-key" in headers and headers.get(b"sec-websocket-version", b"").strip() == b"13"
+        return whole and self.scope["path"] in self.socket_paths and super()._should_upgrade()
 
     def handle_websocket_upgrade(self, event: h11.Request) -> None:
         """Hand the connection over to a `SocketProtocol`."""

@@ -76,6 +76,11 @@ def memory_of(connection: ASGIConnection[Any, Any, Any, Any]) -> SocketMemory | 
     return found
 
 
+def socket_paths(root_path: str) -> frozenset[str]:
+    """Paths with a WebSocket, with the prefix of a proxy and without it."""
+    return frozenset({PATH, root_path + PATH})
+
+
 # -- connections -----------------------------------------------------------------------------------
 
 
@@ -85,7 +90,7 @@ class ResponseSockets:
     def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
         self._app = app
         self._settings = settings
-        self._paths = (PATH, settings.root_path + PATH)
+        self._paths = socket_paths(settings.root_path)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "websocket":

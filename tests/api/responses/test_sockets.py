@@ -325,10 +325,10 @@ async def test_each_turn_counts_among_the_limits_of_its_key(service: FakeService
 class Client:
     """A WebSocket of wsproto's, which blocks."""
 
-    def __init__(self, address: tuple[str, int], path: str = PATH) -> None:
+    def __init__(self, address: tuple[str, int], *headers: tuple[bytes, bytes]) -> None:
         self._socket = socket.create_connection(address, timeout=20)
         self._connection = WSConnection(ConnectionType.CLIENT)
-        self.send(Request(host=f"{address[0]}:{address[1]}", target=path))
+        self.send(Request(host=f"{address[0]}:{address[1]}", target=PATH, extra_headers=list(headers)))
         self._events = iter(())
 
     def send(self, event: Any) -> None:
@@ -371,12 +371,19 @@ def test_a_real_socket(server: RunningServer) -> None:
 
 
 def test_a_real_handshake_is_refused_with_the_reason(server: RunningServer) -> None:
-    client = Client(server.address, "/v1/models")
+    client = Client(server.address, (b"Origin", b"http://evil.example"))
     refused, body = client.next(), client.next()
     assert isinstance(refused, RejectConnection)
     assert isinstance(body, RejectData)
-    assert refused.status_code == 404
-    assert json.loads(body.data)["error"]["code"] == "unknown_url"
+    assert refused.status_code == 403
+    assert json.loads(body.data)["error"]["code"] == "cross_origin"
+
+
+def test_half_a_handshake_is_a_request(server: RunningServer) -> None:
+    upgrade = {"Connection": "Upgrade", "Upgrade": "websocket"}
+    assert httpx.get(server.url + PATH, headers=upgrade).json()["error"]["code"] == "upgrade_required"
+    whole = {**upgrade, "Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": "x" * 24}
+    assert httpx.get(server.url + "/v1/models", headers=whole).status_code == 200
 
 
 def test_a_message_over_the_limit_closes_a_real_socket(server: RunningServer) -> None:
