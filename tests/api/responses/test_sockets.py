@@ -5,7 +5,6 @@ import contextlib
 import json
 import socket
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -308,10 +307,8 @@ async def test_a_get_that_is_no_handshake_is_told_so(service: FakeService) -> No
     assert (answer.status_code, answer.json()["error"]["code"]) == (426, "upgrade_required")
 
 
-async def test_each_turn_counts_among_the_limits_of_its_key(service: FakeService, tmp_path: Path) -> None:
-    keys = tmp_path / "keys.toml"
-    keys.write_text('[[keys]]\nname = "a"\nkey = "k1"\nscopes = ["inference"]\nlimits = {requests_per_minute = 2}\n')
-    app = app_of(service, settings=Settings(server=ServerSettings(keys_file=str(keys))))
+async def test_each_turn_counts_among_the_limits_of_its_key(service: FakeService) -> None:
+    app = app_of(service, settings=Settings(server=ServerSettings(api_key=("k1",), key_requests_per_minute=2)))
     async with opened(app, authorization="Bearer k1") as one:
         for _ in range(2):
             assert (await one.ask(input="Hi"))["type"] == "response.incomplete"
