@@ -45,9 +45,20 @@ from runtime.api.openai.invocations import invoke
 from runtime.api.openai.models import delete_model, list_models, retrieve_model
 from runtime.api.openai.scores import rerank, score
 from runtime.api.openai.tokenize import detokenize, tokenize, tokenizer_info
-from runtime.api.operations import get_version, health, load, metrics_handler, ping, ready, reset_cache
+from runtime.api.operations import (
+    drain,
+    end_drain,
+    get_version,
+    health,
+    load,
+    metrics_handler,
+    ping,
+    ready,
+    reset_cache,
+)
 from runtime.api.page.routes import index_page, page_file
 from runtime.api.responses import routes as responses
+from runtime.api.responses.sockets import ResponseSockets
 from runtime.support.event_loop import running
 from settings.schema import Settings
 
@@ -119,6 +130,8 @@ def create_app(
             *system.ROUTES,
             *feedback.ROUTES,
             reset_cache,
+            drain,
+            end_drain,
             metrics_handler(public=settings.server.public_metrics),
             *((index_page, page_file) if settings.server.page_enabled else ()),
         ],
@@ -146,6 +159,7 @@ def create_app(
     )
     if settings.server.root_path:
         app.asgi_handler = Prefixed(app.asgi_handler, settings.server.root_path)
+    app.asgi_handler = ResponseSockets(app.asgi_handler, settings.server)
     return app
 
 

@@ -27,7 +27,8 @@ from runtime.access.keys import KeysFileError
 from runtime.api.app import create_app
 from runtime.api.handle import ServiceHandle
 from runtime.api.http.acceptor import Acceptor, connections_for, raise_descriptor_limit
-from runtime.api.http.protocol import MAX_HEADERS, Protocol
+from runtime.api.http.protocol import MAX_HEADERS, Protocol, SocketProtocol
+from runtime.api.responses.sockets import socket_paths
 from runtime.api.supervisor import Reloader, notify
 from runtime.support.event_loop import cancel
 from runtime.support.logs import configure, get_logger
@@ -228,7 +229,7 @@ async def _drain(service: "EngineService", jobs: "JobManager | None", timeout: f
     second signal."""
     notify("STOPPING=1")
     _log.info("draining", timeout_s=timeout, running=service.num_running, waiting=service.num_waiting)
-    service.drain()
+    service.drain(leaving=True)
     draining = asyncio.ensure_future(_stop(service, jobs, timeout))
     hurry = asyncio.ensure_future(server.hurry.wait())
     await asyncio.wait((draining, hurry), return_when=asyncio.FIRST_COMPLETED)
@@ -339,11 +340,17 @@ def _config(
     settings: Settings, handle: ServiceHandle, access: Access, origins: Mapping[str, str] | None
 ) -> uvicorn.Config:
     server = settings.server
-    protocol = Protocol.configured(header_timeout=server.header_timeout, write_timeout=server.write_timeout)
+    protocol = Protocol.configured(
+        header_timeout=server.header_timeout,
+        write_timeout=server.write_timeout,
+        socket_paths=socket_paths(server.root_path),
+    )
     return uvicorn.Config(
         create_app(handle, settings, access, origins=origins),
         http=protocol,
-        ws="none",
+        ws=SocketProtocol.configured(write_timeout=server.write_timeout),
+        ws_max_size=server.max_body,
+        ws_per_message_deflate=False,  # a small message could become one of gigabytes
         lifespan="on",
         log_config=None,
         access_log=False,  # ours is `runtime.api.http.observe`

@@ -143,6 +143,8 @@ class EngineService:
         self._wake = threading.Condition()
         self._stopping = False
         self._draining = False
+        self._leaving = False
+        """The server is shutting down."""
         self._busy_since: float | None = None
         """Time at which the engine thread began its current work; None while it waits for work."""
         self._gathering = Gathering()
@@ -165,14 +167,19 @@ class EngineService:
         self._thread.start()
         atexit.register(self._end_thread)
 
-    def drain(self) -> None:
-        """Refuse new requests from now on; running ones and training continue."""
+    def drain(self, *, leaving: bool = False) -> None:
+        """Refuse new requests from now on; running ones and training continue. `leaving`: for good."""
         self._draining = True
+        self._leaving = self._leaving or leaving
+
+    def end_drain(self) -> None:
+        """Take requests again, unless the server is leaving."""
+        self._draining = self._leaving
 
     async def stop(self, drain_timeout: float, *, patience: float | None = None) -> None:
         """Refuse new requests, give the running ones `drain_timeout` seconds, abort the rest, end the thread.
         `patience`: seconds that it may take for what it is doing; by default `server.drain_timeout`."""
-        self.drain()
+        self.drain(leaving=True)
         if self._streams:
             self._drained.clear()
             with contextlib.suppress(TimeoutError):
@@ -249,7 +256,8 @@ class EngineService:
         `Engine.prepare` raises, `TooManyRequests`, `Conflict` while another request with their `request_id` is alive,
         `EngineUnavailable` when draining or dead."""
         if self._draining or not self._thread.is_alive():
-            raise EngineUnavailable("The server is shutting down." if self._draining else "The engine is not running.")
+            why = "The server takes no new requests." if self._draining else "The engine is not running."
+            raise EngineUnavailable("The server is shutting down." if self._leaving else why)
         self._require_workers()
         for label in {one.request_id for one in submissions}:
             if label in self._labels:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer as Backend
 
@@ -66,6 +66,26 @@ END_OF_TURN = (
 )
 """Tokens that end a turn in the common chat formats. Many models' configurations name only the token that ends a text;
 a token of this list that the chat template writes ends the output too."""
+
+
+class InfillTokens(NamedTuple):
+    """Ids of the tokens around the two texts of a prompt whose middle is asked for, in the order of the prompt."""
+
+    prefix: int
+    suffix: int
+    middle: int
+
+    def prompt(self, before: list[int], behind: list[int]) -> list[int]:
+        """The prompt that asks for what stands between two texts."""
+        return [self.prefix, *before, self.suffix, *behind, self.middle]
+
+
+_INFILL = (
+    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),  # Qwen2.5-Coder, CodeGemma
+    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),  # StarCoder, Granite
+    ("<fim-prefix>", "<fim-suffix>", "<fim-middle>"),  # SantaCoder
+    ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),  # DeepSeek-Coder
+)
 
 
 class Tokenizer:
@@ -265,6 +285,15 @@ class Tokenizer:
     def token_id(self, text: str) -> int | None:
         """The id of the token with exactly this text, or None."""
         return self._backend.token_to_id(text)
+
+    @property
+    def infill(self) -> InfillTokens | None:
+        """Tokens to fill in a middle; None where the vocabulary has none that are known."""
+        for names in _INFILL:
+            ids = [self.token_id(name) for name in names]
+            if None not in ids:
+                return InfillTokens(*(id for id in ids if id is not None))
+        return None
 
     def _compile(self, chat_template: str) -> ChatTemplate:
         return ChatTemplate(chat_template, self.template_tokens)
