@@ -128,6 +128,8 @@ _LAZY = [
     (_config, "example", "config:example", "Print a settings file with every key, commented out."),
     (_config, "docs", "config:docs", "Print the reference page of all settings, in Markdown."),
     (_config, "api", "config:api", "Print the reference page of the fields of requests, in Markdown."),
+    (_config, "cli", "config:cli", "Print the reference page of the commands, in Markdown."),
+    (_config, "metrics", "config:metrics", "Print the reference page of the metrics, in Markdown."),
     (_config, "path", "config:path", "Print the path of the settings file that would be read."),
     (_recipe, "check", "recipe:check", _CHECK),
     (_recipe, "new", "recipe:new", "Print a commented recipe to start from, or write it to a file."),
