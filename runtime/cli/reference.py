@@ -16,20 +16,20 @@ _CLI_HEAD = """\
 
 Generated from `runtime/cli/app.py` by `eft config cli`; do not edit.
 
-Exit codes: 0, done; 1, it failed; 2, wrong usage or settings; 130, stopped with Ctrl-C; others are said where a command has
-them. Errors are one message on standard error, and `EFT_DEBUG=1` adds the traceback. Tables and bars are for a terminal;
-elsewhere a command prints plain lines, and with `--json` objects. `eft COMMAND --help` prints the same as this page. Commands
-that load a model take [the settings](settings.md) as flags too.
+Exit codes: 0, done; 1, it failed; 2, wrong usage or settings; 130, stopped with Ctrl-C; others are said where a
+command has them. Errors are one message on standard error, and `EFT_DEBUG=1` adds the traceback. Tables and bars are
+for a terminal; elsewhere a command prints plain lines, and with `--json` objects. `eft COMMAND --help` prints the same
+as this page. Commands that load a model take [the settings](settings.md) as flags too.
 """
 _METRICS_HEAD = """\
 # Metrics
 
 Generated from `runtime/metrics/table.py` by `eft config metrics`; do not edit.
 
-`GET /metrics` has all of these. Where the column *also* has a name, the same numbers are exported under it for dashboards made
-for vLLM (`observability.vllm_names`). In Prometheus' text format the name of a counter ends in `_total`, and a histogram has
-`_bucket`, `_sum` and `_count`. Every series carries the label `model_name`, but those of HTTP and of the event loop.
-Times are in seconds. [observability.md](observability.md) says what to look at first.
+`GET /metrics` has all of these. Where the column *also* has a name, the same numbers are exported under it for
+dashboards made for vLLM (`observability.vllm_names`). In Prometheus' text format the name of a counter ends in
+`_total`, and a histogram has `_bucket`, `_sum` and `_count`. Every series but those of HTTP carries the label
+`model_name`. [observability.md](observability.md) says what to look at first.
 """
 
 
