@@ -112,9 +112,10 @@ def world(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     state = folder / "state"
     rows = (roots / "data" / "tickets.jsonl").read_bytes()
     with ServerProcess(str(tiny_model), state, served_model_name=MODEL, data_roots=roots) as server:
-        jobs = [server.train(RECIPE, {"data/tickets.jsonl": rows}) for _ in range(3)]
-        for job in jobs:
-            assert server.wait_for_job(job)["status"] == "succeeded"
+        jobs = []
+        for _ in range(3):  # one after the other, since their adapters have one name
+            jobs.append(server.train(RECIPE, {"data/tickets.jsonl": rows}))
+            assert server.wait_for_job(jobs[-1])["status"] == "succeeded"
         (version,) = (state / "adapters" / "tickets").glob("1")
         shutil.copytree(version, roots / "billing")
         yield World(server, tiny_model, state, jobs)
