@@ -52,11 +52,12 @@ from runtime.trainer.evaluation.scores import make_scoring
 from runtime.trainer.jobs.directories import ORIGIN
 from runtime.trainer.jobs.records import ADAPTER_FILES, PreparedJob, RunHandle
 from runtime.trainer.launched.files import MODEL
+from runtime.trainer.lora import sizes_of
 from runtime.trainer.plan.plan import AdapterOrigin, Plan, feed, prepare, summarize
 from runtime.trainer.plan.served_model import by_linear, end_ids, shape_of_base, with_template
 from runtime.trainer.recipe import Recipe, adapter_name, load_recipe
 from runtime.trainer.recipe.launch import wants_launch
-from runtime.trainer.sliced_run import LossSpec, RunSpec, SlicedRun, TrainingHost
+from runtime.trainer.sliced_run import LossSpec, RunSpec, SlicedRun, TrainingHost, shape_of_recipe
 from runtime.trainer.snapshot import Restored, RunProgress, Snapshot, read_snapshot
 from settings.schema import Settings
 
@@ -367,7 +368,8 @@ class EngineRun:
         targets = by_linear(plan.targets, service.lora_base.places)
         loss = LossSpec.of(plan.recipe)
         rows = RowTargets() if plan.vocabulary is None else plan.vocabulary.rows
-        spec = RunSpec(recipe=plan.recipe, schedule=plan.schedule, targets=targets, loss=loss, rows=rows)
+        sizes = sizes_of(targets, shape_of_recipe(plan.recipe), service.lora_base)
+        spec = RunSpec(recipe=plan.recipe, schedule=plan.schedule, targets=targets, loss=loss, rows=rows, sizes=sizes)
         restored = self._first(spec) if resume_from is None else read_snapshot(resume_from)
 
         def write(directory: Path, adapter: Adapter) -> None:

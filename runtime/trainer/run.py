@@ -101,6 +101,7 @@ class TrainingRun(SlicedRun):
             spec.targets,
             spec.shape,
             seed=spec.recipe.seed,
+            sizes=spec.sizes,
             rows=spec.rows,
             initial=spec.recipe.first_weights,
             start="none" if spec.start == "reference" and not self._loss.needs_reference else spec.start,

@@ -9,6 +9,7 @@ import torch
 from kernels.training import TrainingOps
 from runtime.model.lora import LoraShape
 from runtime.trainer.data.example import Example, collate
+from runtime.trainer.dora import pieces_of
 from runtime.trainer.lora import TrainableLora, TrainingAdaptation
 from runtime.trainer.step import MicroStep
 from tests.parity.gradients import adapter, drive, peft_model, peft_module
@@ -33,10 +34,10 @@ def peft_loss(model: Any, data: list[Example]) -> torch.Tensor:
 
 
 def check(
-    path: Path, *, slicing: str, checkpointing: bool, rslora: bool = False, dora: bool = False, longest: int = 40
+    path: Path, *, slicing: str, checkpointing: bool, dora: bool = False, longest: int = 40, **shape: Any
 ) -> None:
     decoder = load_decoder(path)
-    lora = adapter(decoder, LoraShape(rank=RANK, alpha=ALPHA, rslora=rslora, dora=dora))
+    lora = adapter(decoder, LoraShape(rank=RANK, alpha=ALPHA, dora=dora, **shape))
     data = examples(3, longest=longest)
     oracle = peft_model(path, lora)
     loss = peft_loss(oracle, data)
@@ -48,7 +49,7 @@ def check(
     assert micro.score.mean == pytest.approx(loss.item(), abs=1e-4)
     for (layer, linear), adapted in lora.linears.items():
         assert adapted.a.grad is not None
-        for part, grad_a, b in zip(adapted.parts, adapted.a.grad.split(RANK), adapted.b, strict=True):
+        for part, grad_a, b in zip(adapted.parts, pieces_of(adapted.a.grad, adapted.b), adapted.b, strict=True):
             module = peft_module(oracle, layer, linear, part)
             torch.testing.assert_close(grad_a, module.lora_A["default"].weight.grad, atol=1e-4, rtol=1e-4)
             torch.testing.assert_close(b.grad, module.lora_B["default"].weight.grad, atol=1e-4, rtol=1e-4)
@@ -83,6 +84,20 @@ def test_gradients_equal_peft_for_every_variant(name: str, tmp_path: Path) -> No
     check(make_tiny_llama(tmp_path / "model", **VARIANTS[name]), slicing="odd", checkpointing=True)
 
 
+PATTERNS: dict[str, Any] = {
+    "rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.down_proj": 7, "k_proj": 5, "self_attn.q_proj": 9, "proj": 6},
+    "alpha_pattern": {"layers.0.self_attn.v_proj": 32, r"layers\.1\..*_proj": 5.5, "gate_proj": 3},
+}
+"""Parts of one linear differ in rank, in scale, or in neither. One key is hidden by the first, one means nothing."""
+
+
+@pytest.mark.parametrize("slicing", SLICING)
+@pytest.mark.parametrize("kind", [{}, {"rslora": True}, {"dora": True}])
+def test_linears_have_ranks_and_alphas_of_their_own(kind: dict[str, bool], slicing: str, tmp_path: Path) -> None:
+    path = make_tiny_llama(tmp_path / "model")
+    check(path, slicing=slicing, checkpointing=slicing == "odd", **PATTERNS, **kind)
+
+
 def test_rank_stabilised_scaling_is_peft_s(tmp_path: Path) -> None:
     check(make_tiny_llama(tmp_path / "model"), slicing="whole", checkpointing=False, rslora=True)
 
@@ -107,7 +122,7 @@ def test_dropout_is_applied_as_in_peft(dora: bool, tmp_path: Path) -> None:
     data = examples(1, longest=60)
     tokens = len(data[0].token_ids)
     oracle = peft_model(path, lora, dropout=0.3)
-    masks = TrainingAdaptation(lora, dropout=0.3, seed=11, rows=slice(0, tokens))
+    masks = TrainingAdaptation(lora, TrainingOps(), dropout=0.3, seed=11, rows=slice(0, tokens))
     for (layer, linear), adapted in lora.linears.items():
         mask = masks._mask(layer, linear, torch.zeros(tokens, adapted.linear.in_features), adapted.inputs)
         for part in adapted.parts:

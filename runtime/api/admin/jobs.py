@@ -299,7 +299,7 @@ async def job_report(request: AnyRequest) -> Response[str]:
         progress=progress,
         files=await store.files(job_id),
         checkpoints=await store.checkpoints(job_id),
-        metrics=await store.metrics(job_id, after=-1, limit=MAX_ROWS),
+        metrics=await store.thinned_metrics(job_id, limit=MAX_ROWS),
         answers=await store.answers(job_id),
     )
     headers = {"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff"}

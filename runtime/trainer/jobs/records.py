@@ -128,6 +128,16 @@ class JobProgress(Struct, frozen=True, kw_only=True):
     """Time at which the run will end at this pace, in seconds since the epoch, as it was last reported."""
 
 
+class ThinnedMetrics(Struct, frozen=True, kw_only=True):
+    """Steps and evaluations of a whole job, evenly chosen where there are many."""
+
+    rows: list[dict[str, Any]]
+    """As `JobReader.metrics` has them."""
+    steps: int
+    """Steps that there are."""
+    evaluations: int
+
+
 class JobEvent(Struct, frozen=True, kw_only=True):
     """Something that happened, numbered from 1 in its job."""
 

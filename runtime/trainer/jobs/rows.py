@@ -25,6 +25,7 @@ from runtime.trainer.jobs.records import (
     JobRecord,
     JobState,
     Note,
+    ThinnedMetrics,
 )
 
 _RECENT = 20
@@ -314,6 +315,27 @@ class JobReader:
         def work(c: sqlite3.Connection) -> list[dict[str, Any]]:
             get(c, job_id)
             return [msgspec.json.decode(row["data"]) for row in c.execute(query, (job_id, after, limit))]
+
+        return await self._database.call(work)
+
+    async def thinned_metrics(self, job_id: str, *, limit: int) -> ThinnedMetrics:
+        """`metrics` of the whole job: at most `limit` steps and as many evaluations, evenly, the last ones among
+        them."""
+        query = (
+            "WITH places AS (SELECT kind, step, max(number) AS number, "
+            "row_number() OVER (PARTITION BY kind ORDER BY step DESC) - 1 AS place, "
+            "count(*) OVER (PARTITION BY kind) AS total "
+            "FROM job_events WHERE job_id = ?1 AND kind IN ('step', 'eval') GROUP BY kind, step) "
+            "SELECT places.kind, total, data FROM places JOIN job_events USING (number) "
+            "WHERE job_id = ?1 AND place % ((total + ?2 - 1) / ?2) = 0 ORDER BY places.step, places.kind DESC"
+        )
+
+        def work(c: sqlite3.Connection) -> ThinnedMetrics:
+            get(c, job_id)
+            found = c.execute(query, (job_id, limit)).fetchall()
+            totals = {row["kind"]: int(row["total"]) for row in found}
+            rows = [msgspec.json.decode(row["data"]) for row in found]
+            return ThinnedMetrics(rows=rows, steps=totals.get("step", 0), evaluations=totals.get("eval", 0))
 
         return await self._database.call(work)
 

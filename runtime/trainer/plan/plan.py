@@ -38,6 +38,7 @@ from runtime.trainer.plan.served_model import (
     TemplateChoice,
     choose_template,
     end_ids,
+    ranks_of,
     resolve_targets,
     with_template,
 )
@@ -81,19 +82,20 @@ def estimate(
     recipe: Recipe,
     shape: ModelShape,
     targets: Sequence[TargetKey],
+    ranks: Sequence[int],
     *,
     largest: int,
     tokens: int,
     tokens_per_second: float | None,
     rows: int = 0,
 ) -> Estimate:
-    """`rows` is the number of trained rows of embedding and head, `largest` that of the tokens of the largest
-    micro-batch, `tokens` that of the whole job."""
+    """`ranks` are those of the targets, `rows` is the number of trained rows of embedding and head, `largest` that of
+    the tokens of the largest micro-batch, `tokens` that of the whole job."""
     if recipe.adapter is None:
         layer = sum(inputs * outputs for inputs, outputs in shape.linears.values())
         factors = shape.num_layers * layer + shape.vocab_size * shape.hidden_size
     else:
-        factors = sum(recipe.lora_r * sum(shape.linears[name]) for _, name in targets)
+        factors = sum(rank * sum(shape.linears[name]) for rank, (_, name) in zip(ranks, targets, strict=True))
     magnitudes = sum(shape.linears[name][1] for _, name in targets) if recipe.peft_use_dora else 0
     parameters = factors + magnitudes + (rows * shape.hidden_size if recipe.adapter is not None else 0)
     kept = factors if recipe.begins_in_base else 0  # beside them, the first weights
@@ -265,6 +267,7 @@ def prepare(
     launch = launch_of(recipe, devices, nodes)
     full, ranks = (False, 1) if launch is None else (launch.full, launch.ranks)
     targets = [] if full else resolve_targets(recipe, shape)
+    ranks_of_targets = [] if full else ranks_of(recipe, shape, targets)
     template = choose_template(recipe, tokenizer)
     vocabulary = None
     if recipe.changes_vocabulary:
@@ -312,6 +315,7 @@ def prepare(
             recipe,
             shape,
             targets,
+            ranks_of_targets,
             largest=sum(sizes[: recipe.micro_batch_size]),
             tokens=round(sum(lengths) * (schedule.epochs + _reference_passes(recipe, schedule))),
             tokens_per_second=tokens_per_second,

@@ -189,7 +189,7 @@ _ROPE = "long contexts cannot be trained in pieces; raise sequence_len, up to th
 _OPTIMIZER = "it belongs to an optimizer that is not supported; use adamw_torch_fused, lion or muon, and leave it out"
 _SCHEDULE = "it is another way to set the schedule, which is not supported; use lr_scheduler_kwargs"
 _LOSS = "it changes the loss in a way that is not supported; leave it out"
-_LATER_ADAPTER = "it is not supported yet: adapters are LoRA, rsLoRA or DoRA, of one rank, on linears of all layers"
+_LATER_ADAPTER = "adapters are for the layers as the model has them; name linears and layers in lora_target_modules"
 _CODE = "code of the recipe's is never run; leave it out"
 
 DECISIVE = ("rl", "reward_model", "process_reward_model", "processor_type", "diffusion")
@@ -242,10 +242,7 @@ _REFUSED |= _group(
     "qgalore_proj_quant qgalore_proj_type qgalore_queue_size qgalore_rank qgalore_scale qgalore_update_proj_gap",
 )
 _REFUSED |= _group(_SCHEDULE, "eta_min lr_div_factor lr_groups")
-_REFUSED |= _group(
-    _LATER_ADAPTER,
-    "lora_alpha_pattern lora_rank_pattern peft_layers_pattern peft_layer_replication",
-)
+_REFUSED |= _group(_LATER_ADAPTER, "peft_layers_pattern peft_layer_replication")
 
 
 # -- datasets' keys --------------------------------------------------------------------------------

@@ -437,7 +437,7 @@ def recipe_from(
 
 
 def _names_nothing(key: str, value: Any) -> bool:
-    return key.startswith("lora_target") and is_off(value)
+    return (key.startswith("lora_target") or key.endswith("_pattern")) and is_off(value)
 
 
 def _essential(problems: list[Problem], values: Mapping[str, Any]) -> list[Problem]:

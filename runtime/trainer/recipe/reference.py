@@ -134,7 +134,7 @@ The adapter's folder is PEFT's, with `trainable_token_indices` and `modules_to_s
 beyond the base's, PEFT needs `model.resize_token_embeddings(N)` before it loads the adapter: the plan says N, and `eft.json`
 has the tokens. Adapters that PEFT or Axolotl have written so are served too, with the added tokens of the tokenizer.json that
 lies beside them. Other adapters and the base know nothing of these tokens: their ids are refused there. Models that run in
-transformers' own modules have no such rows, and what is exported merged has none either.
+transformers' own modules have no such rows.
 
 ## Optimisers and schedules
 
@@ -234,7 +234,9 @@ eft export tickets --to tickets-lora.gguf --format gguf-lora         # the adapt
 weight is rounded once. It prints the difference to the adapter as it is served: the share of equal tokens, the largest
 difference of a logit, the divergence. A base whose files hold integers is merged in floats where they are GGUF, and refused
 where they are bitsandbytes': give the model that it was made from. GGUF types are f32, f16, bf16, q8_0 and q4_k; rows that
-are no whole blocks of q4_k are written as q8_0 or f16. From a directory GGUF is written for Llama, Mistral, Qwen 2 and 3,
+are no whole blocks of q4_k are written as q8_0 or f16. An adapter's own template, tokens, rows of embedding and head, and ends of
+answers go into the merged model and the GGUF file, with the larger vocabulary where there are new ids; a peft export has
+`eft.json`, which says so. From a directory GGUF is written for Llama, Mistral, Qwen 2 and 3,
 SmolLM3, OLMo 2 and Granite; from a GGUF base for every architecture that is read, with its metadata unchanged. Over HTTP:
 `GET /admin/adapters/NAME/export?format=merged|gguf|gguf-lora&type=…`.
 
@@ -244,13 +246,18 @@ SmolLM3, OLMo 2 and Granite; from a GGUF base for every architecture that is rea
 beside plain ones, and exported merged: GGUF files of adapters alone have no place for magnitudes. On a base in integers the norms
 are of the weights as they are served.
 
+`lora_rank_pattern` and `lora_alpha_pattern` give single linears another rank or alpha, as PEFT's `rank_pattern` and
+`alpha_pattern` do: `{q_proj: 32, "(layers.0|layers.1).mlp.*": 4}`. A key is the end of a full name, from a dot on, or a regular
+expression; the first that matches counts, and one that means no adapted linear is an error. PEFT sorts keys when it saves: where
+several mean one linear, the adapter is written with a key for each linear.
+
 `peft_init_lora_weights` says what an adapter begins with. PEFT takes the first product of `pissa` and `olora` out of the base. Here
 the base is shared: the product is taken off in training, and the adapter is published with twice the rank, as PEFT's
 `path_initial_model_for_weight_conversion` does, for the base as it is. `pissa` decomposes each weight whole, which takes long
 for a large model; `pissa_niter_16` does not. `loftq` begins with what rounding took from the base's own files where it is served in
 integers, divided by the scale, so that it fits any alpha.
 
-`lora_model_dir` goes on from an adapter: its weights are the first ones, its rank, alpha, targets and kind hold, and its chat
+`lora_model_dir` goes on from an adapter: its weights are the first ones, its ranks, alphas, targets and kind hold, and its chat
 template where the recipe names none. A key that says otherwise is an error. The optimiser begins afresh. The job keeps a copy,
 and `went_on_from` of the version says where it came from. Of preferences, it is the reference.
 

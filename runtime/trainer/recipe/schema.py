@@ -88,6 +88,17 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     lora_alpha: Annotated[
         float, Meta(gt=0.0, le=65536.0), key("lora", "The adapter's output is scaled by alpha / rank.")
     ] = 16.0
+    lora_rank_pattern: Annotated[
+        dict[str, Positive],
+        key(
+            "lora",
+            "Ranks of single linears, as PEFT has them: end of a full name, or a regular expression → rank; the first "
+            "key that matches counts.",
+        ),
+    ] = field(default_factory=dict)
+    lora_alpha_pattern: Annotated[
+        dict[str, Annotated[float, Meta(gt=0.0, le=65536.0)]], key("lora", "Alphas of single linears, in the same way.")
+    ] = field(default_factory=dict)
     lora_dropout: Annotated[float, Meta(ge=0.0, lt=1.0), key("lora", "Dropout on the adapter's input.")] = 0.0
     lora_target_modules: Annotated[
         tuple[Text, ...] | Text | None,
@@ -117,7 +128,11 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ] = False
     lora_target_parameters: Annotated[
         tuple[Text, ...] | Text,
-        key("lora", "Parameters of experts to adapt, where the served model has such; none of today's has."),
+        key(
+            "lora",
+            "Parameters of experts (PEFT's `target_parameters`). Experts are served as they are, so a plan for a model "
+            "refuses it; name linears in `lora_target_modules` instead.",
+        ),
     ] = ()
     peft_use_dora: Annotated[
         bool,
@@ -145,7 +160,7 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         key(
             "lora",
             "Adapter to go on from: one of this server, as `name` or `name@version`, or a folder of PEFT's under the "
-            "data roots. Rank, alpha, targets and kind are the adapter's, and may be left out.",
+            "data roots. Ranks, alphas, targets and kind are the adapter's, and may be left out.",
         ),
     ] = None
 
@@ -556,6 +571,8 @@ INTERNAL = frozenset({"notes", "left_out"})
 ADAPTER_KEYS = (
     "lora_r",
     "lora_alpha",
+    "lora_rank_pattern",
+    "lora_alpha_pattern",
     "lora_target_modules",
     "lora_target_linear",
     "peft_layers_to_transform",

@@ -157,6 +157,10 @@ async def test_what_a_run_reported_can_be_read(world: World) -> None:
     assert [event.number for event in events] == list(range(1, len(events) + 1))
     rows = await world.manager.store.metrics(job.id, after=2, limit=100)
     assert [(row["type"], row["step"]) for row in rows] == [("step", 3), ("step", 4), ("step", 5), ("eval", 5)]
+    whole, some = [await world.manager.store.thinned_metrics(job.id, limit=limit) for limit in (5, 2)]
+    assert (whole.steps, whole.evaluations, some.steps, some.evaluations) == (5, 1, 5, 1)
+    assert whole.rows == await world.manager.store.metrics(job.id, after=-1, limit=100)
+    assert [(row["type"], row["step"]) for row in some.rows] == [("step", 2), ("step", 5), ("eval", 5)]
     _, progress = await world.manager.store.describe(job.id)
     assert (progress.step, progress.trained_tokens, progress.step_seconds) == (5, 50, 2.0)
     await world.settle()

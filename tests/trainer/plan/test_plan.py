@@ -77,6 +77,8 @@ def test_a_plan(planner: Planner) -> None:
     assert plan.schedule.eval_every is None
     # A is [rank, in] and B is [out, rank], in two layers.
     assert plan.estimate.parameters == 2 * 4 * ((64 + 64) + (64 + 32) + (128 + 64))
+    patterns = planner.plan(lora_r=4, lora_rank_pattern={"q_proj": 2, r"layers\.1\..*": 8})
+    assert patterns.estimate.parameters == (2 + 2) * (64 + 64) + (4 + 8) * ((64 + 32) + (128 + 64))
     for epoch in range(3):
         batches = feed(plan).epoch(epoch)
         assert len(batches) == 5
@@ -405,6 +407,12 @@ def test_slices_formats_and_folders(planner: Planner) -> None:
         ({"special_tokens": {"bos_token": "<s>"}}, InvalidRequest, "special_tokens.bos_token"),
         ({"tokens": ["<new>"]}, InvalidRequest, "tokens"),  # SHAPE has no vocabulary, as transformers' own modules
         ({"lora_target_parameters": ["experts.down_proj"]}, InvalidRequest, "lora_target_parameters"),
+        ({"lora_rank_pattern": {"q_prj": 4}}, InvalidRequest, "lora_rank_pattern.q_prj"),
+        (
+            {"lora_target_modules": ["q_proj"], "lora_alpha_pattern": {"q_proj": 4, "down_proj": 4}},
+            InvalidRequest,
+            "lora_alpha_pattern.down_proj",
+        ),
         ({"peft_layers_to_transform": [0, 2]}, InvalidRequest, "peft_layers_to_transform"),
         ({"eot_tokens": ["<new>"]}, InvalidRequest, "eot_tokens"),
         ({"datasets": [{"path": "/etc/passwd"}]}, Forbidden, "datasets[0].path"),
