@@ -37,6 +37,8 @@ class JobItem(Struct, kw_only=True):
     step_progress: float | None
     """Fraction of the current step or evaluation that is done, 0 to 1, if it takes more than some seconds."""
     total_steps: int | None
+    rows_read: int | None
+    """Rows of the data that were read so far, while the job is validating and that takes more than some seconds."""
     loss: float | None
     """Loss of the last step."""
     trained_tokens: int
@@ -175,6 +177,7 @@ def _fields(job: Job, progress: JobProgress) -> dict[str, Any]:
         "step": progress.step,
         "step_progress": progress.fraction if job.state == "running" else None,
         "total_steps": job.total_steps,
+        "rows_read": progress.rows_read if job.state == "validating" else None,
         "loss": progress.loss,
         "trained_tokens": progress.trained_tokens,
         "wanted": job.wanted,

@@ -195,7 +195,7 @@ class JobManager:
         return JobSubmission(id=copy, recipe=recipe, files=tuple(files), digest=digest, owner=owner)
 
     async def dry_run(self, submission: JobSubmission) -> PreparedJob:
-        """Read a recipe and its files, and keep nothing. Raises what is wrong with it."""
+        """Read a recipe and its files, and keep no job. Raises what is wrong with it."""
         self._require_running()
         try:
             folder = self.directories.incoming(submission.id)

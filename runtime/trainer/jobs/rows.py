@@ -120,7 +120,7 @@ def append(connection: sqlite3.Connection, job_id: str, note: Note, now: float |
 
 def insert_event(connection: sqlite3.Connection, job_id: str, event: JobEvent, *, step: int | None = None) -> None:
     """Store an event as it is; its step, by default, is the one that its data names."""
-    if step is None and event.kind != "message":
+    if step is None and event.kind not in ("message", "reading"):
         step = event.data["step"]
     connection.execute(
         "INSERT INTO job_events (job_id, number, created_at, level, kind, step, message, data) "
@@ -162,7 +162,7 @@ def progress(connection: sqlite3.Connection, job_id: str) -> JobProgress:
     ).fetchall()
     fraction, finish = _under_way(connection, job_id, last[0]["number"] if last else 0)
     if not last:
-        return JobProgress(fraction=fraction, finish=finish)
+        return JobProgress(fraction=fraction, finish=finish, rows_read=_rows_read(connection, job_id))
     data = [msgspec.json.decode(row["data"]) for row in last]
     query = "SELECT trained_tokens FROM job_progress WHERE job_id = ? AND step = ?"
     trained = connection.execute(query, (job_id, last[0]["step"])).fetchone()
@@ -174,6 +174,13 @@ def progress(connection: sqlite3.Connection, job_id: str) -> JobProgress:
         fraction=fraction,
         finish=finish,
     )
+
+
+def _rows_read(connection: sqlite3.Connection, job_id: str) -> int | None:
+    row = connection.execute(
+        "SELECT data FROM job_events WHERE job_id = ? AND +kind = 'reading' ORDER BY number DESC LIMIT 1", (job_id,)
+    ).fetchone()
+    return None if row is None else int(msgspec.json.decode(row["data"])["rows"])
 
 
 def _under_way(connection: sqlite3.Connection, job_id: str, after: int) -> tuple[float | None, float | None]:

@@ -2,7 +2,7 @@
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -52,8 +52,12 @@ from runtime.trainer.schedule import Bin, ExampleFeed, Schedule, grouped, make_s
 #
 # Rough cost of a job: memory from the model's shape, time from a rate that was measured elsewhere.
 
-_STATE_BYTES = {"adamw": 8, "adamw_8bit": 2, "sgd": 0, "lion": 4, "muon": 4, "adafactor": 1}
-"""Bytes of optimiser state for each parameter: two moments in 32 or in 8 bits, one, or a row and a column."""
+_STATE_BYTES = {
+    "adamw": 8, "adamw_8bit": 2, "sgd": 0, "lion": 4, "muon": 4, "adafactor": 1, "adopt": 8, "came": 5,
+    "schedule_free_adamw": 12, "schedule_free_radam": 12, "schedule_free_sgd": 8,
+}  # fmt: skip
+"""Bytes of optimiser state for each parameter: two moments in 32 or in 8 bits, one, or a row and a column; a second
+set of weights, and in evaluations a third."""
 LOSS_CHUNK = 256
 """Tokens whose logits are in memory at once, as float32, with their gradients."""
 
@@ -249,13 +253,15 @@ def prepare(
     devices: int = 0,
     nodes: int = 1,
     origin: AdapterOrigin | None = None,
+    on_rows: Callable[[int, int], None] | None = None,
 ) -> Plan:
     """Read, check and tokenise a recipe's data, and work out its steps. Takes as long as tokenising does.
 
     `model_names` are those of the served model, its own first; `max_len` is the longest sequence that it can be
     trained on; `tokens_per_second` is the rate of training here, if that is known; `kept` has the data of a job that
     was read before; `max_vocabulary`: most bytes of the adapter's rows of embedding and head; `devices` are set aside
-    for jobs on each of `nodes`; `origin` is the adapter to go on from, which the recipe agrees with.
+    for jobs on each of `nodes`; `origin` is the adapter to go on from, which the recipe agrees with; `on_rows`: see
+    `Reader`.
     Raises `InvalidRequest` (`BadRows` for rows), `ModelNotFound` and `Forbidden`.
     """
     check_base_model(recipe, model_names)
@@ -277,10 +283,14 @@ def prepare(
     if template is not None:
         tokenizer = with_template(tokenizer, template.source)
     ends = end_ids(recipe, tokenizer)
-    data = None if kept is None else kept.read(recipe, tokenizer, ends)
+    entries = [entry for group in DATA_GROUPS for entry in getattr(recipe, group)]
+    files = files.naming(name for entry in entries for name in names_of(entry))
+    data = None if kept is None else kept.read(recipe, tokenizer, ends, files)
     if data is None:
         stops = template is not None and bool(stop_texts(tokenizer, ends))
-        data = _read(recipe, tokenizer, files, ends, stops_at_text=stops)
+        data = _read(
+            Reader(recipe, tokenizer, files, ends, on_rows), recipe, tokenizer, files, ends, stops_at_text=stops
+        )
         if kept is not None:
             kept.write(recipe, tokenizer, ends, data)
     train, test = data.train, data.test
@@ -346,13 +356,16 @@ def prepare(
 
 
 def _read(
-    recipe: Recipe, tokenizer: Tokenizer, files: DataFiles, ends: frozenset[int], *, stops_at_text: bool
+    reader: Reader,
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    files: DataFiles,
+    ends: frozenset[int],
+    *,
+    stops_at_text: bool,
 ) -> PreparedData:
     """The examples of the recipe's files, and remarks on them. `stops_at_text`: answers of the adapter end at a text.
     Raises as `prepare`."""
-    entries = [entry for group in DATA_GROUPS for entry in getattr(recipe, group)]
-    files = files.naming(name for entry in entries for name in names_of(entry))
-    reader = Reader(recipe, tokenizer, files, ends)
     train_counts, test_counts = RowCounts(), RowCounts()
     train = _shard(reader.read("datasets", recipe.datasets, train_counts), recipe)
     test = reader.read("test_datasets", recipe.test_datasets, test_counts)

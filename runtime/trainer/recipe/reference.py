@@ -73,7 +73,7 @@ TAIL = """
 | `auto` | `chat_template`, `alpaca`, `prompt_completion`, `completion`, `input_output` or `tokenized`, told by the fields of the first row | |
 
 Relatives of `alpaca`, each a prompt and its answer as text: `alpaca_instruct`, `alpaca_chat` (`.load_qa`: question, answer;
-`.load_camel_ai`: message_1, message_2; `.load_concise`, `.load_no_prompt`), `alpaca:chat`, `alpaca:chatml`, `alpaca_w_system` (a column
+`.load_camel_ai`: message_1, message_2; `.load_concise`, `.load_no_prompt`), `alpaca:chat`, `alpaca:chatml`, `alpaca:phi`, `alpaca_w_system` (a column
 system; `.load_chat`, `.load_open_orca`: system_prompt, question, response), `gpteacher` (response), `gpt4all` (prompt, response),
 `oasst` (INSTRUCTION, RESPONSE), `orcamini`, `metharme` (prompt, generation), `jeopardy` (question, category, answer), `summarizetldr` (article,
 summary), `reflection` (reflection, corrected), `explainchoice` and `concisechoice` (question, choices, solution or explanation), and
@@ -145,10 +145,12 @@ transformers' own modules have no such rows.
 | `lion…` | Lion (arXiv:2302.06675), by `adam_beta1` and `adam_beta2` |
 | `adafactor` | transformers', as its trainer sets it: no relative step, no scaling by parameters |
 | `muon` | torch's `Muon` |
+| `schedule_free_adamw`, `schedule_free_radam`, `schedule_free_sgd` | of the package schedulefree: a mean of weights in place of a schedule. That mean is evaluated and published; use `lr_scheduler: constant_with_warmup` |
+| `adopt_adamw`, `came_pytorch` | of the package pytorch-optimizer; CAME by `adam_beta3` and `adam_epsilon2` too |
 | `sgd` | plain |
 
-Adafactor and Muon look at each matrix of an adapter as a whole, as PEFT holds it; they are refused where ranks hold parts of them.
-The state of each is in checkpoints. `loraplus_lr_ratio` is LoRA+ (arXiv:2402.12354): B matrices learn at that much times the rate.
+Adafactor, CAME and Muon look at each matrix of an adapter as a whole, as PEFT holds it; they are refused where ranks hold parts of
+them. The packages of the last two rows come with `pip install 'eft-server[optimizers]'`. The state of each is in checkpoints. `loraplus_lr_ratio` is LoRA+ (arXiv:2402.12354): B matrices learn at that much times the rate.
 `neftune_noise_alpha` adds NEFTune's noise to the input of the first layer, in training alone: drawn from the seed and the step.
 
 `lr_scheduler` is one of transformers' (`linear`, `cosine`, `cosine_with_restarts`, `cosine_with_min_lr`, `polynomial`, `inverse_sqrt`,
@@ -275,6 +277,7 @@ Axolotl's `int()` does. A job fails when its loss is not a number, or is above `
 `loss_watchdog_patience` steps in a row: by default above ln(vocabulary) + 1 for 3 steps, which is worse than guessing (11.8 for a
 vocabulary of 49,152). A step that takes long reports how far it is, and how long the job will still take, every five to
 thirty seconds: in its events, in `step_progress` and `estimated_finish` of the job, and in what `eft train --follow` shows.
+So does the reading of the data before, in rows (`rows_read`). Tokenised rows are kept for later jobs on the same data.
 
 ## Evaluation
 
@@ -310,9 +313,9 @@ publish:
   when: "exact_match >= base.exact_match + 0.02 and eval_loss < 1.5"
 ```
 
-Every step and evaluation is a line of the job's log. `use_tensorboard`, `use_wandb` (or `wandb_project`) and `use_mlflow` record
-the numbers in the formats of these tools too, in folders of the job beside its log. Nothing is sent: W&B's runs are offline, and
-`wandb sync` sends them. A logger that fails, or is not installed, is named in the job's events, and the job goes on.
+Every step and evaluation is a line of the job's log. `use_tensorboard`, `use_wandb` (or `wandb_project`), `use_mlflow` and
+`use_trackio` record the numbers in the formats of these tools too, in folders of the job beside its log. Nothing is sent: W&B's runs
+are offline, and `wandb sync` sends them; `TRACKIO_DIR=FOLDER trackio show` shows trackio's. A logger that fails, or is not installed, is named in the job's events, and the job goes on.
 """  # noqa: E501
 
 

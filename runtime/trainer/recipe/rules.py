@@ -159,22 +159,10 @@ _LEAST = ("cosine", "cosine_min_lr_ratio", "rex")
 """Schedules that end at `cosine_min_lr_ratio`."""
 
 
-UNBUILT = {
-    "schedule_free_adamw": "its weights to train and to publish differ",
-    "schedule_free_sgd": "its weights to train and to publish differ",
-    "schedule_free_radam": "its weights to train and to publish differ",
-    "adopt_adamw": "use adamw_torch_fused",
-    "came_pytorch": "use adafactor, which keeps as little state",
-}
-"""Optimisers of Axolotl that are known and not built, each with what to do."""
-
-
-def take_unbuilt_optimizer(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """The problem of an optimiser that is known and not built; it is taken out of `values`."""
-    name = values.get("optimizer")
-    if isinstance(name, str) and name in UNBUILT:
-        del values["optimizer"]
-        yield "optimizer", f"{name} is not built yet ({UNBUILT[name]}); adamw_torch_fused, lion, adafactor and muon are"
+def optimizer_problems(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Conflicts of keys with the optimiser."""
+    if recipe.optimizer_family.startswith("schedule_free") and recipe.adam_beta1 == 0:
+        yield "adam_beta1", f"must be above 0 with {recipe.optimizer}, whose mean of weights needs it"
 
 
 def schedule_problems(recipe: Recipe) -> Iterator[tuple[str, str]]:

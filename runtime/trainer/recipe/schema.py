@@ -255,7 +255,11 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     learning_rate: Annotated[float, Meta(gt=0.0, le=1.0), key("training", "The highest learning rate.")]
     optimizer: Annotated[
         OptimizerName,
-        key("training", "AdamW in 32 or 8 bits, Lion, Adafactor, Muon or plain SGD, by any of their names."),
+        key(
+            "training",
+            "AdamW in 32 or 8 bits, Lion, Adafactor, Muon or plain SGD, by any of their names; CAME, ADOPT and "
+            "schedule-free ones with the extra `optimizers`.",
+        ),
     ] = "adamw_torch_fused"
     lr_scheduler: Annotated[LrScheduler, key("training", "How the learning rate falls after warmup.")] = "cosine"
     cosine_min_lr_ratio: Annotated[
@@ -286,6 +290,8 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     adam_beta1: Annotated[float, Meta(ge=0.0, lt=1.0), key("training", "AdamW.")] = 0.9
     adam_beta2: Annotated[float, Meta(ge=0.0, lt=1.0), key("training", "AdamW.")] = 0.999
     adam_epsilon: Annotated[float, Meta(gt=0.0, le=1.0), key("training", "AdamW.")] = 1e-8
+    adam_beta3: Annotated[float, Meta(ge=0.0, lt=1.0), key("training", "CAME.")] = 0.9999
+    adam_epsilon2: Annotated[float, Meta(gt=0.0, le=1.0), key("training", "CAME.")] = 1e-16
     neftune_noise_alpha: Annotated[
         float,
         Meta(ge=0.0, le=1e3),
@@ -429,6 +435,9 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ] = False
     mlflow_experiment_name: Annotated[Text | None, key("evaluation", "Experiment of the run.")] = None
     mlflow_run_name: Annotated[Text | None, key("evaluation", "Name of the run. Default: the job's id.")] = None
+    use_trackio: Annotated[bool, key("evaluation", "Log to trackio's database in the job's folder (extra).")] = False
+    trackio_project_name: Annotated[Text | None, key("evaluation", "Project of the run. Default: `eft`.")] = None
+    trackio_run_name: Annotated[Text | None, key("evaluation", "Name of the run. Default: the job's id.")] = None
     save_strategy: Annotated[
         Literal["no", "steps", "epoch", "best"] | None,
         key("evaluation", "When to write a checkpoint; best: at each evaluation. Default: after each epoch."),
@@ -557,7 +566,7 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         """Names of the tools that the job's numbers are logged to, besides its own log."""
         wandb = self.wandb_project is not None if self.use_wandb is None else self.use_wandb
         asked = {"tensorboard": self.use_tensorboard, "wandb": wandb, "mlflow": self.use_mlflow}
-        return tuple(name for name, on in asked.items() if on)
+        return tuple(name for name, on in (*asked.items(), ("trackio", self.use_trackio)) if on)
 
     @property
     def measures_base(self) -> bool:

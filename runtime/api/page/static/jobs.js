@@ -128,7 +128,8 @@ export function jobsPanel(app) {
     if (id !== chosen) return job;
     title.textContent = `${nameOf(job)} (${job.id})`;
     const left = job.estimated_finish ? `, done in about ${seconds(Math.max(0, job.estimated_finish - Date.now() / 1000))}` : "";
-    replace(state, chip(job), ` step ${job.step} of ${job.total_steps ?? "?"}${left}`);
+    const done = job.rows_read ? `${job.rows_read} rows read` : `step ${job.step} of ${job.total_steps ?? "?"}${left}`;
+    replace(state, chip(job), ` ${done}`);
     if (job.status === "succeeded" && !job.adapter) state.append(" and not published: the log says why");
     if (job.error) state.append(h("span", { class: "error" }, ` ${job.error.message}`));
     bar.value = job.total_steps ? job.step / job.total_steps : 0;
