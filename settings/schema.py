@@ -33,6 +33,7 @@ Port = Annotated[int, Meta(ge=0, le=65535)]
 Share = Annotated[float, Meta(ge=0.0, le=0.9)]
 LatencyRatio = Annotated[float, Meta(gt=1.0, le=100.0)]
 Percentile = Annotated[float, Meta(ge=0.5, le=0.999)]
+LoggedShare = Annotated[float, Meta(ge=0.0, le=1.0)]
 QueueShare = Annotated[float, Meta(gt=0.0, le=1.0)]
 TenantWeight = Annotated[str, Meta(pattern=r"^[0-9a-f]{12}=(?!0+(\.0+)?$)[0-9]{1,6}(\.[0-9]{1,6})?$")]
 HostPattern = Annotated[
@@ -573,6 +574,17 @@ class ObservabilitySettings(Struct, frozen=True, kw_only=True, forbid_unknown_fi
         "auto"
     )
     log_requests: Annotated[bool, doc("Log one line per request (never its text).")] = True
+    log_share: Annotated[
+        LoggedShare,
+        doc("Share of the requests that are logged, 0 to 1; those that fail or are slow are logged always."),
+    ] = 1.0
+    slow_request: Annotated[Seconds, doc("Time from which on a request counts as slow.")] = 10.0
+    tracing: Annotated[
+        bool,
+        doc(
+            "Export OpenTelemetry spans of requests and jobs, to where OTEL_EXPORTER_OTLP_ENDPOINT says (extra `otel`)."
+        ),
+    ] = False
     vllm_names: Annotated[bool, doc("Export every metric under its `vllm:` name as well.")] = True
 
 

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import os
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
@@ -158,10 +158,18 @@ _BATCH = 1000
 class Journal:
     """Writes the logs and records of jobs that were touched. Event loop only."""
 
-    def __init__(self, reader: JobReader, directories: JobDirectories, disk: WorkerThread) -> None:
+    def __init__(
+        self,
+        reader: JobReader,
+        directories: JobDirectories,
+        disk: WorkerThread,
+        on_event: Callable[[str, JobEvent], None] = lambda job_id, event: None,
+    ) -> None:
+        """`on_event` gets the id of its job and each event that was written, in order."""
         self._reader = reader
         self._directories = directories
         self._disk = disk
+        self._on_event = on_event
         self._written: dict[str, int] = {}
         """Job → number of the last event in its log."""
         self._dirty: set[str] = set()
@@ -208,6 +216,8 @@ class Journal:
         events = await self._reader.events_after(job_id, self._written[job_id], _BATCH)
         wanted = bool(events) and self._at_work == job_id
         if wanted and await self._disk.call(append, path, events):
+            for event in events:
+                self._on_event(job_id, event)
             self._written[job_id] = events[-1].number
             self._dirty.add(job_id)  # there may be more than a batch
 
