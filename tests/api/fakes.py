@@ -111,6 +111,9 @@ class FakeService:
         asyncio.get_running_loop().call_soon(self._step, submission, 1)
         return stream
 
+    def scrape(self, accept: str) -> tuple[bytes, str]:
+        return self.metrics.render(accept)
+
     async def reset_prefixes(self) -> int:
         raise EngineUnavailable("There is no engine behind this.")
 
