@@ -334,7 +334,9 @@ class ServerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             example="/var/log/eft/audit.jsonl",
         ),
     ] = None
-    max_event_streams: Annotated[Count, doc("Most clients that follow jobs' events or the overview at once.")] = 64
+    max_event_streams: Annotated[
+        Count, doc("Most clients that follow jobs' events, the overview or the status at once.")
+    ] = 64
     response_role: Annotated[NonEmpty, doc("Role of the messages that chats are answered with.")] = "assistant"
     public_metrics: Annotated[bool, doc("Serve /metrics without a key.")] = True
     page_enabled: Annotated[bool, doc("Serve the page at /.")] = True

@@ -74,6 +74,9 @@ async def serve(
     loaded, or the engine dies.
     """
     configure(settings.observability)
+    handle = ServiceHandle()
+    if settings.observability.tracing and not _open_tracing(handle):
+        return 1
     try:
         access = Access(settings)
         access.audit.check()
@@ -91,10 +94,6 @@ async def serve(
         return 1
     access.report()
     stop = stop or asyncio.Event()
-    handle = ServiceHandle()
-    if settings.observability.tracing and not _open_tracing(handle):
-        listener.close()
-        return 1
     descriptors = raise_descriptor_limit()
     asked = settings.server.max_connections
     config = _config(settings, handle, access, origins)
@@ -115,7 +114,8 @@ async def serve(
             server.leave()
             await serving
             if handle.tracing is not None:
-                await call_in_fresh_thread(handle.tracing.close)
+                with contextlib.suppress(TimeoutError):  # an exporter may take longer than it is given
+                    await asyncio.wait_for(call_in_fresh_thread(handle.tracing.close), 2 * FLUSH)
 
 
 def _open_tracing(handle: ServiceHandle) -> bool:

@@ -35,7 +35,7 @@ MAX_HEADERS = 64 * 1024
 _PROBES = frozenset({"/health", "/ready", "/ping", "/metrics", "/load"})
 """Paths that machines poll every few seconds: logged on failure, or at level debug."""
 
-_PAGE = frozenset({"/", "/page/{name}", "/admin/overview", "/admin/requests", "/admin/stream"})
+_PAGE = frozenset({"/", "/page/{name}", "/admin/overview", "/admin/requests", "/admin/status"})
 """Routes of what watches the server: not among the requests that it watches."""
 
 _log = get_logger("http")
@@ -66,7 +66,8 @@ class Observer:
         record = RequestRecord(make_id(headers.get(b"x-request-id", b"").decode("latin-1")))
         attach(scope, record)
         exchange = _Exchange(record, self._handle, receive, send, unread=_has_body(headers))
-        trace, ids = None, {}
+        trace: RequestTrace | None = None
+        ids: dict[str, str] = {}
         if self._handle.tracing is not None and not _is_watching(scope["path"]):
             trace = self._handle.tracing.request(str(scope["method"]), headers)
             record.headers["traceresponse"] = trace.header
