@@ -28,6 +28,7 @@ from runtime.api.admin.jobs import (
     retrieve_job,
 )
 from runtime.api.admin.overview import OverviewHistory
+from runtime.api.admin.status import admin_status
 from runtime.api.admin.train import recipe_schema, train
 from runtime.api.anthropic.messages import count_message_tokens, create_message
 from runtime.api.docs import openapi_config, prepared
@@ -116,6 +117,7 @@ def create_app(
             unload_lora_adapter,
             *adapters.ROUTES,
             *overview.ROUTES,
+            admin_status,
             *system.ROUTES,
             *feedback.ROUTES,
             reset_cache,
