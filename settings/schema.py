@@ -17,6 +17,7 @@ from settings.units import (
     HostPattern,
     HubAdapter,
     LatencyRatio,
+    LoggedShare,
     NonEmpty,
     OriginPattern,
     Percentile,
@@ -320,7 +321,9 @@ class ServerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             example="/var/log/eft/audit.jsonl",
         ),
     ] = None
-    max_event_streams: Annotated[Count, doc("Most clients that follow jobs' events or the overview at once.")] = 64
+    max_event_streams: Annotated[
+        Count, doc("Most clients that follow jobs' events, the overview or the status at once.")
+    ] = 64
     response_role: Annotated[NonEmpty, doc("Role of the messages that chats are answered with.")] = "assistant"
     public_metrics: Annotated[bool, doc("Serve /metrics without a key.")] = True
     page_enabled: Annotated[bool, doc("Serve the page at /.")] = True
@@ -563,6 +566,17 @@ class ObservabilitySettings(Struct, frozen=True, kw_only=True, forbid_unknown_fi
         "auto"
     )
     log_requests: Annotated[bool, doc("Log one line per request (never its text).")] = True
+    log_share: Annotated[
+        LoggedShare,
+        doc("Share of the requests that are logged, 0 to 1; those that fail or are slow are logged always."),
+    ] = 1.0
+    slow_request: Annotated[Seconds, doc("Time from which on a request counts as slow.")] = 10.0
+    tracing: Annotated[
+        bool,
+        doc(
+            "Export OpenTelemetry spans of requests and jobs, to where OTEL_EXPORTER_OTLP_ENDPOINT says (extra `otel`)."
+        ),
+    ] = False
     vllm_names: Annotated[bool, doc("Export every metric under its `vllm:` name as well.")] = True
 
 

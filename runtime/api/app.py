@@ -28,6 +28,7 @@ from runtime.api.admin.jobs import (
     retrieve_job,
 )
 from runtime.api.admin.overview import OverviewHistory
+from runtime.api.admin.status import admin_status
 from runtime.api.admin.train import recipe_schema, train
 from runtime.api.anthropic.messages import count_message_tokens, create_message
 from runtime.api.docs import openapi_config, prepared
@@ -127,6 +128,7 @@ def create_app(
             unload_lora_adapter,
             *adapters.ROUTES,
             *overview.ROUTES,
+            admin_status,
             *system.ROUTES,
             *feedback.ROUTES,
             reset_cache,
@@ -154,9 +156,7 @@ def create_app(
     handle.inside = InsideClient(app, access)
     if access.cors_origins:
         app.asgi_handler = Cors(app, access.cors_origins)
-    app.asgi_handler = Observer(
-        app.asgi_handler, handle, log_requests=settings.observability.log_requests, audit=access.audit
-    )
+    app.asgi_handler = Observer(app.asgi_handler, handle, lambda: api.settings.observability, audit=access.audit)
     if settings.server.root_path:
         app.asgi_handler = Prefixed(app.asgi_handler, settings.server.root_path)
     app.asgi_handler = ResponseSockets(app.asgi_handler, settings.server)

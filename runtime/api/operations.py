@@ -78,7 +78,7 @@ def metrics_handler(*, public: bool) -> Any:
             content, media_type = render_process(accept)
         else:
             service.metrics.on_loop(lag=await api_of(request).lag.take(), tasks=len(asyncio.all_tasks()))
-            content, media_type = service.metrics.render(accept)
+            content, media_type = await asyncio.to_thread(service.scrape, accept)
         # As a header: Litestar would add a second charset to a media type.
         return Response(content, headers={"Content-Type": media_type})
 

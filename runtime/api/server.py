@@ -75,6 +75,9 @@ async def serve(
     loaded, or the engine dies.
     """
     configure(settings.observability)
+    handle = ServiceHandle()
+    if settings.observability.tracing and not _open_tracing(handle):
+        return 1
     try:
         access = Access(settings)
         access.audit.check()
@@ -92,7 +95,6 @@ async def serve(
         return 1
     access.report()
     stop = stop or asyncio.Event()
-    handle = ServiceHandle()
     descriptors = raise_descriptor_limit()
     asked = settings.server.max_connections
     config = _config(settings, handle, access, origins)
@@ -112,6 +114,25 @@ async def serve(
                     os.unlink(listener.getsockname())
             server.leave()
             await serving
+            if handle.tracing is not None:
+                with contextlib.suppress(TimeoutError):  # an exporter may take longer than it is given
+                    await asyncio.wait_for(call_in_fresh_thread(handle.tracing.close), 2 * FLUSH)
+
+
+def _open_tracing(handle: ServiceHandle) -> bool:
+    """Trace from now on. False, with the reason in the log, where that is not possible."""
+    try:
+        from runtime.support.tracing import open_tracing
+    except ImportError as error:
+        what = f"observability.tracing needs OpenTelemetry: pip install 'eft-server[otel]' ({error})"
+        _log.error("cannot_trace", reason=what)
+        return False
+    try:
+        handle.tracing = open_tracing()
+    except (ImportError, ValueError) as error:
+        _log.error("cannot_trace", reason=str(error))
+        return False
+    return True
 
 
 async def _run(
@@ -151,6 +172,8 @@ async def _run(
             stack.enter_context(admin_token(state.directory))
         if state.batches is not None and handle.inside is not None:
             await state.batches.start(handle.inside)
+        if state.jobs is not None and handle.tracing is not None:
+            state.jobs.trace_with(handle.tracing.jobs)
         handle.responses, handle.feedback = state.responses, state.feedback
         handle.serve(service, state.jobs, files=state.files, batches=state.batches, problem=state.problem)
         return await _until_the_end(settings, service, handle, url, on_ready, stopping, server)

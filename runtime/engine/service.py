@@ -23,7 +23,7 @@ from runtime.engine.assembly import Assembled, assemble
 from runtime.engine.delivery import OutputStream
 from runtime.errors import Conflict, EngineFailure, EngineUnavailable, RequestError
 from runtime.messages import ROW_FAILED, Output, Submission
-from runtime.model.model import backend_of, gpus
+from runtime.model.model import backend_of, gpu_usage, gpus
 from runtime.support.logs import get_logger
 from runtime.support.machine import Gpu
 from runtime.support.threads import call_in_fresh_thread, run_in_fresh_thread
@@ -218,6 +218,11 @@ class EngineService:
     def gpus(self) -> list[Gpu]:
         """GPUs of this machine."""
         return gpus()
+
+    def scrape(self, accept: str) -> tuple[bytes, str]:
+        """The metrics in the form that `accept` asks for, and its content type. Any thread; blocks for milliseconds."""
+        self.metrics.on_gpus(gpu_usage())
+        return self.metrics.render(accept)
 
     @property
     def healthy(self) -> bool:

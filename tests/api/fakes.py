@@ -119,6 +119,9 @@ class FakeService:
     def end_drain(self) -> None:
         self.ready = True
 
+    def scrape(self, accept: str) -> tuple[bytes, str]:
+        return self.metrics.render(accept)
+
     async def reset_prefixes(self) -> int:
         raise EngineUnavailable("There is no engine behind this.")
 

@@ -54,7 +54,7 @@ async def test_an_operator_drains_a_server(client: httpx.AsyncClient, service: F
     drained = await client.post("/admin/drain")
     assert (drained.status_code, drained.json()) == (200, {"draining": True, "running": 2, "waiting": 0})
     assert (await client.get("/ready")).status_code == 503
-    assert (await client.get("/admin/status")).json()["health"] == "draining"
+    assert (await client.get("/admin/system")).json()["health"] == "draining"
     assert (await client.delete("/admin/drain")).json()["draining"] is False
     assert (await client.get("/ready")).status_code == 200
 

@@ -1,4 +1,4 @@
-"""GET /admin/system, or /admin/status: model, health, versions, settings and keys, for operators."""
+"""GET /admin/system: machine, model, health, versions, settings and keys of this server, for operators."""
 
 import asyncio
 import importlib.metadata
@@ -103,7 +103,7 @@ class SystemView(Struct, kw_only=True):
     keys: list[KeyView]
 
 
-@get(["/admin/system", "/admin/status"], opt={ADMIN: True})
+@get("/admin/system", opt={ADMIN: True})
 async def system(request: AnyRequest) -> SystemView:
     """Machine, model, health, versions, each setting with where it came from, and the keys' names and scopes."""
     check_names(request, ())

@@ -314,7 +314,7 @@ async def detail_of(jobs: JobManager, job_id: str) -> JobDetail:
     job, progress = await jobs.store.describe(job_id)
     store = jobs.store
     files, checkpoints = await store.files(job_id), await store.checkpoints(job_id)
-    return job_detail(job, progress, files, checkpoints, await store.answers(job_id))
+    return job_detail(job, progress, files, checkpoints, await store.answers(job_id), await store.gate(job_id))
 
 
 _WAIT = re.compile(r"(?:^|[,;])\s*wait\s*=\s*\"?([0-9]{1,6})\"?\s*(?:$|[,;])", re.IGNORECASE)

@@ -72,6 +72,17 @@ class SampleItem(Struct, kw_only=True):
     """Answer of the last one; null where there was one alone."""
 
 
+class GateReport(Struct, kw_only=True):
+    """The decision of a recipe's gate."""
+
+    condition: str
+    """`publish.when` of the recipe."""
+    met: bool
+    reason: str
+    metrics: dict[str, float]
+    """Metrics that it was decided with: `train_…`, `eval_…`, and `base_…` of the model before the first step."""
+
+
 class JobDetail(JobItem, kw_only=True):
     """One job, in full."""
 
@@ -81,6 +92,8 @@ class JobDetail(JobItem, kw_only=True):
     checkpoints: list[CheckpointItem]
     samples: list[SampleItem]
     """Generated answers, of recipes that have some shown (`eval_table_size`)."""
+    gate: GateReport | None
+    """Null before the gate was asked."""
 
 
 class JobDeleted(Struct, kw_only=True):
@@ -138,6 +151,7 @@ def job_detail(
     files: list[JobFile],
     checkpoints: list[JobCheckpoint],
     answers: list[dict[str, Any]],
+    gate: dict[str, Any] | None,
 ) -> JobDetail:
     """A job in full."""
     return JobDetail(
@@ -149,6 +163,7 @@ def job_detail(
             for checkpoint in checkpoints
         ],
         samples=sample_items(answers),
+        gate=None if gate is None else GateReport(**gate),
     )
 
 

@@ -381,6 +381,15 @@ class JobReader:
 
         return await self._database.call(work)
 
+    async def gate(self, job_id: str) -> dict[str, Any] | None:
+        """The decision of the recipe's gate: condition, met, reason, metrics. None before it."""
+        query = (
+            "SELECT data FROM job_events WHERE job_id = ? AND +kind = 'message' "
+            "AND json_extract(data, '$.gate') IS NOT NULL ORDER BY number DESC LIMIT 1"
+        )
+        row = await self._database.call(lambda c: c.execute(query, (job_id,)).fetchone())
+        return None if row is None else msgspec.json.decode(row["data"])["gate"]
+
     async def checkpoints(self, job_id: str) -> list[JobCheckpoint]:
         """Oldest first."""
         query = "SELECT step, best, created_at FROM job_checkpoints WHERE job_id = ? ORDER BY step"

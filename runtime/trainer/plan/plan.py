@@ -153,6 +153,34 @@ def preview(example: Example, tokenizer: Tokenizer) -> list[PreviewPiece]:
     return pieces
 
 
+LISTED = 100
+"""Examples whose sizes the summary lists."""
+LISTED_CHARS = 120
+"""Characters of each text that is listed."""
+_LISTED_TOKENS = 60
+
+
+class ExampleLine(Struct, frozen=True, kw_only=True):
+    """One example in short."""
+
+    tokens: int
+    trained_tokens: int
+    begins: str
+    """Its first words."""
+    learns: str
+    """The first words that are trained on."""
+
+
+def example_line(example: Example, tokenizer: Tokenizer) -> ExampleLine:
+    """An example in short, special tokens left out."""
+    first = next((at for at, trained in enumerate(example.trained) if trained), len(example))
+    begins, learns = (
+        " ".join(tokenizer.decode(ids).split())[:LISTED_CHARS]
+        for ids in (example.token_ids[:first][:_LISTED_TOKENS], example.token_ids[first:][:_LISTED_TOKENS])
+    )
+    return ExampleLine(tokens=len(example), trained_tokens=example.num_trained, begins=begins, learns=learns)
+
+
 PREVIEWS = 3
 TRAINING_PASSES = 3
 """Cost of training on a token, in forward passes of it."""
@@ -198,6 +226,8 @@ class Plan:
     watchdog_threshold: float
     previews: list[list[PreviewPiece]]
     """The first examples, with what is trained on marked."""
+    listed: list[ExampleLine]
+    """The first examples in short."""
     prompt: Prompt
     """Form of requests to the adapter."""
     how_to_ask: str
@@ -333,6 +363,7 @@ def prepare(
         ),
         watchdog_threshold=watchdog_threshold(recipe, shape.vocab_size),
         previews=[preview(example, tokenizer) for example in train[: PREVIEWS - PREVIEWS % recipe.group_size]],
+        listed=[example_line(example, tokenizer) for example in train[: LISTED - LISTED % recipe.group_size]],
         prompt=data.prompt,
         how_to_ask=how_to_ask(data.prompt, chats=tokenizer.chat_template is not None),
         warnings=warnings,
@@ -518,6 +549,8 @@ class PlanSummary(Struct, frozen=True, kw_only=True):
     """Notes on likely mistakes."""
     notes: list[str]
     previews: list[list[PreviewPiece]]
+    listed: list[ExampleLine]
+    """The first examples in short, `LISTED` at most."""
 
 
 def summarize(plan: Plan) -> PlanSummary:
@@ -547,4 +580,5 @@ def summarize(plan: Plan) -> PlanSummary:
         warnings=plan.warnings,
         notes=plan.notes,
         previews=plan.previews,
+        listed=plan.listed,
     )

@@ -100,6 +100,15 @@ def test_previews_are_the_text_with_what_is_trained_on(planner: Planner) -> None
     ]
 
 
+def test_examples_are_listed_with_their_sizes(planner: Planner) -> None:
+    plan = planner.plan()
+    assert len(plan.listed) == min(100, len(plan.train))
+    assert [(one.tokens, one.trained_tokens) for one in plan.listed] == [
+        (len(example), example.num_trained) for example in plan.train[:100]
+    ]
+    assert (plan.listed[1].begins, plan.listed[1].learns) == ("user question 1 assistant", "yes yes")
+
+
 def test_packing(planner: Planner) -> None:
     plan = planner.plan(sample_packing=True, sequence_len=128, micro_batch_size=2)
     assert plan.schedule.microbatches_per_epoch == -(-len(plan.bins) // 2)
