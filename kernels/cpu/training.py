@@ -20,7 +20,7 @@ _PackedSequences = declared().structs["PackedSequences"]
 
 HEAD_MULTIPLE = 16
 """Head dimensions that the C++ attention takes are a multiple of this."""
-MOST_ROWS = 128
+MOST_ROWS = 96
 """Rows up to which a linear reads the weights as they lie: BLAS packs them first, which pays with more."""
 
 
