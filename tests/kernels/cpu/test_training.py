@@ -22,7 +22,7 @@ variants = pytest.mark.parametrize("variant", usable_variants(), ids=lambda vari
 Op = Callable[..., Tensor]
 
 
-def check(variant: Variant, op: Op, *inputs: Tensor) -> None:
+def check(variant: Variant, op: Op, *inputs: Tensor, tolerance: float = 2e-5) -> None:
     """Compare an op that gets the ops and the inputs."""
     found = []
     for ops in (REFERENCE, CpuTrainingOps(CpuOps(variant))):
@@ -32,7 +32,7 @@ def check(variant: Variant, op: Op, *inputs: Tensor) -> None:
         with torch.no_grad():
             torch.testing.assert_close(op(ops, *inputs), y.detach(), atol=0, rtol=0)
         found.append((y.detach(), *(leaf.grad for leaf in leaves)))
-    torch.testing.assert_close(found[1], found[0], atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(found[1], found[0], atol=tolerance, rtol=tolerance)
 
 
 @variants
@@ -66,7 +66,7 @@ def test_attention_of_some_heads_of_a_wider_tensor(variant: Variant) -> None:
 def test_large_scores(variant: Variant) -> None:
     """Weights of 0 and 1, and no overflow of what a token does not see."""
     q, k, v = (random(80, 1, 16, seed=seed) * 10 for seed in range(3))
-    check(variant, lambda ops, *qkv: ops.packed_attention(*qkv, [80], 1.0) / 10, q.abs(), k, v)
+    check(variant, lambda ops, *qkv: ops.packed_attention(*qkv, [80], 1.0), q.abs(), k, v, tolerance=2e-3)
 
 
 @variants
