@@ -454,7 +454,7 @@ class EngineService:
 
     def _step(self) -> None:
         background = self.background if self.background is not None and self.background.ready else None
-        prefilling = background is not None and self.engine.waiting_since is not None
+        prefilling = background is not None and self.engine.prefilling
         self._busy_since = began = time.monotonic()
         outputs = self.engine.step(ahead=background is None)
         self._busy_since = time.monotonic()
@@ -464,7 +464,7 @@ class EngineService:
                 background.between_steps,
                 time.monotonic() - began,
                 decoding=not prefilling,
-                waiting_since=self.engine.waiting_since,
+                waiting_since=self.engine.waiting_since if prefilling else None,
             )
             self._train(between)
 

@@ -10,7 +10,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from kernels.triton import training_ops
+from kernels import training_ops
 from runtime.events import (
     FailedEvent,
     GenerateEvent,

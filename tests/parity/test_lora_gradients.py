@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from kernels.training import TrainingOps
+import kernels
 from runtime.model.lora import LoraShape
 from runtime.trainer.data.example import Example, collate
 from runtime.trainer.dora import pieces_of
@@ -18,6 +18,8 @@ from tests.tiny import make_tiny_llama
 from tests.trainer.tiny_training import all_targets, examples, load_decoder
 
 RANK, ALPHA = 4, 12
+OPS = kernels.training_ops(kernels.load())
+"""Of the fastest backend here."""
 SLICING = ["whole", "least", "odd"]
 
 
@@ -43,7 +45,7 @@ def check(
     loss = peft_loss(oracle, data)
     loss.backward()
     trained = sum(example.num_trained for example in data)
-    micro = MicroStep(decoder, TrainingOps(), lora, collate(data, decoder.device), checkpointing=checkpointing)
+    micro = MicroStep(decoder, OPS, lora, collate(data, decoder.device), checkpointing=checkpointing)
     drive(micro.forward_backward(1 / trained), slicing)
     assert micro.score.tokens == trained
     assert micro.score.mean == pytest.approx(loss.item(), abs=1e-4)
@@ -129,7 +131,7 @@ def test_dropout_is_applied_as_in_peft(dora: bool, tmp_path: Path) -> None:
             peft_module(oracle, layer, linear, part).lora_dropout["default"] = Masked(mask)
     loss = peft_loss(oracle, data)
     loss.backward()
-    micro = MicroStep(decoder, TrainingOps(), lora, collate(data, decoder.device), dropout=0.3, seed=11)
+    micro = MicroStep(decoder, OPS, lora, collate(data, decoder.device), dropout=0.3, seed=11)
     drive(micro.forward_backward(1 / data[0].num_trained), "odd")
     assert micro.score.mean == pytest.approx(loss.item(), abs=1e-4)
     for (layer, linear), adapted in lora.linears.items():
@@ -150,7 +152,7 @@ def test_dropout_is_the_same_however_sliced(slicing: str, tmp_path: Path) -> Non
     losses, grads = [], []
     for how, checkpointing in (("whole", False), (slicing, True)):
         lora = adapter(decoder, LoraShape(rank=RANK, alpha=ALPHA))
-        micro = MicroStep(decoder, TrainingOps(), lora, data, dropout=0.3, seed=11, checkpointing=checkpointing)
+        micro = MicroStep(decoder, OPS, lora, data, dropout=0.3, seed=11, checkpointing=checkpointing)
         drive(micro.forward_backward(1.0), how)
         losses.append(micro.score.loss)
         grads.append(
@@ -158,7 +160,7 @@ def test_dropout_is_the_same_however_sliced(slicing: str, tmp_path: Path) -> Non
         )
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     torch.testing.assert_close(grads[0], grads[1], atol=1e-3, rtol=1e-3)
-    other = MicroStep(decoder, TrainingOps(), adapter(decoder, LoraShape(RANK, ALPHA)), data, dropout=0.3, seed=12)
+    other = MicroStep(decoder, OPS, adapter(decoder, LoraShape(RANK, ALPHA)), data, dropout=0.3, seed=12)
     drive(other.forward_backward(1.0), "whole")
     assert other.score.loss != pytest.approx(losses[0], rel=1e-5)
 
@@ -167,9 +169,9 @@ def test_an_evaluation_scores_what_training_would(tmp_path: Path) -> None:
     decoder = load_decoder(make_tiny_llama(tmp_path / "model"))
     lora = adapter(decoder, LoraShape(rank=RANK, alpha=ALPHA))
     data = collate(examples(3), decoder.device)
-    trained = MicroStep(decoder, TrainingOps(), lora, data)
+    trained = MicroStep(decoder, OPS, lora, data)
     drive(trained.forward_backward(1.0), "whole")
-    evaluated = MicroStep(decoder, TrainingOps(), lora, data)
+    evaluated = MicroStep(decoder, OPS, lora, data)
     drive(evaluated.evaluate(), "least")
     assert evaluated.score.loss == pytest.approx(trained.score.loss, rel=1e-5)
     assert evaluated.score.correct == trained.score.correct
@@ -182,7 +184,7 @@ def test_a_new_adapter_changes_nothing(tmp_path: Path) -> None:
     nothing = TrainableLora(decoder, {}, LoraShape(rank=4, alpha=8), seed=0)
     scores = []
     for lora in (fresh, nothing):
-        micro = MicroStep(decoder, TrainingOps(), lora, data)
+        micro = MicroStep(decoder, OPS, lora, data)
         drive(micro.evaluate(), "whole")
         scores.append(micro.score.loss)
     assert scores[0] == scores[1]
