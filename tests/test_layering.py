@@ -114,6 +114,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "runtime.cli": {
         "runtime.access",
+        "runtime.metrics",
         "runtime.model",
         "runtime.checkpoints",
         "runtime.adapters",

@@ -6,10 +6,11 @@
 import inspect
 from collections.abc import Iterator
 
-from cyclopts import App
+from cyclopts import App, Group
 from cyclopts.argument import Argument
 
 from runtime.metrics.table import TABLE, Spec
+from settings import fields
 
 _CLI_HEAD = """\
 # Commands
@@ -33,8 +34,8 @@ dashboards made for vLLM (`observability.vllm_names`). In Prometheus' text forma
 """
 
 
-_OWN_GROUPS = ("Arguments", "Parameters")
-"""Groups of a command's own arguments; settings are in groups named like their sections."""
+_GROUPS_OF_SETTINGS = frozenset(section.capitalize() for section in fields.sections())
+"""Groups of arguments that are settings (`flags.with_settings`)."""
 
 
 def command_page(app: App) -> str:
@@ -42,7 +43,7 @@ def command_page(app: App) -> str:
     lines = [_CLI_HEAD.rstrip()]
     for path, command in _commands(app):
         arguments = [one for one in command.assemble_argument_collection() if one.show]
-        own = [one for one in arguments if one.parameter.group[0].name in _OWN_GROUPS]
+        own = [one for one in arguments if not _GROUPS_OF_SETTINGS & _groups(one)]
         lines += ["", f"## eft {path}", "", _paragraphs(command.help)]
         if own:
             lines += ["", "| argument | default | |", "|---|---|---|", *map(_argument, own)]
@@ -66,6 +67,12 @@ def _commands(app: App, before: str = "") -> Iterator[tuple[str, App]]:
             yield from _commands(command, f"{before}{name} ")
         else:
             yield f"{before}{name}", command
+
+
+def _groups(argument: Argument) -> frozenset[str]:
+    groups = argument.parameter.group
+    found = groups if isinstance(groups, tuple) else (groups,)
+    return frozenset(group.name for group in found if isinstance(group, Group))
 
 
 def _paragraphs(text: str) -> str:

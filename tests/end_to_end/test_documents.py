@@ -23,6 +23,7 @@ import yaml
 from runtime.cli.app import app, run
 from runtime.cli.flags import read_settings
 from tests.end_to_end.process import ENDED, ServerProcess
+from tests.tiny import make_tiny_llama
 
 ROOT = Path(__file__).parents[2]
 GENERATED = {"settings.md", "cli.md", "metrics.md"}
@@ -42,7 +43,15 @@ micro_batch_size: 4
 max_steps: 2
 learning_rate: 5e-4
 """
-LLAMA_FACTORY = "stage: sft\nfinetuning_type: lora\nlora_rank: 8\ndataset: identity\nlearning_rate: 1e-4\n"
+LLAMA_FACTORY = f"""\
+model_name_or_path: org/{MODEL}
+stage: sft
+finetuning_type: lora
+lora_rank: 8
+dataset: identity
+template: default
+learning_rate: 1e-4
+"""
 REQUEST = {
     "custom_id": "1", "method": "POST", "url": "/v1/chat/completions",
     "body": {"model": MODEL, "max_tokens": 4, "messages": [{"role": "user", "content": "Hi"}]},
@@ -96,13 +105,15 @@ class World:
                 self.server.wait_for_job(job["id"])
 
     def here(self, text: str) -> str:
-        """The text with the addresses of this server."""
+        """The text with this server's address, and its folder of data in the place of an operator's."""
+        text = text.replace("/srv/adapters", str(self.state.parent / "roots"))
         return re.sub(r"\b(127\.0\.0\.1|localhost):8000", self.server.url.removeprefix("http://"), text)
 
 
 @pytest.fixture(scope="module")
-def world(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     folder = tmp_path_factory.mktemp("documents")
+    model = make_tiny_llama(folder / "model", max_position_embeddings=2048)
     roots = folder / "roots"
     shutil.copytree(ROOT / "settings" / "recipes", roots)
     recipe = (roots / "tickets.yaml").read_text(encoding="utf-8")  # the same in two steps, published as it comes
@@ -111,14 +122,14 @@ def world(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     (roots / "tickets.yaml").write_text(recipe)
     state = folder / "state"
     rows = (roots / "data" / "tickets.jsonl").read_bytes()
-    with ServerProcess(str(tiny_model), state, served_model_name=MODEL, data_roots=roots) as server:
+    with ServerProcess(str(model), state, served_model_name=MODEL, data_roots=roots) as server:
         jobs = []
         for _ in range(3):  # one after the other, since their adapters have one name
             jobs.append(server.train(RECIPE, {"data/tickets.jsonl": rows}))
             assert server.wait_for_job(jobs[-1])["status"] == "succeeded"
         (version,) = (state / "adapters" / "tickets").glob("1")
         shutil.copytree(version, roots / "billing")
-        yield World(server, tiny_model, state, jobs)
+        yield World(server, model, state, jobs)
 
 
 @pytest.fixture
