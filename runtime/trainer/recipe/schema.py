@@ -255,11 +255,7 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     learning_rate: Annotated[float, Meta(gt=0.0, le=1.0), key("training", "The highest learning rate.")]
     optimizer: Annotated[
         OptimizerName,
-        key(
-            "training",
-            "AdamW in 32 or 8 bits, Lion, Adafactor, Muon or plain SGD, by any of their names; CAME, ADOPT and "
-            "schedule-free ones with the extra `optimizers`.",
-        ),
+        key("training", "AdamW, Lion, Adafactor, Muon or SGD by any of their names; others: extra `optimizers`."),
     ] = "adamw_torch_fused"
     lr_scheduler: Annotated[LrScheduler, key("training", "How the learning rate falls after warmup.")] = "cosine"
     cosine_min_lr_ratio: Annotated[

@@ -135,7 +135,7 @@ TEXTS = st.sampled_from(["Hi", "a", "7", "```py\n```", "- one\n- two", "中", "(
 
 @pytest.mark.real_model
 @pytest.mark.parametrize("name", sorted(BUILTIN_TEMPLATES))
-@settings(max_examples=20)
+@settings(max_examples=8)
 @given(pairs=st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=3))
 def test_a_prompt_is_the_beginning_of_its_row(real_tokenizer: Tokenizer, name: str, pairs: list[Any]) -> None:
     """With each built-in template on the vocabulary of another model, which has other tokens and joins "\\n\\n"."""
