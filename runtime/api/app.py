@@ -156,7 +156,7 @@ def create_app(
     handle.inside = InsideClient(app, access)
     if access.cors_origins:
         app.asgi_handler = Cors(app, access.cors_origins)
-    app.asgi_handler = Observer(app.asgi_handler, handle, lambda: api.settings.observability, audit=access.audit)
+    app.asgi_handler = Observer(app.asgi_handler, handle, api.observability, audit=access.audit)
     if settings.server.root_path:
         app.asgi_handler = Prefixed(app.asgi_handler, settings.server.root_path)
     app.asgi_handler = ResponseSockets(app.asgi_handler, settings.server)

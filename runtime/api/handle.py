@@ -13,7 +13,7 @@ from msgspec import Struct
 from runtime.access import Access
 from runtime.errors import EngineUnavailable
 from runtime.support.event_loop import BackgroundTasks, LagSampler
-from settings.schema import Settings
+from settings.schema import ObservabilitySettings, Settings
 
 if TYPE_CHECKING:
     from runtime.batches.manager import BatchManager
@@ -136,6 +136,10 @@ class Api:
         self.background = BackgroundTasks()
         self.event_streams = 0
         """Number of clients that follow a job's events, or the overview, now."""
+
+    def observability(self) -> ObservabilitySettings:
+        """The settings of logs that are in force now: SIGHUP may change them."""
+        return self.settings.observability
 
 
 def api_of(request: AnyRequest) -> Api:
