@@ -13,7 +13,7 @@ from torch import Tensor
 from kernels.cpu.declarations import Kernels, declared
 from kernels.cpu.library import load
 from kernels.cpu.ops import CpuOps
-from kernels.quantised import Weight
+from kernels.quantised import QuantisedWeight, Weight, linear_dequantised
 from kernels.training import TrainingOps
 
 _PackedSequences = declared().structs["PackedSequences"]
@@ -33,9 +33,11 @@ class CpuTrainingOps(TrainingOps):
         self._lib = load(serving.variant)
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
-        if len(x) > MOST_ROWS or not isinstance(weight, Tensor) or weight.requires_grad or not _ours(x, weight):
+        if len(x) > MOST_ROWS:
             return super().linear(x, weight, bias)
-        if not weight.is_contiguous():
+        if isinstance(weight, QuantisedWeight):
+            return linear_dequantised(x, weight, bias, self._last_factor, self._serving.linear)
+        if weight.requires_grad or not _ours(x, weight) or not weight.is_contiguous():
             return super().linear(x, weight, bias)
         y: Tensor = _Linear.apply(x, weight, self._serving)  # type: ignore[no-untyped-call]
         return y if bias is None else y + bias
