@@ -180,7 +180,7 @@ def _rotated(lib: Kernels, x: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -
 
 
 class _SequenceLayout:
-    """What attention of one batch needs beside queries, keys and values."""
+    """Arguments of the C++ attention for one batch, beside queries, keys and values."""
 
     def __init__(self, lengths: Sequence[int], scale: float, window: int, lib: Kernels) -> None:
         self.lib = lib
