@@ -7,6 +7,7 @@ result does not depend on its batch.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -181,11 +182,15 @@ class LastFactor:
 
 
 def linear_dequantised(
-    x: Tensor, weight: QuantisedWeight, bias: Tensor | None, last: LastFactor | None = None
+    x: Tensor,
+    weight: QuantisedWeight,
+    bias: Tensor | None,
+    last: LastFactor | None = None,
+    multiply: Callable[[Tensor, Tensor], Tensor] = F.linear,
 ) -> Tensor:
     """`Ops.linear` as if by the dequantised weight, with and without gradients: what training needs. `last`: keeps the
-    factor for the next call."""
-    y: Tensor = _Dequantised.apply(x, weight, last)  # type: ignore[no-untyped-call]
+    factor for the next call. `multiply`: makes the product of the input and the factor."""
+    y: Tensor = _Dequantised.apply(x, weight, last, multiply)  # type: ignore[no-untyped-call]
     return y if bias is None else y + bias
 
 
@@ -241,14 +246,20 @@ class _Dequantised(torch.autograd.Function):
     """x W^T with the weight in floating point; no gradient to the weight."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: QuantisedWeight, last: LastFactor | None) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: QuantisedWeight,
+        last: LastFactor | None,
+        multiply: Callable[[Tensor, Tensor], Tensor],
+    ) -> Tensor:
         ctx.weight, ctx.last = weight, last
-        return F.linear(weight.turned(x), _factor(weight, x.dtype, last))
+        return multiply(weight.turned(x), _factor(weight, x.dtype, last))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (grad,) = grads
-        return ctx.weight.turned_back(grad @ _factor(ctx.weight, grad.dtype, ctx.last)), None, None
+        return ctx.weight.turned_back(grad @ _factor(ctx.weight, grad.dtype, ctx.last)), None, None, None
 
 
 def _factor(weight: QuantisedWeight, dtype: torch.dtype, last: LastFactor | None) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from kernels.cpu.declarations import Kernels, declared
 from kernels.cpu.library import load
 from kernels.cpu.ops import CpuOps
-from kernels.quantised import Weight
+from kernels.quantised import QuantisedWeight, Weight, linear_dequantised
 from kernels.training import TrainingOps
 
 _PackedSequences = declared().structs["PackedSequences"]
@@ -33,29 +33,31 @@ class CpuTrainingOps(TrainingOps):
         self._lib = load(serving.variant)
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
-        if len(x) > MOST_ROWS or not isinstance(weight, Tensor) or weight.requires_grad or not _ours(x, weight):
+        if len(x) > MOST_ROWS:
             return super().linear(x, weight, bias)
-        if not weight.is_contiguous():
+        if isinstance(weight, QuantisedWeight):
+            return linear_dequantised(x, weight, bias, self._last_factor, self._serving.linear)
+        if weight.requires_grad or not _ours(x, weight) or not weight.is_contiguous():
             return super().linear(x, weight, bias)
-        y: Tensor = _Linear.apply(x, weight, self._serving)  # type: ignore[no-untyped-call]
+        y: Tensor = _CpuLinear.apply(x, weight, self._serving)  # type: ignore[no-untyped-call]
         return y if bias is None else y + bias
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         if weight.requires_grad or not _ours(x, weight) or not weight.is_contiguous():
             return super().rms_norm(x, weight, eps)
-        normed: Tensor = _RmsNorm.apply(_rows(x), weight, eps, self._lib)  # type: ignore[no-untyped-call]
+        normed: Tensor = _CpuRmsNorm.apply(_rows(x), weight, eps, self._lib)  # type: ignore[no-untyped-call]
         return normed
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         if not _ours(gate_up):
             return super().silu_mul(gate_up)
-        product: Tensor = _SiluMul.apply(gate_up.contiguous(), self._lib)  # type: ignore[no-untyped-call]
+        product: Tensor = _CpuSiluMul.apply(gate_up.contiguous(), self._lib)  # type: ignore[no-untyped-call]
         return product
 
     def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         if cos.shape[-1] == 0 or not _ours(x, cos):
             return super().rope(x, cos, sin)
-        rotated: Tensor = _Rope.apply(_heads(x), cos.contiguous(), sin.contiguous(), self._lib)  # type: ignore[no-untyped-call]
+        rotated: Tensor = _CpuRope.apply(_heads(x), cos.contiguous(), sin.contiguous(), self._lib)  # type: ignore[no-untyped-call]
         return rotated
 
     def packed_attention(
@@ -71,7 +73,7 @@ class CpuTrainingOps(TrainingOps):
     ) -> Tensor:
         if softcap or q.shape[2] % HEAD_MULTIPLE or not _ours(q, k, v):
             return super().packed_attention(q, k, v, lengths, scale, window=window, softcap=softcap)
-        packed = _Packed(lengths, scale, window or 0, self._lib)
+        packed = _SequenceLayout(lengths, scale, window or 0, self._lib)
         out: Tensor = _PackedAttention.apply(_heads(q), _heads(k), _heads(v), packed)  # type: ignore[no-untyped-call]
         return out
 
@@ -90,7 +92,7 @@ def _heads(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
 
 
-class _Linear(torch.autograd.Function):
+class _CpuLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, serving: CpuOps) -> Tensor:
         ctx.weight = weight
@@ -101,7 +103,7 @@ class _Linear(torch.autograd.Function):
         return grads[0] @ ctx.weight, None, None
 
 
-class _RmsNorm(torch.autograd.Function):
+class _CpuRmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, lib: Kernels) -> Tensor:
         ctx.save_for_backward(x, weight)
@@ -129,7 +131,7 @@ class _RmsNorm(torch.autograd.Function):
         return found, None, None, None
 
 
-class _SiluMul(torch.autograd.Function):
+class _CpuSiluMul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor, lib: Kernels) -> Tensor:
         ctx.save_for_backward(gate_up)
@@ -149,7 +151,7 @@ class _SiluMul(torch.autograd.Function):
         return found, None
 
 
-class _Rope(torch.autograd.Function):
+class _CpuRope(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, lib: Kernels) -> Tensor:
         ctx.save_for_backward(cos, sin)
@@ -177,8 +179,8 @@ def _rotated(lib: Kernels, x: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -
     return y
 
 
-class _Packed:
-    """What attention of one batch needs beside queries, keys and values."""
+class _SequenceLayout:
+    """Arguments of the C++ attention for one batch, beside queries, keys and values."""
 
     def __init__(self, lengths: Sequence[int], scale: float, window: int, lib: Kernels) -> None:
         self.lib = lib
@@ -207,7 +209,7 @@ class _Packed:
 
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, packed: _Packed) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, packed: _SequenceLayout) -> Tensor:
         out, logsums = torch.empty(q.shape), torch.empty(q.shape[1], len(q))
         packed.lib.eft_packed_attention(
             packed.view(q, k, v), out.data_ptr(), logsums.data_ptr(), torch.get_num_threads()

@@ -26,7 +26,7 @@ CHANGES = {
     "one more argument": (SILU, SILU.replace("int threads", "int threads, int more")),
     "a function less": (f"EXPORT {SILU}", ""),
     "the order of fields": ("    char* keys;\n    char* values;", "    char* values;\n    char* keys;"),
-    "a field's type": ("int64_t window;", "int32_t window;"),
+    "a field's type": ("int64_t rope;", "int32_t rope;"),
     "an enum's value": ("BFLOAT16 = 1, INT8 = 2", "BFLOAT16 = 2, INT8 = 1"),
 }
 changes = pytest.mark.parametrize("change", CHANGES)

@@ -11,6 +11,7 @@ from kernels import Ops
 from kernels.cpu import CpuOps
 from kernels.cpu.training import MOST_ROWS, CpuTrainingOps
 from kernels.cpu.variants import Variant, usable_variants
+from kernels.quantised import quantise_int8
 from kernels.training import TrainingOps
 from tests.kernels.rows import random
 
@@ -100,6 +101,17 @@ def test_rope(variant: Variant, dim: int, half: int) -> None:
 def test_linear(variant: Variant, rows: int, bias: bool) -> None:
     weight, added = random(40, 72, seed=1), random(40, seed=2) if bias else None
     check(variant, lambda ops, x: ops.linear(x / 8, weight, added), random(rows, 72, seed=3))
+    ops, x, quantised = (
+        CpuTrainingOps(CpuOps(variant)),
+        random(rows, 72, seed=4).requires_grad_(),
+        quantise_int8(weight),
+    )
+    y = ops.linear(x, quantised, added)
+    y.sum().backward()  # type: ignore[no-untyped-call]
+    expected = torch.nn.functional.linear(x, quantised.dequantise(), added)
+    torch.testing.assert_close(y, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(x.grad, quantised.dequantise().sum(0).expand(rows, -1), atol=1e-4, rtol=1e-4)
+    assert not ops.lacks_factor(quantised, torch.float32)
 
 
 @variants
