@@ -318,8 +318,8 @@ class JobManager:
                 _log.warning("cannot_delete", reason=error.message)
 
     def _unpark(self) -> None:
-        """Release the paused runs; their jobs continue from their checkpoints."""
-        for execution in self._parked.values():
+        """Release the paused runs, those that still tidy up among them; their jobs continue from their checkpoints."""
+        for execution in (*self._parked.values(), *(one for one in self._at_work.values() if one.paused)):
             execution.close()
         self._parked.clear()
 
