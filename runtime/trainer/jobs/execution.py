@@ -378,7 +378,7 @@ class Execution:
         # It is published, and must not be called failed, however long the disk is full.
         asking = prepared.summary.get("how_to_ask")
         if prepared.result_files != ADAPTER_FILES:
-            asking = f"Serve it: eft serve {label}"
+            asking = f"Serve it: eft models swap {label}, or eft serve {label}."
         elif asking:
             asking = f"Ask it {asking}"
         note = Note(" ".join(filter(None, [f"Published as {label}.", asking])))

@@ -33,7 +33,7 @@ class Validation:
         self._store = store
         self._directories = directories
         self._journal = journal
-        self._engine = engine
+        self.engine = engine
         self._on_queued = on_queued
         self._reading = WorkerThread()
         self._trying = WorkerThread()
@@ -69,11 +69,11 @@ class Validation:
         until its end. Raises `RequestError`, `OSError`."""
         uploads = _paths(self._directories.uploads(job_id), files)
         kept = self._directories.prepared(job_id)
-        return await patiently(lambda: self._reading.call(self._engine.prepare, recipe, uploads, kept))
+        return await patiently(lambda: self._reading.call(self.engine.prepare, recipe, uploads, kept))
 
     async def try_out(self, recipe: bytes, files: list[JobFile], folder: Path) -> PreparedJob:
         """The same of one that is not to become a job, with its files in `folder`."""
-        return await self._trying.call(self._engine.prepare, recipe, _paths(folder, files), None)
+        return await self._trying.call(self.engine.prepare, recipe, _paths(folder, files), None)
 
     async def close(self) -> None:
         """Give up what is being read: it is read again when the next process starts."""
