@@ -463,8 +463,9 @@ async def test_no_job_is_taken_while_the_server_moves_to_another_model(by_hand: 
         await by_hand.manager.hold("moving")
     assert caught.value.code == "jobs_unfinished"
     await by_hand.until(job.id, "running")
+    await by_hand.settle()
     await by_hand.manager.cancel(job.id)
-    by_hand.runs.step()
+    await by_hand.step()
     await by_hand.until(job.id, "cancelled")
     await by_hand.manager.hold("moving")
     with pytest.raises(EngineUnavailable, match="moving"):
