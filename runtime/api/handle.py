@@ -17,7 +17,6 @@ from runtime.support.event_loop import BackgroundTasks, LagSampler, is_set_withi
 from settings.schema import Settings
 
 if TYPE_CHECKING:
-    from runtime.api.swap import ModelSwapper
     from runtime.batches.manager import BatchManager
     from runtime.batches.records import Ask
     from runtime.engine.service import EngineService
@@ -105,8 +104,8 @@ class ServiceHandle:
         self.service = service
         self.jobs = jobs
         self.gate = RequestGate()
-        self.swapper: ModelSwapper | None = None
-        """What moves the server to another model; None where there is no server around the app."""
+        self.swapper: Any = None
+        """The `ModelSwapper`, which knows this class; None where there is no server around the app."""
         self.files: FileLibrary | None = None
         self.batches: BatchManager | None = None
         self.inside: Ask | None = None

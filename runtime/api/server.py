@@ -153,8 +153,8 @@ async def _run(
             await state.batches.start(handle.inside)
         handle.responses, handle.feedback = state.responses, state.feedback
         handle.serve(service, state.jobs, files=state.files, batches=state.batches, problem=state.problem)
-        handle.swapper = ModelSwapper(handle, service, state, settings)
-        return await _until_the_end(settings, handle.swapper, handle, url, on_ready, stopping, server)
+        handle.swapper = swapper = ModelSwapper(handle, service, state, settings)
+        return await _until_the_end(settings, swapper, handle, url, on_ready, stopping, server)
 
 
 @contextlib.contextmanager

@@ -261,9 +261,9 @@ class ModelSwapper:
     def _settings_of(self, model: str) -> Settings:
         """The settings for a model, under the name that is served. Blocks. Raises `ModelNotFound`, `Unsupported`."""
         from runtime.checkpoints.model_library import ModelLibrary
-        from runtime.workers.parallel.torchrun import Torchrun
+        from runtime.engine.assembly import is_under_torchrun
 
-        if Torchrun.here() is not None:
+        if is_under_torchrun():
             raise Unsupported(
                 "Ranks that torchrun has started hold one model from their start to their end: start the server again "
                 f"with {model[:200]!r}."
@@ -291,9 +291,7 @@ def _load_service(label: str, settings: Settings, metrics: Metrics) -> "EngineSe
     from runtime.engine.service import EngineService
 
     failpoint("swap.load", label)
-    service = EngineService.load(settings, metrics)
-    service.label = label
-    return service
+    return EngineService.load(settings, metrics, label=label)
 
 
 def _failure(error: Exception) -> SwapFailure:

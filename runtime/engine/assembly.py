@@ -160,6 +160,13 @@ def tensor_parallel(settings: ParallelSettings) -> int:
     return settings.tp or (1 if torchrun is None else torchrun.size)
 
 
+def is_under_torchrun() -> bool:
+    """True where torchrun has started the ranks: they hold one model from their start to their end."""
+    from runtime.workers.parallel.torchrun import Torchrun
+
+    return Torchrun.here() is not None
+
+
 @dataclass(frozen=True)
 class _Cache:
     num_blocks: int

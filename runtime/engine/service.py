@@ -107,7 +107,7 @@ log = get_logger(__name__)
 class EngineService:
     """Submissions in, output streams out. All methods but the thread's own belong to the event loop."""
 
-    def __init__(self, settings: Settings, assembled: Assembled) -> None:
+    def __init__(self, settings: Settings, assembled: Assembled, label: str | None = None) -> None:
         self.settings = settings
         self.engine = assembled.engine
         self.tokenizer = assembled.engine.tokenizer
@@ -115,7 +115,7 @@ class EngineService:
         self.reasoning = reasoning_format(self.tokenizer.chat_template, settings.model.reasoning_parser)
         """Form of the model's reasoning; None if it is not split from its answers."""
         self.model_name = assembled.model_name
-        self.label = assembled.model_name
+        self.label = label or assembled.model_name
         """The model as a server tells it apart from those that it serves under the same name."""
         self.model_source = assembled.model_source
         self.max_model_len = assembled.engine.max_len
@@ -155,10 +155,10 @@ class EngineService:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     @classmethod
-    def load(cls, settings: Settings, metrics: Metrics | None = None) -> "EngineService":
-        """Read the weights and build everything; blocks for seconds. `metrics`: see `assemble`. Raises
-        `ModelLoadError`."""
-        return cls(settings, run_in_fresh_thread(assemble, settings, metrics))
+    def load(cls, settings: Settings, metrics: Metrics | None = None, *, label: str | None = None) -> "EngineService":
+        """Read the weights and build everything; blocks for seconds. `metrics`: see `assemble`; `label`: by default the
+        model's name. Raises `ModelLoadError`."""
+        return cls(settings, run_in_fresh_thread(assemble, settings, metrics), label)
 
     # -- life ----------------------------------------------------------------------------------
 

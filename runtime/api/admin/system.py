@@ -162,10 +162,11 @@ async def swap_model(request: AnyRequest) -> ModelSwap:
 
 def _swapper(request: AnyRequest) -> ModelSwapper:
     handle = api_of(request).handle
-    if handle.swapper is None:
+    swapper: ModelSwapper | None = handle.swapper
+    if swapper is None:
         handle.require()
         raise EngineUnavailable("This server cannot move to another model.")
-    return handle.swapper
+    return swapper
 
 
 # -- the system ------------------------------------------------------------------------------------
