@@ -3,6 +3,7 @@
 python -m benchmarks.simulate                                   every policy and static batching, on an H100
 python -m benchmarks.simulate --device a10 --rate 3 --bursty 4  a smaller card, requests in bursts
 python -m benchmarks.simulate --policy fcfs --requests 1M       a million requests: 20 minutes, 100 MB
+python -m benchmarks.simulate --policy fcfs --gpus 4 --nodes 2  one model over eight ranks (docs/scaling.md)
 python -m benchmarks.simulate --prefixes 20 --plot ttft.svg     shared beginnings; a picture
 
 Devices and lengths of requests: benchmarks/simulation/device.py and trace.py, with their sources. Deterministic.
@@ -16,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.simulation.chart import draw
-from benchmarks.simulation.device import DEVICES
+from benchmarks.simulation.device import DEVICES, spread
 from benchmarks.simulation.outcome import Outcome
 from benchmarks.simulation.replay import Replay
 from benchmarks.simulation.static import replay_static
@@ -43,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         seed=given.seed,
     )
     outcomes = {name: simulate(name, traffic, given) for name in given.policy}
-    console.print(render(outcomes, traffic, given.device))
+    many = f" x {given.gpus} x {given.nodes} nodes" if given.gpus * given.nodes > 1 else ""
+    console.print(render(outcomes, traffic, given.device + many))
     if given.plot:
         draw(outcomes, given.plot, console)
     return 0
@@ -53,6 +55,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks.simulate", description=(__doc__ or "").splitlines()[0])
     names = [*sorted(POLICIES), STATIC]
     parser.add_argument("--device", default="h100", choices=sorted(DEVICES))
+    parser.add_argument("--gpus", type=int, default=1, help="devices of a node that share the model (default: 1)")
+    parser.add_argument("--nodes", type=int, default=1, help="nodes that share the model (default: 1)")
     parser.add_argument("--policy", nargs="+", default=names, choices=names)
     parser.add_argument("--requests", type=_count, default=2000, help="how many, such as 5K or 1M (default: 2000)")
     parser.add_argument("--rate", type=float, help="requests a second; default: what suits the device")
@@ -68,7 +72,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def simulate(name: str, traffic: Traffic, given: argparse.Namespace) -> Outcome:
-    device, model = DEVICES[given.device]
+    one, model = DEVICES[given.device]
+    device = spread(one, model, given.gpus, given.nodes)
     if name == STATIC:
         return replay_static(traffic, device, model, max_running=given.max_running)
     return Replay(traffic, device, model, policy=name, max_running=given.max_running).run()

@@ -38,7 +38,15 @@ from runtime.adapters.versions import (
     sweep,
     write_missing_record,
 )
-from runtime.errors import AdaptersBusy, AdapterUnavailable, Conflict, InvalidRequest, NotFound, StorageUnavailable
+from runtime.errors import (
+    AdaptersBusy,
+    AdapterUnavailable,
+    Conflict,
+    EngineUnavailable,
+    InvalidRequest,
+    NotFound,
+    StorageUnavailable,
+)
 from runtime.metrics import AdapterTraffic
 from runtime.support.database import Database
 from runtime.support.durable import PARTIAL, make_directory, reason, remove
@@ -67,6 +75,9 @@ def _exclusive(
 
     @functools.wraps(method)
     async def alone(self: "AdapterLibrary", name: str, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        if self._held is not None:
+            raise EngineUnavailable(self._held)
+
         async def work() -> T:
             async with self._locks.setdefault(canonical(name), asyncio.Lock()):
                 return await method(self, name, *args, **kwargs)
@@ -115,6 +126,8 @@ class AdapterLibrary:
         if shared is not None and database.frozen is None:
             self._replica = Replica(shared, self._commit, self._discard, self._publisher.directory)
         self._follower: asyncio.Task[None] | None = None
+        self._held: str | None = None
+        """Reason why nothing can be changed for now."""
         self._resolver = AdapterResolver(
             sources, make_folder=self.make_incoming, publish=lambda name, folder: self.publish(name, folder, new=True)
         )
@@ -131,13 +144,15 @@ class AdapterLibrary:
         max_vocabulary: int | None = None,
         sources: AdapterSources | None = None,
         shared: SharedStore | None = None,
+        clears_up: bool = True,
     ) -> "AdapterLibrary":
         """Read the rows, clean up the leftovers of crashes, and load the published versions, newest first.
 
         `database` was made with `store.SCHEMA` among its schemas. `max_vocabulary`: most bytes of an adapter's rows of
         embedding and head. `sources`: where unknown adapters are looked for;
         default: nowhere. `shared`: where servers share adapters; what cannot be brought from there at the start comes
-        when it can be reached. With a frozen database, nothing on the disk is changed.
+        when it can be reached. With a frozen database, nothing on the disk is changed. Not `clears_up`: files are on
+        their way into the directory.
         Raises `StorageUnavailable`.
         """
         sources = sources or AdapterSources()
@@ -153,7 +168,7 @@ class AdapterLibrary:
         )
         deleted = await library._commit(store.deleted_versions)
         library._check_base()
-        if database.frozen is None:
+        if database.frozen is None and clears_up:
             await asyncio.to_thread(library._clear_up, deleted)
         if library._replica is not None:
             with contextlib.suppress(TimeoutError, StorageUnavailable):
@@ -171,6 +186,13 @@ class AdapterLibrary:
         await cancel(self._follower)
         await self._resolver.close()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def hold(self, why: str | None) -> None:
+        """Refuse changes with `why` from now on, and wait for those under way; None: take them again. What is there is
+        served all the while."""
+        self._held = why
+        if why is not None:
+            await asyncio.gather(*self._tasks, return_exceptions=True)
 
     @property
     def frozen(self) -> str | None:
@@ -446,8 +468,8 @@ class AdapterLibrary:
             await asyncio.sleep(FOLLOW_SECONDS)
             try:
                 await self.follow_shared()
-            except StorageUnavailable:
-                continue  # logged once
+            except (StorageUnavailable, EngineUnavailable):
+                continue  # logged once, or nothing can be changed for now
             except Exception as error:
                 _log.error("cannot_follow_shared_store", reason=f"{type(error).__name__}: {error}")
 

@@ -153,7 +153,7 @@ def create_app(
         logging_config=None,
         debug=False,
     )
-    handle.inside = InsideClient(app, access)
+    handle.inside = InsideClient(app, access, handle.gate)
     if access.cors_origins:
         app.asgi_handler = Cors(app, access.cors_origins)
     app.asgi_handler = Observer(app.asgi_handler, handle, api.observability, audit=access.audit)

@@ -3,7 +3,8 @@
 Handlers find it in the app's state (`api_of`).
 """
 
-from collections import deque
+import asyncio
+from collections import Counter, deque
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from msgspec import Struct
 
 from runtime.access import Access
 from runtime.errors import EngineUnavailable
-from runtime.support.event_loop import BackgroundTasks, LagSampler
+from runtime.support.event_loop import BackgroundTasks, LagSampler, is_set_within
 from settings.schema import ObservabilitySettings, Settings
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ AnyRequest = Request[Any, Any, Any]
 
 
 MAX_RECENT_REQUESTS = 300
+MAX_WAIT_SECONDS = 60.0
+"""Longest that a request waits for a model that is being loaded in place of another."""
 
 
 class RequestEntry(Struct, frozen=True, kw_only=True):
@@ -49,12 +52,61 @@ class RequestEntry(Struct, frozen=True, kw_only=True):
     """Fields of its log line: numbers of tokens, the error's code."""
 
 
+class RequestGate:
+    """Requests under way, by the model that they began with, and a door that can be shut for new ones. Event-loop
+    thread only."""
+
+    def __init__(self) -> None:
+        self._model = 0
+        """Number of models before."""
+        self._under_way: Counter[int] = Counter()
+        self._open = asyncio.Event()
+        self._open.set()
+        self._left = asyncio.Event()
+
+    async def enter(self) -> int:
+        """Begin a request; returns the number of its model, for `leave`. Waits while the door is shut. Raises
+        `EngineUnavailable` after `MAX_WAIT_SECONDS`."""
+        if not self._open.is_set() and not await is_set_within(self._open, MAX_WAIT_SECONDS):
+            raise EngineUnavailable("The server is moving to another model. Try again in a moment.")
+        self._under_way[self._model] += 1
+        return self._model
+
+    def leave(self, model: int) -> None:
+        """End a request."""
+        self._under_way[model] -= 1
+        if not self._under_way[model]:
+            del self._under_way[model]
+            self._left.set()
+
+    def shut(self) -> None:
+        """Have new requests wait."""
+        self._open.clear()
+
+    def open(self) -> None:
+        """Let requests in, those that wait among them."""
+        self._open.set()
+
+    def next_model(self) -> None:
+        """Count new requests as those of another model."""
+        self._model += 1
+
+    async def until_left(self, *, before: bool) -> None:
+        """Wait until no request is under way, or, with `before`, none that began with a model before."""
+        while any(model < self._model or not before for model in self._under_way):
+            self._left.clear()
+            await self._left.wait()
+
+
 class ServiceHandle:
     """Holder of the engine service: set once the engine is loaded, read by every request. Event-loop thread only."""
 
     def __init__(self, service: "EngineService | None" = None, jobs: "JobManager | None" = None) -> None:
         self.service = service
         self.jobs = jobs
+        self.gate = RequestGate()
+        self.swapper: Any = None
+        """The `ModelSwapper`, which knows this class; None where there is no server around the app."""
         self.files: FileLibrary | None = None
         self.batches: BatchManager | None = None
         self.inside: Ask | None = None

@@ -4,6 +4,7 @@ They are admitted as their key's holder, run in the background, and are not coun
 """
 
 import asyncio
+from contextlib import suppress
 from typing import Any
 
 from litestar import Litestar
@@ -11,10 +12,11 @@ from litestar.types import Message, Scope
 
 from runtime.access import Access
 from runtime.access.keys import Principal
+from runtime.api.handle import RequestGate
 from runtime.api.http.errors import JSON, encode
 from runtime.api.http.record import RequestRecord, attach, make_id
 from runtime.batches.records import Answer
-from runtime.errors import Unauthorized
+from runtime.errors import EngineUnavailable, Unauthorized
 
 RETRY_AFTER = b"retry-after"
 
@@ -22,8 +24,9 @@ RETRY_AFTER = b"retry-after"
 class InsideClient:
     """Client of the app in its own process."""
 
-    def __init__(self, app: Litestar, access: Access) -> None:
+    def __init__(self, app: Litestar, access: Access, gate: RequestGate) -> None:
         self._app = app
+        self._gate = gate
         self._handler = app.asgi_handler
         """Without what is put around it later, which is for requests from outside."""
         self._access = access
@@ -38,8 +41,17 @@ class InsideClient:
         exchange = _Exchange(body)
         scope = _scope(self._app, path, len(body))
         attach(scope, record)
-        await self._handler(scope, exchange.receive, exchange.send)
+        model = await self._enter()
+        try:
+            await self._handler(scope, exchange.receive, exchange.send)
+        finally:
+            self._gate.leave(model)
         return exchange.answer(record.request_id)
+
+    async def _enter(self) -> int:
+        while True:
+            with suppress(EngineUnavailable):  # it has time
+                return await self._gate.enter()
 
     def _holder(self, owner: str) -> Principal | None:
         """Holder of the key with this label, with its scopes of now; None where there is no such key any more."""

@@ -30,6 +30,7 @@ from runtime.api.http.acceptor import Acceptor, connections_for, raise_descripto
 from runtime.api.http.protocol import MAX_HEADERS, Protocol, SocketProtocol
 from runtime.api.responses.sockets import socket_paths
 from runtime.api.supervisor import Reloader, notify
+from runtime.api.swap import ModelSwapper
 from runtime.support.event_loop import cancel
 from runtime.support.logs import configure, get_logger
 from runtime.support.threads import call_in_fresh_thread
@@ -176,7 +177,8 @@ async def _run(
             state.jobs.trace_with(handle.tracing.jobs)
         handle.responses, handle.feedback = state.responses, state.feedback
         handle.serve(service, state.jobs, files=state.files, batches=state.batches, problem=state.problem)
-        return await _until_the_end(settings, service, handle, url, on_ready, stopping, server)
+        handle.swapper = swapper = ModelSwapper(handle, service, state, settings)
+        return await _until_the_end(settings, swapper, handle, url, on_ready, stopping, server)
 
 
 @contextlib.contextmanager
@@ -220,7 +222,7 @@ async def _open(
 
 async def _until_the_end(
     settings: Settings,
-    service: "EngineService",
+    swapper: ModelSwapper,
     handle: ServiceHandle,
     url: str,
     on_ready: Callable[[str], None] | None,
@@ -230,51 +232,55 @@ async def _until_the_end(
     jobs = handle.jobs
     if on_ready is not None:
         on_ready(url)
-    _log.info("ready", url=url, model=service.model_name)
-    notify("READY=1", f"STATUS=serving {service.model_name} at {url}")
-    died = asyncio.ensure_future(service.died.wait())
+    _log.info("ready", url=url, model=swapper.label)
+    notify("READY=1", f"STATUS=serving {swapper.label} at {url}")
+    died = asyncio.ensure_future(swapper.died.wait())
     await asyncio.wait((died, stopping), return_when=asyncio.FIRST_COMPLETED)
     if died.done():
         stopping.cancel()
         _log.error("engine_dead")
+        await swapper.close(0.0)
         if jobs is not None:
             await jobs.stop(0.0, crashed=True)
         return 1
     died.cancel()
     if handle.batches is not None:
         await handle.batches.stop()
-    await _drain(service, jobs, settings.server.drain_timeout, server)
+    await _drain(swapper, jobs, settings.server.drain_timeout, server)
     return 0
 
 
-async def _drain(service: "EngineService", jobs: "JobManager | None", timeout: float, server: "_Server") -> None:
+async def _drain(swapper: ModelSwapper, jobs: "JobManager | None", timeout: float, server: "_Server") -> None:
     """Refuse new requests. Running ones, and a checkpoint of the running job, get `timeout` seconds, or until a
     second signal."""
     notify("STOPPING=1")
-    _log.info("draining", timeout_s=timeout, running=service.num_running, waiting=service.num_waiting)
-    service.drain(leaving=True)
-    draining = asyncio.ensure_future(_stop(service, jobs, timeout))
+    if (service := swapper.service) is not None:
+        _log.info("draining", timeout_s=timeout, running=service.num_running, waiting=service.num_waiting)
+        service.drain(leaving=True)
+    draining = asyncio.ensure_future(_stop(swapper, jobs, timeout))
     hurry = asyncio.ensure_future(server.hurry.wait())
     await asyncio.wait((draining, hurry), return_when=asyncio.FIRST_COMPLETED)
     if not draining.done():
         draining.cancel()
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(_hurry(draining, service, jobs), HURRY_SECONDS / 2)
+            await asyncio.wait_for(_hurry(draining, swapper, jobs), HURRY_SECONDS / 2)
     await cancel(hurry)
 
 
-async def _stop(service: "EngineService", jobs: "JobManager | None", timeout: float) -> None:
+async def _stop(swapper: ModelSwapper, jobs: "JobManager | None", timeout: float) -> None:
     """Stop jobs, then the engine: the engine thread finishes the step of a running job."""
     began = time.monotonic()
+    await swapper.close(timeout)
     if jobs is not None:
         await jobs.stop(timeout)
-    await service.stop(max(0.0, timeout - (time.monotonic() - began)))
+    if swapper.service is not None:
+        await swapper.service.stop(max(0.0, timeout - (time.monotonic() - began)))
 
 
-async def _hurry(draining: "asyncio.Future[None]", service: "EngineService", jobs: "JobManager | None") -> None:
+async def _hurry(draining: "asyncio.Future[None]", swapper: ModelSwapper, jobs: "JobManager | None") -> None:
     """Stop like `_stop`, but without waiting for the engine thread, which may hang."""
     await asyncio.gather(draining, return_exceptions=True)
-    ends = [service.stop(0.0, patience=HURRY_SECONDS / 6)]
+    ends = [] if swapper.service is None else [swapper.service.stop(0.0, patience=HURRY_SECONDS / 6)]
     if jobs is not None:
         ends.append(jobs.stop(0.0))
     await asyncio.gather(*ends)

@@ -43,6 +43,11 @@ class ModelLibrary:
         path = None if match is None or ".." in match["name"] else self._root / match["name"] / match["number"]
         return path if path is not None and (path / RECORD).is_file() else None
 
+    def labels(self) -> list[str]:
+        """Every version of every name, as `name@3`, by name and number."""
+        found = [(path.parent.parent.name, path.parent.name) for path in self._root.glob(f"*/*/{RECORD}")]
+        return [f"{name}@{number}" for name, number in sorted((n, int(v)) for n, v in found if v.isdigit())]
+
     def versions(self, name: str) -> dict[int, ModelRecord]:
         """The versions of a name, by number. Those that cannot be read are left out."""
         found = {}

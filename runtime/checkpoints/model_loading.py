@@ -169,6 +169,15 @@ def load_decoder(
     return decoder
 
 
+_VALUE_BYTES = {"int8": 1.125, "int4": 0.75, "nf4": 0.75, "gguf": 1.125}
+"""Bytes of a weight by the form that it is held in, scales included: most of them."""
+
+
+def value_bytes(settings: ModelSettings, device: torch.device) -> float:
+    """Bytes that a value of the weights takes in memory, about."""
+    return _VALUE_BYTES.get(settings.quantization, float(_dtype(settings.dtype, device).itemsize))
+
+
 def spec_of(checkpoint: Checkpoint) -> DecoderSpec:
     """The decoder's spec, from the configuration of a model with a family of ours. Raises `ModelLoadError` naming the
     problem."""

@@ -33,7 +33,7 @@ _jobs = App(name="jobs", help="See, hold and end the training jobs of a server."
 _keys = App(name="keys", help="Make, list and revoke the API keys of a keys file.")
 _state = App(name="state", help="Look after the state directory of a server on this machine.")
 _kernels = App(name="kernels", help="Compile the C++ kernels.")
-_models = App(name="models", help="What models can be served, and whether one is whole.")
+_models = App(name="models", help="What models can be served, whether one is whole, and moves to another.")
 _config = App(name="config", help="Show the settings, and write files to start from.")
 _recipe = App(name="recipe", help="Check fine-tuning recipes, and write one to start from.")
 
@@ -52,6 +52,11 @@ failed (the output says why); 2: wrong usage."""
 _VERIFY = """Check a model's files and tensors, and compare what it computes with transformers.
 
 Needs the memory of the model in float32 twice, one after the other. Exit code 0: nothing is wrong; 1: something is."""
+
+_SWAP = """Move a running server to a whole model that a job has trained, or back.
+
+Requests that have begun end on the old model, and new ones go to the new one, or wait for it. The name in requests
+stays. Exit code 0: done; 1: it failed, and the old model is served."""
 
 _CHECK = """Check a recipe and its data, and print what would be trained: the same as eft train --dry-run.
 
@@ -127,6 +132,7 @@ _LAZY = [
     (_keys, "list", "keys:list_keys", "Print the names, scopes and limits of the keys."),
     (_keys, "revoke", "keys:revoke", "Take a key out of the file; servers refuse it within seconds."),
     (_models, "list", "models:list_models", "Print the architectures that can be served, ours and those of plugins."),
+    (_models, "swap", "models:swap", _SWAP),
     (_models, "verify", "models:verify", _VERIFY),
     (_bench, "serve", "bench:bench_serve", "Measure any OpenAI-style server under load: latencies and throughput."),
     (_bench, "offline", "bench:bench_offline", "Measure the engine, without a server."),

@@ -1,5 +1,6 @@
 """Assembly of an engine from settings: loads the model, sizes the cache, connects the parts."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from runtime.blocks import BlockManager, SwapSpace
 from runtime.checkpoints import Checkpoint, open_checkpoint
 from runtime.checkpoints.generation_config import sampling_defaults
-from runtime.checkpoints.model_loading import base_of, describe_decoder, load_model, tokenizer_of
+from runtime.checkpoints.model_loading import base_of, describe_decoder, load_model, tokenizer_of, value_bytes
 from runtime.engine.devices import training_devices
 from runtime.engine.engine import Engine
 from runtime.engine.hooks import Hooks
@@ -19,7 +20,7 @@ from runtime.metrics import Metrics
 from runtime.model.attention import CACHE_DTYPES, block_bytes
 from runtime.model.config import ModelLoadError
 from runtime.model.families import find_model
-from runtime.model.group import UnconnectedRank
+from runtime.model.group import SOLO, UnconnectedRank
 from runtime.model.lora_base import LoraBase
 from runtime.model.model import Model, make_cache, make_device
 from runtime.scheduler import Scheduler, Speculation
@@ -62,8 +63,9 @@ class Assembled:
         return self.decoder.spec.vocab_size
 
 
-def assemble(settings: Settings) -> Assembled:
-    """Load the model and build the engine. Raises `ModelLoadError` with the error and a remedy."""
+def assemble(settings: Settings, metrics: Metrics | None = None) -> Assembled:
+    """Load the model and build the engine. `metrics`: those of the model before it under the same name; default: new
+    ones. Raises `ModelLoadError` with the error and a remedy."""
     training_devices(settings)
     return_freed_memory()
     if settings.model.threads:
@@ -73,7 +75,7 @@ def assemble(settings: Settings) -> Assembled:
     )
     name = settings.model.served_model_name or checkpoint.name
     if (size := tensor_parallel(settings.parallel)) > 1:
-        return _assemble_ranks(settings, checkpoint, name, size)
+        return _assemble_ranks(settings, checkpoint, name, size, metrics)
     device = make_device(settings.model.device)
     decoder = load_model(checkpoint, settings.model, device=device)
     keep_freed_memory()
@@ -97,10 +99,12 @@ def assemble(settings: Settings) -> Assembled:
     )
     executor = InProcessExecutor(worker)
     run = make_run_on(decoder, whole=settings.model.deterministic)
-    return _assembled(settings, checkpoint, grammars, executor, decoder, lora_base, cache, run, device)
+    return _assembled(settings, checkpoint, grammars, executor, decoder, lora_base, cache, run, device, metrics)
 
 
-def _assemble_ranks(settings: Settings, checkpoint: Checkpoint, name: str, size: int) -> Assembled:
+def _assemble_ranks(
+    settings: Settings, checkpoint: Checkpoint, name: str, size: int, metrics: Metrics | None
+) -> Assembled:
     """Build the engine with the model in `size` other processes."""
     from runtime.workers.parallel.executor import DistributedExecutor
     from runtime.workers.parallel.launchers import launcher
@@ -140,7 +144,7 @@ def _assemble_ranks(settings: Settings, checkpoint: Checkpoint, name: str, size:
         )
         executor.set_adapter_base(lora_base)
         make_run = make_run_on_ranks(executor)
-        return _assembled(settings, checkpoint, grammars, executor, shapes, lora_base, cache, make_run, device)
+        return _assembled(settings, checkpoint, grammars, executor, shapes, lora_base, cache, make_run, device, metrics)
     except BaseException:
         executor.close()
         raise
@@ -154,6 +158,13 @@ def tensor_parallel(settings: ParallelSettings) -> int:
     if torchrun is not None and settings.tp not in (None, torchrun.size):
         raise ModelLoadError(f"parallel.tp is {settings.tp}, but torchrun started {torchrun.size} ranks.")
     return settings.tp or (1 if torchrun is None else torchrun.size)
+
+
+def is_under_torchrun() -> bool:
+    """True where torchrun has started the ranks: they hold one model from their start to their end."""
+    from runtime.workers.parallel.torchrun import Torchrun
+
+    return Torchrun.here() is not None
 
 
 @dataclass(frozen=True)
@@ -198,22 +209,25 @@ def _assembled(
     cache: _Cache,
     make_run: MakeRun,
     device: torch.device,
+    metrics: Metrics | None,
 ) -> Assembled:
     """`device`: the device of this process or of its ranks."""
     defaults = _defaults(settings, checkpoint, decoder)
     scheduler = make_scheduler(
         settings.scheduler, settings.cache, cache.num_blocks, decoder.spec.window, cache.num_host_blocks
     )
-    metrics = Metrics(
-        lora_base.name,
-        vllm_names=settings.observability.vllm_names,
-        max_model_len=cache.max_len,
-        block_size=cache.block_size,
-        num_blocks=cache.num_blocks,
-        max_adapters=settings.adapters.max_loaded,
-        num_host_blocks=cache.num_host_blocks,
-        block_bytes=_bytes_of_block(settings, decoder),
-    )
+    sizes = {
+        "max_model_len": cache.max_len,
+        "block_size": cache.block_size,
+        "num_blocks": cache.num_blocks,
+        "num_host_blocks": cache.num_host_blocks,
+        "block_bytes": _bytes_of_block(settings, decoder),
+    }
+    if metrics is None:
+        vllm_names, most = settings.observability.vllm_names, settings.adapters.max_loaded
+        metrics = Metrics(lora_base.name, vllm_names=vllm_names, max_adapters=most, **sizes)
+    else:
+        metrics.on_cache(**sizes)
     engine = Engine(
         scheduler,
         executor,
@@ -280,6 +294,24 @@ def free_bytes(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return int(free)
     return int(psutil.virtual_memory().available)
+
+
+def fits_beside(settings: Settings, num_blocks: int) -> bool:
+    """True where the model of `settings` fits into the memory that is free now, with `num_blocks` of KV cache. Ranks'
+    memory is their own processes', and False. Reads headers. Raises `ModelLoadError`."""
+    if tensor_parallel(settings.parallel) > 1:
+        return False
+    checkpoint = open_checkpoint(settings.model.model, revision=settings.model.revision)
+    needed = 0
+    try:
+        shapes = describe_decoder(checkpoint, settings.model, SOLO)
+        values = sum(parameter.num_values for parameter in shapes.parameters().values())
+        needed = num_blocks * _bytes_of_block(settings, shapes)
+    except ModelLoadError:  # it is served through transformers, and its cache is not known yet
+        values = sum(math.prod(weight.shape) for _, weight in checkpoint.described())
+    device = make_device(settings.model.device)
+    needed += round(values * value_bytes(settings.model, device))
+    return needed <= free_bytes(device)
 
 
 def _bytes_of_block(settings: Settings, decoder: Model) -> int:

@@ -22,7 +22,7 @@ from runtime.support.failpoints import failpoint
 from runtime.support.logs import get_logger
 from runtime.text.grammar import GrammarCompiler
 from runtime.text.tokenizer import Tokenizer
-from runtime.workers.executor import AllRowsFailed, Executor, Pipeline, WorkersLost
+from runtime.workers.executor import AllRowsFailed, Executor, Pipeline, RowByRow, WorkersLost
 
 MAX_FAILED_STEPS = 3
 """Steps in a row without one row computed, after which the engine gives up if its probe fails as well."""
@@ -239,6 +239,12 @@ class Engine:
         """End the workers."""
         self._executor.close()
 
+    def unload(self) -> None:
+        """Let go of workers that were closed, with weights and cache. Nothing can be computed any more."""
+        if isinstance(self._executor, RowByRow):
+            self._executor.unload()
+        del self._executor, self._pipeline
+
     # -- requests ------------------------------------------------------------------------------
 
     def prepare(self, submission: Submission) -> Submission:
@@ -335,6 +341,11 @@ class Engine:
         """Read a version's files. The one method for any thread: it touches nothing that a step uses.
         Raises `AdapterInvalid`."""
         self._executor.prepare_adapter(key, directory)
+
+    @property
+    def adapters(self) -> frozenset[str]:
+        """Keys of the versions in memory."""
+        return frozenset(self._adapters | self._leaving)
 
     def tokenizer_of(self, key: str) -> Tokenizer:
         """The tokenizer of a version in memory, or of the base (an empty key)."""

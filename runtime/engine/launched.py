@@ -26,6 +26,7 @@ from runtime.trainer.lora import initial_layers
 from runtime.trainer.plan.plan import Plan, feed
 from runtime.trainer.plan.served_model import by_linear
 from runtime.trainer.recipe import Recipe
+from runtime.trainer.recipe.launch import own_tokens_problem
 from runtime.trainer.schedule import ExampleFeed
 from runtime.trainer.sliced_run import shape_of_recipe
 from runtime.workers.parallel.launch import LOOPBACK, environment
@@ -214,26 +215,23 @@ async def publish_model(
 
 
 def refuse_own_tokens(plan: Plan) -> None:
-    """Raise `InvalidRequest` where a launched job would change the vocabulary."""
-    own, recipe = plan.vocabulary, plan.recipe
-    if plan.launch is None or own is None or not (own.tokens or own.rows.kinds or own.eos_id is not None):
-        return
-    keys = ("lora_modules_to_save", "peft_trainable_token_indices", "added_tokens_overrides", "tokens")
-    param = next((name for name in keys if getattr(recipe, name)), "special_tokens")
-    raise InvalidRequest(
-        f"{param}: tokens of an adapter's own, and rows of embedding and head, are not trained in jobs on devices of "
-        "their own; leave it out, or leave out what asks for such devices, and train an adapter inside the server.",
-        param=param,
-    )
+    """Raise `InvalidRequest` where a launched job would change the vocabulary. The recipe's other keys for it were
+    refused when it was read."""
+    own = plan.vocabulary
+    if plan.launch is not None and own is not None and (own.tokens or own.rows.kinds or own.eos_id is not None):
+        param, message = own_tokens_problem()
+        raise InvalidRequest(f"{param}: {message}.", param=param)
 
 
-_NAMES = (
-    "bf16 communication_data_type data_types fp16 gradient_accumulation_steps gradient_clipping "
-    "gradient_predivide_factor optimizer prescale_gradients scheduler seq_parallel_communication_data_type "
-    "sparse_gradients steps_per_print train_batch_size train_micro_batch_size_per_gpu wall_clock_breakdown "
-    "zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization"
-)
-_COMPUTING = frozenset(_NAMES.split())
+_COMPUTING = frozenset(
+    {
+        "bf16", "communication_data_type", "data_types", "fp16", "gradient_accumulation_steps", "gradient_clipping",
+        "gradient_predivide_factor", "optimizer", "prescale_gradients", "scheduler",
+        "seq_parallel_communication_data_type", "sparse_gradients", "steps_per_print", "train_batch_size",
+        "train_micro_batch_size_per_gpu", "wall_clock_breakdown", "zero_allow_untested_optimizer",
+        "zero_force_ds_cpu_optimizer", "zero_optimization",
+    }
+)  # fmt: skip
 """Parts of DeepSpeed's configuration that recipes may have."""
 MAX_CONFIG = 64 * 1024
 """Bytes of a configuration."""

@@ -23,6 +23,7 @@ from runtime.engine.assembly import Assembled, assemble
 from runtime.engine.delivery import OutputStream
 from runtime.errors import Conflict, EngineFailure, EngineUnavailable, RequestError
 from runtime.messages import ROW_FAILED, Output, Submission
+from runtime.metrics import Metrics
 from runtime.model.model import backend_of, gpu_usage, gpus
 from runtime.support.logs import get_logger
 from runtime.support.machine import Gpu
@@ -106,7 +107,7 @@ log = get_logger(__name__)
 class EngineService:
     """Submissions in, output streams out. All methods but the thread's own belong to the event loop."""
 
-    def __init__(self, settings: Settings, assembled: Assembled) -> None:
+    def __init__(self, settings: Settings, assembled: Assembled, label: str | None = None) -> None:
         self.settings = settings
         self.engine = assembled.engine
         self.tokenizer = assembled.engine.tokenizer
@@ -114,6 +115,8 @@ class EngineService:
         self.reasoning = reasoning_format(self.tokenizer.chat_template, settings.model.reasoning_parser)
         """Form of the model's reasoning; None if it is not split from its answers."""
         self.model_name = assembled.model_name
+        self.label = label or assembled.model_name
+        """The model as a server tells it apart from those that it serves under the same name."""
         self.model_source = assembled.model_source
         self.max_model_len = assembled.engine.max_len
         self.vocab_size = assembled.engine.vocab_size
@@ -154,9 +157,10 @@ class EngineService:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     @classmethod
-    def load(cls, settings: Settings) -> "EngineService":
-        """Read the weights and build everything; blocks for seconds. Raises `ModelLoadError`."""
-        return cls(settings, run_in_fresh_thread(assemble, settings))
+    def load(cls, settings: Settings, metrics: Metrics | None = None, *, label: str | None = None) -> "EngineService":
+        """Read the weights and build everything; blocks for seconds. `metrics`: see `assemble`; `label`: by default the
+        model's name. Raises `ModelLoadError`."""
+        return cls(settings, run_in_fresh_thread(assemble, settings, metrics), label)
 
     # -- life ----------------------------------------------------------------------------------
 
@@ -176,9 +180,12 @@ class EngineService:
         """Take requests again, unless the server is leaving."""
         self._draining = self._leaving
 
-    async def stop(self, drain_timeout: float, *, patience: float | None = None) -> None:
+    async def stop(
+        self, drain_timeout: float, *, patience: float | None = None, why: str = "The server is shutting down."
+    ) -> None:
         """Refuse new requests, give the running ones `drain_timeout` seconds, abort the rest, end the thread.
-        `patience`: seconds that it may take for what it is doing; by default `server.drain_timeout`."""
+        `patience`: seconds that it may take for what it is doing; by default `server.drain_timeout`. `why`: message
+        for the requests that are aborted."""
         self.drain(leaving=True)
         if self._streams:
             self._drained.clear()
@@ -186,7 +193,7 @@ class EngineService:
                 await asyncio.wait_for(self._drained.wait(), drain_timeout)
         for stream in list(self._streams.values()):
             self.abort(stream.id)
-            stream.fail(EngineUnavailable("The server is shutting down."))
+            stream.fail(EngineUnavailable(why))
         self._stopping = True
         self.on_engine_thread(lambda: None)
         atexit.unregister(self._end_thread)
@@ -200,6 +207,15 @@ class EngineService:
         self._refuse_calls("The server is shutting down.")
         if not self._thread.is_alive():
             await call_in_fresh_thread(self.engine.close)
+
+    def unload(self) -> None:
+        """Let go of weights and cache, after `stop`."""
+        self.background = self.adapters = None
+        self.engine.unload()
+        vars(
+            self.decoder
+        ).clear()  # its fused pass refers to it, and a server's objects are frozen: nothing collects it
+        del self.decoder, self.make_run
 
     def _end_thread(self) -> None:
         """End the engine thread where `stop` was not called. Python ends a daemon thread in the middle of a C++ call,
@@ -361,6 +377,8 @@ class EngineService:
             self._wake.notify()
 
     def _require_workers(self) -> None:
+        if not self._thread.is_alive():
+            raise EngineUnavailable("The engine is not running.")
         if self.engine.lost:
             raise EngineUnavailable(
                 "A process that computes the model was lost; the model is being loaded again. Try again in a moment."

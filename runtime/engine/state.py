@@ -55,7 +55,7 @@ PRUNE_SECONDS = 60.0
 _log = get_logger("state")
 
 
-@dataclass(frozen=True)
+@dataclass
 class OpenedState:
     """An opened state directory."""
 
@@ -69,6 +69,7 @@ class OpenedState:
     """Path of the directory, for other files that are kept there."""
     problem: str | None = None
     """Reason why there are no jobs and adapters cannot be changed. Contains no path."""
+    database: Database | None = None
 
 
 @asynccontextmanager
@@ -89,15 +90,11 @@ async def open_state(service: "EngineService", settings: Settings) -> AsyncItera
             _log.error("state_not_usable", directory=str(directory), reason=str(error))
             library, database = await _open_library(service, settings, directory, frozen=problem)
         stack.push_async_callback(asyncio.to_thread, database.close)
-        stack.push_async_callback(library.close)
+        opened = OpenedState(library, None, directory=directory, database=database)
+        stack.push_async_callback(_close_adapters, opened)
         jobs = files = batches = responses = feedback = None
         if problem is None:
-            metrics, min_share = service.metrics, settings.trainer.min_share
-            targets = LatencyTargets.of(settings.scheduler)
-            share = TrainingShare(targets, min_share=min_share, on_miss=metrics.on_target_miss)
-            host = TrainingHost(share, metrics.on_slice, lambda: service.has_messages)
-            service.background = host
-            engine = EngineJobs(service, library, settings, directory, host)
+            engine = _make_jobs_engine(service, library, settings, directory)
             running_manager = running_jobs(database, directory, engine, service.metrics, settings.trainer)
             try:
                 jobs = await stack.enter_async_context(running_manager)
@@ -114,7 +111,71 @@ async def open_state(service: "EngineService", settings: Settings) -> AsyncItera
                 _log.error("jobs_not_usable", directory=str(directory), reason=str(error))
         if problem is not None:
             _log.warning("serving_read_only", adapters=[record.name for record in library.list() if record.served])
-        yield OpenedState(library, jobs, files, batches, responses, feedback, directory, problem)
+        opened.jobs, opened.files, opened.batches, opened.problem = jobs, files, batches, problem
+        opened.responses, opened.feedback = responses, feedback
+        yield opened
+
+
+async def _close_adapters(opened: OpenedState) -> None:
+    if opened.adapters is not None:
+        await opened.adapters.close()
+
+
+def _make_jobs_engine(
+    service: "EngineService", library: AdapterLibrary, settings: Settings, directory: Path
+) -> EngineJobs:
+    """The engine as jobs reach it, which trains between the steps of `service` from now on."""
+    metrics = service.metrics
+    share = TrainingShare(
+        LatencyTargets.of(settings.scheduler), min_share=settings.trainer.min_share, on_miss=metrics.on_target_miss
+    )
+    host = TrainingHost(share, metrics.on_slice, lambda: service.has_messages)
+    service.background = host
+    return EngineJobs(service, library, settings, directory, host)
+
+
+class MovingState:
+    """A state directory on its way to another model: nothing in it changes until `finish` or `cancel`. Event loop only.
+
+    What was open stays open. The adapters are opened a second time over the same rows, for the other model; requests
+    that began before go on with the first ones.
+    """
+
+    def __init__(self, state: OpenedState) -> None:
+        self._state = state
+
+    async def hold(self, why: str) -> None:
+        """Refuse changes of adapters, and new jobs, with `why`. Raises `Conflict` while there are jobs that have not
+        ended."""
+        if self._state.jobs is not None:
+            await self._state.jobs.hold(why)
+        if self._state.adapters is not None:
+            await self._state.adapters.hold(why)
+
+    async def open_for(self, service: "EngineService", settings: Settings) -> AdapterLibrary | None:
+        """The adapters for another model, those that fit it loaded. Raises `StorageUnavailable`."""
+        opened = self._state
+        if opened.adapters is None or opened.database is None or opened.directory is None:
+            return None
+        return await _make_library(service, settings, opened.directory, opened.database, clears_up=False)
+
+    async def finish(self, service: "EngineService", settings: Settings, library: AdapterLibrary | None) -> None:
+        """Have what is open be that of `service`, before the next await; then close the adapters of the model
+        before."""
+        opened, before = self._state, self._state.adapters
+        opened.adapters = library
+        service.set_adapters(library)
+        if opened.jobs is not None and library is not None and opened.directory is not None:
+            opened.jobs.release(_make_jobs_engine(service, library, settings, opened.directory))
+        if before is not None:
+            await before.close()
+
+    async def cancel(self) -> None:
+        """Take changes and jobs again, for the model before."""
+        if self._state.adapters is not None:
+            await self._state.adapters.hold(None)
+        if self._state.jobs is not None:
+            self._state.jobs.release()
 
 
 def open_feedback(database: Database, settings: FeedbackSettings) -> FeedbackStore:
@@ -143,24 +204,30 @@ async def _open_library(
         database = await asyncio.to_thread(open_database, directory)
     else:
         database = await asyncio.to_thread(frozen_database, directory, frozen)
-    adapters = settings.adapters
     try:
         if frozen is None:
             await asyncio.to_thread(_make_private, directory)
-        library = await AdapterLibrary.open(
-            database,
-            directory,
-            service,
-            max_loaded=adapters.max_loaded,
-            max_rank=adapters.max_lora_rank,
-            max_vocabulary=adapters.max_vocabulary_bytes,
-            sources=AdapterSources.of(adapters),
-            shared=None if adapters.shared_store is None else SharedStore(open_objects(adapters.shared_store)),
-        )
-        return library, database
+        return await _make_library(service, settings, directory, database, clears_up=True), database
     except BaseException:
         await asyncio.to_thread(database.close)
         raise
+
+
+async def _make_library(
+    service: "EngineService", settings: Settings, directory: Path, database: Database, *, clears_up: bool
+) -> AdapterLibrary:
+    adapters = settings.adapters
+    return await AdapterLibrary.open(
+        database,
+        directory,
+        service,
+        max_loaded=adapters.max_loaded,
+        max_rank=adapters.max_lora_rank,
+        max_vocabulary=adapters.max_vocabulary_bytes,
+        sources=AdapterSources.of(adapters),
+        shared=None if adapters.shared_store is None else SharedStore(open_objects(adapters.shared_store)),
+        clears_up=clears_up,
+    )
 
 
 def _make_private(directory: Path) -> None:

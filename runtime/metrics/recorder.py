@@ -62,6 +62,7 @@ _REASONS = frozenset(
 )  # fmt: skip
 PUBLISH_OUTCOMES = ("published", "refused", "failed")
 """Refused: the adapter did not fit. Failed: the server could not."""
+SWAP_OUTCOMES = ("succeeded", "failed")
 _MEASURED = ("time_to_first_token_seconds", "inter_token_latency_seconds", "train_slice_seconds")
 """Histograms of `Metrics.totals`."""
 SLEEP_STATES = ("awake", "weights_offloaded", "discard_all")
@@ -104,8 +105,6 @@ class Metrics:
                 )
         self._adapters: dict[str, tuple[str, str]] = {}
         """Key → labels of the adapter versions in memory. Only these have samples, so there are never many."""
-        self._block_bytes = block_bytes
-        self._gauges["swap_capacity_bytes"].set(num_host_blocks * block_bytes)
         self._max_adapters = str(max_adapters)
         self._adapters_at_work = ("", "")
         self._requests = (0, 0, 0)
@@ -114,16 +113,31 @@ class Metrics:
         self._step_tokens = 0
         """Tokens of the step that is being delivered, as vLLM counts them: the generated ones, and all computed ones of
         each prompt that was completed in it, over however many steps."""
-        self._fill_labels(block_size, num_blocks, max_model_len)
+        self._fill_labels()
+        self.on_cache(
+            max_model_len=max_model_len,
+            block_size=block_size,
+            num_blocks=num_blocks,
+            num_host_blocks=num_host_blocks,
+            block_bytes=block_bytes,
+        )
         self._registry = CollectorRegistry()
         families: Families = {**self._gauges, **self._counters, **self._histograms}
         self._registry.register(NamesCollector(families, {"model_name": model_name}, vllm_names))
         self._registry.register(ProcessNames(vllm_names))
 
-    def _fill_labels(self, block_size: int, num_blocks: int, max_model_len: int) -> None:
+    def on_cache(
+        self, *, max_model_len: int, block_size: int, num_blocks: int, num_host_blocks: int, block_bytes: int
+    ) -> None:
+        """Set the shape of the KV cache: of the model that is served, or is to be. Buckets of lengths stay those of the
+        first."""
+        self._block_bytes = block_bytes
+        self._gauges["swap_capacity_bytes"].set(num_host_blocks * block_bytes)
+        self._gauges["cache_config_info"].clear()
+        self._gauges["cache_config_info"].labels(str(block_size), str(num_blocks), str(max_model_len)).set(1)
+
+    def _fill_labels(self) -> None:
         """Bounded label sets are there from the start, at 0: a rate needs a first sample to rise from."""
-        shape = (str(block_size), str(num_blocks), str(max_model_len))
-        self._gauges["cache_config_info"].labels(*shape).set(1)
         for reason in ("capacity", "deferred"):
             self._gauges["num_requests_waiting_by_reason"].labels(reason)
         for state in SLEEP_STATES:
@@ -137,6 +151,8 @@ class Metrics:
             self._counters["timeouts"].labels(phase)
         for outcome in PUBLISH_OUTCOMES:
             self._counters["adapter_publishes"].labels(outcome)
+        for outcome in SWAP_OUTCOMES:
+            self._counters["model_swaps"].labels(outcome)
         for target in get_args(LatencyTarget):
             self._counters["train_target_misses"].labels(target)
         self._gauges["lora_requests_info"].labels(self._max_adapters, "", "").set(time.time())
@@ -259,6 +275,10 @@ class Metrics:
     def on_publish(self, outcome: str) -> None:
         """A version was published, or was not; one of `PUBLISH_OUTCOMES`."""
         self._counters["adapter_publishes"].labels(outcome).inc()
+
+    def on_model_swap(self, outcome: str) -> None:
+        """The server has moved to another model, or has not; one of `SWAP_OUTCOMES`."""
+        self._counters["model_swaps"].labels(outcome).inc()
 
     def on_request(self, *, choices: int, longest: int) -> None:
         """An API request of `choices` sequences ended; `longest` is the most tokens that one generated."""

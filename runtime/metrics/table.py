@@ -100,6 +100,8 @@ TABLE: tuple[Spec, ...] = (
     Spec("adapter_time_to_first_token_seconds", "histogram", "Arrival to first token, by adapter version.",
          ADAPTER, _FIRST_TOKEN_SECONDS, twin="none"),
     Spec("adapter_publishes", "counter", "Adapter versions published, or not.", ("outcome",), twin="none"),
+    Spec("model_swaps", "counter", "Moves of the server to another model, by how they ended.", ("outcome",),
+         twin="none"),
     Spec("spec_decode_num_drafts", "counter", "Times that tokens of a sequence were guessed ahead."),
     Spec("spec_decode_num_draft_tokens", "counter", "Tokens guessed ahead."),
     Spec("spec_decode_num_accepted_tokens", "counter", "Guessed tokens that proved right."),

@@ -191,8 +191,7 @@ class Parameter:
         of other ranks, and a mask [n] bool of the values that are held here."""
         if self._sampled is not None:
             return self._sampled
-        numel = sum(part.full for part in self.parts.values()) * self._width
-        index = torch.arange(0, numel, max(1, numel // SAMPLES))[:SAMPLES]
+        index = torch.arange(0, self.num_values, max(1, self.num_values // SAMPLES))[:SAMPLES]
         rows = Split.joined(list(self.parts.values())).find(index // self._width)
         columns = index % self._width
         if self._columns is not None:
@@ -206,6 +205,11 @@ class Parameter:
             assert lines is not None
             found[here] = lines.float().cpu().gather(1, column).flatten()
         return found, here
+
+    @property
+    def num_values(self) -> int:
+        """Values of the whole weight, on all ranks."""
+        return sum(part.full for part in self.parts.values()) * self._width
 
     @property
     def _width(self) -> int:

@@ -35,6 +35,9 @@ READ_ONLY = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
 _FOREIGN_ERRNO = re.compile(r"\(os error ([0-9]+)\)")
 """End of an I/O error's text in Rust's standard library, and so in safetensors."""
 
+_DIRECTORIES = re.compile(r"""(?<![\w./~])~?/(?:[^\s/'"()\[\],;]+/)*""")
+"""All of an absolute path but its last name."""
+
 
 def error_code(error: OSError) -> str:
     """Code of a disk error, for people and programs: disk_full, too_many_files, storage_read_only, or
@@ -49,6 +52,11 @@ def error_code(error: OSError) -> str:
 def reason(error: OSError) -> str:
     """The system's text for an error, without the path."""
     return error.strerror or (os.strerror(error.errno) if error.errno else type(error).__name__)
+
+
+def without_paths(text: str) -> str:
+    """A text of another library for clients: of each absolute path only the last name."""
+    return _DIRECTORIES.sub("", text)
 
 
 def storage_unavailable(what: str, error: OSError) -> StorageUnavailable:

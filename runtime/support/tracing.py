@@ -121,10 +121,12 @@ class RequestTrace:
         if not self._span.is_recording():
             return
         self._span.update_name(f"{method} {route}")
-        self._span.set_attributes(
-            {"http.request.method": method, "http.route": route, "http.response.status_code": status}
-            | {_SEMANTIC.get(name, f"eft.{name}"): value for name, value in details.items() if name not in phases}
-        )
+        attributes: dict[str, Any] = {
+            "http.request.method": method,
+            "http.route": route,
+            "http.response.status_code": status,
+        } | {_SEMANTIC.get(name, f"eft.{name}"): value for name, value in details.items() if name not in phases}
+        self._span.set_attributes(attributes)
         if status >= _SERVER_ERROR or (status < _CLIENT_ERROR and "error_code" in details):  # the latter in a stream
             self._span.set_status(Status(StatusCode.ERROR, str(details.get("error_code", ""))))
         ended = self._started + int(seconds * 1e9)

@@ -76,6 +76,10 @@ class RowByRow(ABC):
     def _row(self, step: int, row: Row) -> StepResult:
         """Compute a row of a plan that was taken in."""
 
+    def unload(self) -> None:
+        """Let go of weights and cache that this process holds, after `close`."""
+        return
+
     def execute(self, plan: StepPlan) -> StepResult:
         """See `Executor`. Raises `AllRowsFailed`, `WorkersLost`."""
         self._behind.difference_update(admission.slot for admission in plan.admitted)
@@ -140,6 +144,9 @@ class InProcessExecutor(RowByRow):
     def __init__(self, worker: Worker) -> None:
         super().__init__()
         self._worker = worker
+
+    def unload(self) -> None:
+        vars(self._worker).clear()
 
     def _batch(self, plan: StepPlan, rows: list[Row]) -> StepResult:
         self._worker.admit(plan)

@@ -1,6 +1,7 @@
 """Servers that share adapters: what one publishes the others have, whatever happens at the same time or in between."""
 
 import asyncio
+import multiprocessing
 import shutil
 import threading
 import uuid
@@ -9,6 +10,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -32,10 +34,52 @@ def _no_failpoints() -> Iterator[None]:
     failpoints.configure("")
 
 
-@pytest.fixture(params=["directory", "memory"])
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """URL of an S3 API in this process; skips where moto or s3fs is not installed."""
+    moto = pytest.importorskip("moto.server", reason="needs moto[s3,server]")
+    pytest.importorskip("s3fs", reason="needs s3fs")
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        yield f"http://{host}:{port}"
+    finally:
+        server.stop()
+
+
+@pytest.fixture
+def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """URL of an empty bucket."""
+    import s3fs
+
+    for name, value in {
+        "AWS_ENDPOINT_URL": s3_server,
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    name = f"bucket-{uuid.uuid4().hex}"
+    s3fs.S3FileSystem(use_listings_cache=False).mkdir(name)
+    return f"s3://{name}/adapters"
+
+
+@pytest.fixture(params=["directory", "memory", "s3"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "memory":
         return f"memory://{uuid.uuid4().hex}/adapters"
+    if request.param == "s3":
+        return str(request.getfixturevalue("bucket"))
+    (tmp_path / "store").mkdir()
+    return str(tmp_path / "store")
+
+
+@pytest.fixture(params=["directory", "s3"])
+def common_place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A store that several processes reach."""
+    if request.param == "s3":
+        return str(request.getfixturevalue("bucket"))
     (tmp_path / "store").mkdir()
     return str(tmp_path / "store")
 
@@ -182,6 +226,53 @@ def test_two_publishers_at_once_lose_no_version(
     tmp_path = tmp_path_factory.mktemp("shared")
     (tmp_path / "store").mkdir()
     with_two(tmp_path, tiny_base, str(tmp_path / "store"), body)
+
+
+@hypothesis_settings(max_examples=4, deadline=None)
+@given(
+    plan=st.tuples(
+        st.lists(st.integers(0, 2), min_size=1, max_size=3), st.lists(st.integers(0, 2), min_size=1, max_size=3)
+    )
+)
+def test_two_processes_that_publish_at_once_lose_no_version(
+    plan: tuple[list[int], list[int]],
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_base: LoraBase,
+    sources: list[Path],
+    common_place: str,
+) -> None:
+    """Forked, since a process of its own would import for seconds; with one thread, so that none is missed there."""
+    folder, name = tmp_path_factory.mktemp("processes"), f"news-{uuid.uuid4().hex[:8]}"
+    context = multiprocessing.get_context("fork")
+    start = context.Barrier(2)
+
+    def publish(own: Path, seeds: list[int]) -> None:
+        async def body() -> None:
+            async with opened(own, tiny_base, common_place) as library:
+                start.wait(60)
+                versions = [await library.publish(name, sources[seed]) for seed in seeds]
+            (own / "made").write_text("\n".join(version.key for version in versions))
+
+        torch.set_num_threads(1)
+        asyncio.run(body())
+
+    processes = [context.Process(target=publish, args=(folder / f"{n}", plan[n])) for n in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+
+    async def check() -> None:
+        async with opened(folder / "third", tiny_base, common_place) as library:
+            versions = library.get(name).versions.values()
+            assert {version.key for version in versions} == made
+            assert len(versions) == len(plan[0]) + len(plan[1])
+            for version in versions:
+                assert digest(library.directory(version)) == version.sha256
+
+    made = {key for n in range(2) for key in (folder / f"{n}" / "made").read_text().splitlines()}
+    asyncio.run(check())
 
 
 def test_one_of_many_creates_an_object(tmp_path: Path) -> None:

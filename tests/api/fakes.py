@@ -72,7 +72,7 @@ class FakeService:
 
     def __init__(self, *, context: int = 200) -> None:
         self.tokenizer = FakeTokenizer()
-        self.model_name = "fake"
+        self.model_name = self.label = "fake"
         self.created = 1
         self.adapters = None
         self.decoder = SimpleNamespace(spec=SimpleNamespace(hidden_size=2))

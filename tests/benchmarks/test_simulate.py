@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.simulate import main
-from benchmarks.simulation.device import DEVICES
+from benchmarks.simulation.device import DEVICES, spread
 from benchmarks.simulation.outcome import Outcome
 from benchmarks.simulation.replay import Replay
 from benchmarks.simulation.static import replay_static
@@ -39,6 +39,18 @@ def test_a_step_costs_what_the_data_sheet_says() -> None:
     device, model = DEVICES["h100"]
     assert model.step_seconds(device, 1, 0) == pytest.approx(0.007, rel=0.01)
     assert model.step_seconds(device, 2048, 0) == pytest.approx(0.0675, rel=0.02)  # now arithmetic is the limit
+
+
+def test_ranks_share_the_work_and_meet_twice_in_each_layer() -> None:
+    """An 8B model over 8 ranks: each sends 2 all-reduces x 32 layers x 4,096 values x 2 bytes x 2 * 7/8 for a token."""
+    one, model = DEVICES["h100"]
+    assert spread(one, model, 1) == one
+    eight, apart = spread(one, model, 8), spread(one, model, 4, nodes=2)
+    assert model.communication(8) == 2 * 32 * 4096 * 2 * 2 * 7 / 8
+    work = [model.step_seconds(device, 1, 0) - device.overhead for device in (one, eight, apart)]
+    assert work[1] == pytest.approx(work[0] / 8 + 64 * 10e-6, rel=0.01)  # a token's bytes are nothing beside latency
+    assert work[2] == pytest.approx(work[0] / 8 + 64 * 30e-6, rel=0.02)
+    assert eight.kv_memory > 8 * one.kv_memory  # the weights are there once
 
 
 def test_almost_no_memory_is_wasted() -> None:

@@ -124,7 +124,7 @@ def test_dropout_is_applied_as_in_peft(dora: bool, tmp_path: Path) -> None:
     data = examples(1, longest=60)
     tokens = len(data[0].token_ids)
     oracle = peft_model(path, lora, dropout=0.3)
-    masks = TrainingAdaptation(lora, TrainingOps(), dropout=0.3, seed=11, rows=slice(0, tokens))
+    masks = TrainingAdaptation(lora, OPS, dropout=0.3, seed=11, rows=slice(0, tokens))
     for (layer, linear), adapted in lora.linears.items():
         mask = masks._mask(layer, linear, torch.zeros(tokens, adapted.linear.in_features), adapted.inputs)
         for part in adapted.parts:

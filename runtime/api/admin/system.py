@@ -1,4 +1,5 @@
-"""GET /admin/system: machine, model, health, versions, settings and keys of this server, for operators."""
+"""GET /admin/system: machine, model, health, versions, settings and keys of this server, for operators; and its moves
+to other models."""
 
 import asyncio
 import importlib.metadata
@@ -8,12 +9,17 @@ import shutil
 from typing import Any, Literal
 
 import psutil
-from litestar import get
+from litestar import get, post
 from msgspec import Struct, to_builtins
 
+from runtime.api.docs import BODY
 from runtime.api.handle import AnyRequest, Api, api_of
 from runtime.api.http.auth import ADMIN
 from runtime.api.http.query import check_names
+from runtime.api.http.record import record_of
+from runtime.api.openai.schema import Intake
+from runtime.api.swap import AskedMode, ModelSwap, ModelSwapper
+from runtime.errors import EngineUnavailable
 from runtime.support.machine import Gpu, Machine, this_machine
 from runtime.support.state_directory import state_directory
 from runtime.support.version import version
@@ -101,6 +107,69 @@ class SystemView(Struct, kw_only=True):
     asks_for_keys: bool
     """Inference needs a key."""
     keys: list[KeyView]
+
+
+# -- the model -------------------------------------------------------------------------------------
+#
+# GET /admin/model and POST /admin/model/swap.
+
+
+class ModelView(Struct, kw_only=True):
+    """The served model, and those that the server can move to."""
+
+    object: str = "model"
+    name: str
+    """Name in requests, which stays the same."""
+    model: str
+    """The model behind it: `NAME@VERSION`, or the name of the one that the server was started with."""
+    models: list[str]
+    swap: ModelSwap | None
+    """The last move, or the one under way."""
+
+
+class SwapRequest(Struct, kw_only=True):
+    """The model to move to."""
+
+    model: str
+    """`NAME@VERSION`, as a job without an adapter has published it, or the name of the model that the server was
+    started with."""
+    mode: AskedMode = "auto"
+    """`beside`: load it beside the old model, which answers meanwhile; `drain`: let the old one go first, and have new
+    requests wait; `auto`: beside where the memory allows it."""
+
+
+_swap = Intake(SwapRequest)
+
+
+@get("/admin/model", opt={ADMIN: True})
+async def show_model(request: AnyRequest) -> ModelView:
+    """The served model, those that the server can move to, and the last move."""
+    check_names(request, ())
+    swapper = _swapper(request)
+    models = await asyncio.to_thread(lambda: swapper.models)
+    return ModelView(name=swapper.name, model=swapper.label, models=models, swap=swapper.last)
+
+
+@post("/admin/model/swap", status_code=202, opt={ADMIN: True, BODY: SwapRequest})
+async def swap_model(request: AnyRequest) -> ModelSwap:
+    """Begin to move the server to another model: requests that have begun end on the old one. GET /admin/model tells
+    how it goes."""
+    check_names(request, ())
+    asked = await _swap.read(request, api_of(request))
+    record_of(request).target = asked.model[:200]
+    return await _swapper(request).begin(asked.model, asked.mode)
+
+
+def _swapper(request: AnyRequest) -> ModelSwapper:
+    handle = api_of(request).handle
+    swapper: ModelSwapper | None = handle.swapper
+    if swapper is None:
+        handle.require()
+        raise EngineUnavailable("This server cannot move to another model.")
+    return swapper
+
+
+# -- the system ------------------------------------------------------------------------------------
 
 
 @get("/admin/system", opt={ADMIN: True})
@@ -191,4 +260,4 @@ def _keys(api: Api) -> list[KeyView]:
     return found
 
 
-ROUTES: tuple[Any, ...] = (system,)
+ROUTES: tuple[Any, ...] = (system, show_model, swap_model)

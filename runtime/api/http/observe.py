@@ -20,7 +20,7 @@ from runtime.access.audit import AuditLog
 from runtime.api.handle import RequestEntry, ServiceHandle
 from runtime.api.http.errors import JSON, HeadersTooLarge, encode
 from runtime.api.http.record import PHASES, RequestRecord, attach, make_id
-from runtime.errors import InvalidRequest, RequestError
+from runtime.errors import EngineUnavailable, InvalidRequest, RequestError
 from runtime.metrics import UNMATCHED
 from runtime.support.logs import get_logger
 from settings.schema import ObservabilitySettings
@@ -79,9 +79,25 @@ class Observer:
                 if refused is not None:
                     await _answer(refused, exchange.send)
                 else:
-                    await self._app(scope, exchange.receive, exchange.send)
+                    await self._pass_on(scope, exchange)
             finally:
                 self._finish(scope, record, exchange.status, time.monotonic() - started, trace)
+
+    async def _pass_on(self, scope: Scope, exchange: "_Exchange") -> None:
+        """Have the app answer: with one model from the beginning of a request to its end."""
+        if scope.get("method") != "POST" or scope["path"].startswith("/admin"):
+            await self._app(scope, exchange.receive, exchange.send)
+            return
+        gate = self._handle.gate
+        try:
+            model = await gate.enter()
+        except EngineUnavailable as error:
+            await _answer(error, exchange.send)
+            return
+        try:
+            await self._app(scope, exchange.receive, exchange.send)
+        finally:
+            gate.leave(model)
 
     def _finish(
         self, scope: Scope, record: RequestRecord, status: int, seconds: float, trace: "RequestTrace | None"

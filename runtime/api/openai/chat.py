@@ -135,7 +135,7 @@ async def open_chat(
         served.tokenizer,
         id=f"chatcmpl-{record.request_id}",
         model=served.name,
-        system_fingerprint=fingerprint(f"{service.model_name}{served.key}", api.settings.model.dtype),
+        system_fingerprint=fingerprint(f"{service.label}{served.key}", api.settings.model.dtype),
     )
     return generation, answer, record
 

@@ -80,7 +80,7 @@ async def create_completion(request: AnyRequest) -> Response[TextCompletion]:
         served.tokenizer,
         id=f"cmpl-{record.request_id}",
         model=served.name,
-        system_fingerprint=fingerprint(f"{service.model_name}{served.key}", api.settings.model.dtype),
+        system_fingerprint=fingerprint(f"{service.label}{served.key}", api.settings.model.dtype),
     )
     return await respond(generation, answer, record, request.receive, stream=bool(asked.stream))
 

@@ -238,7 +238,7 @@ def _describe(served: Served) -> ModelCard:
         return ModelCard(
             id=served.name,
             created=service.created,
-            root=service.model_name,
+            root=service.label,
             max_model_len=service.max_model_len,
             default_sampling_params=defaults,
         )

@@ -163,6 +163,8 @@ class Execution:
         self._handle: RunHandle | None = None
         self._inbox: asyncio.Queue[RunEvent] = asyncio.Queue()
         self.cancelled = False
+        self.paused = False
+        """True once its run stands still and the pause is stored, though `work` may have loggers to end."""
         self._pausing = False
         self._suspending = False
         self._loggers: JobLoggers | None = None
@@ -203,9 +205,9 @@ class Execution:
 
     async def work(self) -> None:
         """Bring the job to an end or to a pause, both stored. Raises nothing but a cancellation."""
-        paused = False
+        self.paused = False
         try:
-            paused = await self._work() == "paused"
+            self.paused = await self._work() == "paused"
         except JobFailed as failure:
             await self._fail(failure.error)
         except RequestError as error:
@@ -217,7 +219,7 @@ class Execution:
             await self._fail(JobError("internal_error", "An internal error ended the job; the server's log has more."))
         finally:
             self._metrics.on_train_pause(self.id)
-            if not paused:
+            if not self.paused:
                 self.close()
         await self._offer(none=True)
         await self._end_loggers()
@@ -377,7 +379,7 @@ class Execution:
         # It is published, and must not be called failed, however long the disk is full.
         asking = prepared.summary.get("how_to_ask")
         if prepared.result_files != ADAPTER_FILES:
-            asking = f"Serve it: eft serve {label}"
+            asking = f"Serve it: eft models swap {label}, or eft serve {label}."
         elif asking:
             asking = f"Ask it {asking}"
         note = Note(" ".join(filter(None, [f"Published as {label}.", asking])))

@@ -25,7 +25,17 @@ from runtime.support.threads import WorkerThread
 from runtime.trainer.jobs.directories import JobDirectories
 from runtime.trainer.jobs.execution import Checkpoints, Execution, delete_discarded
 from runtime.trainer.jobs.followers import EventFeed, EventTail, Journal
-from runtime.trainer.jobs.records import STATES, Job, JobEngine, JobEvent, JobSubmission, Note, PreparedJob, new_record
+from runtime.trainer.jobs.records import (
+    ENDED,
+    STATES,
+    Job,
+    JobEngine,
+    JobEvent,
+    JobSubmission,
+    Note,
+    PreparedJob,
+    new_record,
+)
 from runtime.trainer.jobs.retention import FOR_EVER, Keep, Retention
 from runtime.trainer.jobs.store import JobStore
 from runtime.trainer.jobs.validation import Validation
@@ -35,6 +45,9 @@ if TYPE_CHECKING:
     from runtime.support.tracing import JobTraces
 
 _log = get_logger("jobs")
+
+MAX_NAMED = 5
+"""Jobs that an error names."""
 
 PATIENCE = 30.0
 """Seconds that the client of a new recipe waits for its errors."""
@@ -84,6 +97,8 @@ class JobManager:
         """A task for each that has begun."""
         self._parked: dict[str, Execution] = {}
         """Paused jobs whose runs are still there, as long as no other is to start."""
+        self._held: str | None = None
+        """Reason why no job is taken or started for now."""
         self._stopping = False
         self._stopped = False
 
@@ -140,6 +155,32 @@ class JobManager:
         with contextlib.suppress(StorageUnavailable):
             await self._journal.flush()
         self._stopped = True
+
+    async def hold(self, why: str) -> None:
+        """Take and start no job until `release`, and say `why`. Raises `Conflict`, and holds nothing, while there are
+        jobs that have not ended: they were read, or have checkpoints, for the model that is served."""
+        self._held = why
+        try:
+            unfinished = tuple(state for state in STATES if state not in ENDED)
+            jobs, more = await self.store.page(after=None, limit=MAX_NAMED, states=unfinished)
+            if jobs:
+                named = ", ".join(f"{job.id} ({job.state})" for job, _ in jobs) + (", …" if more else "")
+                raise Conflict(
+                    f"There are jobs that have not ended, and they are for the model that is served: {named}. Wait for "
+                    "them, or cancel them.",
+                    code="jobs_unfinished",
+                )
+        except BaseException:
+            self.release()
+            raise
+
+    def release(self, engine: JobEngine | None = None) -> None:
+        """Take and start jobs again, on another engine where one is given."""
+        if engine is not None:
+            self._engine = engine
+            self._validation.engine = engine
+        self._held = None
+        self._wake_up()
 
     # -- requests ------------------------------------------------------------------------------
 
@@ -267,7 +308,8 @@ class JobManager:
         """Start jobs, the first of the queue while there is room for it, until the process ends."""
         while not self._stopping:
             self._wake.clear()
-            execution = await self._next() if len(self._at_work) < self._max_running else None
+            room = self._held is None and len(self._at_work) < self._max_running
+            execution = await self._next() if room else None
             if execution is None:
                 await self._wake.wait()
             else:
@@ -334,8 +376,8 @@ class JobManager:
                 _log.warning("cannot_delete", reason=error.message)
 
     def _unpark(self) -> None:
-        """Release the paused runs; their jobs continue from their checkpoints."""
-        for execution in self._parked.values():
+        """Release the paused runs, those that still tidy up among them; their jobs continue from their checkpoints."""
+        for execution in (*self._parked.values(), *(one for one in self._at_work.values() if one.paused)):
             execution.close()
         self._parked.clear()
 
@@ -362,6 +404,8 @@ class JobManager:
     def _require_running(self) -> None:
         if self._stopping:
             raise EngineUnavailable("The server is shutting down.")
+        if self._held is not None:
+            raise EngineUnavailable(self._held)
 
 
 # -- opening ---------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ class Validation:
         self._store = store
         self._directories = directories
         self._journal = journal
-        self._engine = engine
+        self.engine = engine
         self._on_queued = on_queued
         self._reading = WorkerThread()
         self._trying = WorkerThread()
@@ -73,7 +73,7 @@ class Validation:
         uploads = _paths(self._directories.uploads(job_id), files)
         kept = self._directories.prepared(job_id)
         async with self._reports(job_id) as report:
-            return await patiently(lambda: self._reading.call(self._engine.prepare, recipe, uploads, kept, report))
+            return await patiently(lambda: self._reading.call(self.engine.prepare, recipe, uploads, kept, report))
 
     @asynccontextmanager
     async def _reports(self, job_id: str) -> AsyncIterator[Callable[[ReadingEvent], None]]:
@@ -101,7 +101,7 @@ class Validation:
 
     async def try_out(self, recipe: bytes, files: list[JobFile], folder: Path) -> PreparedJob:
         """The same of one that is not to become a job, with its files in `folder`. Its data stays for later jobs."""
-        return await self._trying.call(self._engine.prepare, recipe, _paths(folder, files), None)
+        return await self._trying.call(self.engine.prepare, recipe, _paths(folder, files), None)
 
     async def close(self) -> None:
         """Give up what is being read: it is read again when the next process starts."""

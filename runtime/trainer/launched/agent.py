@@ -6,7 +6,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from runtime.support.durable import error_code
+from runtime.support.durable import error_code, without_paths
 from runtime.support.threads import die_with
 from runtime.trainer.launched.files import RESTARTS, JobFolder, LaunchEnd
 
@@ -73,10 +73,11 @@ def _end_of(error: Exception) -> LaunchEnd:
         message = "There is not enough memory for this job: lower micro_batch_size or sequence_len."
         return LaunchEnd(crashed=False, message=message, code="out_of_memory")
     if isinstance(error, OSError):
-        return LaunchEnd(
-            crashed=False, message=f"The job cannot go on: {error.strerror or error}.", code=error_code(error)
-        )
-    return LaunchEnd(crashed=False, message=f"A rank of this job failed: {type(error).__name__}: {str(error)[:500]}")
+        # Libraries raise it without a number and with a text of their own.
+        text = error.strerror or without_paths(str(error)[:500]) or type(error).__name__
+        return LaunchEnd(crashed=False, message=f"The job cannot go on: {text}.", code=error_code(error))
+    text = without_paths(str(error)[:500])
+    return LaunchEnd(crashed=False, message=f"A rank of this job failed: {type(error).__name__}: {text}")
 
 
 def main(arguments: list[str]) -> int:

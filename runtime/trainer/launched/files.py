@@ -20,6 +20,8 @@ from runtime.trainer.schedule import ExampleFeed, Schedule
 SPEC, FEED, INITIAL, REQUEST, LOG, END = "spec.json", "feed.msgpack", "initial", "request", "ranks.log", "end.json"
 SNAPSHOTS = "snapshots"
 """Folder of the snapshots that the server has not taken yet."""
+MEETING = "meeting"
+"""File by which the agents of one node meet. One that an earlier life of torchrun has left says that they have met."""
 BEST = "best.safetensors"
 MODEL = "model_files"
 """Folder of a whole model in a result."""
@@ -147,6 +149,10 @@ class JobFolder:
         """Parameters of the best evaluation so far."""
         return self.path / BEST
 
+    @property
+    def meeting(self) -> Path:
+        return self.path / MEETING
+
     def reports(self, attempt: int) -> Path:
         return self.path / f"reports-{attempt}"
 
@@ -165,12 +171,17 @@ class JobFolder:
         replace_file(self.path / SPEC, msgspec.json.encode(spec))
 
     def clear(self) -> None:
-        """Delete what earlier attempts have left."""
+        """Delete what earlier launches have left."""
         left = (*self.path.glob("reports-*"), *self.path.glob("error-*.json"))
         for path in (self.path / REQUEST, self.path / END, *left):
             remove(path)
+        self.clear_meeting()
         for path in (self.path / SNAPSHOTS).glob("*"):
             remove(path)
+
+    def clear_meeting(self) -> None:
+        """Delete the file by which agents met: before each life of torchrun."""
+        remove(self.meeting)
 
     def request(self, what: bytes) -> None:
         """Ask the ranks for something at the next step's end. Raises `OSError`."""

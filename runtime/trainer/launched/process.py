@@ -18,7 +18,7 @@ from runtime.events import CancelledEvent, FailedEvent, FinishedEvent, PausedEve
 from runtime.support.durable import error_code, reason, remove, sync_file
 from runtime.support.failpoints import failpoint
 from runtime.support.logs import get_logger
-from runtime.trainer.launched.files import PAUSE, REQUEST, JobFolder, LaunchSpec, ReportReader
+from runtime.trainer.launched.files import LOG, PAUSE, REQUEST, JobFolder, LaunchSpec, ReportReader
 from runtime.trainer.schedule import ExampleFeed
 
 _log = get_logger("launched")
@@ -45,9 +45,7 @@ class Nodes(Struct, frozen=True, kw_only=True):
         if self.rendezvous is None:
             # By a file, which only this user reads: torchrun unpickles what it finds where its agents meet, and a port
             # is open to all that reach the machine.
-            meeting = folder.path / "meeting"
-            meeting.unlink(missing_ok=True)
-            shared += ["--nnodes", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", str(meeting)]
+            shared += ["--nnodes", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", str(folder.meeting)]
             shared += ["--rdzv-conf", "store_type=file", "--rdzv-id", name, "--local-addr", "127.0.0.1"]
         else:
             shared += ["--nnodes", str(self.count), "--rdzv-backend", "c10d", "--rdzv-endpoint", self.rendezvous]
@@ -249,7 +247,8 @@ class _Launch:
             if restarts > max_restarts:
                 message = (
                     f"The processes of this job were killed {restarts} times in a row without a step in between "
-                    f"(trainer.max_restarts is {max_restarts}); {self._folder.log} has their output."
+                    f"(trainer.max_restarts is {max_restarts}); {LOG} in the job's folder on the server has their "
+                    "output."
                 )
                 return FailedEvent(step=self._step, code="ranks_killed", message=message), None
         return None
@@ -257,6 +256,7 @@ class _Launch:
     def _attempt(self, attempt: int, max_restarts: int) -> tuple[RunEvent, str | None] | None:
         """One life of torchrun; returns the event that ends the run, if there was one."""
         reader = ReportReader(self._folder, attempt)
+        self._folder.clear_meeting()
         with self._folder.log.open("ab") as output:
             process = self._spawn(max_restarts, output.fileno())
         last: tuple[RunEvent, str | None] | None = None

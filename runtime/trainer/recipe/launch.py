@@ -59,8 +59,13 @@ _SERVER_ONLY = {
     "lora_modules_to_save": "whole copies are trained",
     "peft_trainable_token_indices": "rows of tokens are trained",
     "tokens": "rows of tokens are trained",
+    "added_tokens_overrides": "tokens get other texts",
+    "special_tokens": "special tokens that the model lacks, or another end of texts, are made",
 }
-"""Keys of an adapter → what is done in the server's own process only."""
+"""Keys of an adapter → what is done in the server's own process only. `special_tokens` may name what the model has: the
+plan tells (`own_tokens_problem`)."""
+_BY_PLAN = "special_tokens"
+_INSTEAD = "only in the serving process: leave it out, or what asks for devices (devices, deepspeed, fsdp, ddp)"
 
 
 class Launch(Struct, frozen=True, kw_only=True):
@@ -160,12 +165,16 @@ def launch_problems(recipe: Recipe, values: Mapping[str, Any], devices: int) -> 
 
 def _for_the_server(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """Problems of an adapter that a job on devices of its own cannot train."""
-    instead = "only in the serving process: leave it out, or what asks for devices (devices, deepspeed, fsdp, ddp)"
     for name, what in _SERVER_ONLY.items():
-        if getattr(recipe, name):
-            yield name, f"{what} {instead}"
+        if name != _BY_PLAN and getattr(recipe, name):
+            yield name, f"{what} {_INSTEAD}"
     if recipe.first_weights != "uniform":
-        yield "peft_init_lora_weights", f"{recipe.first_weights} is made {instead}"
+        yield "peft_init_lora_weights", f"{recipe.first_weights} is made {_INSTEAD}"
+
+
+def own_tokens_problem() -> tuple[str, str]:
+    """Problem of a plan whose special tokens change the vocabulary, where it is for devices of their own."""
+    return _BY_PLAN, f"{_SERVER_ONLY[_BY_PLAN]} {_INSTEAD}"
 
 
 def launch_notes(recipe: Recipe, values: Mapping[str, Any], devices: int) -> Iterator[str]:

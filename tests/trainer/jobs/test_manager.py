@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from runtime.errors import Conflict, InvalidRequest, StorageUnavailable, TooManyRequests
+from runtime.errors import Conflict, EngineUnavailable, InvalidRequest, StorageUnavailable, TooManyRequests
 from runtime.events import ProgressEvent
 from runtime.trainer.jobs.records import JobError, JobEvent, JobSubmission
 from tests.trainer.jobs.fakes import World
@@ -482,3 +482,20 @@ async def test_a_full_database_takes_no_job(world: World) -> None:
     await world.database.call(lambda c: c.execute("PRAGMA max_page_count = 1000000").fetchall())
     assert (await world.manager.store.page(after=None, limit=10, states=()))[0] == []
     await world.until((await world.submit("name: a")).id, "succeeded")
+
+
+async def test_no_job_is_taken_while_the_server_moves_to_another_model(by_hand: World) -> None:
+    job = await by_hand.submit("name: a", "steps: 2")
+    with pytest.raises(Conflict, match=job.id) as caught:
+        await by_hand.manager.hold("moving")
+    assert caught.value.code == "jobs_unfinished"
+    await by_hand.until(job.id, "running")
+    await by_hand.settle()
+    await by_hand.manager.cancel(job.id)
+    await by_hand.step()
+    await by_hand.until(job.id, "cancelled")
+    await by_hand.manager.hold("moving")
+    with pytest.raises(EngineUnavailable, match="moving"):
+        await by_hand.submit("name: b", "steps: 2")
+    by_hand.manager.release()
+    await by_hand.until((await by_hand.submit("name: b", "steps: 2")).id, "running")

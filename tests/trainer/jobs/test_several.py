@@ -95,6 +95,36 @@ async def test_a_job_that_is_resumed_while_it_tidies_up_has_one_run(
     assert len(three.manager._working) == len(three.manager._at_work) == 2
 
 
+async def test_a_job_that_starts_while_another_tidies_up_releases_its_run(
+    three: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A paused run is kept only as long as no other job is to start."""
+    released, end = asyncio.Event(), Execution._end_loggers
+
+    async def slowly(self: Execution) -> None:
+        if self.id == job.id:
+            await released.wait()
+        await end(self)
+
+    monkeypatch.setattr(Execution, "_end_loggers", slowly)
+    job = await three.submit("name: a", "steps: 4")
+    await three.until(job.id, "running")
+    await three.settle()
+    await three.manager.pause(job.id)
+    run_of(three, job.id).step()
+    await three.until(job.id, "paused")
+    other = await three.submit("name: b", "steps: 4")
+    await three.until(other.id, "running")
+    released.set()
+    await three.settle()
+    assert three.manager._parked == {}
+    assert run_of(three, job.id).closed
+    assert (await three.manager.resume(job.id)).state == "queued"
+    await three.until(job.id, "running")
+    await three.settle()
+    assert [step for _, step in three.runs.started] == [0, 0, 1]  # it goes on from its checkpoint
+
+
 async def test_a_higher_priority_starts_first(tmp_path: Path) -> None:
     world = World(tmp_path, steps_itself=False)
     await world.start()

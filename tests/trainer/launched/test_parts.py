@@ -1,5 +1,6 @@
 """The parts of launched jobs by themselves: scores against transformers' own loss, devices, configurations, files."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -98,6 +99,7 @@ def test_without_devices_all_weights_are_refused_in_a_sentence() -> None:
         ({"adapter": "lora", "devices": 2, "peft_use_dora": True}, "peft_use_dora", "serving process"),
         ({"adapter": "lora", "ddp": True, "lora_model_dir": "ahoy"}, "lora_model_dir", "serving process"),
         ({"adapter": "lora", "devices": 2, "tokens": ["<x>"]}, "tokens", "serving process"),
+        ({"adapter": "lora", "ddp": True, "added_tokens_overrides": {"5": "<x>"}}, "added_tokens_overrides", "serving"),
         ({"adapter": "lora", "devices": 2, "lora_modules_to_save": ["lm_head"]}, "lora_modules_to_save", "serving"),
         ({"adapter": "lora", "devices": 2, "peft_init_lora_weights": "pissa"}, "peft_init_lora_weights", "pissa"),
         ({"fsdp_config": {"offload_parms": True}}, "fsdp_config.offload_parms", "offload_params"),
@@ -207,7 +209,7 @@ def test_processes_of_one_node_meet_by_a_file(rendezvous: str | None, tmp_path: 
     """torchrun unpickles what it finds where its agents meet."""
     arguments = Nodes(per_node=2, rendezvous=rendezvous).arguments(JobFolder(tmp_path), "job", max_restarts=0)
     place = arguments[arguments.index("--rdzv-endpoint") + 1]
-    assert place == (rendezvous or str(tmp_path / "meeting"))
+    assert place == (rendezvous or str(JobFolder(tmp_path).meeting))
     assert ("store_type=file" in arguments) == (rendezvous is None)
     assert "--standalone" not in arguments
 
@@ -361,8 +363,28 @@ def test_the_first_error_says_how_a_job_ended(tmp_path: Path) -> None:
     folder.write_error(0, LaunchEnd(crashed=False, message="second"))
     folder.write_end(crashed=False)
     assert folder.end() == LaunchEnd(crashed=False, message="first")
+    folder.meeting.write_text("stale")
     folder.clear()
     assert folder.end() is None
+    assert not folder.meeting.exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (RuntimeError("cannot read '/srv/models/tiny/config.json', nor /tmp/x: 1/2 of a/b"),
+         "A rank of this job failed: RuntimeError: cannot read 'config.json', nor x: 1/2 of a/b"),
+        (OSError("/srv/models/tiny does not appear to have a file"),
+         "The job cannot go on: tiny does not appear to have a file."),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "/srv/models/tiny"),
+         "The job cannot go on: No such file or directory."),
+        (MemoryError(), "There is not enough memory for this job: lower micro_batch_size or sequence_len."),
+    ],
+)  # fmt: skip
+def test_errors_of_ranks_name_no_path_of_the_server(error: Exception, message: str) -> None:
+    from runtime.trainer.launched.agent import _end_of
+
+    assert _end_of(error).message == message
 
 
 def test_the_newest_checkpoint(tmp_path: Path) -> None:
