@@ -16,6 +16,7 @@ from runtime.api.http.body import Fields, read_body
 from runtime.api.http.errors import to_request_error
 from runtime.api.http.query import ObjectPage, check_names, flag, page_request, single
 from runtime.api.http.record import RequestRecord, record_of
+from runtime.api.http.sockets import PATH, SWITCHING, SocketMemory, memory_of
 from runtime.api.http.sse import EventStream, named_events, noted, unless_disconnected
 from runtime.api.openai.chat import ChatAnswer, count_chat, open_chat
 from runtime.api.openai.generation import Generation
@@ -42,7 +43,6 @@ from runtime.api.responses.schema import (
     ResponseTextFormat,
     TextOptions,
 )
-from runtime.api.responses.sockets import PATH, SWITCHING, SocketMemory, memory_of
 from runtime.api.responses.translate import (
     ResponseEvents,
     chat_body,

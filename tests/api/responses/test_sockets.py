@@ -14,7 +14,7 @@ from wsproto.events import AcceptConnection, CloseConnection, RejectConnection, 
 
 from runtime.api.app import create_app
 from runtime.api.handle import ServiceHandle
-from runtime.api.responses import sockets
+from runtime.api.http import sockets
 from runtime.responses import ResponseStore
 from settings.schema import ServerSettings, Settings
 from tests.api.conftest import RunningServer
