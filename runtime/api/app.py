@@ -37,6 +37,7 @@ from runtime.api.http.auth import KeyGuard
 from runtime.api.http.cors import Cors
 from runtime.api.http.errors import handle_exception
 from runtime.api.http.observe import Observer
+from runtime.api.http.sockets import ResponseSockets
 from runtime.api.inside import InsideClient
 from runtime.api.openai import batches, files, fine_tuning
 from runtime.api.openai.chat import create_batch_of_chats, create_chat_completion
@@ -59,7 +60,6 @@ from runtime.api.operations import (
 )
 from runtime.api.page.routes import index_page, page_file
 from runtime.api.responses import routes as responses
-from runtime.api.responses.sockets import ResponseSockets
 from runtime.support.event_loop import running
 from settings.schema import Settings
 

@@ -28,7 +28,7 @@ from runtime.api.app import create_app
 from runtime.api.handle import ServiceHandle
 from runtime.api.http.acceptor import Acceptor, connections_for, raise_descriptor_limit
 from runtime.api.http.protocol import MAX_HEADERS, Protocol, SocketProtocol
-from runtime.api.responses.sockets import socket_paths
+from runtime.api.http.sockets import socket_paths
 from runtime.api.supervisor import Reloader, notify
 from runtime.api.swap import ModelSwapper
 from runtime.support.event_loop import cancel

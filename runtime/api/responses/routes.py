@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 from litestar import Response, delete, get, post
+from litestar.exceptions import MethodNotAllowedException
 from msgspec.structs import replace
 
 from runtime.api.docs import BODY
@@ -16,6 +17,7 @@ from runtime.api.http.body import Fields, read_body
 from runtime.api.http.errors import to_request_error
 from runtime.api.http.query import ObjectPage, check_names, flag, page_request, single
 from runtime.api.http.record import RequestRecord, record_of
+from runtime.api.http.sockets import PATH, SWITCHING, SocketMemory, memory_of
 from runtime.api.http.sse import EventStream, named_events, noted, unless_disconnected
 from runtime.api.openai.chat import ChatAnswer, count_chat, open_chat
 from runtime.api.openai.generation import Generation
@@ -42,7 +44,6 @@ from runtime.api.responses.schema import (
     ResponseTextFormat,
     TextOptions,
 )
-from runtime.api.responses.sockets import PATH, SWITCHING, SocketMemory, memory_of
 from runtime.api.responses.translate import (
     ResponseEvents,
     chat_body,
@@ -57,21 +58,12 @@ from runtime.api.responses.translate import (
     unknown_inside,
     usage_of,
 )
-from runtime.errors import EngineUnavailable, InvalidRequest, NotFound, RequestError, StorageUnavailable, Unsupported
+from runtime.errors import EngineUnavailable, InvalidRequest, NotFound, StorageUnavailable, Unsupported
 from runtime.messages import Output
 from runtime.responses import ResponseStore, StoredResponse, missing_response
 from settings.schema import LimitSettings
 
 ENDED = frozenset({"completed", "incomplete", "cancelled", "failed"})
-
-
-class UpgradeRequired(RequestError):
-    """A GET where only WebSockets begin with one."""
-
-    status = 426
-    type = "invalid_request_error"
-    default_code = "upgrade_required"
-
 
 _OWN = frozenset(ResponseRequest.__struct_fields__)
 _CHAT = frozenset(ChatRequest.__struct_fields__) - {"messages", "n", "best_of", "max_tokens", "use_beam_search"}
@@ -253,9 +245,9 @@ async def list_input_items(request: AnyRequest) -> Response[ObjectPage[Any]]:
 
 @get(PATH, status_code=SWITCHING, include_in_schema=False)
 async def open_socket(request: AnyRequest) -> Response[None]:
-    """Admit a WebSocket, which asks here with the headers of its handshake."""
+    """Admit a WebSocket, which asks here with the headers of its handshake. Any other GET is 405."""
     if memory_of(request) is None:
-        raise UpgradeRequired("Send a POST, or open a WebSocket.")
+        raise MethodNotAllowedException(headers={"allow": "POST"})
     return Response(None)
 
 

@@ -14,7 +14,7 @@ from wsproto.events import AcceptConnection, CloseConnection, RejectConnection, 
 
 from runtime.api.app import create_app
 from runtime.api.handle import ServiceHandle
-from runtime.api.responses import sockets
+from runtime.api.http import sockets
 from runtime.responses import ResponseStore
 from settings.schema import ServerSettings, Settings
 from tests.api.conftest import RunningServer
@@ -304,7 +304,7 @@ async def test_a_get_that_is_no_handshake_is_told_so(service: FakeService) -> No
     app = app_of(service)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://127.0.0.1") as client:
         answer = await client.get(PATH, headers={"Upgrade": "websocket"})
-    assert (answer.status_code, answer.json()["error"]["code"]) == (426, "upgrade_required")
+    assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
 
 
 async def test_each_turn_counts_among_the_limits_of_its_key(service: FakeService) -> None:
@@ -378,7 +378,7 @@ def test_a_real_handshake_is_refused_with_the_reason(server: RunningServer) -> N
 
 def test_half_a_handshake_is_a_request(server: RunningServer) -> None:
     upgrade = {"Connection": "Upgrade", "Upgrade": "websocket"}
-    assert httpx.get(server.url + PATH, headers=upgrade).json()["error"]["code"] == "upgrade_required"
+    assert httpx.get(server.url + PATH, headers=upgrade).status_code == 405
     whole = {**upgrade, "Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": "x" * 24}
     assert httpx.get(server.url + "/v1/models", headers=whole).status_code == 200
 
