@@ -30,12 +30,6 @@ def add_dora(
     return found
 
 
-def pieces_of(stacked: Tensor, b: Sequence[Tensor], dim: int = 0) -> tuple[Tensor, ...]:
-    """Views of what lies together of a linear's parts, as many places of `dim` for each as its B [out, rank] has
-    ranks."""
-    return torch.split(stacked, [up.shape[1] for up in b], dim)
-
-
 class _AddDora(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -52,7 +46,7 @@ class _AddDora(torch.autograd.Function):
         b, m = factors[: len(columns)], factors[len(columns) :]
         shrunk = x @ a.to(x.dtype).t()
         out, whole = y.clone(), []
-        smalls = pieces_of(shrunk, b, dim=1)
+        smalls = torch.split(shrunk, [up.shape[1] for up in b], 1)
         for place, small, up, scale, norm, magnitude in zip(columns, smalls, b, scales, norms, m, strict=True):
             own = base[:, place]
             direction = torch.addmm(own, small, up.to(x.dtype).t(), alpha=scale)
@@ -70,7 +64,8 @@ class _AddDora(torch.autograd.Function):
         b, m, whole = rest[:count], rest[count : 2 * count], rest[2 * count :]
         grad_base, grad_shrunk = torch.zeros_like(grad), torch.empty_like(shrunk)
         grad_b, grad_m = [], []
-        smalls, grad_smalls = pieces_of(shrunk, b, dim=1), pieces_of(grad_shrunk, b, dim=1)
+        ranks = [up.shape[1] for up in b]
+        smalls, grad_smalls = torch.split(shrunk, ranks, 1), torch.split(grad_shrunk, ranks, 1)
         for index, place in enumerate(ctx.columns):
             part, norm, scale = grad[:, place], ctx.norms[index], ctx.scales[index]
             scaled = part * (m[index] / norm).to(grad.dtype)

@@ -24,7 +24,7 @@ from runtime.model.model import Model
 from runtime.model.split import Split
 from runtime.model.token_rows import Embed, embed_with
 from runtime.model.vocabulary import RowTargets
-from runtime.trainer.dora import add_dora, pieces_of
+from runtime.trainer.dora import add_dora
 from runtime.trainer.shards import Held, Shards
 from runtime.trainer.token_rows import TrainableVocabulary, rows_of
 
@@ -424,6 +424,12 @@ def mix(*numbers: int) -> int:
         value = ((value ^ number) * 0x9E3779B97F4A7C15 + 0xD1B54A32D192ED03) & (2**64 - 1)
         value ^= value >> 29
     return value & (2**63 - 1)
+
+
+def pieces_of(stacked: Tensor, b: Sequence[Tensor], dim: int = 0) -> tuple[Tensor, ...]:
+    """Views of what lies together of a linear's parts, as many places of `dim` for each as its B [out, rank] has
+    ranks."""
+    return torch.split(stacked, [up.shape[1] for up in b], dim)
 
 
 class _AddLora(torch.autograd.Function):

@@ -9,8 +9,7 @@ import torch
 import kernels
 from runtime.model.lora import LoraShape
 from runtime.trainer.data.example import Example, collate
-from runtime.trainer.dora import pieces_of
-from runtime.trainer.lora import TrainableLora, TrainingAdaptation
+from runtime.trainer.lora import TrainableLora, TrainingAdaptation, pieces_of
 from runtime.trainer.step import MicroStep
 from tests.parity.gradients import adapter, drive, peft_model, peft_module
 from tests.parity.llama import VARIANTS
