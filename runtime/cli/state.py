@@ -53,7 +53,8 @@ def prune(
     **flags: Any,
 ) -> None:
     """Delete what --keep-jobs, --keep-checkpoints, --keep-uploads, --keep-files, --keep-batches, --keep-responses,
-    --max-responses, --keep-feedback and --max-feedback say, and compact the database."""
+    --max-responses, --max-responses-total, --keep-feedback, --max-feedback and --max-feedback-total say, and compact
+    the database."""
     from runtime.engine.state_upkeep import prune as pruned
 
     settings = read_settings(flags, config).settings

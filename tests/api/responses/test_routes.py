@@ -15,7 +15,7 @@ from runtime.api.http.body import parse_fields
 from runtime.api.openai import schema
 from runtime.responses import SCHEMA, ResponseStore
 from runtime.support.database import Database
-from settings.schema import ServerSettings, Settings
+from settings.schema import ResponseSettings, ServerSettings, Settings
 from tests.api.conformance import checked_event
 from tests.api.fakes import FakeService
 from tests.api.named_events import events_of
@@ -41,7 +41,7 @@ async def database(tmp_path: Path) -> AsyncIterator[Database]:
 
 @pytest.fixture
 def store(database: Database) -> ResponseStore:
-    return ResponseStore(database, keep_seconds=None, max_responses=100)
+    return ResponseStore(database, ResponseSettings(keep_responses=None))
 
 
 @pytest.fixture
