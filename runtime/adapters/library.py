@@ -38,10 +38,11 @@ from runtime.adapters.versions import (
     sweep,
     write_missing_record,
 )
+from runtime.checkpoints.peft import AdapterInvalid
 from runtime.errors import AdaptersBusy, AdapterUnavailable, Conflict, InvalidRequest, NotFound, StorageUnavailable
 from runtime.metrics import AdapterTraffic
 from runtime.support.database import Database
-from runtime.support.durable import PARTIAL, make_directory, reason, remove
+from runtime.support.durable import PARTIAL, make_directory, pinned, reason, remove
 from runtime.support.event_loop import cancel
 from runtime.support.logs import get_logger
 
@@ -285,7 +286,8 @@ class AdapterLibrary:
 
     @_exclusive
     async def load_external(self, name: str, path: Path, *, inplace: bool) -> Version:
-        """Publish the adapter in `path` under `name`, for `/v1/load_lora_adapter`.
+        """Publish the adapter in `path` under `name`, for `/v1/load_lora_adapter`. `path`: absolute, and without links
+        when it was checked; none that is put there since is followed.
 
         Raises `InvalidRequest` for a name that is already served, unless `inplace`. An unloaded name is served again,
         as the same version when the files are the same.
@@ -298,9 +300,14 @@ class AdapterLibrary:
                 param="lora_name",
                 code="adapter_exists",
             )
-        if record is not None and self.fits(record.version) and await self._publisher.same(path, record.version):
-            return await self._serve(record.version)
-        return await self._publish(name, path)
+        with contextlib.ExitStack() as stack:
+            try:
+                folder = stack.enter_context(pinned(path))
+            except OSError as error:
+                raise AdapterInvalid(f"The adapter's folder cannot be opened: {reason(error)}.") from error
+            if record is not None and self.fits(record.version) and await self._publisher.same(folder, record.version):
+                return await self._serve(record.version)
+            return await self._publish(name, folder)
 
     async def _publish(self, name: str, source: VersionSource, **details: Any) -> Version:
         outcome = "failed"
