@@ -13,7 +13,8 @@ import pytest
 
 from runtime.support.database import FILE
 from tests.adapter_files import make_adapter
-from tests.end_to_end.process import ROOT, ServerProcess, wait_until
+from tests.end_to_end.process import ROOT, ServerProcess
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -14,7 +14,8 @@ import pytest
 
 from runtime.api.http.acceptor import Acceptor, connections_for, raise_descriptor_limit
 from runtime.api.http.protocol import Protocol
-from tests.end_to_end.process import ServerProcess, wait_until
+from tests.end_to_end.process import ServerProcess
+from tests.waiting import wait_until
 
 RECIPE = """
 name: newt

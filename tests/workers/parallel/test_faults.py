@@ -17,6 +17,7 @@ from runtime.workers.parallel.executor import DistributedExecutor
 from tests.adapter_files import make_adapter
 from tests.end_to_end.process import ServerProcess
 from tests.engine.services import check_empty, gather, run
+from tests.waiting import until
 
 TIMEOUT = 4.0
 """A step of the tiny model takes milliseconds; ranks that are started again get as long as they need."""
@@ -28,13 +29,6 @@ def pids(service: EngineService) -> list[int]:
     executor = service.engine._executor
     assert isinstance(executor, DistributedExecutor)
     return executor.ranks.pids
-
-
-async def until(condition: Callable[[], bool], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"not within {seconds} s"
-        await asyncio.sleep(0.02)
 
 
 async def answer(service: EngineService, adapter: str = "") -> list[int]:
