@@ -428,7 +428,7 @@ class TrainerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         tuple[TrainingDevice, ...],
         doc(
             "Devices set aside for jobs in processes of their own, which train all weights or spread over several "
-            "devices: `cuda:N`, none of those that serve, or `cpu` once for each rank.",
+            "devices: `cuda:N`, none that serves, or `cpu` once for each rank.",
             expects="a list of `cuda:N`, or of `cpu`",
         ),
     ] = ()

@@ -162,7 +162,7 @@ class AnswerRounds:
         )
 
     def _unended(self, ids: Sequence[int]) -> list[int]:
-        """The ids without those that end an answer."""
+        """The ids without the ends of an answer."""
         length = len(ids)
         while length and ids[length - 1] in self._settings.stop_ids:
             length -= 1
