@@ -22,7 +22,7 @@ def test_every_route_positive_and_negative(server: RunningServer, tmp_path: Path
     beside = Path(sys.executable).with_name("st")
     command = str(beside) if beside.exists() else shutil.which("st")
     assert command is not None, "schemathesis is installed without its command"
-    limits = ["--max-examples", "20", "--workers", "1", "--generation-deterministic", "--seed", "1"]
+    limits = ["--max-examples", "12", "--workers", "1", "--generation-deterministic", "--seed", "1"]
     done = subprocess.run(
         [command, "run", f"{server.url}/docs/openapi.json", "--checks", CHECKS, *limits],
         capture_output=True,
