@@ -29,7 +29,6 @@ from runtime.trainer.schedule import ExampleFeed
 from runtime.trainer.sliced_run import RunSpec
 from runtime.workers.adapter_slots import AdapterSlots, lora_dtype
 from runtime.workers.parallel.collectives import CollectiveFailed, TorchGroup
-from runtime.workers.parallel.link import Link, LinkClosed
 from runtime.workers.parallel.messages import (
     Advance,
     Advanced,
@@ -40,6 +39,8 @@ from runtime.workers.parallel.messages import (
     Done,
     Failed,
     Hello,
+    Link,
+    LinkClosed,
     LoadAdapter,
     LoadModel,
     ModelLoaded,
