@@ -214,6 +214,8 @@ def _written_elsewhere(directory: Path, adapter: Adapter) -> None:
     raise AssertionError("adapters are written by the engine's process")
 
 
+# -- the rank --------------------------------------------------------------------------------------
+
 log = logs.get_logger("rank")
 
 LOST = 3
