@@ -1,5 +1,5 @@
-"""Rows of feedback: what people said of answers. Retention deletes the oldest: by age, by the
-number of a key's rows, and by the bytes of all.
+"""Rows of feedback: what people said of answers. Retention deletes the oldest: by age, by the number of a key's rows,
+and by the bytes of all.
 
 A row holds the texts that its sender put into it, and no others: nothing of a request or an answer is looked up.
 """

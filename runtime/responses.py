@@ -1,7 +1,7 @@
 """Rows of stored responses. Each belongs to the holder of the key that made it; others do not see it.
 
-A conversation is a chain: each response names the one before it. Retention deletes the oldest: by
-age, by the number of a key's rows, and by the bytes of all.
+A conversation is a chain: each response names the one before it. Retention deletes the oldest: by age,
+by the number of a key's rows, and by the bytes of all.
 """
 
 import sqlite3

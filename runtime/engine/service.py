@@ -290,7 +290,7 @@ class EngineService:
         the load still runs to its end, and the adapter is unloaded then. Raises `AdapterInvalid`,
         `EngineUnavailable`."""
         while key in self._reverts:
-            await asyncio.shield(self._reverts[key])
+            await asyncio.wait([self._reverts[key]])
         self._require_workers()
         load = asyncio.ensure_future(self._load_adapter(key, directory))
         try:
@@ -308,7 +308,7 @@ class EngineService:
         except EngineUnavailable:  # its memory goes with the engine
             log.info("reverted_adapter_gone", key=key)
         finally:
-            del self._reverts[key]
+            self._reverts.pop(key, None)
 
     async def _load_adapter(self, key: str, directory: str) -> None:
         tokenizer = await asyncio.to_thread(self._tokenizer_in, Path(directory))
