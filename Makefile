@@ -12,7 +12,7 @@ RUN := $(VENV)/.installed-run
 DEV := $(VENV)/.installed-dev
 DEMO := $(VENV)/.fetched-demo
 # Python without a .py for ruff to find it by.
-SCRIPTS := .ci/audit .ci/health .ci/lock .ci/smoke
+SCRIPTS := .ci/audit .ci/chroot .ci/docs .ci/health .ci/lock .ci/sbom .ci/smoke .ci/wheel
 export VENV
 
 # The tests find promtool, and whatever else was put beside the interpreter.

@@ -22,5 +22,5 @@ apt_get() {
         run apt-get update -q
         APT_UPDATED=1
     fi
-    run apt-get "$@"
+    run apt-get -o DPkg::Lock::Timeout=600 "$@"
 }

@@ -2,18 +2,22 @@
 
 python -m benchmarks.surface streams    SSE chunks a second of a tiny model to 64 clients, alone and with top_logprobs 5
 python -m benchmarks.surface schema     time per output token with a JSON schema and without, 32 rows at once
+python -m benchmarks.surface watching   what metrics, scrapes and the page's stream take beside 32 rows that are decoded
 """
 
 import argparse
 import asyncio
 import json
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import psutil
 import uvloop
 
@@ -21,6 +25,7 @@ from benchmarks.inprocess import served
 from benchmarks.machine import busy
 from benchmarks.work import Prompts
 from runtime import LLM, SamplingParams
+from runtime.api.admin.overview import INTERVAL_SECONDS, OverviewHistory
 from runtime.messages import Submission
 from runtime.text.grammar import GrammarBuilder, json_part
 from tests.tiny import make_tiny_llama
@@ -139,19 +144,90 @@ def schema(model: str, rows: int, tokens: int, repeats: int) -> None:
         print(f"  ratio {median(ratios):.3f} ({min(ratios):.3f} – {max(ratios):.3f})")
 
 
+SCRAPE_SECONDS = 15
+"""Time between two scrapes, as settings/observability/prometheus.yml has it."""
+ADAPTERS, ROUTES = 16, 40
+"""Adapters in memory, and routes that were called, while the metrics are scraped."""
+
+
+class Stopwatch:
+    """The time that an object's methods take, from outside."""
+
+    def __init__(self, watched: Any, prefix: str) -> None:
+        self.seconds = 0.0
+        for name in dir(watched):
+            if name.startswith(prefix):
+                setattr(watched, name, self._timed(getattr(watched, name)))
+
+    def _timed(self, method: Any) -> Any:
+        def timed(*args: Any, **options: Any) -> Any:
+            begin = time.perf_counter()
+            try:
+                return method(*args, **options)
+            finally:
+                self.seconds += time.perf_counter() - begin
+
+        return timed
+
+
+def watching(model: str, rows: int, tokens: int, repeats: int) -> None:
+    """Decoding in this process, its metrics timed from outside (an upper bound: the stopwatch is in it), and beside it
+    scrapes and samples of the page."""
+    llm = LLM(model, dtype="float32", max_running=rows)
+    metrics = llm.engine.metrics
+    for number in range(ADAPTERS):
+        metrics.on_adapter_loaded(f"adapter-{number}@1:x")
+    for number in range(ROUTES):
+        metrics.on_http("GET", 200, f"/route/{number}", 0.1)
+    prompts = Prompts(llm.tokenizer.encode, 1)
+    shares = []
+    counted = Stopwatch(metrics, "on_")
+    for number in range(repeats + 1):
+        begin, before = time.perf_counter(), counted.seconds
+        llm.generate([prompts.ids(64) for _ in range(rows)], SamplingParams(max_tokens=tokens, ignore_eos=True))
+        if number:  # the first warms up
+            shares.append((counted.seconds - before) / (time.perf_counter() - begin))
+    print(f"metrics: {median(shares):.3%} of the time of {rows} rows ({min(shares):.3%} – {max(shares):.3%})")
+
+    busy_engine = threading.Thread(
+        target=llm.generate,
+        args=([prompts.ids(64) for _ in range(rows)], SamplingParams(max_tokens=tokens, ignore_eos=True)),
+    )
+    service = SimpleNamespace(metrics=metrics, num_running=rows, num_waiting=0, kv_usage=0.5, ready=True)
+    history = OverviewHistory(SimpleNamespace(service=service))  # type: ignore[arg-type]
+    scrapes, samples = [], []
+    busy_engine.start()
+    while busy_engine.is_alive() and len(scrapes) < 200:
+        begin = time.perf_counter()
+        text, _ = metrics.render()
+        scrapes.append(time.perf_counter() - begin)
+        begin = time.perf_counter()
+        history.take(time.time())
+        msgspec.json.encode(history.samples[-1])
+        samples.append(time.perf_counter() - begin)
+        time.sleep(0.05)
+    busy_engine.join()
+    each = f"{1e3 * median(scrapes):.1f} ms ({1e3 * max(scrapes):.1f} at most)"
+    share = f"{median(scrapes) / SCRAPE_SECONDS:.3%} of a core at one every {SCRAPE_SECONDS} s"
+    print(f"scrape: {len(text):,} bytes in {each} beside it, {share}")
+    print(f"page: a sample in {1e3 * median(samples):.2f} ms, {median(samples) / INTERVAL_SECONDS:.3%} of a core")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["streams", "schema"])
+    parser.add_argument("what", choices=["streams", "schema", "watching"])
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=200)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--model", default="demo", help="for `schema`")
+    parser.add_argument("--model", default="demo", help="for `schema` and `watching`")
     asked = parser.parse_args()
     if warning := busy():
         print(warning)
     if asked.what == "streams":
         streams(asked.clients, asked.tokens, asked.repeats)
+    elif asked.what == "watching":
+        watching(asked.model, asked.rows, asked.tokens, asked.repeats)
     else:
         schema(asked.model, asked.rows, asked.tokens, asked.repeats)
 

@@ -24,7 +24,7 @@ from rich.table import Table
 
 from benchmarks import machine
 from benchmarks.inprocess import load_transformers
-from kernels.training import TrainingOps
+from kernels import training_ops
 from runtime.checkpoints import open_checkpoint
 from runtime.checkpoints.model_loading import load_decoder
 from runtime.engine.service import EngineService
@@ -122,7 +122,8 @@ def loop(name: str, repeats: int, *, checkpointing: bool) -> Table:
 
 
 def our_step(decoder: Decoder, lora: TrainableLora, examples: list[Example], *, checkpointing: bool) -> float:
-    micro = MicroStep(decoder, TrainingOps(), lora, collate(examples, decoder.device), checkpointing=checkpointing)
+    batch = collate(examples, decoder.device)
+    micro = MicroStep(decoder, training_ops(decoder.ops), lora, batch, checkpointing=checkpointing)
     slices = micro.forward_backward(1 / sum(example.num_trained for example in examples))
     try:
         wanted = next(slices)

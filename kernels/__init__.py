@@ -13,6 +13,7 @@ from kernels import triton
 from kernels.batch import LoraFactors, LoraSegment, PagedRows
 from kernels.bfloat16 import BFloat16Weight, store_bfloat16
 from kernels.cpu import CpuOps
+from kernels.cpu.training import CpuTrainingOps
 from kernels.int4 import Int4Weight, quantise_int4
 from kernels.int8_groups import Int8GroupWeight
 from kernels.interface import Ops
@@ -30,6 +31,7 @@ from kernels.stack import (
     PagedContext,
     StackFactors,
 )
+from kernels.training import TrainingOps
 
 
 class Backend(NamedTuple):
@@ -105,6 +107,11 @@ def load(name: str = "auto", device: torch.device | None = None) -> Ops:
     return BACKENDS[name].make()
 
 
+def training_ops(serving: Ops) -> TrainingOps:
+    """The ops for training beside these, from the same backend where it has some."""
+    return CpuTrainingOps(serving) if isinstance(serving, CpuOps) else triton.training_ops(serving)
+
+
 __all__ = [
     "BACKENDS",
     "QUANTISERS",
@@ -141,4 +148,5 @@ __all__ = [
     "quantise_narrow_int8",
     "quantise_nf4",
     "store_bfloat16",
+    "training_ops",
 ]

@@ -1,23 +1,25 @@
 """`python -m kernels.build`: compiles the CPU kernels for every instruction set of this architecture.
 
-Run when Eft is installed. Without a compiler it says so and succeeds: the reference ops serve.
+Run when Eft is installed; `eft kernels build` compiles those for this machine alone. Without a compiler it says so and
+succeeds: the reference ops serve.
 """
 
 import os
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from kernels.cpu.build import BuildError, find_compiler, library
-from kernels.cpu.variants import all_variants
+from kernels.cpu.variants import Variant, all_variants
 
 
-def main() -> int:
-    """Exit code 1 when a compiler is there and fails."""
+def main(variants: Sequence[Variant] | None = None) -> int:
+    """Compile `variants`, by default all of this architecture. Exit code 1 when a compiler is there and fails."""
     if find_compiler() is None:
         _say("no C++ compiler (g++ or clang++), so the slower reference ops will serve")
         return 0
-    variants = all_variants()
+    variants = all_variants() if variants is None else variants
     names = ", ".join(variant.name for variant in variants)
     _say(f"compiling C++ kernels for {names}; once, and it may take minutes")
     failed = 0

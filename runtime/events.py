@@ -58,6 +58,17 @@ class ProgressEvent(Struct, frozen=True, kw_only=True, tag="progress"):
     """Seconds left for the whole run at the pace so far; None before the first measurement."""
 
 
+class ReadingEvent(Struct, frozen=True, kw_only=True, tag="reading"):
+    """The data of a job is being read and tokenised, which takes longer than some seconds."""
+
+    rows: int
+    """Rows so far, of all files."""
+    tokens: int
+    """Tokens of the rows so far that are used."""
+    seconds: float
+    """Seconds since the reading began."""
+
+
 class EvalEvent(Struct, frozen=True, kw_only=True, tag="eval"):
     """The held-out rows were scored."""
 

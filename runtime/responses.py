@@ -122,5 +122,11 @@ def _get(connection: sqlite3.Connection, id: str, tenant: str, param: str = "res
     query = f"SELECT {_COLUMNS} FROM responses WHERE id = ? AND tenant = ?"
     row = connection.execute(query, (id, tenant)).fetchone()
     if row is None:
-        raise NotFound(f"There is no response `{id[:100]}`.", param=param, code="response_not_found")
+        raise missing_response(id, param=param)
     return StoredResponse(*row)
+
+
+def missing_response(id: str, *, param: str) -> NotFound:
+    """The error for a response that is not there. `param` is the field that has the id."""
+    code = "previous_response_not_found" if param == "previous_response_id" else "response_not_found"
+    return NotFound(f"There is no response `{id[:100]}`.", param=param, code=code)

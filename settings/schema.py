@@ -9,43 +9,31 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct, field
 
-from settings.units import Bytes, Count, Seconds
-
-
-def doc(text: str, *, example: object = None, secret: bool = False, expects: str | None = None) -> Meta:
-    """The one line that `--help` and the reference page print for a field.
-
-    `example` is a value for the example file, where the default (None) has no TOML form; the value of
-    a `secret` field is never printed. `expects` says what a value must be, where the type does not.
-    """
-    return Meta(
-        description=text,
-        examples=None if example is None else [example],
-        extra={"secret": secret, "expects": expects},
-    )
-
+from settings.units import (
+    Bytes,
+    BytesOrNone,
+    Count,
+    Device,
+    HostPattern,
+    HubAdapter,
+    LatencyRatio,
+    LoggedShare,
+    NonEmpty,
+    OriginPattern,
+    Percentile,
+    Port,
+    QueueShare,
+    Restarts,
+    RootPath,
+    Seconds,
+    Share,
+    TenantWeight,
+    TrainingDevice,
+    doc,
+)
 
 MAX_RECIPE = 128 * 1024
 """Bytes: reading YAML takes seconds a megabyte."""
-
-NonEmpty = Annotated[str, Meta(min_length=1)]
-Port = Annotated[int, Meta(ge=0, le=65535)]
-Share = Annotated[float, Meta(ge=0.0, le=0.9)]
-LatencyRatio = Annotated[float, Meta(gt=1.0, le=100.0)]
-Percentile = Annotated[float, Meta(ge=0.5, le=0.999)]
-QueueShare = Annotated[float, Meta(gt=0.0, le=1.0)]
-TenantWeight = Annotated[str, Meta(pattern=r"^[0-9a-f]{12}=(?!0+(\.0+)?$)[0-9]{1,6}(\.[0-9]{1,6})?$")]
-HostPattern = Annotated[
-    str, Meta(pattern=r"^(\*|(\*\.)?[A-Za-z0-9._-]+(:[0-9]{1,5})?|\[[0-9A-Fa-f:.]+\](:[0-9]{1,5})?)$")
-]
-OriginPattern = Annotated[str, Meta(pattern=r"^(\*|[A-Za-z][A-Za-z0-9+.-]*://[A-Za-z0-9._\[\]:-]+)$")]
-HubAdapter = Annotated[
-    str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]*=[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[^@=\s]+)?$")
-]
-RootPath = Annotated[str, Meta(pattern=r"^((/[A-Za-z0-9._~-]+)+)?$")]
-Device = Annotated[str, Meta(pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$")]
-TrainingDevice = Annotated[str, Meta(pattern=r"^(cpu|cuda:[0-9]{1,3})$")]
-Restarts = Annotated[int, Meta(ge=0, le=99)]
 
 
 class ModelSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -333,7 +321,9 @@ class ServerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             example="/var/log/eft/audit.jsonl",
         ),
     ] = None
-    max_event_streams: Annotated[Count, doc("Most clients that follow jobs' events or the overview at once.")] = 64
+    max_event_streams: Annotated[
+        Count, doc("Most clients that follow jobs' events, the overview or the status at once.")
+    ] = 64
     response_role: Annotated[NonEmpty, doc("Role of the messages that chats are answered with.")] = "assistant"
     public_metrics: Annotated[bool, doc("Serve /metrics without a key.")] = True
     page_enabled: Annotated[bool, doc("Serve the page at /.")] = True
@@ -479,6 +469,9 @@ class TrainerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     keep_uploads: Annotated[Seconds, doc("Delete the data files sent along with a job this long after its end.")] = (
         30 * 86400.0
     )
+    prepared_cache: Annotated[
+        BytesOrNone, doc("Most bytes of tokenised data that later jobs of the same data go on with; 0: none is kept.")
+    ] = 2 * 1024**3
 
 
 class FileSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -583,6 +576,17 @@ class ObservabilitySettings(Struct, frozen=True, kw_only=True, forbid_unknown_fi
         "auto"
     )
     log_requests: Annotated[bool, doc("Log one line per request (never its text).")] = True
+    log_share: Annotated[
+        LoggedShare,
+        doc("Share of the requests that are logged, 0 to 1; those that fail or are slow are logged always."),
+    ] = 1.0
+    slow_request: Annotated[Seconds, doc("Time from which on a request counts as slow.")] = 10.0
+    tracing: Annotated[
+        bool,
+        doc(
+            "Export OpenTelemetry spans of requests and jobs, to where OTEL_EXPORTER_OTLP_ENDPOINT says (extra `otel`)."
+        ),
+    ] = False
     vllm_names: Annotated[bool, doc("Export every metric under its `vllm:` name as well.")] = True
 
 

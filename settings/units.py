@@ -1,4 +1,4 @@
-"""Numbers with units, as people write them: `32K` tokens, `4GiB`, `30s`."""
+"""Types of the settings' values, and numbers with units, as people write them: `32K` tokens, `4GiB`, `30s`."""
 
 import re
 from collections.abc import Mapping
@@ -6,12 +6,48 @@ from typing import Annotated
 
 from msgspec import Meta
 
+
+def doc(text: str, *, example: object = None, secret: bool = False, expects: str | None = None) -> Meta:
+    """The one line that `--help` and the reference page print for a field.
+
+    `example` is a value for the example file, where the default (None) has no TOML form; the value of
+    a `secret` field is never printed. `expects` says what a value must be, where the type does not.
+    """
+    return Meta(
+        description=text,
+        examples=None if example is None else [example],
+        extra={"secret": secret, "expects": expects},
+    )
+
+
 Count = Annotated[int, Meta(ge=1, extra={"unit": "count"})]
 """A whole number of at least 1; `32K` is 32 × 1024 (context lengths are powers of two), `2M` is 2 × 1024²."""
 Bytes = Annotated[int, Meta(ge=1, extra={"unit": "bytes"})]
 """A size; `4GiB` is 4 × 1024³, `4GB` 4 × 1000³."""
+BytesOrNone = Annotated[int, Meta(ge=0, extra={"unit": "bytes"})]
+"""A size, or 0."""
 Seconds = Annotated[float, Meta(gt=0, extra={"unit": "seconds"})]
 """A duration in seconds; `500ms`, `30s`, `5m`, `2h`."""
+
+NonEmpty = Annotated[str, Meta(min_length=1)]
+Port = Annotated[int, Meta(ge=0, le=65535)]
+Share = Annotated[float, Meta(ge=0.0, le=0.9)]
+LatencyRatio = Annotated[float, Meta(gt=1.0, le=100.0)]
+Percentile = Annotated[float, Meta(ge=0.5, le=0.999)]
+LoggedShare = Annotated[float, Meta(ge=0.0, le=1.0)]
+QueueShare = Annotated[float, Meta(gt=0.0, le=1.0)]
+TenantWeight = Annotated[str, Meta(pattern=r"^[0-9a-f]{12}=(?!0+(\.0+)?$)[0-9]{1,6}(\.[0-9]{1,6})?$")]
+HostPattern = Annotated[
+    str, Meta(pattern=r"^(\*|(\*\.)?[A-Za-z0-9._-]+(:[0-9]{1,5})?|\[[0-9A-Fa-f:.]+\](:[0-9]{1,5})?)$")
+]
+OriginPattern = Annotated[str, Meta(pattern=r"^(\*|[A-Za-z][A-Za-z0-9+.-]*://[A-Za-z0-9._\[\]:-]+)$")]
+HubAdapter = Annotated[
+    str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]*=[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[^@=\s]+)?$")
+]
+RootPath = Annotated[str, Meta(pattern=r"^((/[A-Za-z0-9._~-]+)+)?$")]
+Device = Annotated[str, Meta(pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$")]
+TrainingDevice = Annotated[str, Meta(pattern=r"^(cpu|cuda:[0-9]{1,3})$")]
+Restarts = Annotated[int, Meta(ge=0, le=99)]
 
 _COUNT = {"": 1, "k": 1024, "m": 1024**2}
 _BYTES = {

@@ -1,6 +1,7 @@
 """The Dockerfile, as far as it can be checked where no Docker engine runs, and the scripts that it calls."""
 
 import http.server
+import importlib.metadata
 import json
 import os
 import re
@@ -19,8 +20,10 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parent.parent
+COMPOSE = ("settings/deploy/compose.yaml", "settings/observability/compose.yaml")
 
 
 @dataclass
@@ -196,6 +199,52 @@ def test_images_run_without_root_and_keep_their_state(target: str) -> None:
         assert any(Path(environment[name]).is_relative_to(volume) for volume in volumes), name
 
 
+def test_every_image_is_named_by_its_digest() -> None:
+    texts = [(ROOT / name).read_text(encoding="utf-8") for name in ("Dockerfile", *COMPOSE)]
+    named = re.findall(r"^ARG PYTHON_IMAGE=(\S+)|_IMAGE:-([^}]+)\}", "\n".join(texts), re.MULTILINE)
+    images = {image for pair in named for image in pair if image and not image.startswith("eft:")}
+    assert len(images) == 3
+    for image in images:
+        assert re.fullmatch(r"[\w/.-]+:[\w.-]+@sha256:[0-9a-f]{64}", image), image
+
+
+@pytest.mark.parametrize("target", ["cpu", "cuda"])
+def test_labels_say_what_the_image_is(target: str) -> None:
+    labels = dict(re.findall(r'org\.opencontainers\.image\.([a-z.]+)="([^"]*)"', last(target, "LABEL")))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert (labels["version"], labels["licenses"]) == (project["version"], project["license"])
+    assert labels["base.name"].rpartition("/")[2] in (ROOT / "Dockerfile").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", COMPOSE)
+def test_compose_keeps_the_root_of_ours_read_only(name: str) -> None:
+    found = yaml.safe_load((ROOT / name).read_text(encoding="utf-8"))
+    ours = {key: service for key, service in found["services"].items() if "command" in service}
+    assert ours
+    for service in ours.values():
+        assert (service["read_only"], service["tmpfs"], service["cap_drop"]) == (True, ["/tmp"], ["ALL"])
+        mounted = {Path(volume.rpartition(":")[2]) for volume in service["volumes"]}
+        assert {Path(volume) for volume in json.loads(last("cpu", "VOLUME"))} <= mounted
+
+
+def test_the_image_lists_what_it_consists_of(tmp_path: Path) -> None:
+    """The same file for the same installation; a component each package, Eft itself aside."""
+    command = [sys.executable, str(ROOT / ".ci" / "sbom"), str(tmp_path / "sbom.json"), sys.prefix]
+    written = []
+    for _ in range(2):
+        subprocess.run(command, check=True, capture_output=True)
+        written.append((tmp_path / "sbom.json").read_text(encoding="utf-8"))
+    assert written[0] == written[1]
+    document = json.loads(written[0])
+    assert (document["bomFormat"], document["specVersion"]) == ("CycloneDX", "1.6")
+    assert document["metadata"]["component"]["name"] == "eft-server"
+    purls = [component["purl"] for component in document["components"]]
+    assert len(set(purls)) == len(purls)
+    numpy = next(component for component in document["components"] if component["purl"].startswith("pkg:pypi/numpy@"))
+    assert numpy["version"] == importlib.metadata.version("numpy")
+    assert subprocess.run([*command[:3], str(tmp_path)], check=False, capture_output=True).returncode == 1
+
+
 def test_environment_variables_of_the_images_are_settings() -> None:
     from settings.load import load
 
@@ -215,10 +264,11 @@ def test_what_is_copied_exists_and_is_not_ignored() -> None:
 
 
 def test_every_step_is_a_script_that_can_be_run() -> None:
-    calls = [arguments.split()[0] for stage in stages().values() for i, arguments in stage.steps if i == "RUN"]
-    assert calls
-    for call in calls:
-        assert Path(call).name in {Path(script).name for script in scripts()}, call
+    steps = [arguments for stage in stages().values() for i, arguments in stage.steps if i == "RUN"]
+    calls = [call.split()[0] for arguments in steps for call in arguments.split(" && ")]
+    assert len(calls) >= 4
+    for call in calls:  # in the image a script has the prefix of its own
+        assert Path(call).name.removeprefix("eft-") in {Path(script).name for script in scripts()}, call
     for script in scripts():
         assert os.access(ROOT / script, os.X_OK), script
         first = (ROOT / script).read_text(encoding="utf-8").splitlines()[0]

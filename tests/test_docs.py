@@ -18,7 +18,7 @@ NOT_OURS = {
     "llama.cpp",
     # docs/state.md: folders of a state directory.
     "jobs/ID/", "uploads/", "checkpoints/step-N/", "result/", "adapters/NAME/N/", "batches/ID/",
-    "files/ID/", "models/NAME/N/",
+    "files/ID/", "models/NAME/N/", "prepared/",
     # docs/state.md: folders of a shared store.
     "versions/NAME/N/",
 }  # fmt: skip

@@ -114,6 +114,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "runtime.cli": {
         "runtime.access",
+        "runtime.metrics",
         "runtime.model",
         "runtime.checkpoints",
         "runtime.adapters",
@@ -359,8 +360,8 @@ def test_top_level_layout() -> None:
     folders = {"runtime", "kernels", "settings", "tests", "benchmarks", "docs", ".ci"}
     files = {
         "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "LICENSE", "Makefile", "Dockerfile",
-        "pyproject.toml", "requirements.lock", "requirements-dev.lock", "requirements-torch.lock", ".dockerignore",
-        ".gitignore",
+        "pyproject.toml", "requirements.lock", "requirements-dev.lock", "requirements-docs.lock",
+        "requirements-torch.lock", ".dockerignore", ".gitignore",
     }  # fmt: skip
     assert names == folders | files
 

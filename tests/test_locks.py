@@ -15,6 +15,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 SERVE, DEV, TORCH = "requirements.lock", "requirements-dev.lock", "requirements-torch.lock"
+DOCS = "requirements-docs.lock"
 
 
 def locked(name: str) -> dict[str, list[Requirement]]:
@@ -50,6 +51,16 @@ def test_what_is_asked_for_is_locked(file: str, extras: tuple[str, ...]) -> None
             assert requirement.specifier.contains(version_of(entry)), (
                 f"{requirement} is locked as {entry}: run .ci/lock"
             )
+
+
+def test_what_builds_the_documentation_is_locked() -> None:
+    """It has an environment of its own, with nothing of the server's."""
+    found = locked(DOCS)
+    for line in PROJECT["project"]["optional-dependencies"]["docs"]:
+        requirement = Requirement(line)
+        (entry,) = found[canonicalize_name(requirement.name)]
+        assert requirement.specifier.contains(version_of(entry)), f"{requirement} is locked as {entry}: run .ci/lock"
+    assert not {"torch", "transformers", "litestar"} & found.keys()
 
 
 def test_torch_is_locked_apart() -> None:

@@ -2,16 +2,20 @@
 
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse
 
 from runtime.events import EvalEvent, StepEvent
 from runtime.messages import RequestTiming
 from runtime.metrics import TABLE, UNMATCHED, Metrics, render_process
+from runtime.model.model import gpu_usage
+from runtime.support.machine import GpuUsage
 
 # What vLLM's dashboards ask for, from its documentation of metrics.
 VLLM_NAMES = [
@@ -95,6 +99,7 @@ def busy() -> Metrics:
     metrics.on_eval(EvalEvent(step=1, loss=1.5, accuracy=0.75, tokens=50, metrics={"rewards/margins": 0.25}))
     metrics.on_jobs({"running": 1, "queued": 2})
     metrics.on_loop(lag=0.001, tasks=3)
+    metrics.on_gpus([GpuUsage(index=0, used=30, total=100, busy=0.25)])
     return metrics
 
 
@@ -254,6 +259,59 @@ def test_labels_from_clients_are_bounded() -> None:
     assert values["eft:http_requests_total{handler=unmatched,method=OTHER,status=404}"] == 50
     assert values["eft:admission_rejections_total{reason=other}"] == 50
     assert len([name for name in values if name.startswith("eft:http_requests_total")]) == 1
+
+
+def test_gpus_are_there_where_there_are_some() -> None:
+    assert not [name for name in samples(make()) if name.startswith("eft:gpu")]
+    metrics = make()
+    metrics.on_gpus([GpuUsage(index=index, used=30, total=100, busy=None if index else 0.25) for index in range(2)])
+    found = {name: value for name, value in samples(metrics).items() if name.startswith("eft:gpu")}
+    assert found == {
+        "eft:gpu_utilization{gpu=0}": 0.25,
+        "eft:gpu_memory_used_bytes{gpu=0}": 30.0,
+        "eft:gpu_memory_used_bytes{gpu=1}": 30.0,
+        "eft:gpu_memory_total_bytes{gpu=0}": 100.0,
+        "eft:gpu_memory_total_bytes{gpu=1}": 100.0,
+    }
+
+
+class FakeCuda:
+    """Two GPUs behind torch.cuda; this process has tensors on the second one."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, missing: Exception | None) -> None:
+        def ask(value: Callable[[int], int]) -> Callable[[int], int]:
+            def answer(index: int) -> int:
+                if missing is not None:
+                    raise missing
+                return value(index)
+
+            return answer
+
+        fakes = {
+            "is_available": lambda: True,
+            "device_count": lambda: 2,
+            "get_device_properties": lambda index: SimpleNamespace(name="GPU", total_memory=100),
+            "device_memory_used": ask(lambda index: 10 + index),
+            "utilization": ask(lambda index: 50 + index),
+            "memory_reserved": lambda index: index,
+            "mem_get_info": lambda index: (60, 100),
+        }
+        for name, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+
+
+def test_use_of_gpus_comes_from_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeCuda(monkeypatch, None)
+    assert gpu_usage() == [
+        GpuUsage(index=0, used=10, total=100, busy=0.5),
+        GpuUsage(index=1, used=11, total=100, busy=0.51),
+    ]
+
+
+@pytest.mark.parametrize("missing", [ModuleNotFoundError("No module named pynvml"), RuntimeError("NVML is not there")])
+def test_without_the_driver_no_gpu_gets_a_context(monkeypatch: pytest.MonkeyPatch, missing: Exception) -> None:
+    FakeCuda(monkeypatch, missing)
+    assert gpu_usage() == [GpuUsage(index=1, used=40, total=100, busy=None)]
 
 
 def test_openmetrics_parses() -> None:

@@ -11,6 +11,7 @@ With `EFT_KERNELS_SANITIZE=1` the same sources are compiled to check themselves 
 """
 
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -21,6 +22,8 @@ from pathlib import Path
 
 from kernels.cpu.declarations import declared, holds
 from kernels.cpu.variants import Variant
+
+_log = logging.getLogger(__name__)
 
 HERE = Path(__file__).resolve().parent
 FLAGS = (
@@ -128,6 +131,7 @@ def _writable_folder() -> Path:
 
 
 def _compile(compiler: str, variant: Variant, target: Path) -> Path:
+    _log.info("Compiling the C++ kernels for %s: once, for up to a minute.", variant.name)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as folder:
         out = Path(folder) / target.name
         checks = Path(folder) / "checks.cpp"

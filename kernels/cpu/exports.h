@@ -98,6 +98,23 @@ struct AdapterTokens {
     const LoraView* const* factors;  // [layers, 4], null where the adapter changes nothing
 };
 
+// Sequences one after the other, as attention sees them. Heads of a token lie next to each other.
+struct PackedSequences {
+    const float* q;  // [tokens, heads, head_dim]
+    int64_t q_stride;
+    const float* k;  // [tokens, kv_heads, head_dim]
+    int64_t k_stride;
+    const float* v;
+    int64_t v_stride;
+    const int64_t* ends;  // [sequences]: the end of each in the batch
+    int64_t sequences;
+    int64_t heads;
+    int64_t kv_heads;
+    int64_t head_dim;  // a multiple of 16
+    int64_t window;    // tokens that a token attends to; 0: all before it
+    float scale;
+};
+
 // The tokens whose hidden state after the last layer is computed, where these are not all of the batch.
 struct OutputTokens {
     const int64_t* tokens;  // [count], ascending
@@ -201,6 +218,29 @@ EXPORT void eft_paged_attention(const float* q, long q_stride, const char* keys,
                                 const int64_t* tables, long table_width, const int64_t* extents, long rows, long heads,
                                 long kv_heads, long head_dim, long block_size, float scale, long window, float softcap,
                                 float* out, int cache_type, int threads);
+
+// ---- Training ----
+
+// Causal attention of packed sequences to out [tokens, heads, head_dim], and logsums [heads, tokens], the logarithms of
+// the sums of e to the power of the scores.
+EXPORT void eft_packed_attention(const PackedSequences* op, float* out, float* logsums, int threads);
+
+// The gradients of q [tokens, heads, head_dim], k and v [tokens, kv_heads, head_dim] from `grad`, that of out.
+EXPORT void eft_packed_attention_backward(const PackedSequences* op, const float* out, const float* logsums,
+                                          const float* grad, float* grad_q, float* grad_k, float* grad_v, int threads);
+
+// y [tokens, heads, head_dim] = x with the first 2 * half dimensions of each head turned by cos, sin [tokens, half];
+// `back` 1: turned back.
+EXPORT void eft_rope(const float* x, long stride, long tokens, long heads, long head_dim, const float* cos,
+                     const float* sin, long half, int back, float* y, int threads);
+
+// The gradients of the inputs of `eft_rms_norm` (y [rows, size], `one` 0) and `eft_silu_mul` (y [rows, 2 * inner]) from
+// `grad`, that of the outputs.
+EXPORT void eft_rms_norm_backward(const float* x, long stride, long rows, long size, const float* weight, float eps,
+                                  const float* grad, float* y, int threads);
+EXPORT void eft_silu_mul_backward(const float* x, long rows, long inner, const float* grad, float* y, int threads);
+
+// ---- All of a step ----
 
 // All layers: x [tokens, hidden] in place. cos, sin [tables of angles, tokens, half]; caches [num_layers]; the other
 // arguments of attention as above. With `outputs`, or null, only these tokens go through the end of the last layer;

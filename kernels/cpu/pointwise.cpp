@@ -61,20 +61,23 @@ INLINE void map_floats(const float* x, long count, float* y, int threads, F&& f)
     });
 }
 
-// The first 2 * half of x turned in place, first half paired with second; cos, sin [half].
-INLINE void rotate(float* x, const float* cos, const float* sin, long half) {
+// y = the first 2 * half of x turned, first half paired with second; cos, sin [half], the latter times `sign`. y may be
+// x.
+INLINE void rotate(const float* x, const float* cos, const float* sin, long half, float* y, float sign = 1.0f) {
     long i = 0;
     for (; i + W <= half; i += W) {
-        const vf first = load(x + i), second = load(x + half + i), c = load(cos + i), s = load(sin + i);
-        store(x + i, first * c - second * s);
-        store(x + half + i, second * c + first * s);
+        const vf first = load(x + i), second = load(x + half + i), c = load(cos + i), s = load(sin + i) * splat(sign);
+        store(y + i, first * c - second * s);
+        store(y + half + i, second * c + first * s);
     }
     for (; i < half; i++) {
-        const float first = x[i], second = x[half + i];
-        x[i] = first * cos[i] - second * sin[i];
-        x[half + i] = second * cos[i] + first * sin[i];
+        const float first = x[i], second = x[half + i], turn = sin[i] * sign;
+        y[i] = first * cos[i] - second * turn;
+        y[half + i] = second * cos[i] + first * turn;
     }
 }
+
+INLINE void rotate_in_place(float* x, const float* cos, const float* sin, long half) { rotate(x, cos, sin, half, x); }
 
 void write_bfloat16(const float* from, long dim, char* to) {
     long d = 0;
@@ -169,12 +172,64 @@ void eft_rope_and_cache(float* q, long q_stride, float* k, long k_stride, const 
     const long wide = kv_heads * head_bytes(type, dim);
     parallel_for(threads_for(tokens * (heads + 2 * kv_heads) * dim, threads), tokens, [&](long token) {
         const float *c = cos + token * half, *s = sin + token * half;
-        for (long head = 0; head < heads; head++) rotate(q + token * q_stride + head * dim, c, s, half);
-        for (long head = 0; head < kv_heads; head++) rotate(k + token * k_stride + head * dim, c, s, half);
+        for (long head = 0; head < heads; head++) rotate_in_place(q + token * q_stride + head * dim, c, s, half);
+        for (long head = 0; head < kv_heads; head++) rotate_in_place(k + token * k_stride + head * dim, c, s, half);
         for (long head = 0; head < kv_heads; head++) {
             const long at = slots[token] * wide + head * head_bytes(type, dim);
             write_head(k + token * k_stride + head * dim, dim, type, keys + at);
             write_head(v + token * v_stride + head * dim, dim, type, values + at);
+        }
+    });
+}
+
+void eft_rope(const float* x, long stride, long tokens, long heads, long dim, const float* cos, const float* sin,
+              long half, int back, float* y, int threads) {
+    for_rows(threads, tokens, heads * dim, [&](long token) {
+        for (long head = 0; head < heads; head++) {
+            const float* from = x + token * stride + head * dim;
+            float* to = y + (token * heads + head) * dim;
+            rotate(from, cos + token * half, sin + token * half, half, to, back ? -1.0f : 1.0f);
+            std::copy(from + 2 * half, from + dim, to + 2 * half);
+        }
+    });
+}
+
+void eft_rms_norm_backward(const float* x, long stride, long rows, long size, const float* weight, float eps,
+                           const float* grad, float* y, int threads) {
+    for_rows(threads, rows, size, [&](long row) {
+        const float *from = x + row * stride, *above = grad + row * size;
+        float* to = y + row * size;
+        const float inverse = inverse_rms(from, size, eps);
+        vf products = {};
+        long i = 0;
+        for (; i + W <= size; i += W) products += load(above + i) * load(weight + i) * load(from + i);
+        float product = sum(products);
+        for (; i < size; i++) product += above[i] * weight[i] * from[i];
+        const float share = product / static_cast<float>(size) * inverse * inverse;
+        for (i = 0; i < size; i++) to[i] = (above[i] * weight[i] - from[i] * share) * inverse;
+    });
+}
+
+void eft_silu_mul_backward(const float* x, long rows, long inner, const float* grad, float* y, int threads) {
+    for_rows(threads, rows, 2 * inner, [&](long row) {
+        const float *gates = x + row * 2 * inner, *ups = gates + inner, *above = grad + row * inner;
+        float *to_gates = y + row * 2 * inner, *to_ups = to_gates + inner;
+        const auto both = [](vf gate, vf up, vf from, vf& to_gate, vf& to_up) INLINE_LAMBDA {
+            const vf one = splat(1.0f), sigmoid = one / (one + exp(-gate));
+            to_up = from * gate * sigmoid;
+            to_gate = from * up * sigmoid * (one + gate * (one - sigmoid));
+        };
+        vf to_gate, to_up;
+        long i = 0;
+        for (; i + W <= inner; i += W) {
+            both(load(gates + i), load(ups + i), load(above + i), to_gate, to_up);
+            store(to_gates + i, to_gate);
+            store(to_ups + i, to_up);
+        }
+        for (; i < inner; i++) {
+            both(splat(gates[i]), splat(ups[i]), splat(above[i]), to_gate, to_up);
+            to_gates[i] = to_gate[0];
+            to_ups[i] = to_up[0];
         }
     });
 }

@@ -1,6 +1,7 @@
 """Availability of the Triton ops. Apart from the ops themselves, which import Triton."""
 
 import os
+import shutil
 from importlib.util import find_spec
 
 import torch
@@ -20,4 +21,6 @@ def unavailable() -> str | None:
         return "triton is not installed"
     if not (torch.cuda.is_available() or interpreted()):
         return "there is no CUDA device, and TRITON_INTERPRET=1 is not set"
+    if not interpreted() and not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "there is no C compiler, with which Triton compiles launchers of kernels: install gcc, or name one in CC"
     return None

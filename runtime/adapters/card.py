@@ -15,7 +15,7 @@ from msgspec import Struct
 
 from runtime.support.durable import write_file
 from runtime.support.logs import get_logger
-from runtime.text.own_tokens import OwnToken
+from runtime.text.own_tokens import OwnText, OwnToken
 
 CARD = "eft.json"
 MAX_CARD = 512 * 1024
@@ -66,6 +66,17 @@ class Card(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Ids below this are valid for it, where they are more than the base's."""
     went_on_from: str | None = None
     """The adapter that its training began with: `name@version` of this server, or a folder's name."""
+
+    @property
+    def own_text(self) -> OwnText:
+        """What an export of the adapter has in place of the base's."""
+        return OwnText(
+            template=self.chat_template,
+            tokens=self.tokens,
+            eos_id=self.eos_id,
+            end_ids=self.end_ids,
+            stop=self.stop,
+        )
 
     @property
     def changes_tokens(self) -> bool:

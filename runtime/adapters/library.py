@@ -108,6 +108,8 @@ class AdapterLibrary:
         self._mirror = NamesMirror(self._root)
         self._max_loaded = max_loaded
         self._catalogue = Catalogue()
+        self.changes = 0
+        """Changes of the catalogue so far."""
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._tasks: set[asyncio.Future[Any]] = set()
         self._replica: Replica | None = None
@@ -575,6 +577,7 @@ class AdapterLibrary:
             return result, store.read_catalogue(connection), store.read_names(connection)
 
         result, self._catalogue, names = await self._database.call(transaction)
+        self.changes += 1
         if self.frozen is None:
             await self._mirror.write(names)
         return result

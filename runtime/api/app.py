@@ -28,6 +28,7 @@ from runtime.api.admin.jobs import (
     retrieve_job,
 )
 from runtime.api.admin.overview import OverviewHistory
+from runtime.api.admin.status import admin_status
 from runtime.api.admin.train import recipe_schema, train
 from runtime.api.anthropic.messages import count_message_tokens, create_message
 from runtime.api.docs import openapi_config, prepared
@@ -45,9 +46,20 @@ from runtime.api.openai.invocations import invoke
 from runtime.api.openai.models import delete_model, list_models, retrieve_model
 from runtime.api.openai.scores import rerank, score
 from runtime.api.openai.tokenize import detokenize, tokenize, tokenizer_info
-from runtime.api.operations import get_version, health, load, metrics_handler, ping, ready, reset_cache
+from runtime.api.operations import (
+    drain,
+    end_drain,
+    get_version,
+    health,
+    load,
+    metrics_handler,
+    ping,
+    ready,
+    reset_cache,
+)
 from runtime.api.page.routes import index_page, page_file
 from runtime.api.responses import routes as responses
+from runtime.api.responses.sockets import ResponseSockets
 from runtime.support.event_loop import running
 from settings.schema import Settings
 
@@ -116,9 +128,12 @@ def create_app(
             unload_lora_adapter,
             *adapters.ROUTES,
             *overview.ROUTES,
+            admin_status,
             *system.ROUTES,
             *feedback.ROUTES,
             reset_cache,
+            drain,
+            end_drain,
             metrics_handler(public=settings.server.public_metrics),
             *((index_page, page_file) if settings.server.page_enabled else ()),
         ],
@@ -141,11 +156,10 @@ def create_app(
     handle.inside = InsideClient(app, access)
     if access.cors_origins:
         app.asgi_handler = Cors(app, access.cors_origins)
-    app.asgi_handler = Observer(
-        app.asgi_handler, handle, log_requests=settings.observability.log_requests, audit=access.audit
-    )
+    app.asgi_handler = Observer(app.asgi_handler, handle, lambda: api.settings.observability, audit=access.audit)
     if settings.server.root_path:
         app.asgi_handler = Prefixed(app.asgi_handler, settings.server.root_path)
+    app.asgi_handler = ResponseSockets(app.asgi_handler, settings.server)
     return app
 
 

@@ -7,6 +7,7 @@ is put into its schema here, from what the handlers name in `opt`.
 import contextlib
 import html
 from collections.abc import AsyncIterator, Mapping
+from http import HTTPStatus
 from typing import Any, NamedTuple, cast
 
 import msgspec
@@ -30,16 +31,32 @@ FORM = "form"
 QUERY = "query"
 """Key of a handler's `opt`: query parameters → their JSON schemas."""
 
+ANSWERS = "answers"
+"""Key of a handler's `opt`: statuses of success → the structs that each may have, where there is more than one."""
+
+ALSO = "also"
+"""Key of a handler's `opt`: the media type of text that a 200 may be besides JSON, as the Accept header asks."""
+
+YAML = "application/yaml"
+
 BINARY = {"type": "string", "format": "binary"}
 """JSON schema of a form's file."""
+
+FLAG = {"anyOf": [{"type": "boolean"}, {"enum": ["0", "1"]}]}
+"""JSON schema of a query parameter that `http.query.flag` reads."""
 
 _REF = "#/components/schemas/{name}"
 
 
 def page_query(most: int, **others: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Query parameters of a list with at most `most` entries a page, as `http.query.page_request` takes them."""
-    limit = {"type": "integer", "minimum": 1, "maximum": most}
-    return {"after": {"type": "string"}, "limit": limit, "order": {"enum": ["asc", "desc"]}, **others}
+    order = {"enum": ["asc", "desc"]}
+    return {"after": {"type": "string"}, "limit": whole(1, most), "order": order, **others}
+
+
+def whole(least: int, most: int) -> dict[str, Any]:
+    """JSON schema of a whole number in a range."""
+    return {"type": "integer", "minimum": least, "maximum": most}
 
 
 def openapi_config(root_path: str = "") -> OpenAPIConfig:
@@ -125,7 +142,8 @@ def _with_bodies(app: Litestar, schema: dict[str, Any]) -> dict[str, Any]:
                 (route.path_format, method.lower()): handler.opt for method in getattr(handler, "http_methods", ())
             }
     described = {body: None for some in bodies.values() for body in some}
-    structs = [*described, ErrorBody]
+    answered = {struct: None for opt in opts.values() for some in opt.get(ANSWERS, {}).values() for struct in some}
+    structs = [*(described | answered), ErrorBody]
     references, components = msgspec.json.schema_components(structs, ref_template=_REF)
     for body in described:
         components[body.__name__] = _nullable(components[body.__name__])
@@ -134,7 +152,12 @@ def _with_bodies(app: Litestar, schema: dict[str, Any]) -> dict[str, Any]:
     paths = {
         path: {
             method: _with_form_and_query(
-                _operation(operation, reference_of[ErrorBody], bodies.get((path, method), ()), reference_of),
+                _operation(
+                    _with_answers(operation, opts.get((path, method), {}), reference_of),
+                    reference_of[ErrorBody],
+                    bodies.get((path, method), ()),
+                    reference_of,
+                ),
                 opts.get((path, method), {}),
             )
             for method, operation in operations.items()
@@ -142,6 +165,22 @@ def _with_bodies(app: Litestar, schema: dict[str, Any]) -> dict[str, Any]:
         for path, operations in schema["paths"].items()
     }
     return {**schema, "paths": paths, "components": {"schemas": schemas}}
+
+
+def _with_answers(operation: dict[str, Any], opt: Mapping[str, Any], reference_of: dict[Any, Any]) -> dict[str, Any]:
+    """`operation` with the successes that `opt` names."""
+    answers = dict(operation["responses"])
+    for status, structs in opt.get(ANSWERS, {}).items():
+        schema = _any_of([reference_of[struct] for struct in structs])
+        described = {"description": HTTPStatus(status).phrase, **answers.get(str(status), {})}
+        answers[str(status)] = {**described, "content": {JSON: {"schema": schema}}}
+    for answer in answers.values():
+        if YAML in answer.get("content", {}):
+            answer["content"] = {YAML: {"schema": {}}}  # a client's reader sees what it says, not its text
+    if ALSO in opt:
+        text = {opt[ALSO]: {"schema": {"type": "string"}}}
+        answers["200"] = {**answers["200"], "content": {**answers["200"]["content"], **text}}
+    return {**operation, "responses": answers}
 
 
 def _with_form_and_query(operation: dict[str, Any], opt: Mapping[str, Any]) -> dict[str, Any]:
@@ -182,10 +221,13 @@ def _operation(
         # An event is its data, or where it has a name, an object of both.
         events = {"text/event-stream": {"schema": {"type": ["string", "object"]}}}
         answers["200"] = {**answers["200"], "content": {**answers["200"]["content"], **events}}
-    schemas = [reference_of[body] for body in bodies]
-    schema = schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
+    schema = _any_of([reference_of[body] for body in bodies])
     request_body = {"required": True, "content": {JSON: {"schema": schema}}}
     return {**operation, "responses": answers, "requestBody": request_body}
+
+
+def _any_of(schemas: list[Any]) -> Any:
+    return schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
 
 
 def _section(method: str, path: str, operation: dict[str, Any], schemas: dict[str, Any]) -> str:

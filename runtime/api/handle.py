@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from runtime.feedback import FeedbackStore
     from runtime.files.library import FileLibrary
     from runtime.responses import ResponseStore
+    from runtime.support.tracing import Tracing
     from runtime.trainer.jobs.manager import JobManager
 
 
@@ -60,6 +61,8 @@ class ServiceHandle:
         """The app itself, for requests that the server makes; set when the app is made."""
         self.responses: ResponseStore | None = None
         self.feedback: FeedbackStore | None = None
+        self.tracing: Tracing | None = None
+        """Spans of requests and jobs; None where the settings do not ask for them."""
         self.recent: deque[RequestEntry] = deque(maxlen=MAX_RECENT_REQUESTS)
         """The last requests, but for probes."""
         self.no_jobs = "This server runs no training jobs."

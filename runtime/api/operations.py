@@ -3,7 +3,7 @@
 import asyncio
 from typing import Any
 
-from litestar import MediaType, Response, get, post, route
+from litestar import MediaType, Response, delete, get, post, route
 from msgspec import Struct
 
 from runtime.api.handle import AnyRequest, api_of
@@ -78,7 +78,7 @@ def metrics_handler(*, public: bool) -> Any:
             content, media_type = render_process(accept)
         else:
             service.metrics.on_loop(lag=await api_of(request).lag.take(), tasks=len(asyncio.all_tasks()))
-            content, media_type = service.metrics.render(accept)
+            content, media_type = await asyncio.to_thread(service.scrape, accept)
         # As a header: Litestar would add a second charset to a media type.
         return Response(content, headers={"Content-Type": media_type})
 
@@ -109,3 +109,36 @@ async def reset_cache(request: AnyRequest) -> CacheReset:
     """Drop all cached prefixes. Running requests continue undisturbed; new ones compute their prompts again."""
     service = api_of(request).handle.require()
     return CacheReset(blocks=await service.reset_prefixes())
+
+
+# -- draining --------------------------------------------------------------------------------------
+#
+# POST and DELETE /admin/drain.
+
+
+class DrainState(Struct):
+    """What is still at work."""
+
+    draining: bool
+    running: int
+    """Sequences. Training goes on; batches wait."""
+    waiting: int
+
+
+@post("/admin/drain", status_code=200, opt={ADMIN: True})
+async def drain(request: AnyRequest) -> DrainState:
+    """Take no new requests: they get 503, and /ready says so. What is at work goes on, training too; batches wait."""
+    api_of(request).handle.require().drain()
+    return _drain_state(request)
+
+
+@delete("/admin/drain", status_code=200, opt={ADMIN: True})
+async def end_drain(request: AnyRequest) -> DrainState:
+    """Take requests again. A server that is shutting down does not."""
+    api_of(request).handle.require().end_drain()
+    return _drain_state(request)
+
+
+def _drain_state(request: AnyRequest) -> DrainState:
+    service = api_of(request).handle.require()
+    return DrainState(not service.ready, service.num_running, service.num_waiting)

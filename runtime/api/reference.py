@@ -65,6 +65,7 @@ NO_EFFECT: Mapping[str, str] = {
     "session_id": LABELS,
     "user_profile_id": LABELS,
     "workspace_id": LABELS,
+    "spaces_between_special_tokens": "Special tokens have no spaces between them in either case.",
     "prompt_cache_key": "Prefixes are cached for every request; `cache_salt` keeps them apart.",
     "cache_control": "Prefixes are cached for every request.",
 }
@@ -83,6 +84,7 @@ NOTES: Mapping[str, str] = {
     "model": "The served model, an adapter, an alias, or one version: `name@3`. Default: the served model.",
     "priority": "Where scheduler.policy is `priority`; else 400.",
     "return_token_ids": "Token ids beside the texts.",
+    "suffix": "Where the tokenizer has tokens for it; not with `echo` or `truncate_prompt_tokens`.",
     "stream_options": "`include_usage`, `continuous_usage_stats`; with `stream`.",
     "truncate_prompt_tokens": "-1 keeps as many as leave room for the answer.",
     "truncation_side": "With `truncate_prompt_tokens`.",
@@ -113,7 +115,6 @@ EMBEDDINGS = frozenset({"dimensions", "encoding_format", "input", "model", "user
 """Fields of OpenAI's embeddings."""
 
 FOR_CHATS = "It is for chats."
-LATER = "Not supported yet."
 
 ENDPOINTS = (
     BodyEndpoint("/v1/chat/completions", openai.ChatRequest, NEUTRAL, INSTEAD, OPENAI),
@@ -189,7 +190,7 @@ def _origin(endpoint: BodyEndpoint, name: str) -> FieldOrigin:
 def _refusal(endpoint: BodyEndpoint, name: str) -> str:
     neutral = [value for value in endpoint.neutral[name] if value is not None]
     values = ", ".join(f"`{msgspec.json.encode(value).decode()}`" for value in neutral)
-    note = endpoint.instead.get(name, LATER if name in NEUTRAL else FOR_CHATS)
+    note = endpoint.instead.get(name, FOR_CHATS)
     return f"{note} Accepted: {values}." if values else note
 
 

@@ -27,7 +27,8 @@ from runtime.access.keys import KeysFileError
 from runtime.api.app import create_app
 from runtime.api.handle import ServiceHandle
 from runtime.api.http.acceptor import Acceptor, connections_for, raise_descriptor_limit
-from runtime.api.http.protocol import MAX_HEADERS, Protocol
+from runtime.api.http.protocol import MAX_HEADERS, Protocol, SocketProtocol
+from runtime.api.responses.sockets import socket_paths
 from runtime.api.supervisor import Reloader, notify
 from runtime.support.event_loop import cancel
 from runtime.support.logs import configure, get_logger
@@ -74,6 +75,9 @@ async def serve(
     loaded, or the engine dies.
     """
     configure(settings.observability)
+    handle = ServiceHandle()
+    if settings.observability.tracing and not _open_tracing(handle):
+        return 1
     try:
         access = Access(settings)
         access.audit.check()
@@ -91,7 +95,6 @@ async def serve(
         return 1
     access.report()
     stop = stop or asyncio.Event()
-    handle = ServiceHandle()
     descriptors = raise_descriptor_limit()
     asked = settings.server.max_connections
     config = _config(settings, handle, access, origins)
@@ -111,6 +114,25 @@ async def serve(
                     os.unlink(listener.getsockname())
             server.leave()
             await serving
+            if handle.tracing is not None:
+                with contextlib.suppress(TimeoutError):  # an exporter may take longer than it is given
+                    await asyncio.wait_for(call_in_fresh_thread(handle.tracing.close), 2 * FLUSH)
+
+
+def _open_tracing(handle: ServiceHandle) -> bool:
+    """Trace from now on. False, with the reason in the log, where that is not possible."""
+    try:
+        from runtime.support.tracing import open_tracing
+    except ImportError as error:
+        what = f"observability.tracing needs OpenTelemetry: pip install 'eft-server[otel]' ({error})"
+        _log.error("cannot_trace", reason=what)
+        return False
+    try:
+        handle.tracing = open_tracing()
+    except (ImportError, ValueError) as error:
+        _log.error("cannot_trace", reason=str(error))
+        return False
+    return True
 
 
 async def _run(
@@ -150,6 +172,8 @@ async def _run(
             stack.enter_context(admin_token(state.directory))
         if state.batches is not None and handle.inside is not None:
             await state.batches.start(handle.inside)
+        if state.jobs is not None and handle.tracing is not None:
+            state.jobs.trace_with(handle.tracing.jobs)
         handle.responses, handle.feedback = state.responses, state.feedback
         handle.serve(service, state.jobs, files=state.files, batches=state.batches, problem=state.problem)
         return await _until_the_end(settings, service, handle, url, on_ready, stopping, server)
@@ -228,7 +252,7 @@ async def _drain(service: "EngineService", jobs: "JobManager | None", timeout: f
     second signal."""
     notify("STOPPING=1")
     _log.info("draining", timeout_s=timeout, running=service.num_running, waiting=service.num_waiting)
-    service.drain()
+    service.drain(leaving=True)
     draining = asyncio.ensure_future(_stop(service, jobs, timeout))
     hurry = asyncio.ensure_future(server.hurry.wait())
     await asyncio.wait((draining, hurry), return_when=asyncio.FIRST_COMPLETED)
@@ -339,11 +363,17 @@ def _config(
     settings: Settings, handle: ServiceHandle, access: Access, origins: Mapping[str, str] | None
 ) -> uvicorn.Config:
     server = settings.server
-    protocol = Protocol.configured(header_timeout=server.header_timeout, write_timeout=server.write_timeout)
+    protocol = Protocol.configured(
+        header_timeout=server.header_timeout,
+        write_timeout=server.write_timeout,
+        socket_paths=socket_paths(server.root_path),
+    )
     return uvicorn.Config(
         create_app(handle, settings, access, origins=origins),
         http=protocol,
-        ws="none",
+        ws=SocketProtocol.configured(write_timeout=server.write_timeout),
+        ws_max_size=server.max_body,
+        ws_per_message_deflate=False,  # a small message could become one of gigabytes
         lifespan="on",
         log_config=None,
         access_log=False,  # ours is `runtime.api.http.observe`

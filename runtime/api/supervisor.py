@@ -18,7 +18,7 @@ from settings.load import Loaded
 from settings.schema import Settings
 
 RELOADED_SECTIONS = ("limits",)
-RELOADED_KEYS = ("observability.log_level",)
+RELOADED_KEYS = tuple(f"observability.{name}" for name in ("log_level", "log_requests", "log_share", "slow_request"))
 """Sections and keys that SIGHUP takes again. The others need a new start, and so do what was made from them."""
 
 _log = get_logger("server")
@@ -73,7 +73,10 @@ class Reloader:
         before, after = self._api.settings, loaded.settings
         changed = [field.key for field in fields.fields() if _value(before, field) != _value(after, field)]
         taken = [key for key in changed if key in RELOADED_KEYS or key.partition(".")[0] in RELOADED_SECTIONS]
-        observability = msgspec.structs.replace(before.observability, log_level=after.observability.log_level)
+        names = [key.partition(".")[2] for key in RELOADED_KEYS]
+        observability = msgspec.structs.replace(
+            before.observability, **{name: getattr(after.observability, name) for name in names}
+        )
         self._api.settings = msgspec.structs.replace(before, limits=after.limits, observability=observability)
         self._api.origins = {**self._api.origins, **{key: loaded.origins[key] for key in taken}}
         _log.warning("settings_reloaded", changed=taken, need_a_new_start=[key for key in changed if key not in taken])

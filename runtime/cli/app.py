@@ -32,6 +32,7 @@ _adapters = App(name="adapters", help="See and change the adapters of a running 
 _jobs = App(name="jobs", help="See, hold and end the training jobs of a server.")
 _keys = App(name="keys", help="Make, list and revoke the API keys of a keys file.")
 _state = App(name="state", help="Look after the state directory of a server on this machine.")
+_kernels = App(name="kernels", help="Compile the C++ kernels.")
 _models = App(name="models", help="What models can be served, and whether one is whole.")
 _config = App(name="config", help="Show the settings, and write files to start from.")
 _recipe = App(name="recipe", help="Check fine-tuning recipes, and write one to start from.")
@@ -75,6 +76,10 @@ _EXPORT = """Write an adapter for other programs: merged into its base, as GGUF,
 The base is read from its own files, on this machine. A base whose files hold integers (GGUF) is merged in floats and
 written as asked; the difference to what is served is measured and printed."""
 
+_BUILD = """Compile the C++ kernels for this machine's processor, with progress.
+
+Otherwise the first start does it. Exit code 0: they are there, or there is no compiler, which is said; 1: it failed."""
+
 _REBUILD = """Make the database of the state directory again from its folders.
 
 What has rows stays as it is. Jobs that had not ended go on when the server is started. Exit code 0: done; 1: some
@@ -105,6 +110,7 @@ _LAZY = [
     (app, "export", "export", _EXPORT),
     (app, "completion", "app:completion", _COMPLETION),
     (app, "doctor", "doctor", "Report what was found on this machine, and what is broken."),
+    (_kernels, "build", "doctor:build_kernels", _BUILD),
     (_adapters, "list", "adapters:list_adapters", "Print every adapter and the version that its name means."),
     (_adapters, "show", "adapters:show", "Print the versions of an adapter."),
     (_adapters, "load", "adapters:load", "Load an adapter from a folder on the server, or one that was unloaded."),
@@ -128,6 +134,8 @@ _LAZY = [
     (_config, "example", "config:example", "Print a settings file with every key, commented out."),
     (_config, "docs", "config:docs", "Print the reference page of all settings, in Markdown."),
     (_config, "api", "config:api", "Print the reference page of the fields of requests, in Markdown."),
+    (_config, "cli", "config:cli", "Print the reference page of the commands, in Markdown."),
+    (_config, "metrics", "config:metrics", "Print the reference page of the metrics, in Markdown."),
     (_config, "path", "config:path", "Print the path of the settings file that would be read."),
     (_recipe, "check", "recipe:check", _CHECK),
     (_recipe, "new", "recipe:new", "Print a commented recipe to start from, or write it to a file."),
@@ -147,6 +155,7 @@ app.command(_jobs)
 app.command(_keys)
 app.command(_state)
 app.command(_models)
+app.command(_kernels)
 
 
 def completion(shell: Annotated[Literal["bash", "zsh", "fish"], Parameter(help="The shell.")], /) -> None:

@@ -44,6 +44,21 @@ def api() -> None:
     print(reference_page(), end="")
 
 
+def cli() -> None:
+    """Print the reference page of the commands, in Markdown."""
+    from runtime.cli.app import app
+    from runtime.cli.reference import command_page
+
+    print(command_page(app), end="")
+
+
+def metrics() -> None:
+    """Print the reference page of the metrics, in Markdown."""
+    from runtime.cli.reference import metrics_page
+
+    print(metrics_page(), end="")
+
+
 def path(*, config: ConfigFile = None) -> None:
     """Print the path of the settings file that would be read; exit 1 when there is none."""
     found = sources.locate(os.environ, config)

@@ -1,17 +1,24 @@
-"""`eft doctor`: findings about this machine, and problems. The checks of one area raise nothing."""
+"""`eft doctor`: findings about this machine, problems, and advice. The checks of one area raise nothing.
 
+`eft kernels build` is here too, which some of the advice names.
+"""
+
+import contextlib
 import importlib
 import importlib.metadata
 import os
 import platform
 import re
+import resource
 import shutil
 from collections.abc import Iterable, Iterator
 from importlib.metadata import EntryPoint, entry_points
 from itertools import groupby
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
+from cyclopts import Parameter
 from msgspec import Struct
 from rich.table import Table
 
@@ -19,6 +26,7 @@ from runtime.checkpoints.demo import DEMO_NAME, MEMBER, cache_directory
 from runtime.cli.flags import Json
 from runtime.cli.output import console
 from runtime.support.machine import this_machine
+from runtime.support.state_directory import state_directory
 from runtime.support.version import find_clash, version
 from settings import fields, sources
 from settings.load import SettingsError, load
@@ -26,12 +34,13 @@ from settings.schema import Settings
 
 
 class Finding(Struct, frozen=True):
-    """One fact. `problem`: the fault and its remedy; None if there is none."""
+    """One fact. `problem`: the fault and its remedy; None if there is none. `advice`: what would be better, and how."""
 
     area: str
     name: str
     value: str
     problem: str | None = None
+    advice: str | None = None
 
 
 def size(number: float) -> str:
@@ -54,16 +63,33 @@ def doctor(*, json: Json = False) -> int:
     return 1 if _problems(found) else 0
 
 
+def build_kernels(
+    *,
+    every: Annotated[
+        bool, Parameter(name="--all", help="For all processors of this architecture.", negative="", show_default=False)
+    ] = False,
+) -> int:
+    """Compile the C++ kernels; those of another processor too if `every`."""
+    build = importlib.import_module("kernels.build")
+    variants = importlib.import_module("kernels.cpu.variants")
+    code: int = build.main(None if every else variants.wanted_variants()[:1])
+    return code
+
+
 def _problems(found: Iterable[Finding]) -> list[str]:
     return [finding.problem for finding in found if finding.problem]
 
 
+def _advice(found: Iterable[Finding]) -> list[str]:
+    return [finding.advice for finding in found if finding.advice]
+
+
 def _print_json(found: list[Finding]) -> None:
     areas = {
-        area: {item.name: {"value": item.value, "problem": item.problem} for item in items}
+        area: {item.name: {"value": item.value, "problem": item.problem, "advice": item.advice} for item in items}
         for area, items in groupby(found, key=lambda item: item.area)
     }
-    record = {"ok": not _problems(found), "problems": _problems(found), **areas}
+    record = {"ok": not _problems(found), "problems": _problems(found), "advice": _advice(found), **areas}
     print(msgspec.json.format(msgspec.json.encode(record)).decode())
 
 
@@ -79,6 +105,11 @@ def _print_text(found: list[Finding]) -> None:
     out.print("Nothing is broken." if not problems else "Broken:", style="bold")
     for problem in problems:
         out.print(f"  {problem}", style="red")
+    advice = _advice(found)
+    if advice:
+        out.print("Could be better:", style="bold")
+    for line in advice:
+        out.print(f"  {line}")
 
 
 # -- software --------------------------------------------------------------------------------------
@@ -107,7 +138,9 @@ def _package(name: str) -> Finding:
     try:
         return Finding("software", name, importlib.metadata.version(name))
     except importlib.metadata.PackageNotFoundError:
-        return Finding("software", name, "missing", f"{name} is not installed: pip install eft-server installs it")
+        return Finding(
+            "software", name, "missing", f"{name} is not installed: pip install {name}, or install Eft again"
+        )
 
 
 def _torch() -> Finding:
@@ -115,13 +148,16 @@ def _torch() -> Finding:
     try:
         import torch
     except Exception as error:
-        reason = f"torch cannot be imported: {type(error).__name__}: {error}"
+        reason = (
+            f"torch cannot be imported: {type(error).__name__}: {error}; install it again, in a build for this machine"
+        )
         return Finding("software", "threads", "unknown", reason)
-    asked = os.environ.get("OMP_NUM_THREADS")
+    asked, threads, cores = os.environ.get("OMP_NUM_THREADS"), torch.get_num_threads(), this_machine().cores
     return Finding(
         "software",
         "threads",
-        f"{torch.get_num_threads()} (OMP_NUM_THREADS {f'is {asked}' if asked else 'not set'})",
+        f"{threads} (OMP_NUM_THREADS {f'is {asked}' if asked else 'not set'})",
+        advice=f"{threads} of {cores} cores are used: unset OMP_NUM_THREADS" if asked and threads < cores else None,
     )
 
 
@@ -131,16 +167,33 @@ def _kernels() -> list[Finding]:
         kernels = importlib.import_module("kernels")
         backends: dict[str, str | None] = kernels.available()
     except Exception as error:  # any error of an import there is reported
-        reason = f"the kernels cannot be used: {type(error).__name__}: {error}"
+        reason = f"the kernels cannot be used: {type(error).__name__}: {error}; install Eft again"
         return [Finding("software", "kernels", "unusable", reason)]
-    found = [Finding("software", f"kernels: {name}", reason or "works") for name, reason in backends.items()]
+    found = [
+        Finding("software", f"kernels: {name}", reason or "works", advice=_kernels_advice(name, reason))
+        for name, reason in backends.items()
+    ]
     if all(backends.values()):
-        found.append(Finding("software", "kernels", "unusable", "no backend of the ops works here"))
+        found.append(Finding("software", "kernels", "unusable", "no backend of the ops works here: install Eft again"))
     else:
         from runtime.model.model import make_device  # imports torch
 
         found.append(Finding("software", "kernels", kernels.chosen(make_device("auto"))))
     return found
+
+
+def _kernels_advice(name: str, reason: str | None) -> str | None:
+    """The way to a backend that is worth having on this machine and cannot be used."""
+    if reason is None:
+        return None
+    if name == "cpu":
+        return (
+            f"The slower ops of torch serve on the CPU ({reason}): install a C++ compiler (Debian: apt-get install "
+            "g++), then run eft kernels build"
+        )
+    if name == "triton" and os.path.exists(NVIDIA_DRIVER):
+        return f"The GPU's own kernels are not used: {reason}"
+    return None
 
 
 # -- flash attention -------------------------------------------------------------------------------
@@ -183,6 +236,15 @@ def cache_obstacle(settings: Settings, block: int) -> str | None:
 # The machine: processor, memory, GPU, compiler.
 
 
+LITTLE_MEMORY = 2 << 30
+"""Bytes of free memory below which not even a small model is comfortable beside its KV cache."""
+LITTLE_ROOM = 2 << 30
+"""Bytes of free disk below which checkpoints and models soon find none."""
+FEW_DESCRIPTORS = 4096
+NVIDIA_DRIVER = "/dev/nvidiactl"
+"""There where the driver of an NVIDIA GPU is loaded."""
+
+
 def find_machine() -> list[Finding]:
     """Processor, memory, GPU and compiler."""
     machine = this_machine()
@@ -192,11 +254,32 @@ def find_machine() -> list[Finding]:
         Finding("machine", "processor", machine.processor or "unknown"),
         Finding("machine", "cores", f"{machine.cores} usable of {machine.all_cores}"),
         Finding("machine", "instruction sets", ", ".join(machine.instruction_sets) or "unknown"),
-        Finding("machine", "memory", memory),
+        Finding("machine", "memory", memory, advice=_memory_advice(machine.memory_available)),
+        _descriptors(),
     ]
     if machine.memory_limit is not None:
         found.append(Finding("machine", "memory limit of the container", size(machine.memory_limit)))
     return [*found, _gpu(), _compiler()]
+
+
+def _memory_advice(available: float) -> str | None:
+    if available >= LITTLE_MEMORY:
+        return None
+    return (
+        f"Only {size(available)} of memory are free: serve with --quantization int8 or int4, a smaller --kv-memory, or "
+        "a smaller model"
+    )
+
+
+def _descriptors() -> Finding:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard == resource.RLIM_INFINITY:
+        return Finding("machine", "file descriptors", "unlimited")
+    advice = (
+        f"A connection takes a file descriptor, and there are {hard}: raise the hard limit (ulimit -Hn, systemd's "
+        "LimitNOFILE, docker's --ulimit nofile)"
+    )
+    return Finding("machine", "file descriptors", f"up to {hard}", advice=advice if hard < FEW_DESCRIPTORS else None)
 
 
 def _gpu() -> Finding:
@@ -209,7 +292,13 @@ def _gpu() -> Finding:
     except Exception as error:  # it imports the kernels, whose errors another finding reports
         return Finding("machine", "GPU", f"unknown: {type(error).__name__}: {error}")
     names = [f"cuda:{index} {gpu.name}, {size(gpu.memory)}" for index, gpu in enumerate(found)]
-    return Finding("machine", "GPU", "; ".join(names) or "none")
+    advice = None
+    if not names and os.path.exists(NVIDIA_DRIVER):
+        advice = (
+            "There is a driver for an NVIDIA GPU, and torch finds none: install a build of torch for CUDA, and look at "
+            "CUDA_VISIBLE_DEVICES and nvidia-smi"
+        )
+    return Finding("machine", "GPU", "; ".join(names) or "none", advice=advice)
 
 
 def _compiler() -> Finding:
@@ -230,24 +319,41 @@ _HUB_PREFIX = "models--"
 def find_storage() -> list[Finding]:
     """Disks, and the content of the model caches."""
     return [
-        _directory("cache of Eft", cache_directory()),
+        _directory("cache of Eft", cache_directory(), "EFT_CACHE_DIR"),
         _demo(),
         *_hub(),
-        _directory("working directory", Path.cwd()),
+        *_state(),
+        _directory("working directory", Path.cwd(), written=False),
     ]
 
 
-def _directory(name: str, path: Path) -> Finding:
-    """Path of a directory and its free space. A missing one gets the free space of its parent."""
+def _state() -> Iterator[Finding]:
+    """The state directory of the settings; other findings name settings that cannot be used."""
+    with contextlib.suppress(SettingsError):
+        yield _directory("state directory", state_directory(load().settings), "EFT_TRAINER_STATE_DIR")
+
+
+def _directory(name: str, path: Path, variable: str = "", *, written: bool = True) -> Finding:
+    """Path of a directory and its free space. A missing one gets the free space of its parent. `variable` names another
+    place; `written`: Eft keeps things there."""
+    elsewhere = f"; {variable} names another place" if variable else ""
     there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     if not there.is_dir():
-        return Finding("storage", name, str(path), f"{name}: {path} cannot be made, as {there} is not a directory")
+        problem = f"{name}: {path} cannot be made, as {there} is not a directory{elsewhere}"
+        return Finding("storage", name, str(path), problem)
+    advice = None
     try:
-        room = f"{size(shutil.disk_usage(there).free)} free"
+        free = shutil.disk_usage(there).free
+        room = f"{size(free)} free"
+        if written and free < LITTLE_ROOM:
+            advice = f"{name}: only {size(free)} are free at {there}: make room (eft state du){elsewhere}"
     except OSError as error:
         room = f"free space unknown: {error.strerror}"
-    notes = [room] + ([] if os.access(there, os.W_OK) else ["not writable"])
-    return Finding("storage", name, f"{path} ({', '.join(notes)})")
+    notes = [room]
+    if not os.access(there, os.W_OK):
+        notes.append("not writable")
+        advice = f"{name}: {there} is not writable for this user{elsewhere}" if written else None
+    return Finding("storage", name, f"{path} ({', '.join(notes)})", advice=advice)
 
 
 def _demo() -> Finding:
@@ -261,10 +367,12 @@ def _hub() -> Iterator[Finding]:
     try:
         from huggingface_hub import constants
     except ImportError:
-        yield Finding("storage", "cache of the hub", "huggingface_hub is not installed")
+        yield Finding(
+            "storage", "cache of the hub", "huggingface_hub is not installed (for hub ids: pip install huggingface-hub)"
+        )
         return
     cache = Path(constants.HF_HUB_CACHE)
-    yield _directory("cache of the hub", cache)
+    yield _directory("cache of the hub", cache, "HF_HOME")
     if not cache.is_dir():
         return
     for model in sorted(cache.glob(f"{_HUB_PREFIX}*")):
@@ -308,7 +416,10 @@ def _plugin(group: str, entry: EntryPoint) -> Finding:
     try:
         entry.load()
     except Exception as error:  # any error of its import is reported
-        return Finding("plugins", name, value, f"{name} of {package} cannot be loaded: {type(error).__name__}: {error}")
+        problem = (
+            f"{name} of {package} cannot be loaded: {type(error).__name__}: {error}; install it again, or uninstall it"
+        )
+        return Finding("plugins", name, value, problem)
     return Finding("plugins", name, value)
 
 
@@ -335,7 +446,9 @@ def _settings() -> Finding:
     try:
         origins = load().origins
     except SettingsError as error:
-        return Finding("settings", "settings", "not usable", "; ".join(error.problems))
+        return Finding(
+            "settings", "settings", "not usable", "; ".join((*error.problems, "eft config example has every key"))
+        )
     changed = [key for key, origin in origins.items() if origin != "default"]
     return Finding("settings", "settings", f"changed: {', '.join(changed)}" if changed else "all at their defaults")
 

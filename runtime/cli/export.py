@@ -58,19 +58,21 @@ def export(
             name, folder = _from_server(adapter, stack, url, admin_key)
         settings = read_settings(flags, config, model=model or _base_of(folder)).settings
         checkpoint = _open(settings.model, given=model is not None)
-        from runtime.adapters.card import read_card
+        from runtime.adapters.card import CARD, TOKENIZER, read_card, read_tokens
         from runtime.checkpoints.export.export import export_adapter  # imports torch
         from runtime.checkpoints.peft import AdapterInvalid
         from runtime.model.config import ModelLoadError
 
         try:
-            template = read_card(folder).chat_template
-            written = export_adapter(checkpoint, folder, to, format, type=type, name=name, template=template)
+            own = read_card(folder).own_text
+            own = msgspec.structs.replace(own, tokens=own.tokens or read_tokens(folder))
+            also = (CARD, TOKENIZER)
+            written = export_adapter(checkpoint, folder, to, format, type=type, name=name, own=own, also=also)
             difference = None
             if compare and format in ("merged", "gguf"):
                 from runtime.workers.export_difference import measure_difference
 
-                difference = measure_difference(checkpoint, folder, to, settings.model)
+                difference = measure_difference(checkpoint, folder, to, settings.model, settings.adapters.lora_dtype)
         except (ModelLoadError, AdapterInvalid) as error:
             raise CommandError(str(error)) from error
         except OSError as error:
@@ -80,6 +82,8 @@ def export(
         print(msgspec.json.format(msgspec.json.encode(found)).decode())
         return
     print(f"{name} is in {written.path}: {written.bytes / 1e6:,.1f} MB.")
+    for note in written.notes:
+        print(note)
     if difference is not None:
         print(_said(difference, settings.model))
 
@@ -117,7 +121,8 @@ def _open(settings: ModelSettings, *, given: bool) -> "Checkpoint":
 
 
 def _said(difference: "Difference", settings: ModelSettings) -> str:
-    served = "" if settings.quantization == "none" else f" with {settings.quantization} weights"
+    weights = "" if settings.quantization == "none" else f"{settings.quantization} weights and "
+    served = f" with {weights}{difference.adapter_dtype} factors"
     return (
         f"Against the adapter as served{served}: {difference.same_tokens:.1%} of {difference.tokens} tokens are the "
         f"same, logits are at most {difference.largest:.2g} apart, divergence {difference.divergence:.2g} nats a token."

@@ -69,6 +69,14 @@ class Meter:
             self._said = time.monotonic()
             print(f"{self._label}: {self._done}/{self._total} {note}".rstrip(), file=sys.stderr, flush=True)
 
+    def note(self, text: str) -> None:
+        """Show `text` while nothing is counted yet: beside the bar, or as a line of its own every few seconds."""
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, note=text)
+        elif time.monotonic() - self._said >= INTERVAL:
+            self._said = time.monotonic()
+            print(f"{self._label}: {text}", file=sys.stderr, flush=True)
+
     def total(self, total: int) -> None:
         """Set the total, if it was not known at the start."""
         self._total = total

@@ -239,6 +239,7 @@ def _plan(recipe: "Recipe", files: RecipeFiles, file: Path, loaded: Loaded) -> d
         max_vocabulary=settings.adapters.max_vocabulary_bytes,
         devices=len(settings.trainer.devices),
         nodes=settings.trainer.nodes,
+        on_rows=lambda rows, tokens: print(f"eft: {rows:,} rows read", file=sys.stderr),
     )
     return {
         "object": "job.plan",

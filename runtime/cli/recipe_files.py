@@ -93,7 +93,7 @@ def read_recipe(path: Path, *, name: str | None = None) -> RecipeFiles:
 
 def _names(keys: dict[Any, Any]) -> Iterator[str]:
     """All values in the recipe that may name a file."""
-    for section in ("datasets", "test_datasets"):
+    for section in ("datasets", "test_datasets", "generation_datasets", "pretraining_dataset"):
         entries = keys.get(section)
         for entry in entries if isinstance(entries, list) else [entries]:
             if not isinstance(entry, dict):

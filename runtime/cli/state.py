@@ -38,6 +38,8 @@ def du(*, json: Json = False, config: ConfigFile = None, **flags: Any) -> None:
         table.add_row("responses", _shown(found.responses.bytes), in_database)
     if found.feedback is not None:
         table.add_row("feedback", _shown(found.feedback.bytes), f"{found.feedback.count} rows, in the database")
+    if found.prepared.count:
+        table.add_row("prepared data", _shown(found.prepared.bytes), f"{found.prepared.count} sets, for later jobs")
     table.add_row("lost+found", _shown(found.lost_found), "")
     table.add_row("free", _shown(found.free), "")
     print(found.directory)
@@ -53,8 +55,8 @@ def prune(
     **flags: Any,
 ) -> None:
     """Delete what --keep-jobs, --keep-checkpoints, --keep-uploads, --keep-files, --keep-batches, --keep-responses,
-    --max-responses, --max-responses-total, --keep-feedback, --max-feedback and --max-feedback-total say, and compact
-    the database."""
+    --max-responses, --max-responses-total, --keep-feedback, --max-feedback, --max-feedback-total and
+    --prepared-cache say, and compact the database."""
     from runtime.engine.state_upkeep import prune as pruned
 
     settings = read_settings(flags, config).settings
@@ -62,7 +64,7 @@ def prune(
     does = "would be deleted" if dry_run else "deleted"
     for one in found.jobs:
         print(f"{one.job_id}: {'the job' if one.what == 'job' else one.what} {does}")
-    for name in (*found.batches, *found.files):
+    for name in (*found.batches, *found.files, *(f"prepared/{name}" for name in found.prepared)):
         print(f"{name} {does}")
     if found.responses:
         print(f"{found.responses} stored responses {does}")

@@ -76,12 +76,14 @@ async def _train(
 ) -> dict[str, Any]:
     async with opened as http:
         try:
-            job = await submit(http, files, dry_run=dry_run)
+            job = await submit(http, files, dry_run=dry_run, wait=FIRST_WAIT if follow else None)
         except ServerRefusal as error:
             raise CommandError(f"{error.status}: {files.explain(error.message)}") from error
         if not follow or dry_run:
             return job
         job = await follow_to_end(http, job)
+        if job["error"]:
+            job["error"]["message"] = files.explain(job["error"]["message"])
         return job | {"path": await _path_of(http, job)}
 
 
@@ -97,13 +99,17 @@ async def _path_of(http: httpx.AsyncClient, job: dict[str, Any]) -> str | None:
     return next((version["path"] for version in versions if str(version["number"]) == number), None)
 
 
-async def submit(http: httpx.AsyncClient, files: RecipeFiles, *, dry_run: bool = False) -> dict[str, Any]:
-    """Post a recipe with its files, each read as it is sent: the job, or with `dry_run` the plan."""
+async def submit(
+    http: httpx.AsyncClient, files: RecipeFiles, *, dry_run: bool = False, wait: int | None = None
+) -> dict[str, Any]:
+    """Post a recipe with its files, each read as it is sent: the job, or with `dry_run` the plan. `wait`: seconds after
+    which the job is given while its data is still being read."""
     with ExitStack() as stack:
         form = [("recipe", ("recipe.yaml", files.recipe))]
         form += [("file", (name, stack.enter_context(open(path, "rb")))) for name, path in files.data.items()]  # type: ignore[misc]  # noqa: ASYNC230
         params = {"dry_run": "1"} if dry_run else {}
-        answer: dict[str, Any] = await ask(http, "POST", "/admin/train", files=form, params=params)
+        headers = {} if wait is None else {"Prefer": f"wait={wait}"}
+        answer: dict[str, Any] = await ask(http, "POST", "/admin/train", files=form, params=params, headers=headers)
         return answer
 
 
@@ -142,6 +148,9 @@ def _report(job: dict[str, Any], url: str | None, model: str | None) -> Iterator
 PATIENCE = 60.0
 """Seconds without a connection after which the server counts as gone."""
 
+FIRST_WAIT = 3
+"""Seconds that a recipe is waited for as a whole: if its data takes longer to read, what is read so far is shown."""
+
 RECENT_STEPS = 20
 """Steps over which the mean time of a step is taken, with the evaluations and checkpoints between them."""
 
@@ -155,7 +164,9 @@ async def follow_to_end(http: httpx.AsyncClient, job: dict[str, Any]) -> dict[st
     with Meter(job["name"] or job["id"], job["total_steps"] or 0, done=job["step"], remaining=False) as meter:
         async for event in events(http, job["id"]):
             data = event["data"]
-            if data.get("type") == "progress":
+            if data.get("type") == "reading":
+                meter.note(f"{data['rows']:,} rows read")
+            elif data.get("type") == "progress":
                 total = job["total_steps"] = data["total_steps"]
                 meter.total(total)
                 meter.reach(

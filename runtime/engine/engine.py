@@ -8,7 +8,7 @@ import copy
 import random
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, islice
 
 from runtime.engine.beams import BeamSearches
@@ -193,11 +193,20 @@ class Engine:
         return len(self.scheduler) > 0 or len(self._flights) > 0
 
     @property
+    def prefilling(self) -> bool:
+        """True if some request has no token yet. Of a long queue only the head counts."""
+        return any(self._without_token())
+
+    @property
     def waiting_since(self) -> float | None:
         """Arrival of the oldest request that has no token yet, by `time.monotonic`; None: all have one. Of a long queue
-        only the head counts."""
+        only the head counts, and of the background none."""
+        arrivals = (one.timing.arrival for one in self._without_token() if not one.submission.background)
+        return min(arrivals, default=None)
+
+    def _without_token(self) -> Iterator[Request]:
         requests = chain(self.scheduler.running, islice(self.scheduler.waiting, MAX_QUEUE_HEAD))
-        return min((one.timing.arrival for one in requests if one.num_generated == 0), default=None)
+        return (one for one in requests if one.num_generated == 0)
 
     # -- lost workers --------------------------------------------------------------------------
 

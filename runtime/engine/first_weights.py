@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -24,6 +23,7 @@ from runtime.model.lora import Adapter, LoraLayers, LoraPart, LoraShape
 from runtime.model.lora_base import LoraBase
 from runtime.model.model import Model
 from runtime.support.durable import fresh_directory, pinned, reason, write_file
+from runtime.support.module_patterns import ModulePattern
 from runtime.trainer.lora import mix, parameters_of
 from runtime.trainer.plan.plan import AdapterOrigin
 from runtime.trainer.plan.served_model import ModelShape, resolve_targets
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 KEY = "lora_model_dir"
 _TARGET_KEYS = ("lora_target_modules", "lora_target_linear", "peft_layers_to_transform")
+MAX_SHOWN = 200
+"""Characters of a value in a message."""
 LABEL = "label.json"
 """File in a job's copy of the adapter: its label."""
 
@@ -139,7 +141,8 @@ def going_on(recipe: Recipe, origin: AdapterOrigin, base: LoraBase, shape: Model
             "which a job cannot go on from; low-rank adapters alone can be.",
             param=KEY,
         )
-    decided = _decided(adapter, origin.label)
+    targets = _targets(adapter, base)
+    decided = _decided(adapter, targets, base)
     for key, value in decided.items():
         own = getattr(recipe, key)
         if key not in recipe.left_out and own != value:
@@ -148,7 +151,6 @@ def going_on(recipe: Recipe, origin: AdapterOrigin, base: LoraBase, shape: Model
                 "it must be that, or be left out.",
                 param=key,
             )
-    targets = _targets(adapter, base)
     given = next((key for key in _TARGET_KEYS if key not in recipe.left_out), None)
     if given is not None:
         _check_targets(recipe, given, targets, origin.label, shape)
@@ -173,24 +175,29 @@ def _unfit(origin: AdapterOrigin, error: AdapterInvalid) -> InvalidRequest:
     return InvalidRequest(f"{KEY} ({origin.label}): {error.message}", param=KEY, code=error.code)
 
 
-def _decided(adapter: Adapter, label: str) -> dict[str, float | bool]:
-    parts = [part for some in adapter.layers.values() for part in some]
-    ranks, scales = {len(part.a) for part in parts}, {part.scale for part in parts}
-    if len(ranks) > 1 or len(scales) > 1:
-        kind = "ranks" if len(ranks) > 1 else "scales"
-        values = ", ".join(f"{value:g}" for value in sorted(ranks if len(ranks) > 1 else scales))
-        raise InvalidRequest(
-            f"{KEY}: {label} has the {kind} {values} (rank_pattern, alpha_pattern), and adapters of one rank and alpha "
-            "alone are trained.",
-            param=KEY,
-        )
-    (rank,), (scale,), shape = ranks, scales, adapter.shape
-    alpha = scale * (math.sqrt(rank) if shape.rslora else rank)
-    whole = shape.alpha if math.isclose(alpha, shape.alpha) else alpha
-    return {"lora_r": rank, "lora_alpha": float(whole), "peft_use_rslora": shape.rslora, "peft_use_dora": shape.dora}
+def _decided(adapter: Adapter, targets: Sequence[tuple[int, str]], base: LoraBase) -> dict[str, Any]:
+    shape = adapter.shape
+    modules = [f"{base.layers}.{layer}.{name}" for layer, name in targets]
+    return {
+        "lora_r": shape.rank,
+        "lora_alpha": float(shape.alpha),
+        "lora_rank_pattern": _used(shape.rank_pattern, modules),
+        "lora_alpha_pattern": _used(shape.alpha_pattern, modules),
+        "peft_use_rslora": shape.rslora,
+        "peft_use_dora": shape.dora,
+    }
+
+
+def _used(pattern: Mapping[str, float], modules: Sequence[str]) -> dict[str, float]:
+    """The pattern without keys that mean nothing."""
+    absent = set(ModulePattern("pattern", pattern).unmatched(modules))
+    return {key: value for key, value in pattern.items() if key not in absent}
 
 
 def _shown(value: object) -> str:
+    if isinstance(value, dict):
+        text = "{" + ", ".join(f"{key}: {_shown(one)}" for key, one in value.items()) + "}"
+        return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "…"
     return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -285,7 +292,8 @@ def made_parameters(
                 param="peft_init_lora_weights",
             )
         whole = (weight if isinstance(weight, Tensor) else weight.dequantise()).float()
-        found[place] = _made(recipe, shape, place, _matrix(whole, place, weights, recipe))
+        size = shape.at(weights.base.module(*place))
+        found[place] = _made(recipe, size, place, _matrix(whole, place, weights, recipe))
     if missing := next((name for name, place in places.items() if place not in found), None):
         raise InvalidRequest(f"The base's files have no tensor {missing}, from which {recipe.first_weights} begins.")
     if all(not part.b.any() for part in found.values()):
@@ -314,11 +322,10 @@ def _matrix(stored: Tensor, place: tuple[int, str, str], weights: BaseWeights, r
     return stored - linear.weight.rows(start, start + linear.parts[part]).cpu()
 
 
-def _made(recipe: Recipe, shape: LoraShape, place: tuple[int, str, str], matrix: Tensor) -> LoraPart:
-    layer, linear, part = place
+def _made(recipe: Recipe, size: tuple[int, float], place: tuple[int, str, str], matrix: Tensor) -> LoraPart:
+    (rank, scale), (layer, linear, part) = size, place
     generator = torch.Generator().manual_seed(mix(recipe.seed, layer, sum(f"{linear} {part}".encode())))
-    scale = shape.scale(shape.rank, shape.alpha)
-    a, b = _factors_of(recipe.first_weights, matrix, shape.rank, scale, generator)
+    a, b = _factors_of(recipe.first_weights, matrix, rank, scale, generator)
     return LoraPart(part, a, b, scale)
 
 

@@ -37,6 +37,7 @@ from runtime.events import (
     GenerateEvent,
     PausedEvent,
     ProgressEvent,
+    ReadingEvent,
     RunEvent,
     StepEvent,
 )
@@ -48,16 +49,18 @@ from runtime.support.threads import call_in_fresh_thread
 from runtime.support.version import versions
 from runtime.text.tool_calls import detect_format
 from runtime.trainer.data.files import DataFiles
-from runtime.trainer.data.prepared import KeptData, digest_of_tokenizer
+from runtime.trainer.data.prepared import FOLDER, KeptData, PreparedCache, digest_of_tokenizer
 from runtime.trainer.evaluation.scores import make_scoring
 from runtime.trainer.jobs.directories import ORIGIN
 from runtime.trainer.jobs.records import ADAPTER_FILES, PreparedJob, RunHandle
 from runtime.trainer.launched.files import MODEL
+from runtime.trainer.lora import sizes_of
+from runtime.trainer.optimizer import check_optimizer
 from runtime.trainer.plan.plan import AdapterOrigin, Plan, feed, prepare, summarize
 from runtime.trainer.plan.served_model import by_linear, end_ids, shape_of_base, with_template
 from runtime.trainer.recipe import Recipe, adapter_name, load_recipe
 from runtime.trainer.recipe.launch import wants_launch
-from runtime.trainer.sliced_run import LossSpec, RunSpec, SlicedRun, TrainingHost
+from runtime.trainer.sliced_run import LossSpec, RunSpec, SlicedRun, TrainingHost, shape_of_recipe
 from runtime.trainer.snapshot import Restored, RunProgress, Snapshot, read_snapshot
 from settings.schema import Settings
 
@@ -91,6 +94,9 @@ class EngineJobs:
         self._directory = directory
         devices = training_devices(settings)
         self._launched = None if devices is None else LaunchedJobs(service, settings, directory, devices)
+        trainer = settings.trainer
+        self._cache = PreparedCache(directory / FOLDER, trainer.prepared_cache, trainer.keep_uploads)
+        self._cache.prune()
         self._roots = [Path(root).expanduser() for root in settings.trainer.data_roots] + [directory / "data"]
         decoder, base = service.decoder, service.lora_base
         self._shape = shape_of_base(decoder.spec, base, bytes_per_value=decoder.dtype.itemsize)
@@ -102,9 +108,20 @@ class EngineJobs:
 
     # -- recipes -------------------------------------------------------------------------------
 
-    def prepare(self, recipe: bytes, uploads: Mapping[str, Path], kept: Path | None) -> PreparedJob:
+    def prepare(
+        self,
+        recipe: bytes,
+        uploads: Mapping[str, Path],
+        kept: Path | None,
+        on_reading: Callable[[ReadingEvent], None] | None = None,
+    ) -> PreparedJob:
         """See `jobs.records.JobEngine`."""
-        service = self._service
+        service, began = self._service, time.monotonic()
+
+        def on_rows(rows: int, tokens: int) -> None:
+            if on_reading is not None:
+                on_reading(ReadingEvent(rows=rows, tokens=tokens, seconds=time.monotonic() - began))
+
         names = (service.model_name, self._settings.model.model)
         devices = 0 if self._launched is None else self._launched.devices
         read = load_recipe(recipe, max_lora_rank=self._settings.adapters.max_lora_rank, served=names, devices=devices)
@@ -117,6 +134,7 @@ class EngineJobs:
             read = msgspec.structs.replace(read, notes=(*read.notes, *notes))
         read, origin = self._going_on(read, kept)
         self._check_first_weights(read)
+        check_optimizer(read)
         plan = prepare(
             read,
             service.tokenizer,
@@ -125,11 +143,12 @@ class EngineJobs:
             max_len=service.decoder.max_len,
             shape=self._shape,
             tokens_per_second=self._tokens_per_second,
-            kept=None if kept is None else KeptData(kept, lambda: self._tokenizer_digest),
+            kept=KeptData(kept, lambda: self._tokenizer_digest, self._cache),
             max_vocabulary=self._settings.adapters.max_vocabulary_bytes,
             devices=devices,
             nodes=self._settings.trainer.nodes,
             origin=origin,
+            on_rows=on_rows,
         )
         if plan.launch is not None:
             refuse_own_tokens(plan)
@@ -369,7 +388,8 @@ class EngineRun:
         targets = by_linear(plan.targets, service.lora_base.places)
         loss = LossSpec.of(plan.recipe)
         rows = RowTargets() if plan.vocabulary is None else plan.vocabulary.rows
-        spec = RunSpec(recipe=plan.recipe, schedule=plan.schedule, targets=targets, loss=loss, rows=rows)
+        sizes = sizes_of(targets, shape_of_recipe(plan.recipe), service.lora_base)
+        spec = RunSpec(recipe=plan.recipe, schedule=plan.schedule, targets=targets, loss=loss, rows=rows, sizes=sizes)
         restored = self._first(spec) if resume_from is None else read_snapshot(resume_from)
 
         def write(directory: Path, adapter: Adapter) -> None:

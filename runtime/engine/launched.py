@@ -27,7 +27,7 @@ from runtime.trainer.plan.plan import Plan, feed
 from runtime.trainer.plan.served_model import by_linear
 from runtime.trainer.recipe import Recipe
 from runtime.trainer.schedule import ExampleFeed
-from runtime.trainer.sliced_run import RunSpec
+from runtime.trainer.sliced_run import shape_of_recipe
 from runtime.workers.parallel.launch import LOOPBACK, environment
 from runtime.workers.parallel.launchers import usable_cores
 from settings.schema import Settings
@@ -187,7 +187,7 @@ class LaunchedJobs:
     def _write_initial(self, plan: Plan, directory: Path) -> None:
         remove(directory)
         base, recipe = self._service.lora_base, plan.recipe
-        shape = RunSpec(recipe=recipe, schedule=plan.schedule, targets={}).shape
+        shape = shape_of_recipe(recipe)
         layers = initial_layers(by_linear(plan.targets, base.places), base, shape, seed=recipe.seed)
         directory.parent.mkdir(parents=True, exist_ok=True)
         write_adapter(directory, layers, shape, base, dropout=recipe.lora_dropout, base_name=recipe.base_model)

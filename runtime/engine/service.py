@@ -23,7 +23,7 @@ from runtime.engine.assembly import Assembled, assemble
 from runtime.engine.delivery import OutputStream
 from runtime.errors import Conflict, EngineFailure, EngineUnavailable, RequestError
 from runtime.messages import ROW_FAILED, Output, Submission
-from runtime.model.model import backend_of, gpus
+from runtime.model.model import backend_of, gpu_usage, gpus
 from runtime.support.logs import get_logger
 from runtime.support.machine import Gpu
 from runtime.support.threads import call_in_fresh_thread, run_in_fresh_thread
@@ -145,6 +145,8 @@ class EngineService:
         self._wake = threading.Condition()
         self._stopping = False
         self._draining = False
+        self._leaving = False
+        """The server is shutting down."""
         self._busy_since: float | None = None
         """Time at which the engine thread began its current work; None while it waits for work."""
         self._gathering = Gathering()
@@ -167,14 +169,19 @@ class EngineService:
         self._thread.start()
         atexit.register(self._end_thread)
 
-    def drain(self) -> None:
-        """Refuse new requests from now on; running ones and training continue."""
+    def drain(self, *, leaving: bool = False) -> None:
+        """Refuse new requests from now on; running ones and training continue. `leaving`: for good."""
         self._draining = True
+        self._leaving = self._leaving or leaving
+
+    def end_drain(self) -> None:
+        """Take requests again, unless the server is leaving."""
+        self._draining = self._leaving
 
     async def stop(self, drain_timeout: float, *, patience: float | None = None) -> None:
         """Refuse new requests, give the running ones `drain_timeout` seconds, abort the rest, end the thread.
         `patience`: seconds that it may take for what it is doing; by default `server.drain_timeout`."""
-        self.drain()
+        self.drain(leaving=True)
         if self._streams:
             self._drained.clear()
             with contextlib.suppress(TimeoutError):
@@ -214,6 +221,11 @@ class EngineService:
         """GPUs of this machine."""
         return gpus()
 
+    def scrape(self, accept: str) -> tuple[bytes, str]:
+        """The metrics in the form that `accept` asks for, and its content type. Any thread; blocks for milliseconds."""
+        self.metrics.on_gpus(gpu_usage())
+        return self.metrics.render(accept)
+
     @property
     def healthy(self) -> bool:
         """False when the thread is dead, or anything that it does takes longer than `server.step_timeout`: a step, a
@@ -251,7 +263,8 @@ class EngineService:
         `Engine.prepare` raises, `TooManyRequests`, `Conflict` while another request with their `request_id` is alive,
         `EngineUnavailable` when draining or dead."""
         if self._draining or not self._thread.is_alive():
-            raise EngineUnavailable("The server is shutting down." if self._draining else "The engine is not running.")
+            why = "The server takes no new requests." if self._draining else "The engine is not running."
+            raise EngineUnavailable("The server is shutting down." if self._leaving else why)
         self._require_workers()
         for label in {one.request_id for one in submissions}:
             if label in self._labels:
@@ -465,7 +478,7 @@ class EngineService:
 
     def _step(self) -> None:
         background = self.background if self.background is not None and self.background.ready else None
-        prefilling = background is not None and self.engine.waiting_since is not None
+        prefilling = background is not None and self.engine.prefilling
         self._busy_since = began = time.monotonic()
         outputs = self.engine.step(ahead=background is None)
         self._busy_since = time.monotonic()
@@ -475,7 +488,7 @@ class EngineService:
                 background.between_steps,
                 time.monotonic() - began,
                 decoding=not prefilling,
-                waiting_since=self.engine.waiting_since,
+                waiting_since=self.engine.waiting_since if prefilling else None,
             )
             self._train(between)
 

@@ -24,8 +24,10 @@ from runtime.support.durable import PARTIAL, move, remove
 from runtime.support.state_directory import LostFound
 from runtime.support.state_directory import batches as finds_of
 from runtime.support.threads import WorkerThread
+from runtime.trainer.data.prepared import FOLDER as PREPARED_FOLDER
+from runtime.trainer.data.prepared import PreparedCache
 from runtime.trainer.jobs import recovery as jobs
-from runtime.trainer.jobs.directories import JobDirectories
+from runtime.trainer.jobs.directories import PREPARED, JobDirectories
 from runtime.trainer.jobs.retention import Due, Keep, Retention
 from runtime.trainer.jobs.store import JobStore
 from settings.schema import Settings
@@ -68,6 +70,8 @@ class DiskUsage(Struct, kw_only=True):
     """Stored responses, which are a part of the database; None where it cannot be read."""
     feedback: KindUsage | None
     """Stored feedback, as the responses are."""
+    prepared: KindUsage
+    """Tokenised data for later jobs; files that a job that has not ended has a name for too count here alone."""
     lost_found: int
     free: int
 
@@ -80,10 +84,13 @@ class Pruned(Struct, kw_only=True):
     files: list[str]
     responses: int
     feedback: int
+    prepared: list[str]
+    """Names of the files."""
     lost_found: list[Path]
 
     def __bool__(self) -> bool:
-        return bool(self.jobs or self.batches or self.files or self.responses or self.feedback or self.lost_found)
+        lists = (self.jobs, self.batches, self.files, self.prepared, self.lost_found)
+        return any(lists) or bool(self.responses or self.feedback)
 
 
 class Rebuilt(Struct, kw_only=True):
@@ -101,6 +108,7 @@ class Rebuilt(Struct, kw_only=True):
 def usage(directory: Path) -> DiskUsage:
     """Sizes on the disk, whether a server is at work there or not. Raises `OSError`."""
     found = [_job_usage(folder) for folder in job_folders(directory)]
+    count, size = PreparedCache(directory / PREPARED_FOLDER, 0, 0.0).usage()
     room = os.statvfs(directory)
     return DiskUsage(
         directory=str(directory),
@@ -111,6 +119,7 @@ def usage(directory: Path) -> DiskUsage:
         batches=_held(directory / "batches"),
         responses=_rows(directory / FILE, "responses", "length(input) + length(response)"),
         feedback=_rows(directory / FILE, "feedback", "length(data)"),
+        prepared=KindUsage(count=count, bytes=size),
         lost_found=sum(_size(batch) for batch in finds_of(directory)),
         free=room.f_bavail * room.f_frsize,
     )
@@ -141,12 +150,14 @@ async def _prune(database: Database, directory: Path, settings: Settings, *, dry
     feedback = FeedbackStore(database, settings.feedback)
     ended = await _prune_jobs(database, directory, keep, dry_run=dry_run)
     gone = await (batches.due() if dry_run else batches.prune())
+    prepared = PreparedCache(directory / PREPARED_FOLDER, trainer.prepared_cache, trainer.keep_uploads)
     return Pruned(
         jobs=ended,
         batches=gone,
         files=[file.id for file in await (files.due() if dry_run else files.prune())],
         responses=await (responses.due() if dry_run else responses.prune()),
         feedback=await (feedback.due() if dry_run else feedback.prune()),
+        prepared=prepared.prune(dry_run=dry_run),
         lost_found=[],
     )
 
@@ -213,7 +224,11 @@ def _put_back(directory: Path) -> list[str]:
 
 def _job_usage(folder: Path) -> JobUsage:
     parts = {name: _size(folder / name) for name in ("uploads", "checkpoints", "result")}
-    return JobUsage(id=folder.name, **parts, other=_size(folder) - sum(parts.values()))
+    shared = 0
+    with contextlib.suppress(FileNotFoundError):
+        prepared = (folder / PREPARED).stat()
+        shared = prepared.st_size if prepared.st_nlink > 1 else 0  # counted with the cache
+    return JobUsage(id=folder.name, **parts, other=_size(folder) - sum(parts.values()) - shared)
 
 
 def _held(root: Path) -> KindUsage:

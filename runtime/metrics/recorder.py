@@ -24,6 +24,7 @@ from runtime.metrics.exposition import (
     traffic_of,
 )
 from runtime.metrics.table import ADAPTER, TABLE
+from runtime.support.machine import GpuUsage
 
 # -- timing ----------------------------------------------------------------------------------------
 #
@@ -321,6 +322,15 @@ class Metrics:
         """The event loop at a scrape: its longest delay since the last one, in seconds, and its tasks."""
         self._gauges["event_loop_lag_seconds"].set(lag)
         self._gauges["event_loop_tasks"].set(tasks)
+
+    def on_gpus(self, found: Collection[GpuUsage]) -> None:
+        """The GPUs at a scrape. No series where there are none."""
+        for one in found:
+            label = str(one.index)
+            self._gauges["gpu_memory_used_bytes"].labels(label).set(one.used)
+            self._gauges["gpu_memory_total_bytes"].labels(label).set(one.total)
+            if one.busy is not None:
+                self._gauges["gpu_utilization"].labels(label).set(one.busy)
 
     def totals(self, now: float) -> Totals:
         """Totals of the families without labels, at `now`."""

@@ -5,13 +5,18 @@ and up), and an adapter is made for their parts, so everything here is by part.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TypeVar
 
 from torch import Tensor
 
 from kernels import AdaptedTokens, LoraSegment, Ops
 from runtime.model.token_rows import Embed, TokenRows, VocabularyRows
+from runtime.support.module_patterns import ModulePattern
+
+V = TypeVar("V")
 
 
 @dataclass(frozen=True)
@@ -27,8 +32,44 @@ class LoraShape:
     dora: bool = False
     """Each part has a magnitude (DoRA, arXiv:2402.09353)."""
 
+    def at(self, module: str) -> tuple[int, float]:
+        """Rank and scale of the part that this full name means, such as `model.layers.0.self_attn.q_proj`. Raises
+        `PatternInvalid` for patterns that cannot be matched."""
+        ranks, alphas = self._patterns
+        rank = ranks.get(module, self.rank)
+        return rank, self.scale(rank, alphas.get(module, self.alpha))
+
+    @cached_property
+    def _patterns(self) -> tuple[ModulePattern[int], ModulePattern[float]]:
+        return ModulePattern("rank_pattern", self.rank_pattern), ModulePattern("alpha_pattern", self.alpha_pattern)
+
+    def settled(self, modules: Collection[str]) -> "LoraShape":
+        """The same ranks and alphas of these modules, by patterns in which the order of keys means nothing: PEFT sorts
+        them when it saves."""
+        ranks, alphas = self._patterns
+        return replace(self, rank_pattern=_settled(ranks, modules), alpha_pattern=_settled(alphas, modules))
+
     def scale(self, rank: int, alpha: float) -> float:
         return alpha / (rank**0.5 if self.rslora else rank)
+
+    def doubled(self) -> "LoraShape":
+        """Twice the ranks at the same scales."""
+        factor = 2**0.5 if self.rslora else 2.0
+        return replace(
+            self,
+            rank=2 * self.rank,
+            alpha=factor * self.alpha,
+            rank_pattern={key: 2 * rank for key, rank in self.rank_pattern.items()},
+            alpha_pattern={key: factor * alpha for key, alpha in self.alpha_pattern.items()},
+        )
+
+
+def _settled(pattern: ModulePattern[V], modules: Collection[str]) -> dict[str, V]:
+    """The pattern itself where at most one key matches each module; else a key for each module."""
+    keys = {module: pattern.matching(module) for module in modules}
+    if all(len(found) < 2 for found in keys.values()):
+        return dict(pattern.values)
+    return {module: pattern.values[found[0]] for module, found in keys.items() if found}
 
 
 @dataclass(frozen=True, eq=False)

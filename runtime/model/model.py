@@ -14,7 +14,7 @@ from runtime.model.layers import Linear, Parameter
 from runtime.model.lora import Adaptation
 from runtime.model.spec import DecoderSpec
 from runtime.model.split import Vocabulary
-from runtime.support.machine import Gpu
+from runtime.support.machine import Gpu, GpuUsage
 
 
 class Layer(Protocol):
@@ -117,6 +117,22 @@ def gpus() -> list[Gpu]:
         return []
     found = (torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count()))
     return [Gpu(name=one.name, memory=one.total_memory) for one in found]
+
+
+def gpu_usage() -> list[GpuUsage]:
+    """Use of the GPUs that torch can use. From NVML (package nvidia-ml-py); without it, the memory alone of those that
+    this process has tensors on, since the others would get a context by being asked. Blocks for milliseconds."""
+    found = []
+    for index, gpu in enumerate(gpus()):
+        try:
+            used, busy = torch.cuda.device_memory_used(index), torch.cuda.utilization(index) / 100
+        except (ImportError, RuntimeError):
+            if not torch.cuda.memory_reserved(index):
+                continue
+            free, total = torch.cuda.mem_get_info(index)
+            used, busy = total - free, None
+        found.append(GpuUsage(index=index, used=used, total=gpu.memory, busy=busy))
+    return found
 
 
 def backend_of(model: Model) -> str | None:

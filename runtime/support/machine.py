@@ -40,6 +40,18 @@ class Gpu(Struct, frozen=True, kw_only=True):
     """Bytes."""
 
 
+class GpuUsage(Struct, frozen=True, kw_only=True):
+    """One GPU now: by all processes, those of others included."""
+
+    index: int
+    """Number by which this process knows it."""
+    used: int
+    """Bytes."""
+    total: int
+    busy: float | None
+    """Share of the last sampling period in which a kernel ran, 0 to 1; None where the driver does not say."""
+
+
 def this_machine() -> Machine:
     """The facts now. Reads files of the system."""
     try:

@@ -21,6 +21,20 @@ class OwnToken(Struct, frozen=True, omit_defaults=True):
     """Left out of answers, and no token where a client writes its text into a message."""
 
 
+class OwnText(Struct, frozen=True, kw_only=True):
+    """Tokens and template of an adapter, and the ends of its answers, where they are not the base's."""
+
+    template: str | None = None
+    """Source of the chat template; None: the base's."""
+    tokens: tuple[OwnToken, ...] = ()
+    eos_id: int | None = None
+    """Id that ends its texts; None: the base's."""
+    end_ids: tuple[int, ...] = ()
+    """Ids that end its answers in chats, besides those of the base and the template."""
+    stop: tuple[str, ...] = ()
+    """Texts that do, where no single token does."""
+
+
 class TokensInvalid(ValueError):
     """The tokens do not fit the vocabulary."""
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer as Backend
 
@@ -68,6 +68,29 @@ END_OF_TURN = (
 a token of this list that the chat template writes ends the output too."""
 
 
+class InfillTokens(NamedTuple):
+    """Ids of the tokens around the two texts of a prompt whose middle is asked for, in the order of the prompt."""
+
+    prefix: int
+    suffix: int
+    middle: int
+
+    def prompt(self, before: list[int], behind: list[int]) -> list[int]:
+        """The prompt that asks for what stands between two texts."""
+        return [self.prefix, *before, self.suffix, *behind, self.middle]
+
+
+_INFILL = (
+    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),  # Qwen2.5-Coder, CodeGemma
+    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),  # StarCoder, Granite
+    ("<fim-prefix>", "<fim-suffix>", "<fim-middle>"),  # SantaCoder
+    ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),  # DeepSeek-Coder
+)
+
+ANSWER_BEGINNINGS = ("a", "1", "\n\na", "  a", *"`-<([{\"'*#$:!。")
+"""Beginnings of answers that a tokenizer may join with what stands before."""
+
+
 class Tokenizer:
     """One model's tokenizer. Immutable except for its caches, so any thread may call it."""
 
@@ -119,6 +142,7 @@ class Tokenizer:
         self.turn_end: TurnEnd = turn_end(self)
         """The end of answers in chats, and its problems."""
         self._end_turns()
+        self._answer_start = self._find_answer_start()
 
     def _end_turns(self) -> None:
         if self.turn_end.token_id is None and (added_end := self._special_end(self.turn_end)) is not None:
@@ -136,7 +160,36 @@ class Tokenizer:
         other.eos_ids = tuple(dict.fromkeys([*self._own_eos_ids, *other._ends_of_turn()]))
         other.turn_end = turn_end(other)
         other._end_turns()
+        other._answer_start = other._find_answer_start(ANSWER_BEGINNINGS)
         return other
+
+    def _find_answer_start(self, beginnings: Sequence[str] = ("a",)) -> str:
+        """The text before an answer, where its last tokens are others once one of `beginnings` follows; else "".
+
+        A prompt ends with this text, and it stands before every answer in a history and in rows to train on. Where a
+        tokenizer reads its end otherwise before other text ("\\n\\n" is one token at the end of llama3's prompt, and
+        two before a word in GPT-2's way of cutting texts), an answer would be learned after other tokens than it is
+        asked with. So chats are cut there: with the model's own template where an ordinary word does that, as other
+        answers are read as other servers do; with another template where any beginning does.
+        """
+        if self._template is None:
+            return ""
+        question = "Who?"
+        asked = [{"role": "user", "content": question}]
+        try:
+            chat = self._template.render(asked, add_generation_prompt=False, variables={})
+            prompt = self._template.render(asked, add_generation_prompt=True, variables={})
+        except InvalidRequest:  # a template of other roles
+            return ""
+        start = prompt.removeprefix(chat) if prompt.startswith(chat) else ""
+        start = start or prompt.rpartition(question)[2]  # a template whose questions end as prompts do
+        if not start:
+            return ""
+        alone, then = (self._backend.encode(text, add_special_tokens=False).ids for text in (start, "a"))
+        if self._backend.decode([*alone, *then], skip_special_tokens=False) != start + "a":
+            return ""  # a tokenizer that puts a space before each text
+        together = (self._backend.encode(start + text, add_special_tokens=False).ids for text in beginnings)
+        return start if any(ids[: len(alone)] != alone for ids in together) else ""
 
     def _with_tokens(
         self, tokens: tuple[OwnToken, ...], *, rows: int | None = None, eos_id: int | None = None
@@ -266,6 +319,15 @@ class Tokenizer:
         """The id of the token with exactly this text, or None."""
         return self._backend.token_to_id(text)
 
+    @property
+    def infill(self) -> InfillTokens | None:
+        """Tokens to fill in a middle; None where the vocabulary has none that are known."""
+        for names in _INFILL:
+            ids = [self.token_id(name) for name in names]
+            if None not in ids:
+                return InfillTokens(*(id for id in ids if id is not None))
+        return None
+
     def _compile(self, chat_template: str) -> ChatTemplate:
         return ChatTemplate(chat_template, self.template_tokens)
 
@@ -358,11 +420,21 @@ class Tokenizer:
                 self._special_text.reveal(error.message), param=error.param, code=error.code
             ) from error
         _check_unicode(rendered)
-        if literal:
-            return self._special_text.encode(
-                rendered, lambda backend, text: self._encode(backend, text, False, max_tokens)
-            )
-        return self._encode(self._backend, rendered, False, max_tokens)
+
+        def encode(backend: Backend, text: str) -> list[int]:
+            return self._encode(backend, text, False, max_tokens)
+
+        ids = list[int]()
+        for piece in self._pieces(rendered) if chat_template is None else [rendered]:
+            ids += self._special_text.encode(piece, encode) if literal else encode(self._backend, piece)
+        return ids
+
+    def _pieces(self, rendered: str) -> list[str]:
+        """A chat in pieces that are tokenised by themselves: see `_find_answer_start`."""
+        if not self._answer_start:
+            return [rendered]
+        *pieces, last = rendered.split(self._answer_start)
+        return [*(f"{piece}{self._answer_start}" for piece in pieces), *([last] if last else [])]
 
     def _encode(self, backend: Backend, text: str, add_special_tokens: bool, max_tokens: int | None) -> list[int]:
         if len(text) <= SHORT:

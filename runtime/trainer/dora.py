@@ -9,35 +9,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import QuantisedWeight, Weight
-from kernels.quantised import linear_dequantised
-
-
-def product(x: Tensor, weight: Weight) -> Tensor:
-    """x [T, in] times the weight transposed, [T, out], as training computes it."""
-    if isinstance(weight, QuantisedWeight):
-        return linear_dequantised(x, weight, None)
-    return torch.nn.functional.linear(x, weight)
-
 
 def add_dora(
     y: Tensor,
     base: Tensor,
     x: Tensor,
     columns: Sequence[slice],
-    scale: float,
+    scales: Sequence[float],
     norms: Sequence[Tensor],
     a: Tensor,
     b: Sequence[Tensor],
     m: Sequence[Tensor],
 ) -> Tensor:
-    """y + (m / n - 1) * base + m / n * scale * (x A^T) B^T, [T, out], part by part.
+    """y + (m / n - 1) * base + m / n * scale * (x A^T) B^T, [T, out], part by part, each with its own scale and rank.
 
     y [T, out] contains `base`, which is W x without a bias [T, out], and maybe a residual stream; `norms` are n, of
     each part [out of the part]. With dropout, x is what is left, and `base` its product.
     """
-    found: Tensor = _AddDora.apply(y, base, x, columns, scale, norms, a, *b, *m)  # type: ignore[no-untyped-call]
+    found: Tensor = _AddDora.apply(y, base, x, columns, scales, norms, a, *b, *m)  # type: ignore[no-untyped-call]
     return found
+
+
+def pieces_of(stacked: Tensor, b: Sequence[Tensor], dim: int = 0) -> tuple[Tensor, ...]:
+    """Views of what lies together of a linear's parts, as many places of `dim` for each as its B [out, rank] has
+    ranks."""
+    return torch.split(stacked, [up.shape[1] for up in b], dim)
 
 
 class _AddDora(torch.autograd.Function):
@@ -48,7 +44,7 @@ class _AddDora(torch.autograd.Function):
         base: Tensor,
         x: Tensor,
         columns: Sequence[slice],
-        scale: float,
+        scales: Sequence[float],
         norms: Sequence[Tensor],
         a: Tensor,
         *factors: Tensor,
@@ -56,13 +52,14 @@ class _AddDora(torch.autograd.Function):
         b, m = factors[: len(columns)], factors[len(columns) :]
         shrunk = x @ a.to(x.dtype).t()
         out, whole = y.clone(), []
-        for place, small, up, norm, magnitude in zip(columns, shrunk.chunk(len(b), dim=1), b, norms, m, strict=True):
+        smalls = pieces_of(shrunk, b, dim=1)
+        for place, small, up, scale, norm, magnitude in zip(columns, smalls, b, scales, norms, m, strict=True):
             own = base[:, place]
             direction = torch.addmm(own, small, up.to(x.dtype).t(), alpha=scale)
             out[:, place].addcmul_(direction, (magnitude / norm).to(x.dtype)).sub_(own)
             whole.append(direction)
         ctx.save_for_backward(x, shrunk, a, *factors, *whole)
-        ctx.columns, ctx.scale, ctx.norms = columns, scale, norms
+        ctx.columns, ctx.scales, ctx.norms = columns, scales, norms
         return out
 
     @staticmethod
@@ -73,15 +70,15 @@ class _AddDora(torch.autograd.Function):
         b, m, whole = rest[:count], rest[count : 2 * count], rest[2 * count :]
         grad_base, grad_shrunk = torch.zeros_like(grad), torch.empty_like(shrunk)
         grad_b, grad_m = [], []
-        smalls, grad_smalls = shrunk.chunk(count, dim=1), grad_shrunk.chunk(count, dim=1)
+        smalls, grad_smalls = pieces_of(shrunk, b, dim=1), pieces_of(grad_shrunk, b, dim=1)
         for index, place in enumerate(ctx.columns):
-            part, norm = grad[:, place], ctx.norms[index]
+            part, norm, scale = grad[:, place], ctx.norms[index], ctx.scales[index]
             scaled = part * (m[index] / norm).to(grad.dtype)
             torch.sub(scaled, part, out=grad_base[:, place])
             grad_m.append((part * whole[index]).sum(0).to(norm.dtype).div_(norm))
             torch.mm(scaled, b[index].to(grad.dtype), out=grad_smalls[index])
-            grad_b.append((scaled.t() @ smalls[index]).mul_(ctx.scale).to(b[index].dtype))
-        grad_shrunk.mul_(ctx.scale)
+            grad_smalls[index].mul_(scale)
+            grad_b.append((scaled.t() @ smalls[index]).mul_(scale).to(b[index].dtype))
         grad_a = (grad_shrunk.t() @ x).to(a.dtype)
         grad_x = grad_shrunk @ a.to(grad.dtype) if ctx.needs_input_grad[2] else None
         return grad, grad_base if ctx.needs_input_grad[1] else None, grad_x, None, None, None, grad_a, *grad_b, *grad_m

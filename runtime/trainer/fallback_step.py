@@ -59,10 +59,10 @@ class FallbackStep:
         """[R] log-probabilities under the model without its adapter, for a loss that needs them: given or computed."""
         self._attention = PackedAttention(ops, [part.stop - part.start for part in batch.sequences], model.spec)
         every = slice(0, batch.num_tokens)
-        self._adaptation = TrainingAdaptation(lora, dropout=dropout, seed=seed, rows=every)
+        self._adaptation = TrainingAdaptation(lora, ops, dropout=dropout, seed=seed, rows=every)
         refers = lora.reference
         self._reference_adaptation = (
-            None if refers is None else TrainingAdaptation(refers, dropout=0.0, seed=seed, rows=every)
+            None if refers is None else TrainingAdaptation(refers, ops, dropout=0.0, seed=seed, rows=every)
         )
         self._calls: list[LayerCall] = []
         self.score = Score()

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from kernels import Ops
 from kernels.training import dropout_mask
 from runtime.model.dora import row_norms
 from runtime.model.layers import Linear
@@ -23,12 +24,16 @@ from runtime.model.model import Model
 from runtime.model.split import Split
 from runtime.model.token_rows import Embed, embed_with
 from runtime.model.vocabulary import RowTargets
-from runtime.trainer.dora import add_dora, product
+from runtime.trainer.dora import add_dora, pieces_of
 from runtime.trainer.shards import Held, Shards
 from runtime.trainer.token_rows import TrainableVocabulary, rows_of
 
 Targets = Mapping[tuple[int, str], Sequence[str]]
 """(layer index, linear name) → the linear's parts that are trained, in the linear's own order."""
+
+PartSizes = Mapping[tuple[int, str, str], tuple[int, float]]
+"""(layer index, linear name, part) → rank and scale of a part, where patterns give it its own; others have the
+shape's."""
 
 StartUse = Literal["none", "subtracted", "reference"]
 """Use of a copy of the weights that the adapter begins with: to train beside the base less their product, as PiSSA and
@@ -46,10 +51,13 @@ class AdaptedLinear:
     parts: tuple[str, ...]
     columns: tuple[slice, ...]
     """Columns of each part in the linear's output."""
+    scales: tuple[float, ...]
+    """Factor of each part's product."""
     a: Tensor
-    """[parts * rank, in]: the parts' A matrices, one above the other, since all of them see the same input."""
+    """[sum of the parts' ranks, in]: the parts' A matrices, one above the other, since all of them see the same
+    input."""
     b: tuple[Tensor, ...]
-    """[out of the part, rank] each."""
+    """[out of the part, its rank] each."""
     m: tuple[Tensor, ...]
     """[out of the part] each: magnitudes (DoRA); empty without."""
     inputs: Split
@@ -87,16 +95,15 @@ class LoraWeights:
     vocabulary: TrainableVocabulary | None = None
     """Rows of embedding and head; None where none are trained."""
 
-    def __init__(self, linears: Linears, scale: float) -> None:
+    def __init__(self, linears: Linears) -> None:
         self.linears = linears
-        self.scale = scale
         self._norms: dict[tuple[int, str], list[Tensor]] = {}
 
     def norms(self, layer: int, name: str) -> list[Tensor]:
         """`row_norms` of each part of a linear. Computed once for as long as the weights do not change (`changed`)."""
         found = self._norms.get((layer, name))
         if found is None:
-            found = self._norms[layer, name] = _norms(self.linears[layer, name], self.scale)
+            found = self._norms[layer, name] = _norms(self.linears[layer, name])
         return found
 
     def changed(self) -> None:
@@ -114,24 +121,27 @@ class TrainableLora(LoraWeights):
         shape: LoraShape,
         *,
         seed: int,
+        sizes: PartSizes | None = None,
         rows: RowTargets | None = None,
         initial: str = "uniform",
         start: StartUse = "none",
     ) -> None:
         """Fresh parameters on the decoder's device; the same seed gives the same ones. All ranks at once."""
-        super().__init__({}, shape.scale(shape.rank, shape.alpha))
+        super().__init__({})
         self.shape = shape
+        self._sizes = sizes
         self.vocabulary = TrainableVocabulary(decoder, rows, seed=seed) if rows is not None and rows.kinds else None
         generator = torch.Generator().manual_seed(seed)
         for (layer, name), parts in targets.items():
             linear = decoder.layers[layer].linears[name]
-            self.linears[layer, name] = _fresh(linear, parts, shape.rank, generator, decoder.device, initial)
+            own = _sizes_of_parts((layer, name), parts, shape, sizes)
+            self.linears[layer, name] = _fresh(linear, parts, own, generator, decoder.device, initial)
         if shape.dora:
             for place, adapted in self.linears.items():
-                m = tuple(norms.requires_grad_() for norms in _norms(adapted, self.scale))
+                m = tuple(norms.requires_grad_() for norms in _norms(adapted))
                 self.linears[place] = replace(adapted, m=m)
         self._use = start
-        self._start = None if start == "none" else LoraWeights(_copies(self.linears), self.scale)
+        self._start = None if start == "none" else LoraWeights(_copies(self.linears))
         self.shards = Shards(decoder.group, self._held(), decoder.device)
         """The part of each parameter that this rank holds."""
 
@@ -192,7 +202,22 @@ class TrainableLora(LoraWeights):
     def layers_of(self, captured: Mapping[str, Tensor]) -> LoraLayers:
         """The result of `capture` as an adapter to serve or to write."""
         targets = {place: linear.parts for place, linear in self.linears.items()}
-        return layers_of(captured, targets, self.shape, subtracted=self._use == "subtracted")
+        return layers_of(captured, targets, self.shape, self._sizes, subtracted=self._use == "subtracted")
+
+
+def sizes_of(targets: Targets, shape: LoraShape, base: LoraBase) -> PartSizes:
+    """Ranks and scales by the patterns of a shape; empty where it has none. Raises `PatternInvalid`."""
+    if not (shape.rank_pattern or shape.alpha_pattern):
+        return {}
+    places = [(layer, name, part) for (layer, name), parts in targets.items() for part in parts]
+    return {place: shape.at(base.module(*place)) for place in places}
+
+
+def _sizes_of_parts(
+    linear: tuple[int, str], parts: Sequence[str], shape: LoraShape, sizes: PartSizes | None
+) -> list[tuple[int, float]]:
+    whole = shape.rank, shape.scale(shape.rank, shape.alpha)
+    return [(sizes or {}).get((*linear, part), whole) for part in parts]
 
 
 def adapter_of(
@@ -200,39 +225,43 @@ def adapter_of(
     targets: Targets,
     shape: LoraShape,
     rows: RowTargets | None = None,
+    sizes: PartSizes | None = None,
     *,
     subtracted: bool = False,
 ) -> Adapter:
     """The result of `TrainableLora.capture` for these targets and rows, as an adapter to serve or to write.
     `subtracted`: see `layers_of`."""
-    layers = layers_of(captured, targets, shape, subtracted=subtracted)
-    if subtracted:
-        shape = replace(shape, rank=2 * shape.rank, alpha=shape.alpha * (2**0.5 if shape.rslora else 2))
-    return Adapter(shape, layers, rows_of(captured, rows) if rows is not None and rows.kinds else None)
+    layers = layers_of(captured, targets, shape, sizes, subtracted=subtracted)
+    return Adapter(
+        shape.doubled() if subtracted else shape,
+        layers,
+        rows_of(captured, rows) if rows is not None and rows.kinds else None,
+    )
 
 
 def layers_of(
-    captured: Mapping[str, Tensor], targets: Targets, shape: LoraShape, *, subtracted: bool = False
+    captured: Mapping[str, Tensor],
+    targets: Targets,
+    shape: LoraShape,
+    sizes: PartSizes | None = None,
+    *,
+    subtracted: bool = False,
 ) -> LoraLayers:
     """The result of `TrainableLora.capture` for these targets, as an adapter to serve or to write. `subtracted`: with
     twice the rank, since the product that it began with is taken off, as PEFT converts PiSSA and OLoRA."""
-    rank, scale = shape.rank, shape.scale(shape.rank, shape.alpha)
 
-    def factors(layer: int, name: str, index: int, part: str, prefix: str = "") -> tuple[Tensor, Tensor]:
-        a = captured[f"{prefix}{layer}.{name}.a"][index * rank : (index + 1) * rank]
-        return a, captured[f"{prefix}{layer}.{name}.b.{part}"]
+    def parts_of(layer: int, name: str, parts: Sequence[str]) -> Iterator[LoraPart]:
+        own = _sizes_of_parts((layer, name), parts, shape, sizes)
+        ranks = [rank for rank, _ in own]
+        pieces = torch.split(captured[f"{layer}.{name}.a"], ranks)
+        before = torch.split(captured[f"{START}{layer}.{name}.a"], ranks) if subtracted else pieces
+        for part, a, before_a, (_, scale) in zip(parts, pieces, before, own, strict=True):
+            b = captured[f"{layer}.{name}.b.{part}"]
+            if subtracted:
+                a, b = torch.cat([a, before_a]), torch.cat([b, -captured[f"{START}{layer}.{name}.b.{part}"]], dim=1)
+            yield LoraPart(part, a, b, scale, captured.get(f"{layer}.{name}.m.{part}"))
 
-    def part_of(layer: int, name: str, index: int, part: str) -> LoraPart:
-        a, b = factors(layer, name, index, part)
-        if subtracted:
-            before_a, before_b = factors(layer, name, index, part, START)
-            a, b = torch.cat([a, before_a]), torch.cat([b, -before_b], dim=1)
-        return LoraPart(part, a, b, scale, captured.get(f"{layer}.{name}.m.{part}"))
-
-    return {
-        (layer, name): [part_of(layer, name, index, part) for index, part in enumerate(parts)]
-        for (layer, name), parts in targets.items()
-    }
+    return {(layer, name): list(parts_of(layer, name, parts)) for (layer, name), parts in targets.items()}
 
 
 def parameters_of(layers: LoraLayers) -> dict[str, Tensor]:
@@ -252,27 +281,29 @@ def _copies(linears: Linears) -> Linears:
 
 
 @torch.no_grad()
-def _norms(adapted: AdaptedLinear, scale: float) -> list[Tensor]:
-    pieces = zip(adapted.parts, adapted.a.chunk(len(adapted.b)), adapted.b, strict=True)
-    return [row_norms(adapted.linear, part, a, b, scale) for part, a, b in pieces]
+def _norms(adapted: AdaptedLinear) -> list[Tensor]:
+    pieces = zip(adapted.parts, pieces_of(adapted.a, adapted.b), adapted.b, adapted.scales, strict=True)
+    return [row_norms(adapted.linear, part, a, b, scale) for part, a, b, scale in pieces]
 
 
 def _fresh(
     linear: Linear,
     parts: Sequence[str],
-    rank: int,
+    sizes: Sequence[tuple[int, float]],
     generator: torch.Generator,
     device: torch.device,
     initial: str,
 ) -> AdaptedLinear:
     # Drawn as a whole on every rank, so that any number of ranks begins with the same.
     starts, outputs = linear.weight.starts, [linear.outputs[part] for part in parts]
-    a, b = _drawn(initial, linear.in_features, [held.full for held in outputs], rank, generator)
+    shapes = [(held.full, rank) for held, (rank, _) in zip(outputs, sizes, strict=True)]
+    a, b = _drawn(initial, linear.in_features, shapes, generator)
     places = zip((starts[part] for part in parts), outputs, strict=True)
     return AdaptedLinear(
         linear=linear,
         parts=tuple(parts),
         columns=tuple(slice(start, start + held.size) for start, held in places),
+        scales=tuple(scale for _, scale in sizes),
         a=linear.inputs.pick(a, 1).to(device, copy=True).contiguous().requires_grad_(),
         b=tuple(
             held.pick(one).to(device, copy=True).contiguous().requires_grad_()
@@ -287,37 +318,41 @@ def _fresh(
 def initial_layers(targets: Targets, base: LoraBase, shape: LoraShape, *, seed: int) -> LoraLayers:
     """The adapter that a fresh `TrainableLora` with the same arguments is, to write where no decoder is."""
     generator = torch.Generator().manual_seed(seed)
-    sizes = {(one.linear, one.part): (one.in_features, one.out_features) for one in base.targets.values()}
+    features = {(one.linear, one.part): (one.in_features, one.out_features) for one in base.targets.values()}
+    sizes = sizes_of(targets, shape, base)
     captured: dict[str, Tensor] = {}
     for (layer, name), parts in targets.items():
-        in_features, outs = sizes[name, parts[0]][0], [sizes[name, part][1] for part in parts]
-        captured[f"{layer}.{name}.a"], drawn = _drawn("uniform", in_features, outs, shape.rank, generator)
+        own = _sizes_of_parts((layer, name), parts, shape, sizes)
+        shapes = [(features[name, part][1], rank) for part, (rank, _) in zip(parts, own, strict=True)]
+        captured[f"{layer}.{name}.a"], drawn = _drawn("uniform", features[name, parts[0]][0], shapes, generator)
         captured |= {f"{layer}.{name}.b.{part}": b for part, b in zip(parts, drawn, strict=True)}
-    return layers_of(captured, targets, shape)
+    return layers_of(captured, targets, shape, sizes)
 
 
 def _drawn(
-    initial: str, in_features: int, outs: Sequence[int], rank: int, generator: torch.Generator
+    initial: str, in_features: int, shapes: Sequence[tuple[int, int]], generator: torch.Generator
 ) -> tuple[Tensor, list[Tensor]]:
-    """Factors of one linear's parts, float32 on the CPU: A [parts * rank, in], and a B [out, rank] for each of `outs`.
-    `initial` is `Recipe.first_weights`; kinds that are made from weights begin at zero here."""
+    """Factors of one linear's parts, float32 on the CPU: A [sum of the ranks, in], and a B of each of `shapes`, which
+    are [out, rank]. `initial` is `Recipe.first_weights`; kinds that are made from weights begin at zero here."""
     if initial == "orthogonal":
-        return _orthogonal(in_features, outs, rank, generator)
-    a = torch.empty(len(outs) * rank, in_features)
+        return _orthogonal(in_features, shapes, generator)
+    ranks = [rank for _, rank in shapes]
+    a = torch.empty(sum(ranks), in_features)
     if initial == "gaussian":
-        a.normal_(std=1 / rank, generator=generator)
+        for piece, rank in zip(torch.split(a, ranks), ranks, strict=True):
+            piece.normal_(std=1 / rank, generator=generator)
     else:
         bound = 1 / math.sqrt(in_features)  # kaiming_uniform with a = sqrt(5), which is PEFT's
         a.uniform_(-bound, bound, generator=generator)
-    return a, [torch.zeros(out, rank) for out in outs]
+    return a, [torch.zeros(out, rank) for out, rank in shapes]
 
 
 def _orthogonal(
-    in_features: int, outs: Sequence[int], rank: int, generator: torch.Generator
+    in_features: int, shapes: Sequence[tuple[int, int]], generator: torch.Generator
 ) -> tuple[Tensor, list[Tensor]]:
-    """Odd rows of an orthogonal matrix span A, even ones B, so that B A is zero. For an even rank."""
+    """Odd rows of an orthogonal matrix span A, even ones B, so that B A is zero. For even ranks."""
     a, b = [], []
-    for out in outs:
+    for out, rank in shapes:
         rows, _ = torch.linalg.qr(torch.randn(rank, rank, generator=generator))
         a.append(torch.randn(in_features, rank // 2, generator=generator).mm(rows[0::2]).t() / 10)
         b.append(torch.randn(rank // 2, out, generator=generator).t().mm(rows[1::2]) / 10)
@@ -327,9 +362,11 @@ def _orthogonal(
 class TrainingAdaptation(Adaptation):
     """The hook for a run of tokens of one micro-batch: adds the adapter's output, with gradients, and dropout."""
 
-    def __init__(self, lora: LoraWeights, *, dropout: float, seed: int, rows: slice) -> None:
-        """`rows` are these tokens' places in the micro-batch; `seed` is the micro-batch's."""
+    def __init__(self, lora: LoraWeights, ops: Ops, *, dropout: float, seed: int, rows: slice) -> None:
+        """`rows` are these tokens' places in the micro-batch; `seed` is the micro-batch's. `ops` compute the base's
+        linears."""
         self._lora = lora
+        self._ops = ops
         self._subtracted = lora.subtracted if isinstance(lora, TrainableLora) else None
         self._dropout = dropout
         self._seed = seed
@@ -348,36 +385,36 @@ class TrainingAdaptation(Adaptation):
         return adapted is not None and bool(adapted.m)
 
     def __call__(self, layer: int, linear: str, x: Tensor, y: Tensor, base: Tensor | None = None) -> Tensor:
-        adapted, scale = self._lora.linears.get((layer, linear)), self._lora.scale
+        adapted = self._lora.linears.get((layer, linear))
         if adapted is None:
             return y
         mask = self._mask(layer, linear, x, adapted.inputs) if self._dropout else None
         if adapted.m:
             assert base is not None, "the linear asks `rescales`"
             norms = self._lora.norms(layer, linear)
-            left, own = _left_of(x, base, mask, adapted.linear)
-            return add_dora(y, own, left, adapted.columns, scale, norms, adapted.a, adapted.b, adapted.m)
-        added: Tensor = _AddLora.apply(y, x, mask, adapted.columns, scale, adapted.a, *adapted.b)  # type: ignore[no-untyped-call]
+            left, own = self._left_of(x, base, mask, adapted.linear)
+            return add_dora(y, own, left, adapted.columns, adapted.scales, norms, adapted.a, adapted.b, adapted.m)
+        added: Tensor = _AddLora.apply(y, x, mask, adapted.columns, adapted.scales, adapted.a, *adapted.b)  # type: ignore[no-untyped-call]
         if self._subtracted is not None:
             before = self._subtracted.linears[layer, linear]
-            added = _AddLora.apply(added, x, None, before.columns, -scale, before.a, *before.b)  # type: ignore[no-untyped-call]
+            taken = tuple(-scale for scale in before.scales)
+            added = _AddLora.apply(added, x, None, before.columns, taken, before.a, *before.b)  # type: ignore[no-untyped-call]
         return added
+
+    def _left_of(self, x: Tensor, base: Tensor, mask: Tensor | None, linear: Linear) -> tuple[Tensor, Tensor]:
+        """The part of x that dropout leaves, and its product with the weight, without a bias: PEFT scales that by the
+        magnitudes, and adds the rest as it is."""
+        if mask is not None:
+            left = x * mask
+            return left, self._ops.linear(left, linear.weight.value)
+        bias = linear.adapted_bias
+        return x, base if bias is None else base - bias
 
     def _mask(self, layer: int, linear: str, x: Tensor, inputs: Split) -> Tensor:
         """[T, in]: 0 with probability `dropout`, else 1 / (1 - dropout). `inputs`: the inputs in x."""
         columns = inputs.pick(torch.arange(inputs.full, dtype=torch.int32, device=x.device))
         seed = mix(self._seed, layer, sum(linear.encode()))
         return dropout_mask(seed, self._rows, columns, self._dropout).to(x.dtype)
-
-
-def _left_of(x: Tensor, base: Tensor, mask: Tensor | None, linear: Linear) -> tuple[Tensor, Tensor]:
-    """The part of x that dropout leaves, and its product with the weight, without a bias: PEFT scales that by the
-    magnitudes, and adds the rest as it is."""
-    if mask is not None:
-        left = x * mask
-        return left, product(left, linear.weight.value)
-    bias = linear.adapted_bias
-    return x, base if bias is None else base - bias
 
 
 def mix(*numbers: int) -> int:
@@ -390,7 +427,8 @@ def mix(*numbers: int) -> int:
 
 
 class _AddLora(torch.autograd.Function):
-    """y += scale * (dropout(x) A^T) B^T, part by part and in place: autograd's own ops would copy y for each."""
+    """y += scale * (dropout(x) A^T) B^T, part by part, each with its own scale and rank, and in place: autograd's own
+    ops would copy y for each."""
 
     @staticmethod
     def forward(
@@ -399,16 +437,16 @@ class _AddLora(torch.autograd.Function):
         x: Tensor,
         mask: Tensor | None,
         columns: Sequence[slice],
-        scale: float,
+        scales: Sequence[float],
         a: Tensor,
         *b: Tensor,
     ) -> Tensor:
         dropped = x if mask is None else x * mask
         shrunk = dropped @ a.to(x.dtype).t()
-        for place, small, up in zip(columns, shrunk.chunk(len(b), dim=1), b, strict=True):
+        for place, small, up, scale in zip(columns, pieces_of(shrunk, b, dim=1), b, scales, strict=True):
             y[:, place].addmm_(small, up.to(y.dtype).t(), alpha=scale)
         ctx.save_for_backward(x, mask, shrunk, a, *b)
-        ctx.columns, ctx.scale = columns, scale
+        ctx.columns, ctx.scales = columns, scales
         ctx.mark_dirty(y)
         return y
 
@@ -419,12 +457,12 @@ class _AddLora(torch.autograd.Function):
         dropped = x if mask is None else x * mask
         grad_b = []
         grad_shrunk = torch.empty_like(shrunk)
-        pieces = zip(ctx.columns, shrunk.chunk(len(b), dim=1), grad_shrunk.chunk(len(b), dim=1), b, strict=True)
-        for place, small, grad_small, up in pieces:
+        smalls, grad_smalls = pieces_of(shrunk, b, dim=1), pieces_of(grad_shrunk, b, dim=1)
+        for place, small, grad_small, up, scale in zip(ctx.columns, smalls, grad_smalls, b, ctx.scales, strict=True):
             part = grad[:, place]
             torch.mm(part, up.to(grad.dtype), out=grad_small)
-            grad_b.append((part.t() @ small).mul_(ctx.scale).to(up.dtype))
-        grad_shrunk.mul_(ctx.scale)
+            grad_small.mul_(scale)
+            grad_b.append((part.t() @ small).mul_(scale).to(up.dtype))
         grad_a = (grad_shrunk.t() @ dropped).to(a.dtype)
         grad_x = None
         if ctx.needs_input_grad[1]:

@@ -4,15 +4,18 @@ Gradients and state are allocated at once and stay in place: long-lived tensors,
 temporaries of the first step, would leave holes that nothing fits into.
 """
 
+import importlib
 import importlib.util
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from runtime.errors import InvalidRequest
 from runtime.trainer.recipe import Recipe
 from runtime.trainer.shards import Shards
 from runtime.trainer.slices import Slice, Sliced, Slices
@@ -116,7 +119,136 @@ class Lion(LayerOptimizer):
             mean.lerp_(parameter.grad, 1 - recipe.adam_beta2)
 
 
-ELEMENTWISE: dict[str, Callable[[list[Tensor], Recipe], LayerOptimizer]] = {"sgd": Sgd, "adamw": AdamW, "lion": Lion}
+# -- of other libraries ----------------------------------------------------------------------------
+#
+# Imported only when a recipe asks for them: the extra `optimizers` has them.
+
+PACKAGES = {
+    "schedule_free_adamw": "schedulefree",
+    "schedule_free_radam": "schedulefree",
+    "schedule_free_sgd": "schedulefree",
+    "adopt": "pytorch_optimizer",
+    "came": "pytorch_optimizer",
+}
+"""Families → the package that has them."""
+_COUNTS = ("step", "k", "weight_sum", "lr_max")
+"""Numbers that these classes keep once for all parameters of a group."""
+
+
+def check_optimizer(recipe: Recipe) -> None:
+    """Raise `InvalidRequest` where the package of the recipe's optimiser is not installed."""
+    package = PACKAGES.get(recipe.optimizer_family)
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise InvalidRequest(
+            f"optimizer {recipe.optimizer} is of the package {package.replace('_', '-')}, which is not installed: pip "
+            "install 'eft-server[optimizers]', or use adamw_torch_fused.",
+            param="optimizer",
+        )
+
+
+def _counts_of(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    (group,) = optimizer.param_groups
+    return {f"group.{name}": torch.tensor(group[name], dtype=torch.float64) for name in _COUNTS if name in group}
+
+
+def _restore_counts(optimizer: torch.optim.Optimizer, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Take the counts among a parameter's state; the others of its state."""
+    (group,) = optimizer.param_groups
+    for name in _COUNTS:
+        if (value := state.get(f"group.{name}")) is not None:
+            group[name] = int(value) if name in ("step", "k") else float(value)
+    return {key: value for key, value in state.items() if not key.startswith("group.")}
+
+
+class Adopt(LayerOptimizer):
+    """ADOPT (arXiv:2411.02853) of pytorch-optimizer, with decoupled weight decay, as Axolotl sets it."""
+
+    def __init__(self, parameters: list[Tensor], recipe: Recipe) -> None:
+        super().__init__(parameters)
+        self._optimizer: torch.optim.Optimizer = importlib.import_module("pytorch_optimizer").ADOPT(
+            parameters,
+            lr=recipe.learning_rate,
+            betas=(recipe.adam_beta1, recipe.adam_beta2),
+            eps=recipe.adam_epsilon,
+            weight_decay=recipe.weight_decay,
+            weight_decouple=True,
+        )
+        self.state = self._optimizer.state
+
+    def step(self, rate: float) -> None:
+        self._optimizer.param_groups[0]["lr"] = rate
+        self._optimizer.step()
+
+    def capture(self, parameter: Tensor) -> dict[str, Any]:
+        state = self.state.get(parameter)
+        return {**state, **_counts_of(self._optimizer)} if state else {}
+
+    def restore(self, parameter: Tensor, state: Mapping[str, Tensor]) -> None:
+        self.state[parameter] = _restore_counts(self._optimizer, state)
+
+
+class ScheduleFree(LayerOptimizer):
+    """Schedule-free AdamW, RAdam and SGD (arXiv:2405.15682) of schedulefree. Gradients are taken at other weights than
+    those that are judged and published, which are a mean over the steps."""
+
+    def __init__(self, parameters: list[Tensor], recipe: Recipe) -> None:
+        super().__init__(parameters)
+        library, options = importlib.import_module("schedulefree"), dict[str, Any]()
+        kind = {
+            "schedule_free_adamw": library.AdamWScheduleFree,
+            "schedule_free_radam": library.RAdamScheduleFree,
+            "schedule_free_sgd": library.SGDScheduleFree,
+        }[recipe.optimizer_family]
+        if recipe.optimizer_family != "schedule_free_sgd":
+            options = {"betas": (recipe.adam_beta1, recipe.adam_beta2), "eps": recipe.adam_epsilon}
+        self._optimizer: Any = kind(parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, **options)
+        self._optimizer.train()
+        self.state = self._optimizer.state
+        self._trained: list[Tensor] | None = None
+        """The weights that are trained on, while others are in their place."""
+
+    def step(self, rate: float) -> None:
+        self._optimizer.param_groups[0]["lr"] = rate
+        self._optimizer.step()
+
+    def capture(self, parameter: Tensor) -> dict[str, Any]:
+        state = self.state.get(parameter)
+        if not state:
+            return {}
+        index = next(index for index, own in enumerate(self.parameters) if own is parameter)
+        trained = parameter if self._trained is None else self._trained[index]
+        return {**state, "trained": trained, **_counts_of(self._optimizer)}
+
+    @torch.no_grad()
+    def restore(self, parameter: Tensor, state: Mapping[str, Tensor]) -> None:
+        own = _restore_counts(self._optimizer, state)
+        parameter.copy_(own.pop("trained"))
+        self.state[parameter] = own
+
+    def show_result(self) -> None:
+        """Put the weights to judge and to publish in place of those that are trained on."""
+        self._trained = [parameter.detach().clone() for parameter in self.parameters]
+        self._optimizer.eval()
+
+    @torch.no_grad()
+    def show_trained(self) -> None:
+        """Undo `show_result`, bit by bit."""
+        assert self._trained is not None
+        self._optimizer.train()
+        for parameter, trained in zip(self.parameters, self._trained, strict=True):
+            parameter.copy_(trained)  # the way back is not exact
+        self._trained = None
+
+
+ELEMENTWISE: dict[str, Callable[[list[Tensor], Recipe], LayerOptimizer]] = {
+    "sgd": Sgd,
+    "adamw": AdamW,
+    "lion": Lion,
+    "adopt": Adopt,
+    "schedule_free_adamw": ScheduleFree,
+    "schedule_free_radam": ScheduleFree,
+    "schedule_free_sgd": ScheduleFree,
+}
 """Families that treat each value by itself, so that a part of a parameter is changed as the whole would be."""
 
 
@@ -147,7 +279,7 @@ class EightBit(LayerOptimizer):
 
 
 class Matrices(LayerOptimizer):
-    """An optimiser of torch's or transformers' that looks at matrices as wholes. Those of A that lie one above the
+    """An optimiser of torch's or another library's that looks at matrices as wholes. Those of A that lie one above the
     other are each a matrix of their own, as in PEFT."""
 
     def __init__(
@@ -167,13 +299,15 @@ class Matrices(LayerOptimizer):
         self._optimizer.step()
 
     def capture(self, parameter: Tensor) -> dict[str, Any]:
-        return {
+        found = {
             f"{index}.{key}": value
             for index, piece in enumerate(self._pieces[parameter])
             for key, value in self._optimizer.state.get(piece, {}).items()
         }
+        return found | _counts_of(self._optimizer) if found else {}
 
     def restore(self, parameter: Tensor, state: Mapping[str, Tensor]) -> None:
+        state = _restore_counts(self._optimizer, state)
         for index, piece in enumerate(self._pieces[parameter]):
             own = {key.partition(".")[2]: value for key, value in state.items() if key.startswith(f"{index}.")}
             # A number of steps is Python's in these classes.
@@ -206,9 +340,24 @@ def _muon(pieces: list[Tensor], recipe: Recipe) -> torch.optim.Optimizer:
     return torch.optim.Muon(pieces, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
 
 
+def _came(pieces: list[Tensor], recipe: Recipe) -> torch.optim.Optimizer:
+    """pytorch-optimizer's (arXiv:2307.02047), as Axolotl sets it. The epsilon of AdamW's default is not CAME's."""
+    epsilon = 1e-30 if recipe.adam_epsilon == 1e-8 else recipe.adam_epsilon
+    made: torch.optim.Optimizer = importlib.import_module("pytorch_optimizer").CAME(
+        pieces,
+        lr=recipe.learning_rate,
+        betas=(recipe.adam_beta1, recipe.adam_beta2, recipe.adam_beta3),
+        eps1=epsilon,
+        eps2=recipe.adam_epsilon2,
+        weight_decay=recipe.weight_decay,
+    )
+    return made
+
+
 MATRICES: dict[str, Callable[[list[Tensor], Recipe], torch.optim.Optimizer]] = {
     "adafactor": _adafactor,
     "muon": _muon,
+    "came": _came,
 }
 
 
@@ -227,6 +376,7 @@ class Optimizer:
         self._optimizers: list[LayerOptimizer] = []
         self._scales: list[float] = []
         """Of the learning rate, for each of them."""
+        self._shows_result = False
         for _, layer in groupby(self._named, key=lambda item: item[0].partition(".")[0]):
             for scale, group in _by_scale(list(layer), recipe):
                 self._optimizers.append(_make(recipe, group, shards, self._matrices))
@@ -245,6 +395,26 @@ class Optimizer:
             yield from self._change(self._recipe.learning_rate * factor)
         self.zero_grad()
         return norm
+
+    @contextmanager
+    def result_shown(self, changed: Callable[[], None]) -> Iterator[None]:
+        """Context in which the parameters are those to judge and to publish, where an optimiser trains on others;
+        `changed` is called when they were exchanged. May be entered within itself."""
+        exchanged = [one for one in self._optimizers if isinstance(one, ScheduleFree)]
+        if self._shows_result or not exchanged:
+            yield
+            return
+        self._shows_result = True
+        for one in exchanged:
+            one.show_result()
+        changed()
+        try:
+            yield
+        finally:
+            for one in exchanged:
+                one.show_trained()
+            self._shows_result = False
+            changed()
 
     def _matrices(self, name: str) -> int:
         """Number of matrices that lie one above the other in a parameter: those of A are one for each B."""

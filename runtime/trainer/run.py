@@ -10,7 +10,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from kernels.triton import training_ops
+from kernels import training_ops
 from runtime.events import (
     FailedEvent,
     GenerateEvent,
@@ -101,6 +101,7 @@ class TrainingRun(SlicedRun):
             spec.targets,
             spec.shape,
             seed=spec.recipe.seed,
+            sizes=spec.sizes,
             rows=spec.rows,
             initial=spec.recipe.first_weights,
             start="none" if spec.start == "reference" and not self._loss.needs_reference else spec.start,
@@ -258,11 +259,15 @@ class TrainingRun(SlicedRun):
     def _evaluate(self) -> Sliced[bool]:
         """Measure the parameters, and remember the best; True when they have not improved for too long."""
         if self._course.is_best((yield from self._measure())):
-            self._best = self._lora.capture() if self._spec.recipe.load_best_model_at_end else None
+            self._best = self._weights() if self._spec.recipe.load_best_model_at_end else None
         return self._course.stops_early
 
     def _measure(self) -> Sliced[Mapping[str, float]]:
         """Score the held-out rows, and have answers generated where the recipe asks for them; all metrics by name."""
+        with self._optimizer.result_shown(self._lora.changed):
+            return (yield from self._measure_shown())
+
+    def _measure_shown(self) -> Sliced[Mapping[str, float]]:
         total = Score()
         self._headway.begin("eval", self._progress.step, self._test)
         for examples in self._test:
@@ -297,6 +302,11 @@ class TrainingRun(SlicedRun):
             yield from self._stand_still()
             self._progress.evaluating = False
 
+    def _weights(self) -> dict[str, Tensor]:
+        """A copy of the parameters as they are judged and published."""
+        with self._optimizer.result_shown(self._lora.changed):
+            return self._lora.capture()
+
     def _finish(self) -> Slices:
         if self._course.evaluates_last:
             yield from self._evaluate()
@@ -320,7 +330,7 @@ class TrainingRun(SlicedRun):
         self._snapshots.append(
             Snapshot(
                 progress=progress,
-                parameters=self._lora.capture(),
+                parameters=self._weights(),
                 optimizer={} if last else self._optimizer.capture(),
                 reference={} if last else self._reference.capture(),
                 best=self._best if keeps_best else None,

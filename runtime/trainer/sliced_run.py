@@ -20,7 +20,7 @@ from runtime.model.lora import Adapter, LoraShape
 from runtime.model.vocabulary import RowTargets
 from runtime.support.logs import get_logger
 from runtime.support.memory import give_back_memory
-from runtime.trainer.lora import StartUse, Targets, adapter_of
+from runtime.trainer.lora import PartSizes, StartUse, Targets, adapter_of
 from runtime.trainer.recipe import Recipe
 from runtime.trainer.recipe.rules import beta_of
 from runtime.trainer.schedule import ExampleFeed, Schedule
@@ -84,17 +84,13 @@ class RunSpec:
     loss: LossSpec = LossSpec()
     rows: RowTargets = field(default_factory=RowTargets, repr=False)
     """Rows of embedding and head that are trained."""
+    sizes: PartSizes = field(default_factory=dict, repr=False)
+    """Ranks and scales by the patterns of `shape`."""
 
     @property
     def shape(self) -> LoraShape:
         """Rank and scale of the adapter in training."""
-        recipe = self.recipe
-        return LoraShape(
-            rank=recipe.lora_r,
-            alpha=recipe.lora_alpha,
-            rslora=recipe.peft_use_rslora,
-            dora=recipe.peft_use_dora,
-        )
+        return shape_of_recipe(self.recipe)
 
     @property
     def start(self) -> StartUse:
@@ -106,7 +102,19 @@ class RunSpec:
     def adapter_of(self, captured: Mapping[str, Tensor]) -> Adapter:
         """Parameters that a run captured, as an adapter to serve or to write."""
         subtracted = self.start == "subtracted"
-        return adapter_of(captured, self.targets, self.shape, self.rows, subtracted=subtracted)
+        return adapter_of(captured, self.targets, self.shape, self.rows, self.sizes, subtracted=subtracted)
+
+
+def shape_of_recipe(recipe: Recipe) -> LoraShape:
+    """Ranks and scales of a recipe's adapter."""
+    return LoraShape(
+        rank=recipe.lora_r,
+        alpha=recipe.lora_alpha,
+        rslora=recipe.peft_use_rslora,
+        rank_pattern=recipe.lora_rank_pattern,
+        alpha_pattern=recipe.lora_alpha_pattern,
+        dora=recipe.peft_use_dora,
+    )
 
 
 WriteAdapter = Callable[[Path, Adapter], None]

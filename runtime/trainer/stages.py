@@ -49,7 +49,7 @@ class Context:
     def adaptation(self, rows: slice) -> TrainingAdaptation | None:
         if self.lora is None:
             return None
-        return TrainingAdaptation(self.lora, dropout=self.dropout, seed=self.seed, rows=rows)
+        return TrainingAdaptation(self.lora, self.ops, dropout=self.dropout, seed=self.seed, rows=rows)
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,6 +11,7 @@ from runtime.errors import Conflict, ContextLengthExceeded, EngineUnavailable, R
 from runtime.messages import Output, SamplingDefaults, Submission, TokenLogprob
 from runtime.metrics import Metrics
 from runtime.support.machine import Gpu
+from runtime.text.tokenizer import InfillTokens
 from settings.schema import Settings
 
 
@@ -20,6 +21,7 @@ class FakeTokenizer:
     vocab_size = 257
     eos_ids = (256,)
     chat_template: str | None = "a template that does not know the newer role"
+    infill = InfillTokens(prefix=1, suffix=2, middle=3)
 
     def encode(self, text: str, *, add_special_tokens: bool = True, max_tokens: int | None = None) -> list[int]:
         if max_tokens is not None and len(text) > 4 * max_tokens:
@@ -110,6 +112,15 @@ class FakeService:
         stream = self.running[submission.id] = OutputStream(submission.id, self._abort)
         asyncio.get_running_loop().call_soon(self._step, submission, 1)
         return stream
+
+    def drain(self) -> None:
+        self.ready = False
+
+    def end_drain(self) -> None:
+        self.ready = True
+
+    def scrape(self, accept: str) -> tuple[bytes, str]:
+        return self.metrics.render(accept)
 
     async def reset_prefixes(self) -> int:
         raise EngineUnavailable("There is no engine behind this.")

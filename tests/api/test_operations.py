@@ -49,6 +49,16 @@ async def test_a_dead_engine_and_a_draining_one(client: httpx.AsyncClient, servi
     assert (await client.get("/ping")).status_code == 503
 
 
+async def test_an_operator_drains_a_server(client: httpx.AsyncClient, service: FakeService) -> None:
+    service.num_running = 2
+    drained = await client.post("/admin/drain")
+    assert (drained.status_code, drained.json()) == (200, {"draining": True, "running": 2, "waiting": 0})
+    assert (await client.get("/ready")).status_code == 503
+    assert (await client.get("/admin/system")).json()["health"] == "draining"
+    assert (await client.delete("/admin/drain")).json()["draining"] is False
+    assert (await client.get("/ready")).status_code == 200
+
+
 async def test_metrics_in_both_forms(client: httpx.AsyncClient) -> None:
     plain = await client.get("/metrics")
     assert plain.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,7 +19,7 @@ import msgspec
 import pytest
 
 from runtime.api.server import serve
-from settings.schema import ModelSettings, ServerSettings, Settings
+from settings.schema import ModelSettings, SchedulerSettings, ServerSettings, Settings
 from tests.api.conftest import RunningServer, tiny_settings
 from tests.api.fakes import events
 from tests.end_to_end.process import ServerProcess
@@ -101,6 +101,39 @@ def test_what_outlives_the_drain_time_gets_an_error_event(tiny_model: Path) -> N
         text += "".join(lines)
         assert events(text)[-1]["error"]["type"] == "service_unavailable"
         assert child.wait(30) == 0
+
+
+def test_fifty_streams_finish_or_get_an_error_event(tiny_model: Path) -> None:
+    """Short ones and long ones, running and waiting, when the process is told to end."""
+    settings = slow_settings(tiny_model, 1.0)
+    settings = msgspec.structs.replace(settings, scheduler=SchedulerSettings(max_running=16))
+    with process(settings) as (child, url):
+        texts = asyncio.run(_drained(url, 50, lambda: child.send_signal(signal.SIGTERM)))
+        assert child.wait(30) == 0
+    last = [[one for one in events(text) if one != "[DONE]"][-1] for text in texts]
+    assert all("error" in one or one["choices"][0]["finish_reason"] for one in last)
+    assert all(text.endswith("data: [DONE]\n\n") for text in texts)
+    failed = [one["error"] for one in last if "error" in one]
+    assert all((one["type"], one["code"]) == ("service_unavailable", "engine_unavailable") for one in failed)
+
+
+async def _drained(url: str, count: int, tell: Callable[[], None]) -> list[str]:
+    """Texts of as many streams that were open when `tell` was called."""
+    opened = asyncio.Semaphore(0)
+
+    async def follow(client: httpx.AsyncClient, number: int) -> str:
+        body = {**LONG, "max_tokens": 400 if number % 2 else 20}
+        async with client.stream("POST", f"{url}/v1/completions", json=body) as answer:
+            assert answer.status_code == 200
+            opened.release()
+            return "".join([text async for text in answer.aiter_text()])
+
+    async with httpx.AsyncClient(timeout=60, limits=httpx.Limits(max_connections=count)) as client:
+        following = [asyncio.ensure_future(follow(client, number)) for number in range(count)]
+        for _ in range(count):
+            await opened.acquire()
+        tell()
+        return await asyncio.gather(*following)
 
 
 def test_a_second_signal_ends_at_once(tiny_model: Path) -> None:

@@ -208,6 +208,9 @@ def test_pasted_rows_become_an_adapter_that_answers(page: Page) -> None:
     page.until_text(".chip", "valid")
     page.until_text("main h3", "What is trained on")
     assert page.run("document.querySelector('.example mark').textContent").startswith("Eft 0.")
+    listed = page.run("[...document.querySelectorAll('.bounded tbody tr')].map(e => e.innerText)")
+    assert len(listed) == 6
+    assert listed[0].split("\t")[-1].startswith("Eft 0.")
     page.click("Start training")
     page.click("Chat with pasted@1")
     page.until("document.querySelector('#views a[aria-current]').hash === '#chat'")
@@ -216,6 +219,9 @@ def test_pasted_rows_become_an_adapter_that_answers(page: Page) -> None:
 
     go(page, "adapters")
     page.click("pasted", "main")
+    page.click("Gate of pasted@1")
+    assert "always" in page.until_text("main section:not([hidden]) [role=status] p", "met")
+    assert "accuracy" in page.run("document.querySelector('main section:not([hidden]) .bounded').innerText")
     page.fill("New alias", "second-name")
     page.click("Add")
     page.until_text("main section:not([hidden]) .chip", "second-name")
@@ -223,6 +229,38 @@ def test_pasted_rows_become_an_adapter_that_answers(page: Page) -> None:
     go(page, "requests")
     page.until_text("td", "/v1/chat/completions")
     go(page, "overview")
+    page.until("document.querySelectorAll('main section:not([hidden]) path.plot').length > 0")
+
+
+def test_changes_of_others_come_over_one_stream(page: Page, server: RunningServer) -> None:
+    go(page, "train")
+    page.until("document.querySelector('#recipe').value !== ''")
+    recipe = RECIPE.replace("pasted", "from-elsewhere")
+    files = {"recipe": ("recipe.yaml", recipe), "train.jsonl": ("train.jsonl", ROWS)}
+    assert httpx.post(f"{server.url}/admin/train", files=files, timeout=60).status_code == 201
+    page.until_text("main section:not([hidden]) tbody th", "from-elsewhere")
+    go(page, "adapters")
+    page.until_text("main section:not([hidden]) tbody th", "from-elsewhere")
+    alias = {"alias": "from-elsewhere-too"}
+    assert httpx.post(f"{server.url}/admin/adapters/from-elsewhere/alias", json=alias).status_code == 200
+    page.until_text("main section:not([hidden]) tbody td", "from-elsewhere-too")
+    go(page, "overview")
+    page.until("document.querySelectorAll('main section:not([hidden]) path.plot').length > 0")
+    asked = [url.removeprefix(server.url) for url in page.requests]
+    assert asked.count("/admin/status") == 1
+    assert not [path for path in asked if path.startswith("/admin/jobs?")]
+
+
+def test_a_stream_that_breaks_is_taken_up_again(page: Page) -> None:
+    broken = "new Error('the network is gone')"
+    page.run(
+        "window.real = window.fetch; window.fetch = (url, options) => String(url).endsWith('admin/status')"
+        f" ? Promise.reject({broken}) : window.real(url, options); 0"
+    )
+    go(page, "overview")
+    page.until_text("main section:not([hidden]) .error", "the network is gone")
+    page.run("window.fetch = window.real; 0")
+    page.until("document.querySelector('main section:not([hidden]) .error').textContent === ''")
     page.until("document.querySelectorAll('main section:not([hidden]) path.plot').length > 0")
 
 

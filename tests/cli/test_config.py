@@ -5,8 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from runtime.cli.app import _LAZY
 from settings import fields, render
 from tests.cli.conftest import Eft
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_show_has_every_value_and_its_origin(eft: Eft, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,6 +94,18 @@ def test_every_problem_is_on_a_line_of_its_own(eft: Eft, tmp_path: Path) -> None
 def test_example_and_docs_are_the_generated_files(eft: Eft) -> None:
     assert eft("config", "example").out == render.example_toml()
     assert eft("config", "docs").out == render.reference()
+
+
+@pytest.mark.parametrize("page", ["cli", "metrics"])
+def test_reference_pages_are_as_generated(eft: Eft, page: str) -> None:
+    checked_in = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    assert eft("config", page).out == checked_in, f"run: eft config {page} > docs/{page}.md"
+
+
+def test_every_command_is_on_its_page(eft: Eft) -> None:
+    page = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    assert {f"## eft {name}" for name in ("serve", "jobs rerun", "config metrics")} <= set(page.splitlines())
+    assert page.count("\n## eft ") == len(_LAZY)
 
 
 def test_path(eft: Eft, tmp_path: Path) -> None:

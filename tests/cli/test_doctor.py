@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from runtime.cli import doctor
 from runtime.cli.doctor import cache_obstacle, size
 from runtime.support.version import version
 from settings.schema import CacheSettings, ModelSettings, Settings
@@ -60,7 +61,7 @@ def test_json_has_every_area_and_says_that_all_is_well(eft: Eft) -> None:
     found = json.loads(done.out)
     assert done.code == 0
     assert (found["ok"], found["problems"]) == (True, [])
-    assert set(found) == {"ok", "problems", "software", "machine", "storage", "plugins", "settings"}
+    assert set(found) == {"ok", "problems", "advice", "software", "machine", "storage", "plugins", "settings"}
     software = values(found["software"])
     assert software["eft"] == version()
     assert software["torch"] == importlib.metadata.version("torch")
@@ -108,7 +109,7 @@ def test_another_package_called_kernels(tmp_path: Path) -> None:
 def test_a_package_that_is_missing(tmp_path: Path) -> None:
     code, found = apart(tmp_path, packages_without(tmp_path, "uvloop"), python=("-S",))
     assert code == 1
-    assert found["problems"] == ["uvloop is not installed: pip install eft-server installs it"]
+    assert found["problems"] == ["uvloop is not installed: pip install uvloop, or install Eft again"]
     assert values(found["software"])["uvloop"] == "missing"
     assert values(found["software"])["httpx"] == importlib.metadata.version("httpx")
 
@@ -121,6 +122,8 @@ def test_a_machine_without_a_compiler(tmp_path: Path) -> None:
     code, found = apart(tmp_path, PATH=str(empty), EFT_CACHE_DIR=cache, XDG_CACHE_HOME=cache)
     assert (code, found["problems"]) == (0, [])
     assert values(found["machine"])["C++ compiler"] == "none"
+    compiled = values(found["software"])["kernels: cpu"] == "works"  # in this tree, before
+    assert compiled or any("install g++" in line and "eft kernels build" in line for line in found["advice"])
     _, found = apart(tmp_path, CXX="no-such-compiler")
     assert values(found["machine"])["C++ compiler"] == "none (no-such-compiler of CXX is not found)"
 
@@ -133,6 +136,37 @@ def test_only_what_is_installed_with_eft_can_be_missing(eft: Eft) -> None:
     named = {name for name in report(eft)["software"] if not name.startswith("kernels")}
     assert others < named
     assert named - others <= required
+
+
+def test_every_problem_says_what_to_do(eft: Eft, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EFT_SERVER_PROT", "1")
+    monkeypatch.setenv("EFT_CACHE_DIR", "/dev/null/cache")
+    problems = report(eft)["problems"]
+    assert any("eft config example" in problem for problem in problems)
+    assert any("EFT_CACHE_DIR names another place" in problem for problem in problems)
+
+
+def test_what_could_be_better_is_said(eft: Eft, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A machine that is short of everything: the limits are raised above what this one has."""
+    monkeypatch.setattr(doctor, "LITTLE_MEMORY", 1 << 60)
+    monkeypatch.setattr(doctor, "LITTLE_ROOM", 1 << 60)
+    monkeypatch.setattr(doctor, "FEW_DESCRIPTORS", 1 << 60)
+    monkeypatch.setattr(doctor, "NVIDIA_DRIVER", str(tmp_path))
+    monkeypatch.setattr("runtime.model.model.gpus", tuple)
+    done = eft("doctor", "--json")
+    found = json.loads(done.out)
+    assert (done.code, found["ok"]) == (0, True)
+    advice = "\n".join(found["advice"])
+    for part in (
+        "--quantization int8",
+        "eft state du",
+        "EFT_TRAINER_STATE_DIR",
+        "LimitNOFILE",
+        "build of torch for CUDA",
+    ):
+        assert part in advice
+    assert found["machine"]["memory"]["advice"] in found["advice"]
+    assert "Could be better:" in eft("doctor").out
 
 
 # -- settings and the environment --------------------------------------------------------------------
@@ -209,7 +243,7 @@ def test_plugins_are_listed_and_broken_ones_named(eft: Eft, tmp_path: Path, monk
     monkeypatch.syspath_prepend(str(tmp_path))
     done = eft("doctor", "--json")
     plugins = json.loads(done.out)["plugins"]
-    assert plugins["eft.hooks: log"] == {"value": "json:dumps of pond 1.2", "problem": None}
+    assert plugins["eft.hooks: log"] == {"value": "json:dumps of pond 1.2", "problem": None, "advice": None}
     assert plugins["eft.models: NewtForCausalLM"]["value"] == "pond:Newt of pond 1.2"
     assert "No module named 'pond'" in plugins["eft.models: NewtForCausalLM"]["problem"]
     assert done.code == 1

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import time
 from pathlib import Path
 
@@ -55,6 +56,29 @@ def test_what_takes_how_much_room(eft: Eft, state: Path) -> None:
     sizes = [path.stat().st_size for path in job_of(state).rglob("*") if path.is_file()]
     (job,) = found["jobs"]
     assert job["uploads"] + job["checkpoints"] + job["result"] + job["other"] == sum(sizes)
+
+
+def test_the_room_of_prepared_data(eft: Eft, state: Path) -> None:
+    """A file that a job has a name for too counts once; the ones used longest ago go."""
+    folder = state / "prepared"
+    folder.mkdir()
+    for number, name in enumerate(("new", "old", "older")):
+        (folder / f"{name}.bin").write_bytes(b"0123456789")
+        used = time.time() - 100 * number
+        os.utime(folder / f"{name}.bin", (used, used))
+    (folder / "a.bin.partial-1").write_bytes(b"01234")
+    before = json.loads(eft("state", "du", "--state-dir", state, "--json").out)["jobs"]
+    os.link(folder / "new.bin", job_of(state) / "examples.bin")
+    found = json.loads(eft("state", "du", "--state-dir", state, "--json").out)
+    assert (found["prepared"], found["jobs"]) == ({"count": 4, "bytes": 35}, before)
+    assert "4 sets, for later jobs" in eft("state", "du", "--state-dir", state).out
+    aged = eft("state", "prune", "--state-dir", state, "--keep-uploads", "150s", "--dry-run").out.splitlines()
+    assert sorted(aged) == [f"prepared/{name} would be deleted" for name in ("a.bin.partial-1", "older.bin")]
+    prune = ("state", "prune", "--state-dir", state, "--prepared-cache", "15")
+    gone = ["prepared/a.bin.partial-1", "prepared/old.bin", "prepared/older.bin"]
+    assert sorted(eft(*prune, "--dry-run").out.splitlines()) == [f"{name} would be deleted" for name in gone]
+    assert sorted(eft(*prune).out.splitlines()) == [f"{name} deleted" for name in gone]
+    assert [path.name for path in folder.iterdir()] == ["new.bin"]
 
 
 def test_deleting_what_is_old(eft: Eft, state: Path) -> None:

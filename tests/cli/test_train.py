@@ -67,6 +67,15 @@ def test_steps_are_shown_as_plain_lines(eft: Eft, jobs_url: str, recipe: Path, m
     assert "shop: 4/4 loss 0.2500, 10 tok/s, 00:00:00 left" in done.err.splitlines()
 
 
+def test_how_far_the_reading_is_is_shown(
+    eft: Eft, jobs_url: str, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.cli.output.INTERVAL", 0.0)
+    recipe.write_text(RECIPE + "reads: 1234\n")
+    done = eft("train", recipe, "--url", jobs_url, "--follow")
+    assert "shop: 1,234 rows read" in done.err.splitlines()
+
+
 def test_a_step_that_takes_long_is_shown_as_it_goes(
     eft: Eft, jobs_url: str, recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -42,7 +42,12 @@ def output_of(command: list[str], environment: dict[str, str], folder: Path) -> 
 
 def modules() -> list[pytest.param]:
     stems = sorted(path.stem for path in (HERE / "python").glob("test_*.py"))
-    return [pytest.param("qwen" if stem in LARGER else "demo", stem, id=stem) for stem in stems]
+    return [
+        pytest.param("qwen", stem, id=stem, marks=pytest.mark.slow)
+        if stem in LARGER
+        else pytest.param("demo", stem, id=stem)
+        for stem in stems
+    ]
 
 
 @pytest.mark.skipif(not PYTHON.exists(), reason="clients are not installed: .ci/clients")

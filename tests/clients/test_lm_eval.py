@@ -42,6 +42,7 @@ TOLERANCE = 1e-3
 
 pytestmark = [
     pytest.mark.skipif(not PYTHON.exists(), reason="clients are not installed: .ci/clients"),
+    pytest.mark.slow,
     pytest.mark.timeout(600),
 ]
 

@@ -46,7 +46,10 @@ FIRST = "name: newt\nlora_r: 4\nlora_alpha: 12\nlora_target_modules: [q_proj, up
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("kind", ["", "peft_use_dora: true\n", "peft_use_rslora: true\n"])
+@pytest.mark.parametrize(
+    "kind",
+    ["", "peft_use_dora: true\n", "peft_use_rslora: true\n", 'lora_rank_pattern: {q_proj: 2, "1.mlp.*": 6}\n'],
+)
 async def test_a_job_goes_on_from_an_adapter_of_the_server(kind: str, tiny_model: Path, tmp_path: Path) -> None:
     """Rank, alpha, kind and targets are the adapter's; its losses go on falling; the version knows it."""
     async with in_process(served(tiny_model, tmp_path), training=True) as client:
@@ -129,7 +132,6 @@ async def test_a_job_goes_on_from_a_folder_of_pefts(tiny_model: Path, tmp_path: 
         assert any("made for 'other/model'" in note for note in answer.json()["summary"]["notes"])
         for change, says in (
             ({"rank_pattern": {"q_proj": 7}}, "expected shape"),
-            ({"alpha_pattern": {"q_proj": 7}}, "has the scales"),
             ({"r": 4}, "expected shape"),
             ({"init_lora_weights": "pissa"}, "changes the base model's weights"),
         ):
@@ -138,6 +140,16 @@ async def test_a_job_goes_on_from_a_folder_of_pefts(tiny_model: Path, tmp_path: 
             assert answer.status_code == 400, change
             assert answer.json()["error"]["param"] == "lora_model_dir"
             assert says in answer.json()["error"]["message"], answer.text
+        patterns = {"alpha_pattern": {"q_proj": 7, "absent": 1}}
+        (folder / "adapter_config.json").write_text(json.dumps({**config, **patterns}))
+        for own, status in (
+            ("", 200),
+            ("lora_alpha_pattern: {q_proj: 7}\n", 200),
+            ("lora_rank_pattern: {o: 2}\n", 400),
+        ):
+            answer = await post(client, f"lora_model_dir: outputs/lora-out\n{own}", dry=True)
+            assert answer.status_code == status, answer.text
+        assert "lora_rank_pattern is {o: 2}, but lora-out" in answer.text
         shutil.rmtree(folder)
         assert (await post(client, "lora_model_dir: outputs/lora-out\n", dry=True)).status_code == 400
 

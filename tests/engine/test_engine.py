@@ -35,6 +35,26 @@ def one(llm: LLM, **params: object) -> Completion:
     return llm.generate([PROMPT], SamplingParams(**params))[0]  # type: ignore[arg-type]
 
 
+def test_who_waits_for_a_first_token(llm: LLM) -> None:
+    """Requests of the background too are prefilled, but are not waited for."""
+    engine, params = llm.engine, SamplingParams(max_tokens=3, ignore_eos=True)
+    own, behind = (
+        Submission(request_id="one", prompt_ids=PROMPT, params=params, background=background, arrival=arrival)
+        for background, arrival in ((False, 2.5), (True, 1.5))
+    )
+    assert (engine.prefilling, engine.waiting_since) == (False, None)
+    engine.submit(engine.prepare(behind))
+    assert (engine.prefilling, engine.waiting_since) == (True, None)
+    engine.submit(engine.prepare(own))
+    assert engine.waiting_since == 2.5
+    while engine.prefilling:
+        engine.step()
+    assert engine.busy
+    assert engine.waiting_since is None
+    while engine.busy:
+        engine.step()
+
+
 def test_max_tokens_ends_with_length(llm: LLM) -> None:
     done = one(llm, max_tokens=5, temperature=0.0, ignore_eos=True)
     assert len(done.token_ids) == 5

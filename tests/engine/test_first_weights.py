@@ -57,16 +57,22 @@ def begun(path: Path, decoder: Decoder, spec: RunSpec) -> Restored:
     return Restored(RunProgress(), parameters, {}, None)
 
 
+PATTERNS = {"lora_rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\..*": 3}, "lora_alpha_pattern": {"k_proj": 5.0}}
+
+
+@pytest.mark.parametrize("patterns", [{}, PATTERNS])
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("kind", ["pissa", "olora"])
 def test_training_equals_peft_s_and_the_adapter_is_for_the_base_as_it_is(
-    kind: str, rslora: bool, tiny_model: Path, tmp_path: Path
+    kind: str, rslora: bool, patterns: dict[str, Any], tiny_model: Path, tmp_path: Path
 ) -> None:
-    """PEFT trains beside a base without the first product; ours is published with twice the rank."""
+    """PEFT trains beside a base without the first product; ours is published with twice the ranks."""
     decoder = load_reference(tiny_model)
-    spec = spec_of(decoder, kind, peft_use_rslora=rslora)
+    spec = spec_of(decoder, kind, peft_use_rslora=rslora, **patterns)
     losses, adapter = trained_by_us(tiny_model, decoder, spec, tmp_path / "run", begun(tiny_model, decoder, spec))
-    oracle = peft_of(tiny_model, kind, use_rslora=rslora)
+    shape = spec.shape
+    theirs = {"rank_pattern": shape.rank_pattern, "alpha_pattern": shape.alpha_pattern}
+    oracle = peft_of(tiny_model, kind, use_rslora=rslora, **theirs)
     assert losses == pytest.approx(trained_by_peft(oracle, spec.recipe.learning_rate), abs=1e-4)
     expected = logits(oracle)
     base = LoraBase.of(decoder, Llama, "tiny")

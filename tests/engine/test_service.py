@@ -90,6 +90,22 @@ def test_draining_lets_the_running_finish_and_refuses_the_rest(tiny_model: Path)
     check_empty(run(tiny_model, body))
 
 
+def test_draining_ends_unless_the_server_leaves(tiny_model: Path) -> None:
+    async def body(service: EngineService) -> None:
+        service.drain()
+        assert not service.ready
+        with pytest.raises(EngineUnavailable, match="takes no new requests"):
+            service.submit(submission("a"))
+        service.end_drain()
+        assert service.ready
+        await gather(service.submit(submission("a", SamplingParams(max_tokens=2, ignore_eos=True))))
+        service.drain(leaving=True)
+        service.end_drain()
+        assert not service.ready
+
+    check_empty(run(tiny_model, body))
+
+
 def test_what_outlasts_the_drain_time_ends_with_an_error(tiny_model: Path) -> None:
     async def body(service: EngineService) -> None:
         failpoints.configure("worker.row=sleep:0.02")

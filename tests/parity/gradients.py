@@ -12,7 +12,7 @@ from runtime.trainer.data.example import Example
 from runtime.trainer.lora import TrainableLora
 from runtime.trainer.slices import Slices
 from tests.parity.families import SHAPE
-from tests.trainer.tiny_training import all_targets
+from tests.trainer.tiny_training import all_targets, llama_sizes
 
 
 def drive(slices: Slices, how: str) -> None:
@@ -29,7 +29,8 @@ def drive(slices: Slices, how: str) -> None:
 
 
 def adapter(decoder: Decoder, shape: LoraShape) -> TrainableLora:
-    lora = TrainableLora(decoder, all_targets(decoder), shape, seed=3)
+    targets = all_targets(decoder)
+    lora = TrainableLora(decoder, targets, shape, seed=3, sizes=llama_sizes(decoder, targets, shape))
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for name, parameter in lora.parameters():
@@ -61,6 +62,8 @@ def peft_model(path: Path, lora: TrainableLora, *, dropout: float = 0.0) -> Any:
         target_modules=modules,
         use_rslora=shape.rslora,
         use_dora=shape.dora,
+        rank_pattern=shape.rank_pattern,
+        alpha_pattern=shape.alpha_pattern,
         lora_dropout=dropout,
         task_type="CAUSAL_LM",
     )

@@ -1,5 +1,9 @@
 """Who goes first under each policy. The clock is a number that the tests move."""
 
+import re
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from runtime.blocks import BlockManager
@@ -54,6 +58,17 @@ class Bench:
             self.step()
             order += [i for i, request in enumerate(requests) if request.finished and i not in order]
         return order
+
+
+def test_the_policy_of_the_documentation_takes_the_shortest_prompt_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "extending.md").read_text(encoding="utf-8")
+    code = next(block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "Ranked" in block)
+    names: dict[str, Any] = {}
+    exec(compile(code, "extending.md", "exec"), names)
+    monkeypatch.setitem(POLICIES, "shortest", names["ShortestPrompt"])
+    bench = Bench("shortest")
+    requests = [bench.submit(length=length) for length in (9, 3, 6)]
+    assert bench.order_of_ends(requests) == [1, 2, 0]
 
 
 def test_an_unknown_policy_is_refused_with_the_names_that_there_are() -> None:

@@ -283,3 +283,22 @@ def test_a_tokenizer_is_sized_by_the_rows_of_its_model(tokenizer: Tokenizer) -> 
     assert wide.decode([599]) == wide.decode_one(599) == ""
     with pytest.raises(ValueError, match=r"ids up to 511 .*512 in all.* has 511 rows"):
         tokenizer.sized(511)
+
+
+@pytest.mark.parametrize("names", [("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"), None])
+def test_the_tokens_that_fill_in_a_middle_are_found(tiny_model: Path, names: tuple[str, ...] | None) -> None:
+    backend = Backend.from_file(str(tiny_model / "tokenizer.json"))
+    backend.add_special_tokens([AddedToken(name) for name in names or ("<|fim_prefix|>",)])
+    found = Tokenizer(backend).infill
+    if names is None:
+        assert found is None
+    else:
+        assert found is not None
+        assert found.prompt([7], [8, 9]) == [
+            backend.token_to_id(names[0]),
+            7,
+            backend.token_to_id(names[1]),
+            8,
+            9,
+            backend.token_to_id(names[2]),
+        ]

@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from runtime.errors import InvalidRequest
 from runtime.events import RunEvent
 from runtime.model.decoder import Decoder
 from runtime.model.group import SOLO
 from runtime.model.split import Split
 from runtime.trainer.data.example import Example, collate
 from runtime.trainer.lora import mix
-from runtime.trainer.optimizer import Optimizer
+from runtime.trainer.optimizer import PACKAGES, Optimizer, check_optimizer
 from runtime.trainer.recipe import Dataset, Document, Recipe, RecipeError, recipe_from
 from runtime.trainer.run import TrainingRun
 from runtime.trainer.shards import Held, Shards
@@ -98,6 +99,62 @@ def test_muon_is_that_of_torch() -> None:
     torch.testing.assert_close(pieces(trained(recipe(optimizer="muon"))), expected)
 
 
+def test_came_is_that_of_its_library() -> None:
+    library = pytest.importorskip("pytorch_optimizer")
+    expected = oracle(recipe(), library.CAME, betas=(0.9, 0.99, 0.999), eps1=1e-30, eps2=1e-16)
+    found = trained(recipe(optimizer="came_pytorch", adam_beta3=0.999))
+    torch.testing.assert_close(pieces(found), expected)
+
+
+def test_adopt_is_that_of_its_library() -> None:
+    library = pytest.importorskip("pytorch_optimizer")
+    expected = oracle(recipe(), library.ADOPT, betas=(0.9, 0.99), eps=1e-8, weight_decouple=True)
+    torch.testing.assert_close(pieces(trained(recipe(optimizer="adopt_adamw"))), expected)
+
+
+@pytest.mark.parametrize("name", ["adamw", "radam", "sgd"])
+def test_schedule_free_ones_are_those_of_their_library(name: str) -> None:
+    """What is trained on, and what is published; the way there and back changes no bit."""
+    library = pytest.importorskip("schedulefree")
+    kind = {"adamw": "AdamWScheduleFree", "radam": "RAdamScheduleFree", "sgd": "SGDScheduleFree"}[name]
+    options = {} if name == "sgd" else {"betas": (0.9, 0.99)}
+    results: list[Tensor] = []
+
+    def theirs(parameters: list[Tensor], **more: Any) -> Any:
+        made = getattr(library, kind)(parameters, **more)
+        made.train()
+        return made
+
+    expected = oracle(recipe(), theirs, **options)
+    parameters = matrices()
+    optimizer = optimizer_of(parameters, recipe(optimizer=f"schedule_free_{name}"))
+    changes: list[None] = []
+    for step in range(STEPS):
+        for key, parameter in parameters.items():
+            assert parameter.grad is not None
+            parameter.grad.copy_(gradient(key, step))
+        finish(optimizer.step(1 - step / STEPS))
+        before = {key: parameter.detach().clone() for key, parameter in parameters.items()}
+        with optimizer.result_shown(lambda: changes.append(None)), optimizer.result_shown(lambda: changes.append(None)):
+            results = pieces({key: parameter.detach().clone() for key, parameter in parameters.items()})
+            inside = optimizer.capture()
+        assert all(torch.equal(parameter, before[key]) for key, parameter in parameters.items())
+        assert all(torch.equal(value, inside[key]) for key, value in optimizer.capture().items())
+    assert len(changes) == 2 * STEPS
+    torch.testing.assert_close(pieces({key: parameter.detach() for key, parameter in parameters.items()}), expected)
+    assert name == "radam" or not torch.equal(results[0], expected[0])  # its first steps change nothing
+
+
+def test_a_package_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    check_optimizer(recipe())
+    with pytest.raises(
+        InvalidRequest, match=r"pytorch-optimizer, which is not installed: .*eft-server\[optimizers\]"
+    ) as e:
+        check_optimizer(recipe(optimizer="came_pytorch"))
+    assert e.value.param == "optimizer"
+
+
 def test_adamw_is_that_of_torch() -> None:
     expected = oracle(recipe(), torch.optim.AdamW, betas=(0.9, 0.99))
     torch.testing.assert_close(pieces(trained(recipe())), expected)
@@ -137,11 +194,18 @@ def decoder(tiny_model: Path) -> Decoder:
         {"loraplus_lr_ratio": 8.0},
         {"loraplus_lr_ratio": 8.0, "optimizer": "muon"},
         {"neftune_noise_alpha": 5.0},
+        {"optimizer": "came_pytorch"},
+        {"optimizer": "adopt_adamw"},
+        {"optimizer": "schedule_free_adamw"},
+        {"optimizer": "schedule_free_sgd"},
+        {"optimizer": "schedule_free_radam", "loraplus_lr_ratio": 8.0},
     ],
     ids=str,
 )
 def test_a_run_that_goes_on_ends_the_same(keys: dict[str, Any], decoder: Decoder, tmp_path: Path) -> None:
     """Bit by bit: each slice is the whole of its work."""
+    if (package := PACKAGES.get(recipe(**keys).optimizer_family)) is not None:
+        pytest.importorskip(package)
     spec = run_spec(decoder, total_steps=3, save_every=2, **keys)
 
     def made(events: list[RunEvent], **options: Any) -> TrainingRun:
@@ -182,5 +246,10 @@ def test_names_of_optimisers() -> None:
 
     assert family("paged_lion_8bit") == "lion"
     assert family("optimi_adamw") == "adamw"
-    with pytest.raises(RecipeError, match="schedule_free_adamw is not built yet"):
-        family("schedule_free_adamw")
+    assert family("adopt_adamw") == "adopt"
+    assert family("schedule_free_sgd") == "schedule_free_sgd"
+    keys = {"adapter": "lora", "learning_rate": 1e-4, "datasets": [{"path": "a"}], "optimizer": "schedule_free_adamw"}
+    (note,) = [note for note in recipe_from(Document(keys), max_lora_rank=64).notes if "schedule" in note]
+    assert "lr_scheduler constant_with_warmup goes with it, and cosine falls besides" in note
+    with pytest.raises(RecipeError, match="adam_beta1: must be above 0 with schedule_free_adamw"):
+        recipe_from(Document(keys | {"adam_beta1": 0.0}), max_lora_rank=64)

@@ -61,12 +61,26 @@ def test_a_whole_run_ends_in_an_adapter(tiny_model: Path) -> None:
     assert type(events[-1]).__name__ == "FinishedEvent"
 
 
-def test_a_weight_is_made_float_in_a_slice_of_its_own(tiny_model: Path) -> None:
-    """Once for all pieces of a stage, forwards and backwards; the last stage goes backwards with the same one."""
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_weight_is_made_float_in_a_slice_of_its_own(
+    dora: bool, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once for all pieces of a stage, forwards and backwards; the last stage goes backwards with the same one. With
+    dropout, magnitudes scale a product of their own, for which it is not made again."""
     decoder = load(tiny_model, "int8", "auto")
+    kind = type(decoder.layers[0].linears["qkv"].weight.value)
+    assert issubclass(kind, QuantisedWeight)
+    made, factor = list[QuantisedWeight](), kind.factor
+
+    def counted(self: QuantisedWeight, dtype: torch.dtype) -> torch.Tensor:
+        made.append(self)
+        return factor(self, dtype)
+
     examples = [Example([7 + index % 50 for index in range(90)], [False] + [True] * 89)]
-    lora = TrainableLora(decoder, run_spec(decoder).targets, LoraShape(rank=4, alpha=8), seed=0)
-    micro = MicroStep(decoder, TrainingOps(), lora, collate(examples, decoder.device), checkpointing=False)
+    lora = TrainableLora(decoder, run_spec(decoder).targets, LoraShape(rank=4, alpha=8, dora=dora), seed=0)
+    batch = collate(examples, decoder.device)
+    micro = MicroStep(decoder, TrainingOps(), lora, batch, checkpointing=False, dropout=0.1)
+    monkeypatch.setattr(kind, "factor", counted)
     slices, kinds = micro.forward_backward(1.0), list[str]()
     with suppress(StopIteration):
         wanted = next(slices)
@@ -75,5 +89,7 @@ def test_a_weight_is_made_float_in_a_slice_of_its_own(tiny_model: Path) -> None:
             wanted = slices.send(min(wanted.amount, 64))  # so there are two pieces of each stage
     factors = [kind for kind in kinds if kind.startswith("factor/")]
     assert len(factors) == len(decoder.layers) * 4 * 2 - 1
+    linears = {linear.weight.value for layer in decoder.layers for linear in layer.linears.values()}
+    assert len([one for one in made if one in linears]) == len(factors)
     assert kinds.count("expand_kept") == 2 * len(decoder.layers)
     assert micro.score.tokens == 89

@@ -12,15 +12,17 @@ from runtime.checkpoints import open_checkpoint
 from runtime.events import RunEvent
 from runtime.model.decoder import Decoder
 from runtime.model.families import find_model
+from runtime.model.families.llama import Llama
 from runtime.model.group import SOLO, Group
-from runtime.model.lora import Adapter
+from runtime.model.lora import Adapter, LoraShape
+from runtime.model.lora_base import LoraBase
 from runtime.model.vocabulary import RowTargets
 from runtime.trainer.data.example import Example
-from runtime.trainer.lora import Targets
+from runtime.trainer.lora import PartSizes, Targets, sizes_of
 from runtime.trainer.recipe import Dataset, Recipe
 from runtime.trainer.run import TrainingRun
 from runtime.trainer.schedule import Schedule
-from runtime.trainer.sliced_run import LossSpec, RunSpec
+from runtime.trainer.sliced_run import LossSpec, RunSpec, shape_of_recipe
 from runtime.trainer.snapshot import Restored
 
 ALL_PARTS = {"qkv": ("q", "k", "v"), "out": ("",), "gate_up": ("gate", "up"), "down": ("",)}
@@ -53,6 +55,13 @@ def examples(count: int, *, seed: int = 0, longest: int = 40) -> list[Example]:
     return made
 
 
+def llama_sizes(decoder: Decoder, targets: Targets, shape: LoraShape) -> PartSizes:
+    """Ranks and scales by the patterns of a shape, by the names of a Llama."""
+    if not (shape.rank_pattern or shape.alpha_pattern):
+        return {}
+    return sizes_of(targets, shape, LoraBase.described(decoder, Llama, "tiny", ""))
+
+
 def run_spec(
     decoder: Decoder,
     *,
@@ -77,12 +86,14 @@ def run_spec(
         eval_every=eval_every,
         save_every=save_every,
     )
+    targets = targets or all_targets(decoder)
     return RunSpec(
         recipe=recipe,
         schedule=schedule,
-        targets=targets or all_targets(decoder),
+        targets=targets,
         loss=loss or LossSpec(),
         rows=rows or RowTargets(),
+        sizes=llama_sizes(decoder, targets, shape_of_recipe(recipe)),
     )
 
 

@@ -113,7 +113,11 @@ _canary = Intake(CanaryRequest)
 @get("/admin/adapters", opt={TRAIN: True})
 async def list_adapters(request: AnyRequest) -> AdapterList:
     """Every adapter, with the version that its name points to."""
-    library = library_of(api_of(request))
+    return adapter_list(library_of(api_of(request)))
+
+
+def adapter_list(library: "AdapterLibrary") -> AdapterList:
+    """All adapters of a library, without their versions."""
     views = [_view(library, record, versions=False) for record in library.list()]
     return AdapterList(adapters=views, shared_problem=library.shared_problem)
 

@@ -81,9 +81,9 @@ async def _written(api: Api, library: "AdapterLibrary", version: Version, format
             checkpoint = open_checkpoint(
                 settings.model, revision=settings.revision, chat_template=settings.chat_template
             )
-            template = library.card(version).chat_template
+            own = library.card(version).own_text
             source = library.directory(version)
-            write(checkpoint, source, target, format, type=type, name=version.name, template=template)
+            write(checkpoint, source, target, format, type=type, name=version.name, own=own)
             names = [target.name] if target.is_file() else sorted(file.name for file in target.iterdir())
             return _open(version, folder if target.is_file() else target, names)
         finally:

@@ -11,7 +11,7 @@ from litestar import Response, delete, get, post
 from litestar.response import Stream
 
 from runtime.access.limits import Bucket
-from runtime.api.admin.train import detail_of, job_id_of
+from runtime.api.admin.train import SUBMITTED, detail_of, job_id_of
 from runtime.api.admin.views import (
     DryRun,
     EventItem,
@@ -21,7 +21,7 @@ from runtime.api.admin.views import (
     event_item,
     job_item,
 )
-from runtime.api.docs import BODY, QUERY, page_query
+from runtime.api.docs import ALSO, ANSWERS, BODY, FLAG, QUERY, YAML, page_query, whole
 from runtime.api.handle import AnyRequest, Api, api_of
 from runtime.api.http.auth import TRAIN
 from runtime.api.http.query import (
@@ -124,6 +124,10 @@ MAX_LINES = 10_000
 
 _ALL = 2**31
 
+_EVENTS_QUERY = {"after": whole(0, _MOST), "limit": whole(1, MAX_EVENTS)}
+_METRICS_QUERY = {"after": whole(0, _ALL), "limit": whole(1, MAX_ROWS)}
+_LOGS_QUERY = {"lines": whole(1, MAX_LINES)}
+
 _COLUMNS = (
     "type", "step", "epoch", "loss", "accuracy", "learning_rate", "grad_norm", "tokens", "trained_tokens", "seconds",
     "busy_seconds",
@@ -152,16 +156,16 @@ async def retrieve_job(request: AnyRequest) -> JobDetail:
     return await detail_of(_jobs(request), await job_id_of(request))
 
 
-@get("/admin/jobs/{job_id:str}/recipe", opt={TRAIN: True})
+@get("/admin/jobs/{job_id:str}/recipe", media_type=YAML, opt={TRAIN: True})
 async def job_recipe(request: AnyRequest) -> Response[bytes]:
     """The recipe of a job, as it was sent."""
     jobs, job_id = _jobs(request), await job_id_of(request)
     check_names(request, ())
     job, _ = await jobs.store.describe(job_id)
-    return Response(job.recipe, headers={"Content-Type": "application/yaml"})
+    return Response(job.recipe, media_type=YAML)
 
 
-@get("/admin/jobs/{job_id:str}/files/{name:path}", opt={TRAIN: True})
+@get("/admin/jobs/{job_id:str}/files/{name:path}", media_type="application/octet-stream", opt={TRAIN: True})
 async def job_file(request: AnyRequest) -> Response[bytes]:
     """A data file that came with a job's recipe, by its name in `files`; 404 once it was deleted."""
     jobs, job_id = _jobs(request), await job_id_of(request)
@@ -180,7 +184,7 @@ async def job_file(request: AnyRequest) -> Response[bytes]:
     return Stream(file_pieces(opened), media_type="application/octet-stream", headers=headers)  # type: ignore[return-value]
 
 
-@get("/admin/jobs/{job_id:str}/events", opt={TRAIN: True})
+@get("/admin/jobs/{job_id:str}/events", opt={TRAIN: True, QUERY: _EVENTS_QUERY, ALSO: "text/event-stream"})
 async def job_events(request: AnyRequest) -> Response[Page[EventItem]]:
     """Events numbered above `after`. With `Accept: text/event-stream`: also future events, until the job's end;
     continues after Last-Event-ID."""
@@ -194,7 +198,7 @@ async def job_events(request: AnyRequest) -> Response[Page[EventItem]]:
     return Response(Page(data=[event_item(event) for event in events[:limit]], has_more=len(events) > limit))
 
 
-@get("/admin/jobs/{job_id:str}/metrics", opt={TRAIN: True})
+@get("/admin/jobs/{job_id:str}/metrics", opt={TRAIN: True, QUERY: _METRICS_QUERY, ALSO: "text/csv"})
 async def job_metrics(request: AnyRequest) -> Response[Page[dict[str, Any]]]:
     """A row for each step and each evaluation after step `after`; as CSV with `Accept: text/csv`. Without `after`, also
     the evaluation before the first step, of step 0."""
@@ -208,7 +212,7 @@ async def job_metrics(request: AnyRequest) -> Response[Page[dict[str, Any]]]:
     return Response(Page(data=found[:limit], has_more=len(found) > limit))
 
 
-@get("/admin/jobs/{job_id:str}/logs", media_type="application/jsonl", opt={TRAIN: True})
+@get("/admin/jobs/{job_id:str}/logs", media_type="application/jsonl", opt={TRAIN: True, QUERY: _LOGS_QUERY})
 async def job_logs(request: AnyRequest) -> Response[bytes]:
     """The last `lines` of the job's log, a JSON object each."""
     jobs, job_id = _jobs(request), await job_id_of(request)
@@ -255,7 +259,7 @@ _rerun = Intake(RerunRequest)
 
 @post(
     "/admin/jobs/{job_id:str}/rerun",
-    opt={TRAIN: True, BODY: RerunRequest, QUERY: {"dry_run": {"enum": ["0", "1"]}}},
+    opt={TRAIN: True, BODY: RerunRequest, QUERY: {"dry_run": FLAG}, ANSWERS: SUBMITTED},
     status_code=201,
 )
 async def rerun_job(request: AnyRequest) -> Response[JobDetail | DryRun]:
@@ -295,7 +299,7 @@ async def job_report(request: AnyRequest) -> Response[str]:
         progress=progress,
         files=await store.files(job_id),
         checkpoints=await store.checkpoints(job_id),
-        metrics=await store.metrics(job_id, after=-1, limit=MAX_ROWS),
+        metrics=await store.thinned_metrics(job_id, limit=MAX_ROWS),
         answers=await store.answers(job_id),
     )
     headers = {"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff"}

@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from multipart import parse_options_header
 
 from runtime.api.admin.views import DryRun, JobDetail, job_detail
-from runtime.api.docs import BINARY, FORM, QUERY
+from runtime.api.docs import ANSWERS, BINARY, FLAG, FORM, QUERY
 from runtime.api.handle import AnyRequest, Api, api_of
 from runtime.api.http.auth import TRAIN
 from runtime.api.http.body import check_encoding, check_typed, content_type, receive_all, receive_chunks
@@ -27,7 +27,7 @@ from runtime.errors import InvalidRequest, NotFound, PayloadTooLarge, Unsupporte
 from runtime.files.library import FileLibrary
 from runtime.files.store import StoredFile
 from runtime.support.durable import create_file, make_directory, storage_unavailable, sync_directory, sync_file
-from runtime.trainer.jobs.manager import JobManager
+from runtime.trainer.jobs.manager import PATIENCE, JobManager
 from runtime.trainer.jobs.records import JobFile, JobSubmission
 from runtime.trainer.recipe.reference import json_schema
 from settings.schema import Settings
@@ -253,15 +253,19 @@ def _checked_name(segment: Any) -> str:
 MAX_KEY = 255
 """Characters of an idempotency key."""
 
+SUBMITTED = {200: (JobDetail, DryRun), 201: (JobDetail,), 202: (JobDetail,)}
+"""What a submission may be answered with."""
+
 
 @post(
     "/admin/train",
-    opt={TRAIN: True, FORM: _TRAIN_FORM, QUERY: {"dry_run": {"enum": ["0", "1"]}}},
+    opt={TRAIN: True, FORM: _TRAIN_FORM, QUERY: {"dry_run": FLAG}, ANSWERS: SUBMITTED},
     status_code=201,
 )
 async def train(request: AnyRequest) -> Response[JobDetail | DryRun]:
     """Start a job from a recipe in YAML, alone or in a form with its data files. 201: it is queued; 202: its data
-    is still being read; 200: this Idempotency-Key made it before, or `dry_run=1` asked for the plan only."""
+    is still being read (after 30 s, or as many as `Prefer: wait=N` says); 200: this Idempotency-Key made it before, or
+    `dry_run=1` asked for the plan only."""
     api = api_of(request)
     jobs = api.handle.require_jobs()
     check_names(request, ("dry_run",))
@@ -282,7 +286,7 @@ async def train(request: AnyRequest) -> Response[JobDetail | DryRun]:
             prepared = await jobs.dry_run(asked)
             plan = DryRun(name=prepared.name, total_steps=prepared.total_steps, summary=prepared.summary)
             return Response(plan, status_code=200)
-    job, created = await jobs.submit(asked)
+    job, created = await jobs.submit(asked, patience=_patience(request))
     record_of(request).target = job.id
     location = {"Location": f"/admin/jobs/{job.id}"}
     status = 202 if job.state == "validating" else 201 if created else 200
@@ -310,7 +314,16 @@ async def detail_of(jobs: JobManager, job_id: str) -> JobDetail:
     job, progress = await jobs.store.describe(job_id)
     store = jobs.store
     files, checkpoints = await store.files(job_id), await store.checkpoints(job_id)
-    return job_detail(job, progress, files, checkpoints, await store.answers(job_id))
+    return job_detail(job, progress, files, checkpoints, await store.answers(job_id), await store.gate(job_id))
+
+
+_WAIT = re.compile(r"(?:^|[,;])\s*wait\s*=\s*\"?([0-9]{1,6})\"?\s*(?:$|[,;])", re.IGNORECASE)
+
+
+def _patience(request: AnyRequest) -> float:
+    """Seconds that the answer may wait for the recipe's data: the preference `wait` of RFC 7240, at most PATIENCE."""
+    wait = _WAIT.search(request.headers.get("prefer", ""))
+    return PATIENCE if wait is None else min(PATIENCE, float(wait[1]))
 
 
 def _idempotency_key(request: AnyRequest) -> str | None:

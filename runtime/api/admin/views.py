@@ -37,6 +37,8 @@ class JobItem(Struct, kw_only=True):
     step_progress: float | None
     """Fraction of the current step or evaluation that is done, 0 to 1, if it takes more than some seconds."""
     total_steps: int | None
+    rows_read: int | None
+    """Rows of the data that were read so far, while the job is validating and that takes more than some seconds."""
     loss: float | None
     """Loss of the last step."""
     trained_tokens: int
@@ -70,6 +72,17 @@ class SampleItem(Struct, kw_only=True):
     """Answer of the last one; null where there was one alone."""
 
 
+class GateReport(Struct, kw_only=True):
+    """The decision of a recipe's gate."""
+
+    condition: str
+    """`publish.when` of the recipe."""
+    met: bool
+    reason: str
+    metrics: dict[str, float]
+    """Metrics that it was decided with: `train_…`, `eval_…`, and `base_…` of the model before the first step."""
+
+
 class JobDetail(JobItem, kw_only=True):
     """One job, in full."""
 
@@ -79,6 +92,8 @@ class JobDetail(JobItem, kw_only=True):
     checkpoints: list[CheckpointItem]
     samples: list[SampleItem]
     """Generated answers, of recipes that have some shown (`eval_table_size`)."""
+    gate: GateReport | None
+    """Null before the gate was asked."""
 
 
 class JobDeleted(Struct, kw_only=True):
@@ -136,6 +151,7 @@ def job_detail(
     files: list[JobFile],
     checkpoints: list[JobCheckpoint],
     answers: list[dict[str, Any]],
+    gate: dict[str, Any] | None,
 ) -> JobDetail:
     """A job in full."""
     return JobDetail(
@@ -147,6 +163,7 @@ def job_detail(
             for checkpoint in checkpoints
         ],
         samples=sample_items(answers),
+        gate=None if gate is None else GateReport(**gate),
     )
 
 
@@ -175,6 +192,7 @@ def _fields(job: Job, progress: JobProgress) -> dict[str, Any]:
         "step": progress.step,
         "step_progress": progress.fraction if job.state == "running" else None,
         "total_steps": job.total_steps,
+        "rows_read": progress.rows_read if job.state == "validating" else None,
         "loss": progress.loss,
         "trained_tokens": progress.trained_tokens,
         "wanted": job.wanted,

@@ -72,7 +72,8 @@ class KeyGuard:
             if not principal.may(needed):
                 raise _lacking(principal, needed)
         elif needed == "inference":
-            principal = self._admit_keyless(connection, changes=changes)
+            # A browser lets any page open a WebSocket, as it lets it send a form.
+            principal = self._admit_keyless(connection, changes=changes or _is_handshake(connection))
         else:
             principal = self._admit_local(connection, needed)
         self._note(record, principal)
@@ -155,6 +156,10 @@ def _sent_key(connection: Connection) -> bytes:
 def _authorization(connection: Connection) -> bytes | None:
     """Raw bytes of the Authorization header: a key that is not ASCII is compared, not decoded."""
     return next((value for name, value in connection.scope["headers"] if name == b"authorization"), None)
+
+
+def _is_handshake(connection: Connection) -> bool:
+    return any(name == b"upgrade" for name, _ in connection.scope["headers"])
 
 
 def _arrival(connection: Connection) -> Arrival:

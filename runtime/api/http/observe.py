@@ -5,6 +5,7 @@ reach a handler.
 """
 
 import time
+import zlib
 from collections.abc import Callable
 from email.utils import formatdate
 from http import HTTPStatus
@@ -18,13 +19,15 @@ from litestar.types import ASGIApp, Message, Receive, Scope, Send
 from runtime.access.audit import AuditLog
 from runtime.api.handle import RequestEntry, ServiceHandle
 from runtime.api.http.errors import JSON, HeadersTooLarge, encode
-from runtime.api.http.record import RequestRecord, attach, make_id
+from runtime.api.http.record import PHASES, RequestRecord, attach, make_id
 from runtime.errors import InvalidRequest, RequestError
 from runtime.metrics import UNMATCHED
 from runtime.support.logs import get_logger
+from settings.schema import ObservabilitySettings
 
 if TYPE_CHECKING:
     from runtime.engine.service import EngineService
+    from runtime.support.tracing import RequestTrace
 
 MAX_HEADERS = 64 * 1024
 """Bytes of a request's target and header lines."""
@@ -32,7 +35,7 @@ MAX_HEADERS = 64 * 1024
 _PROBES = frozenset({"/health", "/ready", "/ping", "/metrics", "/load"})
 """Paths that machines poll every few seconds: logged on failure, or at level debug."""
 
-_PAGE = frozenset({"/", "/page/{name}", "/admin/overview", "/admin/requests"})
+_PAGE = frozenset({"/", "/page/{name}", "/admin/overview", "/admin/requests", "/admin/status"})
 """Routes of what watches the server: not among the requests that it watches."""
 
 _log = get_logger("http")
@@ -42,11 +45,17 @@ class Observer:
     """An ASGI app around `app`."""
 
     def __init__(
-        self, app: ASGIApp, handle: ServiceHandle, *, log_requests: bool, audit: AuditLog | None = None
+        self,
+        app: ASGIApp,
+        handle: ServiceHandle,
+        settings: Callable[[], ObservabilitySettings],
+        *,
+        audit: AuditLog | None = None,
     ) -> None:
+        """`settings`: those in force now, which SIGHUP may change."""
         self._app = app
         self._handle = handle
-        self._log_requests = log_requests
+        self._settings = settings
         self._audit = audit or AuditLog()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -57,8 +66,14 @@ class Observer:
         record = RequestRecord(make_id(headers.get(b"x-request-id", b"").decode("latin-1")))
         attach(scope, record)
         exchange = _Exchange(record, self._handle, receive, send, unread=_has_body(headers))
+        trace: RequestTrace | None = None
+        ids: dict[str, str] = {}
+        if self._handle.tracing is not None and not _is_watching(scope["path"]):
+            trace = self._handle.tracing.request(str(scope["method"]), headers)
+            record.headers["traceresponse"] = trace.header
+            ids = trace.ids
         started = time.monotonic()
-        with structlog.contextvars.bound_contextvars(request_id=record.request_id):
+        with structlog.contextvars.bound_contextvars(request_id=record.request_id, **ids):
             try:
                 refused = _refusal(scope)
                 if refused is not None:
@@ -66,9 +81,11 @@ class Observer:
                 else:
                     await self._app(scope, exchange.receive, exchange.send)
             finally:
-                self._finish(scope, record, exchange.status, time.monotonic() - started)
+                self._finish(scope, record, exchange.status, time.monotonic() - started, trace)
 
-    def _finish(self, scope: Scope, record: RequestRecord, status: int, seconds: float) -> None:
+    def _finish(
+        self, scope: Scope, record: RequestRecord, status: int, seconds: float, trace: "RequestTrace | None"
+    ) -> None:
         if record.quota is not None:
             record.quota.leave()
             if record.quota.refused is not None and self._handle.service is not None:
@@ -93,7 +110,10 @@ class Observer:
                 details=details,
             )
             self._handle.recent.append(entry)
-        if self._log_requests:
+        if trace is not None:
+            known = {"request_id": record.request_id, "key": record.key, **details}
+            trace.end(method=method, route=handler, status=status, seconds=seconds, details=known, phases=PHASES)
+        if self._is_logged(record, status, seconds):
             (_log.debug if quiet else _log.info)(
                 "request",
                 method=method,
@@ -102,6 +122,17 @@ class Observer:
                 ms=round(seconds * 1000, 1),
                 **details,
             )
+
+    def _is_logged(self, record: RequestRecord, status: int, seconds: float) -> bool:
+        """True for what failed or was slow, and for the share of others that the settings name: which ones, their ids
+        decide."""
+        settings = self._settings()
+        if not settings.log_requests:
+            return False
+        failed = status >= HTTPStatus.BAD_REQUEST or "error_code" in record.log
+        if failed or seconds >= settings.slow_request or settings.log_share >= 1.0:
+            return True
+        return zlib.crc32(record.request_id.encode()) < settings.log_share * 2**32
 
     def _record_action(self, scope: Scope, record: RequestRecord, status: int) -> None:
         client = scope.get("client")
@@ -154,6 +185,11 @@ class _Exchange:
             # The rest of the body stays unread: without this the connection would receive all of it.
             headers.append((b"connection", b"close"))
         return headers
+
+
+def _is_watching(path: str) -> bool:
+    """True for paths that watch the server or load the page: they are not traced."""
+    return path in _PROBES or path in _PAGE or path.startswith("/page/")
 
 
 def _load(service: "EngineService", form: str) -> bytes:

@@ -10,11 +10,12 @@ import contextlib
 import fcntl
 import sys
 import termios
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, ClassVar, cast
 
 import h11
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
+from uvicorn.protocols.websockets.wsproto_impl import WSProtocol
 
 from runtime.api.http.errors import JSON, HeadersTooLarge, encode
 from runtime.errors import InvalidRequest, RequestError
@@ -69,6 +70,8 @@ class Protocol(H11Protocol):
 
     header_timeout: ClassVar[float]
     write_timeout: ClassVar[float]
+    socket_paths: ClassVar[Collection[str]]
+    """Paths at which a connection may become a WebSocket."""
 
     on_lost: Callable[[], None] | None = None
     """Called once the connection is gone."""
@@ -78,9 +81,11 @@ class Protocol(H11Protocol):
     _unsent = 0
 
     @classmethod
-    def configured(cls, *, header_timeout: float, write_timeout: float) -> type["Protocol"]:
-        deadlines = {"header_timeout": header_timeout, "write_timeout": write_timeout}
-        return type("ConfiguredProtocol", (cls,), deadlines)
+    def configured(
+        cls, *, header_timeout: float, write_timeout: float, socket_paths: Collection[str] = ()
+    ) -> type["Protocol"]:
+        fields = {"header_timeout": header_timeout, "write_timeout": write_timeout, "socket_paths": socket_paths}
+        return type("ConfiguredProtocol", (cls,), fields)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         lingering = LingeringTransport(transport, self._has_unread_input)
@@ -137,6 +142,20 @@ class Protocol(H11Protocol):
             self._send_error(error)
         except h11.LocalProtocolError:  # an answer has begun already
             self.transport.abort()
+
+    def _should_upgrade(self) -> bool:
+        """True for a whole handshake where there is a WebSocket. Elsewhere `Upgrade` is ignored, as RFC 9110 has it,
+        and the request is answered as it is."""
+        headers = dict(self.headers)
+        whole = b"sec-websocket-key" in headers and headers.get(b"sec-websocket-version", b"").strip() == b"13"
+        return whole and self.scope["path"] in self.socket_paths and super()._should_upgrade()
+
+    def handle_websocket_upgrade(self, event: h11.Request) -> None:
+        """Hand the connection over to a `SocketProtocol`."""
+        self._stop_header_timer()
+        self._stop_write_timer()
+        super().handle_websocket_upgrade(event)
+        cast(SocketProtocol, self.transport.get_protocol()).on_lost = self.on_lost
 
     def _send_error(self, error: RequestError) -> None:
         body = encode(error)
@@ -209,6 +228,51 @@ class Protocol(H11Protocol):
             fcntl.ioctl(self.transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, queued)
             waiting += int.from_bytes(queued, sys.byteorder)
         return waiting
+
+    def _stop_write_timer(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
+
+
+# -- WebSockets ------------------------------------------------------------------------------------
+
+
+class SocketProtocol(WSProtocol):
+    """A connection that has become a WebSocket. It ends when the client reads none of the waiting output, or answers
+    no ping, for too long."""
+
+    write_timeout: ClassVar[float]
+
+    on_lost: Callable[[], None] | None = None
+    """Called once the connection is gone."""
+
+    _write_timer: asyncio.TimerHandle | None = None
+
+    @classmethod
+    def configured(cls, *, write_timeout: float) -> type["SocketProtocol"]:
+        return type("ConfiguredSocketProtocol", (cls,), {"write_timeout": write_timeout})
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_write_timer()
+        super().connection_lost(exc)
+        if self.on_lost is not None:
+            self.on_lost()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._write_timer = self.loop.call_later(self.write_timeout, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stop_write_timer()
+
+    def keepalive_timeout(self) -> None:
+        self.transport.abort()  # closing would wait for output that the client does not read
+
+    def on_task_complete(self, task: "asyncio.Task[None]") -> None:
+        super().on_task_complete(task)
+        self.loop.call_later(LINGER, self.transport.abort)
 
     def _stop_write_timer(self) -> None:
         if self._write_timer is not None:

@@ -17,6 +17,10 @@ MAX_ID = 128
 LOAD_FORMATS = ("TEXT", "JSON")
 """Forms of a load report (ORCA). The third one of the specification, BIN, is protobuf."""
 
+PHASES = ("prepare_ms", "queue_ms", "prefill_ms", "decode_ms")
+"""Fields of the log line with a request's phases, one after the other: reading and tokenising it, waiting, to its first
+token, to its last."""
+
 _KEY = "eft_record"
 
 

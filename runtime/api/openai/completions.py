@@ -36,9 +36,9 @@ from runtime.api.openai.submissions import (
     take_id,
     truncate,
 )
-from runtime.errors import InvalidRequest
+from runtime.errors import InvalidRequest, Unsupported
 from runtime.messages import Output, TokenLogprob
-from runtime.text.tokenizer import Tokenizer
+from runtime.text.tokenizer import InfillTokens, Tokenizer
 
 _intake = Intake(CompletionRequest, neutral=COMPLETION_NEUTRAL)
 
@@ -56,9 +56,15 @@ async def create_completion(request: AnyRequest) -> Response[TextCompletion]:
         raise InvalidRequest(f"prompt must hold at most {limits.max_prompts} prompts, got {count}.", param="prompt")
     wanted = check(asked, given, served, api.settings, num_prompts=count, default_max=DEFAULT_COMPLETION_TOKENS)
     form_request = check_form(asked, served, api.settings) if asked.asks_for_form else None
+    infill = _infill(asked, served.tokenizer)
     encoder = encoder_for(asked, served, limits, request.receive)
-    prompts = await encoder.prompts(asked.prompt, add_special_tokens=asked.add_special_tokens is not False)
+    adds = asked.add_special_tokens is not False
+    prompts = await encoder.prompts(asked.prompt, add_special_tokens=adds and infill is None)
     prompts = [truncate(prompt, asked, context) for prompt in prompts]
+    if infill is not None:
+        begin = await encoder.text("", add_special_tokens=adds)
+        behind = await encoder.text(asked.suffix or "", add_special_tokens=False)
+        prompts = [begin + infill.prompt(prompt, behind) for prompt in prompts]
     echoes = await _echoes(asked, prompts, encoder)
     form = PLAIN
     if form_request is not None:
@@ -77,6 +83,21 @@ async def create_completion(request: AnyRequest) -> Response[TextCompletion]:
         system_fingerprint=fingerprint(f"{service.model_name}{served.key}", api.settings.model.dtype),
     )
     return await respond(generation, answer, record, request.receive, stream=bool(asked.stream))
+
+
+def _infill(asked: CompletionRequest, tokenizer: Tokenizer) -> InfillTokens | None:
+    """Tokens around prompt and suffix; None without a suffix. Raises `Unsupported`."""
+    if not asked.suffix:
+        return None
+    if (found := tokenizer.infill) is None:
+        raise Unsupported(
+            "`suffix`: the model has no tokens to fill in a middle; put the text behind it into the prompt.",
+            param="suffix",
+        )
+    for name in ("echo", "truncate_prompt_tokens"):
+        if getattr(asked, name):
+            raise Unsupported(f"`{name}` with `suffix` is not supported.", param=name)
+    return found
 
 
 async def _echoes(asked: CompletionRequest, prompts: list[list[int]], encoder: PromptEncoder) -> list[str]:

@@ -185,10 +185,10 @@ def _check(asked: FineTuningRequest, api: Api) -> None:
             param="model",
         )
     _check_method(asked)
-    if asked.integrations:
-        raise Unsupported(
-            "integrations are not supported: read the job's events, or /admin/jobs/ID/metrics.", param="integrations"
-        )
+    if len(asked.integrations or ()) > 1:
+        raise Unsupported("integrations must hold one at most: a job logs to one run.", param="integrations")
+    if any(one.wandb.tags for one in asked.integrations or ()):
+        raise Unsupported("Tags are not supported: put them into the run's name.", param="integrations[0].wandb.tags")
     suffix = asked.suffix or ""
     if len(suffix) > MAX_SUFFIX or not _SUFFIX_CHARS.issuperset(suffix):
         raise InvalidRequest(

@@ -64,6 +64,18 @@ class Method(Struct, frozen=True, kw_only=True, omit_defaults=True):
     reinforcement: dict[str, Any] | None = None
 
 
+class WandbOptions(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    project: str
+    name: str | None = None
+    entity: str | None = None
+    tags: list[str] | None = None
+
+
+class Integration(Struct, frozen=True, kw_only=True):
+    type: Literal["wandb"]
+    wandb: WandbOptions
+
+
 class FineTuningRequest(Struct, frozen=True, kw_only=True):
     """OpenAI's request; `recipe` is ours."""
 
@@ -75,7 +87,7 @@ class FineTuningRequest(Struct, frozen=True, kw_only=True):
     metadata: dict[str, str] | None = None
     method: Method | None = None
     hyperparameters: Hyperparameters | None = None
-    integrations: list[dict[str, Any]] | None = None
+    integrations: list[Integration] | None = None
     recipe: dict[str, Any] | None = None
     """Keys of a recipe, which go before what the request would make of them."""
 
@@ -126,7 +138,7 @@ class FineTuningJob(Struct, kw_only=True):
     training_file: str
     validation_file: str | None
     seed: int
-    integrations: list[Any] = field(default_factory=list)
+    integrations: list[Integration] = field(default_factory=list)
     metadata: dict[str, str] | None
 
 
@@ -203,6 +215,9 @@ def recipe_of(asked: FineTuningRequest, name: str, format: str, context: int) ->
         recipe["test_datasets"] = [{"path": VALIDATION_FILE, "type": format}]
     if asked.seed is not None:
         recipe["seed"] = asked.seed
+    for one in asked.integrations or ():
+        keys = {"wandb_project": one.wandb.project, "wandb_name": one.wandb.name, "wandb_entity": one.wandb.entity}
+        recipe |= {key: value for key, value in keys.items() if value is not None}
     text = msgspec.json.format(msgspec.json.encode(recipe | (asked.recipe or {})), indent=2)
     return _MARK + msgspec.json.encode(asked) + b"\n" + text + b"\n"
 
@@ -241,6 +256,7 @@ def job_view(job: Job, progress: JobProgress, served: str, estimated_finish: int
         training_file=asked.training_file,
         validation_file=asked.validation_file,
         seed=asked.seed or 0,
+        integrations=asked.integrations or [],
         metadata=asked.metadata,
     )
 

@@ -12,7 +12,7 @@ from litestar.types import Receive
 from msgspec import UNSET, Struct, UnsetType
 from msgspec.structs import replace
 
-from runtime.api.http.record import RequestRecord
+from runtime.api.http.record import PHASES, RequestRecord
 from runtime.api.http.sse import EventStream, unless_disconnected, with_end
 from runtime.api.openai.logprobs import count_logprobs, write_answer
 from runtime.api.openai.responses import AnswerTimes, PromptTokensDetails, Usage
@@ -22,10 +22,6 @@ from runtime.support.event_loop import cancel
 
 if TYPE_CHECKING:
     from runtime.engine.service import EngineService
-
-
-PHASES = ("prepare_ms", "queue_ms", "prefill_ms", "decode_ms")
-"""Phases of a request in the log: reading and tokenising it, waiting, to its first token, to its last."""
 
 
 class Generation:

@@ -43,7 +43,6 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "return_prompt_text": (None, False),
     "return_token_offsets": (None, False),
     "routed_experts_prompt_start": (None, 0),
-    "spaces_between_special_tokens": (None, True, False),  # the `tokenizers` library writes none in either case
     "stream_interval": (None, 1),
     "vllm_xargs": (None, {}),
     "watermarking": (None, False),
@@ -80,7 +79,7 @@ INSTEAD: Mapping[str, str] = {
     "service_tier": "Use priority, where the server's scheduler.policy is priority.",
     "store": "Answers of this endpoint are not kept.",
     "stream_interval": "Every step's tokens are sent at once; a slow reader gets them merged.",
-    "suffix": "The model has no tokens to fill in a middle: put the text behind it into the prompt.",
+    "suffix": "Completions act on it, where the model has tokens to fill in a middle.",
     "top_logprobs": "In completions, logprobs is the number itself.",
     "verbosity": "Ask for it in a message, or limit max_tokens.",
     "vllm_xargs": "There are no further arguments: leave the field out.",

@@ -165,6 +165,8 @@ class GenerationRequest(SamplingParams, frozen=True, kw_only=True, forbid_unknow
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
     structural_tag: str | ResponseFormat | None = None
+    spaces_between_special_tokens: bool | None = None
+    """The `tokenizers` library writes none in either case."""
     # Labels for the client's own book-keeping: accepted, and kept nowhere.
     user: str | None = None
     metadata: dict[str, str] | None = None
@@ -243,6 +245,7 @@ class BatchChatRequest(ChatRequest, frozen=True, kw_only=True):
 
 class CompletionRequest(GenerationRequest, frozen=True, kw_only=True):
     prompt: str | list[str | int | list[int]]
+    suffix: str | None = None
     echo: bool | None = None
     add_special_tokens: bool | None = None
 

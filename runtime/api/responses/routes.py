@@ -42,6 +42,7 @@ from runtime.api.responses.schema import (
     ResponseTextFormat,
     TextOptions,
 )
+from runtime.api.responses.sockets import PATH, SWITCHING, SocketMemory, memory_of
 from runtime.api.responses.translate import (
     ResponseEvents,
     chat_body,
@@ -56,12 +57,21 @@ from runtime.api.responses.translate import (
     unknown_inside,
     usage_of,
 )
-from runtime.errors import EngineUnavailable, InvalidRequest, NotFound, StorageUnavailable, Unsupported
+from runtime.errors import EngineUnavailable, InvalidRequest, NotFound, RequestError, StorageUnavailable, Unsupported
 from runtime.messages import Output
-from runtime.responses import ResponseStore, StoredResponse
+from runtime.responses import ResponseStore, StoredResponse, missing_response
 from settings.schema import LimitSettings
 
 ENDED = frozenset({"completed", "incomplete", "cancelled", "failed"})
+
+
+class UpgradeRequired(RequestError):
+    """A GET where only WebSockets begin with one."""
+
+    status = 426
+    type = "invalid_request_error"
+    default_code = "upgrade_required"
+
 
 _OWN = frozenset(ResponseRequest.__struct_fields__)
 _CHAT = frozenset(ChatRequest.__struct_fields__) - {"messages", "n", "best_of", "max_tokens", "use_beam_search"}
@@ -82,17 +92,20 @@ async def create_response(request: AnyRequest) -> Response[ResponseObject]:
     """Answer input items: whole, as a stream of events, or in the background to be fetched later."""
     api = api_of(request)
     asked, fields = await _read(request, api)
-    needs_store = asked.store or asked.background or asked.previous_response_id is not None
+    memory = memory_of(request)
+    remembered = _remembered(asked.previous_response_id, memory, api)
+    needs_store = asked.store or asked.background or (asked.previous_response_id is not None and not remembered)
     store, tenant = _store(api) if needs_store else api.handle.responses, record_of(request).tenant
-    history = await _history(asked.previous_response_id, store, tenant)
+    before = remembered or await _conversation(asked.previous_response_id, store, tenant)
     with named_as_asked():
-        chat, given = await _as_chat(asked, fields, history, api.settings.limits)
+        chat, given = await _as_chat(asked, fields, _history(before), api.settings.limits)
         generation, make, record = await open_chat(request, api, chat, given)
     with ExitStack() as stack:
         stack.callback(generation.close)
         answer = make()
         # Storing is OpenAI's default: a server that cannot store refuses only what asks for it.
-        keeper = _Keeper(None if asked.store is False else store, tenant, asked)
+        store = None if asked.store is False else store
+        keeper = _Keeper(store, memory if remembered or store is None else None, tenant, asked, before)
         response = _begun(asked, chat, answer, f"resp_{record.request_id}", keeper)
         if asked.background:
             await keeper.put(response)
@@ -120,7 +133,7 @@ async def count_input_tokens(request: AnyRequest) -> Response[InputTokenCount]:
     api = api_of(request)
     asked, fields = await _read(request, api)
     store = _store(api) if asked.previous_response_id is not None else None
-    history = await _history(asked.previous_response_id, store, record_of(request).tenant)
+    history = _history(await _conversation(asked.previous_response_id, store, record_of(request).tenant))
     with named_as_asked():
         chat, _ = await _as_chat(asked, fields, history, api.settings.limits)
         return Response(InputTokenCount(input_tokens=await count_chat(request, api, chat)))
@@ -144,7 +157,7 @@ async def compact_conversation(request: AnyRequest) -> Response[CompactedRespons
     if not asked.input and asked.previous_response_id is None:
         raise InvalidRequest("input must have at least one item.", param="input")
     store = _store(api) if asked.previous_response_id is not None else None
-    messages = await _history(asked.previous_response_id, store, tenant)
+    messages = _history(await _conversation(asked.previous_response_id, store, tenant))
     if asked.instructions:
         messages.insert(0, {"role": "system", "content": asked.instructions})
     if asked.input:
@@ -238,8 +251,17 @@ async def list_input_items(request: AnyRequest) -> Response[ObjectPage[Any]]:
     return Response(ObjectPage(data=shown, first_id=first, last_id=last, has_more=len(items) > page.limit))
 
 
+@get(PATH, status_code=SWITCHING, include_in_schema=False)
+async def open_socket(request: AnyRequest) -> Response[None]:
+    """Admit a WebSocket, which asks here with the headers of its handshake."""
+    if memory_of(request) is None:
+        raise UpgradeRequired("Send a POST, or open a WebSocket.")
+    return Response(None)
+
+
 ROUTES = (
     create_response,
+    open_socket,
     count_input_tokens,
     compact_conversation,
     retrieve_response,
@@ -253,12 +275,22 @@ ROUTES = (
 
 
 class _Keeper:
-    """Stores the states of one response, if it is to be stored."""
+    """Stores the states of one response, if it is to be stored; `memory` gets it complete, with what was before it."""
 
-    def __init__(self, store: ResponseStore | None, tenant: str, asked: ResponseRequest) -> None:
+    def __init__(
+        self,
+        store: ResponseStore | None,
+        memory: SocketMemory | None,
+        tenant: str,
+        asked: ResponseRequest,
+        before: list[StoredResponse],
+    ) -> None:
         self._store = store
+        self._memory = memory
         self._tenant = tenant
-        self._input = msgspec.json.encode([_shown(item) for item in items_of(asked)]) if store is not None else b""
+        self._before = before
+        keeps = store is not None or memory is not None
+        self._input = msgspec.json.encode([_shown(item) for item in items_of(asked)]) if keeps else b""
 
     @property
     def stores(self) -> bool:
@@ -266,18 +298,20 @@ class _Keeper:
 
     async def put(self, response: ResponseObject) -> None:
         """Raises `StorageUnavailable`."""
-        if self._store is None:
+        if self._store is None and self._memory is None:
             return
-        await self._store.put(
-            StoredResponse(
-                id=response.id,
-                tenant=self._tenant,
-                created_at=float(response.created_at),
-                previous_id=response.previous_response_id,
-                input=self._input,
-                response=msgspec.json.encode(response),
-            )
+        state = StoredResponse(
+            id=response.id,
+            tenant=self._tenant,
+            created_at=float(response.created_at),
+            previous_id=response.previous_response_id,
+            input=self._input,
+            response=msgspec.json.encode(response),
         )
+        if self._store is not None:
+            await self._store.put(state)
+        if self._memory is not None and response.status in ("completed", "incomplete"):
+            self._memory.keep([*self._before, state])
 
 
 def _shown(item: Any) -> dict[str, Any]:
@@ -313,14 +347,29 @@ def _store(api: Api) -> ResponseStore:
     return api.handle.responses
 
 
-async def _history(previous: str | None, store: ResponseStore | None, tenant: str) -> list[dict[str, Any]]:
-    """Messages of the conversation that the response `previous` ends."""
+def _remembered(previous: str | None, memory: SocketMemory | None, api: Api) -> list[StoredResponse]:
+    """The conversation that the response `previous` ends, if the request came on a WebSocket that remembers it."""
+    if previous is None or memory is None:
+        return []
+    found = memory.chain(previous)
+    if found is None and api.handle.responses is None:
+        raise missing_response(previous, param="previous_response_id")
+    return found or []
+
+
+async def _conversation(previous: str | None, store: ResponseStore | None, tenant: str) -> list[StoredResponse]:
+    """The conversation that the stored response `previous` ends, oldest first."""
     if previous is None:
         return []
     assert store is not None, "required"
     chain = await store.chain(previous, tenant, param="previous_response_id")
     if _stored.decode(chain[-1].response).status not in ENDED:
         raise InvalidRequest("The previous response has not ended yet.", param="previous_response_id")
+    return chain
+
+
+def _history(chain: list[StoredResponse]) -> list[dict[str, Any]]:
+    """Messages of a conversation."""
     return messages_of(msgspec.convert([item for stored in chain for item in _all_items(stored)], list[Item]))
 
 

@@ -63,6 +63,7 @@ def chat_body(asked: ResponseRequest, history: list[dict[str, Any]]) -> dict[str
     if asked.instructions:
         messages.insert(0, {"role": "system", "content": asked.instructions})
     messages += messages_of(items_of(asked))
+    _check_results(messages)
     body: dict[str, Any] = {
         "model": asked.model,
         "messages": messages,
@@ -169,6 +170,16 @@ def _check(asked: ResponseRequest) -> None:
         raise InvalidRequest("background needs store: the response is fetched later.", param="background")
     if asked.background and asked.stream:
         raise Unsupported("`background` with `stream` is not supported; fetch the response later.", param="background")
+
+
+def _check_results(messages: Iterable[Mapping[str, Any]]) -> None:
+    """Raise `InvalidRequest` for the result of a call that is not in the conversation."""
+    called: set[str] = set()
+    for message in messages:
+        if message["role"] == "tool" and message["tool_call_id"] not in called:
+            id = message["tool_call_id"][:100]
+            raise InvalidRequest(f"No call before this result has the call_id `{id}`.", param="input")
+        called.update(call["id"] for call in message.get("tool_calls", ()))
 
 
 def items_of(asked: ResponseRequest) -> list[Item]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from runtime.checkpoints.checkpoint import Checkpoint
 from runtime.checkpoints.safetensors_files import INDEX, SINGLE
 from runtime.support.durable import write_file, write_with
+from runtime.text.own_tokens import OwnText
 
 MAX_SHARD = 5 * 10**9
 """Largest size of a file of weights in bytes, as on the hub."""
@@ -46,16 +47,41 @@ def write_model(folder: Path, checkpoint: Checkpoint, tensors: Iterator[tuple[st
     _write_json(folder / "config.json", config)
 
 
-def write_template(folder: Path, checkpoint: Checkpoint) -> None:
-    """Give a model directory the chat template of the checkpoint's tokenizer in place of its own, and the ids that end
-    its answers. Raises `OSError`."""
+def write_own(folder: Path, checkpoint: Checkpoint, own: OwnText) -> None:
+    """Give a model directory the tokens, template and ends of answers of the checkpoint's tokenizer, in place of the
+    base's, where the adapter has its own. Raises `OSError`."""
     tokenizer = checkpoint.tokenizer
+    if own.tokens or own.eos_id is not None:
+        _change_tokenizer(folder, checkpoint)
+    if own.template is not None:
+        (folder / TEMPLATE).unlink(missing_ok=True)
+        write_file(folder / TEMPLATE, own.template.encode())
+    if own == OwnText():
+        return
     path = folder / "generation_config.json"
     generation = msgspec.json.decode(path.read_bytes()) if path.is_file() else dict(checkpoint.generation)
-    for copied in (path, folder / TEMPLATE):
-        copied.unlink(missing_ok=True)
-    write_file(folder / TEMPLATE, (tokenizer.chat_template or "").encode())
-    _write_json(path, {**generation, "eos_token_id": list(tokenizer.eos_ids)})
+    path.unlink(missing_ok=True)
+    _write_json(path, {**generation, "eos_token_id": list(dict.fromkeys([*tokenizer.eos_ids, *own.end_ids]))})
+
+
+_REBUILT = (
+    "special_tokens_map.json", "added_tokens.json", "tokenizer.model", "vocab.json", "merges.txt",
+    "tokenizer.json", "tokenizer_config.json",
+)  # fmt: skip
+"""Files that say of tokens what `tokenizer.json` says, which would say it differently."""
+_OF_TOKENS = ("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens", "auto_map")
+"""Keys of `tokenizer_config.json` of the same kind."""
+
+
+def _change_tokenizer(folder: Path, checkpoint: Checkpoint) -> None:
+    path, tokenizer = folder / "tokenizer_config.json", checkpoint.tokenizer
+    config = msgspec.json.decode(path.read_bytes()) if path.is_file() else {}
+    for name in _REBUILT:
+        (folder / name).unlink(missing_ok=True)
+    kept = {key: value for key, value in config.items() if key not in (*_OF_TOKENS, *_TEMPLATE_TOKENS)}
+    tokens = {name: text for name, text in tokenizer.template_tokens.items() if name in _TEMPLATE_TOKENS}
+    write_file(folder / "tokenizer.json", tokenizer.definition.encode())
+    _write_json(path, {**kept, **tokens, "tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def write_weights(folder: Path, tensors: Iterator[tuple[str, Tensor]], *, max_shard: int = MAX_SHARD) -> torch.dtype:

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor
 
 from runtime.checkpoints.checkpoint import Checkpoint
-from runtime.checkpoints.export.gguf_metadata import family_of, metadata_of, rope_factors
-from runtime.checkpoints.export.merge import Merge
+from runtime.checkpoints.export.gguf_metadata import UNUSED, family_of, metadata_of, rope_factors
+from runtime.checkpoints.export.merge import Merge, VocabularyMerge
 from runtime.checkpoints.gguf.blocks import FORMATS, ByteArray, Floats, dequantise
-from runtime.checkpoints.gguf.container import GgufFile, Metadata, TensorInfo
+from runtime.checkpoints.gguf.container import STRING, GgufFile, Metadata, TensorInfo
 from runtime.checkpoints.gguf.families import find_family
 from runtime.checkpoints.gguf.family import GgufFamily
+from runtime.checkpoints.gguf.tokenizer import CONTROL, NORMAL, USER_DEFINED
 from runtime.checkpoints.gguf.writing import (
     BF16,
     F16,
     F32,
+    FLOAT32,
+    INT32,
     Q4_K,
     Q8_0,
     TYPES,
@@ -36,33 +41,51 @@ from runtime.checkpoints.gguf.writing import (
 from runtime.checkpoints.model_loading import spec_of
 from runtime.model.config import ModelLoadError
 from runtime.model.lora import LoraPart
+from runtime.text.own_tokens import OwnText
 
 FILE_TYPES = {F32: 0, F16: 1, Q8_0: 7, Q4_K: 14, BF16: 32}
 """GGML's number → llama.cpp's number for a file that is mostly of this type."""
 FILE_TYPE = "general.file_type"
 TEMPLATE = "tokenizer.chat_template"
-END_OF_TURN = "tokenizer.ggml.eot_token_id"
+END_OF_TEXT = "tokenizer.ggml.eos_token_id"
+END_OF_TURN = ("tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
+TOKENS, TOKEN_TYPES, SCORES = "tokenizer.ggml.tokens", "tokenizer.ggml.token_type", "tokenizer.ggml.scores"
 
 
-def write_merged(path: Path, merge: Merge, *, type: str | None, name: str, template: str | None = None) -> None:
+def write_merged(path: Path, merge: Merge, *, type: str | None, name: str, own: OwnText) -> None:
     """Write the merged model.
 
-    `type`: a key of TYPES; default: each tensor as in a GGUF base, where the type can be written, else f16. `template`:
-    the source of a chat template other than the base's. Raises `ModelLoadError` for an architecture that GGUF files are
-    not written of, and `OSError`.
+    `type`: a key of TYPES; default: each tensor as in a GGUF base, where the type can be written, else f16. `own`: the
+    adapter's tokens, template and ends of answers. Raises `ModelLoadError` for an architecture that GGUF files are not
+    written of, for more ends than a file has places for, and `OSError`.
     """
     wanted = None if type is None else TYPES[type]
     fields, tensors = (
-        _from_gguf(merge, wanted)
+        _from_gguf(merge, wanted, own)
         if is_gguf(merge.checkpoint)
         else _from_model(merge, F16 if wanted is None else wanted)
     )
-    fields["general.name"] = encode_field("general.name", value_of(name))
-    if template is not None:
-        fields[TEMPLATE] = encode_field(TEMPLATE, value_of(template))
-        if (end := merge.checkpoint.tokenizer.turn_end.token_id) is not None:
-            fields[END_OF_TURN] = encode_field(END_OF_TURN, value_of(end))
-    write_gguf(path, fields, tensors)
+    texts = {"general.name": value_of(name), **_ends(merge.checkpoint, own)}
+    if own.template is not None:
+        texts[TEMPLATE] = value_of(own.template)
+    write_gguf(path, fields | {key: encode_field(key, value) for key, value in texts.items()}, tensors)
+
+
+def _ends(checkpoint: Checkpoint, own: OwnText) -> dict[str, Value]:
+    """The ids that end the adapter's answers, in the places that a file has for such."""
+    tokenizer = checkpoint.tokenizer
+    found = {} if own.eos_id is None else {END_OF_TEXT: own.eos_id}
+    turn, text_end = tokenizer.turn_end.token_id, next(iter(tokenizer.eos_ids), None)
+    if own.template is not None or own.end_ids:
+        further = [id for id in dict.fromkeys(own.end_ids) if id not in (turn, text_end)]
+        wanted = [*([] if turn is None else [turn]), *further]
+        if len(wanted) > len(END_OF_TURN):
+            raise ModelLoadError(
+                f"The adapter's answers end with {', '.join(repr(tokenizer.token_text(id)) for id in wanted)}; a GGUF "
+                f"file names {len(END_OF_TURN)} tokens besides the end of a text: export it merged."
+            )
+        found |= dict(zip(END_OF_TURN, wanted, strict=False))
+    return {key: value_of(id) for key, id in found.items()}
 
 
 def _as_bytes(values: Floats) -> list[ByteArray]:
@@ -79,19 +102,29 @@ def is_gguf(checkpoint: Checkpoint) -> bool:
 # Metadata and tensors that do not change are copied byte by byte.
 
 
-def _from_gguf(merge: Merge, wanted: int | None) -> tuple[dict[str, bytes], list[OutTensor]]:
+def _from_gguf(merge: Merge, wanted: int | None, own_text: OwnText) -> tuple[dict[str, bytes], list[OutTensor]]:
     file = GgufFile(merge.checkpoint.source)
     family = find_family(Metadata(file.fields, file.path), set(file.tensors))
     fields = {key: bytes(file.data[start:end]) for key, (start, end) in file.entries.items()}
     if wanted is not None:
         fields[FILE_TYPE] = encode_field(FILE_TYPE, value_of(FILE_TYPES[wanted]))
+    if own_text.tokens or merge.vocabulary is not None:
+        fields |= _fields_of_tokens(merge, file)
     done = set[str]()
     tensors = []
     for info in file.tensors.values():
         full = family.full_name(info.name) if family.knows(info.name) else info.name
         part = merge.parts.get(full)
         done.add(full)
-        if part is None and wanted is None:
+        if (own := merge.vocabulary) is not None and (kind := merge.matrix(full)) is not None:
+            type = wanted if wanted is not None else _writable(info.type)
+            tensors.append(_with_rows(file, info, type, own, kind))
+            if kind == "embedding" and own.unties:
+                head = family.file_name(own.head_name)
+                if head is None:
+                    raise _no_place(merge, family, own.head_name)
+                tensors.append(replace(_with_rows(file, info, type, own, "head"), name=head))
+        elif part is None and wanted is None:
             tensors.append(_copied(file, info))
         elif part is None:
             type = type_for(wanted or F32, info.shape)
@@ -103,6 +136,43 @@ def _from_gguf(merge: Merge, wanted: int | None) -> tuple[dict[str, bytes], list
     if missing := set(merge.parts) - done:
         raise ModelLoadError(f"{file.path} has no tensor for {min(missing)}, which the adapter changes.")
     return fields, tensors
+
+
+def _with_rows(
+    file: GgufFile, info: TensorInfo, type: int, own: VocabularyMerge, kind: Literal["embedding", "head"]
+) -> OutTensor:
+    def data() -> Iterator[ByteArray]:
+        return quantise(type, own.rows_in(kind, torch.from_numpy(_values(file, info))).numpy())
+
+    shape = (own.size, *info.shape[1:])
+    type = type_for(type, shape)
+    return OutTensor(info.name, shape, type, data)
+
+
+def _fields_of_tokens(merge: Merge, file: GgufFile) -> dict[str, bytes]:
+    """The entries of the base's tokens with those of the adapter; none where it has no others."""
+    metadata, own = Metadata(file.fields, file.path), merge.vocabulary
+    before = metadata.require(metadata.texts(TOKENS), TOKENS)
+    texts = list(before)
+    added = msgspec.json.decode(merge.checkpoint.tokenizer.definition).get("added_tokens") or []
+    size = max([len(texts), *(token["id"] + 1 for token in added)])
+    if own is not None and own.size > own.base.size:
+        size = own.size
+    kinds = [int(kind) for kind in metadata.numbers(TOKEN_TYPES) or [NORMAL] * len(texts)]
+    texts += [f"[PAD{id}]" for id in range(len(texts), size)]
+    kinds += [UNUSED] * (size - len(kinds))
+    for token in added:
+        if texts[token["id"]] != token["content"]:
+            texts[token["id"]] = token["content"]
+            kinds[token["id"]] = CONTROL if token["special"] else USER_DEFINED
+    if texts == before:
+        return {}
+    found = {TOKENS: Value(STRING, texts), TOKEN_TYPES: Value(INT32, kinds)}
+    if (scores := metadata.numbers(SCORES)) is not None:
+        found[SCORES] = Value(FLOAT32, [*map(float, scores), *[0.0] * (size - len(scores))])
+    if (key := f"{metadata.architecture}.vocab_size") in file.fields:
+        found[key] = value_of(size)
+    return {key: encode_field(key, value) for key, value in found.items()}
 
 
 def _writable(type: int) -> int:
@@ -166,8 +236,7 @@ def _shapes(merge: Merge, family: GgufFamily) -> dict[str, tuple[str, tuple[int,
     config = _shape_config(merge.checkpoint)
     tied = bool(config.get("tie_word_embeddings"))
     found = {}
-    for name, weight in merge.checkpoint.described():
-        stored = merge.floats(name, weight)
+    for name, stored in merge.described():
         file_name = family.file_name(name)
         if file_name == "output.weight" and tied:
             continue

@@ -1,19 +1,15 @@
 """`adapter_config.json`: the fields that we use, and the ones that we refuse because they change the meaning of the
 weights."""
 
-import re
-import warnings
 from collections.abc import Iterator, Mapping
-from itertools import accumulate
-from time import monotonic
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import msgspec
-import regex
 from msgspec import Struct, field
 
 from runtime.errors import InvalidRequest
 from runtime.model.lora import LoraShape
+from runtime.support.module_patterns import MAX_KEYS, ModulePattern, PatternInvalid
 
 # -- names -----------------------------------------------------------------------------------------
 #
@@ -34,100 +30,6 @@ class AdapterInvalid(InvalidRequest):
     goes to the sender of the adapter."""
 
     default_code = "invalid_adapter"
-
-
-# -- patterns --------------------------------------------------------------------------------------
-#
-# `rank_pattern` and `alpha_pattern`: values of single modules, by the end of a module's name or a regular expression.
-#
-# PEFT takes the first key for which `(.*\.)?(key)$` matches. Keys come from the author of an adapter, and there may be
-# as many of them as modules. So names are looked up, and expressions run with the interpreter's lock released and for a
-# bounded time.
-
-V = TypeVar("V")
-
-MAX_KEYS = 8192
-"""Largest number of keys, more than any model has linears: tools that choose ranks write a key for every linear."""
-MAX_EXPRESSIONS = 64
-MAX_KEY_CHARACTERS = 200
-MAX_QUANTIFIERS = 3
-MATCH_SECONDS, TOTAL_SECONDS = 0.05, 1.0
-
-_NAME = re.compile(r"[\w\-]+(\.[\w\-]+)*")
-_QUANTIFIED_GROUP = re.compile(r"\)[*+?{]")
-
-
-class ModulePattern(Generic[V]):
-    """The keys of one pattern, ready for look-ups."""
-
-    def __init__(self, name: str, values: Mapping[str, V]) -> None:
-        """Compile the keys. Raises `AdapterInvalid` naming a key that is no expression, or whose match could take for
-        ever."""
-        self._name = name
-        self._values = values
-        order = {key: index for index, key in enumerate(values)}
-        if len(order) > MAX_KEYS:
-            raise AdapterInvalid(f"{CONFIG}: {name} must have at most {MAX_KEYS} keys, got {len(order)}.")
-        self._names = {key: order[key] for key in values if _NAME.fullmatch(key)}
-        expressions = [key for key in values if key not in self._names]
-        if len(expressions) > MAX_EXPRESSIONS:
-            raise AdapterInvalid(
-                f"{CONFIG}: {name} must have at most {MAX_EXPRESSIONS} keys that are regular expressions and no names, "
-                f"got {len(expressions)}, such as {expressions[0][:MAX_KEY_CHARACTERS]!r}."
-            )
-        self._expressions = [(order[key], key, _compiled(name, key)) for key in expressions]
-        self._seconds = 0.0
-
-    def get(self, module: str, default: V) -> V:
-        """The value of the first key that matches, else `default`. Raises `AdapterInvalid` where that takes too
-        long."""
-        if not self._values:
-            return default
-        found = [(self._names[end], end) for end in ends(module) if end in self._names]
-        first = min(found, default=None)
-        for index, key, expression in self._expressions:
-            if first is not None and index > first[0]:
-                break
-            if self._matches(expression, key, module):
-                return self._values[key]
-        return default if first is None else self._values[first[1]]
-
-    def _matches(self, expression: "regex.Pattern[str]", key: str, module: str) -> bool:
-        began = monotonic()
-        try:
-            found = expression.match(module, timeout=MATCH_SECONDS, concurrent=True) is not None
-        except TimeoutError:
-            found, self._seconds = False, TOTAL_SECONDS
-        self._seconds += monotonic() - began
-        if self._seconds > TOTAL_SECONDS:
-            raise AdapterInvalid(f"{CONFIG}: {self._name} has the key {key!r}, which takes too long to match.")
-        return found
-
-
-def ends(module: str) -> Iterator[str]:
-    """A module's whole name, and without its first parts."""
-    parts = module.split(".")
-    return accumulate(reversed(parts), lambda end, part: f"{part}.{end}")
-
-
-def _compiled(name: str, key: str) -> "regex.Pattern[str]":
-    quantifiers = sum(map(key.count, "*+?{"))
-    if len(key) > MAX_KEY_CHARACTERS or _QUANTIFIED_GROUP.search(key) or quantifiers > MAX_QUANTIFIERS:
-        raise AdapterInvalid(
-            f"{CONFIG}: {name} has the key {key[:100]!r}, too complex an expression: at most {MAX_KEY_CHARACTERS} "
-            f"characters, {MAX_QUANTIFIERS} repetitions, and no repeated group."
-        )
-    whole = rf"(.*\.)?({key})$"
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about syntax whose meaning may change
-            # As PEFT compiles it. Flags such as (?i) are allowed at the beginning alone; in `whole` they are not at the
-            # beginning.
-            re.compile(key)
-            re.compile(whole)
-            return regex.compile(whole)
-    except (re.error, regex.error, OverflowError, RecursionError, ValueError) as error:
-        raise AdapterInvalid(f"{CONFIG}: {name} has the key {key[:100]!r}, no regular expression: {error}.") from None
 
 
 _UNIMPORTANT = frozenset({
@@ -184,8 +86,11 @@ def parse_config(data: bytes) -> AdapterConfig:
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise AdapterInvalid(f"{CONFIG} cannot be read: {_brief(str(error))}.") from None
     _refuse(raw, config)
-    ModulePattern("rank_pattern", config.rank_pattern)
-    ModulePattern("alpha_pattern", config.alpha_pattern)
+    try:
+        ModulePattern("rank_pattern", config.rank_pattern)
+        ModulePattern("alpha_pattern", config.alpha_pattern)
+    except PatternInvalid as error:
+        raise AdapterInvalid(f"{CONFIG}: {error}") from None
     for name, rank in (("r", config.r), *_entries("rank_pattern", config.rank_pattern)):
         if rank < 1:
             raise AdapterInvalid(f"{CONFIG}: {name} must be at least 1, got {_brief(rank)}.")

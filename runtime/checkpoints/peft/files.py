@@ -18,8 +18,6 @@ from runtime.checkpoints.peft.config import (
     WEIGHTS,
     AdapterConfig,
     AdapterInvalid,
-    ModulePattern,
-    ends,
     parse_config,
 )
 from runtime.checkpoints.peft.vocabulary import VocabularyFile, take_rows
@@ -27,6 +25,7 @@ from runtime.model.lora import Adapter, LoraLayers, LoraPart, LoraShape
 from runtime.model.lora_base import LoraBase, Target
 from runtime.model.token_rows import VocabularyRows
 from runtime.support.durable import TOO_MANY_FILES, fresh_directory, write_file
+from runtime.support.module_patterns import PatternInvalid, ends
 
 # -- files -----------------------------------------------------------------------------------------
 #
@@ -94,6 +93,7 @@ def read_adapter(directory: Path, base: LoraBase, *, max_rank: int) -> Adapter:
     `max_rank`."""
     files = read_files(directory, base, max_rank=max_rank)
     config = parse_config(files[CONFIG])
+    shape = config.shape
     _check_rank(max([config.r, *config.rank_pattern.values()]), max_rank)
     try:
         tensors = load(files[WEIGHTS])
@@ -102,15 +102,16 @@ def read_adapter(directory: Path, base: LoraBase, *, max_rank: int) -> Adapter:
     vocabulary = take_rows(tensors, config, base)
     pairs = _pairs(tensors, base, dora=config.use_dora)
     _check_targets(config, pairs, base)
-    ranks = ModulePattern("rank_pattern", config.rank_pattern)
-    alphas = ModulePattern("alpha_pattern", config.alpha_pattern)
     layers: LoraLayers = defaultdict(list)
     for (layer, name), pair in sorted(pairs.items(), key=lambda item: (item[0][0], base.targets[item[0][1]].start)):
         target = base.targets[name]
         module = f"{base.layers}.{layer}.{name}"
-        rank, alpha = ranks.get(module, config.r), alphas.get(module, config.lora_alpha)
-        layers[layer, target.linear].append(_part(module, target, pair, rank, config.shape.scale(rank, alpha)))
-    return Adapter(config.shape, dict(layers), vocabulary)
+        try:
+            rank, scale = shape.at(module)
+        except PatternInvalid as error:
+            raise AdapterInvalid(f"{CONFIG}: {error}") from None
+        layers[layer, target.linear].append(_part(module, target, pair, rank, scale))
+    return Adapter(shape, dict(layers), vocabulary)
 
 
 def read_files(
@@ -225,11 +226,11 @@ def write_adapter(
     `dropout` is only recorded. So is `base_name`, by which PEFT finds the base model; default: its served name. Raises
     `ValueError` where the weights do not match `shape`, and `OSError`.
     """
-    tensors, ranks = {}, ModulePattern("rank_pattern", shape.rank_pattern)
+    tensors = {}
     for (layer, linear), parts in layers.items():
         for part in parts:
             module = base.module(layer, linear, part.part)
-            rank = ranks.get(module, shape.rank)
+            rank, _ = shape.at(module)
             if part.a.shape[0] != rank or part.b.shape[1] != rank:
                 raise ValueError(f"{module} has rank {part.a.shape[0]}, but the shape says {rank}")
             tensors[f"base_model.model.{module}.lora_A.weight"] = part.a.detach().cpu().contiguous()
@@ -250,6 +251,8 @@ def write_adapter(
 
 
 def _config(layers: LoraLayers, shape: LoraShape, base: LoraBase, dropout: float, base_name: str) -> dict[str, Any]:
+    modules = _modules(layers, base)
+    shape = shape.settled(modules)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -261,7 +264,7 @@ def _config(layers: LoraLayers, shape: LoraShape, base: LoraBase, dropout: float
         "use_rslora": shape.rslora,
         "rank_pattern": shape.rank_pattern,
         "alpha_pattern": shape.alpha_pattern,
-        "target_modules": _targets(layers, base),
+        "target_modules": _targets(modules, base),
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
@@ -270,8 +273,13 @@ def _config(layers: LoraLayers, shape: LoraShape, base: LoraBase, dropout: float
     }
 
 
-def _targets(layers: LoraLayers, base: LoraBase) -> list[str]:
+def _modules(layers: LoraLayers, base: LoraBase) -> list[str]:
+    """Full names of the adapted modules, each once."""
+    places = [(*linear, part.part) for linear, parts in layers.items() for part in parts]
+    return list(dict.fromkeys(base.module(*place) for place in places))
+
+
+def _targets(modules: list[str], base: LoraBase) -> list[str]:
     """Short names (`q_proj`) where every layer has the same ones, else every module's full name."""
-    modules = {base.module(layer, linear, part.part) for (layer, linear), parts in layers.items() for part in parts}
     short = {module.rpartition(".")[2] for module in modules}
     return sorted(short if len(modules) == len(short) * base.num_layers else modules)

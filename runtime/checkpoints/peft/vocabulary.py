@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runtime.checkpoints.peft.config import CONFIG, MAX_KEYS, WEIGHTS, AdapterConfig, AdapterInvalid
+from runtime.checkpoints.peft.config import CONFIG, WEIGHTS, AdapterConfig, AdapterInvalid
 from runtime.model.lora_base import LoraBase
 from runtime.model.token_rows import TokenRows, VocabularyRows
 from runtime.model.vocabulary import VocabularyBase
+from runtime.support.module_patterns import MAX_KEYS
 
 _DELTA = "token_adapter.trainable_tokens_delta"
 _WHOLE = ("weight", "modules_to_save.weight", "token_adapter.base_layer.weight", "base_layer.weight")
@@ -41,8 +42,11 @@ def take_rows(tensors: dict[str, Tensor], config: AdapterConfig, base: LoraBase)
         own = _rows(kind, tensors, vocabulary, indices.get(kind), required=kind in saved)
         if own is not None:
             found[kind] = own
-    if vocabulary.tied and "embedding" in indices and indices.get("head") in (None, indices["embedding"]):
-        found.setdefault("head", found["embedding"])
+    if vocabulary.tied and "embedding" in indices:
+        if "head" not in indices and "head" not in saved:
+            found["head"] = found["embedding"]  # of a resized base, PEFT writes the tied head from before the training
+        elif indices.get("head") == indices["embedding"]:
+            found.setdefault("head", found["embedding"])
     rows = VocabularyRows(found.get("embedding"), found.get("head"))
     _check_beyond(rows, vocabulary)
     return rows if found else None

@@ -3,6 +3,7 @@
 import hashlib
 import random
 import re
+import time
 from array import array
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -80,6 +81,10 @@ _LOADERS = {"json": "json", "jsonl": "jsonl", "csv": "csv", "parquet": "parquet"
 _TEXTS = ("alpaca", "prompt_completion", "completion")
 MAX_NAMED = 10
 """Rows of a kind that are listed by number."""
+FIRST_REPORT_SECONDS = 2.0
+"""Time of reading after which the number of rows is reported, and again and again…"""
+MAX_REPORT_SECONDS = 30.0
+"""…up to this far apart, where it takes long."""
 
 
 class RowRef(Struct, frozen=True):
@@ -132,7 +137,18 @@ class ReadDataset:
 class Reader:
     """Reads the datasets of one recipe."""
 
-    def __init__(self, recipe: Recipe, tokenizer: Tokenizer, files: DataFiles, ends: Collection[int]) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        tokenizer: Tokenizer,
+        files: DataFiles,
+        ends: Collection[int],
+        on_rows: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """`on_rows` is called with the numbers of rows and of tokens so far, every few seconds."""
+        self._on_rows = on_rows
+        self._rows = 0
+        self._began = self._reported = time.monotonic()
         self._recipe = recipe
         self._tokenizer = tokenizer
         self._files = files
@@ -166,6 +182,7 @@ class Reader:
         tokens = self._tokens
         for file, number, row in self._sharded(entry, lambda: islice(numbered(), first, last)):
             counts.rows += 1
+            self._report()
             try:
                 if isinstance(row, RowProblem):
                     raise row
@@ -187,6 +204,16 @@ class Reader:
         if self._recipe.shuffle_before_merging_datasets:
             random.Random(f"{param} of {self._recipe.seed}").shuffle(found)
         return found
+
+    def _report(self) -> None:
+        self._rows += 1
+        if self._on_rows is None:
+            return
+        now = time.monotonic()
+        pause = min(MAX_REPORT_SECONDS, max(FIRST_REPORT_SECONDS, (now - self._began) / 10))
+        if now - self._reported >= pause:
+            self._reported = now
+            self._on_rows(self._rows, self._tokens)
 
     def _sharded(self, entry: Dataset, rows: Callable[[], Iterator[T]]) -> Iterator[T]:
         """The rows of one of the pieces into which an entry is cut, in the order of the files."""

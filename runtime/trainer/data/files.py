@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from glob import iglob
+from io import BufferedReader
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
 
 from runtime.errors import Forbidden, InvalidRequest
 from runtime.support.durable import TOO_MANY_FILES, open_without_links, storage_unavailable
@@ -39,7 +39,7 @@ class DataFile:
     path: Path
     """Absolute, without symbolic links."""
 
-    def open(self) -> BinaryIO:
+    def open(self) -> BufferedReader:
         """Open the file for reading. Raises `Forbidden` unless it is a regular file, `InvalidRequest` when it cannot be
         read, and `StorageUnavailable` where the system has no descriptor left."""
         try:

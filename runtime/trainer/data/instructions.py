@@ -187,6 +187,11 @@ _CHATML = Wording(
     "<|im_start|>user\n{instruction}\n{input}<|im_end|>\n<|im_start|>assistant\n",
     "<|im_start|>system\n{system}<|im_end|>\n",
 )
+_PHI = Wording(
+    "<|user|>\n{instruction}<|end|>\n<|assistant|>\n",
+    "<|user|>\n{instruction}<|end|>{input}<|assistant|>",
+    "<|system|>\n{system}<|end|>\n",
+)
 
 
 def _opened(style: Wording, system: str, with_input: str | None = None) -> Wording:
@@ -240,6 +245,7 @@ TEXT_TYPES: dict[str, TextType] = {
     "alpaca:instruct": _type(ALPACA_COLUMNS, ALPACA),
     "alpaca:chat": _type(ALPACA_COLUMNS, _ALPACA_CHAT),
     "alpaca:chatml": _type(ALPACA_COLUMNS, _opened(_CHATML, _NO_INPUT_SYSTEM, _INPUT_SYSTEM)),
+    "alpaca:phi": _type(ALPACA_COLUMNS, _opened(_PHI, _NO_INPUT_SYSTEM, _INPUT_SYSTEM)),
     "alpaca_instruct": _type(ALPACA_COLUMNS, ALPACA),
     "alpaca_instruct.load_no_prompt": _type(ALPACA_COLUMNS, _INSTRUCT),
     "alpaca_chat": _type(ALPACA_COLUMNS, _ALPACA_CHAT),

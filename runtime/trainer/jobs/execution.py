@@ -356,11 +356,12 @@ class Execution:
     async def _publish(self, prepared: PreparedJob, step: int) -> None:
         metrics = await self._store.gate_metrics(self.id, step)
         good, why = prepared.publish_when(metrics)
+        gate = {"gate": {"condition": prepared.publish.when, "met": good, "reason": why, "metrics": metrics}}
         if not good:
-            note = Note(f"Trained, and not published: {why}", "warning")
+            note = Note(f"Trained, and not published: {why}", "warning", gate)
             await self._store.move(self.id, "succeeded", note, unless_cancelled=True)
             return
-        note = Note(f"Publishing: {why}" if why else "Publishing.")
+        note = Note(f"Publishing: {why}" if why else "Publishing.", data=gate)
         job = await self._store.move(self.id, "publishing", note, unless_cancelled=True)
         if job.state == "cancelled":
             return

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import os
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
@@ -29,11 +29,14 @@ class EventFeed:
     def __init__(self) -> None:
         self._waiting: dict[str, set[asyncio.Future[None]]] = defaultdict(set)
         self._changes: Counter[str] = Counter()
+        self.count = 0
+        """Changes of all jobs so far."""
         self.closed = False
 
     def touch(self, job_id: str) -> None:
         """Wake the waiters: something new of this job is stored."""
         self._changes[job_id] += 1
+        self.count += 1
         for future in self._waiting.pop(job_id, ()):
             if not future.done():
                 future.set_result(None)
@@ -158,12 +161,22 @@ _BATCH = 1000
 class Journal:
     """Writes the logs and records of jobs that were touched. Event loop only."""
 
-    def __init__(self, reader: JobReader, directories: JobDirectories, disk: WorkerThread) -> None:
+    def __init__(
+        self,
+        reader: JobReader,
+        directories: JobDirectories,
+        disk: WorkerThread,
+        on_event: Callable[[str, JobEvent], None] = lambda job_id, event: None,
+    ) -> None:
+        """`on_event` gets the id of its job and each event that is not in the log yet, in order and once."""
         self._reader = reader
         self._directories = directories
         self._disk = disk
+        self._on_event = on_event
         self._written: dict[str, int] = {}
         """Job → number of the last event in its log."""
+        self._told: dict[str, int] = {}
+        """Job → number of the last event that `on_event` got, or that was in the log before."""
         self._dirty: set[str] = set()
         self._outdated: set[str] = set()
         """Jobs whose records differ from their rows."""
@@ -205,8 +218,14 @@ class Journal:
         path = self._directories.log(job_id)
         if job_id not in self._written:
             self._written[job_id] = await self._disk.call(mend, path)
+            self._told.setdefault(job_id, self._written[job_id])
         events = await self._reader.events_after(job_id, self._written[job_id], _BATCH)
         wanted = bool(events) and self._at_work == job_id
+        if wanted:
+            for event in events:  # before the write, after which this may be cancelled
+                if event.number > self._told[job_id]:
+                    self._told[job_id] = event.number
+                    self._on_event(job_id, event)
         if wanted and await self._disk.call(append, path, events):
             self._written[job_id] = events[-1].number
             self._dirty.add(job_id)  # there may be more than a batch
@@ -233,6 +252,7 @@ class Journal:
         self._dirty.discard(job_id)
         self._outdated.discard(job_id)
         self._written.pop(job_id, None)
+        self._told.pop(job_id, None)
         if self._at_work == job_id:
             self._at_work = None
 

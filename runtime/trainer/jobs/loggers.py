@@ -1,17 +1,22 @@
-"""Loggers of other tools that a recipe asks for: TensorBoard, Weights & Biases, MLflow.
+"""Loggers of other tools that a recipe asks for: TensorBoard, Weights & Biases, MLflow, trackio.
 
 Each writes files into the job's folder, and none sends anything. They run on a thread of their own, off the path of
 steps; one that fails is left out from then on, and the job goes on.
 """
 
 import importlib
+import importlib.util
 import os
 import queue
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
+
+import msgspec
 
 from runtime.events import EvalEvent, StepEvent
 from runtime.support.durable import make_directory
@@ -89,10 +94,50 @@ class _MLflow:
         self._client.set_terminated(self._run)
 
 
+class _Trackio:
+    """A run in a database in the folder; `TRACKIO_DIR=FOLDER trackio show` shows it. In a process of its own: the
+    library has one folder a process, and its variables may have it send everything to a Space."""
+
+    _CHILD = """
+import json, sys, trackio
+run = trackio.init(project=sys.argv[1], name=sys.argv[2], resume="allow", embed=False,
+                   auto_log_gpu=False, auto_log_cpu=False)
+for line in sys.stdin:
+    values, step = json.loads(line)
+    run.log(values, step=step)
+trackio.finish()
+"""
+
+    def __init__(self, recipe: Recipe, job_id: str, folder: Path) -> None:
+        if importlib.util.find_spec("trackio") is None:
+            raise ModuleNotFoundError("trackio is not installed", name="trackio")
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("TRACKIO_")}
+        names = (recipe.trackio_project_name or "eft", recipe.trackio_run_name or job_id)
+        self._child = subprocess.Popen(
+            [sys.executable, "-c", self._CHILD, *names],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env={**kept, "TRACKIO_DIR": str(folder), "HF_HUB_OFFLINE": "1"},
+        )
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        assert self._child.stdin is not None
+        self._child.stdin.write(msgspec.json.encode((values, step)) + b"\n")
+        self._child.stdin.flush()
+
+    def close(self) -> None:
+        assert self._child.stdin is not None
+        self._child.stdin.close()  # with it the process ends, as it does with this one
+        if self._child.wait(CLOSE_SECONDS):
+            raise RuntimeError(f"its process ended with code {self._child.returncode}")
+
+
 OPENERS: dict[str, Callable[[Recipe, str, Path], JobLogger]] = {
     "tensorboard": _TensorBoard,
     "wandb": _Wandb,
     "mlflow": _MLflow,
+    "trackio": _Trackio,
 }
 """Name of a logger → what opens it, in a folder of its own."""
 

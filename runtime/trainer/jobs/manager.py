@@ -11,10 +11,11 @@ import secrets
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
-from runtime.errors import Conflict, EngineUnavailable, StorageUnavailable, TooManyRequests
+from runtime.errors import Conflict, EngineUnavailable, RequestError, StorageUnavailable, TooManyRequests
 from runtime.metrics import Metrics
 from runtime.support.database import Database
 from runtime.support.durable import make_directory, replace_file, storage_unavailable
@@ -24,11 +25,14 @@ from runtime.support.threads import WorkerThread
 from runtime.trainer.jobs.directories import JobDirectories
 from runtime.trainer.jobs.execution import Checkpoints, Execution, delete_discarded
 from runtime.trainer.jobs.followers import EventFeed, EventTail, Journal
-from runtime.trainer.jobs.records import STATES, Job, JobEngine, JobSubmission, Note, PreparedJob, new_record
+from runtime.trainer.jobs.records import STATES, Job, JobEngine, JobEvent, JobSubmission, Note, PreparedJob, new_record
 from runtime.trainer.jobs.retention import FOR_EVER, Keep, Retention
 from runtime.trainer.jobs.store import JobStore
 from runtime.trainer.jobs.validation import Validation
 from settings.schema import TrainerSettings
+
+if TYPE_CHECKING:
+    from runtime.support.tracing import JobTraces
 
 _log = get_logger("jobs")
 
@@ -58,11 +62,12 @@ class JobManager:
         self.tail = EventTail(self.store, self.feed)
         self._engine = engine
         self._metrics = metrics
+        self._traces: JobTraces | None = None
         self._max_waiting = max_waiting
         self._max_running = max_running
         self._disk = WorkerThread()
         self._checkpoints = Checkpoints(self.store, directories, self._disk)
-        self._journal = Journal(self.store, directories, self._disk)
+        self._journal = Journal(self.store, directories, self._disk, self._told)
         self._validation = Validation(self.store, directories, self._journal, engine, self._wake_up)
         self._retention = Retention(self.store, directories, self._disk, keep, self._forget)
         self._journaling: asyncio.Task[None] | None = None
@@ -81,6 +86,10 @@ class JobManager:
         """Paused jobs whose runs are still there, as long as no other is to start."""
         self._stopping = False
         self._stopped = False
+
+    def trace_with(self, traces: "JobTraces") -> None:
+        """Make spans of what jobs do from now on."""
+        self._traces = traces
 
     # -- life ----------------------------------------------------------------------------------
 
@@ -168,10 +177,17 @@ class JobManager:
                 raise storage_unavailable("The recipe cannot be stored", error) from error
             raise
         if created:
+            if self._traces is not None:
+                self._traces.expect(job.id)
             self._validation.begin(job.id)
         elif job.id != submission.id:
             await self.discard(submission.id)
-        await self._validation.wait(job.id, patience)
+        try:
+            await self._validation.wait(job.id, patience)
+        except RequestError as error:
+            if self._traces is not None:
+                self._traces.refuse(job.id, error.code)
+            raise
         return await self.store.get(job.id), created
 
     async def copy_of(self, job_id: str, recipe: bytes, *, owner: str) -> JobSubmission:
@@ -195,7 +211,7 @@ class JobManager:
         return JobSubmission(id=copy, recipe=recipe, files=tuple(files), digest=digest, owner=owner)
 
     async def dry_run(self, submission: JobSubmission) -> PreparedJob:
-        """Read a recipe and its files, and keep nothing. Raises what is wrong with it."""
+        """Read a recipe and its files, and keep no job. Raises what is wrong with it."""
         self._require_running()
         try:
             folder = self.directories.incoming(submission.id)
@@ -333,6 +349,15 @@ class JobManager:
         if job_id:
             self.feed.touch(job_id)
             self._journal.touch(job_id, record=counts is not None)
+
+    def _told(self, job_id: str, event: JobEvent) -> None:
+        """Log a change of a job's state, and trace it, steps and evaluations; events come in order, a little late."""
+        if (state := event.data.get("status")) is not None:
+            (_log.warning if event.level == "error" else _log.info)("job", job=job_id, state=state, note=event.message)
+            if self._traces is not None:
+                self._traces.on_state(job_id, state, event.created_at, event.data)
+        elif event.kind in ("step", "eval", "answers") and self._traces is not None:
+            self._traces.on_report(job_id, event.kind, event.created_at, event.data)
 
     def _require_running(self) -> None:
         if self._stopping:

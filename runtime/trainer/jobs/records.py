@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol, get_args
 
 from msgspec import Struct
 
-from runtime.events import RunEvent
+from runtime.events import ReadingEvent, RunEvent
 from runtime.trainer.recipe import Publish, Recipe
 
 # -- states ----------------------------------------------------------------------------------------
@@ -52,7 +52,7 @@ WAITING: frozenset[JobState] = frozenset({"validating", "queued"})
 
 PendingAction = Literal["cancel", "pause"]
 Level = Literal["info", "warning", "error"]
-EventKind = Literal["message", "step", "eval", "answers", "progress"]
+EventKind = Literal["message", "step", "eval", "answers", "progress", "reading"]
 
 
 class JobError(Struct, frozen=True):
@@ -126,6 +126,18 @@ class JobProgress(Struct, frozen=True, kw_only=True):
     """Share done of the activity under way, where that takes long; None without a report since the last step."""
     finish: float | None = None
     """Time at which the run will end at this pace, in seconds since the epoch, as it was last reported."""
+    rows_read: int | None = None
+    """Rows of the data that were read so far, as it was last reported; None from the first step on."""
+
+
+class ThinnedMetrics(Struct, frozen=True, kw_only=True):
+    """Steps and evaluations of a whole job, evenly chosen where there are many."""
+
+    rows: list[dict[str, Any]]
+    """As `JobReader.metrics` has them."""
+    steps: int
+    """Steps that there are."""
+    evaluations: int
 
 
 class JobEvent(Struct, frozen=True, kw_only=True):
@@ -246,12 +258,18 @@ class RunHandle(Protocol):
 class JobEngine(Protocol):
     """The engine, as jobs need it: to read recipes, to train, and to publish."""
 
-    def prepare(self, recipe: bytes, uploads: Mapping[str, Path], kept: Path | None) -> PreparedJob:
+    def prepare(
+        self,
+        recipe: bytes,
+        uploads: Mapping[str, Path],
+        kept: Path | None,
+        on_reading: Callable[[ReadingEvent], None] | None = None,
+    ) -> PreparedJob:
         """Read a recipe and its data; `uploads` has the files sent along, by the names they were sent under.
 
         `kept`: file for the prepared data of a job, which is read from there where it was written before; None for a
-        recipe that is not to become a job. Blocks, and is called in a thread of its own. Raises `RequestError` (400,
-        403, 404) with `param`.
+        recipe that is not to become a job. Blocks, and is called in a thread of its own, where `on_reading` is called
+        too. Raises `RequestError` (400, 403, 404) with `param`.
         """
 
     def start(

@@ -11,7 +11,7 @@ from typing import Any
 
 from msgspec import Struct
 
-from runtime.trainer.jobs.records import Job, JobCheckpoint, JobFile, JobProgress
+from runtime.trainer.jobs.records import Job, JobCheckpoint, JobFile, JobProgress, ThinnedMetrics
 
 WIDTH, HEIGHT, MARGIN = 640, 200, 44
 """Pixels of a curve, and of the space for its numbers."""
@@ -42,8 +42,7 @@ class JobReport(Struct, frozen=True, kw_only=True):
     progress: JobProgress
     files: list[JobFile]
     checkpoints: list[JobCheckpoint]
-    metrics: list[dict[str, Any]]
-    """Steps and evaluations, as `JobReader.metrics` has them."""
+    metrics: ThinnedMetrics
     answers: list[dict[str, Any]]
     """As `JobReader.answers` has them."""
 
@@ -104,14 +103,19 @@ def _failure(job: Job) -> list[str]:
 # -- curves ----------------------------------------------------------------------------------------
 
 
-def _curves(metrics: Sequence[dict[str, Any]]) -> list[str]:
-    steps = [row for row in metrics if row["type"] == "step"]
-    evals = [row for row in metrics if row["type"] == "eval"]
-    names = dict.fromkeys(["loss", "accuracy", *(name for row in metrics for name in row.get("metrics", {}))])
+def _curves(metrics: ThinnedMetrics) -> list[str]:
+    steps = [row for row in metrics.rows if row["type"] == "step"]
+    evals = [row for row in metrics.rows if row["type"] == "eval"]
+    names = dict.fromkeys(["loss", "accuracy", *(name for row in metrics.rows for name in row.get("metrics", {}))])
     found = [_figure(name, _points(steps, name), _points(evals, name)) for name in names]
     rates = [(row["step"], row["learning_rate"]) for row in steps]
     found += [_figure("learning rate", rates, []), _figure("gradient norm", _points(steps, "grad_norm"), [])]
-    return ["<h2>Curves</h2>", *filter(None, found)] if any(found) else []
+    said = [
+        f"<p>The curves are of {len(some):,} of {total:,} {what}, evenly chosen.</p>"
+        for some, total, what in ((steps, metrics.steps, "steps"), (evals, metrics.evaluations, "evaluations"))
+        if len(some) < total
+    ]
+    return ["<h2>Curves</h2>", *said, *filter(None, found)] if any(found) else []
 
 
 def _points(rows: Iterable[dict[str, Any]], name: str) -> list[tuple[int, float]]:
@@ -168,8 +172,8 @@ def _figure(name: str, train: Sequence[tuple[int, float]], evals: Sequence[tuple
 # -- tables ----------------------------------------------------------------------------------------
 
 
-def _evaluations(metrics: Sequence[dict[str, Any]]) -> list[str]:
-    rows = [row for row in metrics if row["type"] == "eval"][-MAX_ROWS:]
+def _evaluations(metrics: ThinnedMetrics) -> list[str]:
+    rows = [row for row in metrics.rows if row["type"] == "eval"][-MAX_ROWS:]
     if not rows:
         return []
     names = list(dict.fromkeys(name for row in rows for name in row.get("metrics", {})))
@@ -177,7 +181,9 @@ def _evaluations(metrics: Sequence[dict[str, Any]]) -> list[str]:
         [row["step"], row["loss"], row["accuracy"], *(row.get("metrics", {}).get(name) for name in names)]
         for row in rows
     ]
-    return ["<h2>Evaluations</h2>", _table(["step", "loss", "accuracy", *names], body)]
+    cut = f"<p>The table has {len(rows):,} of {metrics.evaluations:,} evaluations, the last ones.</p>"
+    table = _table(["step", "loss", "accuracy", *names], body)
+    return ["<h2>Evaluations</h2>", *([cut] if len(rows) < metrics.evaluations else []), table]
 
 
 def _answers(answers: Sequence[dict[str, Any]]) -> list[str]:

@@ -25,6 +25,7 @@ from runtime.trainer.jobs.records import (
     JobRecord,
     JobState,
     Note,
+    ThinnedMetrics,
 )
 
 _RECENT = 20
@@ -119,7 +120,7 @@ def append(connection: sqlite3.Connection, job_id: str, note: Note, now: float |
 
 def insert_event(connection: sqlite3.Connection, job_id: str, event: JobEvent, *, step: int | None = None) -> None:
     """Store an event as it is; its step, by default, is the one that its data names."""
-    if step is None and event.kind != "message":
+    if step is None and event.kind not in ("message", "reading"):
         step = event.data["step"]
     connection.execute(
         "INSERT INTO job_events (job_id, number, created_at, level, kind, step, message, data) "
@@ -161,7 +162,7 @@ def progress(connection: sqlite3.Connection, job_id: str) -> JobProgress:
     ).fetchall()
     fraction, finish = _under_way(connection, job_id, last[0]["number"] if last else 0)
     if not last:
-        return JobProgress(fraction=fraction, finish=finish)
+        return JobProgress(fraction=fraction, finish=finish, rows_read=_rows_read(connection, job_id))
     data = [msgspec.json.decode(row["data"]) for row in last]
     query = "SELECT trained_tokens FROM job_progress WHERE job_id = ? AND step = ?"
     trained = connection.execute(query, (job_id, last[0]["step"])).fetchone()
@@ -173,6 +174,13 @@ def progress(connection: sqlite3.Connection, job_id: str) -> JobProgress:
         fraction=fraction,
         finish=finish,
     )
+
+
+def _rows_read(connection: sqlite3.Connection, job_id: str) -> int | None:
+    row = connection.execute(
+        "SELECT data FROM job_events WHERE job_id = ? AND +kind = 'reading' ORDER BY number DESC LIMIT 1", (job_id,)
+    ).fetchone()
+    return None if row is None else int(msgspec.json.decode(row["data"])["rows"])
 
 
 def _under_way(connection: sqlite3.Connection, job_id: str, after: int) -> tuple[float | None, float | None]:
@@ -317,6 +325,27 @@ class JobReader:
 
         return await self._database.call(work)
 
+    async def thinned_metrics(self, job_id: str, *, limit: int) -> ThinnedMetrics:
+        """`metrics` of the whole job: at most `limit` steps and as many evaluations, evenly, the last ones among
+        them."""
+        query = (
+            "WITH places AS (SELECT kind, step, max(number) AS number, "
+            "row_number() OVER (PARTITION BY kind ORDER BY step DESC) - 1 AS place, "
+            "count(*) OVER (PARTITION BY kind) AS total "
+            "FROM job_events WHERE job_id = ?1 AND kind IN ('step', 'eval') GROUP BY kind, step) "
+            "SELECT places.kind, total, data FROM places JOIN job_events USING (number) "
+            "WHERE job_id = ?1 AND place % ((total + ?2 - 1) / ?2) = 0 ORDER BY places.step, places.kind DESC"
+        )
+
+        def work(c: sqlite3.Connection) -> ThinnedMetrics:
+            get(c, job_id)
+            found = c.execute(query, (job_id, limit)).fetchall()
+            totals = {row["kind"]: int(row["total"]) for row in found}
+            rows = [msgspec.json.decode(row["data"]) for row in found]
+            return ThinnedMetrics(rows=rows, steps=totals.get("step", 0), evaluations=totals.get("eval", 0))
+
+        return await self._database.call(work)
+
     async def gate_metrics(self, job_id: str, step: int) -> dict[str, float]:
         """Metrics of the weights of `step`: `train_loss`, `train_accuracy` and `train_` and the name for those of the
         loss; the same with `eval_` of the last evaluation up to then, and with `base_` of the one before the first
@@ -351,6 +380,15 @@ class JobReader:
             return found[:1] if found and found[0] == found[-1] else found
 
         return await self._database.call(work)
+
+    async def gate(self, job_id: str) -> dict[str, Any] | None:
+        """The decision of the recipe's gate: condition, met, reason, metrics. None before it."""
+        query = (
+            "SELECT data FROM job_events WHERE job_id = ? AND +kind = 'message' "
+            "AND json_extract(data, '$.gate') IS NOT NULL ORDER BY number DESC LIMIT 1"
+        )
+        row = await self._database.call(lambda c: c.execute(query, (job_id,)).fetchone())
+        return None if row is None else msgspec.json.decode(row["data"])["gate"]
 
     async def checkpoints(self, job_id: str) -> list[JobCheckpoint]:
         """Oldest first."""

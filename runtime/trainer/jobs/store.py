@@ -12,7 +12,7 @@ from typing import TypeVar
 import msgspec
 
 from runtime.errors import Conflict, StorageUnavailable, TooManyRequests
-from runtime.events import AnswersEvent, ProgressEvent, Report, StepEvent
+from runtime.events import AnswersEvent, ProgressEvent, ReadingEvent, Report, StepEvent
 from runtime.support.database import Database
 from runtime.trainer.jobs import rows
 from runtime.trainer.jobs.records import (
@@ -281,10 +281,11 @@ class JobStore(JobReader):
 
     # -- what a run reports --------------------------------------------------------------------
 
-    async def report(self, job_id: str, events: Sequence[Report]) -> None:
-        """Store steps, evaluations and progress, as one transaction."""
+    async def report(self, job_id: str, events: Sequence[Report | ReadingEvent]) -> None:
+        """Store steps, evaluations and progress, as one transaction. Raises `NotFound`."""
 
         def work(c: sqlite3.Connection) -> None:
+            rows.get(c, job_id)
             for event in events:
                 rows.append(c, job_id, _note(event))
 
@@ -396,12 +397,14 @@ def _recover(c: sqlite3.Connection, job: Job) -> None:
         rows.move(c, job.id, "queued", Note("Queued again; it goes on from its newest checkpoint."))
 
 
-def _note(event: Report) -> Note:
+def _note(event: Report | ReadingEvent) -> Note:
     data = msgspec.to_builtins(event)
     if isinstance(event, ProgressEvent):
         what = f"Step {event.step + 1} of {event.total_steps}" if event.activity == "train" else "The evaluation"
         left = "" if event.seconds_left is None else f"; about {show_duration(event.seconds_left)} left"
         return Note(f"{what} is {event.fraction:.0%} done{left}.", data=data, kind="progress", step=event.step)
+    if isinstance(event, ReadingEvent):
+        return Note(f"Read {event.rows:,} rows so far, {event.tokens:,} tokens.", data=data, kind="reading")
     if isinstance(event, StepEvent):
         message = f"Step {event.step}: loss {event.loss:.4f}"
         return Note(message, data=data, kind="step", step=event.step)

@@ -1,11 +1,14 @@
 """Reading recipes and their data before a job is queued, one at a time, off the event loop."""
 
 import asyncio
+import contextlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 from runtime.errors import RequestError, StorageUnavailable
+from runtime.events import ReadingEvent
 from runtime.support.durable import error_code, patiently, reason, remove
 from runtime.support.event_loop import cancel
 from runtime.support.logs import get_logger
@@ -69,10 +72,35 @@ class Validation:
         until its end. Raises `RequestError`, `OSError`."""
         uploads = _paths(self._directories.uploads(job_id), files)
         kept = self._directories.prepared(job_id)
-        return await patiently(lambda: self._reading.call(self._engine.prepare, recipe, uploads, kept))
+        async with self._reports(job_id) as report:
+            return await patiently(lambda: self._reading.call(self._engine.prepare, recipe, uploads, kept, report))
+
+    @asynccontextmanager
+    async def _reports(self, job_id: str) -> AsyncIterator[Callable[[ReadingEvent], None]]:
+        """Context with a function, for any thread, that has reports on the reading of a job stored until its end."""
+        events = asyncio.Queue[ReadingEvent | None]()
+        loop = asyncio.get_running_loop()
+
+        def report(event: ReadingEvent) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended in the meantime
+                loop.call_soon_threadsafe(events.put_nowait, event)
+
+        async def store() -> None:
+            while (event := await events.get()) is not None:
+                with contextlib.suppress(RequestError):  # a disk that is full, or a job that was deleted
+                    await self._store.report(job_id, [event])
+
+        task = asyncio.create_task(store())
+        try:
+            yield report
+        except BaseException:
+            await cancel(task)
+            raise
+        events.put_nowait(None)
+        await task
 
     async def try_out(self, recipe: bytes, files: list[JobFile], folder: Path) -> PreparedJob:
-        """The same of one that is not to become a job, with its files in `folder`."""
+        """The same of one that is not to become a job, with its files in `folder`. Its data stays for later jobs."""
         return await self._trying.call(self._engine.prepare, recipe, _paths(folder, files), None)
 
     async def close(self) -> None:

@@ -2,7 +2,7 @@
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -38,6 +38,7 @@ from runtime.trainer.plan.served_model import (
     TemplateChoice,
     choose_template,
     end_ids,
+    ranks_of,
     resolve_targets,
     with_template,
 )
@@ -51,8 +52,12 @@ from runtime.trainer.schedule import Bin, ExampleFeed, Schedule, grouped, make_s
 #
 # Rough cost of a job: memory from the model's shape, time from a rate that was measured elsewhere.
 
-_STATE_BYTES = {"adamw": 8, "adamw_8bit": 2, "sgd": 0, "lion": 4, "muon": 4, "adafactor": 1}
-"""Bytes of optimiser state for each parameter: two moments in 32 or in 8 bits, one, or a row and a column."""
+_STATE_BYTES = {
+    "adamw": 8, "adamw_8bit": 2, "sgd": 0, "lion": 4, "muon": 4, "adafactor": 1, "adopt": 8, "came": 5,
+    "schedule_free_adamw": 12, "schedule_free_radam": 12, "schedule_free_sgd": 8,
+}  # fmt: skip
+"""Bytes of optimiser state for each parameter: two moments in 32 or in 8 bits, one, or a row and a column; a second
+set of weights, and in evaluations a third."""
 LOSS_CHUNK = 256
 """Tokens whose logits are in memory at once, as float32, with their gradients."""
 
@@ -81,19 +86,20 @@ def estimate(
     recipe: Recipe,
     shape: ModelShape,
     targets: Sequence[TargetKey],
+    ranks: Sequence[int],
     *,
     largest: int,
     tokens: int,
     tokens_per_second: float | None,
     rows: int = 0,
 ) -> Estimate:
-    """`rows` is the number of trained rows of embedding and head, `largest` that of the tokens of the largest
-    micro-batch, `tokens` that of the whole job."""
+    """`ranks` are those of the targets, `rows` is the number of trained rows of embedding and head, `largest` that of
+    the tokens of the largest micro-batch, `tokens` that of the whole job."""
     if recipe.adapter is None:
         layer = sum(inputs * outputs for inputs, outputs in shape.linears.values())
         factors = shape.num_layers * layer + shape.vocab_size * shape.hidden_size
     else:
-        factors = sum(recipe.lora_r * sum(shape.linears[name]) for _, name in targets)
+        factors = sum(rank * sum(shape.linears[name]) for rank, (_, name) in zip(ranks, targets, strict=True))
     magnitudes = sum(shape.linears[name][1] for _, name in targets) if recipe.peft_use_dora else 0
     parameters = factors + magnitudes + (rows * shape.hidden_size if recipe.adapter is not None else 0)
     kept = factors if recipe.begins_in_base else 0  # beside them, the first weights
@@ -147,6 +153,34 @@ def preview(example: Example, tokenizer: Tokenizer) -> list[PreviewPiece]:
     return pieces
 
 
+LISTED = 100
+"""Examples whose sizes the summary lists."""
+LISTED_CHARS = 120
+"""Characters of each text that is listed."""
+_LISTED_TOKENS = 60
+
+
+class ExampleLine(Struct, frozen=True, kw_only=True):
+    """One example in short."""
+
+    tokens: int
+    trained_tokens: int
+    begins: str
+    """Its first words."""
+    learns: str
+    """The first words that are trained on."""
+
+
+def example_line(example: Example, tokenizer: Tokenizer) -> ExampleLine:
+    """An example in short, special tokens left out."""
+    first = next((at for at, trained in enumerate(example.trained) if trained), len(example))
+    begins, learns = (
+        " ".join(tokenizer.decode(ids).split())[:LISTED_CHARS]
+        for ids in (example.token_ids[:first][:_LISTED_TOKENS], example.token_ids[first:][:_LISTED_TOKENS])
+    )
+    return ExampleLine(tokens=len(example), trained_tokens=example.num_trained, begins=begins, learns=learns)
+
+
 PREVIEWS = 3
 TRAINING_PASSES = 3
 """Cost of training on a token, in forward passes of it."""
@@ -192,6 +226,8 @@ class Plan:
     watchdog_threshold: float
     previews: list[list[PreviewPiece]]
     """The first examples, with what is trained on marked."""
+    listed: list[ExampleLine]
+    """The first examples in short."""
     prompt: Prompt
     """Form of requests to the adapter."""
     how_to_ask: str
@@ -247,13 +283,15 @@ def prepare(
     devices: int = 0,
     nodes: int = 1,
     origin: AdapterOrigin | None = None,
+    on_rows: Callable[[int, int], None] | None = None,
 ) -> Plan:
     """Read, check and tokenise a recipe's data, and work out its steps. Takes as long as tokenising does.
 
     `model_names` are those of the served model, its own first; `max_len` is the longest sequence that it can be
     trained on; `tokens_per_second` is the rate of training here, if that is known; `kept` has the data of a job that
     was read before; `max_vocabulary`: most bytes of the adapter's rows of embedding and head; `devices` are set aside
-    for jobs on each of `nodes`; `origin` is the adapter to go on from, which the recipe agrees with.
+    for jobs on each of `nodes`; `origin` is the adapter to go on from, which the recipe agrees with; `on_rows`: see
+    `Reader`.
     Raises `InvalidRequest` (`BadRows` for rows), `ModelNotFound` and `Forbidden`.
     """
     check_base_model(recipe, model_names)
@@ -265,6 +303,7 @@ def prepare(
     launch = launch_of(recipe, devices, nodes)
     full, ranks = (False, 1) if launch is None else (launch.full, launch.ranks)
     targets = [] if full else resolve_targets(recipe, shape)
+    ranks_of_targets = [] if full else ranks_of(recipe, shape, targets)
     template = choose_template(recipe, tokenizer)
     vocabulary = None
     if recipe.changes_vocabulary:
@@ -274,10 +313,14 @@ def prepare(
     if template is not None:
         tokenizer = with_template(tokenizer, template.source)
     ends = end_ids(recipe, tokenizer)
-    data = None if kept is None else kept.read(recipe, tokenizer, ends)
+    entries = [entry for group in DATA_GROUPS for entry in getattr(recipe, group)]
+    files = files.naming(name for entry in entries for name in names_of(entry))
+    data = None if kept is None else kept.read(recipe, tokenizer, ends, files)
     if data is None:
         stops = template is not None and bool(stop_texts(tokenizer, ends))
-        data = _read(recipe, tokenizer, files, ends, stops_at_text=stops)
+        data = _read(
+            Reader(recipe, tokenizer, files, ends, on_rows), recipe, tokenizer, files, ends, stops_at_text=stops
+        )
         if kept is not None:
             kept.write(recipe, tokenizer, ends, data)
     train, test = data.train, data.test
@@ -312,6 +355,7 @@ def prepare(
             recipe,
             shape,
             targets,
+            ranks_of_targets,
             largest=sum(sizes[: recipe.micro_batch_size]),
             tokens=round(sum(lengths) * (schedule.epochs + _reference_passes(recipe, schedule))),
             tokens_per_second=tokens_per_second,
@@ -319,6 +363,7 @@ def prepare(
         ),
         watchdog_threshold=watchdog_threshold(recipe, shape.vocab_size),
         previews=[preview(example, tokenizer) for example in train[: PREVIEWS - PREVIEWS % recipe.group_size]],
+        listed=[example_line(example, tokenizer) for example in train[: LISTED - LISTED % recipe.group_size]],
         prompt=data.prompt,
         how_to_ask=how_to_ask(data.prompt, chats=tokenizer.chat_template is not None),
         warnings=warnings,
@@ -342,13 +387,16 @@ def prepare(
 
 
 def _read(
-    recipe: Recipe, tokenizer: Tokenizer, files: DataFiles, ends: frozenset[int], *, stops_at_text: bool
+    reader: Reader,
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    files: DataFiles,
+    ends: frozenset[int],
+    *,
+    stops_at_text: bool,
 ) -> PreparedData:
     """The examples of the recipe's files, and remarks on them. `stops_at_text`: answers of the adapter end at a text.
     Raises as `prepare`."""
-    entries = [entry for group in DATA_GROUPS for entry in getattr(recipe, group)]
-    files = files.naming(name for entry in entries for name in names_of(entry))
-    reader = Reader(recipe, tokenizer, files, ends)
     train_counts, test_counts = RowCounts(), RowCounts()
     train = _shard(reader.read("datasets", recipe.datasets, train_counts), recipe)
     test = reader.read("test_datasets", recipe.test_datasets, test_counts)
@@ -501,6 +549,8 @@ class PlanSummary(Struct, frozen=True, kw_only=True):
     """Notes on likely mistakes."""
     notes: list[str]
     previews: list[list[PreviewPiece]]
+    listed: list[ExampleLine]
+    """The first examples in short, `LISTED` at most."""
 
 
 def summarize(plan: Plan) -> PlanSummary:
@@ -530,4 +580,5 @@ def summarize(plan: Plan) -> PlanSummary:
         warnings=plan.warnings,
         notes=plan.notes,
         previews=plan.previews,
+        listed=plan.listed,
     )

@@ -10,6 +10,7 @@ from msgspec import Struct
 
 from runtime.errors import InvalidRequest
 from runtime.model.vocabulary import VocabularyBase
+from runtime.support.module_patterns import ModulePattern, PatternInvalid
 from runtime.text.chat_template import ChatTemplateError
 from runtime.text.templates import ALIASES, BUILTIN_TEMPLATES, builtin_template
 from runtime.text.tokenizer import Tokenizer
@@ -111,8 +112,8 @@ def resolve_targets(recipe: Recipe, shape: ModelShape) -> list[TargetKey]:
     if recipe.lora_target_parameters:
         linears = ", ".join(name.rpartition(".")[2] for name in shape.linears)
         raise InvalidRequest(
-            "lora_target_parameters: parameters of experts that are no linears are not adapted for the served model: "
-            f"name linears in lora_target_modules ({linears}), and leave it out.",
+            "lora_target_parameters: parameters of experts are served as they are, and not adapted: name linears in "
+            f"lora_target_modules ({linears}), and leave it out.",
             param="lora_target_parameters",
         )
     modules = recipe.lora_target_modules
@@ -129,6 +130,25 @@ def resolve_targets(recipe: Recipe, shape: ModelShape) -> list[TargetKey]:
         if not any(_ends(name, entry) for _, name in full):
             raise _absent(f"{entry[:64]!r} is", shape)
     return [place for place, name in full if any(_ends(name, entry) for entry in modules)]
+
+
+def ranks_of(recipe: Recipe, shape: ModelShape, targets: Sequence[TargetKey]) -> list[int]:
+    """The rank of each of the targets. Raises `InvalidRequest` for a key of `lora_rank_pattern` or `lora_alpha_pattern`
+    that means none of them."""
+    modules = [_full(place, shape) for place in targets]
+    try:
+        for key in ("lora_rank_pattern", "lora_alpha_pattern"):
+            for name in ModulePattern(key, getattr(recipe, key)).unmatched(modules):
+                ends = dict.fromkeys(module.rpartition(".")[2] for module in modules)
+                raise InvalidRequest(
+                    f"{key}: {name[:100]!r} is none of the adapted linears, which are {', '.join(ends)} (in full: "
+                    f"{modules[0]}).",
+                    param=f"{key}.{name[:64]}",
+                )
+        ranks = ModulePattern("lora_rank_pattern", recipe.lora_rank_pattern)
+        return [ranks.get(module, recipe.lora_r) for module in modules]
+    except PatternInvalid as error:
+        raise InvalidRequest(str(error), param=str(error).partition(" ")[0]) from None
 
 
 def _layers(recipe: Recipe, shape: ModelShape) -> Sequence[int]:

@@ -14,6 +14,7 @@ DataType = Literal[
     "alpaca:instruct",
     "alpaca:chat",
     "alpaca:chatml",
+    "alpaca:phi",
     "alpaca_instruct",
     "alpaca_instruct.load_no_prompt",
     "alpaca_chat",

@@ -51,6 +51,8 @@ _WITHOUT_ADAPTER = {
 """Keys that only an adapter makes harmless."""
 
 
+_IN_THE_SERVER = ("adopt", "came", "schedule_free_adamw", "schedule_free_radam", "schedule_free_sgd")
+"""Families of optimisers for runs in the serving process alone."""
 _SERVER_ONLY = {
     "peft_use_dora": "magnitudes are trained",
     "lora_model_dir": "jobs go on from an adapter",
@@ -133,6 +135,8 @@ def launch_problems(recipe: Recipe, values: Mapping[str, Any], devices: int) -> 
         yield "devices", f"must be at most {devices}, the devices of trainer.devices, got {recipe.devices}"
     if recipe.neftune_noise_alpha:
         yield "neftune_noise_alpha", "is not built for jobs on devices of their own; leave it out"
+    if recipe.optimizer_family in _IN_THE_SERVER:
+        yield "optimizer", f"{recipe.optimizer} is not built for jobs on devices of their own; use adamw_torch_fused"
     if recipe.optimizer_family in ("adafactor", "muon") and (launch.full or launch.method != "ddp"):
         yield "optimizer", f"{recipe.optimizer} is for adapters that are whole on each device; use adamw_torch_fused"
     if recipe.num_generated:
@@ -140,7 +144,7 @@ def launch_problems(recipe: Recipe, values: Mapping[str, Any], devices: int) -> 
             "do_causal_lm_eval",
             "is not built for jobs on devices of their own, where no serving engine generates answers; set it to false",
         )
-    if launch.method == "deepspeed" and recipe.optimizer_family != "adamw":
+    if launch.method == "deepspeed" and recipe.optimizer_family not in ("adamw", "adamw_8bit"):
         yield "optimizer", f"{recipe.optimizer} is not built with deepspeed; use adamw_torch_fused"
     if not launch.full:
         yield from _for_the_server(recipe)

@@ -21,6 +21,7 @@ from runtime.trainer.recipe.keys import (
     Refused,
     is_off,
     modernise,
+    notes_of,
 )
 from runtime.trainer.recipe.launch import FSDP_NOTED, NO_ADAPTER, launch_notes, launch_of, launch_problems
 from runtime.trainer.recipe.publish import (
@@ -35,15 +36,14 @@ from runtime.trainer.recipe.publish import (
 from runtime.trainer.recipe.rules import (
     adapter_problems,
     flatten_types,
+    optimizer_problems,
     preference_problems,
     schedule_problems,
     take_unbuilt,
-    take_unbuilt_optimizer,
 )
 from runtime.trainer.recipe.schema import ADAPTER_KEYS, DATA_GROUPS, INTERNAL, Recipe
 from runtime.trainer.recipe.types import ROLES, role_names, unknown_roles
 from runtime.trainer.recipe.values import FsdpConfig
-from runtime.trainer.recipe.verdicts import notes_of
 from settings import suggest
 
 # -- convert ---------------------------------------------------------------------------------------
@@ -164,6 +164,7 @@ def find_problems(recipe: Recipe, values: Mapping[str, Any], *, max_lora_rank: i
             yield other, f"give {one} or {other}, not both"
     yield from _sizes(recipe, values)
     yield from schedule_problems(recipe)
+    yield from optimizer_problems(recipe)
     yield from preference_problems(recipe, values)
     if recipe.adapter is not None:
         yield from adapter_problems(recipe, given, max_lora_rank=max_lora_rank)
@@ -412,7 +413,7 @@ def recipe_from(
     def report(key: str, message: str) -> None:
         problems.append(Problem(key, message, document.lines.get(key)))
 
-    for key, message in (*take_unbuilt(values), *take_unbuilt_optimizer(values)):
+    for key, message in take_unbuilt(values):
         report(key, message)
     recipe = convert_struct(Recipe, values, "", report)
     reported = {problem.key for problem in problems}
@@ -437,7 +438,7 @@ def recipe_from(
 
 
 def _names_nothing(key: str, value: Any) -> bool:
-    return key.startswith("lora_target") and is_off(value)
+    return (key.startswith("lora_target") or key.endswith("_pattern")) and is_off(value)
 
 
 def _essential(problems: list[Problem], values: Mapping[str, Any]) -> list[Problem]:

@@ -73,7 +73,7 @@ TAIL = """
 | `auto` | `chat_template`, `alpaca`, `prompt_completion`, `completion`, `input_output` or `tokenized`, told by the fields of the first row | |
 
 Relatives of `alpaca`, each a prompt and its answer as text: `alpaca_instruct`, `alpaca_chat` (`.load_qa`: question, answer;
-`.load_camel_ai`: message_1, message_2; `.load_concise`, `.load_no_prompt`), `alpaca:chat`, `alpaca:chatml`, `alpaca_w_system` (a column
+`.load_camel_ai`: message_1, message_2; `.load_concise`, `.load_no_prompt`), `alpaca:chat`, `alpaca:chatml`, `alpaca:phi`, `alpaca_w_system` (a column
 system; `.load_chat`, `.load_open_orca`: system_prompt, question, response), `gpteacher` (response), `gpt4all` (prompt, response),
 `oasst` (INSTRUCTION, RESPONSE), `orcamini`, `metharme` (prompt, generation), `jeopardy` (question, category, answer), `summarizetldr` (article,
 summary), `reflection` (reflection, corrected), `explainchoice` and `concisechoice` (question, choices, solution or explanation), and
@@ -134,7 +134,7 @@ The adapter's folder is PEFT's, with `trainable_token_indices` and `modules_to_s
 beyond the base's, PEFT needs `model.resize_token_embeddings(N)` before it loads the adapter: the plan says N, and `eft.json`
 has the tokens. Adapters that PEFT or Axolotl have written so are served too, with the added tokens of the tokenizer.json that
 lies beside them. Other adapters and the base know nothing of these tokens: their ids are refused there. Models that run in
-transformers' own modules have no such rows, and what is exported merged has none either.
+transformers' own modules have no such rows.
 
 ## Optimisers and schedules
 
@@ -145,10 +145,12 @@ transformers' own modules have no such rows, and what is exported merged has non
 | `lion…` | Lion (arXiv:2302.06675), by `adam_beta1` and `adam_beta2` |
 | `adafactor` | transformers', as its trainer sets it: no relative step, no scaling by parameters |
 | `muon` | torch's `Muon` |
+| `schedule_free_adamw`, `schedule_free_radam`, `schedule_free_sgd` | of the package schedulefree: a mean of weights in place of a schedule. That mean is evaluated and published; use `lr_scheduler: constant_with_warmup` |
+| `adopt_adamw`, `came_pytorch` | of the package pytorch-optimizer; CAME by `adam_beta3` and `adam_epsilon2` too |
 | `sgd` | plain |
 
-Adafactor and Muon look at each matrix of an adapter as a whole, as PEFT holds it; they are refused where ranks hold parts of them.
-The state of each is in checkpoints. `loraplus_lr_ratio` is LoRA+ (arXiv:2402.12354): B matrices learn at that much times the rate.
+Adafactor, CAME and Muon look at each matrix of an adapter as a whole, as PEFT holds it; they are refused where ranks hold parts of
+them. The packages of the last two rows come with `pip install 'eft-server[optimizers]'`. The state of each is in checkpoints. `loraplus_lr_ratio` is LoRA+ (arXiv:2402.12354): B matrices learn at that much times the rate.
 `neftune_noise_alpha` adds NEFTune's noise to the input of the first layer, in training alone: drawn from the seed and the step.
 
 `lr_scheduler` is one of transformers' (`linear`, `cosine`, `cosine_with_restarts`, `cosine_with_min_lr`, `polynomial`, `inverse_sqrt`,
@@ -234,7 +236,9 @@ eft export tickets --to tickets-lora.gguf --format gguf-lora         # the adapt
 weight is rounded once. It prints the difference to the adapter as it is served: the share of equal tokens, the largest
 difference of a logit, the divergence. A base whose files hold integers is merged in floats where they are GGUF, and refused
 where they are bitsandbytes': give the model that it was made from. GGUF types are f32, f16, bf16, q8_0 and q4_k; rows that
-are no whole blocks of q4_k are written as q8_0 or f16. From a directory GGUF is written for Llama, Mistral, Qwen 2 and 3,
+are no whole blocks of q4_k are written as q8_0 or f16. An adapter's own template, tokens, rows of embedding and head, and ends of
+answers go into the merged model and the GGUF file, with the larger vocabulary where there are new ids; a peft export has
+`eft.json`, which says so. From a directory GGUF is written for Llama, Mistral, Qwen 2 and 3,
 SmolLM3, OLMo 2 and Granite; from a GGUF base for every architecture that is read, with its metadata unchanged. Over HTTP:
 `GET /admin/adapters/NAME/export?format=merged|gguf|gguf-lora&type=…`.
 
@@ -244,13 +248,18 @@ SmolLM3, OLMo 2 and Granite; from a GGUF base for every architecture that is rea
 beside plain ones, and exported merged: GGUF files of adapters alone have no place for magnitudes. On a base in integers the norms
 are of the weights as they are served.
 
+`lora_rank_pattern` and `lora_alpha_pattern` give single linears another rank or alpha, as PEFT's `rank_pattern` and
+`alpha_pattern` do: `{q_proj: 32, "(layers.0|layers.1).mlp.*": 4}`. A key is the end of a full name, from a dot on, or a regular
+expression; the first that matches counts, and one that means no adapted linear is an error. PEFT sorts keys when it saves: where
+several mean one linear, the adapter is written with a key for each linear.
+
 `peft_init_lora_weights` says what an adapter begins with. PEFT takes the first product of `pissa` and `olora` out of the base. Here
 the base is shared: the product is taken off in training, and the adapter is published with twice the rank, as PEFT's
 `path_initial_model_for_weight_conversion` does, for the base as it is. `pissa` decomposes each weight whole, which takes long
 for a large model; `pissa_niter_16` does not. `loftq` begins with what rounding took from the base's own files where it is served in
 integers, divided by the scale, so that it fits any alpha.
 
-`lora_model_dir` goes on from an adapter: its weights are the first ones, its rank, alpha, targets and kind hold, and its chat
+`lora_model_dir` goes on from an adapter: its weights are the first ones, its ranks, alphas, targets and kind hold, and its chat
 template where the recipe names none. A key that says otherwise is an error. The optimiser begins afresh. The job keeps a copy,
 and `went_on_from` of the version says where it came from. Of preferences, it is the reference.
 
@@ -268,6 +277,7 @@ Axolotl's `int()` does. A job fails when its loss is not a number, or is above `
 `loss_watchdog_patience` steps in a row: by default above ln(vocabulary) + 1 for 3 steps, which is worse than guessing (11.8 for a
 vocabulary of 49,152). A step that takes long reports how far it is, and how long the job will still take, every five to
 thirty seconds: in its events, in `step_progress` and `estimated_finish` of the job, and in what `eft train --follow` shows.
+So does the reading of the data before, in rows (`rows_read`). Tokenised rows are kept for later jobs on the same data.
 
 ## Evaluation
 
@@ -303,9 +313,9 @@ publish:
   when: "exact_match >= base.exact_match + 0.02 and eval_loss < 1.5"
 ```
 
-Every step and evaluation is a line of the job's log. `use_tensorboard`, `use_wandb` (or `wandb_project`) and `use_mlflow` record
-the numbers in the formats of these tools too, in folders of the job beside its log. Nothing is sent: W&B's runs are offline, and
-`wandb sync` sends them. A logger that fails, or is not installed, is named in the job's events, and the job goes on.
+Every step and evaluation is a line of the job's log. `use_tensorboard`, `use_wandb` (or `wandb_project`), `use_mlflow` and
+`use_trackio` record the numbers in the formats of these tools too, in folders of the job beside its log. Nothing is sent: W&B's runs
+are offline, and `wandb sync` sends them; `TRACKIO_DIR=FOLDER trackio show` shows trackio's. A logger that fails, or is not installed, is named in the job's events, and the job goes on.
 """  # noqa: E501
 
 

@@ -5,6 +5,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+from runtime.support.module_patterns import ModulePattern, PatternInvalid
 from runtime.trainer.recipe.dataset import Dataset
 from runtime.trainer.recipe.keys import is_off
 from runtime.trainer.recipe.schema import DATA_GROUPS, Recipe
@@ -158,22 +159,10 @@ _LEAST = ("cosine", "cosine_min_lr_ratio", "rex")
 """Schedules that end at `cosine_min_lr_ratio`."""
 
 
-UNBUILT = {
-    "schedule_free_adamw": "its weights to train and to publish differ",
-    "schedule_free_sgd": "its weights to train and to publish differ",
-    "schedule_free_radam": "its weights to train and to publish differ",
-    "adopt_adamw": "use adamw_torch_fused",
-    "came_pytorch": "use adafactor, which keeps as little state",
-}
-"""Optimisers of Axolotl that are known and not built, each with what to do."""
-
-
-def take_unbuilt_optimizer(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """The problem of an optimiser that is known and not built; it is taken out of `values`."""
-    name = values.get("optimizer")
-    if isinstance(name, str) and name in UNBUILT:
-        del values["optimizer"]
-        yield "optimizer", f"{name} is not built yet ({UNBUILT[name]}); adamw_torch_fused, lion, adafactor and muon are"
+def optimizer_problems(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Conflicts of keys with the optimiser."""
+    if recipe.optimizer_family.startswith("schedule_free") and recipe.adam_beta1 == 0:
+        yield "adam_beta1", f"must be above 0 with {recipe.optimizer}, whose mean of weights needs it"
 
 
 def schedule_problems(recipe: Recipe) -> Iterator[tuple[str, str]]:
@@ -229,18 +218,31 @@ _NITER = re.compile(r"pissa_niter_([0-9]{1,2})")
 
 def adapter_problems(recipe: Recipe, given: Collection[str], *, max_lora_rank: int) -> Iterator[tuple[str, str]]:
     """Keys and what is wrong with them. `given`: the keys that are set."""
-    rank = recipe.lora_r
-    if rank > max_lora_rank:
-        yield "lora_r", f"must be at most {max_lora_rank} (adapters.max_lora_rank), got {rank}"
-    elif recipe.begins_in_base and 2 * rank > max_lora_rank:
-        yield (
-            "lora_r",
-            f"must be at most {max_lora_rank // 2} with {recipe.first_weights}, got {rank}: the adapter is published "
-            f"with twice the rank, and adapters.max_lora_rank is {max_lora_rank}",
-        )
+    limit = max_lora_rank // 2 if recipe.begins_in_base else max_lora_rank
+    for key, rank in _ranks(recipe):
+        if rank > max_lora_rank:
+            yield key, f"must be at most {max_lora_rank} (adapters.max_lora_rank), got {rank}"
+        elif rank > limit:
+            yield (
+                key,
+                f"must be at most {limit} with {recipe.first_weights}, got {rank}: the adapter is published with twice "
+                f"the rank, and adapters.max_lora_rank is {max_lora_rank}",
+            )
+    for key in ("lora_rank_pattern", "lora_alpha_pattern"):
+        try:
+            ModulePattern(key, getattr(recipe, key))
+        except PatternInvalid as error:
+            yield key, str(error).removeprefix(f"{key} ").rstrip(".")
     if recipe.peft_use_dora and recipe.optimizer_family == "muon":
         yield "optimizer", "muon is for matrices, and DoRA's magnitudes are none: use adamw_torch, or leave out DoRA"
     yield from _first_weights(recipe, given)
+
+
+def _ranks(recipe: Recipe) -> Iterator[tuple[str, int]]:
+    """Every rank that the recipe asks for, by its key."""
+    yield "lora_r", recipe.lora_r
+    for name, rank in recipe.lora_rank_pattern.items():
+        yield f"lora_rank_pattern.{name[:64]}", rank
 
 
 def _first_weights(recipe: Recipe, given: Collection[str]) -> Iterator[tuple[str, str]]:
@@ -258,8 +260,9 @@ def _first_weights(recipe: Recipe, given: Collection[str]) -> Iterator[tuple[str
             near = hint(named, known)
             yield key, f"is {named[:64]!r}{near}; known are true, {', '.join(known)} and pissa_niter_N"
         return
-    if kind == "orthogonal" and recipe.lora_r % 2:
-        yield key, f"orthogonal needs an even lora_r, got {recipe.lora_r}"
+    odd = next((found for found in _ranks(recipe) if found[1] % 2), None) if kind == "orthogonal" else None
+    if odd is not None:
+        yield key, f"orthogonal needs an even {odd[0]}, got {odd[1]}"
     if kind not in ("uniform", *_DRAWN) and recipe.peft_use_dora:
         yield "peft_use_dora", f"is not possible with first weights from {kind}: leave one of the two out"
     if recipe.lora_model_dir is not None and kind != "uniform":

@@ -88,6 +88,17 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     lora_alpha: Annotated[
         float, Meta(gt=0.0, le=65536.0), key("lora", "The adapter's output is scaled by alpha / rank.")
     ] = 16.0
+    lora_rank_pattern: Annotated[
+        dict[str, Positive],
+        key(
+            "lora",
+            "Ranks of single linears, as PEFT has them: end of a full name, or a regular expression → rank; the first "
+            "key that matches counts.",
+        ),
+    ] = field(default_factory=dict)
+    lora_alpha_pattern: Annotated[
+        dict[str, Annotated[float, Meta(gt=0.0, le=65536.0)]], key("lora", "Alphas of single linears, in the same way.")
+    ] = field(default_factory=dict)
     lora_dropout: Annotated[float, Meta(ge=0.0, lt=1.0), key("lora", "Dropout on the adapter's input.")] = 0.0
     lora_target_modules: Annotated[
         tuple[Text, ...] | Text | None,
@@ -117,7 +128,11 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ] = False
     lora_target_parameters: Annotated[
         tuple[Text, ...] | Text,
-        key("lora", "Parameters of experts to adapt, where the served model has such; none of today's has."),
+        key(
+            "lora",
+            "Parameters of experts (PEFT's `target_parameters`). Experts are served as they are, so a plan for a model "
+            "refuses it; name linears in `lora_target_modules` instead.",
+        ),
     ] = ()
     peft_use_dora: Annotated[
         bool,
@@ -145,7 +160,7 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         key(
             "lora",
             "Adapter to go on from: one of this server, as `name` or `name@version`, or a folder of PEFT's under the "
-            "data roots. Rank, alpha, targets and kind are the adapter's, and may be left out.",
+            "data roots. Ranks, alphas, targets and kind are the adapter's, and may be left out.",
         ),
     ] = None
 
@@ -240,7 +255,7 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     learning_rate: Annotated[float, Meta(gt=0.0, le=1.0), key("training", "The highest learning rate.")]
     optimizer: Annotated[
         OptimizerName,
-        key("training", "AdamW in 32 or 8 bits, Lion, Adafactor, Muon or plain SGD, by any of their names."),
+        key("training", "AdamW, Lion, Adafactor, Muon or SGD by any of their names; others: extra `optimizers`."),
     ] = "adamw_torch_fused"
     lr_scheduler: Annotated[LrScheduler, key("training", "How the learning rate falls after warmup.")] = "cosine"
     cosine_min_lr_ratio: Annotated[
@@ -271,6 +286,8 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     adam_beta1: Annotated[float, Meta(ge=0.0, lt=1.0), key("training", "AdamW.")] = 0.9
     adam_beta2: Annotated[float, Meta(ge=0.0, lt=1.0), key("training", "AdamW.")] = 0.999
     adam_epsilon: Annotated[float, Meta(gt=0.0, le=1.0), key("training", "AdamW.")] = 1e-8
+    adam_beta3: Annotated[float, Meta(ge=0.0, lt=1.0), key("training", "CAME.")] = 0.9999
+    adam_epsilon2: Annotated[float, Meta(gt=0.0, le=1.0), key("training", "CAME.")] = 1e-16
     neftune_noise_alpha: Annotated[
         float,
         Meta(ge=0.0, le=1e3),
@@ -414,6 +431,9 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ] = False
     mlflow_experiment_name: Annotated[Text | None, key("evaluation", "Experiment of the run.")] = None
     mlflow_run_name: Annotated[Text | None, key("evaluation", "Name of the run. Default: the job's id.")] = None
+    use_trackio: Annotated[bool, key("evaluation", "Log to trackio's database in the job's folder (extra).")] = False
+    trackio_project_name: Annotated[Text | None, key("evaluation", "Project of the run. Default: `eft`.")] = None
+    trackio_run_name: Annotated[Text | None, key("evaluation", "Name of the run. Default: the job's id.")] = None
     save_strategy: Annotated[
         Literal["no", "steps", "epoch", "best"] | None,
         key("evaluation", "When to write a checkpoint; best: at each evaluation. Default: after each epoch."),
@@ -542,7 +562,7 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         """Names of the tools that the job's numbers are logged to, besides its own log."""
         wandb = self.wandb_project is not None if self.use_wandb is None else self.use_wandb
         asked = {"tensorboard": self.use_tensorboard, "wandb": wandb, "mlflow": self.use_mlflow}
-        return tuple(name for name, on in asked.items() if on)
+        return tuple(name for name, on in (*asked.items(), ("trackio", self.use_trackio)) if on)
 
     @property
     def measures_base(self) -> bool:
@@ -556,6 +576,8 @@ INTERNAL = frozenset({"notes", "left_out"})
 ADAPTER_KEYS = (
     "lora_r",
     "lora_alpha",
+    "lora_rank_pattern",
+    "lora_alpha_pattern",
     "lora_target_modules",
     "lora_target_linear",
     "peft_layers_to_transform",

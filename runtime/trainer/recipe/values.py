@@ -56,6 +56,11 @@ OptimizerName = Literal[
     "paged_lion_8bit",
     "adafactor",
     "muon",
+    "came_pytorch",
+    "adopt_adamw",
+    "schedule_free_adamw",
+    "schedule_free_radam",
+    "schedule_free_sgd",
     "sgd",
 ]
 LrScheduler = Literal[
@@ -98,7 +103,19 @@ DpoTerm = Literal[
     "apo_down",
     "sft",
 ]
-OptimizerFamily = Literal["adamw", "adamw_8bit", "sgd", "lion", "adafactor", "muon"]
+OptimizerFamily = Literal[
+    "adamw",
+    "adamw_8bit",
+    "sgd",
+    "lion",
+    "adafactor",
+    "muon",
+    "came",
+    "adopt",
+    "schedule_free_adamw",
+    "schedule_free_radam",
+    "schedule_free_sgd",
+]
 
 OPTIMIZER_FAMILIES: dict[str, OptimizerFamily] = {
     "adamw_torch": "adamw",
@@ -114,6 +131,11 @@ OPTIMIZER_FAMILIES: dict[str, OptimizerFamily] = {
     "paged_lion_8bit": "lion",
     "adafactor": "adafactor",
     "muon": "muon",
+    "came_pytorch": "came",
+    "adopt_adamw": "adopt",
+    "schedule_free_adamw": "schedule_free_adamw",
+    "schedule_free_radam": "schedule_free_radam",
+    "schedule_free_sgd": "schedule_free_sgd",
     "sgd": "sgd",
 }
 """Optimiser → what is computed; all others keep their state in 8 bits."""

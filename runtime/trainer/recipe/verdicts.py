@@ -1,6 +1,6 @@
-"""Verdicts on the keys of a recipe: notes for the plan, a verdict a key, and the explanation of one."""
+"""Verdicts on the keys of a recipe, one a key, and the explanation of one."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, get_args, get_type_hints
 
 from msgspec import Meta, Struct
@@ -9,7 +9,6 @@ from runtime.trainer.recipe.dataset import Dataset
 from runtime.trainer.recipe.keys import (
     DATASET_NOTED,
     DATASET_REFUSED,
-    LAUNCHED_WHY,
     NOTED,
     READ_AS,
     REFUSED,
@@ -19,50 +18,6 @@ from runtime.trainer.recipe.keys import (
 from runtime.trainer.recipe.schema import DATA_GROUPS, INTERNAL, Recipe, keys_of
 from runtime.trainer.recipe.types import describe
 from settings import suggest
-
-# -- notes -----------------------------------------------------------------------------------------
-#
-# What a recipe says that does nothing here, or something else than it seems to: a line each, for the plan.
-
-
-def notes_of(recipe: Recipe, values: Mapping[str, Any], *, launched: bool = False) -> Iterator[str]:
-    """The notes on a recipe that was accepted; `values` are its keys as they were given. `launched`: it runs on devices
-    of its own."""
-    for key, why in NOTED.items():
-        if not is_off(values.get(key)):
-            yield f"{key} is ignored: {LAUNCHED_WHY.get(why, why) if launched else why}."
-    for key, refused in REFUSED.items():
-        if refused.parts and isinstance(values.get(key), dict) and values[key]:
-            yield f"{key} is ignored: {', '.join(values[key])} say how the model is loaded, not what is learned."
-    yield from _entry_notes(values)
-    if recipe.adapter == "qlora" and "load_in_4bit" not in values:
-        yield f"adapter qlora is lora here: {NOTED['load_in_4bit']}."
-    if isinstance(way := values.get("gradient_checkpointing"), str) and way not in ("true", "yes", "on"):
-        yield f"gradient_checkpointing {way} is true here: nothing is moved to another memory."
-    if recipe.lora_target_linear and recipe.lora_target_modules is not None:
-        yield "lora_target_modules adds nothing to lora_target_linear, which adapts every linear."
-    if recipe.max_steps is not None and values.get("num_epochs") is not None:
-        yield f"max_steps ({recipe.max_steps}) decides, not num_epochs ({recipe.num_epochs:g})."
-    if recipe.lr_scheduler == "constant" and (recipe.warmup_steps or recipe.warmup_ratio):
-        yield "lr_scheduler constant has no warmup; constant_with_warmup has."
-    if not recipe.evaluates and (
-        recipe.evals_per_epoch or recipe.eval_steps or recipe.eval_strategy in ("steps", "epoch")
-    ):
-        yield "Nothing is evaluated: there are neither test_datasets nor val_set_size."
-    if recipe.optimizer_family == "adamw_8bit":
-        yield f"optimizer {recipe.optimizer} keeps its state in 8 bits where bitsandbytes works, else in 32."
-
-
-def _entry_notes(values: Mapping[str, Any]) -> Iterator[str]:
-    for group in DATA_GROUPS:
-        entries = values.get(group)
-        for index, entry in enumerate(entries if isinstance(entries, list) else [entries]):
-            for key, why in DATASET_NOTED.items():
-                if isinstance(entry, dict) and not is_off(entry.get(key)):
-                    yield f"{group}[{index}].{key} is ignored: {why}."
-
-
-# -- verdicts --------------------------------------------------------------------------------------
 
 
 class Verdict(Struct, frozen=True, kw_only=True):

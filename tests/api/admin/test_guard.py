@@ -14,7 +14,7 @@ from runtime.api.handle import ServiceHandle
 from runtime.api.http.auth import ADMIN, TRAIN, KeyGuard
 from runtime.api.http.errors import handle_exception
 from runtime.api.http.observe import Observer
-from settings.schema import ServerSettings, Settings
+from settings.schema import ObservabilitySettings, ServerSettings, Settings
 
 pytestmark = pytest.mark.anyio
 TOKEN = "eft-admin-8000-token"
@@ -58,7 +58,7 @@ def client(*, address: str = "127.0.0.1", to: str = "127.0.0.1:8000", old: bool 
         guards=[KeyGuard(access)],
         exception_handlers={Exception: handle_exception},
     )
-    app.asgi_handler = Observer(app.asgi_handler, ServiceHandle(), log_requests=False)
+    app.asgi_handler = Observer(app.asgi_handler, ServiceHandle(), lambda: ObservabilitySettings(log_requests=False))
     transport = httpx.ASGITransport(ASGI10(app) if old else app, client=(address, 1), raise_app_exceptions=False)
     return httpx.AsyncClient(transport=transport, base_url=f"http://{to}")
 

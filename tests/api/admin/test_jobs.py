@@ -49,6 +49,23 @@ async def test_one_job(by_hand: World) -> None:
     assert job["finished_at"] >= job["started_at"]
 
 
+@pytest.mark.parametrize("good", ["yes", "no"])
+async def test_the_gate_of_a_job_is_reported(world: World, good: str) -> None:
+    client = admin(world)
+    job_id = await start_job(client, f"name: a\nsteps: 2\ngood: {good}\n".encode())
+    await world.until(job_id, "succeeded")
+    gate = (await client.get(f"/admin/jobs/{job_id}")).json()["gate"]
+    assert (gate["condition"], gate["met"]) == ("always", good == "yes")
+    assert gate["reason"] == f"train_loss is {gate['metrics']['train_loss']}"
+    assert gate["metrics"]["eval_loss"] == 0.5
+
+
+async def test_a_job_at_work_has_no_report_of_its_gate(by_hand: World) -> None:
+    client = admin(by_hand)
+    job_id = await start_job(client)
+    assert (await client.get(f"/admin/jobs/{job_id}")).json()["gate"] is None
+
+
 async def test_a_failed_job_says_why(by_hand: World) -> None:
     client = admin(by_hand)
     job_id = await start_job(client)

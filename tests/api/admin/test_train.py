@@ -133,11 +133,16 @@ async def test_a_dry_run_says_what_would_be_and_stores_nothing(world: World) -> 
     assert (await admin(world).get("/admin/jobs")).json()["data"] == []
 
 
-async def test_data_that_takes_long_to_read_is_a_202(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runtime.trainer.jobs.manager.JobManager.submit.__kwdefaults__", {"patience": 0.01})
+@pytest.mark.parametrize("prefer", ["wait=0", 'respond-async, wait="0"', "wait=0; a=b"])
+async def test_data_that_takes_long_to_read_is_a_202(world: World, prefer: str) -> None:
     world.preparer.hold = True
-    answer = await admin(world).post("/admin/train", content=RECIPE, headers=YAML)
+    headers = {**YAML, "prefer": prefer}
+    answer = await admin(world).post("/admin/train", content=RECIPE + b"reads: 7\n", headers=headers)
     assert (answer.status_code, answer.json()["status"], answer.json()["name"]) == (202, "validating", None)
+    async with asyncio.timeout(10):
+        while (job := (await admin(world).get(f"/admin/jobs/{answer.json()['id']}")).json())["rows_read"] is None:
+            await world.settle()
+    assert job["rows_read"] == 7
     world.preparer.hold = False
     await world.until(answer.json()["id"], "succeeded")
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import uvicorn
 
-from runtime.api.http.protocol import Protocol
+from runtime.api.http.protocol import Protocol, SocketProtocol
 
 pytestmark = pytest.mark.anyio
 CHUNK = b"x" * 65536
@@ -45,9 +45,10 @@ class Server(uvicorn.Server):
     """Closes at once, whatever is still connected."""
 
     def __init__(self, app: Any, write_timeout: float) -> None:
-        protocol = Protocol.configured(header_timeout=5.0, write_timeout=write_timeout)
+        protocol = Protocol.configured(header_timeout=5.0, write_timeout=write_timeout, socket_paths={"/socket"})
+        sockets = SocketProtocol.configured(write_timeout=write_timeout)
         super().__init__(
-            uvicorn.Config(app, http=protocol, ws="none", lifespan="off", log_config=None, access_log=False)
+            uvicorn.Config(app, http=protocol, ws=sockets, lifespan="off", log_config=None, access_log=False)
         )
         self.listener = socket.create_server(("127.0.0.1", 0))
 
@@ -60,13 +61,19 @@ class Server(uvicorn.Server):
         await self._task
 
 
-async def connect(server: Server) -> socket.socket:
+HANDSHAKE = (
+    b"GET /socket HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+    b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+)
+
+
+async def connect(server: Server, request: bytes = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n") -> socket.socket:
     client = socket.socket()
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
     client.setblocking(False)
     loop = asyncio.get_running_loop()
     await loop.sock_connect(client, server.listener.getsockname())
-    await loop.sock_sendall(client, b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    await loop.sock_sendall(client, request)
     return client
 
 
@@ -107,4 +114,24 @@ async def test_a_slow_reader_is_not_one_that_reads_nothing() -> None:
             assert chunk, "a client that was reading was cut off"
             received += len(chunk)
         await asyncio.wait_for(app.ended.wait(), 10)
+        client.close()
+
+
+async def test_a_websocket_whose_client_reads_nothing_ends() -> None:
+    ended: asyncio.Queue[type[BaseException]] = asyncio.Queue()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        assert scope["type"] == "websocket"
+        await send({"type": "websocket.accept"})
+        try:
+            while True:
+                await send({"type": "websocket.send", "bytes": CHUNK})
+                await asyncio.sleep(0)
+        except BaseException as error:
+            await ended.put(type(error))
+            raise
+
+    async with Server(app, write_timeout=0.3) as server:
+        client = await connect(server, HANDSHAKE)
+        assert issubclass(await asyncio.wait_for(ended.get(), 20), OSError)
         client.close()

@@ -81,6 +81,25 @@ async def test_several_prompts_and_choices_count_prompt_by_prompt(client: httpx.
     assert body["usage"]["prompt_tokens_details"]["cached_tokens"] == 2
 
 
+async def test_a_suffix_stands_behind_what_is_asked_for(client: httpx.AsyncClient, service: FakeService) -> None:
+    asked = {"prompt": ["ab", "c"], "suffix": "yz", "max_tokens": 2}
+    answer = await client.post("/v1/completions", json=asked)
+    assert answer.status_code == 200, answer.text
+    assert [one.prompt_ids for one in service.submitted] == [[1, *b"ab", 2, *b"yz", 3], [1, *b"c", 2, *b"yz", 3]]
+    for field in ({"echo": True}, {"truncate_prompt_tokens": 2}):
+        refused = await client.post("/v1/completions", json={**asked, **field})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, next(iter(field)))
+
+
+async def test_a_suffix_needs_tokens_for_it(
+    client: httpx.AsyncClient, service: FakeService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service.tokenizer, "infill", None)
+    refused = await client.post("/v1/completions", json={"prompt": "ab", "suffix": "yz"})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "suffix")
+    assert (await client.post("/v1/completions", json={"prompt": "ab", "suffix": ""})).status_code == 200
+
+
 async def test_echo(client: httpx.AsyncClient) -> None:
     whole = (await client.post(URL, json={"prompt": ["abc", "xyz"], "echo": True, "max_tokens": 2})).json()
     assert [choice["text"] for choice in whole["choices"]] == ["abcab", "xyzxy"]

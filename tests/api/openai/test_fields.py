@@ -21,7 +21,6 @@ ASKS: dict[str, Any] = {
     "priority": 1,
     "prompt_cache_retention": "24h",
     "service_tier": "flex",
-    "spaces_between_special_tokens": "no",
     "store": True,
     "suffix": "end",
     "verbosity": "high",

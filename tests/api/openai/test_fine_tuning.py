@@ -114,6 +114,7 @@ def test_preferences_from_their_file_to_their_model(client: openai.OpenAI, base:
         training_file=upload(client, PREFERENCES),
         validation_file=upload(client, PREFERENCES),
         method={"type": "dpo", "dpo": options},
+        integrations=[{"type": "wandb", "wandb": {"project": "newts", "name": "mine"}}],
         extra_body={"recipe": {"lora_r": 4, "learning_rate": 0.01}},
     )
     assert job.method is not None
@@ -121,6 +122,11 @@ def test_preferences_from_their_file_to_their_model(client: openai.OpenAI, base:
     assert job.method.dpo is not None
     assert job.method.dpo.hyperparameters is not None
     assert job.method.dpo.hyperparameters.beta == 0.5
+    (integration,) = job.integrations or []
+    assert (integration.wandb.project, integration.wandb.name) == ("newts", "mine")
+    recipe = httpx.get(f"{server.url}/admin/jobs/{job.id}/recipe").text
+    assert '"wandb_project": "newts"' in recipe
+    assert '"wandb_name": "mine"' in recipe
     done = ended(client, job.id)
     assert done.status == "succeeded", done.error
     answer = client.chat.completions.create(
@@ -169,7 +175,9 @@ def test_pause_resume_and_cancel(client: openai.OpenAI, base: str) -> None:
         ({"method": {"type": "dpo", "supervised": {}}}, "method.supervised"),
         ({"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0}}}}, "beta"),
         ({"method": {"type": "dpo", "dpo": {}}, "hyperparameters": {"n_epochs": 1}}, "hyperparameters"),
-        ({"integrations": [{"type": "wandb", "wandb": {"project": "x"}}]}, "integrations"),
+        ({"integrations": [{"type": "wandb", "wandb": {"project": "x"}}] * 2}, "integrations"),
+        ({"integrations": [{"type": "wandb", "wandb": {"project": "x", "tags": ["a"]}}]}, "integrations[0].wandb.tags"),
+        ({"integrations": [{"type": "trackio"}]}, "integrations[0].type"),
         ({"suffix": "x" * 65}, "suffix"),
         ({"suffix": "a/b"}, "suffix"),
         ({"seed": -1}, "seed"),

@@ -3,7 +3,6 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -13,9 +12,8 @@ from runtime.api.app import create_app
 from runtime.api.handle import ServiceHandle
 from runtime.api.http.body import parse_fields
 from runtime.api.openai import schema
-from runtime.responses import SCHEMA, ResponseStore
-from runtime.support.database import Database
-from settings.schema import ResponseSettings, ServerSettings, Settings
+from runtime.responses import ResponseStore
+from settings.schema import ServerSettings, Settings
 from tests.api.conformance import checked_event
 from tests.api.fakes import FakeService
 from tests.api.named_events import events_of
@@ -30,18 +28,6 @@ def app_of(service: FakeService, store: ResponseStore | None, settings: Settings
     handle.responses = store
     transport = httpx.ASGITransport(app=create_app(handle, settings or Settings()), raise_app_exceptions=False)
     return httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1")
-
-
-@pytest.fixture
-async def database(tmp_path: Path) -> AsyncIterator[Database]:
-    database = await asyncio.to_thread(Database, tmp_path, [SCHEMA])
-    yield database
-    await asyncio.to_thread(database.close)
-
-
-@pytest.fixture
-def store(database: Database) -> ResponseStore:
-    return ResponseStore(database, ResponseSettings(keep_responses=None))
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from runtime.checkpoints.model_loading import load_decoder
 from runtime.checkpoints.safetensors_files import MappedFile
 from runtime.errors import InvalidRequest
 from runtime.model.config import ModelLoadError
+from runtime.text.own_tokens import OwnText
 from runtime.workers.export_difference import measure_difference
 from settings.schema import ModelSettings
 from tests.checkpoints.gguf.families import write_family
@@ -63,8 +64,8 @@ def adapted(model: Path, name: str, path: Path, **config: Any) -> torch.Tensor:
         return lora(IDS[None]).logits[0]
 
 
-def ours(path: Path) -> torch.Tensor:
-    return packed(load_decoder(open_checkpoint(str(path)), ModelSettings(dtype="float32", device="cpu")), [IDS])
+def ours(path: Path, ids: torch.Tensor = IDS) -> torch.Tensor:
+    return packed(load_decoder(open_checkpoint(str(path)), ModelSettings(dtype="float32", device="cpu")), [ids])
 
 
 def close(found: torch.Tensor, expected: torch.Tensor, *, within: float = 2e-4) -> None:
@@ -245,7 +246,7 @@ def test_a_template_that_goes_with_the_adapter(tmp_path: Path) -> None:
     base = open_checkpoint(str(make_base(tmp_path / "base", "llama")))
     adapted(tmp_path / "base", "llama", tmp_path / "adapter")
     for format in ("merged", "gguf", "peft"):
-        export_adapter(base, tmp_path / "adapter", tmp_path / format, format, template=LOUD, name="loud")
+        export_adapter(base, tmp_path / "adapter", tmp_path / format, format, own=OwnText(template=LOUD), name="loud")
     assert (tmp_path / "peft" / "chat_template.jinja").read_text() == LOUD
     merged = open_checkpoint(str(tmp_path / "merged")).tokenizer
     from transformers import AutoTokenizer
@@ -259,4 +260,4 @@ def test_a_template_that_goes_with_the_adapter(tmp_path: Path) -> None:
     generation = json.loads((tmp_path / "merged" / "generation_config.json").read_text())
     assert merged.token_id("<|im_end|>") in generation["eos_token_id"]
     with pytest.raises(ModelLoadError, match=r"own chat template: .*not valid Jinja"):
-        export_adapter(base, tmp_path / "adapter", tmp_path / "x", "merged", template="{% if %}")
+        export_adapter(base, tmp_path / "adapter", tmp_path / "x", "merged", own=OwnText(template="{% if %}"))

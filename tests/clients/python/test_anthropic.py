@@ -57,6 +57,7 @@ def test_a_tool(client) -> None:
     asked = {
         "model": MODEL,
         "max_tokens": 200,
+        "extra_body": {"temperature": 0},
         "tools": [TOOL],
         "tool_choice": {"type": "tool", "name": "get_weather"},
         "messages": [{"role": "user", "content": "What is the weather in Oslo?"}],

@@ -23,14 +23,13 @@ class Colour(BaseModel):
 
 
 def ask(**more):
-    return litellm.completion(
-        model=f"openai/{MODEL}", api_base=f"{URL}/v1", api_key=KEY, messages=HELLO, max_tokens=12, **more
-    )
+    asked = {"messages": HELLO, "max_tokens": 12, "temperature": 0, **more}
+    return litellm.completion(model=f"openai/{MODEL}", api_base=f"{URL}/v1", api_key=KEY, **asked)
 
 
 def test_litellm() -> None:
-    assert ask(temperature=0).choices[0].message.content
-    chunks = list(ask(stream=True, stream_options={"include_usage": True}, temperature=0))
+    assert ask().choices[0].message.content
+    chunks = list(ask(stream=True, stream_options={"include_usage": True}))
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
     assert ask(logprobs=True, top_logprobs=2).choices[0].logprobs.content
     assert ask(n=2).choices[1].message.content is not None
@@ -66,11 +65,13 @@ def test_instructor(mode: instructor.Mode) -> None:
 
 async def test_pydantic_ai() -> None:
     model = OpenAIChatModel(MODEL, provider=OpenAIProvider(base_url=f"{URL}/v1", api_key=KEY))
-    plain = await Agent(model).run("Name a colour.", model_settings={"max_tokens": 10})
+    plain = await Agent(model).run("Name a colour.", model_settings={"max_tokens": 10, "temperature": 0.0})
     assert plain.output
     typed = await Agent(model, output_type=Colour, retries=3).run(
         "Describe red.", model_settings={"max_tokens": 200, "temperature": 0.0}
     )
     assert isinstance(typed.output, Colour)
-    async with Agent(model).run_stream("Name a colour.", model_settings={"max_tokens": 10}) as stream:
+    async with Agent(model).run_stream(
+        "Name a colour.", model_settings={"max_tokens": 10, "temperature": 0.0}
+    ) as stream:
         assert await stream.get_output()

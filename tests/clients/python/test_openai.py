@@ -10,6 +10,7 @@ import openai
 import pytest
 from conftest import KEY, MODEL, URL
 from openai.types.chat import ChatCompletionMessageParam
+from openai.types.responses import Response
 from pydantic import BaseModel
 
 HELLO: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Name a colour."}]
@@ -58,7 +59,9 @@ def test_the_stream_helper(client: openai.OpenAI) -> None:
 
 
 def test_chat_logprobs(client: openai.OpenAI) -> None:
-    answer = client.chat.completions.create(model=MODEL, messages=HELLO, max_tokens=5, logprobs=True, top_logprobs=3)
+    answer = client.chat.completions.create(
+        model=MODEL, messages=HELLO, max_tokens=5, temperature=0, logprobs=True, top_logprobs=3
+    )
     found = answer.choices[0].logprobs
     assert found is not None
     assert found.content is not None
@@ -109,7 +112,8 @@ def test_json_object(client: openai.OpenAI) -> None:
         model=MODEL,
         messages=[{"role": "user", "content": "Answer in JSON."}],
         response_format={"type": "json_object"},
-        max_tokens=200,
+        max_tokens=100,
+        temperature=0,
     )
     if answer.choices[0].finish_reason == "stop":
         assert isinstance(json.loads(answer.choices[0].message.content), dict)
@@ -142,6 +146,7 @@ def test_a_tool_is_called(client: openai.OpenAI, choice: object, stream: bool) -
         messages=[*messages, answer.choices[0].message, {"role": "tool", "tool_call_id": call.id, "content": "Snow."}],
         tools=[WEATHER],
         max_tokens=10,
+        temperature=0,
     )
     assert again.choices[0].message is not None
 
@@ -230,10 +235,11 @@ async def test_the_asynchronous_client() -> None:
 
 
 def test_responses(client: openai.OpenAI) -> None:
-    first = client.responses.create(model=MODEL, input="Say hello.", max_output_tokens=16, instructions="Be brief.")
+    short = {"model": MODEL, "max_output_tokens": 16, "temperature": 0}
+    first = client.responses.create(**short, input="Say hello.", instructions="Be brief.")
     assert first.status in ("completed", "incomplete")
     assert first.output_text
-    second = client.responses.create(model=MODEL, input="Again.", previous_response_id=first.id, max_output_tokens=16)
+    second = client.responses.create(**short, input="Again.", previous_response_id=first.id)
     assert second.previous_response_id == first.id
     assert client.responses.retrieve(first.id).output_text == first.output_text
     assert client.responses.input_items.list(first.id).data[0].role == "user"
@@ -243,7 +249,7 @@ def test_responses(client: openai.OpenAI) -> None:
 
 
 def test_a_stream_of_a_response(client: openai.OpenAI) -> None:
-    with client.responses.stream(model=MODEL, input="Say hello.", extra_body={"stop": ["e"]}) as stream:
+    with client.responses.stream(model=MODEL, input="Say hello.", temperature=0, extra_body={"stop": ["e"]}) as stream:
         events = list(stream)
         final = stream.get_final_response()
     assert events[0].type == "response.created"
@@ -252,6 +258,29 @@ def test_a_stream_of_a_response(client: openai.OpenAI) -> None:
 
 
 def test_a_response_parsed(client: openai.OpenAI) -> None:
-    answer = client.responses.parse(model=MODEL, input="Describe red.", text_format=Colour, max_output_tokens=150)
+    answer = client.responses.parse(
+        model=MODEL, input="Describe red.", text_format=Colour, max_output_tokens=100, temperature=0
+    )
     if answer.status == "completed":
         assert isinstance(answer.output_parsed, Colour)
+
+
+def test_responses_over_a_websocket(client: openai.OpenAI) -> None:
+    asked = {"model": MODEL, "max_output_tokens": 8, "temperature": 0, "store": False}
+    with client.responses.connect() as connection:
+        connection.response.create(**asked, input="Say hello.")
+        first = _last_of(connection)
+        connection.response.create(**asked, input="Again.", previous_response_id=first.id)
+        second = _last_of(connection)
+        connection.response.create(**asked, input="Again.", previous_response_id="resp_missing")
+        assert connection.recv().error.code == "previous_response_not_found"
+    assert first.output_text == client.responses.create(**asked, input="Say hello.").output_text
+    assert (second.previous_response_id, second.usage.input_tokens > first.usage.input_tokens) == (first.id, True)
+
+
+def _last_of(connection) -> Response:
+    for event in connection:
+        if event.type in ("response.completed", "response.incomplete"):
+            return event.response
+        assert event.type not in ("error", "response.failed"), event
+    raise AssertionError("the connection ended")

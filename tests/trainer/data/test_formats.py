@@ -45,6 +45,8 @@ GOLDEN: list[tuple[Any, dict[str, Any], str, str]] = [
         f"<|im_start|>system\n{LONG}<|im_end|>\n<|im_start|>user\nAdd.\n1 2<|im_end|>\n<|im_start|>assistant\n",
         "3",
     ),
+    ("alpaca:phi", PLAIN, f"<|system|>\n{SHORT}<|end|>\n<|user|>\nAdd 1 2.<|end|>\n<|assistant|>\n", "3"),
+    ("alpaca:phi", ALPACA, f"<|system|>\n{LONG}<|end|>\n<|user|>\nAdd.<|end|>1 2<|assistant|>", "3"),
     ("alpaca_instruct", PLAIN, f"{SHORT}\n\n### Instruction:\nAdd 1 2.\n\n### Response:\n", "3"),
     ("alpaca_instruct.load_no_prompt", PLAIN, "### Instruction:\nAdd 1 2.\n\n### Response:\n", "3"),
     ("alpaca_chat", PLAIN, f"SYSTEM: {SHORT}\nUSER: Add 1 2.\nASSISTANT:", "3"),

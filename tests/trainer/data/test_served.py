@@ -1,6 +1,7 @@
 """What is trained is what is asked: a row gives the tokens that the API gives for its messages and tools."""
 
 import asyncio
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,8 @@ from hypothesis import strategies as st
 from runtime.api.openai.forms import check_form
 from runtime.api.openai.prompts import PromptEncoder, chat_prompt
 from runtime.api.openai.schema import ChatRequest
+from runtime.checkpoints import open_checkpoint
+from runtime.text.templates import BUILTIN_TEMPLATES, builtin_template
 from runtime.text.tokenizer import Tokenizer
 from runtime.trainer.data.messages import ChatRows
 from runtime.trainer.data.turns import ChatEncoder
@@ -118,3 +121,36 @@ def test_a_row_is_what_is_served(
         assert example.token_ids[: len(prompt)] == prompt
         assert not example.trained[len(prompt) - 1]
         assert example.trained[len(prompt)]
+
+
+@pytest.fixture(scope="module")
+def real_tokenizer(demo_model: Path) -> Tokenizer:
+    return open_checkpoint(str(demo_model)).tokenizer
+
+
+ONLY_LAST = ("qwen3", "exaone4")
+"""Templates that write an answer otherwise when other messages follow."""
+TEXTS = st.sampled_from(["Hi", "a", "7", "```py\n```", "- one\n- two", "中", "(no)", "\n\nyes", "  two", "<b>", "[1]"])
+
+
+@pytest.mark.real_model
+@pytest.mark.parametrize("name", sorted(BUILTIN_TEMPLATES))
+@settings(max_examples=8)
+@given(pairs=st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=3))
+def test_a_prompt_is_the_beginning_of_its_row(real_tokenizer: Tokenizer, name: str, pairs: list[Any]) -> None:
+    """With each built-in template on the vocabulary of another model, which has other tokens and joins "\\n\\n"."""
+    source = builtin_template(name)
+    assert source is not None
+    tokenizer = real_tokenizer.with_template(source)
+    roles = ("user", "assistant")
+    messages = [{"role": role, "content": text} for pair in pairs for role, text in zip(roles, pair, strict=True)]
+    turns = range(1, len(messages), 2) if name not in ONLY_LAST else [len(messages) - 1]
+    example = ChatEncoder(tokenizer, ends=tokenizer.eos_ids, eos="turn", everything=False).encode(messages, turns, None)
+    text = tokenizer.render_chat(messages, add_generation_prompt=False)
+    assert tokenizer.decode(example.token_ids, skip_special_tokens=False) == text
+    for turn in turns:
+        prompt = tokenizer.encode_chat(messages[:turn])
+        if text.startswith(tokenizer.render_chat(messages[:turn])):
+            assert example.token_ids[: len(prompt)] == prompt
+            assert not example.trained[len(prompt) - 1]
+            assert example.trained[len(prompt)]

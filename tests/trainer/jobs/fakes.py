@@ -17,6 +17,7 @@ from runtime.events import (
     FinishedEvent,
     PausedEvent,
     ProgressEvent,
+    ReadingEvent,
     RunEvent,
     StepEvent,
 )
@@ -39,7 +40,7 @@ class FakePrepared(PreparedJob):
 
 
 class FakePreparer:
-    """Recipes are lines such as `name: x`, `steps: 3`, `every: 2`, `keep: 1`, `good: no`, `data: file`."""
+    """Recipes are lines such as `name: x`, `steps: 3`, `every: 2`, `keep: 1`, `good: no`, `data: file`, `reads: 9`."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -48,11 +49,19 @@ class FakePreparer:
         self.kept: list[Path | None] = []
         """Files for prepared data, a call each."""
 
-    def prepare(self, recipe_yaml: bytes, uploads: Mapping[str, Path], kept: Path | None) -> FakePrepared:
+    def prepare(
+        self,
+        recipe_yaml: bytes,
+        uploads: Mapping[str, Path],
+        kept: Path | None,
+        on_reading: Callable[[ReadingEvent], None] | None = None,
+    ) -> FakePrepared:
         self.calls += 1
+        keys = dict(line.split(": ", 1) for line in recipe_yaml.decode().splitlines() if ": " in line)
+        if "reads" in keys and on_reading is not None:
+            on_reading(ReadingEvent(rows=int(keys["reads"]), tokens=4321, seconds=2.0))
         while self.hold:
             time.sleep(0.005)
-        keys = dict(line.split(": ", 1) for line in recipe_yaml.decode().splitlines() if ": " in line)
         if "name" not in keys:
             raise InvalidRequest("name: missing.", param="name")
         if "exit" in keys:

@@ -92,8 +92,10 @@ class Rows:
         return None
 
 
-def journal_of(rows: Rows, directories: JobDirectories) -> Journal:
-    return Journal(rows, directories, WorkerThread())  # type: ignore[arg-type]
+def journal_of(rows: Rows, directories: JobDirectories, told: list[int] | None = None) -> Journal:
+    """`told` gets the numbers of events as they are told."""
+    on_event = (lambda job_id, one: None) if told is None else (lambda job_id, one: told.append(one.number))
+    return Journal(rows, directories, WorkerThread(), on_event)  # type: ignore[arg-type]
 
 
 @pytest.mark.anyio
@@ -109,8 +111,9 @@ async def test_a_journal_that_is_cancelled_in_a_write_loses_and_repeats_no_line(
         goes_on.wait(30)
         return lands and append(path, events)
 
+    told: list[int] = []
     monkeypatch.setattr(followers, "append", slow_append)
-    journal = journal_of(rows, directories)
+    journal = journal_of(rows, directories, told)
     journal.touch("job")
     running = asyncio.create_task(journal.run())
     assert await asyncio.to_thread(begun.wait, 30)
@@ -121,6 +124,7 @@ async def test_a_journal_that_is_cancelled_in_a_write_loses_and_repeats_no_line(
     goes_on.set()
     await journal.flush()
     assert numbers(directories.log("job")) == [1, 2, 3]
+    assert told == [1, 2, 3]
 
 
 @pytest.mark.anyio

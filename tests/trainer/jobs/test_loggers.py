@@ -78,10 +78,10 @@ def tools(monkeypatch: pytest.MonkeyPatch) -> Tools:
     return Tools(monkeypatch)
 
 
-def end(loggers: JobLoggers) -> None:
+def end(loggers: JobLoggers, patience: float = 10) -> None:
     thread = loggers.end()
     assert thread is not None
-    thread.join(10)
+    thread.join(patience)
     assert not thread.is_alive()
 
 
@@ -130,6 +130,54 @@ def test_one_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch, tmp
     assert problems == ["Nothing is logged to wandb, which is not installed: pip install 'eft-server[wandb]'."]
 
 
+TRACKIO = """
+import json, os, sys
+class Run:
+    def log(self, values, step):
+        if step == 9:
+            sys.exit(3)
+        print(json.dumps([values["train/loss"], step]), file=file)
+def init(project, name, **options):
+    global file
+    file = open(os.environ["TRACKIO_DIR"] + "/run", "a")
+    print(json.dumps([project, name, options["resume"], os.environ.get("TRACKIO_SPACE_ID")]), file=file)
+    return Run()
+def finish():
+    print("finished", file=file)
+"""
+"""A module in the place of trackio, which is run in a process of its own."""
+
+
+@pytest.fixture
+def trackio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "trackio.py").write_text(TRACKIO)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    monkeypatch.setenv("TRACKIO_SPACE_ID", "me/space")
+
+
+def test_trackio_logs_into_a_folder_of_the_job(trackio: None, tmp_path: Path) -> None:
+    problems: list[str] = []
+    loggers = JobLoggers(recipe(use_trackio=True, trackio_project_name="newts"), "ftjob-1", tmp_path, problems.append)
+    for step in (1, 2):
+        loggers.note(step_event(step))
+    end(loggers, 60)  # a process is started
+    assert problems == []
+    assert (tmp_path / "trackio" / "run").read_text().splitlines() == [
+        '["newts", "ftjob-1", "allow", null]', "[1.0, 1]", "[0.5, 2]", "finished",
+    ]  # fmt: skip
+
+
+def test_a_process_of_trackio_that_dies_is_named(trackio: None, tmp_path: Path) -> None:
+    problems: list[str] = []
+    loggers = JobLoggers(recipe(use_trackio=True), "ftjob-1", tmp_path, problems.append)
+    loggers.note(step_event(9))
+    end(loggers, 60)  # a process is started
+    (problem,) = problems
+    assert problem.startswith("The logger trackio failed, and logs nothing more:")
+
+
 def test_a_slow_one_holds_nothing_up(tools: Tools, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("runtime.trainer.jobs.loggers.MAX_WAITING", 5)
     tools.blocks.clear()
@@ -145,7 +193,7 @@ def test_which_are_used() -> None:
     assert recipe().loggers == ()
     assert recipe(use_wandb=False, wandb_project="x").loggers == ()
     assert recipe(wandb_project="x").loggers == ("wandb",)
-    assert recipe(**ALL).loggers == ("tensorboard", "wandb", "mlflow")
+    assert recipe(**ALL, use_trackio=True).loggers == ("tensorboard", "wandb", "mlflow", "trackio")
 
 
 @pytest.mark.anyio

@@ -11,7 +11,7 @@ import pytest
 
 from runtime.errors import Conflict, InvalidRequest, StorageUnavailable, TooManyRequests
 from runtime.events import ProgressEvent
-from runtime.trainer.jobs.records import JobError, JobEvent
+from runtime.trainer.jobs.records import JobError, JobEvent, JobSubmission
 from tests.trainer.jobs.fakes import World
 
 pytestmark = pytest.mark.anyio
@@ -47,6 +47,29 @@ async def test_what_is_under_way_is_stored_and_told(by_hand: World) -> None:
         "Step 2 of 3 is 10% done; about 1 h 1 min left.",
     ]
     assert [row["step"] for row in await by_hand.manager.store.metrics(job.id, after=0, limit=10)] == [1]
+
+
+async def test_how_far_the_reading_of_the_data_is(world: World) -> None:
+    """In the job while it is validating, and among its events; what comes too late for its job is dropped."""
+    world.preparer.hold = True
+    submission = JobSubmission(id=world.manager.new_id(), recipe=b"name: shop\nreads: 1234")
+    job, _ = await world.manager.submit(submission, patience=0.0)
+    async with asyncio.timeout(10):
+        while (await world.manager.store.describe(job.id))[1].rows_read is None:
+            await world.settle()
+    job, progress = await world.manager.store.describe(job.id)
+    assert (job.state, progress.rows_read) == ("validating", 1234)
+    world.preparer.hold = False
+    await world.until(job.id, "succeeded")
+    job, progress = await world.manager.store.describe(job.id)
+    assert progress.rows_read is None
+    _, events = await world.manager.store.events(job.id, after=0, limit=100)
+    told = [event for event in events if event.kind == "reading"]  # once here, and once when it started
+    assert {event.message for event in told} == {"Read 1,234 rows so far, 4,321 tokens."}
+    assert told[0].data["tokens"] == 4321
+    refused = JobSubmission(id=world.manager.new_id(), recipe=b"reads: 5")
+    with pytest.raises(InvalidRequest, match="missing"):
+        await world.manager.submit(refused)
 
 
 async def test_warnings_of_a_plan_are_events(world: World) -> None:
@@ -157,6 +180,10 @@ async def test_what_a_run_reported_can_be_read(world: World) -> None:
     assert [event.number for event in events] == list(range(1, len(events) + 1))
     rows = await world.manager.store.metrics(job.id, after=2, limit=100)
     assert [(row["type"], row["step"]) for row in rows] == [("step", 3), ("step", 4), ("step", 5), ("eval", 5)]
+    whole, some = [await world.manager.store.thinned_metrics(job.id, limit=limit) for limit in (5, 2)]
+    assert (whole.steps, whole.evaluations, some.steps, some.evaluations) == (5, 1, 5, 1)
+    assert whole.rows == await world.manager.store.metrics(job.id, after=-1, limit=100)
+    assert [(row["type"], row["step"]) for row in some.rows] == [("step", 2), ("step", 5), ("eval", 5)]
     _, progress = await world.manager.store.describe(job.id)
     assert (progress.step, progress.trained_tokens, progress.step_seconds) == (5, 50, 2.0)
     await world.settle()

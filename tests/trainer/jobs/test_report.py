@@ -4,7 +4,7 @@ import re
 from html.parser import HTMLParser
 from typing import Any
 
-from runtime.trainer.jobs.records import Job, JobCheckpoint, JobError, JobFile, JobProgress
+from runtime.trainer.jobs.records import Job, JobCheckpoint, JobError, JobFile, JobProgress, ThinnedMetrics
 from runtime.trainer.jobs.report import MAX_POINTS, JobReport, render_report
 
 EVIL = "<script>alert('x')</script>&\"'"
@@ -45,6 +45,12 @@ def report(**changes: Any) -> str:
             {"step": 4, "samples": [{"prompt": EVIL, "reference": "yes", "answer": EVIL}]},
         ],
     }
+    rows = changes.pop("metrics", fields["metrics"])
+    counts = {
+        f"{kind}s": sum(row["type"] == short for row in rows)
+        for kind, short in (("step", "step"), ("evaluation", "eval"))
+    }
+    fields["metrics"] = ThinnedMetrics(rows=rows, **{**counts, **changes.pop("totals", {})})
     return render_report(JobReport(**{**fields, **changes}))
 
 
@@ -99,6 +105,14 @@ def test_long_curves_are_thinned() -> None:
     page = report(metrics=rows)
     (points,) = re.findall(r'<figcaption>loss [^<]*</figcaption><svg.*?points="([^"]*)"', page)
     assert len(points.split()) <= MAX_POINTS
+    assert "evenly chosen" not in page
+
+
+def test_what_was_left_out_is_said() -> None:
+    page = report(totals={"steps": 120_000, "evaluations": 700})
+    assert "The curves are of 4 of 120,000 steps, evenly chosen." in page
+    assert "The curves are of 1 of 700 evaluations, evenly chosen." in page
+    assert "The table has 1 of 700 evaluations, the last ones." in page
 
 
 def test_a_job_that_failed_before_it_began() -> None:

@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,9 @@ from runtime.errors import Forbidden, InvalidRequest, ModelNotFound
 from runtime.text.templates import builtin_template
 from runtime.text.tokenizer import Tokenizer
 from runtime.trainer.data.example import BadRows
+from runtime.trainer.data.examples import Reader
 from runtime.trainer.data.files import DataFiles
-from runtime.trainer.data.prepared import KeptData
+from runtime.trainer.data.prepared import KeptData, PreparedCache
 from runtime.trainer.plan.plan import Plan, PlanSummary, eval_microbatches, feed, prepare, summarize
 from runtime.trainer.plan.served_model import ModelShape
 from runtime.trainer.recipe import Document, load_recipe, recipe_from
@@ -77,6 +80,8 @@ def test_a_plan(planner: Planner) -> None:
     assert plan.schedule.eval_every is None
     # A is [rank, in] and B is [out, rank], in two layers.
     assert plan.estimate.parameters == 2 * 4 * ((64 + 64) + (64 + 32) + (128 + 64))
+    patterns = planner.plan(lora_r=4, lora_rank_pattern={"q_proj": 2, r"layers\.1\..*": 8})
+    assert patterns.estimate.parameters == (2 + 2) * (64 + 64) + (4 + 8) * ((64 + 32) + (128 + 64))
     for epoch in range(3):
         batches = feed(plan).epoch(epoch)
         assert len(batches) == 5
@@ -93,6 +98,15 @@ def test_previews_are_the_text_with_what_is_trained_on(planner: Planner) -> None
         ("yes yes <|im_end|>", True),
         ("\n", False),
     ]
+
+
+def test_examples_are_listed_with_their_sizes(planner: Planner) -> None:
+    plan = planner.plan()
+    assert len(plan.listed) == min(100, len(plan.train))
+    assert [(one.tokens, one.trained_tokens) for one in plan.listed] == [
+        (len(example), example.num_trained) for example in plan.train[:100]
+    ]
+    assert (plan.listed[1].begins, plan.listed[1].learns) == ("user question 1 assistant", "yes yes")
 
 
 def test_packing(planner: Planner) -> None:
@@ -405,6 +419,12 @@ def test_slices_formats_and_folders(planner: Planner) -> None:
         ({"special_tokens": {"bos_token": "<s>"}}, InvalidRequest, "special_tokens.bos_token"),
         ({"tokens": ["<new>"]}, InvalidRequest, "tokens"),  # SHAPE has no vocabulary, as transformers' own modules
         ({"lora_target_parameters": ["experts.down_proj"]}, InvalidRequest, "lora_target_parameters"),
+        ({"lora_rank_pattern": {"q_prj": 4}}, InvalidRequest, "lora_rank_pattern.q_prj"),
+        (
+            {"lora_target_modules": ["q_proj"], "lora_alpha_pattern": {"q_proj": 4, "down_proj": 4}},
+            InvalidRequest,
+            "lora_alpha_pattern.down_proj",
+        ),
         ({"peft_layers_to_transform": [0, 2]}, InvalidRequest, "peft_layers_to_transform"),
         ({"eot_tokens": ["<new>"]}, InvalidRequest, "eot_tokens"),
         ({"datasets": [{"path": "/etc/passwd"}]}, Forbidden, "datasets[0].path"),
@@ -668,3 +688,88 @@ def test_kept_data_is_no_way_around_the_checks(planner: Planner, tmp_path: Path)
     planner.plan(kept=kept, **KEYS)
     with pytest.raises(InvalidRequest, match="sequence_len must be at most 16"):
         planner.plan(kept=kept, max_len=16, **KEYS)
+
+
+# -- data of earlier jobs --------------------------------------------------------------------------
+
+
+def kept_in(folder: Path, job: str | None, *, most: int = 10**6) -> KeptData:
+    path = None
+    if job is not None:
+        (folder / job).mkdir(exist_ok=True)
+        path = folder / job / "examples.bin"
+    return KeptData(path, lambda: "digest", PreparedCache(folder / "prepared", most, 3600.0))
+
+
+def tokenised(logs: Sequence[Any]) -> bool:
+    return "data_is_tokenised" in [log["event"] for log in logs]
+
+
+@pytest.mark.parametrize("first", [None, "a"], ids=["dry run", "job"])
+def test_data_is_read_once_for_several_jobs(planner: Planner, tmp_path: Path, first: str | None) -> None:
+    """Another learning rate, other steps: the same examples, which the second job has in its own folder."""
+    with capture_logs() as logs:
+        one = planner.plan(kept=kept_in(tmp_path, first), **KEYS)
+    assert tokenised(logs)
+    with capture_logs() as logs:
+        two = planner.plan(kept=kept_in(tmp_path, "b"), **KEYS)
+        three = planner.plan(kept=kept_in(tmp_path, "c"), **{**KEYS, "learning_rate": 3e-4, "sample_packing": False})
+    assert not tokenised(logs)
+    assert same(one, two)
+    assert three.train == one.train
+    shutil.rmtree(tmp_path / "prepared")
+    assert same(one, planner.plan(kept=kept_in(tmp_path, "b"), files=DataFiles(), **KEYS))  # goes on by itself
+
+
+@pytest.mark.parametrize("change", ["rows", "key", "damage", "bound"])
+def test_data_of_earlier_jobs_is_for_the_same_alone(planner: Planner, tmp_path: Path, change: str) -> None:
+    most = 0 if change == "bound" else 10**6
+    planner.plan(kept=kept_in(tmp_path, "a", most=most), **KEYS)
+    keys = KEYS
+    if change == "rows":
+        planner.write("rows.jsonl", [chat(f"another {number}", "one") for number in range(9)])
+    elif change == "key":
+        keys = KEYS | {"sequence_len": 18}
+    elif change == "damage":
+        (entry,) = (tmp_path / "prepared").iterdir()
+        entry.write_bytes(entry.read_bytes()[:-1])
+    with capture_logs() as logs:
+        found = planner.plan(kept=kept_in(tmp_path, "b", most=most), **keys)
+    assert tokenised(logs)
+    assert same(found, planner.plan(**keys))
+
+
+def test_rows_that_change_while_they_are_read_are_not_for_others(
+    planner: Planner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = Reader.read
+
+    def changing(self: Reader, group: str, *args: Any) -> Any:
+        if group == "datasets":
+            planner.write("rows.jsonl", [chat(f"another {number}", "one") for number in range(9)])
+        return read(self, group, *args)
+
+    monkeypatch.setattr(Reader, "read", changing)
+    planner.plan(kept=kept_in(tmp_path, "a"), **KEYS)
+    assert (tmp_path / "a" / "examples.bin").exists()
+    assert not (tmp_path / "prepared").exists()
+
+
+def test_the_rows_read_so_far_are_reported(planner: Planner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runtime.trainer.data.examples.FIRST_REPORT_SECONDS", 0.0)
+    monkeypatch.setattr("runtime.trainer.data.examples.MAX_REPORT_SECONDS", 0.0)
+    told: list[tuple[int, int]] = []
+    recipe = recipe_from(
+        Document({"adapter": "lora", "learning_rate": 1e-4, "datasets": [{"path": "rows.jsonl"}]}), max_lora_rank=64
+    )
+    plan = prepare(
+        recipe,
+        planner.tokenizer,
+        DataFiles(roots=[planner.folder]),
+        model_names=("tiny",),
+        max_len=512,
+        shape=SHAPE,
+        on_rows=lambda rows, tokens: told.append((rows, tokens)),
+    )
+    assert [rows for rows, _ in told] == list(range(1, 11))
+    assert told[-1][1] == plan.train_stats.tokens - len(plan.train[-1])

@@ -14,7 +14,8 @@ from typing import NamedTuple
 from runtime.errors import RequestError
 from runtime.trainer.recipe import load_recipe
 
-MAX_LORA_RANK = 64
+MAX_LORA_RANK = 256
+"""Default of `adapters.max_lora_rank`."""
 
 
 class Checked(NamedTuple):

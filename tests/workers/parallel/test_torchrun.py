@@ -74,7 +74,7 @@ def test_two_nodes_serve_one_model_and_end_together(tiny_model: Path, tmp_path: 
             except httpx.TransportError:
                 return False
 
-        wait_until(ready, 180)
+        wait_until(ready, 240)
         body = {"model": "tiny-llama", "prompt": [5, 6, 7], "max_tokens": 8, "temperature": 0, "ignore_eos": True}
         answer = http.post("/v1/completions", json=body | {"return_token_ids": True}, timeout=60).json()
         assert answer["choices"][0]["token_ids"] == expected[0].token_ids

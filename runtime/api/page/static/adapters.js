@@ -1,15 +1,19 @@
 // Adapters: versions, names, canaries, and what changes them.
 
 import { json, request } from "./api.js";
-import { button, confirmed, field, guarded, h, moment, number, replace, seconds } from "./dom.js";
+import { button, confirmed, field, guarded, h, moment, number, replace, seconds, table } from "./dom.js";
+import { watch } from "./live.js";
 
 const EXPORTS = { peft: "PEFT (adapter)", merged: "Merged model", gguf: "GGUF (merged)", "gguf-lora": "GGUF (adapter)" };
 
 export function adaptersView(app) {
   let chosen = null;
+  let stop = null;
+  let shown = "";
   const trouble = h("p", { class: "error", role: "alert" });
   const rows = h("tbody");
   const detail = h("div", { class: "panel", hidden: true });
+  const report = h("div", { role: "status" });
   const refresh = button("Refresh", () => load());
   const empty = h("p", { class: "quiet", hidden: true }, "There are no adapters yet. ", h("a", { href: "#train" }, "Train one"), ".");
   const element = h(
@@ -31,19 +35,36 @@ export function adaptersView(app) {
     detail,
   );
 
+  let loading = 0;
+
   const pathOf = (name, rest = "") => `admin/adapters/${encodeURIComponent(name)}${rest}`;
 
   async function load() {
+    loading += 1;
     await guarded(refresh, trouble, async () => {
       const { adapters } = await json("admin/adapters");
       if (chosen && !adapters.some((one) => one.name === chosen)) chosen = null;
       const one = chosen && (await json(pathOf(chosen)));
+      const refused = one && (await json("admin/jobs?status=succeeded&limit=100")).data.filter((job) => job.name === chosen && !job.adapter);
       // The list and the forms change together: what is typed after the list has changed stays.
-      empty.hidden = adapters.length > 0;
-      replace(rows, adapters.map(row));
+      list(adapters);
       detail.hidden = !one;
-      if (one) show(one);
+      if (one) show(one, refused);
     });
+    loading -= 1;
+  }
+
+  function list(adapters) {
+    empty.hidden = adapters.length > 0;
+    shown = JSON.stringify(adapters);
+    replace(rows, adapters.map(row));
+  }
+
+  /** Another client, a job or another server has changed something. What is typed here stays. */
+  function changed(found) {
+    if (!found || loading || JSON.stringify(found.adapters) === shown) return;
+    if (detail.contains(document.activeElement) && document.activeElement.matches("input, select")) list(found.adapters);
+    else load();
   }
 
   function row(one) {
@@ -70,7 +91,7 @@ export function adaptersView(app) {
       await request(path, options);
     }).then(() => trouble.textContent || load());
 
-  function show(one) {
+  function show(one, refused) {
     const act = (text, work, props) => {
       const made = button(text, () => work(made), props);
       return made;
@@ -93,6 +114,7 @@ export function adaptersView(app) {
         await change(source, pathOf(one.name, "?drain=1"), { method: "DELETE" });
       }
     };
+    report.replaceChildren();
     replace(
       detail,
       h("h3", {}, one.name),
@@ -108,6 +130,14 @@ export function adaptersView(app) {
       ),
       h("h3", {}, "Versions"),
       h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Versions" }, versions(one, act)),
+      report,
+      refused.length > 0 &&
+        h(
+          "p",
+          {},
+          "Trained and not published: ",
+          refused.map((job) => [button(job.id, () => gate(job.id), { class: "link code", "aria-label": `Gate of the job ${job.id}` }), " "]).flat(),
+        ),
       h("h3", {}, "Aliases"),
       h(
         "div",
@@ -164,6 +194,7 @@ export function adaptersView(app) {
                 "div",
                 { class: "row" },
                 button("Chat", () => app.chatWith(each.id), { class: "small", "aria-label": `Chat with ${each.id}` }),
+                each.job && button("Gate", () => gate(each.job), { class: "small", "aria-label": `Gate of ${each.id}` }),
                 !each.current && act("Promote", (source) => change(source, pathOf(one.name, "/promote"), { json: { version: each.number } }), { class: "small", "aria-label": `Promote ${each.id}` }),
                 !each.current && act("Delete", (source) => change(source, pathOf(one.name, `/versions/${each.number}?drain=1`), { method: "DELETE" }), { class: "small danger", "aria-label": `Delete ${each.id}` }),
               ),
@@ -172,6 +203,30 @@ export function adaptersView(app) {
         }),
       ),
     );
+  }
+
+  /** What the recipe's condition was decided by. */
+  async function gate(id) {
+    await guarded(null, trouble, async () => {
+      const { gate: found } = await json(`admin/jobs/${id}`);
+      if (!found) {
+        replace(report, h("p", { class: "quiet" }, `The job ${id} has no report of its gate.`));
+        return;
+      }
+      const names = [...new Set(Object.keys(found.metrics).map((name) => /^(?:base|eval|train)_(.+)$/.exec(name)?.[1]).filter(Boolean))];
+      replace(
+        report,
+        h("h3", {}, `Gate of ${id}`),
+        h("p", {}, h("span", { class: `chip ${found.met ? "good" : "bad"}` }, found.met ? "met" : "not met"), " ", h("code", {}, found.condition)),
+        h("p", { class: "quiet small-text" }, found.reason),
+        names.length > 0 &&
+          table(
+            "Metrics of the gate",
+            ["Metric", "Before training", "Held-out rows", "Training rows"],
+            names.map((name) => [name, ...["base", "eval", "train"].map((scope) => number(found.metrics[`${scope}_${name}`]))]),
+          ),
+      );
+    });
   }
 
   /** Where a version came from: its job, and what its files are. */
@@ -198,5 +253,11 @@ export function adaptersView(app) {
     });
   }
 
-  return { element, entered: load };
+  function entered() {
+    stop?.();
+    load();
+    stop = watch({ status: ({ adapters }) => changed(adapters), adapters: changed });
+  }
+
+  return { element, entered, left: () => stop?.() };
 }

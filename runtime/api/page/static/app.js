@@ -4,6 +4,7 @@ import { adaptersView } from "./adapters.js";
 import { askForKey, json } from "./api.js";
 import { chatView } from "./chat.js";
 import { announce, h } from "./dom.js";
+import { reconnect } from "./live.js";
 import { overviewView } from "./overview.js";
 import { requestsView } from "./requests.js";
 import { systemView } from "./system.js";
@@ -96,6 +97,7 @@ document.getElementById("theme").addEventListener("click", changeTheme);
 document.getElementById("key").addEventListener("click", async () => {
   if (await askForKey()) {
     showServed();
+    reconnect();
     for (const one of made.values()) if (!one.element.hidden) one.entered?.();
   }
 });

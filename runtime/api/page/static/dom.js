@@ -25,6 +25,21 @@ export function field(label, control, props = {}) {
 
 export const replace = (element, ...children) => element.replaceChildren(...children.flat().filter(Boolean));
 
+/** A table in a box of its own that scrolls: headings, and rows of cells. */
+export function table(label, headings, rows) {
+  const cell = (content) => h("td", { class: "wrap" }, content);
+  return h(
+    "div",
+    { class: "scroll bounded", tabindex: 0, role: "region", "aria-label": label },
+    h(
+      "table",
+      {},
+      h("thead", {}, h("tr", {}, headings.map((text) => h("th", { scope: "col" }, text)))),
+      h("tbody", {}, rows.map(([first, ...others]) => h("tr", {}, h("th", { scope: "row" }, first), others.map(cell)))),
+    ),
+  );
+}
+
 /** Tell screen readers. */
 export function announce(text) {
   document.getElementById("announcer").textContent = text;

@@ -3,9 +3,8 @@
 import { events, json, request } from "./api.js";
 import { lineChart } from "./chart.js";
 import { button, confirmed, guarded, h, moment, number, replace, seconds } from "./dom.js";
+import { watch } from "./live.js";
 
-const REFRESH_MS = 3000;
-const IDLE_TURNS = 5; // of REFRESH_MS, while no job is at work
 const RETRY_MS = 2000;
 const MAX_LOG_LINES = 500;
 const ENDED = ["succeeded", "failed", "cancelled"];
@@ -13,7 +12,7 @@ const ENDED = ["succeeded", "failed", "cancelled"];
 export function jobsPanel(app) {
   let chosen = null;
   let following = null;
-  let timer = 0;
+  let stop = null;
   const overlaid = new Map();
   const curves = { loss: [], eval: [], rate: [] };
 
@@ -78,16 +77,17 @@ export function jobsPanel(app) {
 
   async function list() {
     try {
-      const { data } = await json("admin/jobs?limit=50");
-      empty.hidden = data.length > 0;
-      // Not while a control in it has the focus: the focus would be lost.
-      if (!rows.contains(document.activeElement)) replace(rows, data.map(row));
+      showList(await json("admin/jobs?limit=50"));
       trouble.textContent = "";
-      return data;
     } catch (error) {
       trouble.textContent = error.message;
-      return [];
     }
+  }
+
+  function showList({ data }) {
+    empty.hidden = data.length > 0;
+    // Not while a control in it has the focus: the focus would be lost.
+    if (!rows.contains(document.activeElement)) replace(rows, data.map(row));
   }
 
   async function overlay(job, wanted) {
@@ -128,7 +128,8 @@ export function jobsPanel(app) {
     if (id !== chosen) return job;
     title.textContent = `${nameOf(job)} (${job.id})`;
     const left = job.estimated_finish ? `, done in about ${seconds(Math.max(0, job.estimated_finish - Date.now() / 1000))}` : "";
-    replace(state, chip(job), ` step ${job.step} of ${job.total_steps ?? "?"}${left}`);
+    const done = job.rows_read ? `${job.rows_read} rows read` : `step ${job.step} of ${job.total_steps ?? "?"}${left}`;
+    replace(state, chip(job), ` ${done}`);
     if (job.status === "succeeded" && !job.adapter) state.append(" and not published: the log says why");
     if (job.error) state.append(h("span", { class: "error" }, ` ${job.error.message}`));
     bar.value = job.total_steps ? job.step / job.total_steps : 0;
@@ -229,17 +230,18 @@ export function jobsPanel(app) {
     }
   }
 
-  async function entered() {
-    clearInterval(timer);
-    const unfinished = (data) => data.find((job) => !ENDED.includes(job.status));
-    let running = unfinished(await list());
-    let turn = 0;
-    timer = setInterval(async () => {
-      turn += 1;
-      if (running || turn % IDLE_TURNS === 0) running = unfinished(await list());
-    }, REFRESH_MS);
-    if (!chosen && running) await choose(running.id).catch((error) => (trouble.textContent = error.message));
+  /** All jobs, once connected; the one at work is shown where none was chosen. */
+  function status({ jobs }) {
+    if (!jobs) return;
+    showList(jobs);
+    const running = jobs.data.find((job) => !ENDED.includes(job.status));
+    if (!chosen && running) choose(running.id).catch((error) => (trouble.textContent = error.message));
   }
 
-  return { element, choose, entered, left: () => clearInterval(timer) };
+  function entered() {
+    stop?.();
+    stop = watch({ status, jobs: showList, trouble: (text) => (trouble.textContent = text) });
+  }
+
+  return { element, choose, entered, left: () => stop?.() };
 }

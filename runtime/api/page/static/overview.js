@@ -1,15 +1,15 @@
 // Live numbers and charts, from one stream of samples.
 
-import { events, request } from "./api.js";
+import { json } from "./api.js";
 import { lineChart } from "./chart.js";
 import { clock, field, h, number, seconds } from "./dom.js";
+import { watch } from "./live.js";
 
-const RETRY_MS = 3000;
 const MAX_SAMPLES = 1800;
 
 export function overviewView() {
   let samples = [];
-  let following = null;
+  let stop = null;
   const trouble = h("p", { class: "error", role: "alert" });
   const facts = h("p", { class: "quiet" });
   const span = h(
@@ -45,35 +45,29 @@ export function overviewView() {
     }
   }
 
-  async function follow(signal) {
-    const response = await request(`admin/overview?limit=${MAX_SAMPLES}`, { headers: { Accept: "text/event-stream" }, signal });
-    trouble.textContent = "";
-    for await (const { event, data } of events(response)) {
-      const found = JSON.parse(data);
-      if (event === "overview") {
-        samples = found.samples;
-        facts.textContent = `${found.model} · context of ${found.max_model_len.toLocaleString("en")} tokens · Eft ${found.version}`;
-      } else {
-        samples = [...samples.slice(1 - MAX_SAMPLES), found];
-      }
+  /** The history, once connected: samples that come meanwhile are behind it. */
+  async function status({ model, max_model_len: context, version }) {
+    facts.textContent = `${model} · context of ${context.toLocaleString("en")} tokens · Eft ${version}`;
+    samples = [];
+    try {
+      const { samples: before } = await json(`admin/overview?limit=${MAX_SAMPLES}`);
+      const last = before.at(-1)?.time ?? 0;
+      samples = [...before, ...samples.filter(({ time }) => time > last)];
       draw();
+    } catch (error) {
+      trouble.textContent = error.message;
     }
   }
 
-  async function entered() {
-    following?.abort();
-    const mine = (following = new AbortController());
-    while (!mine.signal.aborted) {
-      try {
-        await follow(mine.signal);
-      } catch (error) {
-        if (mine.signal.aborted) return;
-        trouble.textContent = error.message;
-        if (error.status === 401 || error.status === 403) return;
-      }
-      await new Promise((resolve) => setTimeout(resolve, RETRY_MS));
-    }
+  function sample(found) {
+    samples = [...samples.slice(1 - MAX_SAMPLES), found];
+    draw();
   }
 
-  return { element, entered, left: () => following?.abort() };
+  function entered() {
+    stop?.();
+    stop = watch({ status, sample, trouble: (text) => (trouble.textContent = text) });
+  }
+
+  return { element, entered, left: () => stop?.() };
 }

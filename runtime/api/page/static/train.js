@@ -2,7 +2,7 @@
 
 import { json, request } from "./api.js";
 import { completion } from "./complete.js";
-import { announce, bytes, button, field, guarded, h, number, replace, seconds } from "./dom.js";
+import { announce, bytes, button, field, guarded, h, number, replace, seconds, table } from "./dom.js";
 import { jobsPanel } from "./jobs.js";
 
 const CHECK_AFTER_MS = 500;
@@ -253,6 +253,13 @@ export function trainView(app) {
       h("p", { class: "quiet small-text" }, "The first examples as the model sees them; the ", h("mark", {}, "marked"), " tokens are what it learns to write."),
       summary.previews.map((pieces) =>
         h("div", { class: "example code", tabindex: 0, role: "region", "aria-label": "Example" }, pieces.map((piece) => (piece.trained ? h("mark", {}, piece.text) : piece.text))),
+      ),
+      h("h3", {}, "Examples"),
+      train.examples > summary.listed.length && h("p", { class: "quiet small-text" }, `The first ${summary.listed.length} of ${train.examples}.`),
+      table(
+        "Examples",
+        ["No.", "Tokens", "Trained on", "Begins with", "Learns"],
+        summary.listed.map((one, index) => [index + 1, one.tokens, one.trained_tokens, one.begins, one.learns]),
       ),
     );
     plan.hidden = false;

@@ -1,0 +1,75 @@
+// The state of the server over one stream, which the views that are shown share: its numbers, jobs and adapters.
+
+import { events, request } from "./api.js";
+
+const RETRY_MS = 3000;
+const MAX_RETRY_MS = 30_000;
+const LINGER_MS = 1000; // after the last view has left: the next one mostly comes at once
+
+const watchers = new Set();
+let state = null;
+let following = null;
+let leaving = 0;
+
+/**
+ * Call `watcher.status(state)` with the whole state now and after each new connection, `watcher.sample`, `watcher.jobs`
+ * and `watcher.adapters` with what is new, and `watcher.trouble` with the error's text, or "". Returns what ends it.
+ */
+export function watch(watcher) {
+  clearTimeout(leaving);
+  watchers.add(watcher);
+  if (!following) follow();
+  else if (state) watcher.status?.(state);
+  return () => {
+    watchers.delete(watcher);
+    clearTimeout(leaving);
+    leaving = setTimeout(() => watchers.size || stop(), LINGER_MS);
+  };
+}
+
+/** Connect anew, with the key of now. */
+export function reconnect() {
+  stop();
+  if (watchers.size) follow();
+}
+
+function stop() {
+  following?.abort();
+  following = null;
+  state = null;
+}
+
+function tell(name, data) {
+  for (const watcher of [...watchers]) watcher[name]?.(data);
+}
+
+function take(name, data) {
+  if (name === "status") state = data;
+  else state[name] = data;
+  tell(name, data);
+}
+
+async function follow() {
+  const mine = (following = new AbortController());
+  let pause = RETRY_MS;
+  while (!mine.signal.aborted) {
+    try {
+      const response = await request("admin/status", { headers: { Accept: "text/event-stream" }, signal: mine.signal });
+      tell("trouble", "");
+      for await (const { event, data } of events(response)) {
+        if (mine.signal.aborted) return;
+        pause = RETRY_MS;
+        take(event, JSON.parse(data));
+      }
+    } catch (error) {
+      if (mine.signal.aborted) return;
+      tell("trouble", error.message);
+      if (error.status === 401 || error.status === 403) {
+        if (following === mine) following = null;
+        return;
+      }
+    }
+    await new Promise((resolve) => setTimeout(resolve, pause));
+    pause = Math.min(2 * pause, MAX_RETRY_MS);
+  }
+}

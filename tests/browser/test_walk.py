@@ -1,0 +1,125 @@
+"""A newcomer's way on the demo model: open the page, paste 60 rows, train, chat with the result. Slow.
+
+    EFT_SCREENSHOTS=docs/images pytest -m slow tests/browser/test_walk.py -s
+
+prints the time of every step and writes the pictures of the documents; without EFT_SCREENSHOTS they go to a folder that
+is thrown away.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.browser.chromium import CHROMIUM, Page, browser
+from tests.end_to_end.process import ServerProcess
+from tests.tree import ROOT
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.real_model,
+    pytest.mark.timeout(3600),
+    pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium (Debian: sudo apt-get install chromium)"),
+]
+
+MAX_PICTURE = 150_000
+"""Bytes of a picture in docs/."""
+PATIENCE = 1800
+"""Seconds that the training may take on a busy machine."""
+SHOWN = "main section:not([hidden])"
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    folder = Path(os.environ.get("EFT_SCREENSHOTS", tmp_path / "pictures"))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@pytest.fixture
+def chromium(tmp_path: Path) -> Iterator[Page]:
+    with browser(tmp_path / "browser" / "profile") as page:
+        yield page
+
+
+def sixty_rows() -> str:
+    """The first 60 tickets of the example: what a customer writes, and the labels that it is to get."""
+    return "\n".join((ROOT / "settings/recipes/data/tickets.jsonl").read_text("utf-8").splitlines()[:60])
+
+
+def say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+
+
+class Steps:
+    """Times of the steps, printed as they are done."""
+
+    def __init__(self) -> None:
+        self.begun = self._last = time.monotonic()
+        self.done: list[tuple[str, float]] = []
+
+    def note(self, step: str) -> None:
+        now = time.monotonic()
+        self.done.append((step, now - self._last))
+        say(f"{now - self.begun:7.1f} s  {self.done[-1][1]:7.1f} s  {step}")
+        self._last = now
+
+
+def picture(page: Page, folder: Path, name: str) -> None:
+    """The page as it is, in light and in dark where both are kept."""
+    for dark in (False, True) if name in ("overview", "train") else (False,):
+        page.look(width=1200, height=800, dark=dark)
+        path = folder / f"{name}-{'dark' if dark else 'light'}.png"
+        page.screenshot(path, whole=False)
+        assert path.stat().st_size <= MAX_PICTURE, f"{path}: {path.stat().st_size} bytes"
+    page.look(width=1200, height=800, dark=False)
+
+
+def test_sixty_pasted_rows_become_an_adapter_that_answers(tmp_path: Path, pictures: Path, chromium: Page) -> None:
+    page, steps = chromium, Steps()
+    with ServerProcess("demo", tmp_path / "state") as server:
+        steps.note("the server answers")
+        page.look(width=1200, height=800, dark=False)
+        page.open(f"{server.url}/")
+        page.until("document.querySelector('#served').textContent.length > 0")
+        steps.note("the page is there")
+        page.click("Train", "#views")
+        page.until("document.querySelector('#recipe').value !== ''")
+        page.fill("Rows of train.jsonl", sixty_rows())
+        page.until_text(".chip", "valid", 60)
+        page.until_text("main h3", "What is trained on")
+        steps.note("60 rows are pasted, and the plan is there")
+        page.run("document.querySelector('.bounded').scrollIntoView({block: 'center'})")
+        picture(page, pictures, "train")
+        page.click("Start training")
+        page.until("document.querySelectorAll('figure path.plot').length > 0", PATIENCE)
+        steps.note("the first steps of training are done")
+        page.until_text("main button", "Chat with my-adapter@1", PATIENCE)
+        steps.note("the adapter is trained and served")
+        page.click("Chat with my-adapter@1")
+        page.run("document.querySelector('.composer details').open = true")
+        page.fill("Temperature", "0")
+        page.fill("Most tokens", "40")
+        page.run("document.querySelector('.composer details').open = false")
+        page.fill("Message", "The parcel with my new lamp came broken. Please hurry.")
+        page.click("Send")
+        page.until_text(".message.assistant footer", "my-adapter@1", 120)
+        steps.note("it has answered")
+        answer = page.run("document.querySelector('.message.assistant .text').textContent")
+        say(f"its answer: {answer}")
+        picture(page, pictures, "chat")
+        page.click("Adapters", "#views")
+        page.click("my-adapter", "main")
+        page.click("Gate of my-adapter@1", "main")
+        page.until_text(f"{SHOWN} h3", "Gate of")
+        picture(page, pictures, "adapters")
+        page.click("Overview", "#views")
+        page.until(f"document.querySelectorAll('{SHOWN} path.plot').length > 6")
+        picture(page, pictures, "overview")
+        steps.note("adapters and numbers are looked at")
+        assert str(answer).startswith("[")
+        assert page.problems == []
+        assert page.foreign(server.url) == set()
