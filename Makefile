@@ -43,7 +43,7 @@ serve: $(RUN) $(if $(filter demo,$(MODEL)),$(DEMO))  ## serve MODEL (default: de
 
 test: $(DEV)  ## install what the tests need and run them, JOBS at once (ARGS="-k name" for some)
 	@.ci/debian || true
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(DEV)  ## check style, types and the Dockerfile
 	$(BIN)/ruff check . $(SCRIPTS)

@@ -1,4 +1,5 @@
-"""Rows of feedback: what people said of answers. Retention deletes the oldest, by age and by number.
+"""Rows of feedback: what people said of answers. Retention deletes the oldest: by age, by the number of a key's rows,
+and by the bytes of all.
 
 A row holds the texts that its sender put into it, and no others: nothing of a request or an answer is looked up.
 """
@@ -14,9 +15,10 @@ import msgspec
 from msgspec import Struct
 
 from runtime.errors import NotFound
-from runtime.support.database import Database, RowRetention, select_page
+from runtime.support.database import Database, RowRetention, select_page, usage_schema
+from settings.schema import FeedbackSettings
 
-SCHEMA = """
+SCHEMA = f"""
 CREATE TABLE IF NOT EXISTS feedback (
     number INTEGER PRIMARY KEY AUTOINCREMENT,
     id TEXT NOT NULL UNIQUE,
@@ -26,6 +28,7 @@ CREATE TABLE IF NOT EXISTS feedback (
     data BLOB NOT NULL
 );
 CREATE INDEX IF NOT EXISTS feedback_by_age ON feedback (created_at);
+{usage_schema("feedback", "owner", ("data",))}
 """
 
 MAX_NUMBER = 2**62
@@ -67,22 +70,27 @@ class FeedbackStore:
     def __init__(
         self,
         database: Database,
+        settings: FeedbackSettings,
         *,
-        keep_seconds: float | None,
-        max_rows: int,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._database = database
         self._clock = clock
         self._retention = RowRetention(
-            "feedback", "number DESC", keep_seconds=keep_seconds, max_rows=max_rows, clock=clock
+            "feedback",
+            "owner",
+            keep_seconds=settings.keep_feedback,
+            max_rows=settings.max_feedback,
+            max_bytes=settings.max_feedback_total,
+            clock=clock,
         )
 
     async def add(self, feedback: Feedback, owner: str) -> Feedback:
         """Store it, with an id and the time, and delete what retention says. `owner`: label of its sender's key. Raises
-        `StorageUnavailable`."""
+        `StorageUnavailable`, and `PayloadTooLarge` for one that is larger than all may be together."""
         stored = msgspec.structs.replace(feedback, id=f"feedback-{uuid.uuid4().hex}", created_at=self._clock())
         data = msgspec.json.encode(stored)
+        self._retention.check(len(data))
 
         def work(connection: sqlite3.Connection) -> None:
             connection.execute(
@@ -111,13 +119,22 @@ class FeedbackStore:
 
         return await self._database.call(work)
 
-    async def all(self, *, model: str | None, newest_first: bool, size: int) -> AsyncGenerator[list[Feedback], None]:
-        """All rows, up to `size` at once; rows that are added or deleted meanwhile do no harm. Raises
-        `StorageUnavailable`."""
+    async def all(
+        self, *, model: str | None, after: str | None = None, newest_first: bool, size: int
+    ) -> AsyncGenerator[list[Feedback], None]:
+        """All rows, or those after the one with the id `after`, up to `size` at once; rows that are added or deleted
+        meanwhile do no harm. Raises `NotFound`, the generator `StorageUnavailable`."""
+        last = MAX_NUMBER if newest_first else 0
+        if after is not None:
+            last = await self._database.call(partial(_require, id=after))
+        return self._from(last, model=model, newest_first=newest_first, size=size)
+
+    async def _from(
+        self, last: int, *, model: str | None, newest_first: bool, size: int
+    ) -> AsyncGenerator[list[Feedback], None]:
         sign, order = ("<", "DESC") if newest_first else (">", "ASC")
         where = f"number {sign} ? AND (? IS NULL OR model = ?)"
         query = f"SELECT * FROM feedback WHERE {where} ORDER BY number {order} LIMIT ?"
-        last = MAX_NUMBER if newest_first else 0
         while rows := await self._database.call(partial(_select, query, (last, model, model, size))):
             yield [_decode(row) for row in rows]
             last = rows[-1]["number"]
@@ -148,6 +165,9 @@ def _select(query: str, values: tuple[object, ...], connection: sqlite3.Connecti
     return connection.execute(query, values).fetchall()
 
 
-def _require(connection: sqlite3.Connection, id: str) -> None:
-    if connection.execute("SELECT 1 FROM feedback WHERE id = ?", (id,)).fetchone() is None:
+def _require(connection: sqlite3.Connection, id: str) -> int:
+    """The number of a row."""
+    row = connection.execute("SELECT number FROM feedback WHERE id = ?", (id,)).fetchone()
+    if row is None:
         raise NotFound(f"There is no feedback `{id[:100]}`.", code="feedback_not_found")
+    return int(row["number"])

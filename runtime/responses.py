@@ -1,6 +1,7 @@
 """Rows of stored responses. Each belongs to the holder of the key that made it; others do not see it.
 
-A conversation is a chain: each response names the one before it. Retention deletes the oldest, by age and by number.
+A conversation is a chain: each response names the one before it. Retention deletes the oldest: by age,
+by the number of a key's rows, and by the bytes of all.
 """
 
 import sqlite3
@@ -10,9 +11,10 @@ from collections.abc import Callable
 from msgspec import Struct
 
 from runtime.errors import InvalidRequest, NotFound
-from runtime.support.database import Database, RowRetention
+from runtime.support.database import Database, RowRetention, usage_schema
+from settings.schema import ResponseSettings
 
-SCHEMA = """
+SCHEMA = f"""
 CREATE TABLE IF NOT EXISTS responses (
     id TEXT PRIMARY KEY,
     tenant TEXT NOT NULL,
@@ -22,12 +24,16 @@ CREATE TABLE IF NOT EXISTS responses (
     response BLOB NOT NULL
 );
 CREATE INDEX IF NOT EXISTS responses_by_age ON responses (created_at);
+{usage_schema("responses", "tenant", ("input", "response"))}
 """
 
 MAX_CHAIN = 1000
 """Most responses of a conversation."""
 
-_INSERT = "INSERT OR REPLACE INTO responses VALUES (?, ?, ?, ?, ?, ?)"
+_PUT = """
+INSERT INTO responses VALUES (?, ?, ?, ?, ?, ?)
+    ON CONFLICT (id) DO UPDATE SET input = excluded.input, response = excluded.response
+"""
 _COLUMNS = "id, tenant, created_at, previous_id, input, response"
 
 
@@ -48,22 +54,28 @@ class ResponseStore:
     def __init__(
         self,
         database: Database,
+        settings: ResponseSettings,
         *,
-        keep_seconds: float | None,
-        max_responses: int,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._database = database
         self._retention = RowRetention(
-            "responses", "created_at DESC, rowid DESC", keep_seconds=keep_seconds, max_rows=max_responses, clock=clock
+            "responses",
+            "tenant",
+            keep_seconds=settings.keep_responses,
+            max_rows=settings.max_responses,
+            max_bytes=settings.max_responses_total,
+            clock=clock,
         )
 
     async def put(self, stored: StoredResponse) -> None:
-        """Store a response, or its newer state, and delete what retention says. Raises `StorageUnavailable`."""
+        """Store a response, or its newer state, and delete what retention says. Raises `StorageUnavailable`, and
+        `PayloadTooLarge` for one that is larger than all may be together."""
+        self._retention.check(len(stored.input) + len(stored.response))
 
         def work(connection: sqlite3.Connection) -> None:
             connection.execute(
-                _INSERT,
+                _PUT,
                 (stored.id, stored.tenant, stored.created_at, stored.previous_id, stored.input, stored.response),
             )
             self._retention.delete(connection)

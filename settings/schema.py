@@ -418,7 +418,7 @@ class TrainerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         tuple[TrainingDevice, ...],
         doc(
             "Devices set aside for jobs in processes of their own, which train all weights or spread over several "
-            "devices: `cuda:N`, none of those that serve, or `cpu` once for each rank.",
+            "devices: `cuda:N`, none that serves, or `cpu` once for each rank.",
             expects="a list of `cuda:N`, or of `cpu`",
         ),
     ] = ()
@@ -502,7 +502,13 @@ class ResponseSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     keep_responses: Annotated[Seconds | None, doc("Delete a stored response this long after it was made.")] = (
         30 * 86_400.0
     )
-    max_responses: Annotated[Count, doc("Most stored responses; one more deletes the oldest.")] = 100_000
+    max_responses: Annotated[Count, doc("Most stored responses of a key; one more deletes its oldest.")] = 100_000
+    max_responses_total: Annotated[
+        Bytes,
+        doc(
+            "Most bytes of all stored responses together; beyond, the oldest are deleted of the key that has the most."
+        ),
+    ] = 4 * 1024**3
 
 
 class FeedbackSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -510,7 +516,11 @@ class FeedbackSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     accept_feedback: Annotated[bool, doc("Store feedback, with the texts that its sender puts into it.")] = True
     keep_feedback: Annotated[Seconds | None, doc("Delete feedback this long after it was given.")] = 365 * 86_400.0
-    max_feedback: Annotated[Count, doc("Most stored feedback; one more deletes the oldest.")] = 100_000
+    max_feedback: Annotated[Count, doc("Most stored feedback of a key; one more deletes its oldest.")] = 100_000
+    max_feedback_total: Annotated[
+        Bytes,
+        doc("Most bytes of all feedback together; beyond, the oldest is deleted of the key that has the most."),
+    ] = 1024**3
     max_feedback_size: Annotated[Bytes, doc("Largest feedback, as JSON.")] = 256 * 1024
 
 

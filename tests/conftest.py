@@ -29,8 +29,30 @@ settings.register_profile("search", deadline=None, suppress_health_check=_CHECKS
 settings.load_profile("eft")
 
 
+LONG_FILES = (
+    "trainer/launched/test_jobs.py",
+    "api/test_schema.py",
+    "end_to_end/test_training.py",
+    "workers/parallel/test_torchrun.py",
+    "end_to_end/test_batches.py",
+    "end_to_end/test_recipes.py",
+    "end_to_end/test_adapter_tokens.py",
+    "parity/test_smollm2_greedy.py",
+    "end_to_end/test_preferences.py",
+    "end_to_end/test_state.py",
+    "api/test_largest_bodies.py",
+    "end_to_end/test_evaluation.py",
+    "checkpoints/export/test_smollm2_export.py",
+    "benchmarks/test_peers.py",
+)
+"""Files that take longest, below this folder, the longest first. They begin first, so that no worker is left alone with
+one at the end (`make test` has xdist keep this order)."""
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests that take minutes run where they are asked for: `-m slow`."""
+    """Order the files, and leave tests that take minutes to those who ask for them: `-m slow`."""
+    places = {Path(__file__).parent / file: place for place, file in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
     if "slow" in config.getoption("-m"):
         return
     for item in items:

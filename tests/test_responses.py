@@ -4,11 +4,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from runtime import responses as module
-from runtime.errors import InvalidRequest, NotFound
+from runtime.errors import InvalidRequest, NotFound, PayloadTooLarge
 from runtime.responses import SCHEMA, ResponseStore, StoredResponse
 from runtime.support.database import Database
+from settings.schema import ResponseSettings
 
 pytestmark = pytest.mark.anyio
 
@@ -25,7 +27,7 @@ def response(id: str, *, at: float = 0.0, previous: str | None = None, tenant: s
 
 
 async def test_the_oldest_go_first(database: Database) -> None:
-    store = ResponseStore(database, keep_seconds=None, max_responses=2)
+    store = ResponseStore(database, ResponseSettings(keep_responses=None, max_responses=2))
     for number in range(4):
         await store.put(response(str(number), at=number))
     for gone in "01":
@@ -36,7 +38,7 @@ async def test_the_oldest_go_first(database: Database) -> None:
 
 async def test_those_that_are_too_old_go(database: Database) -> None:
     now = 100.0
-    store = ResponseStore(database, keep_seconds=50, max_responses=9, clock=lambda: now)
+    store = ResponseStore(database, ResponseSettings(keep_responses=50, max_responses=9), clock=lambda: now)
     await store.put(response("old", at=60))
     now = 111.0
     await store.put(response("new", at=111))
@@ -45,8 +47,37 @@ async def test_those_that_are_too_old_go(database: Database) -> None:
     assert (await store.get("new", "")).created_at == 111
 
 
+async def test_a_key_loses_only_its_own(database: Database) -> None:
+    store = ResponseStore(database, ResponseSettings(keep_responses=None, max_responses=2))
+    await store.put(response("mine", at=0, tenant="one"))
+    for number in range(4):
+        await store.put(response(str(number), at=number, tenant="two"))
+    assert (await store.get("mine", "one")).id == "mine"
+    with pytest.raises(NotFound):
+        await store.get("1", "two")
+    assert (await store.get("2", "two")).id == "2"
+
+
+async def test_the_bytes_of_all_are_bounded(database: Database) -> None:
+    """A response's later state counts instead of its earlier one, and what is deleted does not count."""
+    store = ResponseStore(database, ResponseSettings(keep_responses=None, max_responses_total=20))
+    await store.put(response("mine", tenant="one"))
+    for text in (b"{1}", b"{12}"):
+        await store.put(replace(response("a", at=1, tenant="two"), response=text))
+    await store.put(replace(response("b", at=2, tenant="two"), response=b"{45678}"))
+    await store.delete("b", "two")
+    await store.put(replace(response("c", at=3, tenant="two"), response=b"{4567}"))
+    assert [(await store.get(id, "two")).id for id in ("a", "c")] == ["a", "c"]
+    await store.put(replace(response("c", at=3, tenant="two"), response=b"{4567890}"))
+    with pytest.raises(NotFound):
+        await store.get("a", "two")
+    assert (await store.get("mine", "one")).id == "mine"
+    with pytest.raises(PayloadTooLarge, match=r"has 21 bytes.*responses.max_responses_total"):
+        await store.put(replace(response("d", tenant="two"), response=b"x" * 19))
+
+
 async def test_a_chain_is_read_from_its_beginning(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = ResponseStore(database, keep_seconds=None, max_responses=99)
+    store = ResponseStore(database, ResponseSettings(keep_responses=None, max_responses=99))
     for number in range(5):
         await store.put(response(str(number), previous=str(number - 1) if number else None))
     assert [one.id for one in await store.chain("4", "", param="p")] == list("01234")
@@ -59,7 +90,7 @@ async def test_a_chain_is_read_from_its_beginning(database: Database, monkeypatc
 
 
 async def test_others_see_nothing(database: Database) -> None:
-    store = ResponseStore(database, keep_seconds=None, max_responses=9)
+    store = ResponseStore(database, ResponseSettings(keep_responses=None, max_responses=9))
     await store.put(response("a", tenant="one"))
     for call in (store.get("a", "two"), store.chain("a", "two", param="p"), store.delete("a", "two")):
         with pytest.raises(NotFound):
@@ -69,11 +100,11 @@ async def test_others_see_nothing(database: Database) -> None:
 
 async def test_what_is_due_goes_without_a_new_response(database: Database) -> None:
     now = 100.0
-    store = ResponseStore(database, keep_seconds=50, max_responses=2, clock=lambda: now)
+    store = ResponseStore(database, ResponseSettings(keep_responses=50, max_responses=2), clock=lambda: now)
     for number in range(2):
         await store.put(response(str(number), at=90 + number))
     assert (await store.due(), await store.prune()) == (0, 0)
-    fewer = ResponseStore(database, keep_seconds=None, max_responses=1)
+    fewer = ResponseStore(database, ResponseSettings(keep_responses=None, max_responses=1))
     assert (await fewer.due(), await fewer.prune(), await fewer.due()) == (1, 1, 0)
     now = 200.0
     assert (await store.due(), await store.prune()) == (1, 1)

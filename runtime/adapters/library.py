@@ -15,7 +15,7 @@ from weakref import WeakValueDictionary
 from runtime.adapters import store
 from runtime.adapters.card import Card, Cards
 from runtime.adapters.publishing import Offers, VersionPublisher
-from runtime.adapters.replica import Replica
+from runtime.adapters.replica import FIRST_SYNC_SECONDS, FOLLOW_SECONDS, Replica
 from runtime.adapters.resolver import AdapterResolver, AdapterSources
 from runtime.adapters.shared import SharedStore
 from runtime.adapters.store import (
@@ -38,6 +38,7 @@ from runtime.adapters.versions import (
     sweep,
     write_missing_record,
 )
+from runtime.checkpoints.peft import AdapterInvalid
 from runtime.errors import (
     AdaptersBusy,
     AdapterUnavailable,
@@ -49,7 +50,7 @@ from runtime.errors import (
 )
 from runtime.metrics import AdapterTraffic
 from runtime.support.database import Database
-from runtime.support.durable import PARTIAL, make_directory, reason, remove
+from runtime.support.durable import PARTIAL, make_directory, pinned, reason, remove
 from runtime.support.event_loop import cancel
 from runtime.support.logs import get_logger
 
@@ -59,11 +60,6 @@ Records = list[AdapterRecord]
 NameRecords = list[NameRecord]
 INCOMING = ".incoming"
 """Folder beside those of the adapters, whose names never begin with a dot."""
-
-FOLLOW_SECONDS = 1.0
-"""Time between looks at the shared store."""
-FIRST_SYNC_SECONDS = 60.0
-"""Most that a start waits for the shared store; the rest comes afterwards."""
 
 _log = get_logger("adapters")
 
@@ -309,7 +305,8 @@ class AdapterLibrary:
 
     @_exclusive
     async def load_external(self, name: str, path: Path, *, inplace: bool) -> Version:
-        """Publish the adapter in `path` under `name`, for `/v1/load_lora_adapter`.
+        """Publish the adapter in `path` under `name`, for `/v1/load_lora_adapter`. `path`: absolute, and without links
+        when it was checked; none that is put there since is followed.
 
         Raises `InvalidRequest` for a name that is already served, unless `inplace`. An unloaded name is served again,
         as the same version when the files are the same.
@@ -322,9 +319,14 @@ class AdapterLibrary:
                 param="lora_name",
                 code="adapter_exists",
             )
-        if record is not None and self.fits(record.version) and await self._publisher.same(path, record.version):
-            return await self._serve(record.version)
-        return await self._publish(name, path)
+        with contextlib.ExitStack() as stack:
+            try:
+                folder = stack.enter_context(pinned(path))
+            except OSError as error:
+                raise AdapterInvalid(f"The adapter's folder cannot be opened: {reason(error)}.") from error
+            if record is not None and self.fits(record.version) and await self._publisher.same(folder, record.version):
+                return await self._serve(record.version)
+            return await self._publish(name, folder)
 
     async def _publish(self, name: str, source: VersionSource, **details: Any) -> Version:
         outcome = "failed"

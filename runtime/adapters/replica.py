@@ -27,6 +27,10 @@ Commit = Callable[[RowChange[Any]], Awaitable[Any]]
 Discard = Callable[[Collection[Version]], Awaitable[None]]
 NameMeaning = tuple[NameRecord, tuple[Version, ...]]
 
+FOLLOW_SECONDS = 1.0
+"""Time between looks at the shared store."""
+FIRST_SYNC_SECONDS = 60.0
+"""Most that a start waits for the shared store; the rest comes afterwards."""
 MAX_TRIES = 100
 """Tries of a change while other servers change the same name."""
 

@@ -92,7 +92,7 @@ class SharedStore:
 
     def download(self, version: Version, folder: Path) -> None:
         """Bring a version's files to `folder`, which must not exist, checked and on the disk. Raises
-        `AdapterInvalid` where they are not those that were published."""
+        `AdapterInvalid` where they are not the published ones."""
         place = _version_path(version.name, version.number)
         try:
             manifest = msgspec.json.decode(self._objects.read(f"{place}/{MANIFEST}"), type=dict[str, str])

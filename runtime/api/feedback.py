@@ -1,6 +1,7 @@
 """POST /v1/feedback: what people say of answers, stored; and /admin/feedback, which lists and exports it."""
 
 from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from typing import Annotated, Any
 
 import msgspec
@@ -16,7 +17,7 @@ from runtime.api.http.record import record_of
 from runtime.api.openai.batches import check_metadata
 from runtime.api.openai.schema import Intake
 from runtime.errors import Forbidden, InvalidRequest, PayloadTooLarge
-from runtime.feedback import Feedback, FeedbackMessage, FeedbackStore
+from runtime.feedback import Feedback, FeedbackMessage
 from settings.schema import LimitSettings
 
 JSONL = "application/jsonl"
@@ -106,21 +107,22 @@ async def give_feedback(request: AnyRequest) -> FeedbackView:
     },
 )
 async def list_feedback(request: AnyRequest) -> Response[ObjectPage[FeedbackView]]:
-    """The newest feedback first; `model` takes that on one model. With `Accept: application/jsonl`: all of it, a row a
-    line, in the `format` feedback, messages (the chats that end with a correction, to train on) or preferences (those
-    with the answer and its correction)."""
+    """The newest feedback first; `model` takes that on one model. With `Accept: application/jsonl`: all of it, or
+    `limit` rows after the one `after`, a row a line, in the `format` feedback, messages (the chats that end with a
+    correction, to train on) or preferences (those with the answer and its correction)."""
     store = api_of(request).handle.require_feedback()
     page = page_request(request, further=("model", "format"))
     model, form = single(request, "model"), single(request, "format") or "feedback"
     if form not in EXPORTS:
         raise InvalidRequest(f"format: expected one of {', '.join(EXPORTS)}, got `{form[:50]}`.", param="format")
     if JSONL in request.headers.get("accept", ""):
-        lines = _lines(store, model, EXPORTS[form], newest_first=page.newest_first)
+        rows = await store.all(model=model, after=page.after, newest_first=page.newest_first, size=EXPORT_PAGE)
+        lines = _lines(rows, EXPORTS[form], None if single(request, "limit") is None else page.limit)
         return Stream(lines, media_type=JSONL)  # type: ignore[return-value]
     if form != "feedback":
         raise InvalidRequest(f"format {form} is for exports: send `Accept: {JSONL}`.", param="format")
-    rows, more = await store.page(model=model, after=page.after, limit=page.limit, newest_first=page.newest_first)
-    return Response(object_page([_view(row) for row in rows], more))
+    listed, more = await store.page(model=model, after=page.after, limit=page.limit, newest_first=page.newest_first)
+    return Response(object_page([_view(row) for row in listed], more))
 
 
 @delete("/admin/feedback/{feedback_id:str}", status_code=200, opt={ADMIN: True})
@@ -157,11 +159,18 @@ Write = Callable[[Feedback], Any]
 
 
 async def _lines(
-    store: FeedbackStore, model: str | None, write: Write, *, newest_first: bool
+    found: AsyncGenerator[list[Feedback], None], write: Write, limit: int | None
 ) -> AsyncGenerator[bytes, None]:
-    async for rows in store.all(model=model, newest_first=newest_first, size=EXPORT_PAGE):
-        written = [msgspec.json.encode(line) for row in rows if (line := write(row)) is not None]
-        yield b"".join(line + b"\n" for line in written)
+    """The rows as lines, at most `limit` of them."""
+    left = limit
+    async with aclosing(found):
+        async for rows in found:
+            written = [msgspec.json.encode(line) for row in rows if (line := write(row)) is not None][:left]
+            yield b"".join(line + b"\n" for line in written)
+            if left is not None:
+                left -= len(written)
+                if left == 0:
+                    return
 
 
 def _messages(row: Feedback) -> dict[str, Any] | None:

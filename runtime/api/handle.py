@@ -183,7 +183,7 @@ class Api:
         self.settings = settings
         self.access = access
         self.origins = origins or {}
-        """Where each setting came from, by key; without those that no file, variable or flag names."""
+        """Where each setting came from, by key; without settings that no file, variable or flag names."""
         self.lag = LagSampler()
         self.background = BackgroundTasks()
         self.event_streams = 0

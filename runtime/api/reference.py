@@ -1,6 +1,6 @@
 """Every field of the requests of OpenAI's, vLLM's and Anthropic's APIs, and what becomes of it: docs/api.md.
 
-The fields are those of the structs that bodies are decoded into, and those that are known and refused. What is said of
+The fields are those of the structs that bodies are decoded into, and the known fields that are refused. What is said of
 them here is held by `tests/api/test_reference.py`, which sends each to a running app.
 """
 

@@ -60,8 +60,8 @@ class ModelLibrary:
         """Make the files of `source`, which are never changed, the newest version of `name`; returns its label. A job
         publishes once: again, it gets the version that is there. Raises `OSError`."""
         known = self.versions(name)
-        for number, one in known.items():
-            if one.job == record.job:
+        for number, published in known.items():
+            if published.job == record.job:
                 return f"{name}@{number}"
         number = max(known, default=0) + 1
         make_directory(self._root / name)

@@ -32,7 +32,7 @@ FOLDER = "weights"
 FORMATS = ("int8", "int4", "nf4")
 """Formats that take long to make: a start with one of them is worth a file."""
 MAX_FILES = 4
-"""Files that are kept: those that were used last."""
+"""Most files that are kept; the least recently used one is deleted."""
 ALIGNMENT = 64
 MAGIC = b"EFTQW001"
 END_BYTES = 8 + len(MAGIC)
@@ -94,7 +94,8 @@ class WeightCache:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, decoder: Decoder, quantization: str) -> "WeightCache | None":
-        """The cache of this checkpoint's weights; None where they are not worth one, or the files cannot be told."""
+        """The cache of this checkpoint's weights; None where a file would save too little time, or the
+        checkpoint's files cannot be identified."""
         if quantization not in FORMATS or decoder.device.type != "cpu" or decoder.group.size > 1:
             return None
         count = sum(parameter.data.numel() for parameter in decoder.parameters().values())

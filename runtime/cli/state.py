@@ -55,7 +55,8 @@ def prune(
     **flags: Any,
 ) -> None:
     """Delete what --keep-jobs, --keep-checkpoints, --keep-uploads, --keep-files, --keep-batches, --keep-responses,
-    --max-responses, --keep-feedback, --max-feedback and --prepared-cache say, and compact the database."""
+    --max-responses, --max-responses-total, --keep-feedback, --max-feedback, --max-feedback-total and
+    --prepared-cache say, and compact the database."""
     from runtime.engine.state_upkeep import prune as pruned
 
     settings = read_settings(flags, config).settings

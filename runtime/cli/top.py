@@ -22,7 +22,7 @@ from runtime.cli.flags import Json
 from runtime.cli.output import CommandError, UsageError, console
 
 JOBS = 5
-"""Jobs that are shown: the newest of those that have not ended, else the newest."""
+"""Jobs that are shown: the newest that have not ended, else the newest."""
 JOBS_SECONDS = 4.0
 """Seconds between two looks at the jobs."""
 RATES = {"generated_tokens": "generated", "prompt_tokens": "prompt", "trained_tokens": "trained"}

@@ -16,7 +16,7 @@ from runtime.events import AnswerSample, AnswersEvent
 from runtime.messages import SamplingParams, Submission
 from runtime.support.durable import PARTIAL, make_directory, reason, remove
 from runtime.support.logs import get_logger
-from runtime.support.threads import call_in_fresh_thread
+from runtime.support.threads import WorkerThread, call_in_fresh_thread
 from runtime.text.tokenizer import Tokenizer
 from runtime.trainer.evaluation.rows import GenerationRow
 from runtime.trainer.evaluation.scores import AnswerScores, ComparedAnswer, Scoring
@@ -85,8 +85,9 @@ class AnswerRounds:
         began = time.monotonic()
         folder = self._folder / f"evaluation{PARTIAL}{uuid.uuid4().hex[:8]}"
         key = f"{self._name}@evaluation:{self._job_id}-{step}-{folder.name[-8:]}"
+        disk = WorkerThread()
         try:
-            await call_in_fresh_thread(_write, snapshot, folder)
+            await disk.call(_write, snapshot, folder)
             try:
                 await _patiently_load(self._service, key, folder)
                 answers = await self._all(key, on_progress)
@@ -98,7 +99,7 @@ class AnswerRounds:
             log.warning("evaluation_failed", job=self._job_id, step=step, reason=text)
             return Evaluated(_event(step, began, [f"No answers could be generated: {text}"]), {})
         finally:
-            await asyncio.shield(asyncio.ensure_future(asyncio.to_thread(remove, folder)))
+            await disk.call(remove, folder)  # after the writing, also where that was not waited for
         return self._evaluated(step, began, answers, scores)
 
     async def _all(self, key: str, on_progress: Callable[[float], None]) -> list[_Generated]:
@@ -161,7 +162,7 @@ class AnswerRounds:
         )
 
     def _unended(self, ids: Sequence[int]) -> list[int]:
-        """The ids without those that end an answer."""
+        """The ids without the ends of an answer."""
         length = len(ids)
         while length and ids[length - 1] in self._settings.stop_ids:
             length -= 1

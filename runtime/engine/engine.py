@@ -353,9 +353,9 @@ class Engine:
 
     def load_adapter(self, key: str, tokenizer: Tokenizer | None = None) -> None:
         """Let requests name a version that was prepared. `tokenizer`: its own, where it has tokens of its own."""
+        self._pipeline.in_order(lambda: self._executor.load_adapter(key))
         if tokenizer is not None:
             self._tokenizers[key] = tokenizer
-        self._pipeline.in_order(lambda: self._executor.load_adapter(key))
         self._leaving.discard(key)
         self._adapters.add(key)
         self.metrics.on_adapter_loaded(key)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,14 +15,14 @@ from torch import Tensor
 from runtime.adapters.card import read_card, write_card
 from runtime.adapters.store import name_problem, split_version
 from runtime.checkpoints.checkpoint import Checkpoint
-from runtime.checkpoints.peft import CONFIG, AdapterInvalid, read_adapter, read_files
+from runtime.checkpoints.peft import AdapterInvalid, read_adapter, read_config, read_files
 from runtime.errors import Forbidden, InvalidRequest, StorageUnavailable
 from runtime.model.families import find_model, is_native
 from runtime.model.layers import Linear
 from runtime.model.lora import Adapter, LoraLayers, LoraPart, LoraShape
 from runtime.model.lora_base import LoraBase
 from runtime.model.model import Model
-from runtime.support.durable import fresh_directory, reason, write_file
+from runtime.support.durable import fresh_directory, pinned, reason, write_file
 from runtime.support.module_patterns import ModulePattern
 from runtime.trainer.lora import mix, parameters_of
 from runtime.trainer.plan.plan import AdapterOrigin
@@ -86,7 +87,21 @@ def _published(name: str, library: AdapterLibrary, base: LoraBase) -> AdapterOri
             f"{KEY} is {name!r}: {version.id} was trained on other weights than those of {base.name}, which is served.",
             param=KEY,
         )
-    return AdapterOrigin(library.directory(version), version.id)
+    return AdapterOrigin(Path(os.path.realpath(library.directory(version))), version.id)
+
+
+@contextmanager
+def pinned_origin(origin: AdapterOrigin) -> Iterator[AdapterOrigin]:
+    """Context with the adapter that `find_origin` found, to be read: whatever is put into its place meanwhile, it is
+    the folder that is opened now. Raises `InvalidRequest`."""
+    with ExitStack() as stack:
+        try:
+            folder = stack.enter_context(pinned(origin.directory))
+        except OSError as error:
+            raise InvalidRequest(
+                f"{KEY} ({origin.label}): the folder cannot be opened: {reason(error)}.", param=KEY
+            ) from error
+        yield AdapterOrigin(folder, origin.label)
 
 
 def keep_origin(origin: AdapterOrigin, folder: Path, base: LoraBase, *, max_rank: int) -> AdapterOrigin:
@@ -208,7 +223,10 @@ def _check_targets(recipe: Recipe, key: str, targets: Sequence[tuple[int, str]],
 
 
 def _notes(origin: AdapterOrigin, base: LoraBase) -> list[str]:
-    config = msgspec.json.decode((origin.directory / CONFIG).read_bytes())
+    try:
+        config = msgspec.json.decode(read_config(origin.directory), type=dict[str, Any])
+    except (AdapterInvalid, msgspec.MsgspecError):  # changed since it was read
+        config = {}
     named = str(config.get("base_model_name_or_path") or "")
     notes = [f"The job goes on from {origin.label}."]
     if "@" not in origin.label and named.rstrip("/").rpartition("/")[2].lower() != base.name.lower():

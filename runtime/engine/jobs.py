@@ -26,6 +26,7 @@ from runtime.engine.first_weights import (
     kept_origin,
     made_parameters,
     origin_parameters,
+    pinned_origin,
 )
 from runtime.engine.launched import LaunchedJobs, LaunchedPlan, publish_model, refuse_own_tokens
 from runtime.errors import InvalidRequest, NotFound, RequestError
@@ -179,8 +180,9 @@ class EngineJobs:
         origin = None if copy is None else kept_origin(copy)
         if origin is None:
             origin = find_origin(recipe.lora_model_dir, self._library, self._roots, base)
-            decided = going_on(recipe, origin, base, self._shape, max_rank=most)
-            return decided, origin if copy is None else keep_origin(origin, copy, base, max_rank=most)
+            with pinned_origin(origin) as there:
+                decided = going_on(recipe, there, base, self._shape, max_rank=most)
+                return decided, origin if copy is None else keep_origin(there, copy, base, max_rank=most)
         return going_on(recipe, origin, base, self._shape, max_rank=most), origin
 
     def _check_first_weights(self, recipe: Recipe) -> None:

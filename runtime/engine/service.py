@@ -142,6 +142,8 @@ class EngineService:
         """Number of sequences by the `request_id` that they share."""
         self._adapter_streams: Counter[str] = Counter()
         self._calls: set[asyncio.Future[Any]] = set()
+        self._reverts: dict[str, asyncio.Task[None]] = {}
+        """Loads of adapters, by key, that are being reverted: their callers were cancelled."""
         self._inbox: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._stopping = False
@@ -313,9 +315,31 @@ class EngineService:
         self.adapters = library
 
     async def load_adapter(self, key: str, directory: str) -> None:
-        """Read an adapter version's files beside the engine, then let requests name it.
-        Raises `AdapterInvalid`, `EngineUnavailable`."""
+        """Read an adapter version's files beside the engine, then let requests name it. When the caller is cancelled,
+        the load still runs to its end, and the adapter is unloaded then. Raises `AdapterInvalid`,
+        `EngineUnavailable`."""
+        while key in self._reverts:
+            await asyncio.wait([self._reverts[key]])
         self._require_workers()
+        load = asyncio.ensure_future(self._load_adapter(key, directory))
+        try:
+            await asyncio.shield(load)
+        except asyncio.CancelledError:
+            self._reverts[key] = asyncio.ensure_future(self._revert(key, load))
+            raise
+
+    async def _revert(self, key: str, load: asyncio.Future[None]) -> None:
+        """Unload an adapter once its load has ended, however it ends."""
+        try:
+            await asyncio.wait([load])
+            if not load.cancelled() and load.exception() is None:
+                await self.unload_adapter(key)
+        except EngineUnavailable:  # its memory goes with the engine
+            log.info("reverted_adapter_gone", key=key)
+        finally:
+            self._reverts.pop(key, None)
+
+    async def _load_adapter(self, key: str, directory: str) -> None:
         tokenizer = await asyncio.to_thread(self._tokenizer_in, Path(directory))
         await call_in_fresh_thread(self.engine.prepare_adapter, key, directory)
         await self.call(lambda: self.engine.load_adapter(key, tokenizer))

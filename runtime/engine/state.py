@@ -41,7 +41,7 @@ from runtime.trainer.jobs import rows
 from runtime.trainer.jobs.manager import JobManager, running_jobs
 from runtime.trainer.share import LatencyTargets, TrainingShare
 from runtime.trainer.sliced_run import TrainingHost
-from settings.schema import FeedbackSettings, Settings
+from settings.schema import Settings
 
 if TYPE_CHECKING:
     from runtime.engine.service import EngineService
@@ -102,9 +102,8 @@ async def open_state(service: "EngineService", settings: Settings) -> AsyncItera
                 await files.start()
                 batches = BatchManager(database, directory, files, settings.files, max_line=settings.server.max_body)
                 stack.push_async_callback(batches.stop)
-                kept = settings.responses
-                responses = ResponseStore(database, keep_seconds=kept.keep_responses, max_responses=kept.max_responses)
-                feedback = open_feedback(database, settings.feedback)
+                responses = ResponseStore(database, settings.responses)
+                feedback = FeedbackStore(database, settings.feedback)
                 await stack.enter_async_context(running(_prune_regularly(batches, files, responses, feedback)))
             except (OSError, StorageUnavailable) as error:
                 problem = explain(error)
@@ -176,11 +175,6 @@ class MovingState:
             await self._state.adapters.hold(None)
         if self._state.jobs is not None:
             self._state.jobs.release()
-
-
-def open_feedback(database: Database, settings: FeedbackSettings) -> FeedbackStore:
-    """The stored feedback, with the retention of the settings."""
-    return FeedbackStore(database, keep_seconds=settings.keep_feedback, max_rows=settings.max_feedback)
 
 
 async def _prune_regularly(*parts: BatchManager | FileLibrary | ResponseStore | FeedbackStore) -> None:

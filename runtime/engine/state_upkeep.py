@@ -13,7 +13,8 @@ from runtime.adapters.versions import RECORD
 from runtime.batches import recovery as batch_recovery
 from runtime.batches.manager import BatchManager
 from runtime.batches.records import RECORD as BATCH_RECORD
-from runtime.engine.state import SCHEMAS, adapter_folders, job_folders, open_feedback
+from runtime.engine.state import SCHEMAS, adapter_folders, job_folders
+from runtime.feedback import FeedbackStore
 from runtime.files import recovery as file_recovery
 from runtime.files.library import FileLibrary
 from runtime.files.store import RECORD as FILE_RECORD
@@ -141,12 +142,12 @@ def prune(directory: Path, settings: Settings, *, lost_found: bool, dry_run: boo
 
 
 async def _prune(database: Database, directory: Path, settings: Settings, *, dry_run: bool) -> Pruned:
-    trainer, kept = settings.trainer, settings.responses
+    trainer = settings.trainer
     keep = Keep(jobs=trainer.keep_jobs, checkpoints=trainer.keep_checkpoints, uploads=trainer.keep_uploads)
     files = FileLibrary(database, directory, settings.files)
     batches = BatchManager(database, directory, files, settings.files, max_line=settings.server.max_body)
-    responses = ResponseStore(database, keep_seconds=kept.keep_responses, max_responses=kept.max_responses)
-    feedback = open_feedback(database, settings.feedback)
+    responses = ResponseStore(database, settings.responses)
+    feedback = FeedbackStore(database, settings.feedback)
     ended = await _prune_jobs(database, directory, keep, dry_run=dry_run)
     gone = await (batches.due() if dry_run else batches.prune())
     prepared = PreparedCache(directory / PREPARED_FOLDER, trainer.prepared_cache, trainer.keep_uploads)

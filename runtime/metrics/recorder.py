@@ -13,9 +13,17 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from runtime.events import EvalEvent, LatencyTarget, StepEvent
 from runtime.messages import FinishReason, RequestTiming
-from runtime.metrics.exposition import Families, NamesCollector, ProcessNames, render
+from runtime.metrics.exposition import (
+    AdapterTraffic,
+    Families,
+    NamesCollector,
+    ProcessNames,
+    Totals,
+    render,
+    totals_of,
+    traffic_of,
+)
 from runtime.metrics.table import ADAPTER, TABLE
-from runtime.metrics.totals import AdapterTraffic, Totals, totals_of, traffic_of
 from runtime.support.machine import GpuUsage
 
 # -- timing ----------------------------------------------------------------------------------------

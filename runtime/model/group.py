@@ -1,7 +1,7 @@
 """Collectives of tensor-parallel ranks (Megatron-LM, arXiv:1909.08053), differentiable where training needs it.
 
 A rank has its number and the size of the group, and calls the same collectives in the same order as the others. The
-transport of bytes is in `runtime.workers.parallel.collectives`. One rank alone is a group too, whose collectives do
+transport of bytes is in `runtime.workers.parallel.rank`. One rank alone is a group too, whose collectives do
 nothing.
 """
 

@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
-from runtime.errors import StorageUnavailable
+from runtime.errors import PayloadTooLarge, StorageUnavailable
 from runtime.support.durable import PRIVATE_FILE, make_directory, sync_directory, tighten
 
 # -- migrations ------------------------------------------------------------------------------------
@@ -46,10 +46,24 @@ def _add_column(table: str, column: str, kind: str) -> Callable[[sqlite3.Connect
     return add
 
 
+def _fill_usage(table: str, owner: str, columns: Sequence[str]) -> Callable[[sqlite3.Connection], None]:
+    """A migration that counts the rows that were there before `usage_schema` counted them."""
+
+    def fill(connection: sqlite3.Connection) -> None:
+        size = " + ".join(f"length({column})" for column in columns)
+        connection.execute(
+            f"INSERT OR REPLACE INTO {table}_usage SELECT {owner}, count(*), sum({size}) FROM {table} GROUP BY {owner}"
+        )
+
+    return fill
+
+
 MIGRATIONS: tuple[tuple[str, Callable[[sqlite3.Connection], None]], ...] = (
     ("job_progress", _sum_up_steps),
     ("jobs", _add_column("jobs", "owner", "TEXT NOT NULL DEFAULT ''")),
     ("batches", _add_column("batches", "usage", "TEXT")),
+    ("responses", _fill_usage("responses", "tenant", ("input", "response"))),
+    ("feedback", _fill_usage("feedback", "owner", ("data",))),
 )
 """Migration from each version to the next, with the table that it changes."""
 
@@ -295,38 +309,89 @@ def select_page(
     return found[:limit], len(found) > limit
 
 
+def usage_schema(table: str, owner: str, columns: Sequence[str]) -> str:
+    """Schema of what `RowRetention` needs beside a table with a column `created_at`: how many rows each owner has, and
+    the bytes of their `columns`, counted as rows come and go. `owner`: name of the owner's column."""
+    new, old = (" + ".join(f"length({row}.{column})" for column in columns) for row in ("new", "old"))
+    return f"""
+CREATE INDEX IF NOT EXISTS {table}_by_owner ON {table} ({owner}, created_at);
+CREATE TABLE IF NOT EXISTS {table}_usage (
+    owner TEXT PRIMARY KEY,
+    rows INTEGER NOT NULL,
+    bytes INTEGER NOT NULL
+);
+CREATE TRIGGER IF NOT EXISTS {table}_added AFTER INSERT ON {table} BEGIN
+    INSERT INTO {table}_usage VALUES (new.{owner}, 1, {new})
+        ON CONFLICT (owner) DO UPDATE SET rows = rows + 1, bytes = bytes + excluded.bytes;
+END;
+CREATE TRIGGER IF NOT EXISTS {table}_changed AFTER UPDATE ON {table} BEGIN
+    UPDATE {table}_usage SET bytes = bytes + ({new}) - ({old}) WHERE owner = new.{owner};
+END;
+CREATE TRIGGER IF NOT EXISTS {table}_deleted AFTER DELETE ON {table} BEGIN
+    UPDATE {table}_usage SET rows = rows - 1, bytes = bytes - ({old}) WHERE owner = old.{owner};
+    DELETE FROM {table}_usage WHERE owner = old.{owner} AND rows = 0;
+END;
+"""
+
+
 class RowRetention:
-    """Retention of the rows of a table with a column `created_at`: by age, and by number."""
+    """Retention of the rows of a table that has a `usage_schema`: by age, by the number of an owner's rows, and by the
+    bytes of all. Rows of one owner are never deleted for the number of another's; for the bytes, the oldest rows go of
+    the owner that has the most."""
 
     def __init__(
         self,
         table: str,
-        order: str,
+        owner: str,
         *,
         keep_seconds: float | None,
         max_rows: int,
+        max_bytes: int,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """`order`: SQL by which the newest rows come first; None as `keep_seconds`: rows do not age."""
-        self._due = (
-            f"FROM {table} WHERE created_at < ? "
-            f"OR rowid IN (SELECT rowid FROM {table} ORDER BY {order} LIMIT -1 OFFSET ?)"
+        """`owner`: name of the owner's column; None as `keep_seconds`: rows do not age; `max_rows`: of an owner."""
+        self._table = table
+        self._delete_oldest = (
+            f"DELETE FROM {table} WHERE rowid IN "
+            f"(SELECT rowid FROM {table} WHERE {owner} = ? ORDER BY created_at, rowid LIMIT ?)"
         )
         self._keep_seconds = keep_seconds
         self._max_rows = max_rows
+        self._max_bytes = max_bytes
         self._clock = clock
 
+    def check(self, size: int) -> None:
+        """Raise `PayloadTooLarge` for a row of `size` bytes that `delete` would delete even if it were the only one."""
+        if size > self._max_bytes:
+            raise PayloadTooLarge(
+                f"This cannot be stored: it has {size} bytes, and all {self._table} together may have "
+                f"{self._max_bytes} (the setting {self._table}.max_{self._table}_total)."
+            )
+
     def count(self, connection: sqlite3.Connection) -> int:
-        """Number of rows that are due."""
-        return int(connection.execute(f"SELECT count(*) {self._due}", self._limits()).fetchone()[0])
+        """Number of rows that `delete` would delete."""
+        connection.execute("SAVEPOINT due")
+        try:
+            return self.delete(connection)
+        finally:
+            connection.execute("ROLLBACK TO due")
+            connection.execute("RELEASE due")
 
     def delete(self, connection: sqlite3.Connection) -> int:
         """Delete the rows that are due; returns their number."""
-        return connection.execute(f"DELETE {self._due}", self._limits()).rowcount
-
-    def _limits(self) -> tuple[float, int]:
-        oldest = float("-inf") if self._keep_seconds is None else self._clock() - self._keep_seconds
-        return oldest, self._max_rows
+        gone = 0
+        if self._keep_seconds is not None:
+            query = f"DELETE FROM {self._table} WHERE created_at < ?"
+            gone = connection.execute(query, (self._clock() - self._keep_seconds,)).rowcount
+        query = f"SELECT owner, rows - ? FROM {self._table}_usage WHERE rows > ?"
+        for owner, surplus in connection.execute(query, (self._max_rows, self._max_rows)).fetchall():
+            gone += connection.execute(self._delete_oldest, (owner, surplus)).rowcount
+        query = f"SELECT owner, max(bytes), sum(bytes) FROM {self._table}_usage"
+        while True:
+            owner, _, total = connection.execute(query).fetchone()  # SQLite's `owner` is that of the max
+            if total is None or total <= self._max_bytes:
+                return gone
+            gone += connection.execute(self._delete_oldest, (owner, 1)).rowcount
 
 
 def _primary(error: sqlite3.Error) -> int:

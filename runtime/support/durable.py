@@ -220,6 +220,36 @@ def tighten(path: Path) -> bool:
     return True
 
 
+# -- no links --------------------------------------------------------------------------------------
+#
+# A path that was checked, and is opened later: a link that is put there in between must not lead elsewhere.
+
+
+def open_without_links(path: Path, flags: int) -> int:
+    """A descriptor of the file or folder at an absolute path that was without links when it was checked: none that was
+    put there since is followed, neither at its end nor above. `flags`: how it is opened. Raises `OSError`."""
+    folder = os.open(path.anchor, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for name in path.parts[1:-1]:
+            below = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+            os.close(folder)
+            folder = below
+        return os.open(path.name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+    finally:
+        os.close(folder)
+
+
+@contextmanager
+def pinned(folder: Path) -> Iterator[Path]:
+    """Context with another path of a folder: one that leads to this very folder, whatever is moved or linked to its
+    place meanwhile. `folder` as `open_without_links` takes it. Raises `OSError`, also where it is no folder."""
+    descriptor = open_without_links(folder, os.O_PATH | os.O_DIRECTORY)
+    try:
+        yield Path(f"/proc/self/fd/{descriptor}")
+    finally:
+        os.close(descriptor)
+
+
 # -- patience --------------------------------------------------------------------------------------
 #
 # Bounded waiting for system resources that a job needs. After it, the job fails with their name.

@@ -74,8 +74,8 @@ def this_machine() -> Machine:
 
 
 def parse_cpuinfo(text: str) -> tuple[str | None, list[str]]:
-    """Model and instruction sets of the first processor in /proc/cpuinfo, of x86 or ARM; those that kernels here or in
-    torch are chosen by, in order of introduction."""
+    """Model and instruction sets of the first processor in /proc/cpuinfo, of x86 or ARM. Of the sets,
+    only those by which kernels here or in torch are chosen, in order of introduction."""
     pairs = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
     info = {name.strip(): value.strip() for name, _, value in pairs}
     flags = set((info.get("flags") or info.get("Features") or "").split())

@@ -40,7 +40,7 @@ class TokensInvalid(ValueError):
 
 
 def with_own_tokens(backend: Backend, tokens: Iterable[OwnToken]) -> Backend:
-    """A tokenizer with these tokens besides its own; those that it has already change nothing. Takes a second with a
+    """A tokenizer with these tokens besides its own; known ones change nothing. Takes a second with a
     large vocabulary.
 
     Raises `TokensInvalid` where an id or a text is taken by a token that cannot be changed, or an id would be left out.

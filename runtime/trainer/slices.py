@@ -212,7 +212,7 @@ class FairQueue(Generic[R]):
         self._claims.pop(run, None)
 
     def next_of(self, ready: Iterable[R]) -> R | None:
-        """The run that gets the next slice, of those that have anything to do; None where there are none."""
+        """The run that gets the next slice, of the runs that are `ready`; None where none is."""
         claims = {run: self._claims[run] for run in ready}
         if not claims:
             return None

@@ -287,7 +287,7 @@ class Worker:
         return due
 
     def _score_prompts(self, hidden: Tensor, due: list[PromptToken]) -> dict[int, list[TokenLogprob]]:
-        """Slot → one for each of its tokens in `due`, which are those that the rows of `hidden` predict."""
+        """Slot → one for each of its tokens in `due`, which the rows of `hidden` predict."""
         found: dict[int, list[TokenLogprob]] = {}
         for start in range(0, len(due), SCORED_AT_ONCE):
             part = due[start : start + SCORED_AT_ONCE]

@@ -191,6 +191,10 @@ def test_loading_the_same_files_again_is_the_same_version(
         assert host.loaded == []
         assert await library.load_external("a", sources[0], inplace=False) == first
         assert (await library.load_external("a", sources[1], inplace=True)).number == 2
+        link = tmp_path / "link"  # put into a folder's place once that was checked
+        link.symlink_to(sources[0])
+        with pytest.raises(AdapterInvalid, match="folder cannot be opened"):
+            await library.load_external("b", link, inplace=False)
 
     with_library(tmp_path, tiny_base, body)
 

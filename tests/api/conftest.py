@@ -19,7 +19,15 @@ from runtime.files.library import FileLibrary
 from runtime.responses import ResponseStore
 from runtime.support.database import Database
 from runtime.support.logs import configure
-from settings.schema import CacheSettings, ModelSettings, ObservabilitySettings, ServerSettings, Settings
+from settings.schema import (
+    CacheSettings,
+    FeedbackSettings,
+    ModelSettings,
+    ObservabilitySettings,
+    ResponseSettings,
+    ServerSettings,
+    Settings,
+)
 from tests.api import blocking
 from tests.api.fakes import FakeService
 from tests.trainer.jobs.fakes import World
@@ -149,8 +157,8 @@ def jobs_of(world: World) -> "OpenState":
         files = FileLibrary(database, folder, settings.files)
         await files.start()
         batches = BatchManager(database, folder, files, settings.files, max_line=settings.server.max_body)
-        responses = ResponseStore(database, keep_seconds=None, max_responses=1000)
-        feedback = FeedbackStore(database, keep_seconds=None, max_rows=1000)
+        responses = ResponseStore(database, ResponseSettings(keep_responses=None))
+        feedback = FeedbackStore(database, FeedbackSettings(keep_feedback=None))
         try:
             yield OpenedState(library, await world.start(), files, batches, responses, feedback)
         finally:

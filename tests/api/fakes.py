@@ -224,15 +224,6 @@ class Exchange:
         return json.loads(b"".join(message["body"] for message in self.sent[1:]))
 
 
-async def until(condition: Callable[[], Any]) -> None:
-    """Let the loop turn until `condition` holds."""
-    for _ in range(10_000):
-        if condition():
-            return
-        await asyncio.sleep(0)
-    raise AssertionError("it never came to that")
-
-
 def settings_with(section: str, **values: Any) -> Settings:
     """The defaults, but for some fields of one section."""
     kind = Settings.__annotations__[section]

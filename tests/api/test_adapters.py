@@ -18,7 +18,7 @@ from tests.adapter_files import make_adapter, peft_greedy
 from tests.api.adapter_requests import ASK, adapter_settings, answer, error
 from tests.api.conftest import RunningServer, tiny_settings
 from tests.api.fakes import events
-from tests.api.waiting import eventually
+from tests.waiting import wait_until
 
 
 @pytest.fixture(scope="module")
@@ -312,12 +312,12 @@ def test_metrics_of_an_idle_adapter_and_of_one_at_work(http: httpx.Client, folde
 
     assert value("adapter_requests_total", "idle") == 0.0
     answer(http, "busy")
-    assert eventually(lambda: value("adapter_requests_total", "busy") == 1.0)
+    wait_until(lambda: value("adapter_requests_total", "busy") == 1.0)
     assert value("adapter_generation_tokens_total", "busy") == 8.0
     assert value("adapter_time_to_first_token_seconds_count", "busy") == 1.0
     assert value("adapter_requests_total", "idle") == 0.0
     load(http, "third", folder / "three")  # takes the place of the idle one
-    assert eventually(lambda: value("adapter_requests_total", "idle") is None)
+    wait_until(lambda: value("adapter_requests_total", "idle") is None)
     assert "vllm:lora_requests_info{" in http.get("/metrics").text
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from runtime.support import failpoints
 from tests.api.conftest import RunningServer
-from tests.api.waiting import eventually
+from tests.waiting import wait_until
 
 GOLDEN = {"prompt": "The newt is a small", "max_tokens": 12, "temperature": 0, "return_token_ids": True}
 LIMIT = 1024 * 1024  # `max_body` of the shared server
@@ -203,7 +203,7 @@ def test_a_half_closed_connection_is_a_client_that_left(server: RunningServer, b
         failpoints.configure("")
     assert b"[DONE]" not in received
     assert received.startswith(b"HTTP/1.1 200") if begun else received == b""
-    assert eventually(lambda: httpx.get(f"{server.url}/load").json()["server_load"] == 0)
+    wait_until(lambda: httpx.get(f"{server.url}/load").json()["server_load"] == 0)
     assert metric(server, aborted) == before[0] + 1 or not begun
     assert metric(server, generated) < before[1] + 400
 

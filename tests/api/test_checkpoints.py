@@ -13,7 +13,7 @@ from runtime.support import failpoints
 from tests.adapter_files import peft_greedy
 from tests.api.adapter_requests import ASK, adapter_settings, answer, error
 from tests.api.conftest import RunningServer
-from tests.api.waiting import eventually
+from tests.waiting import wait_until
 
 RECIPE = """
 name: small
@@ -65,7 +65,7 @@ def models(http: httpx.Client) -> dict[str, dict[str, Any]]:
 
 def test_a_running_job_s_checkpoints(http: httpx.Client, tiny_model: Path, state: Path) -> None:
     job_id, base = start(http), tiny_model.name
-    assert eventually(lambda: "small:ckpt-step-4" in models(http))
+    wait_until(lambda: "small:ckpt-step-4" in models(http))
     assert list(models(http))[:3] == [base, "small:ckpt-step-2", "small:ckpt-step-4"]
     asked = "small:ckpt-step-4"
     shown = http.get(f"/v1/models/{asked}").json()
@@ -87,9 +87,9 @@ def test_a_running_job_s_checkpoints(http: httpx.Client, tiny_model: Path, state
     assert done.choices[0].model_extra["token_ids"] == expected
     assert http.get(f"/admin/jobs/{job_id}").json()["status"] == "running"
     http.post(f"/admin/jobs/{job_id}/pause")
-    assert eventually(lambda: list(models(http)) == [base])  # it does not run
+    wait_until(lambda: list(models(http)) == [base])  # it does not run
     http.post(f"/admin/jobs/{job_id}/resume")
-    assert eventually(lambda: asked in models(http))
+    wait_until(lambda: asked in models(http))
     http.post(f"/admin/jobs/{job_id}/cancel")
-    assert eventually(lambda: list(models(http)) == [base])
+    wait_until(lambda: list(models(http)) == [base])
     assert error(http.post("/v1/completions", json={**ASK, "model": asked})) == (404, "model", "model_not_found")

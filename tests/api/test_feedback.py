@@ -31,7 +31,7 @@ def client_with(store: FeedbackStore | None, settings: Settings, **headers: str)
 @pytest.fixture
 async def store(tmp_path: Path) -> AsyncIterator[FeedbackStore]:
     database = Database(tmp_path, [SCHEMA])
-    yield FeedbackStore(database, keep_seconds=None, max_rows=1000)
+    yield FeedbackStore(database, FeedbackSettings(keep_feedback=None))
     database.close()
 
 
@@ -110,6 +110,18 @@ async def test_forms_of_exports(client: httpx.AsyncClient) -> None:
     assert "jsonl" in (await client.get("/admin/feedback?format=messages")).json()["error"]["message"]
     assert (await client.get("/admin/feedback?after=nothing")).status_code == 404
     assert await exported(client) == []
+
+
+async def test_pages_of_exports(client: httpx.AsyncClient) -> None:
+    ids = [(await client.post("/v1/feedback", json={"id": f"{n}", "score": 1})).json()["id"] for n in range(5)]
+    assert [row["id"] for row in await exported(client, after=ids[3], limit="2")] == [ids[2], ids[1]]
+    assert [row["id"] for row in await exported(client, after=ids[2], order="asc")] == ids[3:]
+    await client.post("/v1/feedback", json={"id": "b", "messages": CHAT, "correction": "A newt."})
+    assert len(await exported(client, format="messages", limit="1", order="asc")) == 1
+    answer = await client.get("/admin/feedback?after=gone", headers=EXPORT)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "feedback_not_found")
+    answer = await client.get("/admin/feedback?limit=0", headers=EXPORT)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "limit")
 
 
 async def test_where_none_is_taken(store: FeedbackStore) -> None:

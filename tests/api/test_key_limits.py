@@ -12,7 +12,8 @@ from runtime.access.keys import OwnLimits, StoredKey, change_keys, digest_of
 from runtime.api.app import create_app
 from settings.schema import CacheSettings, SchedulerSettings, ServerSettings, Settings
 from tests.api.conftest import RunningServer, tiny_settings
-from tests.api.fakes import Exchange, FakeService, until
+from tests.api.fakes import Exchange, FakeService
+from tests.waiting import until
 
 pytestmark = pytest.mark.anyio
 URL = "/v1/completions"

@@ -10,7 +10,7 @@ import pytest
 
 from settings.schema import SchedulerSettings
 from tests.api.conftest import RunningServer, tiny_settings
-from tests.api.waiting import eventually
+from tests.waiting import wait_until
 
 MESSAGES: Any = [{"role": "user", "content": "What is an eft?"}]
 
@@ -164,9 +164,9 @@ def test_leaving_gives_the_blocks_back(client: openai.OpenAI, server: RunningSer
     ) as stream:
         next(iter(stream))
     ended = 'eft:request_success_total{finished_reason="abort"'
-    assert eventually(lambda: metric(server, ended) == aborts + 1)
-    assert eventually(lambda: metric(server, "eft:num_requests_running") == 0)
-    assert eventually(lambda: metric(server, "eft:kv_cache_usage_perc") == 0)
+    wait_until(lambda: metric(server, ended) == aborts + 1)
+    wait_until(lambda: metric(server, "eft:num_requests_running") == 0)
+    wait_until(lambda: metric(server, "eft:kv_cache_usage_perc") == 0)
 
 
 def test_leaving_a_whole_answer_gives_the_blocks_back(client: openai.OpenAI, server: RunningServer) -> None:
@@ -178,9 +178,9 @@ def test_leaving_a_whole_answer_gives_the_blocks_back(client: openai.OpenAI, ser
         client.with_options(timeout=0.15).completions.create(
             model=name, prompt=prompts, max_tokens=450, extra_body={"ignore_eos": True}
         )
-    assert eventually(lambda: metric(server, ended) > before)
-    assert eventually(lambda: metric(server, "eft:num_requests_running") == 0)
-    assert eventually(lambda: metric(server, "eft:kv_cache_usage_perc") == 0)
+    wait_until(lambda: metric(server, ended) > before)
+    wait_until(lambda: metric(server, "eft:num_requests_running") == 0)
+    wait_until(lambda: metric(server, "eft:kv_cache_usage_perc") == 0)
 
 
 async def _many(server: RunningServer) -> list[str]:

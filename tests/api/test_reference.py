@@ -20,7 +20,7 @@ from runtime.api.openai.schema import CompletionRequest
 from runtime.api.reference import ENDPOINTS, FieldRow, reference_page, rows
 from runtime.responses import SCHEMA, ResponseStore
 from runtime.support.database import Database
-from settings.schema import ModelSettings, SchedulerSettings, Settings
+from settings.schema import ModelSettings, ResponseSettings, SchedulerSettings, Settings
 from tests.api.fakes import FakeService
 
 pytestmark = pytest.mark.anyio
@@ -145,7 +145,7 @@ async def client(service: FakeService, tmp_path: Path) -> AsyncIterator[httpx.As
     )
     database = await asyncio.to_thread(Database, tmp_path, [SCHEMA])
     handle = ServiceHandle(service)  # type: ignore[arg-type]
-    handle.responses = ResponseStore(database, keep_seconds=None, max_responses=9)
+    handle.responses = ResponseStore(database, ResponseSettings())
     transport = httpx.ASGITransport(app=create_app(handle, settings), raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
         first = await client.post("/v1/responses", json=BASE["/v1/responses"], headers={"x-request-id": "first"})

@@ -27,7 +27,7 @@ def test_every_route_positive_and_negative(server: RunningServer, tmp_path: Path
     assert httpx.post(f"{server.url}/admin/train", files=form).status_code in (201, 202)
     sent = {"file": ("rows.jsonl", b"{}\n")}
     assert httpx.post(f"{server.url}/v1/files", files=sent, data={"purpose": "batch"}).status_code == 200
-    limits = ["--max-examples", "20", "--workers", "1", "--generation-deterministic", "--seed", "1"]
+    limits = ["--max-examples", "12", "--workers", "1", "--generation-deterministic", "--seed", "1"]
     # A server that drains answers 503, as it was told to.
     limits += ["--exclude-path", "/admin/drain"]
     done = subprocess.run(

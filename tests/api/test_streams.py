@@ -9,7 +9,8 @@ import pytest
 from runtime.api.app import create_app
 from runtime.errors import EngineUnavailable
 from settings.schema import Settings
-from tests.api.fakes import Exchange, FakeService, events, until
+from tests.api.fakes import Exchange, FakeService, events
+from tests.waiting import until
 
 pytestmark = pytest.mark.anyio
 URL = "/v1/completions"

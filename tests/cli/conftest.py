@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from runtime.cli import client, main
-from runtime.cli.asgi import InProcessTransport
+from runtime.cli.client import InProcessTransport
 from settings.load import Loaded
 from tests.cli.fake_api import FakeApi, listening
 
@@ -69,6 +69,6 @@ def loaded_here(api: FakeApi, monkeypatch: pytest.MonkeyPatch) -> FakeApi:
         async with httpx.AsyncClient(transport=InProcessTransport(api), base_url="http://127.0.0.1") as http:
             yield http
 
-    monkeypatch.setattr("runtime.cli.asgi._GRACE", 0.05)  # the fake does not look whether its client is there
+    monkeypatch.setattr("runtime.cli.client._GRACE", 0.05)  # the fake does not look whether its client is there
     monkeypatch.setattr(client, "in_process", in_process)
     return api

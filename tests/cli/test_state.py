@@ -15,7 +15,7 @@ from runtime.files.library import FileLibrary
 from runtime.responses import ResponseStore, StoredResponse
 from runtime.support.database import FILE, Database
 from runtime.support.logs import configure
-from settings.schema import FileSettings, ObservabilitySettings
+from settings.schema import FeedbackSettings, FileSettings, ObservabilitySettings, ResponseSettings
 from tests.cli.conftest import Eft
 from tests.trainer.jobs.fakes import World
 
@@ -119,10 +119,10 @@ def busy(tmp_path: Path) -> Path:
             output_lifetime=None,
         )
         await manager.store.end(batch.id, "failed", [])
-        await ResponseStore(database, keep_seconds=None, max_responses=9).put(
+        await ResponseStore(database, ResponseSettings(keep_responses=None)).put(
             StoredResponse(id="r", tenant="", created_at=then, previous_id=None, input=b"[]", response=b"{}")
         )
-        feedback = FeedbackStore(database, keep_seconds=None, max_rows=9, clock=lambda: then)
+        feedback = FeedbackStore(database, FeedbackSettings(keep_feedback=None), clock=lambda: then)
         await feedback.add(Feedback(answer_id="a", score=1), "")
         await database.call(lambda c: c.execute("UPDATE files SET created_at = ?", (then,)))
         await database.call(lambda c: c.execute("UPDATE batches SET failed_at = ?", (then,)))

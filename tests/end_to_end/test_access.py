@@ -8,7 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.end_to_end.process import ROOT, ServerProcess, wait_until
+from tests.end_to_end.process import ROOT, ServerProcess
+from tests.waiting import wait_until
 
 
 def eft(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:

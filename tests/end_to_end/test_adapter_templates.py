@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -19,8 +18,8 @@ from runtime.text.tokenizer import Tokenizer
 from runtime.trainer.data.messages import ChatRows
 from runtime.trainer.data.turns import ChatEncoder
 from runtime.trainer.recipe import Dataset
-from settings.load import Loaded, load
 from settings.schema import LimitSettings
+from tests.jobs import finished, served, upload
 
 TEXT = st.text(alphabet="the newt<|im_end|>\n {}", min_size=1, max_size=12).filter(str.strip)
 TAIL = "adapter: lora\nlora_r: 4\nmax_steps: 2\nlearning_rate: 0.001\nname: newt\nsequence_len: 512\n"
@@ -70,22 +69,6 @@ def test_a_request_has_the_tokens_of_its_row(
     )
 
 
-def served(model: Path, state: Path) -> Loaded:
-    return load(flags={"model": str(model), "state_dir": str(state)}, env={})
-
-
-async def train(client: httpx.AsyncClient, recipe: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    data = "\n".join(map(json.dumps, rows))
-    posted = await client.post("/admin/train", files={"recipe": recipe.encode(), "file": ("a.jsonl", data)})
-    assert posted.status_code == 201, posted.text
-    while True:
-        job: dict[str, Any] = (await client.get(f"/admin/jobs/{posted.json()['id']}")).json()
-        if job["status"] == "succeeded":
-            return job
-        assert job["status"] not in ("failed", "cancelled"), job
-        await asyncio.sleep(0.05)
-
-
 ASKED = [{"role": "user", "content": "Where?"}]
 RECIPES = {
     "phi_4": "chat_template: phi_4\n",
@@ -102,7 +85,7 @@ async def test_an_adapter_is_asked_with_its_own_template(
     row = {"messages": [*ASKED, {"role": "assistant", "content": "In the pond."}]}
     recipe = "datasets:\n  - path: a.jsonl\n    type: chat_template\n" + RECIPES[name] + TAIL
     async with in_process(served(tiny_model, tmp_path), training=True) as client:
-        job = await train(client, recipe, [row] * 4)
+        job = await finished(client, upload(recipe, [row] * 4))
         assert any("goes with the adapter" in note for note in job["summary"]["notes"])
         body = {"messages": ASKED, "model": "newt"}
         ids = (await client.post("/tokenize", json=body)).json()["tokens"]
@@ -125,7 +108,7 @@ async def test_an_answer_ends_where_the_adapters_template_ends_it(tiny_model: Pa
     async with in_process(served(tiny_model, tmp_path), training=True) as client:
         row = {"messages": [*ASKED, {"role": "assistant", "content": "In the pond."}]}
         recipe = "datasets:\n  - path: a.jsonl\n    type: chat_template\nchat_template: exaone4\n" + TAIL
-        await train(client, recipe, [row] * 4)
+        await finished(client, upload(recipe, [row] * 4))
         path = tmp_path / "adapters/newt/1/eft.json"
         assert json.loads(path.read_text())["stop"] == ["[|endofturn|]"]
         body = {"messages": ASKED, "model": "newt", "max_tokens": 8, "temperature": 0, "return_token_ids": True}
@@ -146,7 +129,7 @@ async def test_a_template_that_does_not_compile(tiny_model: Path, tmp_path: Path
     """Of a folder that came from elsewhere."""
     async with in_process(served(tiny_model, tmp_path), training=True) as client:
         row = {"messages": [*ASKED, {"role": "assistant", "content": "In the pond."}]}
-        await train(client, "datasets:\n  - path: a.jsonl\n" + TAIL, [row] * 4)
+        await finished(client, upload("datasets:\n  - path: a.jsonl\n" + TAIL, [row] * 4))
     path = tmp_path / "adapters/newt/1/eft.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": "{% if %}"}))
     async with in_process(served(tiny_model, tmp_path), training=True) as client:

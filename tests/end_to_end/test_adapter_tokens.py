@@ -12,8 +12,8 @@ import torch
 from runtime.cli.client import in_process
 from settings.load import load
 from tests.end_to_end.process import ServerProcess
-from tests.end_to_end.test_adapter_templates import served, train
 from tests.end_to_end.test_training import RECIPE, chat_lines, num_right, rows
+from tests.jobs import finished, served, upload
 from tests.tiny import VOCAB_SIZE
 
 EXAMPLES = Path(__file__).parents[2] / "settings" / "recipes"
@@ -61,7 +61,7 @@ async def complete(client: httpx.AsyncClient, model: str, prompt: Any, **body: A
 async def test_tokens_are_trained_and_asked(tiny_model: Path, tmp_path: Path, kind: str) -> None:
     base = tiny_model.name
     async with in_process(served(tiny_model, tmp_path), training=True) as client:
-        job = await train(client, RECIPES[kind] + TAIL, ROWS)
+        job = await finished(client, upload(RECIPES[kind] + TAIL, ROWS))
         assert any("2 tokens are new ('<fact>', '<end>')" in note for note in job["summary"]["notes"])
         ids = (await post(client, "/tokenize", "newt", prompt="Say. <fact>"))["tokens"]
         assert ids[-1] == FACT
@@ -99,7 +99,7 @@ async def test_the_example(tiny_model: Path, tmp_path: Path) -> None:
     text = (EXAMPLES / "tokens.yaml").read_text().replace("data/markers.jsonl", "a.jsonl")
     rows = [json.loads(line) for line in (EXAMPLES / "data/markers.jsonl").read_text().splitlines()]
     async with in_process(served(tiny_model, tmp_path), training=True) as client:
-        job = await train(client, text, rows)
+        job = await finished(client, upload(text, rows))
         assert any("3 tokens are new ('<fact>', '</fact>', '<end>')" in note for note in job["summary"]["notes"])
         ids = (await post(client, "/tokenize", "tokens", prompt="<fact>a</fact>"))["tokens"]
         assert (ids[0], ids[-1]) == (VOCAB_SIZE, VOCAB_SIZE + 1)

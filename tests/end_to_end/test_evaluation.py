@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from tests.end_to_end.process import ServerProcess, wait_until
+from tests.end_to_end.process import ServerProcess
 from tests.end_to_end.test_training import chat_lines
+from tests.waiting import wait_until
 
 RECIPE = """
 name: tiny

@@ -1,6 +1,5 @@
 """`lora_model_dir`: a job goes on from an adapter of the server, or from a folder of PEFT's."""
 
-import asyncio
 import json
 import shutil
 from pathlib import Path
@@ -12,9 +11,10 @@ from safetensors.torch import load_file
 
 from runtime.cli.client import in_process
 from runtime.text.templates import builtin_template
-from settings.load import Loaded, load
+from settings.load import load
 from tests.adapter_files import make_adapter
 from tests.end_to_end.process import ServerProcess
+from tests.jobs import finished, served, upload
 
 ROW = {"messages": [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "In the pond."}]}
 DATA = "\n".join([json.dumps(ROW)] * 4)
@@ -28,28 +28,13 @@ datasets:
 """
 
 
-def served(model: Path, state: Path) -> Loaded:
-    return load(flags={"model": str(model), "state_dir": str(state)}, env={})
-
-
 async def post(client: httpx.AsyncClient, recipe: str, *, dry: bool = False) -> httpx.Response:
     path = "/admin/train?dry_run=1" if dry else "/admin/train"
     return await client.post(path, files={"recipe": (recipe + TAIL).encode(), "file": ("a.jsonl", DATA)})
 
 
 async def train(client: httpx.AsyncClient, recipe: str) -> dict[str, Any]:
-    return await finished(client, {"recipe": (recipe + TAIL).encode(), "file": ("a.jsonl", DATA)})
-
-
-async def finished(client: httpx.AsyncClient, files: Any) -> dict[str, Any]:
-    posted = await client.post("/admin/train", files=files)
-    assert posted.status_code == 201, posted.text
-    while True:
-        job: dict[str, Any] = (await client.get(f"/admin/jobs/{posted.json()['id']}")).json()
-        if job["status"] == "succeeded":
-            return job
-        assert job["status"] not in ("failed", "cancelled"), job
-        await asyncio.sleep(0.05)
+    return await finished(client, upload(recipe + TAIL, [ROW] * 4))
 
 
 async def losses(client: httpx.AsyncClient, job: dict[str, Any]) -> list[float]:

@@ -1,7 +1,5 @@
 """How many files a chat request and a recipe cross, counted while they do."""
 
-import asyncio
-import json
 import sys
 import threading
 from collections.abc import Iterator
@@ -19,6 +17,7 @@ from runtime.trainer.data.example import Example
 from runtime.trainer.data.examples import Reader
 from runtime.workers.worker import Worker
 from settings.load import Loaded, load
+from tests.jobs import finished, upload
 
 pytestmark = pytest.mark.anyio
 
@@ -126,17 +125,12 @@ async def test_a_recipe_crosses_few_files(tiny_model: Path, tmp_path: Path, monk
 
     monkeypatch.setattr(Reader, "read", counted)
     row = {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "ahoy"}]}
-    data = "\n".join([json.dumps(row)] * 4)
     recipe = f"base_model: {tiny_model.name}\ndatasets:\n  - path: a.jsonl\n    type: chat_template\n" + RECIPE_TAIL
     with traced() as trace:
         async with in_process(settings(tiny_model, tmp_path), training=True) as client:
             assert (await client.get("/ready")).status_code == 200  # so the tasks of the server have begun
             trace.on = True
-            posted = await client.post("/admin/train", files={"recipe": recipe.encode(), "file": ("a.jsonl", data)})
-            assert posted.status_code == 201, posted.text
-            while (job := (await client.get(f"/admin/jobs/{posted.json()['id']}")).json())["status"] != "succeeded":
-                assert job["status"] not in ("failed", "cancelled"), job
-                await asyncio.sleep(0.05)
+            await finished(client, upload(recipe, [row] * 4))
             trace.on = False
     assert groups == ["datasets", "test_datasets", "generation_datasets"]
     assert len(trace.files) <= RECIPE, "\n".join(sorted(trace.files))

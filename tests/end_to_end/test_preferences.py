@@ -1,14 +1,13 @@
 """Preferences from a recipe to an adapter: the example recipes on a random model, and DPO on the real one."""
 
-import asyncio
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from runtime.cli.client import in_process
-from settings.load import load
 from tests.end_to_end.process import ServerProcess
+from tests.jobs import finished, served
 
 EXAMPLES = Path(__file__).parents[2] / "settings" / "recipes"
 REWARDS = {"rewards/chosen", "rewards/rejected", "rewards/margins"}
@@ -22,16 +21,9 @@ async def test_an_example_recipe_runs(method: str, tiny_model: Path, tmp_path: P
     recipe = recipe.replace("num_epochs: 2", "max_steps: 3").partition("\npublish:")[0] + "\neval_steps: 1\n"
     name = "manners-labelled.jsonl" if method == "kto" else "manners.jsonl"
     files = {"recipe": recipe.encode(), "file": (name, (EXAMPLES / "data" / name).read_bytes())}
-    async with in_process(
-        load(flags={"model": str(tiny_model), "state_dir": str(tmp_path)}, env={}), training=True
-    ) as client:
-        posted = await client.post("/admin/train", files=files)
-        assert posted.status_code == 201, posted.text
-        path = f"/admin/jobs/{posted.json()['id']}"
-        while (job := (await client.get(path)).json())["status"] != "succeeded":
-            assert job["status"] not in ("failed", "cancelled"), job
-            await asyncio.sleep(0.05)
-        steps = (await client.get(f"{path}/metrics")).json()["data"]
+    async with in_process(served(tiny_model, tmp_path), training=True) as client:
+        job = await finished(client, files)
+        steps = (await client.get(f"/admin/jobs/{job['id']}/metrics")).json()["data"]
         assert (await client.get("/v1/models")).json()["data"][-1]["id"].startswith("manners-")
     assert job["summary"]["method"] == method
     evaluated = [step["metrics"] for step in steps if step["type"] == "eval"]

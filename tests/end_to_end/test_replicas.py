@@ -6,7 +6,8 @@ from typing import Any
 import httpx
 
 from tests.adapter_files import make_adapter, peft_greedy
-from tests.end_to_end.process import ServerProcess, wait_until
+from tests.end_to_end.process import ServerProcess
+from tests.waiting import wait_until
 
 PROMPT = [5, 9, 17, 4, 30]
 COUNT = 8

@@ -16,7 +16,7 @@ import pytest
 
 from settings.schema import TrainerSettings
 from tests.api.conftest import RunningServer, tiny_settings
-from tests.end_to_end.process import wait_until
+from tests.waiting import wait_until
 
 _PATHS = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", ""), "/usr/sbin"])
 NGINX = shutil.which("nginx", path=_PATHS)

@@ -13,25 +13,15 @@ import pytest
 
 from runtime.support.database import FILE
 from tests.adapter_files import make_adapter
-from tests.end_to_end.process import ROOT, ServerProcess, wait_until
+from tests.end_to_end.process import ROOT, ServerProcess
+from tests.jobs import NEWT_ROWS, newt_recipe
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.timeout(300)
 
-ROWS = b"".join(b'{"text": "the newt crosses the road %d"}\n' % n for n in range(8))
-RECIPE = """
-name: trained
-adapter: lora
-lora_r: {rank}
-datasets:
-  - path: train.jsonl
-    type: completion
-sequence_len: 64
-micro_batch_size: 2
-max_steps: {steps}
-learning_rate: 1e-3
-loss_watchdog_threshold: 100
-save_steps: {save}
-"""
+
+def recipe(*, rank: int, steps: int, save: int) -> str:
+    return newt_recipe(name="trained", lora_r=rank, max_steps=steps, save_steps=save, loss_watchdog_threshold=100)
 
 
 def check_point(state: Path) -> None:
@@ -69,7 +59,7 @@ def filled(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("filled")
     make_adapter(tiny_model, folder / "made", target_modules=["q_proj"])
     with ServerProcess(str(tiny_model), folder / "state", data_roots=folder) as server:
-        job = server.wait_for_job(server.train(RECIPE.format(rank=4, steps=4, save=2), {"train.jsonl": ROWS}))
+        job = server.wait_for_job(server.train(recipe(rank=4, steps=4, save=2), {"train.jsonl": NEWT_ROWS}))
         assert job["status"] == "succeeded", job
         body = {"lora_name": "loaded", "lora_path": str(folder / "made")}
         assert server.http.post("/v1/load_lora_adapter", json=body).status_code == 200
@@ -200,10 +190,10 @@ def test_a_disk_that_is_full_while_a_job_runs(tiny_model: Path, tmp_path: Path) 
     with ServerProcess(str(tiny_model), tmp_path / "state", file_size=1_000_000) as server:
         base = server.http.get("/v1/models").json()["data"][0]["id"]
         before = server.tokens(base, "Hi", 4)
-        job = server.wait_for_job(server.train(RECIPE.format(rank=64, steps=6, save=2), {"train.jsonl": ROWS}))
+        job = server.wait_for_job(server.train(recipe(rank=64, steps=6, save=2), {"train.jsonl": NEWT_ROWS}))
         assert (job["status"], job["error"]["code"]) == ("failed", "disk_full")
         assert job["error"]["message"] == "Cannot write the checkpoint of step 2: File too large."
-        small = server.wait_for_job(server.train(RECIPE.format(rank=1, steps=2, save=2), {"train.jsonl": ROWS}))
+        small = server.wait_for_job(server.train(recipe(rank=1, steps=2, save=2), {"train.jsonl": NEWT_ROWS}))
         assert small["status"] == "succeeded", small["error"]
         assert server.tokens(base, "Hi", 4) == before
 
@@ -212,7 +202,7 @@ def test_a_slow_disk_does_not_fill_the_memory(tiny_model: Path, tmp_path: Path) 
     """A checkpoint each step, and a disk that takes longer: the run waits."""
     slow = "snapshot.write=sleep:0.5"
     with ServerProcess(str(tiny_model), tmp_path / "state", failpoints=slow) as server:
-        job_id = server.train(RECIPE.format(rank=16, steps=3000, save=1), {"train.jsonl": ROWS})
+        job_id = server.train(recipe(rank=16, steps=3000, save=1), {"train.jsonl": NEWT_ROWS})
         wait_until(lambda: len(server.job(job_id)["checkpoints"]) >= 3, 60)
         job = server.job(job_id)
         assert job["step"] - max(checkpoint["step"] for checkpoint in job["checkpoints"]) <= 3

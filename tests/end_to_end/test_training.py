@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from runtime.checkpoints.peft import FILES
-from tests.end_to_end.process import ServerProcess, wait_until
+from tests.end_to_end.process import ServerProcess
+from tests.waiting import wait_until
 
 COLOURS = ["red", "green", "blue", "white", "black", "yellow", "brown", "grey", "purple", "orange"]
 THINGS = ["apple", "house", "river", "stone", "lamp", "chair", "boat", "cloud", "tiger", "piano", "cup", "door"]

@@ -15,10 +15,12 @@ from runtime.checkpoints.peft import read_adapter
 from runtime.engine.first_weights import (
     BaseWeights,
     Stopped,
+    find_origin,
     keep_origin,
     kept_origin,
     made_parameters,
     origin_parameters,
+    pinned_origin,
 )
 from runtime.errors import InvalidRequest
 from runtime.model.decoder import Decoder
@@ -202,6 +204,33 @@ def test_a_job_keeps_what_it_goes_on_from(tiny_model: Path, tmp_path: Path) -> N
     with pytest.raises(InvalidRequest, match=r"lora_model_dir \(newt@2\): The adapter has no adapter_config.json"):
         keep_origin(AdapterOrigin(source, "newt@2"), tmp_path / "other", base, max_rank=8)
     assert not (tmp_path / "other").exists()
+
+
+class NoLibrary:
+    def find(self, name: str) -> None:
+        return None
+
+    def list(self) -> list[Any]:
+        return []
+
+
+def test_what_is_put_in_a_folder_s_place_is_not_read(tiny_model: Path, tmp_path: Path) -> None:
+    """Under a data root, by another user of it: between the check and the reading, or while it is read."""
+    base = LoraBase.of(load_reference(tiny_model), Llama, "tiny")
+    root, secret = tmp_path / "root", make_adapter(tiny_model, tmp_path / "secret", r=2)
+    root.mkdir()
+    source = make_adapter(tiny_model, root / "a")
+    origin = find_origin("a", NoLibrary(), [root], base)  # type: ignore[arg-type]
+    with pinned_origin(origin) as there:
+        source.rename(root / "moved")
+        source.symlink_to(secret)
+        kept = keep_origin(there, tmp_path / "origin", base, max_rank=8)
+    assert (kept.directory / "adapter_model.safetensors").read_bytes() == (
+        root / "moved" / "adapter_model.safetensors"
+    ).read_bytes()
+    refused = pytest.raises(InvalidRequest, match=r"lora_model_dir \(a\): the folder cannot be opened")
+    with refused, pinned_origin(origin):
+        raise AssertionError("it was opened")
 
 
 def test_a_run_that_is_cancelled_stops_making_them(tiny_model: Path) -> None:

@@ -2,7 +2,6 @@
 
 import asyncio
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from runtime.errors import TooManyRequests
 from runtime.messages import BeamSearch, Output, SamplingParams, Submission
 from runtime.support import failpoints
 from tests.engine.services import LONG, check_empty, gather, run, submission
+from tests.waiting import until
 
 GAUGES = ("num_requests_running", "num_requests_waiting", "num_requests_waiting_by_reason", "kv_cache_usage_perc")
 
@@ -25,15 +25,6 @@ def values(service: EngineService, name: str) -> dict[str, float]:
         for sample in family.samples
         if sample.name in (f"eft:{name}", f"eft:{name}_total")
     }
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Wait for what the engine thread does in its own time."""
-    for _ in range(5000):
-        if condition():
-            return
-        await asyncio.sleep(0.001)
-    raise AssertionError("it never came to that")
 
 
 async def all_zero(service: EngineService) -> None:

@@ -1,16 +1,22 @@
 """Adapters through the service: loaded beside the engine, counted while they are used."""
 
+import asyncio
+import threading
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from runtime.checkpoints.peft import AdapterInvalid
+from runtime.engine.answers import AnswerRounds
 from runtime.engine.service import EngineService
 from runtime.errors import AdapterUnavailable, EngineUnavailable
 from runtime.messages import Output, SamplingParams, Submission
 from runtime.support import failpoints
 from tests.adapter_files import make_adapter
 from tests.engine.services import check_empty, gather, run
+from tests.waiting import until
 
 
 def ask(name: str, adapter: str) -> Submission:
@@ -76,6 +82,66 @@ def test_a_load_that_fails_on_the_engines_thread(tiny_model: Path, tmp_path: Pat
         assert tokens(before) == tokens(after)  # outputs that wait for their reader are merged
         await service.load_adapter("a@2:y", str(tmp_path / "a"))
         assert (await gather(service.submit(ask("4", "a@2:y"))))[-1].finish_reason == "length"
+
+    check_empty(run(tiny_model, body))
+
+
+async def in_memory(service: EngineService) -> tuple[list[str], list[str]]:
+    """Keys that are loaded, and prepared ones, once what was cancelled is reverted."""
+    await until(lambda: not service._reverts)
+    slots = service.engine._executor._slots  # type: ignore[attr-defined]
+    return await service.call(lambda: (slots.keys, list(slots._prepared)))
+
+
+@pytest.mark.parametrize("place", ["adapters.prepare", "adapters.load"])
+def test_a_load_whose_caller_is_cancelled_is_reverted(tiny_model: Path, tmp_path: Path, place: str) -> None:
+    """The next load of the same adapter waits for that, and stays."""
+    make_adapter(tiny_model, tmp_path / "a")
+
+    async def body(service: EngineService) -> None:
+        for again in (False, True):
+            failpoints.configure(f"{place}=hold")
+            load = asyncio.create_task(service.load_adapter("a@1:x", str(tmp_path / "a")))
+            await until(lambda: failpoints.passed(place))
+            load.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await load
+            later = asyncio.create_task(service.load_adapter("a@1:x", str(tmp_path / "a"))) if again else None
+            await asyncio.sleep(0)
+            failpoints.release(place)
+            if later is not None:
+                await later
+            assert await in_memory(service) == (["a@1:x"] if again else [], [])
+        assert (await gather(service.submit(ask("1", "a@1:x"))))[-1].finish_reason == "length"
+
+    check_empty(run(tiny_model, body))
+
+
+@pytest.mark.parametrize("place", ["write", "adapters.prepare"])
+def test_an_evaluation_that_is_cancelled_leaves_nothing(tiny_model: Path, tmp_path: Path, place: str) -> None:
+    """Whether its adapter is being written or read then: no adapter in memory, and no file."""
+    began, goes_on = threading.Event(), threading.Event()
+
+    class OneSnapshot:
+        parameters: Mapping[str, Any] = {}
+
+        def write_adapter(self, folder: Path, parameters: Mapping[str, Any]) -> None:
+            began.set()
+            assert place != "write" or goes_on.wait(60)
+            make_adapter(tiny_model, folder)
+
+    async def body(service: EngineService) -> None:
+        rounds = AnswerRounds(service, None, job_id="j", name="a", folder=tmp_path / "job")  # type: ignore[arg-type]
+        failpoints.configure("adapters.prepare=hold")
+        answers = asyncio.create_task(rounds.run(1, OneSnapshot(), lambda done: None))  # type: ignore[arg-type]
+        await until(lambda: began.is_set() if place == "write" else failpoints.passed(place))
+        answers.cancel()
+        goes_on.set()
+        failpoints.release("adapters.prepare")
+        with pytest.raises(asyncio.CancelledError):
+            await answers
+        assert await in_memory(service) == ([], [])
+        assert list((tmp_path / "job").iterdir()) == []
 
     check_empty(run(tiny_model, body))
 

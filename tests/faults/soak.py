@@ -27,6 +27,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.end_to_end.process import ServerProcess
 from tests.faults.bodies import BAD_BODIES, BAD_BYTES
+from tests.jobs import NEWT_ROWS, newt_recipe
 from tests.tiny import make_tiny_llama
 
 FAILPOINTS = "planner.enter=raise:%701;scheduler.book=raise:%9001;engine.deliver=raise:%7001;scheduler.plan=raise:%5003"
@@ -35,22 +36,7 @@ INJECTED = "An internal error ended this request"
 GROWTH_BYTES = 48 * 1024**2
 """Resident memory that may be gained between the first and the last quiet look: caches fill, arenas fragment."""
 CLIENTS = 12
-
-RECIPE = """
-name: {name}
-adapter: lora
-lora_r: 4
-datasets:
-  - path: train.jsonl
-    type: completion
-sequence_len: 64
-micro_batch_size: 2
-max_steps: 6
-save_steps: 3
-learning_rate: 1e-4
-loss_watchdog_threshold: 1000
-"""
-ROWS = b"".join(b'{"text": "the newt crosses the road %d"}\n' % n for n in range(12))
+SOAKED = newt_recipe(name="soaked", max_steps=6, save_steps=3, learning_rate=1e-4, loss_watchdog_threshold=1000)
 
 
 @dataclass(frozen=True)
@@ -198,8 +184,8 @@ class Soak:
         number = 0
         while not self._over:
             number += 1
-            files = [("recipe", ("recipe.yaml", RECIPE.format(name="soaked").encode(), "application/yaml"))]
-            files += [("data", ("train.jsonl", ROWS, "application/octet-stream"))]
+            files = [("recipe", ("recipe.yaml", SOAKED.encode(), "application/yaml"))]
+            files += [("data", ("train.jsonl", NEWT_ROWS, "application/octet-stream"))]
             made = await self._http.post("/admin/train", files=files)
             self.tally.note("train", made.status_code, made.text, {201, 202, 409, 429})
             if made.status_code not in (201, 202):

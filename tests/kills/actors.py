@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 
 from runtime.api.openai.fine_tuning import TRAIN_FILE
+from tests.jobs import newt_recipe
 from tests.kills.ledger import ENDED, AdapterEntry, BatchEntry, FileEntry, JobEntry, Ledger
 
 MAX_OPEN = 4
@@ -21,22 +22,6 @@ MAX_OPEN = 4
 
 MAX_OPEN_BATCHES = 2
 BATCH_LINES = 200
-
-RECIPE = """
-name: {name}
-adapter: lora
-lora_r: 4
-datasets:
-  - path: train.jsonl
-    type: completion
-sequence_len: 64
-micro_batch_size: 2
-max_steps: {steps}
-learning_rate: 1e-3
-loss_watchdog_threshold: 100
-save_steps: {save}
-save_total_limit: 2
-"""
 
 
 class Gone(Exception):
@@ -112,8 +97,12 @@ class Trainer(Actor):
             rows = "".join(
                 json.dumps({"text": f"{text}{n} {key}"}) + "\n" for n in range(self.rng.choice((4, 40, 4000)))
             )
-            recipe = RECIPE.format(
-                name=f"job-{self.rng.randrange(40)}-{key}", steps=self.rng.randint(1, 6), save=self.rng.randint(1, 2)
+            recipe = newt_recipe(
+                name=f"job-{self.rng.randrange(40)}-{key}",
+                max_steps=self.rng.randint(1, 6),
+                save_steps=self.rng.randint(1, 2),
+                save_total_limit=2,
+                loss_watchdog_threshold=100,
             )
             self._owed[key] = recipe, rows.encode()
         key, (recipe, data) = next(iter(self._owed.items()))

@@ -10,11 +10,11 @@ from runtime.events import RunEvent, StepEvent
 from runtime.model.decoder import Decoder
 from runtime.model.families.llama import Llama
 from runtime.model.lora_base import LoraBase
+from runtime.trainer.data.example import Example
 from runtime.trainer.run import TrainingRun
 from runtime.trainer.sliced_run import RunSpec
 from runtime.trainer.snapshot import Restored
 from tests.adapter_files import ALL
-from tests.parity.test_lora_gradients import peft_loss
 from tests.trainer.tiny_training import drive, examples, run_spec
 
 IDS = torch.randint(0, 512, (40,), generator=torch.Generator().manual_seed(5))
@@ -58,6 +58,18 @@ def trained_by_us(
     target.mkdir()
     run.take_snapshot(4).write(target)
     return [event.loss for event in events if isinstance(event, StepEvent)], target / "adapter_files"
+
+
+def peft_loss(model: Any, data: list[Example]) -> torch.Tensor:
+    """The mean over the trained tokens, each sequence by itself."""
+    total, count = torch.zeros(()), 0
+    for example in data:
+        ids = torch.tensor([example.token_ids])
+        logits = model(input_ids=ids).logits[0, :-1]
+        targets = torch.where(torch.tensor(example.trained[1:]), ids[0, 1:], -100)
+        total = total + torch.nn.functional.cross_entropy(logits, targets, reduction="sum", ignore_index=-100)
+        count += example.num_trained
+    return total / count
 
 
 def trained_by_peft(model: Any, rate: float) -> list[float]:

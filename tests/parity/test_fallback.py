@@ -18,6 +18,7 @@ from runtime.trainer.lora import TrainableLora
 from settings.load import load as load_settings
 from tests.parity.fallbacks import CASES, make_fallback
 from tests.parity.gradients import drive
+from tests.parity.peft_training import peft_loss
 
 GREEDY = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True)
 PROMPTS = [[(11 * row + 5 * place) % 500 + 3 for place in range(length)] for row, length in enumerate((1, 6, 23, 45))]
@@ -133,16 +134,12 @@ def test_gradients_equal_peft(
                 m.copy_(modules[place].lora_magnitude_vector["default"].weight)
     lora.changed()
     examples = [Example(ids, [place >= 3 for place in range(len(ids))]) for ids in PROMPTS[1:3]]
-    loss = torch.zeros(())
-    for example in examples:
-        logits = oracle(input_ids=torch.tensor([example.token_ids])).logits[0, :-1]
-        wanted = torch.where(torch.tensor(example.trained[1:]), torch.tensor(example.token_ids[1:]), -100)
-        loss = loss + torch.nn.functional.cross_entropy(logits, wanted, reduction="sum", ignore_index=-100)
     trained = sum(example.num_trained for example in examples)
-    (loss / trained).backward()
+    loss = peft_loss(oracle, examples)
+    loss.backward()
     micro = FallbackStep(decoder, TrainingOps(), lora, collate(examples, decoder.device), checkpointing=checkpointing)
     drive(micro.forward_backward(1 / trained), "odd")
-    assert micro.score.mean == pytest.approx(loss.item() / trained, abs=1e-4)
+    assert micro.score.mean == pytest.approx(loss.item(), abs=1e-4)
     for place, adapted in lora.linears.items():
         torch.testing.assert_close(adapted.a.grad, modules[place].lora_A["default"].weight.grad, atol=1e-4, rtol=1e-3)
         torch.testing.assert_close(

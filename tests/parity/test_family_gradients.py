@@ -15,6 +15,7 @@ from runtime.trainer.step import MicroStep
 from tests.parity.families import CASES, make_model
 from tests.parity.gradients import data, drive
 from tests.parity.packing import load
+from tests.parity.peft_training import peft_loss
 
 RANK, ALPHA = 4, 12
 NAMES = [
@@ -79,16 +80,12 @@ def test_gradients_equal_peft(name: str, dora: bool, tmp_path: Path) -> None:
                 if part.magnitude is not None:
                     module.lora_magnitude_vector["default"].weight.copy_(part.magnitude)
     oracle.eval()
-    loss = torch.zeros(())
-    for example in data():
-        logits = oracle(input_ids=torch.tensor([example.token_ids])).logits[0, :-1]
-        wanted = torch.where(torch.tensor(example.trained[1:]), torch.tensor(example.token_ids[1:]), -100)
-        loss = loss + torch.nn.functional.cross_entropy(logits, wanted, reduction="sum", ignore_index=-100)
     trained = sum(example.num_trained for example in data())
-    (loss / trained).backward()
+    loss = peft_loss(oracle, data())
+    loss.backward()
     micro = MicroStep(decoder, TrainingOps(), lora, collate(data(), decoder.device), checkpointing=True)
     drive(micro.forward_backward(1 / trained), "odd")
-    assert micro.score.mean == pytest.approx(loss.item() / trained, abs=1e-4)
+    assert micro.score.mean == pytest.approx(loss.item(), abs=1e-4)
     for (layer, linear), adapted in lora.linears.items():
         assert adapted.a.grad is not None
         for part_name, grad_a, b in zip(adapted.parts, adapted.a.grad.split(RANK), adapted.b, strict=True):

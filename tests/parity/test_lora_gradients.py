@@ -8,11 +8,12 @@ import torch
 
 import kernels
 from runtime.model.lora import LoraShape
-from runtime.trainer.data.example import Example, collate
+from runtime.trainer.data.example import collate
 from runtime.trainer.lora import TrainableLora, TrainingAdaptation, pieces_of
 from runtime.trainer.step import MicroStep
 from tests.parity.gradients import adapter, drive, peft_model, peft_module
 from tests.parity.llama import VARIANTS
+from tests.parity.peft_training import peft_loss
 from tests.tiny import make_tiny_llama
 from tests.trainer.tiny_training import all_targets, examples, load_decoder
 
@@ -20,18 +21,6 @@ RANK, ALPHA = 4, 12
 OPS = kernels.training_ops(kernels.load())
 """Of the fastest backend here."""
 SLICING = ["whole", "least", "odd"]
-
-
-def peft_loss(model: Any, data: list[Example]) -> torch.Tensor:
-    """The mean over the trained tokens, each sequence by itself."""
-    total, count = torch.zeros(()), 0
-    for example in data:
-        ids = torch.tensor([example.token_ids])
-        logits = model(input_ids=ids).logits[0, :-1]
-        targets = torch.where(torch.tensor(example.trained[1:]), ids[0, 1:], -100)
-        total = total + torch.nn.functional.cross_entropy(logits, targets, reduction="sum", ignore_index=-100)
-        count += example.num_trained
-    return total / count
 
 
 def check(

@@ -15,6 +15,7 @@ from runtime.support.durable import (
     fresh_directory,
     make_directory,
     move,
+    pinned,
     replace_file,
     write_file,
     write_with,
@@ -160,3 +161,19 @@ def test_names_of_errors(number: int, code: str) -> None:
     assert (found.cause, found.code, found.status) == (code, "storage_unavailable", 503)
     assert "/secret" not in found.message
     assert os.strerror(number) in found.message
+
+
+def test_a_pinned_folder_stays_what_it_was(tmp_path: Path) -> None:
+    folder, other = tmp_path / "folder", tmp_path / "other"
+    for path, text in ((folder, "ours"), (other, "secret")):
+        path.mkdir()
+        (path / "file").write_text(text)
+    with pinned(folder) as there:
+        folder.rename(tmp_path / "moved")
+        folder.symlink_to(other)
+        assert (there / "file").read_text() == "ours"
+        assert there.is_dir()
+    for leads_out in (folder, folder / "inner", other / "file", tmp_path / "none"):
+        (other / "inner").mkdir(exist_ok=True)
+        with pytest.raises(OSError, match=r"Errno"), pinned(leads_out):
+            raise AssertionError("it was opened")

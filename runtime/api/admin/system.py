@@ -254,9 +254,9 @@ def _settings(api: Api) -> list[SettingView]:
 
 def _keys(api: Api) -> list[KeyView]:
     found = []
-    for one in api.access.ring.principals:
-        limits = {name: value for name, value in to_builtins(one.limits).items() if value is not None}
-        found.append(KeyView(name=one.name, scopes=sorted(one.scopes), limits=limits))
+    for principal in api.access.ring.principals:
+        limits = {name: value for name, value in to_builtins(principal.limits).items() if value is not None}
+        found.append(KeyView(name=principal.name, scopes=sorted(principal.scopes), limits=limits))
     return found
 
 

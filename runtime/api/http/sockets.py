@@ -95,7 +95,7 @@ class ResponseSockets:
         self._paths = socket_paths(settings.root_path)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "websocket":
+        if str(scope["type"]) != "websocket":
             await self._app(scope, receive, send)
             return
         await receive()  # websocket.connect
@@ -138,7 +138,7 @@ async def _refuse(scope: Scope, send: Send, status: int, body: bytes) -> None:
     headers = [(b"content-type", JSON.encode()), (b"content-length", str(len(body)).encode())]
     start = {"type": "websocket.http.response.start", "status": status, "headers": headers}
     await send(start)  # type: ignore[arg-type]  # of an extension that Litestar does not know
-    await send({"type": "websocket.http.response.body", "body": body, "more_body": False})  # type: ignore[arg-type]
+    await send({"type": "websocket.http.response.body", "body": body, "more_body": False})
 
 
 class _Connection:

@@ -124,7 +124,7 @@ _INSIDE = {
     "async": "The client runs the tools, and sends their results when it has them.",
     "defer_loading": "Send the tools that the model may call.",
     "output_schema": "Describe the result in the tool's description.",
-    "context": "Thoughts of earlier turns are those that the input has.",
+    "context": "Thoughts of earlier turns are taken from the input.",
     "mode": "There is one mode: choose an effort.",
 }
 """Last part of a path → what to do instead."""

@@ -4,6 +4,6 @@ Reading trusts nothing: an adapter may come from any source.
 """
 
 from runtime.checkpoints.peft.config import CONFIG, FILES, WEIGHTS, AdapterInvalid
-from runtime.checkpoints.peft.files import read_adapter, read_files, write_adapter
+from runtime.checkpoints.peft.files import read_adapter, read_config, read_files, write_adapter
 
-__all__ = ["CONFIG", "FILES", "WEIGHTS", "AdapterInvalid", "read_adapter", "read_files", "write_adapter"]
+__all__ = ["CONFIG", "FILES", "WEIGHTS", "AdapterInvalid", "read_adapter", "read_config", "read_files", "write_adapter"]

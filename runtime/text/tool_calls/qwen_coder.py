@@ -7,7 +7,7 @@ from typing import Any
 from runtime.errors import Unsupported
 from runtime.text.grammar.source import GrammarBuilder, choice_part, json_part, literal
 from runtime.text.tool_calls.format import MarkedFormat, Tool
-from runtime.text.tool_calls.json_values import loads
+from runtime.text.tool_calls.json_calls import loads
 from runtime.text.tool_calls.pythonic import in_order, properties_of
 from runtime.text.tool_calls.reader import CharacterParser, Reading, ToolParser
 

@@ -227,7 +227,7 @@ class Reader:
         return (row for index, row in enumerate(rows()) if index in chosen)
 
     def _examples(self, form: Format, row: DataRow, counts: RowCounts, file: str, number: int) -> list[Example]:
-        """The examples of a row as they are trained on; those that are not are counted."""
+        """The examples of a row that are trained on; all others are counted."""
         group = form(row)
         if len(group) > 1:
             return self._fitted(group, counts, file, number)

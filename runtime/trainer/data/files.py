@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 
 from runtime.errors import Forbidden, InvalidRequest
-from runtime.support.durable import TOO_MANY_FILES, storage_unavailable
+from runtime.support.durable import TOO_MANY_FILES, open_without_links, storage_unavailable
 from settings.suggest import nearest
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -43,7 +43,7 @@ class DataFile:
         """Open the file for reading. Raises `Forbidden` unless it is a regular file, `InvalidRequest` when it cannot be
         read, and `StorageUnavailable` where the system has no descriptor left."""
         try:
-            descriptor = _open_without_links(self.path)
+            descriptor = open_without_links(self.path, os.O_RDONLY | os.O_NONBLOCK)
         except OSError as error:
             if error.errno in TOO_MANY_FILES:
                 raise storage_unavailable(f"{self.name} cannot be read now", error) from error
@@ -226,20 +226,6 @@ def _entries(folder: Path) -> Iterator[str]:
             yield from (entry.name for entry in islice(entries, MAX_LISTED))
     except (OSError, ValueError):
         return
-
-
-def _open_without_links(path: Path) -> int:
-    """A descriptor of the file, whose path was without links when it was checked: none that was put there since is
-    followed, neither at its end nor above. Nor does a pipe block. Raises `OSError`."""
-    folder = os.open(path.anchor, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        for name in path.parts[1:-1]:
-            below = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
-            os.close(folder)
-            folder = below
-        return os.open(path.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
-    finally:
-        os.close(folder)
 
 
 def _mode(path: Path) -> int | None:

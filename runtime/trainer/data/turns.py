@@ -120,7 +120,7 @@ class ChatEncoder:
         self._eos = eos
         self._everything = everything
         self.turn_ends: Counter[int | None] = Counter()
-        """Id → number of the turns trained on so far that it ended; None: those that no id of `ends` ended."""
+        """Id → number of the turns trained on so far that it ended; None: turns that no id of `ends` ended."""
 
     def encode(
         self,

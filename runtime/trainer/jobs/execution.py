@@ -236,7 +236,7 @@ class Execution:
         self._loggers = JobLoggers(prepared.recipe, self.id, self._directories.folder(self.id), told)
 
     async def _end_loggers(self) -> None:
-        """Have the loggers write what they have, and tell of those that failed."""
+        """Have the loggers write what they have, and report the ones that failed."""
         if self._loggers is not None and (thread := self._loggers.end()) is not None:
             await call_in_fresh_thread(thread.join, CLOSE_SECONDS)
             await asyncio.sleep(0)  # what its last calls have put on the loop

@@ -63,7 +63,7 @@ _TABLES: Mapping[type[Struct], tuple[Mapping[str, str], Mapping[str, Refused]]] 
     Dataset: (DATASET_NOTED, DATASET_REFUSED),
     FsdpConfig: (FSDP_NOTED, {}),
 }
-"""Known keys besides a struct's own: those that are noted, and those that are refused."""
+"""Known keys besides a struct's own: noted ones, and refused ones."""
 
 Reporter = Callable[[str, str], None]
 """Called with the path of a key and what is wrong with it."""
@@ -442,7 +442,7 @@ def _names_nothing(key: str, value: Any) -> bool:
 
 
 def _essential(problems: list[Problem], values: Mapping[str, Any]) -> list[Problem]:
-    """The problems without those that another one settles: a recipe for another kind of training has one."""
+    """The problems that no other one settles: a recipe for another kind of training has one."""
     keys = {problem.key for problem in problems}
     whole = "adapter" in keys and not any(name.startswith(("lora_", "peft")) and values[name] for name in values)
     if decisive := next((key for key in (*DECISIVE, *(["adapter"] if whole else [])) if key in keys), None):

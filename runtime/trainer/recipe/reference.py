@@ -123,7 +123,7 @@ the plan, as are columns and fields that nothing reads.
 `tokens`, `eos_token` and `additional_special_tokens` that the vocabulary lacks are added for this adapter: in free rows of the
 embedding where there are some, else beyond them. Their rows begin near the mean of all rows and are trained, in the head too
 where it is a matrix of its own. `added_tokens_overrides` gives reserved tokens other texts, and trains their rows. Tokens of
-`tokens` show in answers, as in Axolotl; those that the chat template writes do not, and their text in a client's message stays
+`tokens` show in answers, as in Axolotl; tokens that the chat template writes do not, and their text in a client's message stays
 text. `eos_token` ends the adapter's texts beside what ends the model's. `settings/recipes/tokens.yaml` is an example.
 
 Rows of known tokens are trained with `peft_trainable_token_indices`, and whole matrices with `lora_modules_to_save:

@@ -206,7 +206,7 @@ def _listed(names: frozenset[str]) -> str:
 _DRAWN = ("gaussian", "orthogonal")
 """Kinds of first weights that are drawn…"""
 _MADE = ("pissa", "olora", "loftq")
-"""…and those that are made from the base's weights."""
+"""…and made from the base's weights."""
 _UNBUILT = {
     "eva": "it looks at the base's activations on the data, which is not built",
     "corda": "it looks at the base's activations on the data, which is not built",

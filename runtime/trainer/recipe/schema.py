@@ -1,7 +1,7 @@
 """The keys of a recipe that do something, once: type, limits, default and a line of documentation.
 
 Names and meaning are Axolotl's, but for `name`, `publish`, `job_weight` and `job_priority`, which are ours. Keys that
-are only noted, and those that are refused, stand in `keys`. What a key means together with others is checked in `load`
+are only noted, and refused ones, stand in `keys`. What a key means together with others is checked in `load`
 and `types`.
 """
 
@@ -222,7 +222,7 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ] = field(default_factory=dict)
     tokens: Annotated[
         tuple[Text, ...] | dict[str, str],
-        key("data", "Tokens; the rows of those that the vocabulary lacks are trained, and go with the adapter."),
+        key("data", "Tokens; rows of new ones, which the vocabulary lacks, are trained and go with the adapter."),
     ] = ()
     added_tokens_overrides: Annotated[
         dict[str, Text],
@@ -334,7 +334,7 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         LossWeight | None, key("preferences", "kto: weight of answers that are desirable. Default: 1.")
     ] = None
     kto_undesirable_weight: Annotated[
-        LossWeight | None, key("preferences", "kto: of those that are not. Default: 1.")
+        LossWeight | None, key("preferences", "kto: weight of answers that are not. Default: 1.")
     ] = None
     cpo_alpha: Annotated[
         LossWeight | None,

@@ -210,7 +210,7 @@ def _number(value: float) -> str:
 
 # -- roles -----------------------------------------------------------------------------------------
 #
-# Roles of messages: those that a chat template knows, and the names that files have for them.
+# Roles of messages: the chat templates' own, and the names that files have for them.
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _NAMES = {

@@ -138,7 +138,7 @@ OPTIMIZER_FAMILIES: dict[str, OptimizerFamily] = {
     "schedule_free_sgd": "schedule_free_sgd",
     "sgd": "sgd",
 }
-"""Optimiser → what is computed; those that are missing keep their state in 8 bits."""
+"""Optimiser → what is computed; all others keep their state in 8 bits."""
 
 
 class LoftqConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -146,7 +146,7 @@ class LoftqConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
     loftq_bits: Annotated[
         Annotated[int, Meta(ge=2, le=8)] | None,
-        entry("Turns LoftQ on; the base's bits are those that it is served in."),
+        entry("Turns LoftQ on; the base keeps the bits in which it is served."),
     ] = None
     loftq_iter: Annotated[int, Meta(ge=1), entry("Only 1 is possible: the base is shared, and not rounded again.")] = 1
 

@@ -15,7 +15,7 @@ def main() -> None:
     descriptor, parent = map(int, sys.argv[1:])
     die_with(parent)
     share_one_arena()
-    from runtime.workers.parallel.link import Link
+    from runtime.workers.parallel.messages import Link
     from runtime.workers.parallel.rank import end, follow  # after `die_with`: this imports torch, which takes a while
 
     end(follow(Link(socket.socket(fileno=descriptor))))

@@ -8,8 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from runtime.workers.parallel.link import Link
-from runtime.workers.parallel.messages import Hello, encode
+from runtime.workers.parallel.messages import Hello, Link, encode
 from runtime.workers.parallel.rank_group import RankProcess
 from settings.schema import ObservabilitySettings
 

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 
 from runtime.support.logs import get_logger
 from runtime.workers.executor import WorkersLost
-from runtime.workers.parallel.link import Link, LinkClosed
-from runtime.workers.parallel.messages import RankMessage, Reply, Stop, decode_reply, encode
+from runtime.workers.parallel.messages import Link, LinkClosed, RankMessage, Reply, Stop, decode_reply, encode
 
 GRACE = 5.0
 """Seconds that ranks get to end by themselves on request."""

@@ -22,8 +22,7 @@ from msgspec import Struct
 from runtime.model.config import ModelLoadError
 from runtime.support.threads import die_with
 from runtime.workers.parallel.launch import LOOPBACK, environment, start_rank
-from runtime.workers.parallel.link import Link, LinkClosed
-from runtime.workers.parallel.messages import Hello, encode
+from runtime.workers.parallel.messages import Hello, Link, LinkClosed, encode
 from runtime.workers.parallel.rank_group import RankProcess
 from settings.schema import ObservabilitySettings, ParallelSettings
 

@@ -14,23 +14,9 @@ import pytest
 
 from runtime.api.http.acceptor import Acceptor, connections_for, raise_descriptor_limit
 from runtime.api.http.protocol import Protocol
-from tests.end_to_end.process import ServerProcess, wait_until
-
-RECIPE = """
-name: newt
-adapter: lora
-lora_r: 4
-datasets:
-  - path: train.jsonl
-    type: completion
-sequence_len: 64
-micro_batch_size: 2
-max_steps: 60
-save_steps: 1
-learning_rate: 1e-4
-loss_watchdog_threshold: 100
-"""
-ROWS = b"".join(b'{"text": "the newt crosses the road %d"}\n' % n for n in range(8))
+from tests.end_to_end.process import ServerProcess
+from tests.jobs import NEWT_ROWS, newt_recipe
+from tests.waiting import wait_until
 
 
 @contextlib.contextmanager
@@ -61,7 +47,8 @@ def test_a_flood_of_sockets_leaves_jobs_and_later_clients_alone(tiny_model: Path
     )
     with server:
         assert server.soft_limit == 100
-        job = server.train(RECIPE, {"train.jsonl": ROWS})
+        recipe = newt_recipe(max_steps=60, save_steps=1, learning_rate=1e-4, loss_watchdog_threshold=100)
+        job = server.train(recipe, {"train.jsonl": NEWT_ROWS})
         host, port = server.address
         held: list[socket.socket] = []
         end = time.monotonic() + 4

@@ -8,6 +8,7 @@ import pytest
 
 from runtime.responses import SCHEMA, ResponseStore
 from runtime.support.database import Database
+from settings.schema import ResponseSettings
 
 
 @pytest.fixture
@@ -19,4 +20,4 @@ async def database(tmp_path: Path) -> AsyncIterator[Database]:
 
 @pytest.fixture
 def store(database: Database) -> ResponseStore:
-    return ResponseStore(database, keep_seconds=None, max_responses=100)
+    return ResponseStore(database, ResponseSettings(keep_responses=None))

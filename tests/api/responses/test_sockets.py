@@ -18,7 +18,8 @@ from runtime.api.http import sockets
 from runtime.responses import ResponseStore
 from settings.schema import ServerSettings, Settings
 from tests.api.conftest import RunningServer
-from tests.api.fakes import FakeService, until
+from tests.api.fakes import FakeService
+from tests.waiting import until
 
 pytestmark = pytest.mark.anyio
 PATH = "/v1/responses"

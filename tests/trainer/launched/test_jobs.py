@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.process import ServerProcess, wait_until
+from tests.end_to_end.process import ServerProcess
 from tests.tiny import make_tiny_llama
 from tests.trainer.launched.jobs import LORA, RECIPE, ROWS, agents_of, ranks_of
+from tests.waiting import wait_until
 
 DATA = {"rows.jsonl": ROWS}
 TWO = ["cpu", "cpu"]

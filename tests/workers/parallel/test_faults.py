@@ -17,6 +17,8 @@ from runtime.workers.parallel.executor import DistributedExecutor
 from tests.adapter_files import make_adapter
 from tests.end_to_end.process import ServerProcess
 from tests.engine.services import check_empty, gather, run
+from tests.jobs import NEWT_ROWS, newt_recipe
+from tests.waiting import until
 
 TIMEOUT = 4.0
 """A step of the tiny model takes milliseconds; ranks that are started again get as long as they need."""
@@ -28,13 +30,6 @@ def pids(service: EngineService) -> list[int]:
     executor = service.engine._executor
     assert isinstance(executor, DistributedExecutor)
     return executor.ranks.pids
-
-
-async def until(condition: Callable[[], bool], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"not within {seconds} s"
-        await asyncio.sleep(0.02)
 
 
 async def answer(service: EngineService, adapter: str = "") -> list[int]:
@@ -109,28 +104,13 @@ def test_a_row_that_fails_on_all_ranks_fails_alone(tiny_model: Path, monkeypatch
     check_empty(run(tiny_model, body, tp=2, threads=1))
 
 
-RECIPE = """
-name: newt
-adapter: lora
-lora_r: 4
-datasets:
-  - path: train.jsonl
-    type: completion
-sequence_len: 64
-micro_batch_size: 2
-num_epochs: 2
-learning_rate: 1e-2
-save_strategy: "no"
-"""
-ROWS = b"".join(b'{"text": "the newt crosses the road %d"}\n' % number for number in range(8))
-
-
 def test_a_job_over_http_and_ranks_that_end_with_the_server(tiny_model: Path, tmp_path: Path) -> None:
     """What two ranks have trained is published as any adapter is; then fault 12."""
     with ServerProcess(str(tiny_model), tmp_path, tp=2, threads=1) as server:
+        recipe = newt_recipe(max_steps=8, learning_rate=1e-2, save_strategy="no")
         children = psutil.Process(server.pid).children()
         assert len(children) == 2
-        assert server.wait_for_job(server.train(RECIPE, {"train.jsonl": ROWS}), 60)["status"] == "succeeded"
+        assert server.wait_for_job(server.train(recipe, {"train.jsonl": NEWT_ROWS}), 60)["status"] == "succeeded"
         answers = [server.tokens(model, "newt", 8) for model in ("tiny-llama", "newt")]
         assert answers[0] != answers[1]
         listening = [one for child in children for one in child.net_connections("inet") if one.status == "LISTEN"]

@@ -16,7 +16,8 @@ import pytest
 from runtime import LLM, SamplingParams
 from runtime.model.config import ModelLoadError
 from runtime.workers.parallel.torchrun import Torchrun
-from tests.end_to_end.process import ROOT, wait_until
+from tests.end_to_end.process import ROOT
+from tests.waiting import wait_until
 
 GIVEN = {
     "RANK": "3",

@@ -6,7 +6,7 @@ from typing import Any
 import httpx
 import pytest
 
-from runtime.cli.asgi import App, InProcessTransport
+from runtime.cli.client import App, InProcessTransport
 
 
 def client(app: App) -> httpx.AsyncClient:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.cli.compare import MAX_POINTS, CurvePoint, _thinned
+from runtime.cli.jobs import MAX_POINTS, CurvePoint, _thinned
 from tests.cli.conftest import Eft
 from tests.cli.test_train import _quiet_logs, jobs_api, jobs_url, recipe
 

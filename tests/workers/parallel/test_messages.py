@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from runtime.workers.parallel.link import Link, LinkClosed
+from runtime.workers.parallel.messages import Link, LinkClosed
 
 
 @pytest.fixture
