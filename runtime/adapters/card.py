@@ -69,7 +69,7 @@ class Card(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     @property
     def own_text(self) -> OwnText:
-        """What an export of the adapter has in place of the base's."""
+        """The texts and tokens that an export has in place of the base's."""
         return OwnText(
             template=self.chat_template,
             tokens=self.tokens,
