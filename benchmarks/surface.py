@@ -195,7 +195,8 @@ def watching(model: str, rows: int, tokens: int, repeats: int) -> None:
     )
     service = SimpleNamespace(metrics=metrics, num_running=rows, num_waiting=0, kv_usage=0.5, ready=True)
     history = OverviewHistory(SimpleNamespace(service=service))  # type: ignore[arg-type]
-    scrapes, samples = [], []
+    scrapes: list[float] = []
+    samples: list[float] = []
     busy_engine.start()
     while busy_engine.is_alive() and len(scrapes) < 200:
         begin = time.perf_counter()

@@ -39,8 +39,8 @@ from runtime.trainer.lora import TrainableLora
 from runtime.trainer.recipe import Dataset, Recipe
 from runtime.trainer.run import TrainingRun
 from runtime.trainer.schedule import Schedule
-from runtime.trainer.share import LatencyTargets, TrainingShare
 from runtime.trainer.sliced_run import RunSpec, TrainingHost
+from runtime.trainer.slices import LatencyTargets, TrainingShare
 from runtime.trainer.step import MicroStep
 from settings.load import load as load_settings
 

@@ -128,5 +128,7 @@ def _get(connection: sqlite3.Connection, id: str, tenant: str, param: str = "res
 
 def missing_response(id: str, *, param: str) -> NotFound:
     """The error for a response that is not there. `param` is the field that has the id."""
-    code = "previous_response_not_found" if param == "previous_response_id" else "response_not_found"
+    code = "response_not_found"
+    if param == "previous_response_id":
+        code = "previous_response_not_found"
     return NotFound(f"There is no response `{id[:100]}`.", param=param, code=code)

@@ -18,8 +18,8 @@ from benchmarks.gpu.subject import Generated, Row, Subject, generate, synchronis
 from benchmarks.training import Beside, Job, percentile, stand_alone, stream
 from runtime.engine.assembly import Assembled
 from runtime.engine.service import EngineService
-from runtime.trainer.share import LatencyTargets, TrainingShare
 from runtime.trainer.sliced_run import TrainingHost
+from runtime.trainer.slices import LatencyTargets, TrainingShare
 
 BATCHES = (1, 64, 256)
 PROMPT = 128

@@ -117,7 +117,7 @@ async def reset_cache(request: AnyRequest) -> CacheReset:
 
 
 class DrainState(Struct):
-    """What is still at work."""
+    """Sequences at work while a server drains."""
 
     draining: bool
     running: int

@@ -18,9 +18,9 @@ from runtime.support.durable import PARTIAL, make_directory, reason, remove
 from runtime.support.logs import get_logger
 from runtime.support.threads import WorkerThread, call_in_fresh_thread
 from runtime.text.tokenizer import Tokenizer
+from runtime.trainer.course import Snapshot
 from runtime.trainer.evaluation.rows import GenerationRow
 from runtime.trainer.evaluation.scores import AnswerScores, ComparedAnswer, Scoring
-from runtime.trainer.snapshot import Snapshot
 
 if TYPE_CHECKING:
     from runtime.engine.service import EngineService

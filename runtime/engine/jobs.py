@@ -48,6 +48,7 @@ from runtime.support.logs import get_logger
 from runtime.support.threads import call_in_fresh_thread
 from runtime.support.version import versions
 from runtime.text.tool_calls import detect_format
+from runtime.trainer.course import Restored, RunProgress, Snapshot, read_snapshot
 from runtime.trainer.data.files import DataFiles
 from runtime.trainer.data.prepared import FOLDER, KeptData, PreparedCache, digest_of_tokenizer
 from runtime.trainer.evaluation.scores import make_scoring
@@ -61,7 +62,6 @@ from runtime.trainer.plan.served_model import by_linear, end_ids, shape_of_base,
 from runtime.trainer.recipe import Recipe, adapter_name, load_recipe
 from runtime.trainer.recipe.launch import wants_launch
 from runtime.trainer.sliced_run import LossSpec, RunSpec, SlicedRun, TrainingHost, shape_of_recipe
-from runtime.trainer.snapshot import Restored, RunProgress, Snapshot, read_snapshot
 from settings.schema import Settings
 
 if TYPE_CHECKING:

@@ -39,8 +39,8 @@ from runtime.support.logs import get_logger
 from runtime.support.state_directory import NAMES, state_directory
 from runtime.trainer.jobs import rows
 from runtime.trainer.jobs.manager import JobManager, running_jobs
-from runtime.trainer.share import LatencyTargets, TrainingShare
 from runtime.trainer.sliced_run import TrainingHost
+from runtime.trainer.slices import LatencyTargets, TrainingShare
 from settings.schema import Settings
 
 if TYPE_CHECKING:

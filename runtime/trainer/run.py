@@ -20,7 +20,7 @@ from runtime.events import (
 from runtime.model.decoder import Decoder
 from runtime.model.model import Model
 from runtime.support.failpoints import failpoint
-from runtime.trainer.course import Course, Headway, Lost, MicroBatches, Watchdog
+from runtime.trainer.course import Course, Headway, Lost, MicroBatches, Restored, RunProgress, Snapshot, Watchdog
 from runtime.trainer.data.example import Example, collate
 from runtime.trainer.lora import TrainableLora, mix
 from runtime.trainer.losses import Score, make_loss
@@ -29,7 +29,6 @@ from runtime.trainer.optimizer import Optimizer
 from runtime.trainer.schedule import ExampleFeed, rate_factor, step_groups
 from runtime.trainer.sliced_run import MakeRun, RunSpec, SlicedRun, WriteAdapter
 from runtime.trainer.slices import Slice, Sliced, Slices, clock_of
-from runtime.trainer.snapshot import Restored, RunProgress, Snapshot
 from runtime.trainer.step import Micro, MicroStep
 
 # -- micro-steps -----------------------------------------------------------------------------------

@@ -20,13 +20,12 @@ from runtime.model.lora import Adapter, LoraShape
 from runtime.model.vocabulary import RowTargets
 from runtime.support.logs import get_logger
 from runtime.support.memory import give_back_memory
+from runtime.trainer.course import Restored, Snapshot
 from runtime.trainer.lora import PartSizes, StartUse, Targets, adapter_of
 from runtime.trainer.recipe import Recipe
 from runtime.trainer.recipe.rules import beta_of
 from runtime.trainer.schedule import ExampleFeed, Schedule
-from runtime.trainer.share import TrainingShare
-from runtime.trainer.slices import FairQueue, Pacer, Slices
-from runtime.trainer.snapshot import Restored, Snapshot
+from runtime.trainer.slices import FairQueue, Pacer, Slices, TrainingShare
 
 # -- input -----------------------------------------------------------------------------------------
 #

@@ -27,11 +27,11 @@ from runtime.model.decoder import Decoder
 from runtime.model.families.gpt2 import GPT2
 from runtime.model.families.llama import Llama
 from runtime.model.lora_base import LoraBase
+from runtime.trainer.course import Restored, RunProgress
 from runtime.trainer.data.example import collate
 from runtime.trainer.lora import TrainableLora, layers_of, parameters_of
 from runtime.trainer.plan.plan import AdapterOrigin
 from runtime.trainer.sliced_run import RunSpec
-from runtime.trainer.snapshot import Restored, RunProgress
 from runtime.trainer.step import MicroStep
 from settings.schema import ModelSettings
 from tests.adapter_files import make_adapter, peft_logits

@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 
 from runtime.adapters.versions import RECORD, digest
-from runtime.trainer.snapshot import read_snapshot
+from runtime.trainer.course import read_snapshot
 
 PATIENCE = 50
 """Looks at what may be under way, 0.2 s apart."""

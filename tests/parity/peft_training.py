@@ -10,10 +10,10 @@ from runtime.events import RunEvent, StepEvent
 from runtime.model.decoder import Decoder
 from runtime.model.families.llama import Llama
 from runtime.model.lora_base import LoraBase
+from runtime.trainer.course import Restored
 from runtime.trainer.data.example import Example
 from runtime.trainer.run import TrainingRun
 from runtime.trainer.sliced_run import RunSpec
-from runtime.trainer.snapshot import Restored
 from tests.adapter_files import ALL
 from tests.trainer.tiny_training import drive, examples, run_spec
 

@@ -8,8 +8,8 @@ import pytest
 from runtime.checkpoints.peft import read_adapter
 from runtime.model.families.llama import Llama
 from runtime.model.lora_base import LoraBase
+from runtime.trainer.course import Restored, RunProgress
 from runtime.trainer.lora import parameters_of
-from runtime.trainer.snapshot import Restored, RunProgress
 from tests.adapter_files import peft_logits
 from tests.parity.adapted import our_logits
 from tests.parity.llama import load

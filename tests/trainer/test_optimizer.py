@@ -13,6 +13,7 @@ from runtime.events import RunEvent
 from runtime.model.decoder import Decoder
 from runtime.model.group import SOLO
 from runtime.model.split import Split
+from runtime.trainer.course import read_snapshot
 from runtime.trainer.data.example import Example, collate
 from runtime.trainer.lora import mix
 from runtime.trainer.optimizer import PACKAGES, Optimizer, check_optimizer
@@ -20,7 +21,6 @@ from runtime.trainer.recipe import Dataset, Document, Recipe, RecipeError, recip
 from runtime.trainer.run import TrainingRun
 from runtime.trainer.shards import Held, Shards
 from runtime.trainer.slices import Slices
-from runtime.trainer.snapshot import read_snapshot
 from runtime.trainer.step import noisy
 from tests.trainer.tiny_training import batches_of, drive, examples, load_decoder, run_spec, write_nothing
 

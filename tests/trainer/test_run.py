@@ -20,8 +20,8 @@ from runtime.events import (
 )
 from runtime.model.decoder import Decoder
 from runtime.support import failpoints
+from runtime.trainer.course import ADAPTER, read_snapshot
 from runtime.trainer.run import TrainingRun
-from runtime.trainer.snapshot import ADAPTER, read_snapshot
 from tests.trainer.tiny_training import batches_of, drive, examples, load_decoder, make_run, run_spec, write_nothing
 
 

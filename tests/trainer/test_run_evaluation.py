@@ -10,8 +10,8 @@ import torch
 
 from runtime.events import CheckpointEvent, EvalEvent, FinishedEvent, GenerateEvent, PausedEvent, RunEvent, StepEvent
 from runtime.model.decoder import Decoder
+from runtime.trainer.course import Snapshot, read_snapshot
 from runtime.trainer.run import TrainingRun
-from runtime.trainer.snapshot import Snapshot, read_snapshot
 from tests.trainer.tiny_training import examples, load_decoder, make_run, run_spec
 
 

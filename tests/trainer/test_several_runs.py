@@ -9,9 +9,8 @@ import pytest
 from runtime.events import FailedEvent, FinishedEvent, RunEvent, StepEvent
 from runtime.model.decoder import Decoder
 from runtime.trainer.run import TrainingRun
-from runtime.trainer.share import LatencyTargets, TrainingShare
 from runtime.trainer.sliced_run import LossSpec, SlicedRun, TrainingHost
-from runtime.trainer.slices import Slice, Slices
+from runtime.trainer.slices import LatencyTargets, Slice, Slices, TrainingShare
 from tests.trainer.tiny_training import all_targets, examples, load_decoder, make_run, run_spec
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.events import LatencyTarget
-from runtime.trainer.share import MAX_SAVED_GAPS, PROBE_STEPS, LatencyTargets, TrainingShare
+from runtime.trainer.slices import MAX_SAVED_GAPS, PROBE_STEPS, LatencyTargets, TrainingShare
 
 
 class Server:

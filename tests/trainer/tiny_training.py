@@ -17,13 +17,13 @@ from runtime.model.group import SOLO, Group
 from runtime.model.lora import Adapter, LoraShape
 from runtime.model.lora_base import LoraBase
 from runtime.model.vocabulary import RowTargets
+from runtime.trainer.course import Restored
 from runtime.trainer.data.example import Example
 from runtime.trainer.lora import PartSizes, Targets, sizes_of
 from runtime.trainer.recipe import Dataset, Recipe
 from runtime.trainer.run import TrainingRun
 from runtime.trainer.schedule import Schedule
 from runtime.trainer.sliced_run import LossSpec, RunSpec, shape_of_recipe
-from runtime.trainer.snapshot import Restored
 
 ALL_PARTS = {"qkv": ("q", "k", "v"), "out": ("",), "gate_up": ("gate", "up"), "down": ("",)}
 

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from runtime.support.durable import make_directory, read_with, sync_directory, write_file, write_with
+from runtime.trainer.course import ADAPTER, STATE, RunProgress
 from runtime.trainer.launched.files import MODEL, JobFolder, LaunchSpec
 from runtime.trainer.recipe.launch import Precision, fsdp_options
-from runtime.trainer.snapshot import ADAPTER, STATE, RunProgress
 
 PARAMETERS, OPTIMIZER, BEST = "parameters.safetensors", "optimizer.safetensors", "best.safetensors"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

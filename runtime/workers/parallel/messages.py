@@ -17,8 +17,8 @@ from torch import Tensor
 
 from runtime.events import RunEvent
 from runtime.messages import Row, StepPlan, StepResult
+from runtime.trainer.course import Restored, RunProgress, Snapshot
 from runtime.trainer.slices import Slice
-from runtime.trainer.snapshot import Restored, RunProgress, Snapshot
 from settings.schema import ModelSettings, ObservabilitySettings
 
 

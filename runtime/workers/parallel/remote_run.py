@@ -11,10 +11,10 @@ from itertools import count
 import msgspec
 
 from runtime.events import CheckpointEvent, FailedEvent, FinishedEvent, GenerateEvent, PausedEvent, RunEvent
+from runtime.trainer.course import Restored, Snapshot
 from runtime.trainer.schedule import ExampleFeed
 from runtime.trainer.sliced_run import MakeRun, RunSpec, SlicedRun, WriteAdapter
 from runtime.trainer.slices import Slice, Slices
-from runtime.trainer.snapshot import Restored, Snapshot
 from runtime.workers.executor import WorkersLost
 from runtime.workers.parallel.executor import AllFailed, DistributedExecutor
 from runtime.workers.parallel.messages import (

@@ -24,7 +24,7 @@ import asyncio, sys
 from pathlib import Path
 import torch
 from runtime.support import durable as patience
-from runtime.trainer.snapshot import RunProgress, Snapshot
+from runtime.trainer.course import RunProgress, Snapshot
 from runtime.support.logs import configure
 from settings.schema import ObservabilitySettings
 from tests.trainer.jobs import fakes

@@ -14,12 +14,12 @@ from runtime.events import EvalEvent, FinishedEvent, RunEvent, StepEvent
 from runtime.model.decoder import Decoder
 from runtime.trainer import run as run_module
 from runtime.trainer import step as step_module
+from runtime.trainer.course import Restored, read_snapshot
 from runtime.trainer.data.example import Example, collate
 from runtime.trainer.losses import LOSSES, Loss, LossInputs, LossValue, Supervised, make_loss
 from runtime.trainer.run import TrainingRun, halve
 from runtime.trainer.schedule import ExampleFeed
 from runtime.trainer.sliced_run import LossSpec, RunSpec
-from runtime.trainer.snapshot import Restored, read_snapshot
 from tests.trainer.losses.samples import PAGE, OddsRatio, documented_dpo
 from tests.trainer.tiny_training import drive, examples, load_decoder, run_spec, write_nothing
 

@@ -26,11 +26,11 @@ from runtime.events import (
 from runtime.messages import SamplingParams, Submission
 from runtime.model.lora import Adapter
 from runtime.model.vocabulary import RowTargets
+from runtime.trainer.course import Restored, read_snapshot
 from runtime.trainer.data.example import Example
 from runtime.trainer.recipe import Dataset, Recipe
 from runtime.trainer.schedule import ExampleFeed, pack
 from runtime.trainer.sliced_run import RunSpec, SlicedRun
-from runtime.trainer.snapshot import Restored, read_snapshot
 from runtime.workers.parallel.executor import DistributedExecutor
 from settings.load import load
 from tests.tiny import VOCAB_SIZE
