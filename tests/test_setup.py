@@ -85,8 +85,9 @@ def test_kernels_that_do_not_compile_are_no_error(machine: Machine) -> None:
 def test_root_gets_the_missing_packages(machine: Machine) -> None:
     code, said, calls = machine.user(0).has("python3", PYTHON, old=0).has("apt-get", APT).install()
     assert code == 0, said
-    assert calls[:2] == ["apt-get update -q", "apt-get install -y --no-install-recommends python3.11-venv"]
-    assert "apt-get install -y --no-install-recommends curl" in calls
+    install = "apt-get -o DPkg::Lock::Timeout=600 install -y --no-install-recommends"
+    assert calls[:2] == ["apt-get update -q", f"{install} python3.11-venv"]
+    assert f"{install} curl" in calls
     assert calls[-2].endswith("install --editable .")
 
 

@@ -63,6 +63,7 @@ PARSED = {
     r"eft train .*--(model|admin-key)": "a second process with the state, a cluster's key: tests/cli/test_train.py",
     r"eft (batch .*results.jsonl$|bench )": "they load the demo model, or load the machine: tests/cli",
     r"eft export ": "it reads the base model's own files: tests/checkpoints/export",
+    r"eft models swap ": "it moves to a whole model, which a launched job trains: tests/api/test_swap.py",
     r"eft jobs pause ": "the job has ended: tests/trainer/jobs",
     r"eft state prune ": "the server has the state: tests/cli/test_state.py",
     r"eft doctor$": "tests/cli/test_doctor.py",
@@ -227,7 +228,7 @@ def test_commands(
         (folder / "recipe.yaml").write_text(RECIPE.replace("data/tickets", f"data/{rows}"))
         if "--output recipe.yaml" in command:
             (folder / "recipe.yaml").unlink()
-        if re.match(r"(EFT_\w+=\S+ )*eft ", command):
+        if re.match(r"([A-Z_]+=\S+ )*eft ", command):
             run_eft(world, command, capsys, monkeypatch)
         else:
             run_in_shell(world, command)

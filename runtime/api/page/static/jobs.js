@@ -107,6 +107,10 @@ export function jobsPanel(app) {
     rate.update([{ name: "rate", points: curves.rate }]);
   }
 
+  // A page that is left may be kept for going back, with its connection.
+  window.addEventListener("pagehide", () => following?.abort());
+  window.addEventListener("pageshow", (event) => event.persisted && chosen && choose(chosen));
+
   async function choose(id) {
     chosen = id;
     curves.loss = [];

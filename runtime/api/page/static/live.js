@@ -5,6 +5,7 @@ import { events, request } from "./api.js";
 const RETRY_MS = 3000;
 const MAX_RETRY_MS = 30_000;
 const LINGER_MS = 1000; // after the last view has left: the next one mostly comes at once
+const HIDDEN_MS = 30_000; // a browser has six connections to a server, for all of its tabs together
 
 const watchers = new Set();
 let state = null;
@@ -32,6 +33,15 @@ export function reconnect() {
   stop();
   if (watchers.size) follow();
 }
+
+// A page that is left may be kept for going back, with its connection.
+window.addEventListener("pagehide", stop);
+window.addEventListener("pageshow", () => !following && watchers.size && follow());
+document.addEventListener("visibilitychange", () => {
+  clearTimeout(leaving);
+  if (document.hidden) leaving = setTimeout(stop, HIDDEN_MS);
+  else if (!following && watchers.size) follow();
+});
 
 function stop() {
   following?.abort();
