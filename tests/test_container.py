@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 
+import httpx
 import pytest
 import yaml
 
@@ -179,6 +180,9 @@ def test_what_the_image_holds_serves_until_it_is_stopped(tiny_model: Path, tmp_p
         while not image.healthy(**settings):
             assert server.poll() is None, "it ended"
             assert time.monotonic() < deadline, "it never became healthy"
+            time.sleep(0.1)
+        while httpx.get(f"http://127.0.0.1:{port}/ready", trust_env=False).status_code != 200:  # health comes before
+            assert time.monotonic() < deadline, "it never became ready"
             time.sleep(0.1)
         server.send_signal(signal.Signals[last("cpu", "STOPSIGNAL")])
         assert server.wait(60) == 0
