@@ -16,6 +16,9 @@ from runtime.api.http.errors import ClientDisconnected, RequestTimeout, from_val
 from runtime.errors import InvalidRequest, PayloadTooLarge, UnsupportedMediaType
 from settings.schema import ServerSettings
 
+LARGE = 256 * 1024
+"""Bytes from which a body, or a message of a WebSocket, is decoded on its own thread."""
+
 # -- receive ---------------------------------------------------------------------------------------
 #
 # Read a request's body, of any type, under a limit and a deadline.

@@ -14,7 +14,7 @@ import msgspec
 from litestar.connection import ASGIConnection
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
 
-from runtime.api.http.body import parse_fields
+from runtime.api.http.body import LARGE, parse_fields
 from runtime.api.http.errors import JSON, ErrorBody, body_of, encode
 from runtime.errors import InvalidRequest, NotFound, RequestError, Unsupported
 from runtime.responses import StoredResponse
@@ -28,9 +28,6 @@ MAX_SECONDS = 3600.0
 
 MAX_WAITING = 4
 """Messages that may wait for those before them; together they have `server.max_body` bytes at most."""
-
-LARGE = 256 * 1024
-"""Bytes from which a message is parsed on its own thread."""
 
 SWITCHING = 101
 """Status of a handshake that is accepted."""

@@ -8,12 +8,12 @@ from litestar import Request, Response, post
 
 from runtime.api.docs import BODY
 from runtime.api.handle import AnyRequest, api_of
-from runtime.api.http.body import parse_fields, read_body
+from runtime.api.http.body import LARGE, parse_fields, read_body
 from runtime.api.openai.chat import create_chat_completion
 from runtime.api.openai.completions import create_completion
 from runtime.api.openai.embeddings import create_embeddings
 from runtime.api.openai.pooling import EmbeddingRequest, RerankRequest, ScoreRequest
-from runtime.api.openai.schema import LARGE, ChatRequest, CompletionRequest
+from runtime.api.openai.schema import ChatRequest, CompletionRequest
 from runtime.api.openai.scores import rerank, score
 from runtime.errors import InvalidRequest
 

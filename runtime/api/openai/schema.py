@@ -12,7 +12,7 @@ import msgspec
 from litestar import Request
 
 from runtime.api.handle import Api
-from runtime.api.http.body import Fields, decode, parse_fields, read_body
+from runtime.api.http.body import LARGE, Fields, decode, parse_fields, read_body
 from runtime.api.http.record import record_of
 from runtime.api.openai.neutral import INSTEAD, NEUTRAL
 from runtime.errors import InvalidRequest, Unsupported
@@ -437,9 +437,6 @@ def _check_ids(name: str, value: bytes) -> None:
 # Intake, the same for all POST endpoints: from bytes to a checked struct.
 
 S = TypeVar("S", bound=msgspec.Struct)
-
-LARGE = 256 * 1024
-"""Bytes from which a body is decoded on its own thread."""
 
 
 class Parsed(NamedTuple, Generic[S]):
