@@ -40,7 +40,8 @@ window.addEventListener("pageshow", () => !following && watchers.size && follow(
 document.addEventListener("visibilitychange", () => {
   clearTimeout(leaving);
   if (document.hidden) leaving = setTimeout(stop, HIDDEN_MS);
-  else if (!following && watchers.size) follow();
+  else if (!watchers.size) stop();
+  else if (!following) follow();
 });
 
 function stop() {
