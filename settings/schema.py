@@ -578,7 +578,7 @@ class ObservabilitySettings(Struct, frozen=True, kw_only=True, forbid_unknown_fi
     log_requests: Annotated[bool, doc("Log one line per request (never its text).")] = True
     log_share: Annotated[
         LoggedShare,
-        doc("Share of the requests that are logged, 0 to 1; those that fail or are slow are logged always."),
+        doc("Share of the requests that are logged, 0 to 1; failed and slow ones are always logged."),
     ] = 1.0
     slow_request: Annotated[Seconds, doc("Time from which on a request counts as slow.")] = 10.0
     tracing: Annotated[

@@ -43,7 +43,7 @@ class AdminStatus(Struct, kw_only=True):
     sample: OverviewSample | None
     """The newest sample of `/admin/overview`; null before the first."""
     jobs: JobsNow | None
-    """Those that this key may see, 50 at most; null where the server runs none."""
+    """Jobs that this key may see, 50 at most; null where the server runs none."""
     adapters: AdapterList | None
     """As `/admin/adapters` has them; null where the server keeps none."""
 

@@ -115,7 +115,7 @@ class SystemView(Struct, kw_only=True):
 
 
 class ModelView(Struct, kw_only=True):
-    """The served model, and those that the server can move to."""
+    """The served model, and the models that the server can move to."""
 
     object: str = "model"
     name: str
@@ -143,7 +143,7 @@ _swap = Intake(SwapRequest)
 
 @get("/admin/model", opt={ADMIN: True})
 async def show_model(request: AnyRequest) -> ModelView:
-    """The served model, those that the server can move to, and the last move."""
+    """The served model, the models that the server can move to, and the last move."""
     check_names(request, ())
     swapper = _swapper(request)
     models = await asyncio.to_thread(lambda: swapper.models)
