@@ -175,12 +175,15 @@ class Metrics:
         self._engines: list[EngineGauges] = []
         """Engines that have not ended, the newest last."""
         self._engines_lock = threading.Lock()
-        self._shown_shape: tuple[str, ...] = ()
+        self._shown_requests = (0, 0, 0)
+        """Running, waiting and deferred requests, as the gauges have them."""
+        self._shown_swapped = 0
+        """Bytes of what is swapped out, as the gauge has them."""
         self._step_tokens = 0
         """Tokens of the step that is being delivered, as vLLM counts them: the generated ones, and all computed ones of
         each prompt that was completed in it, over however many steps."""
         self._fill_labels()
-        self.show_engines()
+        self._show_shapes()
         self._registry = CollectorRegistry()
         families: Families = {**self._gauges, **self._counters, **self._histograms}
         self._registry.register(NamesCollector(families, {"model_name": model_name}, vllm_names))
@@ -193,6 +196,7 @@ class Metrics:
         gauges = EngineGauges(self, shape)
         with self._engines_lock:
             self._engines.append(gauges)
+            self._show_shapes()
         self.show_engines()
         return gauges
 
@@ -201,6 +205,7 @@ class Metrics:
         with self._engines_lock:
             if gauges in self._engines:
                 self._engines.remove(gauges)
+            self._show_shapes()
         self.show_engines()
         self.show_adapters()
 
@@ -208,6 +213,8 @@ class Metrics:
     def load(self) -> EngineLoad:
         """Work of all engines together. Any thread."""
         loads = [one.load for one in list(self._engines)]
+        if len(loads) == 1:
+            return loads[0]
         return EngineLoad(**{name: sum(getattr(one, name) for one in loads) for name in EngineLoad.__struct_fields__})
 
     @property
@@ -216,24 +223,30 @@ class Metrics:
         return self.load.used_blocks / max(1, sum(one.shape.num_blocks for one in list(self._engines)))
 
     def show_engines(self) -> None:
-        """Set the gauges of all engines together; the shape of the cache is the newest engine's. Any thread."""
+        """Set the gauges of the work of all engines together. Any thread."""
         with self._engines_lock:
             load, gauges = self.load, self._gauges
-            gauges["num_requests_running"].set(load.running)
-            gauges["num_requests_waiting"].set(load.waiting)
-            by_reason = gauges["num_requests_waiting_by_reason"]
-            by_reason.labels("capacity").set(load.waiting - load.deferred)
-            by_reason.labels("deferred").set(load.deferred)
             gauges["kv_cache_usage_perc"].set(self.kv_usage)
-            shapes = [one.shape for one in self._engines] or [self._first_shape]
-            gauges["swap_capacity_bytes"].set(sum(one.num_host_blocks * one.block_bytes for one in shapes))
-            gauges["swap_used_bytes"].set(sum(one.load.swapped_blocks * one.shape.block_bytes for one in self._engines))
-            newest, info = shapes[-1], gauges["cache_config_info"]
-            labels = str(newest.block_size), str(newest.num_blocks), str(newest.max_model_len)
-            if self._shown_shape != labels:
-                info.clear()
-                info.labels(*labels).set(1)
-                self._shown_shape = labels
+            requests = load.running, load.waiting, load.deferred
+            if self._shown_requests != requests:  # they change less often than blocks are taken
+                self._shown_requests = requests
+                gauges["num_requests_running"].set(load.running)
+                gauges["num_requests_waiting"].set(load.waiting)
+                by_reason = gauges["num_requests_waiting_by_reason"]
+                by_reason.labels("capacity").set(load.waiting - load.deferred)
+                by_reason.labels("deferred").set(load.deferred)
+            swapped = sum(one.load.swapped_blocks * one.shape.block_bytes for one in self._engines)
+            if self._shown_swapped != swapped:
+                self._shown_swapped = swapped
+                gauges["swap_used_bytes"].set(swapped)
+
+    def _show_shapes(self) -> None:
+        """Set the gauges of the caches: the room of all, and the shape of the newest. Under the lock."""
+        shapes = [one.shape for one in self._engines] or [self._first_shape]
+        self._gauges["swap_capacity_bytes"].set(sum(one.num_host_blocks * one.block_bytes for one in shapes))
+        newest, info = shapes[-1], self._gauges["cache_config_info"]
+        info.clear()
+        info.labels(str(newest.block_size), str(newest.num_blocks), str(newest.max_model_len)).set(1)
 
     def show_adapters(self) -> None:
         """Name the adapters at work on all engines. Any thread."""
