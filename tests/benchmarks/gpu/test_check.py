@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,27 @@ def test_a_token_that_is_not_transformers_own_has_a_gap(subject: Subject) -> Non
         assert 3 <= best < 6
 
 
+def test_the_cache_has_room_for_the_largest_batch(tiny_model: Path) -> None:
+    """No row waits for another's blocks: by default a cache holds four contexts."""
+    subject = Subject(str(tiny_model), CPU, most=48)
+    with subject.engine() as assembled:
+        rows = [Row(prompt) for prompt in subject.prompts(48, 128)]
+        generate(assembled, rows, 64)
+        assert assembled.engine.scheduler.counts.preemptions == 0
+        assert assembled.num_blocks * assembled.block_size >= 48 * (128 + 128)
+
+
+def test_what_was_measured_is_gone_before_the_next(subject: Subject) -> None:
+    """A section keeps its names to its end."""
+    with subject.engine() as assembled, subject.transformers() as peer:
+        generate(assembled, [Row(subject.prompts(1, 12)[0])], 2)
+        worker: Any = assembled.engine._executor._worker  # type: ignore[attr-defined]
+        held = [weakref.ref(one) for one in (assembled.decoder.layers[0], *worker._cache.layers[0])]  # type: ignore[union-attr]
+        del worker
+    assert [one() for one in held] == [None] * len(held)
+    assert {parameter.device.type for parameter in peer.parameters()} == {"meta"}
+
+
 def test_a_section_that_fails_does_not_end_the_others() -> None:
     def wrong(clock: Clock, figures: Figures) -> None:
         figures["before"] = 1.5
@@ -112,7 +134,7 @@ def test_a_section_that_fails_does_not_end_the_others() -> None:
     assert found[3].figures["left"] > 7  # the last one has what the others left
     report = Report(device="cpu", machine={}, model="m", minutes=1, sections=found)
     assert report.failed == ["wrong", "broken"]
-    assert "2 of 4 sections failed: wrong, broken" in page(report)
+    assert "2 of 4 sections failed: wrong, broken, 1 of 4 were skipped" in page(report)
 
 
 def test_no_time_is_no_section() -> None:
