@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.report import Wrong
-from benchmarks.inprocess import greedy, load_transformers
-from benchmarks.work import Prompts
+from benchmarks.work import Prompts, greedy, load_transformers
 from runtime.checkpoints import open_checkpoint
 from runtime.checkpoints.peft import write_adapter
 from runtime.engine.assembly import Assembled, assemble

@@ -1,14 +1,17 @@
 """The processes of a launched job: torchrun's agent, which dies with the server, and the ranks, which die with it."""
 
+import contextlib
 import os
 import signal
 import sys
 import traceback
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from runtime.support.durable import error_code, without_paths
 from runtime.support.threads import die_with
-from runtime.trainer.launched.files import RESTARTS, JobFolder, LaunchEnd
+from runtime.trainer.launched.files import FAILED, FAILED_CODE, KILLED, KILLED_CODE, RESTARTS, JobFolder, LaunchEnd
 
 PARENT = "EFT_LAUNCH_AGENT"
 """Environment variable with the process id of the agent."""
@@ -28,9 +31,18 @@ def run_agent(parent: int, arguments: list[str], folder: JobFolder) -> int:
     except ChildFailedError as error:
         failures = [failure.exitcode for failure in error.failures.values()]
         # torchrun ends the other ranks by SIGTERM.
-        folder.write_end(crashed=any(code < 0 and code != -signal.SIGTERM for code in failures))
-        return 1
-    return 0
+        crashed = any(code < 0 and code != -signal.SIGTERM for code in failures)
+        unwritten = FAILED if FAILED_CODE in failures else None
+        end = None if crashed else folder.first_error() or unwritten
+    except Exception as error:  # of torchrun itself, as where another program has the port to meet at
+        traceback.print_exc()
+        end = _end_of(error)
+        end = replace(end, message=end.message.replace("A rank of this job failed", "torchrun failed", 1))
+    else:
+        return 0
+    with contextlib.suppress(OSError):  # a disk may be full; the exit code says the most of it
+        folder.write_end(end or KILLED)
+    return KILLED_CODE if end is None else FAILED_CODE
 
 
 def run_rank(folder: JobFolder) -> int:
@@ -40,8 +52,9 @@ def run_rank(folder: JobFolder) -> int:
         _train(folder)
     except Exception as error:
         traceback.print_exc()
-        folder.write_error(int(os.environ["RANK"]), _end_of(error))
-        return 1
+        with contextlib.suppress(OSError):
+            folder.write_error(int(os.environ["RANK"]), _end_of(error))
+        return FAILED_CODE
     return 0
 
 

@@ -77,6 +77,15 @@ class LaunchEnd(Struct, frozen=True, kw_only=True):
     code: str = "internal_error"
 
 
+KILLED = LaunchEnd(crashed=True, message="a rank was killed")
+FAILED = LaunchEnd(
+    crashed=False,
+    message="The processes of this job ended with an error that they could not write down, as where a disk is full; "
+    f"{LOG} in the job's folder on the server has their output.",
+)
+KILLED_CODE, FAILED_CODE = 1, 3
+"""Exit codes of torchrun's agent where a rank was killed, and where an error was raised; the latter also of ranks."""
+
 _LENGTH_BYTES = 4
 
 
@@ -226,13 +235,14 @@ class JobFolder:
         """Note the error that ends a rank."""
         replace_file(self.path / f"error-{rank}.json", msgspec.json.encode(end))
 
-    def write_end(self, *, crashed: bool) -> None:
-        """Note how torchrun ended: `crashed`, or by the first error that a rank has noted."""
+    def first_error(self) -> LaunchEnd | None:
+        """The first error that a rank has noted."""
         errors = sorted(self.path.glob("error-*.json"), key=lambda path: path.stat().st_mtime_ns)
-        if crashed or not errors:
-            replace_file(self.path / END, msgspec.json.encode(LaunchEnd(crashed=True, message="a rank was killed")))
-        else:
-            replace_file(self.path / END, errors[0].read_bytes())
+        return msgspec.json.decode(errors[0].read_bytes(), type=LaunchEnd) if errors else None
+
+    def write_end(self, end: LaunchEnd) -> None:
+        """Note how torchrun ended."""
+        replace_file(self.path / END, msgspec.json.encode(end))
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

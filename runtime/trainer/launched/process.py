@@ -18,7 +18,16 @@ from runtime.events import CancelledEvent, FailedEvent, FinishedEvent, PausedEve
 from runtime.support.durable import error_code, reason, remove, sync_file
 from runtime.support.failpoints import failpoint
 from runtime.support.logs import get_logger
-from runtime.trainer.launched.files import LOG, PAUSE, REQUEST, JobFolder, LaunchSpec, ReportReader
+from runtime.trainer.launched.files import (
+    FAILED,
+    FAILED_CODE,
+    LOG,
+    PAUSE,
+    REQUEST,
+    JobFolder,
+    LaunchSpec,
+    ReportReader,
+)
 from runtime.trainer.schedule import ExampleFeed
 
 _log = get_logger("launched")
@@ -169,6 +178,7 @@ class _Launch:
         self._killed = False
         self._pausing = False
         self._step = 0
+        self._exit_code = 0
         self.ended = False
         """True once the last event was posted, or nothing more will be."""
 
@@ -238,7 +248,7 @@ class _Launch:
             last = self._attempt(attempt, max_restarts)
             if last is not None or self._killed:
                 return last
-            end = self._folder.end()
+            end = self._folder.end() or (FAILED if self._exit_code == FAILED_CODE else None)
             if end is not None and not end.crashed:
                 _log.warning("launched_job_failed", job=self._name, log=self._folder.last_lines())
                 return FailedEvent(step=self._step, code=end.code, message=end.message), None
@@ -277,7 +287,7 @@ class _Launch:
                 _wait(process, EXIT_SECONDS)
         finally:
             _kill(process)
-            process.wait()
+            self._exit_code = process.wait()
         return last
 
     def _spawn(self, max_restarts: int, output: int) -> subprocess.Popen[bytes]:

@@ -353,16 +353,16 @@ def test_reports_are_read_as_they_are_written_over_restarts(tmp_path: Path) -> N
 
 
 def test_the_first_error_says_how_a_job_ended(tmp_path: Path) -> None:
-    from runtime.trainer.launched.files import LaunchEnd
+    from runtime.trainer.launched.files import KILLED, LaunchEnd
 
     folder = JobFolder(tmp_path)
-    folder.write_end(crashed=False)
-    assert folder.end() == LaunchEnd(crashed=True, message="a rank was killed")  # no rank has noted an error
+    assert folder.first_error() is None
+    folder.write_end(KILLED)
+    assert folder.end() == KILLED
     folder.write_error(1, LaunchEnd(crashed=False, message="first"))
     time.sleep(0.01)
     folder.write_error(0, LaunchEnd(crashed=False, message="second"))
-    folder.write_end(crashed=False)
-    assert folder.end() == LaunchEnd(crashed=False, message="first")
+    assert folder.first_error() == LaunchEnd(crashed=False, message="first")
     folder.meeting.write_text("stale")
     folder.clear()
     assert folder.end() is None
