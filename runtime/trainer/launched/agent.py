@@ -7,21 +7,36 @@ import sys
 import traceback
 from pathlib import Path
 
+import psutil
 from msgspec.structs import replace
 
 from runtime.support.durable import error_code, without_paths
-from runtime.support.threads import die_with
-from runtime.trainer.launched.files import FAILED, FAILED_CODE, KILLED, KILLED_CODE, RESTARTS, JobFolder, LaunchEnd
+from runtime.support.threads import die_with, outlive_parent
+from runtime.trainer.launched.files import (
+    FAILED,
+    FAILED_CODE,
+    KILLED,
+    KILLED_CODE,
+    RESTARTS,
+    AgentRecord,
+    JobFolder,
+    LaunchEnd,
+)
 
 PARENT = "EFT_LAUNCH_AGENT"
 """Environment variable with the process id of the agent."""
 
 
-def run_agent(parent: int, arguments: list[str], folder: JobFolder) -> int:
+def run_agent(parent: int, arguments: list[str], folder: JobFolder, *, lasting: bool = False) -> int:
     """Be torchrun until the ranks have ended; `parent` is the server's process, 0 on nodes without one. `arguments` are
-    torchrun's. Returns the exit code."""
+    torchrun's. `lasting`: go on where the server is killed, once the next one can find this process. Returns the exit
+    code."""
     if parent:
         die_with(parent, ignoring=(signal.SIGINT,))
+    if lasting:
+        started = psutil.Process().create_time()
+        folder.write_agent(AgentRecord(pid=os.getpid(), started=started, attempt=folder.read_spec().attempt))
+        outlive_parent()
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main
 
@@ -94,11 +109,13 @@ def _end_of(error: Exception) -> LaunchEnd:
 
 
 def main(arguments: list[str]) -> int:
-    """`agent PARENT FOLDER TORCHRUN'S…`, or `rank FOLDER`."""
+    """`agent PARENT FOLDER TORCHRUN'S…`, the same of `lasting-agent`, or `rank FOLDER`."""
     match arguments:
         case ["rank", folder]:
             return run_rank(JobFolder(Path(folder)))
         case ["agent", parent, folder, *torchrun]:
             return run_agent(int(parent), torchrun, JobFolder(Path(folder)))
+        case ["lasting-agent", parent, folder, *torchrun]:
+            return run_agent(int(parent), torchrun, JobFolder(Path(folder)), lasting=True)
     sys.stderr.write("This is the program of launched jobs: see docs/launched-jobs.md.\n")
     return 2

@@ -181,6 +181,62 @@ def test_a_server_that_ends_takes_a_launched_job_along(tiny: str, tmp_path: Path
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+def test_processes_outlive_the_server_where_that_is_asked_for(
+    tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next server follows the same processes; a job that is cancelled ends them."""
+    monkeypatch.setenv("EFT_TRAINER_OUTLIVE_SERVER", "true")
+    state, recipe = tmp_path / "state", LORA + "ddp: true\nsave_steps: 3\n"
+    with ServerProcess(tiny, state, failpoints="launched.step=sleep:2", devices=TWO) as server:
+        job = server.train(recipe, DATA)
+        wait_until(lambda: 1 in server.losses(job), 180)
+        ranks = ranks_of(state)
+        server.kill()
+    time.sleep(1)
+    assert ranks_of(state) == ranks
+    with ServerProcess(tiny, state, devices=TWO) as server:
+        wait_until(lambda: 4 in server.losses(job), 180)
+        assert ranks_of(state) == ranks
+        losses = followed(server, job)
+        assert losses == pytest.approx(trained(server, LORA + "gradient_accumulation_steps: 2\n"), **SAME)
+        other = server.train(recipe + "num_epochs: 1000\n", DATA)
+        wait_until(lambda: 1 in server.losses(other), 180)
+        server.kill()
+    with ServerProcess(tiny, state, devices=TWO) as server:
+        wait_until(lambda: server.job(other)["status"] == "running", 60)
+        assert server.http.post(f"/admin/jobs/{other}/cancel").status_code == 200
+        wait_until(lambda: not ranks_of(state) and not agents_of(state), 30)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_rank_that_hangs_and_a_full_disk_end_their_job_alone(tiny: str, tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    # A checkpoint of all weights does not fit, and what the server writes does.
+    with ServerProcess(tiny, state, failpoints="launched.step@2=sleep:3", devices=TWO, file_size=400_000) as server:
+        job = server.train(LORA + "ddp: true\nddp_timeout: 15\nnum_epochs: 50\n", DATA)
+        wait_until(lambda: 1 in server.losses(job), 180)
+        os.kill(ranks_of(state)[1], signal.SIGSTOP)
+        error = ended_with_an_error(server, job)
+        assert "imed out" in error["message"]
+        job = server.train(RECIPE + "ddp: true\nsave_steps: 2\n", DATA)
+        error = ended_with_an_error(server, job)
+        assert error["code"] == "disk_full"
+        assert max(server.losses(job)) == 2
+        assert ranks_of(state) == agents_of(state) == []
+        server.ask("tiny", "Why is the sky blue?")
+
+
+def ended_with_an_error(server: ServerProcess, job_id: str) -> dict[str, str]:
+    ended = server.wait_for_job(job_id)
+    assert ended["status"] == "failed"
+    assert ended["error"]["code"] != "ranks_killed"
+    error: dict[str, str] = ended["error"]
+    return error
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_processes_that_are_always_killed_end_their_job_alone(tiny: str, tmp_path: Path) -> None:
     state = tmp_path / "state"
     with ServerProcess(tiny, state, failpoints="launched.step=sleep:60", devices=TWO, max_restarts=1) as server:
@@ -235,11 +291,12 @@ def test_smollm2_is_trained_whole_and_with_an_adapter(tmp_path: Path) -> None:
         assert whole[-1] < whole[0]
         adapted = trained(server, lora.replace("words", "adapter") + "ddp: true\n")
         assert adapted == pytest.approx(trained(server, lora.replace("words", "beside") + alone), **SAME)
-        before = server.tokens("demo", "Say newt 0")
+        name = server.http.get("/admin/model").json()["name"]
+        before = server.tokens(name, "Say newt 0")
         assert server.tokens("adapter", "Say newt 0") == server.tokens("beside", "Say newt 0")
         assert server.http.post("/admin/model/swap", json={"model": "words@1"}).status_code == 202
         wait_until(lambda: server.http.get("/admin/model").json()["swap"]["finished_at"] is not None, 120)
         assert server.http.get("/admin/model").json()["model"] == "words@1"
-        served = server.tokens("demo", "Say newt 0")
+        served = server.tokens(name, "Say newt 0")
     assert served == generated(state / "models" / "words" / "1", "Say newt 0", len(served))
     assert served != before
