@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 import traceback
 from pathlib import Path
 
@@ -25,6 +26,9 @@ from runtime.trainer.launched.files import (
 
 PARENT = "EFT_LAUNCH_AGENT"
 """Environment variable with the process id of the agent."""
+MEETING_SECONDS = 720.0
+"""Time in which the nodes must have met and ranks begun. torchrun itself waits for ten minutes for nodes that are
+missing, but without end for an answer of another program that listens where they should meet."""
 
 
 def run_agent(parent: int, arguments: list[str], folder: JobFolder, *, lasting: bool = False) -> int:
@@ -41,6 +45,9 @@ def run_agent(parent: int, arguments: list[str], folder: JobFolder, *, lasting: 
     from torch.distributed.run import main
 
     os.environ[PARENT] = str(os.getpid())
+    deadline = threading.Timer(MEETING_SECONDS, _end_without_ranks, (folder,))
+    deadline.daemon = True
+    deadline.start()
     try:
         main(arguments)
     except ChildFailedError as error:
@@ -55,9 +62,21 @@ def run_agent(parent: int, arguments: list[str], folder: JobFolder, *, lasting: 
         end = replace(end, message=end.message.replace("A rank of this job failed", "torchrun failed", 1))
     else:
         return 0
+    finally:
+        deadline.cancel()
     with contextlib.suppress(OSError):  # a disk may be full; the exit code says the most of it
         folder.write_end(end or KILLED)
     return KILLED_CODE if end is None else FAILED_CODE
+
+
+def _end_without_ranks(folder: JobFolder) -> None:
+    """End this process where no rank has begun. On a thread of its own: the other one hears of nothing."""
+    if psutil.Process().children():
+        return
+    message = f"The nodes of this job have not met within {MEETING_SECONDS:.0f} seconds: see trainer.rendezvous."
+    with contextlib.suppress(OSError):
+        folder.write_end(LaunchEnd(crashed=False, message=message, code="nodes_not_met"))
+    os._exit(FAILED_CODE)
 
 
 def run_rank(folder: JobFolder) -> int:

@@ -2,12 +2,19 @@
 
 import inspect
 import json
+import os
+import re
+import subprocess
+import sys
 import weakref
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import kernels
 from benchmarks.gpu import speed
@@ -45,6 +52,46 @@ def test_the_whole_check_runs_on_a_cpu(tmp_path: Path) -> None:
     text = (tmp_path / "out" / "gpu.txt").read_text()
     assert all(name in text for name in NAMES)
     assert len(text.splitlines()) < 70
+
+
+def link_packages(names: list[str], folder: Path) -> None:
+    """A folder to import these distributions from, and what they need, and nothing else."""
+    seen: set[str] = set()
+    while names:
+        name = canonicalize_name(names.pop())
+        try:
+            found = distribution(name)
+        except PackageNotFoundError:
+            continue  # such as one for another platform
+        if name in seen:
+            continue
+        seen.add(name)
+        wanted = map(Requirement, found.requires or ())
+        names += [one.name for one in wanted if not one.marker or one.marker.evaluate({"extra": ""})]
+        for top in {Path(file).parts[0] for file in found.files or ()} - {"..", "__pycache__"}:
+            if not (folder / top).exists():
+                (folder / top).symlink_to(found.locate_file(top))
+
+
+def test_it_needs_what_the_page_names(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "performance.md").read_text(encoding="utf-8")
+    carried = re.search(r"^pip download --dest wheels (.+?) +#", page, re.MULTILINE)
+    assert carried is not None
+    make_tiny_llama(tmp_path / "model")
+    (tmp_path / "packages").mkdir()
+    link_packages(["torch", "triton", "transformers", *carried[1].split()], tmp_path / "packages")
+    only = ["--only", "tokens", "adapters", "training", "beside", "--minutes", "0.5", "--most", "2"]
+    command = [sys.executable, "-S", "-m", "benchmarks.gpu", "--device", "cpu", "--folder", str(tmp_path), *only]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "out")],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path / 'packages'}:{Path(__file__).parents[3]}"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=250,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert "peft is not installed" in done.stdout
 
 
 def test_every_op_of_the_interface_has_a_case() -> None:

@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -485,6 +486,22 @@ def test_how_torchrun_ended(code: int, noted: bool, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(run, "main", fail)
     assert run_agent(0, [], folder) == (KILLED_CODE if code < 0 else FAILED_CODE)
     assert folder.end() == (KILLED if code < 0 else end if noted else FAILED)
+
+
+def test_another_program_at_the_meeting_place(tmp_path: Path) -> None:
+    """It takes the connection and says nothing, for which torchrun waits without end."""
+    folder = JobFolder(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        place = f"127.0.0.1:{taken.getsockname()[1]}"
+        arguments = Nodes(per_node=1, count=2, rendezvous=place).arguments(folder, "job", max_restarts=0)
+        program = "import sys; from runtime.trainer.launched import agent; agent.MEETING_SECONDS = 1.0; "
+        program += "sys.exit(agent.main(sys.argv[1:]))"
+        command = [sys.executable, "-c", program, "agent", "0", str(tmp_path), *arguments]
+        done = subprocess.run(command, capture_output=True, check=False, timeout=120)
+    assert done.returncode == FAILED_CODE
+    found = folder.end()
+    assert found is not None
+    assert (found.crashed, found.code) == (False, "nodes_not_met")
 
 
 def test_torchrun_itself_may_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
