@@ -308,6 +308,8 @@ class _Launch:
         process = LeftProcess(found)
         with self._lock:
             self._process = process
+            if self._killed:
+                _kill(process)
         done = newest_checkpoint(Path(self._folder.read_spec().checkpoints))
         begun = 0 if done is None else int(done.name.removeprefix(STEP))
         _log.info("launched_job_followed", job=self._name, process=process.pid)
