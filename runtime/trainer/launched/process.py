@@ -295,7 +295,7 @@ class _Launch:
         return spec
 
     def _left_behind(self) -> AgentRecord | None:
-        """What an earlier server has left to follow. Processes that are not to be followed are killed."""
+        """Process that an earlier server has left, to be followed. One that is not to be is killed."""
         found = self._folder.agent()
         if found is not None and not self._outlives:
             _kill(LeftProcess(found))
