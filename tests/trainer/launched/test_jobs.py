@@ -210,33 +210,6 @@ def test_processes_outlive_the_server_where_that_is_asked_for(
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_rank_that_hangs_and_a_full_disk_end_their_job_alone(tiny: str, tmp_path: Path) -> None:
-    state = tmp_path / "state"
-    # A checkpoint of all weights does not fit, and what the server writes does.
-    with ServerProcess(tiny, state, failpoints="launched.step@2=sleep:3", devices=TWO, file_size=400_000) as server:
-        job = server.train(LORA + "ddp: true\nddp_timeout: 15\nnum_epochs: 50\n", DATA)
-        wait_until(lambda: 1 in server.losses(job), 180)
-        os.kill(ranks_of(state)[1], signal.SIGSTOP)
-        error = ended_with_an_error(server, job)
-        assert "imed out" in error["message"]
-        job = server.train(RECIPE + "ddp: true\nsave_steps: 2\n", DATA)
-        error = ended_with_an_error(server, job)
-        assert error["code"] == "disk_full"
-        assert max(server.losses(job)) == 2
-        assert ranks_of(state) == agents_of(state) == []
-        server.ask("tiny", "Why is the sky blue?")
-
-
-def ended_with_an_error(server: ServerProcess, job_id: str) -> dict[str, str]:
-    ended = server.wait_for_job(job_id)
-    assert ended["status"] == "failed"
-    assert ended["error"]["code"] != "ranks_killed"
-    error: dict[str, str] = ended["error"]
-    return error
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_processes_that_are_always_killed_end_their_job_alone(tiny: str, tmp_path: Path) -> None:
     state = tmp_path / "state"
     with ServerProcess(tiny, state, failpoints="launched.step=sleep:60", devices=TWO, max_restarts=1) as server:
