@@ -426,6 +426,13 @@ class TrainerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         Restarts,
         doc("A job of its own processes is started again this often when they are killed without a step in between."),
     ] = 3
+    outlive_server: Annotated[
+        bool,
+        doc(
+            "The processes of such a job go on when the server is killed, and its next start follows them again; "
+            "otherwise they die with it."
+        ),
+    ] = False
     nodes: Annotated[Count, doc("Nodes that such a job runs on, each with as many ranks as `devices`.")] = 1
     rendezvous: Annotated[
         NonEmpty | None,

@@ -11,6 +11,7 @@ from runtime.api.admin.overview import MAX_SAMPLES, OverviewHistory
 from runtime.api.handle import MAX_RECENT_REQUESTS, ServiceHandle
 from runtime.api.openai.generation import PHASES
 from runtime.messages import RequestTiming
+from runtime.metrics import CacheShape, EngineLoad
 from settings.schema import Settings
 from tests.api.conftest import RunningServer, client_of
 from tests.api.fakes import FakeService
@@ -30,7 +31,8 @@ def test_rates_and_quantiles_are_those_of_the_time_between_samples(service: Fake
     timing.first_token = timing.last_token = 1.09
     service.metrics.on_tokens(timing, 9, now=1.12)
     service.metrics.on_slice(0.5, slack_used=1.0)
-    service.num_running, service.kv_usage = 3, 0.25
+    engine = service.metrics.open_engine(CacheShape(max_model_len=64, block_size=16, num_blocks=8))
+    engine.on_step(EngineLoad(running=3, used_blocks=2))
     history.take(102.0)
     sample = history.samples[-1]
     assert (sample.generated_tokens, sample.prompt_tokens) == (5.0, 15.0)
