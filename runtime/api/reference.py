@@ -60,7 +60,7 @@ OURS = frozenset({"deadline_ms", "early_stopping", "pooling"})
 LABELS = "A label for the client's own records; checked for its length, kept nowhere."
 NO_EFFECT: Mapping[str, str] = {
     "user": LABELS,
-    "metadata": LABELS,
+    "metadata": "A label for the client's own records; checked for its length, kept with a stored chat, else nowhere.",
     "safety_identifier": LABELS,
     "session_id": LABELS,
     "user_profile_id": LABELS,

@@ -190,6 +190,7 @@ def test_structural_tags(client: httpx.Client) -> None:
         ({"tool_choice": "required"}, "tool_choice", "tools"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "no"}}}, "tool_choice", "`no`"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type", "web_search"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function", "missing"),
         ({"tools": [TOOLS[0], TOOLS[0]]}, "tools[1].function.name", "get_weather"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name", "a b"),
         (
