@@ -128,7 +128,9 @@ def page_request(
     """The parameters `after`, `limit` and `order` (`desc` or `asc`; by default, `desc` if `newest_first`). `further`:
     other parameters that the endpoint has. Raises `InvalidRequest`."""
     check_names(request, (*PAGE_PARAMETERS, *further))
-    order = single(request, "order") or ("desc" if newest_first else "asc")
+    order = single(request, "order")
+    if order is None:
+        order = "desc" if newest_first else "asc"
     if order not in ("asc", "desc"):
         raise InvalidRequest(f"order: expected asc or desc, got `{order[:50]}`.", param="order")
     limit = integer(request, "limit", default=default, least=1, most=most)

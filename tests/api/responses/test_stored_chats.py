@@ -84,7 +84,14 @@ async def test_lists_filter_and_turn_pages(stored: httpx.AsyncClient) -> None:
     assert await ids(stored, model="fake", **{"metadata[turn]": "0", "metadata[all]": "x"}) == made[::2]
     assert await ids(stored, model="other") == await ids(stored, **{"metadata[turn]": "2"}) == []
     assert (await stored.get(URL, params={"limit": 2})).json()["has_more"]
-    for query in ({"after": "chatcmpl-x"}, {"limit": 0}, {"order": "x"}, {"colour": "x"}, {"metadata": "x"}):
+    for query in (
+        {"after": "chatcmpl-x"},
+        {"limit": 0},
+        {"order": "x"},
+        {"order": ""},
+        {"colour": "x"},
+        {"metadata": "x"},
+    ):
         answer = await stored.get(URL, params=query)
         assert (answer.status_code, answer.json()["error"]["param"]) == (404 if "after" in query else 400, *query)
 
