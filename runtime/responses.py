@@ -34,6 +34,9 @@ CREATE INDEX IF NOT EXISTS responses_by_age ON responses (created_at);
 MAX_CHAIN = 1000
 """Most responses of a conversation."""
 
+MAX_PAGE_BYTES = 8 * 1024 * 1024
+"""Bytes of answers that end a page of chats."""
+
 _PUT = """
 INSERT INTO responses (id, tenant, created_at, previous_id, input, response) VALUES (?, ?, ?, ?, ?, ?)
     ON CONFLICT (id) DO UPDATE SET input = excluded.input, response = excluded.response
@@ -165,8 +168,9 @@ class ResponseStore:
         limit: int,
         newest_first: bool,
     ) -> tuple[list[StoredChat], bool]:
-        """At most `limit` chats, and whether there are more. Of `model` only if it is given, and of those that have
-        all entries of `metadata`. Raises `NotFound` if there is no chat `after`."""
+        """At most `limit` chats, and whether there are more: chats of `model`, if it is given, that have all entries of
+        `metadata`. A page ends with the chat that fills `MAX_PAGE_BYTES`. Raises `NotFound` if there is no chat
+        `after`."""
 
         def work(connection: sqlite3.Connection) -> tuple[list[StoredChat], bool]:
             conditions, values = ["tenant = ?", "metadata IS NOT NULL"], [tenant]
@@ -187,8 +191,12 @@ class ResponseStore:
             ids += f" ORDER BY created_at {order}, rowid {order} LIMIT ?"
             found = [row[0] for row in connection.execute(ids, (*values, limit + 1)).fetchall()]
             query = f"SELECT {_CHAT_COLUMNS} FROM responses WHERE rowid = ?"
-            rows = [connection.execute(query, (number,)).fetchone() for number in found[:limit]]
-            return list(map(_chat_of, rows)), len(found) > limit
+            chats: list[StoredChat] = []
+            for number in found[:limit]:
+                if sum(len(chat.completion) for chat in chats) >= MAX_PAGE_BYTES:
+                    break
+                chats.append(_chat_of(connection.execute(query, (number,)).fetchone()))
+            return chats, len(found) > len(chats)
 
         return await self._database.call(work)
 

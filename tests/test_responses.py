@@ -160,3 +160,16 @@ async def test_chats_are_a_keys_own_and_age_with_its_responses(database: Databas
     whole = ResponseStore(database, ResponseSettings(keep_responses=None, max_responses_total=3))
     with pytest.raises(PayloadTooLarge):
         await whole.add_chat(chat("c"))
+
+
+async def test_long_answers_make_short_pages(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_PAGE_BYTES", 3)
+    store = ResponseStore(database, ResponseSettings(keep_responses=None))
+    for number in range(3):
+        await store.add_chat(chat(f"c{number}", at=number))
+    pages, more, after = [], True, None
+    while more:
+        found, more = await store.chats("", model=None, metadata={}, after=after, limit=9, newest_first=False)
+        pages.append([one.id for one in found])
+        after = pages[-1][-1]
+    assert pages == [["c0", "c1"], ["c2"]]

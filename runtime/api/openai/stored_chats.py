@@ -4,11 +4,11 @@ under /v1/chat/completions. They share the store of responses, and its retention
 import re
 import time
 import uuid
+from typing import cast
 
 import msgspec
 from litestar import Response, delete, get, post
 from msgspec import UNSET, Struct, UnsetType, field
-from msgspec.structs import replace
 
 from runtime.api.docs import BODY, QUERY, page_query
 from runtime.api.handle import AnyRequest, Api, api_of
@@ -56,7 +56,6 @@ class DeletedCompletion(Struct, kw_only=True):
 
 
 _updates = Intake(ChatUpdate)
-_completions = msgspec.json.Decoder(StoredCompletion)
 _messages = msgspec.json.Decoder(list[StoredMessage])
 
 
@@ -102,9 +101,9 @@ def _shown(id: str, message: ChatMessage) -> StoredMessage:
 
 
 @get("/v1/chat/completions", opt={QUERY: page_query(MAX_PAGE, model={"type": "string"})})
-async def list_chat_completions(request: AnyRequest) -> ObjectPage[StoredCompletion]:
-    """Stored chats, the oldest first. `after` takes an id, `limit` up to 100, `order` asc or desc; `model` and
-    `metadata[key]` leave those that have them."""
+async def list_chat_completions(request: AnyRequest) -> Response[ObjectPage[StoredCompletion]]:
+    """Stored chats, the oldest first. `after` takes an id, `limit` up to 100, `order` asc or desc; with `model` and
+    `metadata[key]` only chats that have them. Long answers make shorter pages."""
     wanted = {found[1]: name for name in request.query_params if (found := _METADATA.fullmatch(name))}
     page = page_request(request, newest_first=False, further=("model", *wanted.values()))
     metadata = {key: single(request, name) or "" for key, name in wanted.items()}
@@ -112,14 +111,15 @@ async def list_chat_completions(request: AnyRequest) -> ObjectPage[StoredComplet
     chats, more = await _store(api_of(request)).chats(
         record_of(request).tenant, model=single(request, "model"), metadata=metadata, **page._asdict()
     )
-    return object_page(list(map(_view, chats)), more)
+    first, last = (chats[0].id, chats[-1].id) if chats else (None, None)
+    return Response(ObjectPage(data=list(map(_view, chats)), first_id=first, last_id=last, has_more=more))
 
 
 @get("/v1/chat/completions/{completion_id:str}")
-async def retrieve_chat_completion(request: AnyRequest) -> StoredCompletion:
+async def retrieve_chat_completion(request: AnyRequest) -> Response[StoredCompletion]:
     """A stored chat's answer."""
     check_names(request, ())
-    return _view(await _store(api_of(request)).chat(_completion_id(request), record_of(request).tenant))
+    return Response(_view(await _store(api_of(request)).chat(_completion_id(request), record_of(request).tenant)))
 
 
 @get("/v1/chat/completions/{completion_id:str}/messages", opt={QUERY: page_query(MAX_PAGE)})
@@ -139,7 +139,7 @@ async def list_chat_messages(request: AnyRequest) -> ObjectPage[StoredMessage]:
 
 
 @post("/v1/chat/completions/{completion_id:str}", status_code=200, opt={BODY: ChatUpdate})
-async def update_chat_completion(request: AnyRequest) -> StoredCompletion:
+async def update_chat_completion(request: AnyRequest) -> Response[StoredCompletion]:
     """Put other labels on a stored chat."""
     check_names(request, ())
     api = api_of(request)
@@ -147,7 +147,7 @@ async def update_chat_completion(request: AnyRequest) -> StoredCompletion:
     asked = await _updates.read(request, api)
     check_metadata(asked.metadata, api.settings.limits)
     changed = await store.change_chat(_completion_id(request), record_of(request).tenant, asked.metadata or {})
-    return _view(changed)
+    return Response(_view(changed))
 
 
 @delete("/v1/chat/completions/{completion_id:str}", status_code=200)
@@ -169,7 +169,9 @@ ROUTES = (
 
 
 def _view(chat: StoredChat) -> StoredCompletion:
-    return replace(_completions.decode(chat.completion), metadata=chat.metadata)
+    """As JSON, into which the labels are put: decoding a long answer would hold up the event loop."""
+    metadata = msgspec.json.encode(chat.metadata)
+    return cast(StoredCompletion, msgspec.Raw(b'{"metadata":' + metadata + b"," + chat.completion[1:]))
 
 
 def _completion_id(request: AnyRequest) -> str:
