@@ -504,7 +504,7 @@ class FileSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class ResponseSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Stored responses of /v1/responses."""
+    """Stored responses of /v1/responses, and stored chats, which count as such."""
 
     keep_responses: Annotated[Seconds | None, doc("Delete a stored response this long after it was made.")] = (
         30 * 86_400.0
