@@ -360,6 +360,18 @@ def test_a_job_is_paused_resumed_and_cancelled(page: Page) -> None:
     page.until("![...document.querySelectorAll('tbody button')].some(e => e.textContent === 'long')")
 
 
+def test_an_empty_chat_offers_prompts(page: Page) -> None:
+    page.run("document.querySelector('.composer details').open = true")
+    page.fill("Most tokens", "3")
+    page.click("Why is the sky blue?")
+    page.until_text(".message.assistant footer", "3 tokens")
+    assert page.run("document.querySelector('.message.user .text').textContent") == "Why is the sky blue?"
+    assert page.run("document.querySelector('.hint').checkVisibility()") is False
+    page.click("New chat")
+    page.fill("Model", "other")
+    assert "rows that it was trained on" in page.until_text(".hint", "Ask other")
+
+
 def test_a_message_is_edited_and_a_new_chat_is_empty(page: Page) -> None:
     ask(page, "First?", 3)
     page.until_text(".message.assistant footer", "3 tokens")
