@@ -241,14 +241,14 @@ export function adaptersView(app) {
   function origin(version) {
     const digest = h("span", { class: "code", title: `SHA-256 ${version.sha256}` }, version.sha256.slice(0, 12));
     if (!version.job) return h("span", {}, "upload, ", digest);
-    return h("span", {}, button(version.job, () => app.showJob(version.job), { class: "link code" }), `, step ${version.step}, `, digest);
+    return h("span", {}, button(version.job, () => app.showJob(version.job), { class: "link code cut" }), `step ${version.step}, `, digest);
   }
 
   function traffic(found) {
     if (!found) return h("span", { class: "quiet" }, "not in memory");
     if (!found.requests) return "no requests";
     const first = found.first_token_p50 === null ? "" : `; first token ${seconds(found.first_token_p50)}, 95% within ${seconds(found.first_token_p95)}`;
-    return `${number(found.requests)} requests, ${number(found.generated_tokens)} tokens${first}`;
+    return `${number(found.requests)} ${found.requests === 1 ? "request" : "requests"}, ${number(found.generated_tokens)} tokens${first}`;
   }
 
   async function download(source, name, format) {
