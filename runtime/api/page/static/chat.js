@@ -312,6 +312,7 @@ export function chatView() {
         }),
       );
     }
+    column.transcript.scrollTop = column.transcript.scrollHeight;
   }
 
   /** Add a piece of a tool call to the calls so far. */
