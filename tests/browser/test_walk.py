@@ -110,7 +110,7 @@ def test_sixty_pasted_rows_become_an_adapter_that_answers(tmp_path: Path, pictur
         page.fill("Temperature", "0")
         page.fill("Most tokens", "60")
         page.run("document.querySelector('.composer details').open = false")
-        page.fill("Message", "I was charged twice for my new lamp. I need this fixed today.")
+        page.fill("Message", "My card was charged twice. Please help.")
         page.click("Send")
         page.until_text(".message.assistant footer", "my-adapter@1", 120)
         page.until_text(".column:last-child .message.assistant footer", "base", 120)

@@ -189,9 +189,8 @@ def example_lines(examples: Sequence[Example], tokenizer: Tokenizer) -> list[Exa
 
 
 def _num_shared(rows: Sequence[Sequence[int]]) -> int:
-    """Length of the beginning that all rows share."""
-    columns = enumerate(zip(*rows, strict=False))
-    return next((at for at, column in columns if len(set(column)) > 1), min(map(len, rows), default=0))
+    unlike = (at for at, column in enumerate(zip(*rows, strict=False)) if len(set(column)) > 1)
+    return next(unlike, min(map(len, rows), default=0))
 
 
 def _in_short(token_ids: Sequence[int], tokenizer: Tokenizer) -> str:
