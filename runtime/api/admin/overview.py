@@ -49,7 +49,7 @@ class OverviewSample(Struct, frozen=True, kw_only=True):
     generated_tokens: float
     """Generated tokens a second."""
     trained_tokens: float
-    """Tokens a second that training steps computed."""
+    """Tokens a second that training steps computed, over the last half minute: a step may take seconds."""
     training_share: float
     """Share of the time that training had the engine, 0 to 1."""
     first_token_p50: float | None
@@ -99,7 +99,7 @@ class OverviewHistory:
             kv_cache_usage=self._metrics.kv_usage,
             prompt_tokens=totals.rate("prompt_tokens", before),
             generated_tokens=totals.rate("generation_tokens", before),
-            trained_tokens=totals.rate("train_tokens", before),
+            trained_tokens=totals.rate("train_tokens", self._totals[0]),
             training_share=min(1.0, totals.rate("train_slice_seconds", before)),
             first_token_p50=quantile(first, 0.5),
             first_token_p95=quantile(first, 0.95),

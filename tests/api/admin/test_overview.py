@@ -15,6 +15,7 @@ from runtime.metrics import CacheShape, EngineLoad
 from settings.schema import Settings
 from tests.api.conftest import RunningServer, client_of
 from tests.api.fakes import FakeService
+from tests.trainer.jobs.fakes import step_event
 
 pytestmark = pytest.mark.anyio
 
@@ -45,6 +46,18 @@ def test_rates_and_quantiles_are_those_of_the_time_between_samples(service: Fake
         history.take(float(moment))
     last = history.samples[-1]
     assert (last.generated_tokens, last.first_token_p50, last.token_p50) == (0.0, None, None)
+
+
+def test_trained_tokens_are_averaged_over_half_a_minute(service: FakeService) -> None:
+    """A step of seconds would else make a peak in one sample, and nothing in the next ones."""
+    history = history_of(service)
+    history.take(100.0)
+    service.metrics.on_train_step(step_event(1), "ftjob-1")  # 20 tokens
+    for moment in range(102, 134, 2):
+        history.take(float(moment))
+    assert [sample.trained_tokens for sample in history.samples][:3] == [0.0, 10.0, 5.0]
+    assert history.samples[-2].trained_tokens == pytest.approx(20 / 30)
+    assert history.samples[-1].trained_tokens == 0.0
 
 
 def test_the_history_is_bounded(service: FakeService) -> None:

@@ -29,7 +29,7 @@ export function systemView() {
     health,
     h(
       "div",
-      { class: "grid" },
+      { class: "masonry" },
       h("div", { class: "panel" }, h("h3", {}, "Model"), model, moved),
       h("div", { class: "panel" }, h("h3", {}, "Machine"), machine),
       h("div", { class: "panel" }, h("h3", {}, "Versions"), versions),
@@ -126,7 +126,7 @@ export function systemView() {
           {},
           h("th", { scope: "row", class: "code" }, one.key),
           h("td", { class: "wrap code" }, one.value || "–"),
-          h("td", {}, one.origin === "default" ? h("span", { class: "quiet" }, "default") : one.origin),
+          h("td", { class: "number" }, one.origin === "default" ? h("span", { class: "quiet" }, "default") : one.origin),
           h("td", { class: "wrap small-text" }, one.doc),
         ),
       ),
