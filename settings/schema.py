@@ -220,13 +220,17 @@ class SchedulerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields
     ] = 1.0
     tpot_target: Annotated[
         Seconds | None,
-        doc("Time per output token that training must leave; default: as `tpot_ratio` says.", example="50ms"),
+        doc(
+            "Time per output token that training must leave, and prompts in chunks too; default: of training as "
+            "`tpot_ratio` says, of prompts none.",
+            example="50ms",
+        ),
     ] = None
     tpot_ratio: Annotated[
         LatencyRatio, doc("The same without `tpot_target`, in times of what a token takes without training.")
     ] = 1.3
     tpot_percentile: Annotated[
-        Percentile, doc("Share of tokens for which the time per output token holds beside training.")
+        Percentile, doc("Share of tokens for which the time per output token holds beside training and prompts.")
     ] = 0.95
 
 
