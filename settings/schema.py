@@ -352,6 +352,13 @@ class AdapterSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     max_loaded: Annotated[
         Count, doc("Most adapter versions in memory; one more takes the place of the one unused for longest.")
     ] = 16
+    unused_memory: Annotated[
+        Bytes,
+        doc(
+            "Memory for versions that gave up their place: their next load reads no weights. Used on a CPU, by a model "
+            "in one process; 0: none is kept."
+        ),
+    ] = 512 * 1024**2
     max_lora_rank: Annotated[Count, doc("Largest rank of an adapter that is loaded or trained.")] = 256
     max_vocabulary_bytes: Annotated[
         Bytes,
