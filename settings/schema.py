@@ -220,13 +220,17 @@ class SchedulerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields
     ] = 1.0
     tpot_target: Annotated[
         Seconds | None,
-        doc("Time per output token that training must leave; default: as `tpot_ratio` says.", example="50ms"),
+        doc(
+            "Time per output token that training must leave, and prompts in chunks too; default: of training as "
+            "`tpot_ratio` says, of prompts none.",
+            example="50ms",
+        ),
     ] = None
     tpot_ratio: Annotated[
         LatencyRatio, doc("The same without `tpot_target`, in times of what a token takes without training.")
     ] = 1.3
     tpot_percentile: Annotated[
-        Percentile, doc("Share of tokens for which the time per output token holds beside training.")
+        Percentile, doc("Share of tokens for which the time per output token holds beside training and prompts.")
     ] = 0.95
 
 
@@ -348,6 +352,13 @@ class AdapterSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     max_loaded: Annotated[
         Count, doc("Most adapter versions in memory; one more takes the place of the one unused for longest.")
     ] = 16
+    unused_memory: Annotated[
+        Bytes,
+        doc(
+            "Memory for versions that gave up their place: their next load reads no weights. Used on a CPU, by a model "
+            "in one process; 0: none is kept."
+        ),
+    ] = 512 * 1024**2
     max_lora_rank: Annotated[Count, doc("Largest rank of an adapter that is loaded or trained.")] = 256
     max_vocabulary_bytes: Annotated[
         Bytes,

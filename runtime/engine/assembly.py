@@ -85,7 +85,13 @@ def assemble(settings: Settings, metrics: Metrics | None = None) -> Assembled:
     dtype = cache_dtype(settings, decoder)
     lora_base = base_of(decoder, checkpoint, name)
     held_in = lora_dtype(settings.adapters.lora_dtype, settings.model)
-    slots = AdapterSlots(lora_base, decoder, max_rank=settings.adapters.max_lora_rank, dtype=held_in)
+    slots = AdapterSlots(
+        lora_base,
+        decoder,
+        max_rank=settings.adapters.max_lora_rank,
+        dtype=held_in,
+        unused_memory=settings.adapters.unused_memory if device.type == "cpu" else 0,
+    )
     cpu, host_blocks = torch.device("cpu"), cache.num_host_blocks
     grammars = _grammars(settings, checkpoint, decoder)
     worker = Worker(
