@@ -156,13 +156,14 @@ def test_rows_of_the_vocabulary_equal_those_of_one_rank(
         assert found == pytest.approx(expected, abs=1e-4)
     close(*ends)
     assert sum(tensor.shape[0] >= 3 and "lora" not in name for name, tensor in ends[0].items()) == 2
+    own = f"own {kind}"
     for model in models:
         engine = model.engine
-        engine.prepare_adapter("own", str(tmp_path / "1" / "adapter_files"))
-        engine.load_adapter("own", engine.tokenizer.with_tokens((), rows=VOCAB_SIZE + 2))
+        engine.prepare_adapter(own, str(tmp_path / "1" / "adapter_files"))
+        engine.load_adapter(own, engine.tokenizer.with_tokens((), rows=VOCAB_SIZE + 2))
         greedy = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True, logprobs=0, logit_bias={NEW[0]: 1.0})
         found = []
-        for adapter in ("own", ""):
+        for adapter in (own, ""):
             params = msgspec.structs.replace(greedy, logit_bias=greedy.logit_bias if adapter else {})
             prompt = [5, 9, NEW[1] if adapter else 7, 11]
             engine.submit(Submission(request_id=adapter or "base", prompt_ids=prompt, params=params, adapter=adapter))
@@ -171,7 +172,7 @@ def test_rows_of_the_vocabulary_equal_those_of_one_rank(
                 assert output.error is None
                 found.append((output.request_id, output.token_ids))
         answers.append(sorted(found))
-        engine.unload_adapter("own")
+        engine.unload_adapter(own)
     assert answers[0] == answers[1]
 
 
