@@ -20,7 +20,7 @@ from runtime.messages import RidingRow
 from runtime.support.failpoints import failpoint
 from runtime.trainer.data.example import Example
 from runtime.trainer.lora import AdaptedLinear, TrainableLora
-from runtime.trainer.slices import Slice, Sliced, Slices
+from runtime.trainer.slices import DOUBTED_COST_FACTOR, Slice, Sliced, Slices
 
 # A piece has at least this many tokens where its micro-batch has them: fewer at once go backward at a lower speed.
 LEAST_PIECE_TOKENS = 64
@@ -361,8 +361,11 @@ class RowPace:
         other = best + (1 if self._steps // TRY_STEPS % 2 == 0 or best <= 0 else -1)
         if 0 <= other < len(self._sizes):
             every = TRY_STEPS if self._trials[other] >= TRIALS else FRESH_TRY_STEPS
-            if self._steps % every == 1 and self._affordable(other, best, slack):
-                return self._sizes[other]
+            if self._steps % every == 1:
+                if self._affordable(other, best, slack):
+                    return self._sizes[other]
+                # It may be wrong (something else ran), and would never be tried again.
+                self._costs[other] *= DOUBTED_COST_FACTOR
         return 0 if best < 0 else self._sizes[best]
 
     def cost(self, rows: int) -> float:

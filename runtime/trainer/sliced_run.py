@@ -266,6 +266,9 @@ IDLE_TURN_SECONDS = 0.05
 # The longest slice then: what a first token may have to wait.
 MAX_SLICE_SECONDS = 0.2
 
+# Riding rows are taken to cost at most this many times the slack.
+MOST_SLACKS = 2.0
+
 log = get_logger(__name__)
 
 
@@ -374,7 +377,8 @@ class TrainingHost:
             return None
         self._on_ride(tokens)
         if self._share.typical is not None and tokens == offer.count:
-            self._rows.learn(tokens, step_seconds - self._share.typical)
+            # One step that took ten times as long, because something else ran, does not tell what rows cost.
+            self._rows.learn(tokens, min(step_seconds - self._share.typical, MOST_SLACKS * self._share.slack))
         cost = self._rows.cost(offer.count)
         self._queue.charge(offer.run, cost)
         return cost

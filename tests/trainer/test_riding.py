@@ -426,6 +426,16 @@ def test_rows_stay_within_the_slack() -> None:
     assert usual([(4, 1e-3), (6, 2e-3), (10, 5e-3), (32, 8e-3)], price=1.0, slack=7e-3) == 10
 
 
+def test_a_cost_that_was_wrong_is_found_out() -> None:
+    pace = RowPace(8)
+    pace.learn(pace.choose(price=1e-3, slack=6e-3), 50e-3)
+    chosen = []
+    for _ in range(1000):
+        chosen.append(rows := pace.choose(price=1e-3, slack=6e-3))
+        pace.learn(rows, 0.0)
+    assert Counter(chosen[-200:]).most_common(1)[0][0] == 8
+
+
 def test_some_steps_have_no_riding_rows() -> None:
     pace = RowPace(16)
     assert [pace.choose(price=1.0, slack=1.0) for _ in range(64)].count(0) == 8
