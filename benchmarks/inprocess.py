@@ -1,6 +1,5 @@
 """Who is compared: Hugging Face `generate`, Eft in this process, and Eft behind its HTTP server."""
 
-import gc
 import os
 import subprocess
 import sys
@@ -14,9 +13,8 @@ import torch
 import uvloop
 
 from benchmarks.peers.process import free_port
-from benchmarks.work import Job, Outcome
-from runtime import LLM, SamplingParams
-from runtime.checkpoints import open_checkpoint
+from benchmarks.work import Job, Outcome, greedy, load_transformers
+from runtime import LLM
 from runtime.cli.load_prompts import LoadSpec
 from runtime.cli.loadgen import LoadReport, run_load
 from settings.fields import by_name
@@ -63,21 +61,6 @@ class HuggingFace:
         return rows
 
 
-def load_transformers(model: str) -> Any:
-    """transformers' Llama with the weights that Eft reads. Raises `ValueError` where they do not fit."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    checkpoint = open_checkpoint(model)
-    untyped: Any = LlamaForCausalLM
-    peer = untyped(LlamaConfig(**checkpoint.config)).float().eval()
-    missing, unexpected = peer.load_state_dict(dict(checkpoint.tensors()), strict=False)
-    if unexpected or not set(missing) <= {"lm_head.weight"}:
-        raise ValueError(f"{model} is no Llama checkpoint: missing {missing}, unexpected {unexpected}")
-    peer.tie_weights()
-    gc.collect()
-    return peer
-
-
 class Eft:
     """The engine in this process, through `runtime.LLM`."""
 
@@ -102,10 +85,6 @@ class OneByOne:
     def run(self, job: Job) -> Outcome:
         outcomes = [self._peer.run(Job([prompt], job.output_len)) for prompt in job.prompts]
         return Outcome(sum(o.seconds for o in outcomes), [row for o in outcomes for row in o.tokens])
-
-
-def greedy(output_len: int) -> SamplingParams:
-    return SamplingParams(max_tokens=output_len, temperature=0.0, ignore_eos=True)
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import machine
-from benchmarks.inprocess import greedy
+from benchmarks.work import greedy
 from runtime import LLM
 from runtime.messages import Submission
 

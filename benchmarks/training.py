@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import machine
-from benchmarks.inprocess import load_transformers
+from benchmarks.work import load_transformers
 from kernels import training_ops
 from runtime.checkpoints import open_checkpoint
 from runtime.checkpoints.model_loading import load_decoder

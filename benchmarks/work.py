@@ -1,13 +1,16 @@
 """The work that every peer is given, and what came of it."""
 
+import gc
 import random
 import statistics
 from collections.abc import Callable
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from msgspec import Struct
 
+from runtime.checkpoints import open_checkpoint
 from runtime.cli.load_prompts import WORDS
+from runtime.messages import SamplingParams
 
 Encode = Callable[[str], list[int]]
 Unit = Literal["output tok/s", "prompt tok/s", "s to first token"]
@@ -73,3 +76,23 @@ class Prompts:
 
     def job(self, count: int, length: int, output_len: int) -> Job:
         return Job([self.ids(length) for _ in range(count)], output_len)
+
+
+def greedy(output_len: int) -> SamplingParams:
+    """Sampling of `output_len` tokens, the likeliest each time and past any end token."""
+    return SamplingParams(max_tokens=output_len, temperature=0.0, ignore_eos=True)
+
+
+def load_transformers(model: str) -> Any:
+    """transformers' Llama with the weights that Eft reads. Raises `ValueError` where they do not fit."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    checkpoint = open_checkpoint(model)
+    untyped: Any = LlamaForCausalLM
+    peer = untyped(LlamaConfig(**checkpoint.config)).float().eval()
+    missing, unexpected = peer.load_state_dict(dict(checkpoint.tensors()), strict=False)
+    if unexpected or not set(missing) <= {"lm_head.weight"}:
+        raise ValueError(f"{model} is no Llama checkpoint: missing {missing}, unexpected {unexpected}")
+    peer.tie_weights()
+    gc.collect()
+    return peer

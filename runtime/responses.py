@@ -1,14 +1,16 @@
-"""Rows of stored responses. Each belongs to the holder of the key that made it; others do not see it.
+"""Rows of stored responses and stored chats. Each belongs to the holder of the key that made it; others do not see it.
 
-A conversation is a chain: each response names the one before it. Retention deletes the oldest: by age,
-by the number of a key's rows, and by the bytes of all.
+A conversation of responses is a chain: each names the one before it. Retention deletes the oldest of both kinds: by
+age, by the number of a key's rows, and by the bytes of all.
 """
 
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
+import msgspec
 from msgspec import Struct
+from msgspec.structs import replace
 
 from runtime.errors import InvalidRequest, NotFound
 from runtime.support.database import Database, RowRetention, usage_schema
@@ -21,7 +23,9 @@ CREATE TABLE IF NOT EXISTS responses (
     created_at REAL NOT NULL,
     previous_id TEXT,
     input BLOB NOT NULL,
-    response BLOB NOT NULL
+    response BLOB NOT NULL,
+    model TEXT,
+    metadata TEXT
 );
 CREATE INDEX IF NOT EXISTS responses_by_age ON responses (created_at);
 {usage_schema("responses", "tenant", ("input", "response"))}
@@ -30,11 +34,19 @@ CREATE INDEX IF NOT EXISTS responses_by_age ON responses (created_at);
 MAX_CHAIN = 1000
 """Most responses of a conversation."""
 
+MAX_PAGE_BYTES = 8 * 1024 * 1024
+"""Bytes of answers that end a page of chats."""
+
 _PUT = """
-INSERT INTO responses VALUES (?, ?, ?, ?, ?, ?)
+INSERT INTO responses (id, tenant, created_at, previous_id, input, response) VALUES (?, ?, ?, ?, ?, ?)
     ON CONFLICT (id) DO UPDATE SET input = excluded.input, response = excluded.response
 """
+_PUT_CHAT = """
+INSERT INTO responses (id, tenant, created_at, input, response, model, metadata) VALUES (?, ?, ?, ?, ?, ?, ?)
+"""
+# `model` and `metadata` are those of a chat, and NULL in the row of a response.
 _COLUMNS = "id, tenant, created_at, previous_id, input, response"
+_CHAT_COLUMNS = "id, tenant, created_at, model, metadata, input, response"
 
 
 class StoredResponse(Struct, frozen=True):
@@ -48,8 +60,20 @@ class StoredResponse(Struct, frozen=True):
     response: bytes
 
 
+class StoredChat(Struct, frozen=True):
+    """One chat. `messages` and `completion` are JSON: the messages that the client sent, as a list, and the answer."""
+
+    id: str
+    tenant: str
+    created_at: float
+    model: str
+    metadata: dict[str, str]
+    messages: bytes
+    completion: bytes
+
+
 class ResponseStore:
-    """Stored responses. Its methods are awaited on the event loop; the database has a thread of its own."""
+    """Stored responses and chats. Its methods are awaited on the event loop; the database has a thread of its own."""
 
     def __init__(
         self,
@@ -117,9 +141,87 @@ class ResponseStore:
 
         await self._database.call(work)
 
+    # -- chats -----------------------------------------------------------------------------------------
+
+    async def add_chat(self, chat: StoredChat) -> None:
+        """Store a chat, and delete what retention says. Raises as `put`."""
+        self._retention.check(len(chat.messages) + len(chat.completion))
+
+        def work(connection: sqlite3.Connection) -> None:
+            row = (chat.id, chat.tenant, chat.created_at, chat.messages, chat.completion, chat.model)
+            connection.execute(_PUT_CHAT, (*row, _encoded(chat.metadata)))
+            self._retention.delete(connection)
+
+        await self._database.call(work)
+
+    async def chat(self, id: str, tenant: str) -> StoredChat:
+        """Raises `NotFound`."""
+        return await self._database.call(lambda connection: _chat(connection, id, tenant))
+
+    async def chats(
+        self,
+        tenant: str,
+        *,
+        model: str | None,
+        metadata: Mapping[str, str],
+        after: str | None,
+        limit: int,
+        newest_first: bool,
+    ) -> tuple[list[StoredChat], bool]:
+        """At most `limit` chats, and whether there are more: chats of `model`, if it is given, that have all entries of
+        `metadata`. A page ends with the chat that fills `MAX_PAGE_BYTES`. Raises `NotFound` if there is no chat
+        `after`."""
+
+        def work(connection: sqlite3.Connection) -> tuple[list[StoredChat], bool]:
+            conditions, values = ["tenant = ?", "metadata IS NOT NULL"], [tenant]
+            if model is not None:
+                conditions.append("model = ?")
+                values.append(model)
+            for entry in metadata.items():
+                conditions.append("EXISTS (SELECT 1 FROM json_each(metadata) WHERE key = ? AND value = ?)")
+                values += entry
+            if after is not None:
+                _chat(connection, after, tenant, param="after")
+                sign = "<" if newest_first else ">"
+                place = "SELECT created_at, rowid FROM responses WHERE id = ?"
+                conditions.append(f"(created_at, rowid) {sign} ({place})")
+                values.append(after)
+            order = "DESC" if newest_first else "ASC"
+            ids = f"SELECT rowid FROM responses WHERE {' AND '.join(conditions)}"
+            ids += f" ORDER BY created_at {order}, rowid {order} LIMIT ?"
+            found = [row[0] for row in connection.execute(ids, (*values, limit + 1)).fetchall()]
+            query = f"SELECT {_CHAT_COLUMNS} FROM responses WHERE rowid = ?"
+            chats: list[StoredChat] = []
+            for number in found[:limit]:
+                if sum(len(chat.completion) for chat in chats) >= MAX_PAGE_BYTES:
+                    break
+                chats.append(_chat_of(connection.execute(query, (number,)).fetchone()))
+            return chats, len(found) > len(chats)
+
+        return await self._database.call(work)
+
+    async def change_chat(self, id: str, tenant: str, metadata: dict[str, str]) -> StoredChat:
+        """The chat with other metadata. Raises `NotFound`, `StorageUnavailable`."""
+
+        def work(connection: sqlite3.Connection) -> StoredChat:
+            changed = replace(_chat(connection, id, tenant), metadata=metadata)
+            connection.execute("UPDATE responses SET metadata = ? WHERE id = ?", (_encoded(metadata), id))
+            return changed
+
+        return await self._database.call(work)
+
+    async def delete_chat(self, id: str, tenant: str) -> None:
+        """Raises `NotFound`."""
+
+        def work(connection: sqlite3.Connection) -> None:
+            _chat(connection, id, tenant)
+            connection.execute("DELETE FROM responses WHERE id = ?", (id,))
+
+        await self._database.call(work)
+
 
 def _get(connection: sqlite3.Connection, id: str, tenant: str, param: str = "response_id") -> StoredResponse:
-    query = f"SELECT {_COLUMNS} FROM responses WHERE id = ? AND tenant = ?"
+    query = f"SELECT {_COLUMNS} FROM responses WHERE id = ? AND tenant = ? AND metadata IS NULL"
     row = connection.execute(query, (id, tenant)).fetchone()
     if row is None:
         raise missing_response(id, param=param)
@@ -132,3 +234,20 @@ def missing_response(id: str, *, param: str) -> NotFound:
     if param == "previous_response_id":
         code = "previous_response_not_found"
     return NotFound(f"There is no response `{id[:100]}`.", param=param, code=code)
+
+
+def _chat(connection: sqlite3.Connection, id: str, tenant: str, param: str = "completion_id") -> StoredChat:
+    query = f"SELECT {_CHAT_COLUMNS} FROM responses WHERE id = ? AND tenant = ? AND metadata IS NOT NULL"
+    row = connection.execute(query, (id, tenant)).fetchone()
+    if row is None:
+        raise NotFound(f"There is no stored chat `{id[:100]}`.", param=param, code="completion_not_found")
+    return _chat_of(row)
+
+
+def _chat_of(row: sqlite3.Row) -> StoredChat:
+    id, tenant, created_at, model, metadata, messages, completion = row
+    return StoredChat(id, tenant, created_at, model, msgspec.json.decode(metadata), messages, completion)
+
+
+def _encoded(metadata: dict[str, str]) -> str:
+    return msgspec.json.encode(metadata).decode()

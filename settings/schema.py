@@ -220,13 +220,17 @@ class SchedulerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields
     ] = 1.0
     tpot_target: Annotated[
         Seconds | None,
-        doc("Time per output token that training must leave; default: as `tpot_ratio` says.", example="50ms"),
+        doc(
+            "Time per output token that training must leave, and prompts in chunks too; default: of training as "
+            "`tpot_ratio` says, of prompts none.",
+            example="50ms",
+        ),
     ] = None
     tpot_ratio: Annotated[
         LatencyRatio, doc("The same without `tpot_target`, in times of what a token takes without training.")
     ] = 1.3
     tpot_percentile: Annotated[
-        Percentile, doc("Share of tokens for which the time per output token holds beside training.")
+        Percentile, doc("Share of tokens for which the time per output token holds beside training and prompts.")
     ] = 0.95
 
 
@@ -348,6 +352,13 @@ class AdapterSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     max_loaded: Annotated[
         Count, doc("Most adapter versions in memory; one more takes the place of the one unused for longest.")
     ] = 16
+    unused_memory: Annotated[
+        Bytes,
+        doc(
+            "Memory for versions that gave up their place: their next load reads no weights. Used on a CPU, by a model "
+            "in one process; 0: none is kept."
+        ),
+    ] = 512 * 1024**2
     max_lora_rank: Annotated[Count, doc("Largest rank of an adapter that is loaded or trained.")] = 256
     max_vocabulary_bytes: Annotated[
         Bytes,
@@ -435,6 +446,13 @@ class TrainerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         Restarts,
         doc("A job of its own processes is started again this often when they are killed without a step in between."),
     ] = 3
+    outlive_server: Annotated[
+        bool,
+        doc(
+            "The processes of such a job go on when the server is killed, and its next start follows them again; "
+            "otherwise they die with it."
+        ),
+    ] = False
     nodes: Annotated[Count, doc("Nodes that such a job runs on, each with as many ranks as `devices`.")] = 1
     rendezvous: Annotated[
         NonEmpty | None,
@@ -506,7 +524,7 @@ class FileSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class ResponseSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Stored responses of /v1/responses."""
+    """Stored responses of /v1/responses, and stored chats, which count as such."""
 
     keep_responses: Annotated[Seconds | None, doc("Delete a stored response this long after it was made.")] = (
         30 * 86_400.0

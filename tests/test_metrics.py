@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 
 from runtime.events import EvalEvent, StepEvent
 from runtime.messages import RequestTiming
-from runtime.metrics import TABLE, UNMATCHED, Metrics, render_process
+from runtime.metrics import TABLE, UNMATCHED, CacheShape, EngineGauges, EngineLoad, Metrics, render_process
 from runtime.model.model import gpu_usage
 from runtime.support.machine import GpuUsage
 
@@ -54,9 +54,11 @@ VLLM_NAMES = [
 ]
 
 
+SHAPE = CacheShape(max_model_len=512, block_size=16, num_blocks=8, num_host_blocks=6, block_bytes=1000)
+
+
 def make(*, vllm_names: bool = True) -> Metrics:
-    sizes = {"max_model_len": 512, "block_size": 16, "num_blocks": 8, "num_host_blocks": 6, "block_bytes": 1000}
-    return Metrics("m", vllm_names=vllm_names, **sizes)
+    return Metrics("m", vllm_names=vllm_names, shape=SHAPE)
 
 
 def busy() -> Metrics:
@@ -72,10 +74,10 @@ def busy() -> Metrics:
     timing.last_token, timing.generated_tokens = 17.0, 3
     timing.finished, timing.finish_reason = 17.5, "stop"
     metrics.on_finish(timing)
-    metrics.on_step(running=1, waiting=3, kv_usage=0.5, deferred=1)
+    engine = metrics.open_engine(SHAPE)
+    engine.on_step(EngineLoad(running=1, waiting=3, deferred=1, used_blocks=4, swapped_blocks=3))
     metrics.on_preemptions(1)
     metrics.on_swap(out=5, back=2)
-    metrics.on_swapped(3)
     metrics.on_rejection("queue_full")
     metrics.on_request(choices=2, longest=3)
     metrics.on_http("POST", 200, "/v1/completions", 0.3)
@@ -210,19 +212,63 @@ def test_aborts_count_by_phase_and_observe_only_what_happened(timing: RequestTim
     assert values["eft:request_decode_time_seconds_count"] == (phase == "decode")
 
 
+def test_gauges_are_those_of_all_engines_together() -> None:
+    """As while a server moves to another model: two engines have each their own requests, blocks and adapters."""
+    metrics = make()
+    old, new = (
+        metrics.open_engine(SHAPE),
+        metrics.open_engine(CacheShape(max_model_len=64, block_size=8, num_blocks=24)),
+    )
+    first = EngineLoad(running=3, waiting=2, deferred=1, used_blocks=8, swapped_blocks=2)
+    second = EngineLoad(running=2, waiting=4, used_blocks=8)
+
+    def at_work(engine: EngineGauges, adapter: str) -> None:
+        engine.on_adapter_step(running={adapter}, active={adapter})
+
+    def shown(*names: str) -> list[float]:
+        values = samples(metrics)
+        return [values[f"eft:{name}"] for name in names]
+
+    gauges = (
+        "num_requests_running", "num_requests_waiting", "num_requests_waiting_by_reason{reason=capacity}",
+        "num_requests_waiting_by_reason{reason=deferred}", "kv_cache_usage_perc", "swap_used_bytes",
+        "swap_capacity_bytes",
+    )  # fmt: skip
+    for engine, load, adapter in ((new, second, "b@1:x"), (old, first, "a@1:x")):
+        engine.on_step(load)
+        at_work(engine, adapter)
+    assert shown(*gauges) == [5, 6, 5, 1, 0.5, 2000, 6000]
+    assert (metrics.load.running, metrics.kv_usage) == (5, 0.5)
+    [info] = [name for name in samples(metrics) if name.startswith("eft:lora_requests_info")]
+    assert "running_lora_adapters=a,b" in info
+    shapes = [name for name in samples(metrics) if name.startswith("eft:cache_config_info")]
+    assert shapes == ["eft:cache_config_info{block_size=8,max_model_len=64,num_gpu_blocks=24}"]
+
+    new.close()  # as after a move that failed
+    assert shown(*gauges) == [3, 2, 1, 1, 1.0, 2000, 6000]
+    shapes = [name for name in samples(metrics) if name.startswith("eft:cache_config_info")]
+    assert shapes == ["eft:cache_config_info{block_size=16,max_model_len=512,num_gpu_blocks=8}"]
+    [info] = [name for name in samples(metrics) if name.startswith("eft:lora_requests_info")]
+    assert "running_lora_adapters=a," in info
+    new.close()
+    old.close()
+    assert shown("num_requests_running", "kv_cache_usage_perc") == [0, 0]
+
+
 def test_an_idle_step_is_no_iteration() -> None:
     metrics = make()
-    metrics.on_step(running=0, waiting=0, kv_usage=0.0)
+    metrics.open_engine(SHAPE).on_step(EngineLoad())
     assert samples(metrics)["eft:iteration_tokens_total_count"] == 0
 
 
 def test_the_tokens_of_an_iteration_are_those_of_vllm() -> None:
     """What a step generated, and what was computed of each prompt that it completed (not what it computed itself)."""
     metrics = make()
+    engine = metrics.open_engine(SHAPE)
 
     def step() -> list[float]:
         before = samples(metrics)["eft:iteration_tokens_total_sum"]
-        metrics.on_step(running=1, waiting=0, kv_usage=0.0)
+        engine.on_step(EngineLoad(running=1))
         values = samples(metrics)
         return [values["eft:iteration_tokens_total_count"], values["eft:iteration_tokens_total_sum"] - before]
 

@@ -1,5 +1,6 @@
 """The store of responses: retention, chains, and whose they are."""
 
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,8 +9,8 @@ from msgspec.structs import replace
 
 from runtime import responses as module
 from runtime.errors import InvalidRequest, NotFound, PayloadTooLarge
-from runtime.responses import SCHEMA, ResponseStore, StoredResponse
-from runtime.support.database import Database
+from runtime.responses import SCHEMA, ResponseStore, StoredChat, StoredResponse
+from runtime.support.database import FILE, Database
 from settings.schema import ResponseSettings
 
 pytestmark = pytest.mark.anyio
@@ -110,3 +111,65 @@ async def test_what_is_due_goes_without_a_new_response(database: Database) -> No
     assert (await store.due(), await store.prune()) == (1, 1)
     with pytest.raises(NotFound):
         await store.get("1", "")
+
+
+def chat(id: str, *, at: float = 0.0, tenant: str = "", **metadata: str) -> StoredChat:
+    return StoredChat(id, tenant, at, "m", metadata, messages=b"[]", completion=b"{}")
+
+
+async def chats_of(store: ResponseStore, tenant: str = "", **metadata: str) -> list[str]:
+    found, _ = await store.chats(tenant, model=None, metadata=metadata, after=None, limit=9, newest_first=False)
+    return [one.id for one in found]
+
+
+async def test_chats_fit_into_the_table_of_an_older_version(tmp_path: Path) -> None:
+    """Its responses stay, and are no chats."""
+    older = SCHEMA.replace(",\n    model TEXT,\n    metadata TEXT", "")
+    assert older != SCHEMA
+    connection = sqlite3.connect(tmp_path / FILE)
+    connection.executescript(older)
+    connection.execute("INSERT INTO responses VALUES ('r', '', 0, NULL, x'5B5D', x'7B7D')")
+    connection.execute("PRAGMA user_version = 5")
+    connection.commit()
+    connection.close()
+    for number in range(2):
+        database = Database(tmp_path, [SCHEMA])
+        store = ResponseStore(database, ResponseSettings(keep_responses=None))
+        await store.add_chat(chat(f"c{number}"))
+        assert (await store.get("r", "")).input == b"[]"
+        assert await chats_of(store) == ["c0", "c1"][: number + 1]
+        with pytest.raises(NotFound):
+            await store.chat("r", "")
+        database.close()
+
+
+async def test_chats_are_a_keys_own_and_age_with_its_responses(database: Database) -> None:
+    """An entry of metadata is found by its key, whatever characters that has."""
+    store = ResponseStore(database, ResponseSettings(keep_responses=None, max_responses=2))
+    odd = {"a\"b'.c": "%"}
+    await store.add_chat(chat("a", at=0, tenant="one"))
+    await store.add_chat(chat("b", at=1, tenant="two", **odd))
+    assert await chats_of(store, "two", **odd) == ["b"]
+    assert await chats_of(store, "two", c="%") == []
+    for call in (store.chat("a", "two"), store.delete_chat("a", "two"), store.change_chat("a", "two", {})):
+        with pytest.raises(NotFound):
+            await call
+    for number in range(2):
+        await store.put(response(str(number), at=2 + number, tenant="two"))
+    assert (await chats_of(store, "one"), await chats_of(store, "two")) == (["a"], [])
+    whole = ResponseStore(database, ResponseSettings(keep_responses=None, max_responses_total=3))
+    with pytest.raises(PayloadTooLarge):
+        await whole.add_chat(chat("c"))
+
+
+async def test_long_answers_make_short_pages(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_PAGE_BYTES", 3)
+    store = ResponseStore(database, ResponseSettings(keep_responses=None))
+    for number in range(3):
+        await store.add_chat(chat(f"c{number}", at=number))
+    pages, more, after = [], True, None
+    while more:
+        found, more = await store.chats("", model=None, metadata={}, after=after, limit=9, newest_first=False)
+        pages.append([one.id for one in found])
+        after = pages[-1][-1]
+    assert pages == [["c0", "c1"], ["c2"]]

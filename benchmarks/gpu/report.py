@@ -104,8 +104,10 @@ def page(report: Report) -> str:
     for section in report.sections:
         lines.append(f"{section.status.upper():8}{section.name} ({section.seconds:.0f} s) {section.problem}".rstrip())
         lines += [f"        {key}: {_text(value)}" for key, value in section.figures.items()]
-    failed = report.failed
-    lines += ["", f"{len(failed)} of {len(report.sections)} sections failed: {', '.join(failed)}" if failed else "OK"]
+    failed, count = report.failed, len(report.sections)
+    skipped = sum(section.status == "skipped" for section in report.sections)
+    end = f"{len(failed)} of {count} sections failed: {', '.join(failed)}" if failed else "OK"
+    lines += ["", f"{end}, {skipped} of {count} were skipped" if skipped else end]
     return "\n".join(lines) + "\n"
 
 

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.gpu.correct import make_examples
 from benchmarks.gpu.report import Clock, Figures, NotHere
-from benchmarks.gpu.subject import Generated, Row, Subject, generate, synchronise
+from benchmarks.gpu.subject import MAX_PROMPT, Generated, Row, Subject, generate, synchronise
 from benchmarks.training import Beside, Job, percentile, stand_alone, stream
 from runtime.engine.assembly import Assembled
 from runtime.engine.service import EngineService
@@ -117,7 +117,7 @@ def _repeated(assembled: Assembled, subject: Subject, batch: int, clock: Clock) 
 
 def _prefill(assembled: Assembled, subject: Subject) -> tuple[float, float]:
     """(prompt tokens a second of one long batch, seconds to the first token of a lone prompt)."""
-    length = min(2048, subject.context - 8)
+    length = min(MAX_PROMPT, subject.context - 8)
     rows = 8 if subject.device.type == "cuda" else 2
     alone = [generate(assembled, [Row(prompt)], 1).ttft[0] for prompt in subject.prompts(3, min(512, length))]
     many = generate(assembled, [Row(prompt) for prompt in subject.prompts(rows, length)], 1)

@@ -13,18 +13,23 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.report import Wrong
-from benchmarks.inprocess import greedy, load_transformers
-from benchmarks.work import Prompts
+from benchmarks.work import Prompts, greedy, load_transformers
 from runtime.checkpoints import open_checkpoint
 from runtime.checkpoints.peft import write_adapter
 from runtime.engine.assembly import Assembled, assemble
 from runtime.messages import Submission
 from runtime.model.lora import LoraLayers, LoraPart, LoraShape
 from settings.load import load as load_settings
-from settings.schema import Settings
+from settings.schema import CacheSettings, Settings
 
 LORA = LoraShape(rank=16, alpha=32)
 SEED = 0
+ROW_TOKENS = 320
+"""Room in the cache for each row of the largest batch: prompt and answer."""
+MAX_PROMPT = 2048
+"""Tokens of the longest prompt that is measured."""
+LONG_TOKENS = 10 * MAX_PROMPT
+"""Room for the few rows of long prompts."""
 
 
 class Row(NamedTuple):
@@ -72,13 +77,15 @@ class Subject:
 
     @property
     def settings(self) -> Settings:
-        """The server's own settings, but without cached prefixes, which would make repeats free."""
+        """The server's own settings, but without cached prefixes, which would make repeats free, and with a cache that
+        has room for all rows at once."""
         flags = {
             "model": self.model,
             "device": str(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
             "max_running": self.most,
             "prefix_caching": False,
+            "num_blocks": -(-max(self.most * ROW_TOKENS, LONG_TOKENS) // CacheSettings().block_size),
             "max_batched_tokens": 512 if self.device.type == "cpu" else 8192,
         }
         return load_settings(env={}, flags=flags).settings
@@ -89,11 +96,11 @@ class Subject:
             return [self._random.ids(length or 24) for _ in range(count)]
         encode = self._checkpoint.tokenizer.encode
         texts = [self._texts[index % len(self._texts)] for index in range(count)]
-        return [encode(text)[: self.context // 2] for text in texts]
+        return [encode(text)[: min(self.context, MAX_PROMPT) // 2] for text in texts]
 
     @contextmanager
     def engine(self, *, graphs: bool = True) -> Iterator[Assembled]:
-        """Our engine; without `graphs` no step is recorded."""
+        """Our engine, whose memory is free afterwards; without `graphs` no step is recorded."""
         if graphs:
             assembled = assemble(self.settings)
         else:
@@ -103,7 +110,9 @@ class Subject:
             yield assembled
         finally:
             assembled.engine.close()
-            del assembled
+            # The section still has a name for it.
+            assembled.engine.unload()
+            vars(assembled.decoder).clear()
             free(self.device)
 
     @contextmanager
@@ -118,7 +127,7 @@ class Subject:
         try:
             yield model.to(self.device).eval()
         finally:
-            del model
+            model.to("meta")  # the section still has a name for it
             free(self.device)
 
     def make_adapter(self, assembled: Assembled, folder: Path, seed: int, *, spread: float = 0.05) -> LoraLayers:

@@ -39,7 +39,7 @@ from runtime.api.http.errors import handle_exception
 from runtime.api.http.observe import Observer
 from runtime.api.http.sockets import ResponseSockets
 from runtime.api.inside import InsideClient
-from runtime.api.openai import batches, files, fine_tuning
+from runtime.api.openai import batches, files, fine_tuning, stored_chats
 from runtime.api.openai.chat import create_batch_of_chats, create_chat_completion
 from runtime.api.openai.completions import create_completion
 from runtime.api.openai.embeddings import create_embeddings
@@ -87,6 +87,7 @@ def create_app(
         route_handlers=[
             create_chat_completion,
             create_batch_of_chats,
+            *stored_chats.ROUTES,
             create_completion,
             invoke,
             create_message,

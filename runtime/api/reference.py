@@ -60,7 +60,7 @@ OURS = frozenset({"deadline_ms", "early_stopping", "pooling"})
 LABELS = "A label for the client's own records; checked for its length, kept nowhere."
 NO_EFFECT: Mapping[str, str] = {
     "user": LABELS,
-    "metadata": LABELS,
+    "metadata": "A label for the client's own records; checked for its length, kept with a stored chat, else nowhere.",
     "safety_identifier": LABELS,
     "session_id": LABELS,
     "user_profile_id": LABELS,
@@ -84,6 +84,7 @@ NOTES: Mapping[str, str] = {
     "model": "The served model, an adapter, an alias, or one version: `name@3`. Default: the served model.",
     "priority": "Where scheduler.policy is `priority`; else 400.",
     "return_token_ids": "Token ids beside the texts.",
+    "store": "Where there is a state directory; `GET /v1/chat/completions` lists stored chats.",
     "suffix": "Where the tokenizer has tokens for it; not with `echo` or `truncate_prompt_tokens`.",
     "stream_options": "`include_usage`, `continuous_usage_stats`; with `stream`.",
     "truncate_prompt_tokens": "-1 keeps as many as leave room for the answer.",

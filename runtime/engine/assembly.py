@@ -16,7 +16,7 @@ from runtime.engine.devices import training_devices
 from runtime.engine.engine import Engine
 from runtime.engine.hooks import Hooks
 from runtime.messages import SamplingDefaults
-from runtime.metrics import Metrics
+from runtime.metrics import CacheShape, Metrics
 from runtime.model.attention import CACHE_DTYPES, block_bytes
 from runtime.model.config import ModelLoadError
 from runtime.model.families import find_model
@@ -85,7 +85,13 @@ def assemble(settings: Settings, metrics: Metrics | None = None) -> Assembled:
     dtype = cache_dtype(settings, decoder)
     lora_base = base_of(decoder, checkpoint, name)
     held_in = lora_dtype(settings.adapters.lora_dtype, settings.model)
-    slots = AdapterSlots(lora_base, decoder, max_rank=settings.adapters.max_lora_rank, dtype=held_in)
+    slots = AdapterSlots(
+        lora_base,
+        decoder,
+        max_rank=settings.adapters.max_lora_rank,
+        dtype=held_in,
+        unused_memory=settings.adapters.unused_memory if device.type == "cpu" else 0,
+    )
     cpu, host_blocks = torch.device("cpu"), cache.num_host_blocks
     grammars = _grammars(settings, checkpoint, decoder)
     worker = Worker(
@@ -216,23 +222,22 @@ def _assembled(
     scheduler = make_scheduler(
         settings.scheduler, settings.cache, cache.num_blocks, decoder.spec.window, cache.num_host_blocks
     )
-    sizes = {
-        "max_model_len": cache.max_len,
-        "block_size": cache.block_size,
-        "num_blocks": cache.num_blocks,
-        "num_host_blocks": cache.num_host_blocks,
-        "block_bytes": _bytes_of_block(settings, decoder),
-    }
+    shape = CacheShape(
+        max_model_len=cache.max_len,
+        block_size=cache.block_size,
+        num_blocks=cache.num_blocks,
+        num_host_blocks=cache.num_host_blocks,
+        block_bytes=_bytes_of_block(settings, decoder),
+    )
     if metrics is None:
         vllm_names, most = settings.observability.vllm_names, settings.adapters.max_loaded
-        metrics = Metrics(lora_base.name, vllm_names=vllm_names, max_adapters=most, **sizes)
-    else:
-        metrics.on_cache(**sizes)
+        metrics = Metrics(lora_base.name, vllm_names=vllm_names, max_adapters=most, shape=shape)
     engine = Engine(
         scheduler,
         executor,
         grammars.tokenizer,
         metrics,
+        shape,
         max_len=cache.max_len,
         asynchronous=_asynchronous(settings.scheduler.asynchronous, device),
         hooks=Hooks.installed(),

@@ -25,7 +25,7 @@ from runtime.messages import (
     Submission,
     check_ids,
 )
-from runtime.metrics import Metrics
+from runtime.metrics import CacheShape, EngineLoad, Metrics
 from runtime.scheduler import Committed, Request, Scheduler
 from runtime.support.failpoints import failpoint
 from runtime.support.logs import get_logger
@@ -58,6 +58,7 @@ class Engine:
         executor: Executor,
         tokenizer: Tokenizer,
         metrics: Metrics,
+        shape: CacheShape,
         *,
         max_len: int,
         asynchronous: bool = False,
@@ -66,10 +67,10 @@ class Engine:
         eos_ids: tuple[int, ...] = (),
         grammars: GrammarCompiler | None = None,
     ) -> None:
-        """`max_len` is the longest sequence, prompt and output, that context and block pool can hold.
-        `asynchronous`: plan a step while the one before it runs on a thread of its own. `vocab_size`: rows of the
-        model's embedding, all of which are valid as input; default: the tokenizer's. `eos_ids`: ids that end an output
-        besides the tokenizer's."""
+        """`shape`: of the KV cache, for the metrics. `max_len` is the longest sequence, prompt and output, that context
+        and block pool can hold. `asynchronous`: plan a step while the one before it runs on a thread of its own.
+        `vocab_size`: rows of the model's embedding, all of which are valid as input; default: the tokenizer's.
+        `eos_ids`: ids that end an output besides the tokenizer's."""
         self.scheduler = scheduler
         self.vocab_size = tokenizer.vocab_size if vocab_size is None else vocab_size
         self.eos_ids = tuple(dict.fromkeys((*tokenizer.eos_ids, *eos_ids)))
@@ -83,6 +84,7 @@ class Engine:
         """Plans that are made and not delivered, oldest first."""
         self.tokenizer = tokenizer
         self.metrics = metrics
+        self._gauges = metrics.open_engine(shape)
         self._hooks = hooks or Hooks()
         self.delivery = Delivery(scheduler, self.tokenizer_of, metrics, self._hooks, on_end=self._release_adapter)
         self._beams = BeamSearches(scheduler, self.delivery)
@@ -272,6 +274,7 @@ class Engine:
 
     def unload(self) -> None:
         """Let go of workers that were closed, with weights and cache. Nothing can be computed any more."""
+        self._gauges.close()
         if isinstance(self._executor, RowByRow):
             self._executor.unload()
         del self._executor, self._pipeline
@@ -440,19 +443,22 @@ class Engine:
 
     def _observe(self) -> None:
         scheduler, metrics = self.scheduler, self.metrics
-        metrics.on_step(
-            running=len(scheduler.running),
-            waiting=len(scheduler.waiting),
-            deferred=scheduler.waiting.num_deferred,
-            kv_usage=scheduler.blocks.usage,
+        blocks = scheduler.blocks
+        self._gauges.on_step(
+            EngineLoad(
+                running=len(scheduler.running),
+                waiting=len(scheduler.waiting),
+                deferred=scheduler.waiting.num_deferred,
+                used_blocks=blocks.num_blocks - blocks.num_free,
+                swapped_blocks=scheduler.num_swapped,
+            )
         )
-        metrics.on_adapter_step(
+        self._gauges.on_adapter_step(
             running={r.submission.adapter for r in scheduler.running if r.submission.adapter}
             if self._adapter_uses
-            else (),
+            else frozenset(),
             active=self._adapter_uses.keys(),
         )
-        metrics.on_swapped(scheduler.num_swapped)
         if scheduler.counts != self._seen:
             news = scheduler.counts.since(self._seen)
             self._seen = copy.copy(scheduler.counts)

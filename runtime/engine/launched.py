@@ -161,6 +161,7 @@ class LaunchedJobs:
             on_event,
             max_restarts=settings.max_restarts,
             devices=self._lock,
+            outlives=settings.outlive_server,
         )
 
     def _write(

@@ -5,10 +5,12 @@ at a scrape (`exposition`), so the engine thread pays for one counter, not for t
 of torch.
 """
 
+import threading
 import time
 from collections.abc import Collection, Iterator
 from typing import get_args
 
+from msgspec import Struct
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from runtime.events import EvalEvent, LatencyTarget, StepEvent
@@ -80,23 +82,77 @@ UNMATCHED = "unmatched"
 """The one `handler` label of all requests that no route answered."""
 
 
+# -- engines ---------------------------------------------------------------------------------------
+#
+# Gauges of what engines have to do. While a server moves to another model there are two engines, each with a thread.
+
+
+class CacheShape(Struct, frozen=True, kw_only=True):
+    """The shape of an engine's KV cache."""
+
+    max_model_len: int
+    block_size: int
+    """Tokens of a block."""
+    num_blocks: int
+    num_host_blocks: int = 0
+    """Blocks in host memory, for what is swapped out."""
+    block_bytes: int = 0
+
+
+class EngineLoad(Struct, frozen=True, kw_only=True):
+    """Work of one engine, or of several together."""
+
+    running: int = 0
+    """Sequences in the batch."""
+    waiting: int = 0
+    deferred: int = 0
+    """Sequences among the waiting ones that would fit, but must not run."""
+    used_blocks: int = 0
+    swapped_blocks: int = 0
+    """Blocks whose content is in host memory."""
+
+
+class EngineGauges:
+    """The gauges of one engine, which writes them from its thread. What is shown is the sum over all engines."""
+
+    def __init__(self, metrics: "Metrics", shape: CacheShape) -> None:
+        self.shape = shape
+        self.load = EngineLoad()
+        self.running_adapters: frozenset[str] = frozenset()
+        self.active_adapters: frozenset[str] = frozenset()
+        self._metrics = metrics
+
+    def on_step(self, load: EngineLoad) -> None:
+        """After a step and all of its `on_tokens`, or when none ran."""
+        if load != self.load:  # it changes less often than steps are done
+            self.load = load
+            self._metrics.show_engines()
+        self._metrics.end_iteration()
+
+    def on_adapter_step(self, *, running: Collection[str], active: Collection[str]) -> None:
+        """The keys of the versions that running requests, and all unfinished requests, are for."""
+        if (active or self.active_adapters) and (self.running_adapters != running or self.active_adapters != active):
+            self.running_adapters, self.active_adapters = frozenset(running), frozenset(active)
+            self._metrics.show_adapters()
+
+    def close(self) -> None:
+        """Take the engine out of the sum: it has ended."""
+        self._metrics.close_engine(self)
+
+
 class Metrics:
-    """The metrics of one served model. Engine thread and event loop both write; each write is atomic."""
+    """The metrics of one served model. Engine threads and event loop all write; each write is atomic."""
 
     def __init__(
         self,
         model_name: str,
         *,
         vllm_names: bool,
-        max_model_len: int,
-        block_size: int,
-        num_blocks: int,
+        shape: CacheShape,
         max_adapters: int = 0,
-        num_host_blocks: int = 0,
-        block_bytes: int = 0,
     ) -> None:
-        """`num_host_blocks`: of `block_bytes` each, for what is swapped out."""
-        lengths = _one_two_five(max_model_len)
+        """`shape`: of the first engine's cache. Its context length is what buckets of lengths reach to."""
+        lengths = _one_two_five(shape.max_model_len)
         self._gauges: dict[str, Gauge] = {}
         self._train_shares: dict[str, float] = {}
         """Share of the time of each job at work."""
@@ -115,34 +171,102 @@ class Metrics:
         """Key → labels of the adapter versions in memory. Only these have samples, so there are never many."""
         self._max_adapters = str(max_adapters)
         self._adapters_at_work = ("", "")
-        self._requests = (0, 0, 0)
+        self._first_shape = shape
+        self._engines: list[EngineGauges] = []
+        """Engines that have not ended, the newest last."""
+        self._engines_lock = threading.Lock()
+        self._shown_requests = (0, 0, 0)
         """Running, waiting and deferred requests, as the gauges have them."""
-        self._swapped = 0
+        self._shown_swapped = 0
+        """Bytes of what is swapped out, as the gauge has them."""
         self._step_tokens = 0
         """Tokens of the step that is being delivered, as vLLM counts them: the generated ones, and all computed ones of
         each prompt that was completed in it, over however many steps."""
         self._fill_labels()
-        self.on_cache(
-            max_model_len=max_model_len,
-            block_size=block_size,
-            num_blocks=num_blocks,
-            num_host_blocks=num_host_blocks,
-            block_bytes=block_bytes,
-        )
+        self._show_shapes()
         self._registry = CollectorRegistry()
         families: Families = {**self._gauges, **self._counters, **self._histograms}
         self._registry.register(NamesCollector(families, {"model_name": model_name}, vllm_names))
         self._registry.register(ProcessNames(vllm_names))
 
-    def on_cache(
-        self, *, max_model_len: int, block_size: int, num_blocks: int, num_host_blocks: int, block_bytes: int
-    ) -> None:
-        """Set the shape of the KV cache: of the model that is served, or is to be. Buckets of lengths stay those of the
-        first."""
-        self._block_bytes = block_bytes
-        self._gauges["swap_capacity_bytes"].set(num_host_blocks * block_bytes)
-        self._gauges["cache_config_info"].clear()
-        self._gauges["cache_config_info"].labels(str(block_size), str(num_blocks), str(max_model_len)).set(1)
+    # -- engines -------------------------------------------------------------------------------
+
+    def open_engine(self, shape: CacheShape) -> EngineGauges:
+        """The gauges of a new engine, until they are closed."""
+        gauges = EngineGauges(self, shape)
+        with self._engines_lock:
+            self._engines.append(gauges)
+            self._show_shapes()
+        self.show_engines()
+        return gauges
+
+    def close_engine(self, gauges: EngineGauges) -> None:
+        """Take an engine out of the sum. One that was taken out already is fine."""
+        with self._engines_lock:
+            if gauges in self._engines:
+                self._engines.remove(gauges)
+            self._show_shapes()
+        self.show_engines()
+        self.show_adapters()
+
+    @property
+    def load(self) -> EngineLoad:
+        """Work of all engines together. Any thread."""
+        loads = [one.load for one in list(self._engines)]
+        if len(loads) == 1:
+            return loads[0]
+        return EngineLoad(**{name: sum(getattr(one, name) for one in loads) for name in EngineLoad.__struct_fields__})
+
+    @property
+    def kv_usage(self) -> float:
+        """Share of the KV blocks of all engines in use, 0 to 1. Any thread."""
+        return self.load.used_blocks / max(1, sum(one.shape.num_blocks for one in list(self._engines)))
+
+    def show_engines(self) -> None:
+        """Set the gauges of the work of all engines together. Any thread."""
+        with self._engines_lock:
+            load, gauges = self.load, self._gauges
+            gauges["kv_cache_usage_perc"].set(self.kv_usage)
+            requests = load.running, load.waiting, load.deferred
+            if self._shown_requests != requests:  # they change less often than blocks are taken
+                self._shown_requests = requests
+                gauges["num_requests_running"].set(load.running)
+                gauges["num_requests_waiting"].set(load.waiting)
+                by_reason = gauges["num_requests_waiting_by_reason"]
+                by_reason.labels("capacity").set(load.waiting - load.deferred)
+                by_reason.labels("deferred").set(load.deferred)
+            swapped = sum(one.load.swapped_blocks * one.shape.block_bytes for one in self._engines)
+            if self._shown_swapped != swapped:
+                self._shown_swapped = swapped
+                gauges["swap_used_bytes"].set(swapped)
+
+    def _show_shapes(self) -> None:
+        """Set the gauges of the caches: the room of all, and the shape of the newest. Under the lock."""
+        shapes = [one.shape for one in self._engines] or [self._first_shape]
+        self._gauges["swap_capacity_bytes"].set(sum(one.num_host_blocks * one.block_bytes for one in shapes))
+        newest, info = shapes[-1], self._gauges["cache_config_info"]
+        info.clear()
+        info.labels(str(newest.block_size), str(newest.num_blocks), str(newest.max_model_len)).set(1)
+
+    def show_adapters(self) -> None:
+        """Name the adapters at work on all engines. Any thread."""
+        with self._engines_lock:
+            running = {key for one in self._engines for key in one.running_adapters}
+            waiting = {key for one in self._engines for key in one.active_adapters} - running
+            names = [",".join(sorted(key.partition("@")[0] for key in keys)) for keys in (running, waiting)]
+            if self._adapters_at_work != (now := (names[0], names[1])):
+                info = self._gauges["lora_requests_info"]
+                info.labels(self._max_adapters, *now).set(time.time())
+                info.remove(self._max_adapters, *self._adapters_at_work)
+                self._adapters_at_work = now
+
+    def end_iteration(self) -> None:
+        """Count the tokens of the step that ends."""
+        if self._step_tokens:
+            self._histograms["iteration_tokens_total"].observe(self._step_tokens)
+            self._step_tokens = 0
+
+    # -- labels --------------------------------------------------------------------------------
 
     def _fill_labels(self) -> None:
         """Bounded label sets are there from the start, at 0: a rate needs a first sample to rise from."""
@@ -165,20 +289,7 @@ class Metrics:
             self._counters["train_target_misses"].labels(target)
         self._gauges["lora_requests_info"].labels(self._max_adapters, "", "").set(time.time())
 
-    def on_step(self, *, running: int, waiting: int, kv_usage: float, deferred: int = 0) -> None:
-        """After a step and all of its `on_tokens`, or when none ran. `deferred` of the `waiting` would fit but must not
-        run."""
-        if self._requests != (now := (running, waiting, deferred)):  # they change less often than steps are done
-            self._requests = now
-            self._gauges["num_requests_running"].set(running)
-            self._gauges["num_requests_waiting"].set(waiting)
-            by_reason = self._gauges["num_requests_waiting_by_reason"]
-            by_reason.labels("capacity").set(waiting - deferred)
-            by_reason.labels("deferred").set(deferred)
-        self._gauges["kv_cache_usage_perc"].set(kv_usage)
-        if self._step_tokens:
-            self._histograms["iteration_tokens_total"].observe(self._step_tokens)
-            self._step_tokens = 0
+    # -- observations --------------------------------------------------------------------------
 
     def on_prefix_lookup(self, queries: int, hits: int) -> None:
         """A prompt of `queries` tokens was looked up and `hits` of them were cached."""
@@ -198,12 +309,6 @@ class Metrics:
         """`out` blocks were copied to host memory, and `back` blocks from it."""
         self._counters["swap_out_blocks"].inc(out)
         self._counters["swap_in_blocks"].inc(back)
-
-    def on_swapped(self, held: int) -> None:
-        """Host memory holds `held` blocks."""
-        if held != self._swapped:
-            self._swapped = held
-            self._gauges["swap_used_bytes"].set(held * self._block_bytes)
 
     def on_tokens(self, timing: RequestTiming, count: int, now: float) -> None:
         """`count` tokens came at `now`; called before `timing`'s own token times move on."""
@@ -266,19 +371,6 @@ class Metrics:
             self._counters["adapter_generation_tokens"].labels(*labels),
             self._histograms["adapter_time_to_first_token_seconds"].labels(*labels),
         )
-
-    def on_adapter_step(self, *, running: Collection[str], active: Collection[str]) -> None:
-        """The keys of the versions that running requests, and all unfinished requests, are for."""
-        if not active and self._adapters_at_work == ("", ""):
-            return
-        names = [
-            ",".join(sorted(key.partition("@")[0] for key in keys)) for keys in (running, set(active) - set(running))
-        ]
-        if self._adapters_at_work != (now := (names[0], names[1])):
-            info = self._gauges["lora_requests_info"]
-            info.labels(self._max_adapters, *now).set(time.time())
-            info.remove(self._max_adapters, *self._adapters_at_work)
-            self._adapters_at_work = now
 
     def on_publish(self, outcome: str) -> None:
         """A version was published, or was not; one of `PUBLISH_OUTCOMES`."""

@@ -9,6 +9,19 @@ RATE_DECAY_SECONDS = 30.0
 # Weight of a new observation in the running means.
 EMA_WEIGHT = 0.1
 
+# Tokens of prompts at least in a step beside streams, whatever their target.
+MIN_PROMPT_TOKENS = 16
+# What older steps with prompts count, step by step: what a token costs follows its context, and the load.
+COST_DECAY = 0.9
+# Part of the target that a step is planned to take.
+AIM = 0.95
+# A step counts as at most this many times what was expected of it.
+MAX_SURPRISE = 2.0
+# Part of the time for prompts by which the reserve grows with a late step, and its largest value.
+RESERVE_STEP, MAX_RESERVE = 0.02, 0.5
+# Context, in tokens, by which its price is known: keeps both prices near one in size.
+DEPTH_UNIT = 1024.0
+
 
 class Rate:
     """An amount per second, over about the last `RATE_DECAY_SECONDS`."""
@@ -42,10 +55,116 @@ class Mean:
         self.value = value if self.value is None else self.value + EMA_WEIGHT * (value - self.value)
 
 
+@dataclass(frozen=True, slots=True)
+class StepWork:
+    """The work of a step, as far as its time depends on it."""
+
+    streams: int
+    """Rows of one token."""
+    tokens: int
+    """Tokens of the other rows: prompts in chunks."""
+    depth: float
+    """Sum of the tokens before each of `tokens`."""
+
+
+class PromptPace:
+    """Tokens of prompts that a step may have beside streams, so that these keep the target for a token.
+
+    A step takes what its streams take and, for each token of a prompt, a price that rises with the tokens before it.
+    Both are learned from the steps: the time without prompts by the number of streams, the price by least squares over
+    the last steps with prompts, older ones counting less. A reserve grows with every late step and shrinks with every
+    other one: as large as the percentile of the target requires.
+    """
+
+    def __init__(self, target: float | None, percentile: float) -> None:
+        """`target`: seconds for a token; None: there is none, and steps take all tokens that they may.
+        `percentile`: share of steps beside streams that keep it."""
+        self._target = target
+        self._percentile = percentile
+        self._reserve = 0.0
+        self._alone: dict[int, Mean] = {}
+        """Seconds of steps without prompts, by the bits of the number of streams."""
+        self._squares = [0.0, 0.0, 0.0]
+        """Decayed sums over steps with prompts: of tokens squared, tokens times depth, depth squared."""
+        self._products = [0.0, 0.0]
+        """The same of tokens and of depth, times the seconds that prompts took."""
+
+    def on_step(self, work: StepWork, seconds: float) -> None:
+        """A step has taken `seconds`."""
+        if self._target is None or seconds <= 0:
+            return
+        if not work.tokens:
+            if work.streams:
+                mean = self._alone.setdefault(work.streams.bit_length(), Mean())
+                mean.add(min(seconds, MAX_SURPRISE * mean.value) if mean.value else seconds)
+            return
+        alone = self._seconds_alone(work.streams)
+        depth = work.depth / DEPTH_UNIT
+        token, deeper = self._prices()
+        expected = alone + work.tokens * token + depth * deeper
+        spent = max(0.0, (min(seconds, MAX_SURPRISE * expected) if token or deeper else seconds) - alone)
+        # Per token, so that long chunks, which are cheaper by token, do not hide what short ones cost.
+        mean_depth = depth / work.tokens
+        new = (1.0, mean_depth, mean_depth * mean_depth)
+        self._squares = [COST_DECAY * old + add for old, add in zip(self._squares, new, strict=True)]
+        price = spent / work.tokens
+        self._products = [
+            COST_DECAY * old + add for old, add in zip(self._products, (price, price * mean_depth), strict=True)
+        ]
+        if work.streams and alone <= self._target:  # else no chunk would be small enough
+            late = seconds > self._target
+            # Half of the late steps that the percentile allows: so it holds where they come in turns with others.
+            allowed = (1 - self._percentile) / 2
+            part = 1 - allowed if late else -allowed
+            self._reserve = min(MAX_RESERVE, max(0.0, self._reserve + RESERVE_STEP * part))
+
+    def seconds_beside(self, streams: int) -> float:
+        """Seconds that prompts may take in a step with this number of streams; infinity: as long as they want."""
+        if self._target is None or not streams:
+            return math.inf
+        return max(0.0, (AIM * self._target - self._seconds_alone(streams)) * (1 - self._reserve))
+
+    def tokens_in(self, seconds: float, context: int) -> int:
+        """Tokens that a prompt gets in `seconds`, after `context` ones that are computed."""
+        token, deeper = self._prices()
+        if seconds <= 0 or not (token or deeper):
+            return 0
+        deeper /= DEPTH_UNIT
+        first = token + deeper * context
+        # first * n + deeper * n ** 2 / 2 = seconds
+        return int(2 * seconds / (first + math.sqrt(first * first + 2 * deeper * seconds)))
+
+    def seconds_of(self, tokens: int, context: int) -> float:
+        """Seconds that `tokens` of a prompt take after `context` ones."""
+        token, deeper = self._prices()
+        return tokens * (token + deeper * (context + tokens / 2) / DEPTH_UNIT)
+
+    def _seconds_alone(self, streams: int) -> float:
+        """Seconds of a step of this number of streams, or of the nearest that there was; 0 before the first."""
+        if not streams or not self._alone:
+            return 0.0
+        nearest = min(self._alone, key=lambda bits: abs(bits - streams.bit_length()))
+        return self._alone[nearest].value or 0.0
+
+    def _prices(self) -> tuple[float, float]:
+        """Seconds of a token, and of `DEPTH_UNIT` tokens before it; both 0 before the first step with prompts."""
+        count, depth, square = self._squares
+        price, priced_depth = self._products
+        if not count:
+            return 0.0, 0.0
+        spread = square * count - depth * depth
+        deeper = (priced_depth * count - price * depth) / spread if spread > 1e-3 * count * count else 0.0
+        # Neither is ever negative; where one would be, the other explains all.
+        deeper = min(max(0.0, deeper), price / depth if depth else 0.0)
+        return max(0.0, (price - deeper * depth) / count), deeper
+
+
 class Pace:
     """Running means of the time of steps, the rate of prompts and the length of outputs."""
 
-    def __init__(self) -> None:
+    def __init__(self, target: float | None = None, percentile: float = 0.95) -> None:
+        """`target` and `percentile`: see `PromptPace`."""
+        self.prompts = PromptPace(target, percentile)
         self._step_seconds = Mean()
         self._prompt_rate = Mean()
         self._output_tokens = Mean()

@@ -1,6 +1,7 @@
 """A step's plan: which running requests continue, which are preempted, which waiting ones are admitted."""
 
 import contextlib
+import math
 from collections.abc import Iterable
 from typing import Protocol
 
@@ -10,7 +11,7 @@ from msgspec.structs import replace
 from runtime.blocks import BlockTable
 from runtime.messages import Admission, FinishReason, Move, RidingRow, Row, StepPlan
 from runtime.scheduler.drafts import Drafter, Speculation
-from runtime.scheduler.pace import SchedulerCounts
+from runtime.scheduler.pace import MIN_PROMPT_TOKENS, PromptPace, SchedulerCounts
 from runtime.scheduler.queue import Queue
 from runtime.scheduler.request import Request, RequestState
 from runtime.scheduler.running import PreemptionBackend, RunningRequests, VictimSelection, allocate
@@ -41,6 +42,9 @@ class Planning:
         self.budget = budget
         """Tokens that may still be added."""
         self._alone = alone
+        self._prompt_seconds = math.inf
+        """Time that prompts may still take."""
+        self._any_prompt = False
         self._rows: dict[int, Row] = {}
         self._leases: dict[int, SlotLease] = {}
         self._admitted: dict[int, Admission] = {}
@@ -120,6 +124,26 @@ class Planning:
             self.budget += row.count
         self._admitted.pop(slot, None)
 
+    # -- prompts beside streams ------------------------------------------------------------------
+
+    def limit_prompts(self, seconds: float) -> None:
+        """Prompts that are added from here on may take that long together."""
+        self._prompt_seconds = seconds
+
+    @property
+    def takes_prompts(self) -> bool:
+        """True if a prompt may be added. One always may: else none would ever end where the limit is too low."""
+        return self.budget > 0 and (self._prompt_seconds > 0 or not self._any_prompt)
+
+    def chunk(self, wanted: int, context: int, pace: PromptPace) -> int:
+        """Tokens of the `wanted` ones, after `context`, that a prompt gets in this step. To be added."""
+        count = min(wanted, self.budget)
+        if self._prompt_seconds < math.inf:
+            count = min(count, max(pace.tokens_in(self._prompt_seconds, context), MIN_PROMPT_TOKENS))
+            self._prompt_seconds -= pace.seconds_of(count, context)
+        self._any_prompt = True
+        return count
+
     @property
     def num_rows(self) -> int:
         return len(self._rows)
@@ -194,7 +218,7 @@ class Planner:
         if self._policy.preemptive:
             self._replace_outranked(planning, now)
         self._continue_running(planning, self._speculation if guess else None)
-        while planning.budget > 0 and (head := self._head(now)) is not None and self._try_admit(head, planning, now):
+        while planning.takes_prompts and (head := self._head(now)) is not None and self._try_admit(head, planning, now):
             self._add(head, planning)
         if idle and not planning.num_rows:
             self._break_deadlock(planning, now)
@@ -227,15 +251,17 @@ class Planner:
                     planning.add(request, 1, self._draft(request, planning, speculation) if speculation else [])
             except Exception:
                 self._fail(request, planning)
+        planning.limit_prompts(self._pace.prompts.seconds_beside(planning.num_rows))
         behind.sort(key=lambda request: (self._policy.rank(request), request.num_wanted))
         for request in behind:
-            if request.state is RequestState.RUNNING and planning.budget > 0 and self._has_room(request, planning):
+            if request.state is RequestState.RUNNING and planning.takes_prompts and self._has_room(request, planning):
                 self._add(request, planning)
 
     def _add(self, request: Request, planning: Planning) -> None:
-        """Add as many of the request's tokens as one step allows."""
+        """Add as many of the request's tokens as one step allows, and its streams."""
         try:
-            planning.add(request, min(request.num_wanted, self._chunk, planning.budget), [])
+            wanted = min(request.num_wanted, self._chunk)
+            planning.add(request, planning.chunk(wanted, request.num_computed, self._pace.prompts), [])
         except Exception:
             self._fail(request, planning)
 

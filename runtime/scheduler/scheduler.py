@@ -21,7 +21,7 @@ from runtime.blocks import BlockManager, SwapSpace
 from runtime.errors import Conflict
 from runtime.messages import FinishReason, RidingRow, Row, StepPlan, StepResult, TokenLogprob, new_sequence_id
 from runtime.scheduler.drafts import Speculation
-from runtime.scheduler.pace import Pace, SchedulerCounts
+from runtime.scheduler.pace import Pace, SchedulerCounts, StepWork
 from runtime.scheduler.planner import INTERNAL_ERROR, Planner, SlotLease
 from runtime.scheduler.policies import Policy
 from runtime.scheduler.queue import Deadlines, Queue
@@ -59,6 +59,19 @@ class Flight:
     """Slot → the request that its row is for."""
 
 
+def work_of(plan: StepPlan) -> StepWork:
+    """The work of a plan: rows whose tokens are known but for a guess are streams."""
+    streams = tokens = 0
+    depth = 0.0
+    for row in plan.rows:
+        if row.count - len(row.draft) == 1:
+            streams += 1
+        else:
+            tokens += row.count
+            depth += row.count * (row.start + row.count / 2)
+    return StepWork(streams, tokens, depth)
+
+
 class Scheduler:
     """Owns every request that is not finished, the slots, and (through the manager) the blocks."""
 
@@ -81,7 +94,7 @@ class Scheduler:
         self._window = sliding_window
         self._speculation = speculation
         self._clock = clock
-        self._pace = Pace()
+        self._pace = Pace(settings.tpot_target, settings.tpot_percentile)
         self.waiting = Queue(policy, settings, self._pace)
         self._running = RunningRequests(blocks, settings.max_running)
         self._backend: PreemptionBackend = Recompute() if swap is None else Swap(swap, blocks.block_size, self.counts)
@@ -243,7 +256,9 @@ class Scheduler:
             pass
         failpoint("scheduler.commit")
         now = self._clock()
-        self._pace.on_step(plan.num_tokens, len(plan.rows), now - max(flight.planned, self._last_commit))
+        seconds = now - max(flight.planned, self._last_commit)
+        self._pace.on_step(plan.num_tokens, len(plan.rows), seconds)
+        self._pace.prompts.on_step(work_of(plan), seconds)
         self._last_commit = now
         if (ride := plan.riding) is not None and result.ridden and ride.start + ride.count == ride.length:
             self.riding.release(ride.ride)

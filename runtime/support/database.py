@@ -46,6 +46,15 @@ def _add_column(table: str, column: str, kind: str) -> Callable[[sqlite3.Connect
     return add
 
 
+def _index_chats(connection: sqlite3.Connection) -> None:
+    """Index the chats among the responses by what lists of them are filtered by, in new tables too: their columns are
+    in a table of an older version only now."""
+    connection.execute(
+        "CREATE INDEX IF NOT EXISTS chats_by_owner ON responses (tenant, created_at, model, metadata) "
+        "WHERE metadata IS NOT NULL"
+    )
+
+
 def _fill_usage(table: str, owner: str, columns: Sequence[str]) -> Callable[[sqlite3.Connection], None]:
     """A migration that counts the rows that were there before `usage_schema` counted them."""
 
@@ -64,6 +73,9 @@ MIGRATIONS: tuple[tuple[str, Callable[[sqlite3.Connection], None]], ...] = (
     ("batches", _add_column("batches", "usage", "TEXT")),
     ("responses", _fill_usage("responses", "tenant", ("input", "response"))),
     ("feedback", _fill_usage("feedback", "owner", ("data",))),
+    ("responses", _add_column("responses", "model", "TEXT")),
+    ("responses", _add_column("responses", "metadata", "TEXT")),
+    ("responses", _index_chats),
 )
 """Migration from each version to the next, with the table that it changes."""
 

@@ -1,6 +1,7 @@
 """The adapter versions that are in memory, and how they are applied to a batch in which rows differ."""
 
 import math
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,34 +53,52 @@ class LoadedAdapter:
     factors: StackFactors
     vocabulary: VocabularyRows | None
     """Rows of embedding and head in place of the base's; None: none."""
+    num_bytes: int
 
 
 class AdapterSlots:
     """Loaded versions by key. `prepare` may be called from any thread, all else from the engine's.
 
-    An adapter's weights never change once they are here: a new version has a new key.
+    An adapter's weights never change once they are here: a new version has a new key. So those that were unloaded are
+    kept, as far as there is memory for them, and `prepare` of such a key reads nothing.
     """
 
-    def __init__(self, base: LoraBase, decoder: Model, *, max_rank: int, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        base: LoraBase,
+        decoder: Model,
+        *,
+        max_rank: int,
+        dtype: torch.dtype = torch.float32,
+        unused_memory: int = 0,
+    ) -> None:
         """`base` is what `decoder` is, as a whole; of each adapter it holds what the decoder holds of the base.
-        `dtype`: see `Ops.prepare_lora`."""
+        `dtype`: see `Ops.prepare_lora`. `unused_memory`: bytes for adapters that were unloaded."""
         self._dtype = dtype
         self._base = base
         self._decoder = decoder
         self._max_rank = max_rank
         self._prepared: dict[str, LoadedAdapter] = {}
         self._loaded: dict[str, LoadedAdapter] = {}
+        self._unused_memory = unused_memory
+        self._unused: OrderedDict[str, LoadedAdapter] = OrderedDict()
+        """Those that were unloaded, longest ago first."""
         self._lock = Lock()
-        """Guards `_prepared` alone."""
+        """Guards `_prepared` and `_unused`."""
 
     def prepare(self, key: str, directory: str) -> None:
         """Read an adapter's files (format of PEFT), ready to be loaded. Raises `AdapterInvalid`."""
         failpoint("adapters.prepare", key)
+        with self._lock:
+            if (unused := self._unused.pop(key, None)) is not None:
+                self._prepared[key] = unused
+                return
         adapter = read_adapter(Path(directory), self._base, max_rank=self._max_rank)
         vocabulary = adapter.vocabulary
         if vocabulary is not None:
             vocabulary = vocabulary.to(self._decoder.device, self._decoder.dtype)
-        loaded = LoadedAdapter(self._factors(adapter), vocabulary)
+        factors = self._factors(adapter)
+        loaded = LoadedAdapter(factors, vocabulary, _num_bytes(factors, vocabulary))
         with self._lock:
             self._prepared[key] = loaded
 
@@ -91,14 +110,26 @@ class AdapterSlots:
         self._loaded[key] = loaded
 
     def unload(self, key: str) -> None:
-        """Release an adapter's memory. No row may need it any more. Unknown keys are fine."""
+        """Release an adapter's memory, or keep it for its next use. No row may need it any more. Unknown keys are
+        fine."""
+        loaded = self._loaded.pop(key, None)
         with self._lock:
             self._prepared.pop(key, None)
-        self._loaded.pop(key, None)
+            if loaded is None or loaded.num_bytes > self._unused_memory:
+                return
+            self._unused[key] = loaded
+            while sum(one.num_bytes for one in self._unused.values()) > self._unused_memory:
+                self._unused.popitem(last=False)
 
     @property
     def keys(self) -> list[str]:
         return list(self._loaded)
+
+    @property
+    def unused_bytes(self) -> int:
+        """Bytes of adapters that were unloaded and are kept."""
+        with self._lock:
+            return sum(one.num_bytes for one in self._unused.values())
 
     def adaptation(self, tokens: list[AdapterTokens]) -> BatchAdaptation | None:
         """Change to the decoder for one batch; None where all of it is for the base."""
@@ -184,6 +215,15 @@ class AdapterSlots:
             ),
         )
         return self._decoder.ops.prepare_lora(factors, self._dtype)
+
+
+def _num_bytes(factors: StackFactors, vocabulary: VocabularyRows | None) -> int:
+    """Bytes of an adapter as it is held."""
+    tensors = [tensor for one in factors.places.values() for tensor in (one.a, *one.b, one.scales)]
+    rows = (
+        () if vocabulary is None else {id(one): one for one in (vocabulary.embedding, vocabulary.head) if one}.values()
+    )
+    return sum(tensor.nbytes for tensor in tensors) + sum(one.rows.nbytes + one.ids.nbytes for one in rows)
 
 
 def _reach(values: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import pytest
 from runtime.adapters.library import AdapterLibrary
 from runtime.adapters.store import SCHEMA
 from runtime.checkpoints.peft import read_adapter
-from runtime.metrics import Metrics
+from runtime.metrics import CacheShape, Metrics
 from runtime.model.families.llama import Llama
 from runtime.model.lora_base import LoraBase
 from runtime.support.database import Database
@@ -25,7 +25,7 @@ class FakeHost:
 
     def __init__(self, base: LoraBase) -> None:
         self.lora_base = base
-        self.metrics = Metrics("m", vllm_names=False, max_model_len=64, block_size=16, num_blocks=4)
+        self.metrics = Metrics("m", vllm_names=False, shape=CacheShape(max_model_len=64, block_size=16, num_blocks=4))
         self.loaded: list[str] = []
         self.used: set[str] = set()
         self.gate = asyncio.Event()

@@ -9,7 +9,7 @@ from typing import Any
 from runtime.engine.delivery import OutputStream
 from runtime.errors import Conflict, ContextLengthExceeded, EngineUnavailable, RequestError
 from runtime.messages import Output, SamplingDefaults, Submission, TokenLogprob
-from runtime.metrics import Metrics
+from runtime.metrics import CacheShape, Metrics
 from runtime.support.machine import Gpu
 from runtime.text.tokenizer import InfillTokens
 from settings.schema import Settings
@@ -86,7 +86,8 @@ class FakeService:
         self.num_running = self.num_waiting = 0
         self.kv_usage = 0.0
         self.healthy = self.ready = True
-        self.metrics = Metrics("fake", vllm_names=True, max_model_len=context, block_size=16, num_blocks=8)
+        shape = CacheShape(max_model_len=context, block_size=16, num_blocks=8)
+        self.metrics = Metrics("fake", vllm_names=True, shape=shape)
         self.submitted: list[Submission] = []
         self.aborted: list[int] = []
         self.running: dict[int, OutputStream] = {}

@@ -38,6 +38,8 @@ BASE: dict[str, dict[str, Any]] = {
     "/detokenize": {"tokens": [65, 66]},
 }
 
+FIRST = "the first response's id"
+
 # Values of supported fields, with the fields that they need beside them.
 EXAMPLES: dict[str, dict[str, Any]] = {
     "add_generation_prompt": {"add_generation_prompt": True},
@@ -68,7 +70,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "n": {"n": 2},
     "normalize": {"normalize": False},
     "pooling": {"pooling": "last"},
-    "previous_response_id": {"previous_response_id": "resp_first"},
+    "previous_response_id": {"previous_response_id": FIRST},
     "priority": {"priority": 5},
     "request_id": {"request_id": "mine"},
     "return_token_ids": {"return_token_ids": True},
@@ -139,7 +141,7 @@ IDS = [f"{endpoint.path}-{row.name}" for endpoint, row in ROWS]
 
 @pytest.fixture
 async def client(service: FakeService, tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
-    """Of an app whose operator allows what can be allowed. It has a response `resp_first`."""
+    """Of an app whose operator allows what can be allowed. It has a response, whose id takes the place of `FIRST`."""
     settings = Settings(
         model=ModelSettings(trust_request_chat_template=True), scheduler=SchedulerSettings(policy="priority")
     )
@@ -148,11 +150,16 @@ async def client(service: FakeService, tmp_path: Path) -> AsyncIterator[httpx.As
     handle.responses = ResponseStore(database, ResponseSettings())
     transport = httpx.ASGITransport(app=create_app(handle, settings), raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
-        first = await client.post("/v1/responses", json=BASE["/v1/responses"], headers={"x-request-id": "first"})
-        assert first.json()["id"] == "resp_first"
+        first = (await client.post("/v1/responses", json=BASE["/v1/responses"])).json()["id"]
         service.submitted.clear()
+        post = client.post
+        client.post = lambda url, json: post(url, json=known(json, first))  # type: ignore[method-assign]
         yield client
     await asyncio.to_thread(database.close)
+
+
+def known(body: dict[str, Any], first: str) -> dict[str, Any]:
+    return {name: first if value == FIRST else value for name, value in body.items()}
 
 
 def refused(answer: httpx.Response, name: str) -> bool:

@@ -22,11 +22,16 @@ def test_every_route_positive_and_negative(server: RunningServer, tmp_path: Path
     beside = Path(sys.executable).with_name("st")
     command = str(beside) if beside.exists() else shutil.which("st")
     assert command is not None, "schemathesis is installed without its command"
-    # A job that has run, and a file: their ids are found in the lists, and their routes then answer more than 404.
+    # A job that has run, a file, a stored chat and a response: their ids are found in the lists, and their routes then
+    # answer more than 404.
     form = {"recipe": ("recipe.yml", b"name: yaml\nsteps: 3\n"), "file": ("rows.jsonl", b"{}\n")}
     assert httpx.post(f"{server.url}/admin/train", files=form).status_code in (201, 202)
     sent = {"file": ("rows.jsonl", b"{}\n")}
     assert httpx.post(f"{server.url}/v1/files", files=sent, data={"purpose": "batch"}).status_code == 200
+    chat = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1, "store": True}
+    assert httpx.post(f"{server.url}/v1/chat/completions", json=chat).status_code == 200
+    response = {"input": "Hi", "max_output_tokens": 1}
+    assert httpx.post(f"{server.url}/v1/responses", json=response).status_code == 200
     limits = ["--max-examples", "12", "--workers", "1", "--generation-deterministic", "--seed", "1"]
     # A server that drains answers 503, as it was told to.
     limits += ["--exclude-path", "/admin/drain"]

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import re
 import time
 import weakref
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any
 
 import httpx
 import msgspec
+import psutil
 import pytest
 
 from runtime.api.handle import RequestGate
@@ -22,8 +24,10 @@ from runtime.support import failpoints
 from settings.schema import Settings, TrainerSettings
 from tests.adapter_files import make_adapter, peft_greedy
 from tests.api.conftest import RunningServer, tiny_settings
+from tests.end_to_end.process import ServerProcess
 from tests.engine import services
 from tests.tiny import make_tiny_llama
+from tests.waiting import wait_until
 
 PROMPT, COUNT = [5, 9, 17, 4, 30], 8
 BODY = {"prompt": PROMPT, "max_tokens": COUNT, "temperature": 0, "ignore_eos": True, "logprobs": 0}
@@ -71,6 +75,23 @@ class Client:
         found: dict[str, Any] = self.http.get("/admin/model").json()
         return found
 
+    def follow(self, seen: list[tuple[str, str]]) -> None:
+        """Note model and status of each move that the stream of changes tells of, to the stream's end."""
+        with self.http.stream("GET", "/admin/status", headers={"accept": "text/event-stream"}) as answer:
+            lines = answer.iter_lines()
+            for line in lines:
+                if line == "event: swap":
+                    swap = msgspec.json.decode(next(lines).removeprefix("data: "))
+                    seen.append((swap["model"], swap["status"]))
+
+    def unfinished(self) -> float:
+        """Sequences that run or wait, as the metrics have them."""
+        found = re.findall(
+            r"^eft:num_requests_(?:running|waiting){.*} (.+)$", self.http.get("/metrics").text, re.MULTILINE
+        )
+        assert len(found) == 2
+        return sum(map(float, found))
+
     def ended(self) -> dict[str, Any]:
         """The last move, once it has ended."""
         return self.until(lambda found: found["swap"]["finished_at"] is not None)["swap"]
@@ -114,8 +135,9 @@ def test_requests_end_on_the_model_that_they_began_with(
     adapter = make_adapter(tiny_model, tmp_path / "adapter")
     adapted = peft_greedy(tiny_model, adapter, PROMPT, COUNT)
     assert len({tuple(one) for one in (old, new, adapted)}) == 3
-    with RunningServer(settings_of(tiny_model, state)) as server, ThreadPoolExecutor() as pool:
-        client = Client(server.url)
+    with ThreadPoolExecutor() as pool, RunningServer(settings_of(tiny_model, state)) as server:
+        client, seen = Client(server.url), list[tuple[str, str]]()
+        pool.submit(client.follow, seen)
         files = [("file", (path.name, path.read_bytes())) for path in sorted(adapter.iterdir())]
         assert client.http.post("/admin/adapters/upload", data={"name": "news"}, files=files).status_code == 201
         assert client.tokens("news") == adapted
@@ -136,6 +158,8 @@ def test_requests_end_on_the_model_that_they_began_with(
         assert client.model()["swap"]["status"] == "draining"
         assert client.swap("tiny-llama").json()["error"]["code"] == "swap_in_progress"
         assert not slow.done()
+        assert client.unfinished() == 1  # on the old model, though the new one stepped last
+        wait_until(lambda: ("words@1", "draining") in seen, 20)
         failpoints.release(SLOW)
         assert slow.result() == old
         swap = client.ended()
@@ -155,10 +179,13 @@ def test_requests_end_on_the_model_that_they_began_with(
         assert client.http.get("/health").status_code == 200
         assert not slow.done()
         assert not waiting.done()
+        wait_until(lambda: ("tiny-llama", "draining") in seen, 20)
         failpoints.release(SLOW)
         assert slow.result() == new
         assert waiting.result() == old
         assert client.ended()["status"] == "succeeded"
+        wait_until(lambda: ("tiny-llama", "succeeded") in seen, 20)
+        assert client.unfinished() == 0
         assert client.tokens("news") == adapted  # it fits again, and its files were never touched
         assert client.http.delete("/admin/adapters/news").status_code == 200
 
@@ -212,6 +239,27 @@ def test_what_fails_leaves_the_old_model(tiny_model: Path, other_model: Path, tm
         failpoints.configure("swap.load=raise")
         assert client.swap("words@1", "drain").status_code == 202
         assert server.join() == 1
+
+
+@pytest.mark.timeout(180)
+def test_a_server_of_two_ranks_moves(tiny_model: Path, other_model: Path, tmp_path: Path) -> None:
+    """The ranks of the old model end, and those of the new one answer."""
+    publish(tmp_path / "state", "words", other_model)
+
+    def ranks() -> set[int]:
+        return {one.pid for one in psutil.Process(server.pid).children() if one.status() != psutil.STATUS_ZOMBIE}
+
+    with ServerProcess(str(tiny_model), tmp_path / "state", tp=2, threads=1) as server:
+        client, name = Client(server.url), tiny_model.name
+        before = ranks()
+        assert client.tokens(name) == greedy(tiny_model)
+        assert client.swap("words@1").status_code == 202
+        swap = client.ended()
+        assert (swap["status"], swap["mode"], swap["error"]) == ("succeeded", "drain", None)
+        assert client.tokens(name) == greedy(other_model)
+        after = ranks()
+        assert len(after) == len(before)
+        assert not after & before
 
 
 def test_a_model_that_was_let_go_takes_no_memory(tiny_model: Path) -> None:

@@ -56,8 +56,8 @@ class Page:
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.send(f"{domain}.enable")
 
-    def send(self, method: str, **params: Any) -> dict[str, Any]:
-        """The result of a DevTools command."""
+    def send(self, method: str, *, timeout: float = 60, **params: Any) -> dict[str, Any]:
+        """The result of a DevTools command, which may take `timeout` seconds."""
         self._count += 1
         number, answer = self._count, queue.Queue[dict[str, Any]]()
         self._answers[number] = answer
@@ -65,7 +65,7 @@ class Page:
         if self._session is not None:
             message["sessionId"] = self._session
         self._write.write(json.dumps(message).encode() + b"\0")
-        found = answer.get(timeout=60)
+        found = answer.get(timeout=timeout)
         if "error" in found:
             raise PageError(f"{method}: {found['error']}")
         result: dict[str, Any] = found["result"]
@@ -75,9 +75,9 @@ class Page:
         self.send("Page.navigate", url=url)
         self.until("document.readyState === 'complete'")
 
-    def run(self, script: str) -> Any:
+    def run(self, script: str, *, timeout: float = 60) -> Any:
         """The value of an expression, awaited where it is a promise."""
-        found = self.send("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
+        found = self.send("Runtime.evaluate", timeout=timeout, expression=script, awaitPromise=True, returnByValue=True)
         if "exceptionDetails" in found:
             raise PageError(found["exceptionDetails"].get("exception", {}).get("description", "") or str(found))
         return found["result"].get("value")
@@ -85,7 +85,7 @@ class Page:
     def until(self, condition: str, seconds: float = 30) -> Any:
         """Wait until the expression is truthy; its value."""
         script = _UNTIL.replace("CONDITION", f"({condition})").replace("SECONDS", str(seconds))
-        return self.run(script)
+        return self.run(script, timeout=seconds + 60)
 
     def until_text(self, selector: str, text: str, seconds: float = 30) -> str:
         """Wait until an element that is shown has the text; all its text."""

@@ -29,7 +29,7 @@ MAX_PICTURE = 150_000
 """Bytes of a picture in docs/."""
 PATIENCE = 1800
 """Seconds that the training may take on a busy machine."""
-SHOWN = "main section:not([hidden])"
+SHOWN = "main > section:not([hidden])"
 
 
 @pytest.fixture
@@ -68,13 +68,13 @@ class Steps:
         self._last = now
 
 
-def picture(page: Page, folder: Path, name: str) -> None:
-    """The page as it is, in light and in dark where both are kept."""
-    for dark in (False, True) if name in ("overview", "train") else (False,):
-        page.look(width=1200, height=800, dark=dark)
-        path = folder / f"{name}-{'dark' if dark else 'light'}.png"
-        page.screenshot(path, whole=False)
-        assert path.stat().st_size <= MAX_PICTURE, f"{path}: {path.stat().st_size} bytes"
+def picture(page: Page, folder: Path, name: str, *, dark: bool = False) -> None:
+    """The page as it is, in one of the two themes."""
+    page.look(width=1200, height=800, dark=dark)
+    page.run("document.activeElement.blur(); new Promise(done => setTimeout(done, 300))")
+    path = folder / f"{name}.png"
+    page.screenshot(path, whole=False)
+    assert path.stat().st_size <= MAX_PICTURE, f"{path}: {path.stat().st_size} bytes"
     page.look(width=1200, height=800, dark=False)
 
 
@@ -86,30 +86,37 @@ def test_sixty_pasted_rows_become_an_adapter_that_answers(tmp_path: Path, pictur
         page.open(f"{server.url}/")
         page.until("document.querySelector('#served').textContent.length > 0")
         steps.note("the page is there")
+        page.click("Why is the sky blue?")
+        page.until_text(".message.assistant footer", "tokens", 120)
+        steps.note("the model has answered")
         page.click("Train", "#views")
         page.until("document.querySelector('#recipe').value !== ''")
         page.fill("Rows of train.jsonl", sixty_rows())
         page.until_text(".chip", "valid", 60)
         page.until_text("main h3", "What is trained on")
         steps.note("60 rows are pasted, and the plan is there")
-        page.run("document.querySelector('.bounded').scrollIntoView({block: 'center'})")
+        page.run("[...document.querySelectorAll('h3')].find(e => e.textContent === 'The plan').scrollIntoView()")
         picture(page, pictures, "train")
         page.click("Start training")
         page.until("document.querySelectorAll('figure path.plot').length > 0", PATIENCE)
         steps.note("the first steps of training are done")
         page.until_text("main button", "Chat with my-adapter@1", PATIENCE)
         steps.note("the adapter is trained and served")
+        page.run(f"document.querySelector('{SHOWN} progress').closest('.panel').scrollIntoView()")
+        picture(page, pictures, "job")
         page.click("Chat with my-adapter@1")
+        page.run("document.querySelector('.composer label.inline input').click()")
         page.run("document.querySelector('.composer details').open = true")
         page.fill("Temperature", "0")
-        page.fill("Most tokens", "40")
+        page.fill("Most tokens", "60")
         page.run("document.querySelector('.composer details').open = false")
-        page.fill("Message", "The parcel with my new lamp came broken. Please hurry.")
+        page.fill("Message", "My card was charged twice. Please help.")
         page.click("Send")
         page.until_text(".message.assistant footer", "my-adapter@1", 120)
-        steps.note("it has answered")
+        page.until_text(".column:last-child .message.assistant footer", "base", 120)
+        steps.note("adapter and model have answered the same question")
         answer = page.run("document.querySelector('.message.assistant .text').textContent")
-        say(f"its answer: {answer}")
+        say(f"the adapter's answer: {answer}")
         picture(page, pictures, "chat")
         page.click("Adapters", "#views")
         page.click("my-adapter", "main")
@@ -118,7 +125,7 @@ def test_sixty_pasted_rows_become_an_adapter_that_answers(tmp_path: Path, pictur
         picture(page, pictures, "adapters")
         page.click("Overview", "#views")
         page.until(f"document.querySelectorAll('{SHOWN} path.plot').length > 6")
-        picture(page, pictures, "overview")
+        picture(page, pictures, "overview", dark=True)
         steps.note("adapters and numbers are looked at")
         assert str(answer).startswith("[")
         assert page.problems == []

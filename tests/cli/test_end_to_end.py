@@ -1,15 +1,16 @@
 """The commands with a real engine and a tiny model; `eft serve` as a process of its own."""
 
+import contextlib
 import io
 import json
 import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import pytest
 
 from tests.cli.batch_files import chat, results, write
 from tests.cli.conftest import Eft
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
 
@@ -52,7 +54,7 @@ def test_chat_streams_from_a_model_here(eft: Eft, tiny_model: Path, monkeypatch:
     assert second["answer"]["usage"]["prompt_tokens"] > first["answer"]["usage"]["prompt_tokens"]
 
 
-@contextmanager
+@contextlib.contextmanager
 def serving(*arguments: str, cwd: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """`eft serve` as a process, and what it printed when it was ready."""
     process = subprocess.Popen(
@@ -101,6 +103,69 @@ def test_the_python_snippet_runs_as_it_is_printed(tiny_model: Path, tmp_path: Pa
         program = printed[printed.index("from openai") :]
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
         assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("moment", ["first imports", "event loop", "listening", "loading"])
+def test_a_server_that_is_stopped_while_it_starts(tiny_model: Path, tmp_path: Path, moment: str) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "runtime", "serve", str(tiny_model), "--port", str(port), "--log-level", "warning"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        mapped = Path(f"/proc/{process.pid}/maps")
+        wait_until(
+            {
+                "first imports": lambda: "msgspec" in mapped.read_text(),
+                "event loop": lambda: "uvloop" in mapped.read_text(),
+                "listening": lambda: answers(port),
+                "loading": lambda: "libtorch" in mapped.read_text(),
+            }[moment],
+            60,
+        )
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert (process.returncode, errors) == (0, "")
+
+
+def answers(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+        return True
+    return False
+
+
+def test_the_process_ends_while_a_thread_computes() -> None:
+    """A load that was given up goes on: where the interpreter is taken apart, its thread aborts the process."""
+    program = """if True:
+        import sys, threading, time
+        import torch
+        from runtime.cli import main
+
+        computing = threading.Event()
+
+        def compute():
+            while True:
+                torch.ones(200, 200) @ torch.ones(200, 200)
+                computing.set()
+
+        threading.Thread(target=compute, daemon=True).start()
+        computing.wait()
+        sys.argv = ["eft", "config", "show"]
+        sys.exit(main())
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "max_running" in done.stdout
 
 
 def test_serve_reports_what_it_cannot_load(eft: Eft, tmp_path: Path) -> None:

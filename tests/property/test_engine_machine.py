@@ -15,7 +15,7 @@ from runtime.engine.beams import Beam, Search
 from runtime.engine.engine import Engine
 from runtime.errors import AdapterUnavailable
 from runtime.messages import BeamSearch, Output, SamplingParams, StepPlan, StepResult, Submission
-from runtime.metrics import Metrics
+from runtime.metrics import CacheShape, Metrics
 from runtime.scheduler import Scheduler, Speculation
 from runtime.scheduler.policies import POLICIES, make_policy
 from runtime.support import failpoints
@@ -126,9 +126,10 @@ class EngineMachine(RuleBasedStateMachine):
             speculation=Speculation(2, max_running=1, min_acceptance=0.1) if drafts else None,
             swap=self.host,
         )
-        metrics = Metrics("toy", vllm_names=False, max_model_len=LIMIT, block_size=BLOCK, num_blocks=BLOCKS)
+        shape = CacheShape(max_model_len=LIMIT, block_size=BLOCK, num_blocks=BLOCKS)
+        metrics = Metrics("toy", vllm_names=False, shape=shape)
         self.engine = Engine(
-            scheduler, self.executor, ToyTokenizer(), metrics, max_len=LIMIT, asynchronous=asynchronous
+            scheduler, self.executor, ToyTokenizer(), metrics, shape, max_len=LIMIT, asynchronous=asynchronous
         )
         self.version = 0
         self.submitted: dict[int, Submission] = {}

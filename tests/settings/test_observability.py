@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from runtime.metrics import Metrics
+from runtime.metrics import CacheShape, Metrics
 from settings import fields
 
 FOLDER = Path(__file__).parents[2] / "settings" / "observability"
@@ -41,7 +41,7 @@ def test_alerts_fire_when_they_should_and_only_then(tmp_path: Path, name: str) -
 
 
 def test_alerts_are_about_metrics_that_are_exported() -> None:
-    metrics = Metrics("m", vllm_names=True, max_model_len=512, block_size=16, num_blocks=32)
+    metrics = Metrics("m", vllm_names=True, shape=CacheShape(max_model_len=512, block_size=16, num_blocks=32))
     body, _ = metrics.render("text/plain")
     exported = set(re.findall(r"^([a-z_]+:[a-z_]+)", body.decode(), re.MULTILINE))
     rules = "".join((FOLDER / name).read_text(encoding="utf-8") for name in ("alerts.yml", "rules.yml"))

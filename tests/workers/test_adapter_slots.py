@@ -1,4 +1,4 @@
-"""The type that adapters are held in to be served."""
+"""The type that adapters are held in to be served, and what becomes of those that are unloaded."""
 
 from pathlib import Path
 
@@ -8,6 +8,7 @@ import torch
 from kernels.cpu import CpuOps
 from runtime.checkpoints import open_checkpoint
 from runtime.checkpoints.model_loading import load_decoder
+from runtime.checkpoints.peft import AdapterInvalid
 from runtime.model.attention import PackedAttention
 from runtime.model.families import find_model
 from runtime.model.lora_base import LoraBase
@@ -60,3 +61,37 @@ def logits(model: Path, adapter: Path, quantization: str, held: torch.dtype) -> 
         attention = PackedAttention(decoder.ops, [len(ids)], decoder.spec)
         adaptation = slots.adaptation([AdapterTokens("a", None)])
         return decoder.logits(decoder.forward(ids, torch.arange(len(ids)), attention, adaptation))
+
+
+def test_an_unloaded_adapter_is_kept_as_far_as_there_is_memory(tmp_path: Path) -> None:
+    """The next load of one that is kept reads no files; the one unloaded longest ago goes first."""
+    make_tiny_llama(tmp_path / "model")
+    folder = make_adapter(tmp_path / "model", tmp_path / "adapter")
+    checkpoint = open_checkpoint(str(tmp_path / "model"))
+    decoder = load_decoder(checkpoint, ModelSettings(model=str(tmp_path / "model")))
+    base = LoraBase.of(decoder, find_model(checkpoint.config), checkpoint.name)
+
+    def loaded(unused_memory: int, keys: str) -> AdapterSlots:
+        slots = AdapterSlots(base, decoder, max_rank=64, unused_memory=unused_memory)
+        for key in keys:
+            slots.prepare(key, str(folder))
+            slots.load(key)
+        for key in keys:
+            slots.unload(key)
+        return slots
+
+    size = loaded(2**40, "a").unused_bytes
+    assert size > 0
+    for memory, kept in ((0, ""), (size, "c"), (2 * size, "bc"), (3 * size, "abc")):
+        slots = loaded(memory, "abc")
+        assert slots.keys == []
+        assert slots.unused_bytes == len(kept) * size
+        for key in "abc":
+            if key in kept:
+                slots.prepare(key, str(tmp_path / "nothing"))
+                slots.load(key)
+            else:
+                with pytest.raises(AdapterInvalid):
+                    slots.prepare(key, str(tmp_path / "nothing"))
+        assert slots.keys == list(kept)
+        assert slots.unused_bytes == 0

@@ -19,7 +19,7 @@ from runtime.api.handle import AnyRequest, RequestEntry, ServiceHandle, api_of
 from runtime.api.http.auth import ADMIN, TRAIN
 from runtime.api.http.query import Page, check_names, integer
 from runtime.api.http.sse import Events
-from runtime.metrics import Totals, quantile
+from runtime.metrics import Metrics, Totals, quantile
 from runtime.support.version import version
 
 INTERVAL_SECONDS = 2.0
@@ -49,7 +49,7 @@ class OverviewSample(Struct, frozen=True, kw_only=True):
     generated_tokens: float
     """Generated tokens a second."""
     trained_tokens: float
-    """Tokens a second that training steps computed."""
+    """Tokens a second that training steps computed, over the last half minute: a step may take seconds."""
     training_share: float
     """Share of the time that training had the engine, 0 to 1."""
     first_token_p50: float | None
@@ -76,26 +76,30 @@ class OverviewHistory:
     def __init__(self, handle: ServiceHandle) -> None:
         self.samples: deque[OverviewSample] = deque(maxlen=MAX_SAMPLES)
         self._handle = handle
+        self._metrics: Metrics | None = None
+        """Metrics of the served model; None before the first."""
         self._totals: deque[Totals] = deque(maxlen=QUANTILE_SAMPLES + 1)
         self._next: asyncio.Future[OverviewSample | None] | None = None
 
     def take(self, now: float) -> None:
         """Take a sample, and hand it to the requests that wait. `now`: seconds since the epoch."""
         service = self._handle.service
-        if service is None:
+        if service is not None:
+            self._metrics = service.metrics
+        if self._metrics is None:
             return
-        totals = service.metrics.totals(now)
+        load, totals = self._metrics.load, self._metrics.totals(now)
         before = self._totals[-1] if self._totals else totals
         self._totals.append(totals)
         first, between = (self._observed(name) for name in (_FIRST_TOKEN, _BETWEEN_TOKENS))
         sample = OverviewSample(
             time=now,
-            running=service.num_running,
-            waiting=service.num_waiting,
-            kv_cache_usage=service.kv_usage,
+            running=load.running,
+            waiting=load.waiting,
+            kv_cache_usage=self._metrics.kv_usage,
             prompt_tokens=totals.rate("prompt_tokens", before),
             generated_tokens=totals.rate("generation_tokens", before),
-            trained_tokens=totals.rate("train_tokens", before),
+            trained_tokens=totals.rate("train_tokens", self._totals[0]),
             training_share=min(1.0, totals.rate("train_slice_seconds", before)),
             first_token_p50=quantile(first, 0.5),
             first_token_p95=quantile(first, 0.95),
@@ -103,7 +107,8 @@ class OverviewHistory:
             token_p95=quantile(between, 0.95),
         )
         self.samples.append(sample)
-        self._announce(sample if service.ready else None)
+        # Without a service one model gives way to another: what follows the samples waits along.
+        self._announce(sample if service is None or service.ready else None)
 
     async def next_sample(self) -> OverviewSample | None:
         """The next sample; None when the server stops."""

@@ -1,4 +1,4 @@
-"""/admin/status: the state of the server now, and as a stream of its changes: numbers, jobs, adapters."""
+"""/admin/status: the state of the server now, and as a stream of its changes: numbers, jobs, adapters, moves."""
 
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ from runtime.api.http.auth import TRAIN
 from runtime.api.http.query import check_names
 from runtime.api.http.record import record_of, visible_to
 from runtime.api.http.sse import Events
+from runtime.api.swap import ModelSwap
 from runtime.errors import RequestError
 from runtime.support.version import version
 
@@ -46,12 +47,14 @@ class AdminStatus(Struct, kw_only=True):
     """Jobs that this key may see, 50 at most; null where the server runs none."""
     adapters: AdapterList | None
     """As `/admin/adapters` has them; null where the server keeps none."""
+    swap: ModelSwap | None
+    """The last move to another model, or the one under way; null before the first."""
 
 
 @get("/admin/status", opt={TRAIN: True})
 async def admin_status(request: AnyRequest) -> Response[AdminStatus]:
     """The state of the server. With `Accept: text/event-stream`: the same as the event `status`, then an event `sample`
-    every two seconds, and behind it `jobs` and `adapters`, each whole, whenever they have changed since."""
+    every two seconds, and behind it `jobs`, `adapters` and `swap`, each whole, whenever they have changed since."""
     check_names(request, ())
     api, owner = api_of(request), visible_to(record_of(request))
     history: OverviewHistory = request.app.state.history
@@ -70,6 +73,8 @@ async def _events(history: OverviewHistory, changes: "_Changes", found: AdminSta
             yield _event(b"jobs", jobs)
         if (adapters := changes.adapters()) is not None:
             yield _event(b"adapters", adapters)
+        if (swap := changes.swap()) is not None:
+            yield _event(b"swap", swap)
 
 
 def _event(name: bytes, data: Struct) -> bytes:
@@ -77,12 +82,14 @@ def _event(name: bytes, data: Struct) -> bytes:
 
 
 class _Changes:
-    """Jobs and adapters as one client has seen them: read again only after a change, however many that was."""
+    """Jobs, adapters and the last move as one client has seen them: read again only after a change, however many that
+    was."""
 
     def __init__(self, api: Api, owner: str | None) -> None:
         self._api = api
         self._owner = owner
         self._jobs_seen = self._adapters_seen = -1
+        self._swap_seen: bytes | None = None
 
     async def status(self, history: OverviewHistory) -> AdminStatus:
         """The whole state. Raises `EngineUnavailable` while the model loads, and `StorageUnavailable`."""
@@ -95,6 +102,7 @@ class _Changes:
             sample=history.samples[-1] if history.samples else None,
             jobs=None if self._api.handle.jobs is None else await self._read_jobs(self._api.handle.jobs),
             adapters=self.adapters(),
+            swap=self.swap(),
         )
 
     async def jobs(self) -> JobsNow | None:
@@ -122,3 +130,12 @@ class _Changes:
             return None
         self._adapters_seen = library.changes
         return adapter_list(library)
+
+    def swap(self) -> ModelSwap | None:
+        """The last move to another model if it has changed since the last call."""
+        swapper = self._api.handle.swapper
+        last: ModelSwap | None = None if swapper is None else swapper.last
+        if last is None or (found := msgspec.json.encode(last)) == self._swap_seen:  # it changes in place
+            return None
+        self._swap_seen = found
+        return last

@@ -37,6 +37,18 @@ INSTEAD: Mapping[str, str] = {
 # -- requests --------------------------------------------------------------------------------------
 
 
+class Citations(Struct, kw_only=True):
+    enabled: bool | None = None
+
+
+class DocumentSource(Struct, kw_only=True):
+    """A document's text. `type` is open: what is no text is named in the error."""
+
+    type: str
+    data: str | None = None
+    content: "str | list[Block] | None" = None
+
+
 class Block(Struct, kw_only=True):
     """A content block of any type; `type` is open, so that types that are not supported are named in the error."""
 
@@ -49,6 +61,12 @@ class Block(Struct, kw_only=True):
     tool_use_id: str | None = None
     content: "str | list[Block] | None" = None
     is_error: bool | None = None
+    # Of documents.
+    source: DocumentSource | None = None
+    title: str | None = None
+    context: str | None = None
+    citations: Citations | list[Any] | None = None
+    """A list of them in a text of an answer of another server."""
 
 
 class InputMessage(Struct, kw_only=True):

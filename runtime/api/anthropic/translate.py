@@ -11,6 +11,7 @@ from runtime.api.anthropic.schema import (
     BlockDelta,
     BlockStart,
     BlockStop,
+    Citations,
     CountRequest,
     InputJsonDelta,
     InputMessage,
@@ -190,7 +191,28 @@ def _joined(content: str | list[Block], path: str) -> str:
     return "\n".join(_text(block, f"{path}[{index}]") for index, block in enumerate(content))
 
 
+def _document(block: Block, path: str) -> str:
+    """The text of a document, below its title and what is said of it."""
+    source, where = block.source, f"{path}.source"
+    if source is None:
+        raise InvalidRequest(f"{where} is missing.", param=where)
+    if isinstance(block.citations, Citations) and block.citations.enabled:
+        raise Unsupported(f"`{path}.citations`: answers have no citations; leave it out.", param=f"{path}.citations")
+    if source.type not in ("text", "content"):
+        raise Unsupported(
+            f"`{where}.type` must be `text` or `content`, got `{source.type[:64]}`: send the text of the document.",
+            param=f"{where}.type",
+        )
+    field = "data" if source.type == "text" else "content"
+    given = getattr(source, field)
+    if given is None:
+        raise InvalidRequest(f"{where}.{field} is missing.", param=f"{where}.{field}")
+    return "\n".join(filter(None, (block.title, block.context, _joined(given, f"{where}.{field}"))))
+
+
 def _text(block: Block, path: str) -> str:
+    if block.type == "document":
+        return _document(block, path)
     if block.type != "text":
         raise Unsupported(f"`{path}`: blocks of type `{block.type[:64]}` are not supported; send text.", param=path)
     if block.text is None:

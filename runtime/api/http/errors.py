@@ -24,6 +24,27 @@ MAX_ECHO = 200
 """Most characters of msgspec's message that an error repeats."""
 
 
+OUTSIDE = {
+    "assistants": "use /v1/responses, with previous_response_id",
+    "audio": "prompts and answers are text",
+    "chatkit": "use /v1/responses",
+    "containers": "this server runs no tools of its own",
+    "conversations": "name the response before it in previous_response_id",
+    "evals": "jobs score their model on test_datasets, and harnesses score one over /v1/completions",
+    "fine_tuning": "jobs are at /v1/fine_tuning/jobs, and there are no graders or permissions",
+    "images": "prompts and answers are text",
+    "moderations": "check the text before it is sent",
+    "organization": "`eft keys` and GET /admin/status have what the operator needs",
+    "realtime": "stream /v1/responses, over a WebSocket too",
+    "skills": "this server runs no tools of its own",
+    "threads": "use /v1/responses, with previous_response_id",
+    "uploads": "send the file whole, to /v1/files: it is stored as it arrives",
+    "vector_stores": "make embeddings with /v1/embeddings, and keep them beside the server",
+    "videos": "prompts and answers are text",
+}
+"""Resource of OpenAI's API that is not served → what to do instead, or why."""
+
+
 class ClientDisconnected(RequestError):
     """The client left before its answer was ready. Not sent to anyone; logged and counted as 499."""
 
@@ -85,11 +106,23 @@ def handle_exception(request: Request[Any, Any, Any], error: Exception) -> Respo
     """The one exception handler of the app."""
     record = record_of(request)
     shown = to_request_error(error, record.request_id)
+    if isinstance(error, NotFoundException):
+        shown = unknown_url(request.scope["path"])
     record.log.update(error_code=shown.code, error_param=shown.param)
     headers = dict(getattr(error, "headers", None) or {}) if isinstance(error, MethodNotAllowedException) else {}
     if isinstance(shown, TooManyRequests):
         headers["Retry-After"] = str(shown.retry_after)
     return Response(body_of(shown), status_code=shown.status, media_type=JSON, headers=headers)
+
+
+def unknown_url(path: str) -> NotFound:
+    """The error for a path that is not served; for one of OpenAI's, with what to do instead."""
+    root, _, resource = path.strip("/").partition("/")
+    name = resource.partition("/")[0]
+    instead = OUTSIDE.get(name) if root == "v1" else None
+    if instead is None:
+        return NotFound("There is no such endpoint.", code="unknown_url")
+    return NotFound(f"There is no endpoint /v1/{name} here: {instead}.", code="unknown_url")
 
 
 def from_validation(error: msgspec.ValidationError) -> InvalidRequest:
@@ -109,7 +142,7 @@ def from_validation(error: msgspec.ValidationError) -> InvalidRequest:
 def _from_framework(error: HTTPException) -> RequestError:
     """Litestar's own errors, reworded: its texts may hold values of ours."""
     if isinstance(error, NotFoundException):
-        return NotFound("There is no such endpoint.", code="unknown_url")
+        return unknown_url("")
     if isinstance(error, MethodNotAllowedException):
         allowed = dict(error.headers or {}).get("allow", "")
         return MethodNotAllowed(f"This endpoint does not take this method; it takes {allowed}.")

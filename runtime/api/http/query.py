@@ -118,12 +118,19 @@ class ObjectPage(Struct, Generic[T], kw_only=True):
 
 
 def page_request(
-    request: AnyRequest, *, default: int = DEFAULT_PAGE, most: int = MAX_PAGE, further: Iterable[str] = ()
+    request: AnyRequest,
+    *,
+    default: int = DEFAULT_PAGE,
+    most: int = MAX_PAGE,
+    further: Iterable[str] = (),
+    newest_first: bool = True,
 ) -> PageRequest:
-    """The parameters `after`, `limit` and `order` (`desc`, the default, or `asc`). `further`: other parameters that the
-    endpoint has. Raises `InvalidRequest`."""
+    """The parameters `after`, `limit` and `order` (`desc` or `asc`; by default, `desc` if `newest_first`). `further`:
+    other parameters that the endpoint has. Raises `InvalidRequest`."""
     check_names(request, (*PAGE_PARAMETERS, *further))
-    order = single(request, "order") or "desc"
+    order = single(request, "order")
+    if order is None:
+        order = "desc" if newest_first else "asc"
     if order not in ("asc", "desc"):
         raise InvalidRequest(f"order: expected asc or desc, got `{order[:50]}`.", param="order")
     limit = integer(request, "limit", default=default, least=1, most=most)

@@ -35,6 +35,7 @@ from runtime.api.openai.responses import (
     Usage,
 )
 from runtime.api.openai.schema import BatchChatRequest, ChatRequest, Intake
+from runtime.api.openai.stored_chats import ChatKeeper
 from runtime.api.openai.submissions import (
     check,
     choices_of,
@@ -58,8 +59,10 @@ async def create_chat_completion(request: AnyRequest) -> Response[ChatCompletion
     """Answer a chat, whole or streamed."""
     api = api_of(request)
     asked, given = await _intake.read_given(request, api)
-    generation, answer, record = await open_chat(request, api, asked, given)
-    return await respond(generation, answer, record, request.receive, stream=bool(asked.stream))
+    keeper = ChatKeeper(request, asked) if asked.store else None
+    generation, answer, record = await open_chat(request, api, asked, given, id=keeper.id if keeper else None)
+    keep = None if keeper is None else keeper.keep
+    return await respond(generation, answer, record, request.receive, stream=bool(asked.stream), keep=keep)
 
 
 @post("/v1/chat/completions/batch", status_code=200, opt={BODY: BatchChatRequest})
@@ -74,6 +77,7 @@ async def create_batch_of_chats(request: AnyRequest) -> Response[ChatCompletion]
         ("stream", asked.stream, "whole"),
         ("n", choices_of(asked) != 1, "by one choice each"),
         ("tools", asked.tools, "without tools"),
+        ("store", asked.store, "without being stored"),
         ("prompt_logprobs", asked.prompt_logprobs is not None, "without what belongs to one prompt"),
     ):
         if wanted:
@@ -86,11 +90,18 @@ async def create_batch_of_chats(request: AnyRequest) -> Response[ChatCompletion]
 
 
 async def open_chat(
-    request: AnyRequest, api: Api, asked: ChatRequest, given: frozenset[str], *, further: Sequence[ChatRequest] = ()
+    request: AnyRequest,
+    api: Api,
+    asked: ChatRequest,
+    given: frozenset[str],
+    *,
+    further: Sequence[ChatRequest] = (),
+    id: str | None = None,
 ) -> tuple[Generation, Callable[[], "ChatAnswer"], RequestRecord]:
     """Check a chat and submit its sequences: the generation, what makes the renderer of its answer, and the request's
-    record. `given`: the fields that the client set; `further`: chats that differ from `asked` in their messages only.
-    Other APIs than OpenAI's translate their bodies into `asked`, and what the renderer makes into theirs."""
+    record. `given`: the fields that the client set; `further`: chats that differ from `asked` in their messages only;
+    `id`: the answer's, by default one with the request's. Other APIs than OpenAI's translate their bodies into `asked`,
+    and what the renderer makes into theirs."""
     service = api.handle.require()
     served = await resolve_model(service, asked.model)
     record = take_id(request, asked.request_id, served)
@@ -133,7 +144,7 @@ async def open_chat(
         [api.settings.server.response_role if chat.add_generation_prompt else chat.last_role for chat in chats],
         form,
         served.tokenizer,
-        id=f"chatcmpl-{record.request_id}",
+        id=id or f"chatcmpl-{record.request_id}",
         model=served.name,
         system_fingerprint=fingerprint(f"{service.label}{served.key}", api.settings.model.dtype),
     )
@@ -199,6 +210,7 @@ class ChatAnswer:
         self.model: str = common["model"]
         self._ids: dict[int, list[int]] = {}
         """Tokens of each choice so far, where reasoning is counted."""
+        self._call_ids: dict[tuple[int, int], str] = {}
 
     @cached_property
     def _writer(self) -> LogprobWriter:
@@ -237,9 +249,8 @@ class ChatAnswer:
         for piece in pieces:
             if (call := piece.call) is not None:
                 if call.name is not None:
-                    calls.append(
-                        MessageToolCall(id=new_call_id(self._form), function=FunctionCall(name=call.name, arguments=""))
-                    )
+                    id = self._call_id(index, call.index)
+                    calls.append(MessageToolCall(id=id, function=FunctionCall(name=call.name, arguments="")))
                 calls[call.index].function.arguments += call.arguments
         content = "".join(piece.content for piece in pieces)
         message = AssistantMessage(role=self._role(index), content=None if calls and not content else content)
@@ -270,9 +281,8 @@ class ChatAnswer:
                     self._ids.setdefault(index, []).extend(output.token_ids)
                 deltas = [ChatDelta(content=output.text)] if parser is None and output.text else []
                 if parser is not None:
-                    deltas += map(self._delta, parser.feed(output.text))
-                    if output.finish_reason is not None:
-                        deltas += map(self._delta, parser.finish())
+                    pieces = [*parser.feed(output.text), *(parser.finish() if output.finish_reason is not None else ())]
+                    deltas += [self._delta(index, piece) for piece in pieces]
                 ids = output.token_ids if self._asked.return_token_ids else UNSET
                 logprobs = self._logprobs(held, index, output) if self._asked.logprobs else None
                 if (ids or logprobs) and not deltas:
@@ -303,11 +313,17 @@ class ChatAnswer:
         """Parser of one answer; None where all of it is content."""
         return None if self._form.plain else AnswerParser(self._form)
 
-    def _delta(self, piece: Piece) -> ChatDelta:
+    def _call_id(self, index: int, call: int) -> str:
+        """The id of a choice's call: the same however often the answer is rendered."""
+        if (index, call) not in self._call_ids:
+            self._call_ids[index, call] = new_call_id(self._form)
+        return self._call_ids[index, call]
+
+    def _delta(self, index: int, piece: Piece) -> ChatDelta:
         if (call := piece.call) is not None:
             chunk = ToolCallChunk(index=call.index, function=FunctionDelta(arguments=call.arguments))
             if call.name is not None:
-                chunk.id, chunk.type, chunk.function.name = new_call_id(self._form), "function", call.name
+                chunk.id, chunk.type, chunk.function.name = self._call_id(index, call.index), "function", call.name
             return ChatDelta(tool_calls=[chunk])
         if piece.reasoning:
             return ChatDelta(reasoning_content=piece.reasoning, reasoning=piece.reasoning)

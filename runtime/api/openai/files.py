@@ -14,7 +14,8 @@ from runtime.api.handle import AnyRequest, api_of
 from runtime.api.http.form import FormReader
 from runtime.api.http.query import ObjectPage, check_names, choices, number, object_page, page_request
 from runtime.api.http.record import record_of, visible_to
-from runtime.errors import InvalidRequest
+from runtime.api.openai.fine_tuning_views import RESULTS, results_csv
+from runtime.errors import Conflict, InvalidRequest, NotFound
 from runtime.files.library import FileLibrary, Upload
 from runtime.files.store import (
     MAX_EXPIRY_SECONDS,
@@ -25,12 +26,18 @@ from runtime.files.store import (
     StoredFile,
 )
 from runtime.support.durable import storage_unavailable
+from runtime.trainer.jobs.records import Job
 
 MAX_FILES = 10_000
 """Most files of one page of the list, OpenAI's; its default too."""
 
 PIECE_BYTES = 256 * 1024
 """Bytes that are read from the disk at once."""
+
+MAX_RESULT_LINES = 10_000
+"""Most steps in the result file of a job; of a longer one, as many, evenly."""
+
+_HEADERS = {"X-Content-Type-Options": "nosniff"}
 
 FILE_PART = "file"
 _FORM: dict[str, Any] = {
@@ -105,6 +112,15 @@ async def list_files(request: AnyRequest) -> ObjectPage[FileObject]:
 async def retrieve_file(request: AnyRequest) -> FileObject:
     """One file."""
     check_names(request, ())
+    if (found := await _results(request)) is not None:
+        job, text = found
+        return FileObject(
+            id=_file_id(request),
+            bytes=len(text),
+            created_at=int(job.finished_at or job.created_at),
+            filename="step_metrics.csv",
+            purpose="fine-tune-results",
+        )
     return file_object(await _library(request).store.get(_file_id(request), visible_to(record_of(request))))
 
 
@@ -113,12 +129,14 @@ async def file_content(request: AnyRequest) -> Response[bytes]:
     """The file's bytes."""
     library = _library(request)
     check_names(request, ())
+    if (found := await _results(request)) is not None:
+        return Response(found[1], media_type="application/octet-stream", headers=_HEADERS)
     file = await library.store.get(_file_id(request), visible_to(record_of(request)))
     try:
         opened = await asyncio.to_thread(_open, library.path(file))
     except OSError as error:
         raise storage_unavailable("The file cannot be read", error) from error
-    headers = {"Content-Length": str(file.bytes), "X-Content-Type-Options": "nosniff"}
+    headers = {"Content-Length": str(file.bytes), **_HEADERS}
     return Stream(file_pieces(opened), media_type="application/octet-stream", headers=headers)  # type: ignore[return-value]
 
 
@@ -127,8 +145,31 @@ async def delete_file(request: AnyRequest) -> FileDeleted:
     """Delete a file. 409 while a batch reads it."""
     check_names(request, ())
     file_id = _file_id(request)
+    if (found := await _results(request)) is not None:
+        raise Conflict(
+            f"`{file_id[:100]}` is made of the metrics of its job: DELETE /admin/jobs/{found[0].id} deletes both.",
+            param="file_id",
+            code="file_in_use",
+        )
     await _library(request).delete(file_id, visible_to(record_of(request)))
     return FileDeleted(id=file_id)
+
+
+async def _results(request: AnyRequest) -> tuple[Job, bytes] | None:
+    """The job whose result file the path names, and that file, which is made when it is asked for; None for the path of
+    a stored file. Raises `NotFound`."""
+    file_id = _file_id(request)
+    if not file_id.startswith(RESULTS):
+        return None
+    store = api_of(request).handle.require_jobs().store
+    try:
+        job = await store.get(file_id.removeprefix(RESULTS), visible_to(record_of(request)))
+    except NotFound:
+        job = None
+    if job is None or job.state != "succeeded":
+        raise NotFound(f"There is no file `{file_id[:100]}`.", param="file_id", code="file_not_found")
+    found = await store.thinned_metrics(job.id, limit=MAX_RESULT_LINES)
+    return job, await asyncio.to_thread(results_csv, found.rows)
 
 
 ROUTES = (upload_file, list_files, retrieve_file, file_content, delete_file)

@@ -4,7 +4,10 @@ A job has one record, that of `/admin/train`: its recipe. The request is the fir
 that it is kept, copied and rebuilt with it. Jobs that were posted as recipes are shown too, without a request.
 """
 
+import csv
+import io
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -172,6 +175,10 @@ class FineTuningCheckpoint(Struct, kw_only=True):
     metrics: CheckpointMetrics
 
 
+RESULTS = "file-results-"
+"""Beginning of the id of a result file; the id of its job is the rest."""
+RESULT_COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
+
 _STATUS: dict[JobState, str] = {"validating": "validating_files", "evaluating": "running", "publishing": "running"}
 _requests = msgspec.json.Decoder(FineTuningRequest)
 
@@ -252,6 +259,7 @@ def job_view(job: Job, progress: JobProgress, served: str, estimated_finish: int
         error=None if error is None else JobFault(code=error.code, message=error.message, param=error.param),
         hyperparameters=chosen,
         method=method,
+        result_files=[f"{RESULTS}{job.id}"] if job.state == "succeeded" else [],
         trained_tokens=progress.trained_tokens if job.ended else None,
         training_file=asked.training_file,
         validation_file=asked.validation_file,
@@ -259,6 +267,20 @@ def job_view(job: Job, progress: JobProgress, served: str, estimated_finish: int
         integrations=asked.integrations or [],
         metadata=asked.metadata,
     )
+
+
+def results_csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """The result file of a job, with OpenAI's columns: a line for each step, out of rows of steps and evaluations."""
+    lines: dict[int, dict[str, Any]] = {}
+    for row in rows:
+        loss, accuracy = RESULT_COLUMNS[3:] if row["type"] == "eval" else RESULT_COLUMNS[1:3]
+        line = lines.setdefault(row["step"], {"step": row["step"]})
+        line |= {loss: row.get("loss"), accuracy: row.get("accuracy")}
+    text = io.StringIO()
+    writer = csv.DictWriter(text, RESULT_COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(line for _, line in sorted(lines.items()))
+    return text.getvalue().encode()
 
 
 def event_view(job_id: str, event: JobEvent) -> FineTuningEvent:

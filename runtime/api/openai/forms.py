@@ -456,10 +456,10 @@ def _tools(asked: ChatRequest, settings: Settings) -> tuple[Tool, ...]:
     found: dict[str, Tool] = {}
     for index, spec in enumerate(given):
         param = f"tools[{index}]"
-        if spec.type != "function" or spec.function is None:
-            raise InvalidRequest(
-                f"{param}.type must be `function`, with a `function`, got `{spec.type[:64]}`.", param=f"{param}.type"
-            )
+        if spec.type != "function":
+            raise InvalidRequest(f"{param}.type must be `function`, got `{spec.type[:64]}`.", param=f"{param}.type")
+        if spec.function is None:
+            raise InvalidRequest(f"{param}.function is missing.", param=f"{param}.function")
         name = spec.function.name
         if not _NAME.fullmatch(name):
             raise InvalidRequest(

@@ -2,8 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import ExitStack, aclosing
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -51,6 +51,8 @@ class Generation:
         self._closed = False
         self._streams = service.submit_all(submissions)
         self._latest: list[Output | None] = [None] * len(self._streams)
+        self._parts: list[list[Output]] | None = None
+        """Outputs of each sequence, where a stream's answer is wanted whole at its end."""
 
     def close(self) -> None:
         """Abort running sequences, and count the request. May be called several times."""
@@ -113,19 +115,16 @@ class Generation:
         return [output for group in groups for output in sorted(group, key=_unlikeliness)[: self._best]]
 
     async def _collect(self, index: int) -> Output:
-        parts = [self._note(index, output) async for output in self._streams[index]]
-        last = parts[-1]
-        return Output(
-            id=last.id,
-            text="".join(part.text for part in parts),
-            token_ids=[id for part in parts for id in part.token_ids],
-            finish_reason=last.finish_reason,
-            stop_reason=last.stop_reason,
-            cumulative_logprob=last.cumulative_logprob,
-            logprobs=[one for part in parts for one in part.logprobs],
-            choices=last.choices,
-            timing=last.timing,
-        )
+        return _joined([self._note(index, output) async for output in self._streams[index]])
+
+    def keep_parts(self) -> None:
+        """Keep what `outputs` gives, for `streamed`."""
+        self._parts = [[] for _ in self._streams]
+
+    def streamed(self) -> list[Output]:
+        """Each sequence's output, whole, once `outputs` has ended."""
+        assert self._parts is not None, "keep_parts was called"
+        return list(map(_joined, self._parts))
 
     def _note(self, index: int, output: Output) -> Output:
         if output.finish_reason == "timeout":
@@ -142,6 +141,8 @@ class Generation:
         if self._latest[index] is None and self._record.quota is not None:
             self._record.quota.started()
         self._latest[index] = output
+        if self._parts is not None:
+            self._parts[index].append(output)
         return output
 
     @property
@@ -206,18 +207,56 @@ class Renderer(Protocol):
 
 
 async def respond(
-    generation: Generation, make: Callable[[], Renderer], record: RequestRecord, receive: Receive, *, stream: bool
+    generation: Generation,
+    make: Callable[[], Renderer],
+    record: RequestRecord,
+    receive: Receive,
+    *,
+    stream: bool,
+    keep: Callable[[Any], Awaitable[None]] | None = None,
 ) -> Response[Any]:
     """The response with the answer that `make` renders, streamed or whole. The generation is closed with it, however
-    it ends. Raises `ClientDisconnected`, and the errors that end a request early where it is not streamed."""
+    it ends. `keep`: awaited with the whole answer before it is complete for the client, streamed or not. Raises
+    `ClientDisconnected`, and the errors that end a request early where it is not streamed."""
+
+    async def write(outputs: list[Output]) -> Struct:
+        count = count_logprobs(*generation.prompt_logprobs.values(), *(output.logprobs for output in outputs))
+        whole: Struct = await write_answer(lambda: answer.whole(outputs), count)
+        if keep is not None:
+            await keep(whole)
+        return whole
+
+    async def kept_chunks() -> AsyncGenerator[Struct, None]:
+        async with aclosing(answer.chunks()) as chunks:
+            async for chunk in chunks:
+                yield chunk
+        await write(generation.streamed())
+
     with ExitStack() as stack:
         stack.callback(generation.close)
         answer = make()
         if stream:
-            return EventStream(with_end(answer.chunks(), record), stack.pop_all().close)
-        outputs = await unless_disconnected(receive, generation.collect())
-        count = count_logprobs(*generation.prompt_logprobs.values(), *(output.logprobs for output in outputs))
-        return Response(await write_answer(lambda: answer.whole(outputs), count))
+            if keep is not None:
+                generation.keep_parts()
+            chunks = answer.chunks() if keep is None else kept_chunks()
+            return EventStream(with_end(chunks, record), stack.pop_all().close)
+        return Response(await write(await unless_disconnected(receive, generation.collect())))
+
+
+def _joined(parts: Sequence[Output]) -> Output:
+    """One sequence's output of all its deltas."""
+    last = parts[-1]
+    return Output(
+        id=last.id,
+        text="".join(part.text for part in parts),
+        token_ids=[id for part in parts for id in part.token_ids],
+        finish_reason=last.finish_reason,
+        stop_reason=last.stop_reason,
+        cumulative_logprob=last.cumulative_logprob,
+        logprobs=[one for part in parts for one in part.logprobs],
+        choices=last.choices,
+        timing=last.timing,
+    )
 
 
 def _unlikeliness(output: Output) -> float:

@@ -77,7 +77,7 @@ INSTEAD: Mapping[str, str] = {
     "return_token_offsets": "/tokenize with return_token_strs shows where tokens begin.",
     "routed_experts_prompt_start": "The routing of experts is not reported.",
     "service_tier": "Use priority, where the server's scheduler.policy is priority.",
-    "store": "Answers of this endpoint are not kept.",
+    "store": "Only chats are stored, and responses.",
     "stream_interval": "Every step's tokens are sent at once; a slow reader gets them merged.",
     "suffix": "Completions act on it, where the model has tokens to fill in a middle.",
     "top_logprobs": "In completions, logprobs is the number itself.",

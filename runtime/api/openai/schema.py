@@ -167,7 +167,7 @@ class GenerationRequest(SamplingParams, frozen=True, kw_only=True, forbid_unknow
     structural_tag: str | ResponseFormat | None = None
     spaces_between_special_tokens: bool | None = None
     """The `tokenizers` library writes none in either case."""
-    # Labels for the client's own book-keeping: accepted, and kept nowhere.
+    # Labels for the client's own book-keeping: accepted, and kept nowhere, but for those of a stored chat.
     user: str | None = None
     metadata: dict[str, str] | None = None
     safety_identifier: str | None = None
@@ -214,6 +214,7 @@ class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     include_reasoning: bool | None = None
     thinking_token_budget: int | None = None
+    store: bool | None = None
     documents: list[dict[str, str]] | None = None
 
     @property

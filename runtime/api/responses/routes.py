@@ -98,7 +98,7 @@ async def create_response(request: AnyRequest) -> Response[ResponseObject]:
         # Storing is OpenAI's default: a server that cannot store refuses only what asks for it.
         store = None if asked.store is False else store
         keeper = _Keeper(store, memory if remembered or store is None else None, tenant, asked, before)
-        response = _begun(asked, chat, answer, f"resp_{record.request_id}", keeper)
+        response = _begun(asked, chat, answer, new_id("resp"), keeper)
         if asked.background:
             await keeper.put(response)
             api.background.start(response.id, _finish(generation, answer, response, keeper, record))
@@ -164,16 +164,14 @@ async def compact_conversation(request: AnyRequest) -> Response[CompactedRespons
         chat, given = (await _chats.parse(msgspec.json.encode(body), api.settings.limits))[:2]
         room = service.max_model_len - await count_chat(request, api, chat)
         chat = replace(chat, max_completion_tokens=max(1, min(MAX_SUMMARY_TOKENS, room)))
-        generation, make, record = await open_chat(request, api, chat, given)
+        generation, make, _ = await open_chat(request, api, chat, given)
     with ExitStack() as stack:
         stack.callback(generation.close)
         answer = make()
         whole = answer.whole(await unless_disconnected(request.receive, generation.collect()))
     item = CompactionItem(id=new_id("cmp"), encrypted_content=packed(whole.choices[0].message.content or ""))
     return Response(
-        CompactedResponse(
-            id=f"resp_{record.request_id}", created_at=answer.created, output=[item], usage=usage_of(whole.usage)
-        )
+        CompactedResponse(id=new_id("resp"), created_at=answer.created, output=[item], usage=usage_of(whole.usage))
     )
 
 

@@ -1,36 +1,82 @@
 """The processes of a launched job: torchrun's agent, which dies with the server, and the ranks, which die with it."""
 
+import contextlib
 import os
 import signal
 import sys
+import threading
 import traceback
 from pathlib import Path
 
+import psutil
+from msgspec.structs import replace
+
 from runtime.support.durable import error_code, without_paths
-from runtime.support.threads import die_with
-from runtime.trainer.launched.files import RESTARTS, JobFolder, LaunchEnd
+from runtime.support.threads import die_with, outlive_parent
+from runtime.trainer.launched.files import (
+    FAILED,
+    FAILED_CODE,
+    KILLED,
+    KILLED_CODE,
+    RESTARTS,
+    AgentRecord,
+    JobFolder,
+    LaunchEnd,
+)
 
 PARENT = "EFT_LAUNCH_AGENT"
 """Environment variable with the process id of the agent."""
+MEETING_SECONDS = 720.0
+"""Time in which the nodes must have met and ranks begun. torchrun itself waits for ten minutes for nodes that are
+missing, but without end for an answer of another program that listens where they should meet."""
 
 
-def run_agent(parent: int, arguments: list[str], folder: JobFolder) -> int:
+def run_agent(parent: int, arguments: list[str], folder: JobFolder, *, lasting: bool = False) -> int:
     """Be torchrun until the ranks have ended; `parent` is the server's process, 0 on nodes without one. `arguments` are
-    torchrun's. Returns the exit code."""
+    torchrun's. `lasting`: go on where the server is killed, once the next one can find this process. Returns the exit
+    code."""
     if parent:
         die_with(parent, ignoring=(signal.SIGINT,))
+    if lasting:
+        started = psutil.Process().create_time()
+        folder.write_agent(AgentRecord(pid=os.getpid(), started=started, attempt=folder.read_spec().attempt))
+        outlive_parent()
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main
 
     os.environ[PARENT] = str(os.getpid())
+    deadline = threading.Timer(MEETING_SECONDS, _end_without_ranks, (folder,))
+    deadline.daemon = True
+    deadline.start()
     try:
         main(arguments)
     except ChildFailedError as error:
         failures = [failure.exitcode for failure in error.failures.values()]
         # torchrun ends the other ranks by SIGTERM.
-        folder.write_end(crashed=any(code < 0 and code != -signal.SIGTERM for code in failures))
-        return 1
-    return 0
+        crashed = any(code < 0 and code != -signal.SIGTERM for code in failures)
+        unwritten = FAILED if FAILED_CODE in failures else None
+        end = None if crashed else folder.first_error() or unwritten
+    except Exception as error:  # of torchrun itself, as where another program has the port to meet at
+        traceback.print_exc()
+        end = _end_of(error)
+        end = replace(end, message=end.message.replace("A rank of this job failed", "torchrun failed", 1))
+    else:
+        return 0
+    finally:
+        deadline.cancel()
+    with contextlib.suppress(OSError):  # a disk may be full; the exit code says the most of it
+        folder.write_end(end or KILLED)
+    return KILLED_CODE if end is None else FAILED_CODE
+
+
+def _end_without_ranks(folder: JobFolder) -> None:
+    """End this process where no rank has begun. On a thread of its own: the other one hears of nothing."""
+    if psutil.Process().children():
+        return
+    message = f"The nodes of this job have not met within {MEETING_SECONDS:.0f} seconds: see trainer.rendezvous."
+    with contextlib.suppress(OSError):
+        folder.write_end(LaunchEnd(crashed=False, message=message, code="nodes_not_met"))
+    os._exit(FAILED_CODE)
 
 
 def run_rank(folder: JobFolder) -> int:
@@ -40,8 +86,9 @@ def run_rank(folder: JobFolder) -> int:
         _train(folder)
     except Exception as error:
         traceback.print_exc()
-        folder.write_error(int(os.environ["RANK"]), _end_of(error))
-        return 1
+        with contextlib.suppress(OSError):
+            folder.write_error(int(os.environ["RANK"]), _end_of(error))
+        return FAILED_CODE
     return 0
 
 
@@ -81,11 +128,13 @@ def _end_of(error: Exception) -> LaunchEnd:
 
 
 def main(arguments: list[str]) -> int:
-    """`agent PARENT FOLDER TORCHRUN'S…`, or `rank FOLDER`."""
+    """`agent PARENT FOLDER TORCHRUN'S…`, the same of `lasting-agent`, or `rank FOLDER`."""
     match arguments:
         case ["rank", folder]:
             return run_rank(JobFolder(Path(folder)))
         case ["agent", parent, folder, *torchrun]:
             return run_agent(int(parent), torchrun, JobFolder(Path(folder)))
+        case ["lasting-agent", parent, folder, *torchrun]:
+            return run_agent(int(parent), torchrun, JobFolder(Path(folder)), lasting=True)
     sys.stderr.write("This is the program of launched jobs: see docs/launched-jobs.md.\n")
     return 2

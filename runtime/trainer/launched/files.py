@@ -18,6 +18,7 @@ from runtime.trainer.recipe.launch import Launch
 from runtime.trainer.schedule import ExampleFeed, Schedule
 
 SPEC, FEED, INITIAL, REQUEST, LOG, END = "spec.json", "feed.msgpack", "initial", "request", "ranks.log", "end.json"
+AGENT = "agent.json"
 SNAPSHOTS = "snapshots"
 """Folder of the snapshots that the server has not taken yet."""
 MEETING = "meeting"
@@ -25,6 +26,8 @@ MEETING = "meeting"
 BEST = "best.safetensors"
 MODEL = "model_files"
 """Folder of a whole model in a result."""
+STEP = "step-"
+"""Begin of the name of a checkpoint's folder."""
 PAUSE = b"pause"
 RESTARTS = 100
 """Restarts of one launch by torchrun itself, which are on several nodes alone."""
@@ -60,6 +63,16 @@ class LaunchSpec(Struct, frozen=True, kw_only=True):
     """Number of the launch. With torchrun's own restarts, `RESTARTS` of them at most, it names the file of reports."""
 
 
+class AgentRecord(Struct, frozen=True, kw_only=True):
+    """The process that is torchrun, while it runs."""
+
+    pid: int
+    started: float
+    """Its start in seconds since the epoch, which tells it from a later process of the same id."""
+    attempt: int
+    """`LaunchSpec.attempt`"""
+
+
 class RankReport(Struct, frozen=True):
     """A line of rank 0's reports."""
 
@@ -76,6 +89,15 @@ class LaunchEnd(Struct, frozen=True, kw_only=True):
     message: str
     code: str = "internal_error"
 
+
+KILLED = LaunchEnd(crashed=True, message="a rank was killed")
+FAILED = LaunchEnd(
+    crashed=False,
+    message="The processes of this job ended with an error that they could not write down, as where a disk is full; "
+    f"{LOG} in the job's folder on the server has their output.",
+)
+KILLED_CODE, FAILED_CODE = 1, 3
+"""Exit codes of torchrun's agent where a rank was killed, and where an error was raised; the latter also of ranks."""
 
 _LENGTH_BYTES = 4
 
@@ -183,6 +205,20 @@ class JobFolder:
         """Delete the file by which agents met: before each life of torchrun."""
         remove(self.meeting)
 
+    def write_agent(self, agent: AgentRecord) -> None:
+        """Note the process that runs. Raises `OSError`."""
+        replace_file(self.path / AGENT, msgspec.json.encode(agent))
+
+    def agent(self) -> AgentRecord | None:
+        """The process that was noted last, and whose end no server has seen."""
+        try:
+            return msgspec.json.decode((self.path / AGENT).read_bytes(), type=AgentRecord)
+        except (OSError, msgspec.MsgspecError):
+            return None
+
+    def forget_agent(self) -> None:
+        remove(self.path / AGENT)
+
     def request(self, what: bytes) -> None:
         """Ask the ranks for something at the next step's end. Raises `OSError`."""
         replace_file(self.path / REQUEST, what)
@@ -226,16 +262,17 @@ class JobFolder:
         """Note the error that ends a rank."""
         replace_file(self.path / f"error-{rank}.json", msgspec.json.encode(end))
 
-    def write_end(self, *, crashed: bool) -> None:
-        """Note how torchrun ended: `crashed`, or by the first error that a rank has noted."""
+    def first_error(self) -> LaunchEnd | None:
+        """The first error that a rank has noted."""
         errors = sorted(self.path.glob("error-*.json"), key=lambda path: path.stat().st_mtime_ns)
-        if crashed or not errors:
-            replace_file(self.path / END, msgspec.json.encode(LaunchEnd(crashed=True, message="a rank was killed")))
-        else:
-            replace_file(self.path / END, errors[0].read_bytes())
+        return msgspec.json.decode(errors[0].read_bytes(), type=LaunchEnd) if errors else None
+
+    def write_end(self, end: LaunchEnd) -> None:
+        """Note how torchrun ended."""
+        replace_file(self.path / END, msgspec.json.encode(end))
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """The checkpoint of the most steps in a job's folder of them."""
-    found = [path for path in folder.glob("step-*") if path.name[5:].isdigit()]
-    return max(found, key=lambda path: int(path.name[5:]), default=None)
+    found = [path for path in folder.glob(f"{STEP}*") if path.name.removeprefix(STEP).isdigit()]
+    return max(found, key=lambda path: int(path.name.removeprefix(STEP)), default=None)

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,13 +13,27 @@ from functools import partial
 from pathlib import Path
 
 import msgspec
+import psutil
 from msgspec import Struct
 
 from runtime.events import CancelledEvent, FailedEvent, FinishedEvent, PausedEvent, RunEvent
 from runtime.support.durable import error_code, reason, remove, sync_file
 from runtime.support.failpoints import failpoint
 from runtime.support.logs import get_logger
-from runtime.trainer.launched.files import LOG, PAUSE, REQUEST, JobFolder, LaunchSpec, ReportReader
+from runtime.trainer.launched.files import (
+    FAILED,
+    FAILED_CODE,
+    LOG,
+    PAUSE,
+    REQUEST,
+    STEP,
+    AgentRecord,
+    JobFolder,
+    LaunchSpec,
+    RankReport,
+    ReportReader,
+    newest_checkpoint,
+)
 from runtime.trainer.schedule import ExampleFeed
 
 _log = get_logger("launched")
@@ -71,15 +86,18 @@ class LaunchedRun:
         *,
         max_restarts: int,
         devices: threading.Lock,
+        outlives: bool = False,
     ) -> None:
         """`write` makes the job for the ranks, and may write into its folder; it blocks, and runs on the thread.
         `max_restarts`: how often the job is started again after a rank was killed, without a step in between.
-        `devices`: held by the run whose processes have the devices; others wait for it."""
+        `devices`: held by the run whose processes have the devices; others wait for it. `outlives`: the processes go on
+        where the server is killed, and a run that finds some follows them."""
         self._folder, self._name, self._write, self._nodes = folder, name, write, nodes
         self._environment = dict(environment)
         self._on_event = on_event
         self._max_restarts = max_restarts
         self._devices = devices
+        self._outlives = outlives
         self._loop = asyncio.get_running_loop()
         self._closed = False
         self._cancelled = False
@@ -120,7 +138,16 @@ class LaunchedRun:
     # -- its processes -------------------------------------------------------------------------
 
     def _launch(self) -> "_Launch":
-        launch = _Launch(self, self._folder, self._name, self._write, self._nodes, self._environment, self._devices)
+        launch = _Launch(
+            self,
+            self._folder,
+            self._name,
+            self._write,
+            self._nodes,
+            self._environment,
+            self._devices,
+            outlives=self._outlives,
+        )
         launch.start(self._max_restarts)
         if self._paused:
             launch.pause()
@@ -160,15 +187,18 @@ class _Launch:
         nodes: Nodes,
         environment: dict[str, str],
         devices: threading.Lock,
+        *,
+        outlives: bool,
     ) -> None:
-        self._devices = devices
+        self._devices, self._outlives = devices, outlives
         self._run, self._folder, self._name, self._write, self._nodes = run, folder, name, write, nodes
         self._environment = environment
         self._lock = threading.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: AgentProcess | None = None
         self._killed = False
         self._pausing = False
         self._step = 0
+        self._exit_code = 0
         self.ended = False
         """True once the last event was posted, or nothing more will be."""
 
@@ -225,20 +255,22 @@ class _Launch:
             self._devices.release()
 
     def _work_on_devices(self, max_restarts: int) -> tuple[RunEvent, str | None] | None:
-        """Run torchrun, again where ranks were killed."""
-        self._folder.clear()
-        spec, feed = self._write(self._folder)
-        self._folder.write(spec, feed)
-        if self._pausing:
-            self._ask()
+        """Run torchrun, again where ranks were killed; or follow the one that an earlier server has left."""
+        left = self._left_behind()
+        spec: LaunchSpec | None = None
         attempt = restarts = 0
         while not self._killed:
-            best, attempt = self._step, attempt + 1
-            self._folder.write_spec(msgspec.structs.replace(spec, attempt=attempt))
-            last = self._attempt(attempt, max_restarts)
+            best = self._step
+            if left is not None:
+                attempt, last = left.attempt, self._follow_left(left)
+                left = None
+            else:
+                spec, attempt = spec or self._prepare(), attempt + 1
+                self._folder.write_spec(msgspec.structs.replace(spec, attempt=attempt))
+                last = self._attempt(attempt, max_restarts)
             if last is not None or self._killed:
                 return last
-            end = self._folder.end()
+            end = self._folder.end() or (FAILED if self._exit_code == FAILED_CODE else None)
             if end is not None and not end.crashed:
                 _log.warning("launched_job_failed", job=self._name, log=self._folder.last_lines())
                 return FailedEvent(step=self._step, code=end.code, message=end.message), None
@@ -253,18 +285,61 @@ class _Launch:
                 return FailedEvent(step=self._step, code="ranks_killed", message=message), None
         return None
 
+    def _prepare(self) -> LaunchSpec:
+        """Write the job for its ranks."""
+        self._folder.clear()
+        spec, feed = self._write(self._folder)
+        self._folder.write(spec, feed)
+        if self._pausing:
+            self._ask()
+        return spec
+
+    def _left_behind(self) -> AgentRecord | None:
+        """Process that an earlier server has left, to be followed. One that is not to be is killed."""
+        found = self._folder.agent()
+        if found is not None and not self._outlives:
+            _kill(LeftProcess(found))
+            self._folder.forget_agent()
+            return None
+        return found
+
+    def _follow_left(self, found: AgentRecord) -> tuple[RunEvent, str | None] | None:
+        """Follow what an earlier server has started, alive or not, from the newest checkpoint on."""
+        process = LeftProcess(found)
+        with self._lock:
+            self._process = process
+            if self._killed:
+                _kill(process)
+        done = newest_checkpoint(Path(self._folder.read_spec().checkpoints))
+        begun = 0 if done is None else int(done.name.removeprefix(STEP))
+        _log.info("launched_job_followed", job=self._name, process=process.pid)
+        if self._pausing:
+            self._ask()
+        else:
+            remove(self._folder.path / REQUEST)
+        return self._follow(process, ReportReader(self._folder, found.attempt), begun=begun)
+
     def _attempt(self, attempt: int, max_restarts: int) -> tuple[RunEvent, str | None] | None:
         """One life of torchrun; returns the event that ends the run, if there was one."""
         reader = ReportReader(self._folder, attempt)
         self._folder.clear_meeting()
         with self._folder.log.open("ab") as output:
             process = self._spawn(max_restarts, output.fileno())
+        return self._follow(process, reader)
+
+    def _follow(
+        self, process: "AgentProcess", reader: ReportReader, *, begun: int | None = None
+    ) -> tuple[RunEvent, str | None] | None:
+        """Read reports until torchrun ends; returns the event that ends the run, if there was one. `begun`: step up to
+        which an earlier server has taken in the reports."""
         last: tuple[RunEvent, str | None] | None = None
         try:
             alive = True
             while alive and last is None:
                 alive = process.poll() is None
                 for report in reader.read():
+                    if begun is not None and self._is_known(report, begun):
+                        continue
                     if isinstance(report.event, Ended):
                         last = (report.event, report.snapshot)
                         continue
@@ -277,12 +352,22 @@ class _Launch:
                 _wait(process, EXIT_SECONDS)
         finally:
             _kill(process)
-            process.wait()
+            self._exit_code = process.wait()
+            self._folder.forget_agent()
         return last
+
+    def _is_known(self, report: RankReport, begun: int) -> bool:
+        """True for a report that an earlier server has acted on, or that was for its own end: a pause."""
+        if report.snapshot is not None and not self._folder.snapshot(report.snapshot).exists():
+            return True
+        if isinstance(report.event, Ended):
+            return isinstance(report.event, PausedEvent) and not self._pausing
+        return report.event.step <= begun
 
     def _spawn(self, max_restarts: int, output: int) -> subprocess.Popen[bytes]:
         arguments = self._nodes.arguments(self._folder, self._name, max_restarts=max_restarts)
-        command = [sys.executable, "-m", "runtime.trainer.launched", "agent", str(os.getpid()), str(self._folder.path)]
+        role = "lasting-agent" if self._outlives else "agent"
+        command = [sys.executable, "-m", "runtime.trainer.launched", role, str(os.getpid()), str(self._folder.path)]
         failpoint("launched.spawn")
         with self._lock:
             self._process = process = subprocess.Popen(
@@ -299,7 +384,40 @@ class _Launch:
         return process
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
+class LeftProcess:
+    """torchrun as an earlier server has started it, which is no child of this process: what is used of `Popen`."""
+
+    def __init__(self, agent: AgentRecord) -> None:
+        self.pid = agent.pid
+        self._started = agent.started
+
+    def poll(self) -> int | None:
+        """None while it runs; else 0, for an exit code that is not known."""
+        try:
+            found = psutil.Process(self.pid)
+            # psutil works the time out from that of the machine's start, which moves with the clock.
+            same = abs(found.create_time() - self._started) < 2.0 and found.status() != psutil.STATUS_ZOMBIE
+        except psutil.Error:
+            return 0
+        return None if same else 0
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for its end. Raises `subprocess.TimeoutExpired`."""
+        end = None if timeout is None else time.monotonic() + timeout
+        while self.poll() is None:
+            if end is not None and time.monotonic() > end:
+                raise subprocess.TimeoutExpired("torchrun", timeout or 0.0)
+            time.sleep(TAIL_SECONDS)
+        return 0
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+
+
+AgentProcess = subprocess.Popen[bytes] | LeftProcess
+
+
+def _kill(process: AgentProcess) -> None:
     """Kill torchrun, and with it its ranks."""
     if process.poll() is None:
         try:
@@ -308,7 +426,7 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
             process.kill()
 
 
-def _wait(process: subprocess.Popen[bytes], seconds: float) -> None:
+def _wait(process: AgentProcess, seconds: float) -> None:
     try:
         process.wait(seconds)
     except subprocess.TimeoutExpired:
@@ -316,9 +434,9 @@ def _wait(process: subprocess.Popen[bytes], seconds: float) -> None:
 
 
 def _move(source: Path, target: Path) -> None:
-    """Make a snapshot's files those of an empty directory, synced. Raises `OSError`."""
-    for path in sorted(source.iterdir()):
-        path.rename(target / path.name)
+    """Make a snapshot's files those of an empty directory, synced. Raises `OSError`, and leaves the snapshot as it was:
+    a later server may find it."""
+    shutil.copytree(source, target, copy_function=os.link, dirs_exist_ok=True)
     for folder, _, names in os.walk(target):
         for name in names:
             sync_file(Path(folder) / name)

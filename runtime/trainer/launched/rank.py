@@ -4,6 +4,7 @@ The same data in the same order, losses, schedule and optimisers. A step has `gr
 for each rank: of two ranks with one each, the losses are those of one rank with two.
 """
 
+import errno
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -195,6 +196,8 @@ class LaunchedRank:
 
     def _sum(self, score: Score) -> Score:
         """The score of all ranks together; rank 0's request comes along."""
+        if self._ranks.first and not self._folder.path.exists():
+            raise FileNotFoundError(errno.ENOENT, "the job's folder is gone, as that of a job which was ended")
         asked = self._ranks.first and self._folder.requested() == PAUSE
         found = self._ranks.exchange(msgspec.msgpack.encode(RankSums(score, asked)))
         total = Score()

@@ -165,20 +165,36 @@ class ExampleLine(Struct, frozen=True, kw_only=True):
 
     tokens: int
     trained_tokens: int
-    begins: str
-    """Its first words."""
+    asks: str
+    """The first words before what is trained on, without what all listed examples have in common."""
     learns: str
     """The first words that are trained on."""
 
 
-def example_line(example: Example, tokenizer: Tokenizer) -> ExampleLine:
-    """An example in short, special tokens left out."""
-    first = next((at for at, trained in enumerate(example.trained) if trained), len(example))
-    begins, learns = (
-        " ".join(tokenizer.decode(ids).split())[:LISTED_CHARS]
-        for ids in (example.token_ids[:first][:_LISTED_TOKENS], example.token_ids[first:][:_LISTED_TOKENS])
-    )
-    return ExampleLine(tokens=len(example), trained_tokens=example.num_trained, begins=begins, learns=learns)
+def example_lines(examples: Sequence[Example], tokenizer: Tokenizer) -> list[ExampleLine]:
+    """Examples in short: without special tokens, and without what all their prompts begin and end with."""
+    firsts = (next((at for at, trained in enumerate(one.trained) if trained), len(one)) for one in examples)
+    prompts = [example.token_ids[:first] for example, first in zip(examples, firsts, strict=True)]
+    head = _num_shared(prompts)
+    tail = _num_shared([prompt[head:][::-1] for prompt in prompts])
+    return [
+        ExampleLine(
+            tokens=len(example),
+            trained_tokens=example.num_trained,
+            asks=_in_short(prompt[head : len(prompt) - tail] or prompt, tokenizer),
+            learns=_in_short(example.token_ids[len(prompt) :], tokenizer),
+        )
+        for example, prompt in zip(examples, prompts, strict=True)
+    ]
+
+
+def _num_shared(rows: Sequence[Sequence[int]]) -> int:
+    unlike = (at for at, column in enumerate(zip(*rows, strict=False)) if len(set(column)) > 1)
+    return next(unlike, min(map(len, rows), default=0))
+
+
+def _in_short(token_ids: Sequence[int], tokenizer: Tokenizer) -> str:
+    return " ".join(tokenizer.decode(token_ids[:_LISTED_TOKENS]).split())[:LISTED_CHARS]
 
 
 PREVIEWS = 3
@@ -363,7 +379,7 @@ def prepare(
         ),
         watchdog_threshold=watchdog_threshold(recipe, shape.vocab_size),
         previews=[preview(example, tokenizer) for example in train[: PREVIEWS - PREVIEWS % recipe.group_size]],
-        listed=[example_line(example, tokenizer) for example in train[: LISTED - LISTED % recipe.group_size]],
+        listed=example_lines(train[: LISTED - LISTED % recipe.group_size], tokenizer),
         prompt=data.prompt,
         how_to_ask=how_to_ask(data.prompt, chats=tokenizer.chat_template is not None),
         warnings=warnings,

@@ -11,9 +11,11 @@ from runtime.api.admin.overview import MAX_SAMPLES, OverviewHistory
 from runtime.api.handle import MAX_RECENT_REQUESTS, ServiceHandle
 from runtime.api.openai.generation import PHASES
 from runtime.messages import RequestTiming
+from runtime.metrics import CacheShape, EngineLoad
 from settings.schema import Settings
 from tests.api.conftest import RunningServer, client_of
 from tests.api.fakes import FakeService
+from tests.trainer.jobs.fakes import step_event
 
 pytestmark = pytest.mark.anyio
 
@@ -30,7 +32,8 @@ def test_rates_and_quantiles_are_those_of_the_time_between_samples(service: Fake
     timing.first_token = timing.last_token = 1.09
     service.metrics.on_tokens(timing, 9, now=1.12)
     service.metrics.on_slice(0.5, slack_used=1.0)
-    service.num_running, service.kv_usage = 3, 0.25
+    engine = service.metrics.open_engine(CacheShape(max_model_len=64, block_size=16, num_blocks=8))
+    engine.on_step(EngineLoad(running=3, used_blocks=2))
     history.take(102.0)
     sample = history.samples[-1]
     assert (sample.generated_tokens, sample.prompt_tokens) == (5.0, 15.0)
@@ -43,6 +46,18 @@ def test_rates_and_quantiles_are_those_of_the_time_between_samples(service: Fake
         history.take(float(moment))
     last = history.samples[-1]
     assert (last.generated_tokens, last.first_token_p50, last.token_p50) == (0.0, None, None)
+
+
+def test_trained_tokens_are_averaged_over_half_a_minute(service: FakeService) -> None:
+    """A step of seconds would else make a peak in one sample, and nothing in the next ones."""
+    history = history_of(service)
+    history.take(100.0)
+    service.metrics.on_train_step(step_event(1), "ftjob-1")  # 20 tokens
+    for moment in range(102, 134, 2):
+        history.take(float(moment))
+    assert [sample.trained_tokens for sample in history.samples][:3] == [0.0, 10.0, 5.0]
+    assert history.samples[-2].trained_tokens == pytest.approx(20 / 30)
+    assert history.samples[-1].trained_tokens == 0.0
 
 
 def test_the_history_is_bounded(service: FakeService) -> None:

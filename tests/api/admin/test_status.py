@@ -14,6 +14,7 @@ from runtime.api.admin import status
 from runtime.api.admin.overview import OverviewHistory
 from runtime.api.app import create_app
 from runtime.api.handle import Api, ServiceHandle
+from runtime.api.swap import ModelSwap, SwapFailure
 from runtime.errors import StorageUnavailable
 from settings.schema import ServerSettings, Settings
 from tests.api.admin.conftest import RECIPE, admin, start_job, with_keys
@@ -52,6 +53,7 @@ class Following:
         self.library = FakeLibrary()
         self.service.adapters = self.library  # type: ignore[assignment]
         handle = ServiceHandle(self.service, world.manager if world else None)  # type: ignore[arg-type]
+        self.handle = handle
         self.history = OverviewHistory(handle)
         self._changes = status._Changes(Api(handle, Settings(), None), owner)  # type: ignore[arg-type]
         self._seen: list[tuple[str, Any]] = []
@@ -109,6 +111,24 @@ async def test_changes_come_and_nothing_comes_twice(by_hand: World) -> None:
     await following.tick()
     assert following.task is not None
     assert following.task.done()
+
+
+async def test_moves_to_other_models_are_followed_though_no_model_is_there() -> None:
+    following = Following(None)
+    swapper = following.handle.swapper = SimpleNamespace(last=None)
+    assert (await following.begin())["swap"] is None
+    await following.tick()
+    swap = swapper.last = ModelSwap(model="words@1", previous="fake", mode="drain", status="draining", started_at=1.0)
+    found = await following.tick()
+    assert (found["swap"]["status"], found["swap"]["model"]) == ("draining", "words@1")
+    assert (await following.tick()).keys() == {"sample"}
+    service, following.handle.service = following.handle.service, None
+    swap.status = "loading"
+    found = await following.tick()
+    assert (found["swap"]["status"], found["sample"]["running"]) == ("loading", 0)
+    following.handle.service = service
+    swap.status, swap.error = "failed", SwapFailure(code="model_not_loaded", message="No such model.")
+    assert (await following.tick())["swap"]["error"]["message"] == "No such model."
 
 
 async def test_jobs_that_cannot_be_read_now_come_later(by_hand: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,8 +89,29 @@ def test_a_failed_tool_says_so() -> None:
     assert body["messages"] == [{"role": "tool", "tool_call_id": "t1", "content": "Error: no network"}]
 
 
+def test_documents_are_their_text() -> None:
+    plain = {"type": "text", "media_type": "text/plain", "data": "Newts."}
+    parts = {"type": "content", "content": [{"type": "text", "text": "Efts."}]}
+    asked = [
+        {"type": "document", "source": plain, "title": "Pond", "context": "Old.", "citations": {"enabled": False}},
+        {"type": "text", "text": "What is it about?"},
+        {"type": "document", "source": parts},
+    ]
+    body = body_of(messages=[{"role": "user", "content": asked}])
+    assert body["messages"] == [{"role": "user", "content": "Pond\nOld.\nNewts.\nWhat is it about?\nEfts."}]
+
+
 @pytest.mark.parametrize(
-    "block", [{"type": "tool_result", "content": "x"}, {"type": "text"}, {"type": "document", "text": "x"}]
+    "block",
+    [
+        {"type": "tool_result", "content": "x"},
+        {"type": "text"},
+        {"type": "document", "text": "x"},
+        {"type": "document", "source": {"type": "text"}},
+        {"type": "document", "source": {"type": "base64", "media_type": "application/pdf", "data": "AA=="}},
+        {"type": "document", "source": {"type": "text", "data": "x"}, "citations": {"enabled": True}},
+        {"type": "image", "source": {"type": "url", "url": "https://example.com/newt.png"}},
+    ],
 )
 def test_blocks_that_cannot_be_read_are_named(block: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequest, match=r"messages\[0\]\.content\[0\]"):

@@ -1,5 +1,6 @@
 """/v1/fine_tuning/jobs by the unmodified `openai` client: the jobs of /admin/train, in OpenAI's form."""
 
+import csv
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,21 @@ def test_a_job_from_its_file_to_its_model(client: openai.OpenAI, base: str, serv
     assert checkpoints[0].fine_tuned_model_checkpoint == f"{done.fine_tuned_model}:ckpt-step-{steps[0]}"
     assert checkpoints[0].metrics.train_loss is not None
     assert [one.id for one in client.fine_tuning.jobs.list(limit=1)][-1:] == [job.id]
+
+    assert job.result_files == []
+    (results,) = done.result_files
+    lines = list(csv.DictReader(client.files.content(results).text.splitlines()))
+    assert [(line["step"], float(line["train_loss"]) > 0) for line in lines if line["train_loss"]] == [
+        (str(step), True) for step in range(1, 5)
+    ]
+    evaluated = [event.data["loss"] for event in events if event.data.get("type") == "eval"]
+    assert float(lines[-1]["valid_loss"]) == evaluated[0]
+    described = client.files.retrieve(results)
+    assert (described.purpose, described.bytes) == ("fine-tune-results", len(client.files.content(results).content))
+    with pytest.raises(openai.ConflictError):
+        client.files.delete(results)
+    with pytest.raises(openai.NotFoundError):
+        client.files.retrieve(f"{results}0")
 
 
 PREFERENCES = jsonl(

@@ -20,9 +20,10 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from settings.schema import ModelSettings, ServerSettings, Settings
-from tests.api.conftest import RunningServer, tiny_settings
+from tests.api.conftest import RunningServer, jobs_of, tiny_settings
 from tests.api.fakes import events
 from tests.tiny import make_tiny_llama
+from tests.trainer.jobs.fakes import World
 
 TEMPLATE = """{%- if tools %}<|im_start|>system
 Call with <tool_call></tool_call>:{% for tool in tools %} {{ tool | tojson }}{% endfor %}<|im_end|>
@@ -69,7 +70,8 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
         model=msgspec.structs.replace(base.model, chat_template=str(folder / "template.jinja")),
         cache=msgspec.structs.replace(base.cache, num_blocks=512),
     )
-    with RunningServer(chosen) as server, httpx.Client(base_url=server.url, timeout=120) as client:
+    state = jobs_of(World(folder / "state"))
+    with RunningServer(chosen, state) as server, httpx.Client(base_url=server.url, timeout=120) as client:
         yield client
 
 
@@ -188,6 +190,7 @@ def test_structural_tags(client: httpx.Client) -> None:
         ({"tool_choice": "required"}, "tool_choice", "tools"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "no"}}}, "tool_choice", "`no`"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type", "web_search"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function", "missing"),
         ({"tools": [TOOLS[0], TOOLS[0]]}, "tools[1].function.name", "get_weather"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name", "a b"),
         (
@@ -236,6 +239,26 @@ def test_forced_calls_are_valid(client: httpx.Client, choice: Any, parallel: boo
             assert one["message"]["content"] is None
             ids = [call["id"] for call in one["message"]["tool_calls"]]
             assert len(set(ids)) == len(ids)
+
+
+def test_a_stored_stream_has_the_calls_that_were_sent(client: httpx.Client) -> None:
+    body = chat(tools=TOOLS, tool_choice="required", n=3, temperature=1.5, store=True)
+    chunks = list(events(client.post(CHAT, json={**body, "stream": True}).text))
+    sent = [
+        (choice["index"], call["index"], call["id"], call["function"]["name"])
+        for chunk in chunks
+        for choice in chunk["choices"]
+        for call in choice["delta"].get("tool_calls", ())
+        if "id" in call
+    ]
+    stored = client.get(f"{CHAT}/{chunks[0]['id']}").json()
+    kept = [
+        (choice["index"], number, call["id"], call["function"]["name"])
+        for choice in stored["choices"]
+        for number, call in enumerate(choice["message"].get("tool_calls", ()))
+    ]
+    assert sorted(sent) == kept != []
+    assert stored["choices"] != ask(client, **body)["choices"]  # whose calls have ids of their own
 
 
 def test_no_call_where_none_is_allowed(client: httpx.Client) -> None:

@@ -51,6 +51,7 @@ async def test_a_batch_of_chats_is_checked(client: httpx.AsyncClient, service: F
         ({"messages": TWO, "prompt_logprobs": 1}, "prompt_logprobs"),
         ({"messages": TWO, "tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
         ({"messages": TWO, "include_metrics": True}, "include_metrics"),
+        ({"messages": TWO, "store": True}, "store"),
     ):
         assert refusal(await client.post(BATCH, json={"max_tokens": 4, **fields})) == (400, param), fields
     assert not service.submitted
@@ -200,3 +201,16 @@ def test_a_batch_answers_as_its_chats_do(trusting: httpx.Client) -> None:
     assert texts == [one["choices"][0]["message"]["content"] for one in each]
     assert batch["usage"]["prompt_tokens"] == sum(one["usage"]["prompt_tokens"] for one in each)
     assert re.fullmatch("chatcmpl-[0-9a-f]{32}", batch["id"])
+
+
+@pytest.mark.parametrize(
+    "path", ["/conversations", "/images/generations", "/fine_tuning/alpha/graders/run", "/uploads"]
+)
+async def test_what_is_not_served_of_openais_api_says_so(client: httpx.AsyncClient, path: str) -> None:
+    for ask in (client.get, client.post):
+        answer = await ask(f"/v1{path}")
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"], error["type"]) == (404, "unknown_url", "invalid_request_error")
+        assert f"/v1/{path.split('/')[1]} here: " in error["message"]
+    for other in ("/v1/nothing", path, f"/v2{path}"):
+        assert (await client.get(other)).json()["error"]["message"] == "There is no such endpoint."

@@ -2,11 +2,19 @@
 
 import inspect
 import json
+import os
+import re
+import subprocess
+import sys
+import weakref
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import kernels
 from benchmarks.gpu import speed
@@ -44,6 +52,46 @@ def test_the_whole_check_runs_on_a_cpu(tmp_path: Path) -> None:
     text = (tmp_path / "out" / "gpu.txt").read_text()
     assert all(name in text for name in NAMES)
     assert len(text.splitlines()) < 70
+
+
+def link_packages(names: list[str], folder: Path) -> None:
+    """A folder to import these distributions from, and what they need, and nothing else."""
+    seen: set[str] = set()
+    while names:
+        name = canonicalize_name(names.pop())
+        try:
+            found = distribution(name)
+        except PackageNotFoundError:
+            continue  # such as one for another platform
+        if name in seen:
+            continue
+        seen.add(name)
+        wanted = map(Requirement, found.requires or ())
+        names += [one.name for one in wanted if not one.marker or one.marker.evaluate({"extra": ""})]
+        for top in {Path(file).parts[0] for file in found.files or ()} - {"..", "__pycache__"}:
+            if not (folder / top).exists():
+                (folder / top).symlink_to(found.locate_file(top))
+
+
+def test_it_needs_what_the_page_names(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "performance.md").read_text(encoding="utf-8")
+    carried = re.search(r"^pip download --dest wheels (.+?) +#", page, re.MULTILINE)
+    assert carried is not None
+    make_tiny_llama(tmp_path / "model")
+    (tmp_path / "packages").mkdir()
+    link_packages(["torch", "triton", "transformers", *carried[1].split()], tmp_path / "packages")
+    only = ["--only", "tokens", "adapters", "training", "beside", "--minutes", "0.5", "--most", "2"]
+    command = [sys.executable, "-S", "-m", "benchmarks.gpu", "--device", "cpu", "--folder", str(tmp_path), *only]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "out")],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path / 'packages'}:{Path(__file__).parents[3]}"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=250,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert "peft is not installed" in done.stdout
 
 
 def test_every_op_of_the_interface_has_a_case() -> None:
@@ -89,6 +137,27 @@ def test_a_token_that_is_not_transformers_own_has_a_gap(subject: Subject) -> Non
         assert 3 <= best < 6
 
 
+def test_the_cache_has_room_for_the_largest_batch(tiny_model: Path) -> None:
+    """No row waits for another's blocks: by default a cache holds four contexts."""
+    subject = Subject(str(tiny_model), CPU, most=48)
+    with subject.engine() as assembled:
+        rows = [Row(prompt) for prompt in subject.prompts(48, 128)]
+        generate(assembled, rows, 64)
+        assert assembled.engine.scheduler.counts.preemptions == 0
+        assert assembled.num_blocks * assembled.block_size >= 48 * (128 + 128)
+
+
+def test_what_was_measured_is_gone_before_the_next(subject: Subject) -> None:
+    """A section keeps its names to its end."""
+    with subject.engine() as assembled, subject.transformers() as peer:
+        generate(assembled, [Row(subject.prompts(1, 12)[0])], 2)
+        worker: Any = assembled.engine._executor._worker  # type: ignore[attr-defined]
+        held = [weakref.ref(one) for one in (assembled.decoder.layers[0], *worker._cache.layers[0])]  # type: ignore[union-attr]
+        del worker
+    assert [one() for one in held] == [None] * len(held)
+    assert {parameter.device.type for parameter in peer.parameters()} == {"meta"}
+
+
 def test_a_section_that_fails_does_not_end_the_others() -> None:
     def wrong(clock: Clock, figures: Figures) -> None:
         figures["before"] = 1.5
@@ -112,7 +181,7 @@ def test_a_section_that_fails_does_not_end_the_others() -> None:
     assert found[3].figures["left"] > 7  # the last one has what the others left
     report = Report(device="cpu", machine={}, model="m", minutes=1, sections=found)
     assert report.failed == ["wrong", "broken"]
-    assert "2 of 4 sections failed: wrong, broken" in page(report)
+    assert "2 of 4 sections failed: wrong, broken, 1 of 4 were skipped" in page(report)
 
 
 def test_no_time_is_no_section() -> None:

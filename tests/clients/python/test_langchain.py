@@ -35,7 +35,10 @@ class TestChat(ChatModelIntegrationTests):
     def test_agent_loop(self, model: BaseChatModel) -> None:
         super().test_agent_loop(model)
 
-    def test_structured_output_optional_param(self, model: BaseChatModel) -> None:
+    @pytest.fixture
+    def model(self, request: pytest.FixtureRequest) -> BaseChatModel:
         """Asked for half of a joke, a model this small repeats itself without end unless repetition costs something."""
-        assert isinstance(model, ChatOpenAI)
-        super().test_structured_output_optional_param(model.model_copy(update={"frequency_penalty": 0.5}))
+        more = getattr(request, "param", None) or {}
+        if request.node.name == "test_structured_output_optional_param":
+            more = {"frequency_penalty": 0.5, **more}
+        return ChatOpenAI(**{**self.standard_chat_model_params, **self.chat_model_params, **more})

@@ -40,10 +40,10 @@ def ranks_of(state: Path) -> list[int]:
 
 def agents_of(state: Path) -> list[int]:
     """The same of torchrun's agents."""
-    return _processes(state, b"agent")
+    return _processes(state, b"agent", b"lasting-agent")
 
 
-def _processes(state: Path, kind: bytes) -> list[int]:
+def _processes(state: Path, *kinds: bytes) -> list[int]:
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         try:
@@ -52,6 +52,6 @@ def _processes(state: Path, kind: bytes) -> list[int]:
             continue
         at = words.index(PROGRAM) if PROGRAM in words else len(words)
         # torchrun's own command line names the program too, behind its arguments.
-        if words[at + 1 : at + 2] == [kind] and any(word.startswith(bytes(state)) for word in words):
+        if at + 1 < len(words) and words[at + 1] in kinds and any(word.startswith(bytes(state)) for word in words):
             found.append(int(path.name))
     return found

@@ -181,6 +181,35 @@ def test_a_server_that_ends_takes_a_launched_job_along(tiny: str, tmp_path: Path
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+def test_processes_outlive_the_server_where_that_is_asked_for(
+    tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next server follows the same processes; a job that is cancelled ends them."""
+    monkeypatch.setenv("EFT_TRAINER_OUTLIVE_SERVER", "true")
+    state, recipe = tmp_path / "state", LORA + "ddp: true\nsave_steps: 3\n"
+    with ServerProcess(tiny, state, failpoints="launched.step=sleep:2", devices=TWO) as server:
+        job = server.train(recipe, DATA)
+        wait_until(lambda: 1 in server.losses(job), 180)
+        ranks = ranks_of(state)
+        server.kill()
+    time.sleep(1)
+    assert ranks_of(state) == ranks
+    with ServerProcess(tiny, state, devices=TWO) as server:
+        wait_until(lambda: 4 in server.losses(job), 180)
+        assert ranks_of(state) == ranks
+        losses = followed(server, job)
+        assert losses == pytest.approx(trained(server, LORA + "gradient_accumulation_steps: 2\n"), **SAME)
+        other = server.train(recipe + "num_epochs: 1000\n", DATA)
+        wait_until(lambda: 1 in server.losses(other), 180)
+        server.kill()
+    with ServerProcess(tiny, state, devices=TWO) as server:
+        wait_until(lambda: server.job(other)["status"] == "running", 60)
+        assert server.http.post(f"/admin/jobs/{other}/cancel").status_code == 200
+        wait_until(lambda: not ranks_of(state) and not agents_of(state), 30)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_processes_that_are_always_killed_end_their_job_alone(tiny: str, tmp_path: Path) -> None:
     state = tmp_path / "state"
     with ServerProcess(tiny, state, failpoints="launched.step=sleep:60", devices=TWO, max_restarts=1) as server:
@@ -199,12 +228,48 @@ def test_processes_that_are_always_killed_end_their_job_alone(tiny: str, tmp_pat
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed")
-@pytest.mark.parametrize("config", ["deepspeed_configs/zero2.json", "zero1", "zero3"])
-def test_deepspeed_learns_what_the_embedded_trainer_does(tiny: str, tmp_path: Path, config: str) -> None:
+@pytest.mark.parametrize(
+    ("base", "config"),
+    [(LORA, "deepspeed_configs/zero2.json"), (LORA, "zero1"), (LORA, "zero3"), (RECIPE, "zero2"), (RECIPE, "zero3")],
+)
+def test_deepspeed_learns_what_one_rank_does(tiny: str, tmp_path: Path, base: str, config: str) -> None:
+    """One rank is the embedded trainer, or with all weights a launched one without DeepSpeed. The job is paused and
+    resumed on its way, and loses a rank."""
     state = tmp_path / "state"
-    with ServerProcess(tiny, state, failpoints="launched.step@4=sleep:3", devices=TWO) as server:
-        job = server.train(LORA + f"deepspeed: {config}\nsave_steps: 2\n", DATA)
-        wait_until(lambda: 3 in server.losses(job), 180)
+    with ServerProcess(tiny, state, failpoints="launched.step=sleep:1", devices=TWO) as server:
+        job = server.train(base + f"deepspeed: {config}\nsave_steps: 2\n", DATA)
+        wait_until(lambda: 1 in server.losses(job), 180)
+        assert server.http.post(f"/admin/jobs/{job}/pause").status_code == 200
+        wait_until(lambda: server.job(job)["status"] == "paused", 60)
+        assert server.http.post(f"/admin/jobs/{job}/resume").status_code == 200
+        wait_until(lambda: 5 in server.losses(job), 180)
         os.kill(ranks_of(state)[1], signal.SIGKILL)
         losses = followed(server, job)
-        assert losses == pytest.approx(trained(server, LORA + "gradient_accumulation_steps: 2\n"), **SAME)
+    with ServerProcess(tiny, state, devices=TWO) as server:
+        alone = "gradient_accumulation_steps: 2\n" + ("" if base is LORA else "devices: 1\n")
+        assert losses == pytest.approx(trained(server, base + alone), **SAME)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_smollm2_is_trained_whole_and_with_an_adapter(tmp_path: Path) -> None:
+    """Two ranks learn what one does; the server answers with the adapter, and moves to the model."""
+    state, further = tmp_path / "state", "max_steps: 3\nlearning_rate: 1e-4\n"
+    base, lora = ("\n".join(line for line in one.splitlines() if "learning_rate" not in line) + "\n" + further
+                  for one in (RECIPE, LORA))  # fmt: skip
+    alone = "gradient_accumulation_steps: 2\n"
+    with ServerProcess("demo", state, devices=TWO) as server:
+        whole = trained(server, base + FULL_SHARD)
+        assert whole == pytest.approx(trained(server, base.replace("words", "other") + "devices: 1\n" + alone), **SAME)
+        assert whole[-1] < whole[0]
+        adapted = trained(server, lora.replace("words", "adapter") + "ddp: true\n")
+        assert adapted == pytest.approx(trained(server, lora.replace("words", "beside") + alone), **SAME)
+        name = server.http.get("/admin/model").json()["name"]
+        before = server.tokens(name, "Say newt 0")
+        assert server.tokens("adapter", "Say newt 0") == server.tokens("beside", "Say newt 0")
+        assert server.http.post("/admin/model/swap", json={"model": "words@1"}).status_code == 202
+        wait_until(lambda: server.http.get("/admin/model").json()["swap"]["finished_at"] is not None, 120)
+        assert server.http.get("/admin/model").json()["model"] == "words@1"
+        served = server.tokens(name, "Say newt 0")
+    assert served == generated(state / "models" / "words" / "1", "Say newt 0", len(served))
+    assert served != before

@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import psutil
 import pytest
 import torch
 
@@ -20,8 +22,22 @@ from runtime.errors import InvalidRequest
 from runtime.events import CheckpointEvent, PausedEvent
 from runtime.model.config import ModelLoadError
 from runtime.trainer.data.example import Example
-from runtime.trainer.launched.files import RESTARTS, JobFolder, RankReport, ReportReader, framed, newest_checkpoint
-from runtime.trainer.launched.process import Nodes
+from runtime.trainer.launched.agent import PARENT, run_agent
+from runtime.trainer.launched.files import (
+    FAILED,
+    FAILED_CODE,
+    KILLED,
+    KILLED_CODE,
+    RESTARTS,
+    AgentRecord,
+    JobFolder,
+    LaunchEnd,
+    RankReport,
+    ReportReader,
+    framed,
+    newest_checkpoint,
+)
+from runtime.trainer.launched.process import LeftProcess, Nodes
 from runtime.trainer.launched.scoring import ScoredModel, call, pad, without_adapters
 from runtime.trainer.launched.spread import LossScale
 from runtime.trainer.launched.zero import complete
@@ -353,16 +369,14 @@ def test_reports_are_read_as_they_are_written_over_restarts(tmp_path: Path) -> N
 
 
 def test_the_first_error_says_how_a_job_ended(tmp_path: Path) -> None:
-    from runtime.trainer.launched.files import LaunchEnd
-
     folder = JobFolder(tmp_path)
-    folder.write_end(crashed=False)
-    assert folder.end() == LaunchEnd(crashed=True, message="a rank was killed")  # no rank has noted an error
+    assert folder.first_error() is None
+    folder.write_end(KILLED)
+    assert folder.end() == KILLED
     folder.write_error(1, LaunchEnd(crashed=False, message="first"))
     time.sleep(0.01)
     folder.write_error(0, LaunchEnd(crashed=False, message="second"))
-    folder.write_end(crashed=False)
-    assert folder.end() == LaunchEnd(crashed=False, message="first")
+    assert folder.first_error() == LaunchEnd(crashed=False, message="first")
     folder.meeting.write_text("stale")
     folder.clear()
     assert folder.end() is None
@@ -436,6 +450,74 @@ def _alive(pid: int) -> bool:
     except OSError:
         return False
     return state != "Z" and os.path.exists(f"/proc/{pid}")
+
+
+def test_a_process_that_an_earlier_server_left() -> None:
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True) as process:
+        started = psutil.Process(process.pid).create_time()
+        left = LeftProcess(AgentRecord(pid=process.pid, started=started, attempt=1))
+        other = LeftProcess(AgentRecord(pid=process.pid, started=started - 60, attempt=1))
+        assert (left.poll(), other.poll(), other.wait()) == (None, 0, 0)  # an id may be given anew
+        with pytest.raises(subprocess.TimeoutExpired):
+            left.wait(0.01)
+        left.kill()
+        assert left.wait(10) == 0  # though its parent has not asked for its end yet
+        assert process.wait() == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("code", [-signal.SIGKILL, FAILED_CODE])
+@pytest.mark.parametrize("noted", [True, False])
+def test_how_torchrun_ended(code: int, noted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that was killed is tried again; one that raised is not, though it could not write that down."""
+    from types import SimpleNamespace
+
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    folder, end = JobFolder(tmp_path), LaunchEnd(crashed=False, message="no room", code="disk_full")
+
+    def fail(arguments: list[str]) -> None:
+        if noted:
+            folder.write_error(0, end)
+        raise ChildFailedError("rank", {0: SimpleNamespace(exitcode=code)})  # type: ignore[dict-item]
+
+    monkeypatch.setenv(PARENT, "")  # to have it as it was
+    monkeypatch.setattr(ChildFailedError, "__init__", lambda self, name, failures: setattr(self, "failures", failures))
+    monkeypatch.setattr(run, "main", fail)
+    assert run_agent(0, [], folder) == (KILLED_CODE if code < 0 else FAILED_CODE)
+    assert folder.end() == (KILLED if code < 0 else end if noted else FAILED)
+
+
+def test_another_program_at_the_meeting_place(tmp_path: Path) -> None:
+    """It takes the connection and says nothing, for which torchrun waits without end."""
+    folder = JobFolder(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        place = f"127.0.0.1:{taken.getsockname()[1]}"
+        arguments = Nodes(per_node=1, count=2, rendezvous=place).arguments(folder, "job", max_restarts=0)
+        program = "import sys; from runtime.trainer.launched import agent; agent.MEETING_SECONDS = 1.0; "
+        program += "sys.exit(agent.main(sys.argv[1:]))"
+        command = [sys.executable, "-c", program, "agent", "0", str(tmp_path), *arguments]
+        done = subprocess.run(command, capture_output=True, check=False, timeout=120)
+    assert done.returncode == FAILED_CODE
+    found = folder.end()
+    assert found is not None
+    assert (found.crashed, found.code) == (False, "nodes_not_met")
+
+
+def test_torchrun_itself_may_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.distributed import run
+
+    def fail(arguments: list[str]) -> None:
+        raise ConnectionError("The connection to the C10d store has failed.")
+
+    monkeypatch.setenv(PARENT, "")
+    monkeypatch.setattr(run, "main", fail)
+    folder = JobFolder(tmp_path)
+    assert run_agent(0, [], folder) == FAILED_CODE
+    found = folder.end()
+    assert found is not None
+    assert not found.crashed
+    assert "C10d store has failed" in found.message
 
 
 def test_an_adapters_own_tokens_are_refused(tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def test_examples_are_listed_with_their_sizes(planner: Planner) -> None:
     assert [(one.tokens, one.trained_tokens) for one in plan.listed] == [
         (len(example), example.num_trained) for example in plan.train[:100]
     ]
-    assert (plan.listed[1].begins, plan.listed[1].learns) == ("user question 1 assistant", "yes yes")
+    assert (plan.listed[1].asks, plan.listed[1].learns) == ("1", "yes yes")  # all ask "question …"
 
 
 def test_packing(planner: Planner) -> None:

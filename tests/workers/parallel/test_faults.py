@@ -120,3 +120,12 @@ def test_a_job_over_http_and_ranks_that_end_with_the_server(tiny_model: Path, tm
         server.kill()
         _, alive = psutil.wait_procs(children, timeout=20)
         assert not alive
+
+
+def test_the_end_of_a_server_with_ranks_prints_nothing(tiny_model: Path, tmp_path: Path) -> None:
+    """Not even what Triton's bindings leak, which they tell an interpreter that is taken apart."""
+    log = tmp_path / "stderr"
+    with ServerProcess(str(tiny_model), tmp_path / "state", log=log, tp=2, threads=1) as server:
+        os.kill(server.pid, signal.SIGTERM)
+        assert server.wait_for_exit() == 0
+    assert log.read_text(encoding="utf-8") == ""

@@ -15,23 +15,30 @@ export function adaptersView(app) {
   const detail = h("div", { class: "panel", hidden: true });
   const report = h("div", { role: "status" });
   const refresh = button("Refresh", () => load());
-  const empty = h("p", { class: "quiet", hidden: true }, "There are no adapters yet. ", h("a", { href: "#train" }, "Train one"), ".");
+  const empty = h(
+    "div",
+    { class: "panel empty", hidden: true },
+    h("p", {}, "There are no adapters yet."),
+    h("p", { class: "quiet" }, "An adapter is what training makes of the model: small files with versions, a name for requests, and a way back."),
+    h("p", {}, h("a", { class: "button primary", href: "#train" }, "Train one")),
+  );
+  const listed = h(
+    "div",
+    { class: "panel scroll", hidden: true, tabindex: 0, role: "region", "aria-labelledby": "adapters-title" },
+    h(
+      "table",
+      {},
+      h("thead", {}, h("tr", {}, ["Name", "Current version", "Aliases", "Canary", "State"].map((text) => h("th", { scope: "col" }, text)))),
+      rows,
+    ),
+  );
   const element = h(
     "section",
     { "aria-labelledby": "adapters-title" },
     h("div", { class: "row" }, h("h2", { id: "adapters-title", class: "grow" }, "Adapters"), refresh),
     trouble,
     empty,
-    h(
-      "div",
-      { class: "panel scroll", tabindex: 0, role: "region", "aria-labelledby": "adapters-title" },
-      h(
-        "table",
-        {},
-        h("thead", {}, h("tr", {}, ["Name", "Current version", "Aliases", "Canary", "State"].map((text) => h("th", { scope: "col" }, text)))),
-        rows,
-      ),
-    ),
+    listed,
     detail,
   );
 
@@ -56,6 +63,7 @@ export function adaptersView(app) {
 
   function list(adapters) {
     empty.hidden = adapters.length > 0;
+    listed.hidden = !adapters.length;
     shown = JSON.stringify(adapters);
     replace(rows, adapters.map(row));
   }
@@ -182,7 +190,7 @@ export function adaptersView(app) {
             h("td", { class: "wrap" }, traffic(each.traffic)),
             h(
               "td",
-              {},
+              { class: "chips" },
               each.current && h("span", { class: "chip good" }, "current"),
               each.loaded && h("span", { class: "chip" }, "in memory"),
               !each.fits && h("span", { class: "chip bad" }, "other base model"),
@@ -192,7 +200,7 @@ export function adaptersView(app) {
               {},
               h(
                 "div",
-                { class: "row" },
+                { class: "row close" },
                 button("Chat", () => app.chatWith(each.id), { class: "small", "aria-label": `Chat with ${each.id}` }),
                 each.job && button("Gate", () => gate(each.job), { class: "small", "aria-label": `Gate of ${each.id}` }),
                 !each.current && act("Promote", (source) => change(source, pathOf(one.name, "/promote"), { json: { version: each.number } }), { class: "small", "aria-label": `Promote ${each.id}` }),
@@ -233,14 +241,14 @@ export function adaptersView(app) {
   function origin(version) {
     const digest = h("span", { class: "code", title: `SHA-256 ${version.sha256}` }, version.sha256.slice(0, 12));
     if (!version.job) return h("span", {}, "upload, ", digest);
-    return h("span", {}, button(version.job, () => app.showJob(version.job), { class: "link code" }), `, step ${version.step}, `, digest);
+    return h("span", {}, button(version.job, () => app.showJob(version.job), { class: "link code cut" }), `step ${version.step}, `, digest);
   }
 
   function traffic(found) {
     if (!found) return h("span", { class: "quiet" }, "not in memory");
     if (!found.requests) return "no requests";
     const first = found.first_token_p50 === null ? "" : `; first token ${seconds(found.first_token_p50)}, 95% within ${seconds(found.first_token_p95)}`;
-    return `${number(found.requests)} requests, ${number(found.generated_tokens)} tokens${first}`;
+    return `${number(found.requests)} ${found.requests === 1 ? "request" : "requests"}, ${number(found.generated_tokens)} tokens${first}`;
   }
 
   async function download(source, name, format) {

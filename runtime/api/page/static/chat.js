@@ -6,6 +6,7 @@ import { feedbackRow } from "./feedback.js";
 import { asCurl, asPython } from "./snippets.js";
 
 const TOP_LOGPROBS = 5;
+const TO_TRY = ["Why is the sky blue?", "Write a short poem about a newt.", "Give me three names for a cat."];
 const SCHEMA_HINT = '{"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}';
 const TOOL_CHOICES = { auto: "When the model wants", required: "Always", none: "Never" };
 const TOOLS_HINT = '[{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}}]';
@@ -43,7 +44,7 @@ export function chatView() {
 
   const element = h(
     "section",
-    { "aria-labelledby": "chat-title" },
+    { class: "chat", "aria-labelledby": "chat-title" },
     h("h2", { id: "chat-title", class: "unseen" }, "Chat"),
     names,
     area,
@@ -75,7 +76,7 @@ export function chatView() {
         ),
         h("label", { class: "inline" }, probabilities, "Show the probability of each token"),
         h("div", { class: "columns" }, field("JSON schema of the answer", schema, { class: "column" }), field("Tools, as a JSON list", tools, { class: "column" })),
-        h("div", { class: "fields" }, field("Call tools", toolChoice)),
+        h("div", { class: "fields" }, field("Call tools", toolChoice, { class: "narrow" })),
       ),
     ),
   );
@@ -89,14 +90,17 @@ export function chatView() {
 
   function makeColumn(number) {
     const model = h("input", { list: "models", autocomplete: "off", spellcheck: "false", placeholder: base });
+    const hint = h("div", { class: "hint empty" });
+    model.addEventListener("input", showHints);
     const transcript = h("div", { class: "transcript", role: "log", tabindex: 0, "aria-label": `Conversation ${number}` });
     const box = h(
       "div",
       { class: "panel column" },
       field(number === 1 ? "Model" : "Second model", model),
       transcript,
+      hint,
     );
-    return { model, transcript, element: box, messages: [] };
+    return { model, transcript, hint, element: box, messages: [] };
   }
 
   function setColumns(count) {
@@ -109,7 +113,21 @@ export function chatView() {
       columns.push(column);
     }
     columns.length = count;
+    showHints();
     replace(area, columns.map((column) => column.element));
+  }
+
+  /** What an empty chat says: prompts to try, for the base model. */
+  function showHints() {
+    for (const { model, hint } of columns) {
+      const name = model.value.trim();
+      if (name && name !== base) {
+        replace(hint, h("p", {}, `Ask ${name} something like the rows that it was trained on.`));
+        continue;
+      }
+      const ask = (text) => button(text, () => ((prompt.value = text), running || submit()));
+      replace(hint, h("p", {}, base ? `Ask ${base} something, or try:` : "Ask something."), base && h("div", { class: "row" }, TO_TRY.map(ask)));
+    }
   }
 
   function bubble(message) {
@@ -294,6 +312,7 @@ export function chatView() {
         }),
       );
     }
+    column.transcript.scrollTop = column.transcript.scrollHeight;
   }
 
   /** Add a piece of a tool call to the calls so far. */
@@ -383,6 +402,7 @@ export function chatView() {
       found.forEach((card) => cards.set(card.id, card));
       replace(names, found.map((card) => h("option", { value: card.id })));
       columns.forEach((column) => (column.model.placeholder = base));
+      showHints();
       trouble.textContent = "";
     } catch (error) {
       trouble.textContent = error.message;
@@ -395,6 +415,7 @@ export function chatView() {
     entered,
     use(model) {
       columns[0].model.value = model;
+      showHints();
       reset();
     },
   };

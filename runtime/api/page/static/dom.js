@@ -1,5 +1,7 @@
 // Elements, numbers and times. Text is set as text, never parsed as HTML.
 
+export const SVG = "http://www.w3.org/2000/svg";
+
 /** An element. `props`: attributes, `on…` listeners, `class`, and DOM properties for `value`, `checked`, `disabled`. */
 export function h(tag, props = {}, ...children) {
   const element = document.createElement(tag);
@@ -16,6 +18,20 @@ export function h(tag, props = {}, ...children) {
 /** A button. */
 export const button = (text, onclick, props = {}) => h("button", { type: "button", onclick, ...props }, text);
 
+const THUMB = "M2 10h4v11H2zM8 10l4-8c1.7 0 3 1.3 3 3l-1 4h6a2 2 0 0 1 2 2.4l-1.6 8a2 2 0 0 1-2 1.6H8z";
+
+/** A thumb, up or down, for a button that says in words what it is. */
+export function thumb(down) {
+  const path = document.createElementNS(SVG, "path");
+  path.setAttribute("d", THUMB);
+  const picture = document.createElementNS(SVG, "svg");
+  for (const [name, value] of Object.entries({ viewBox: "0 0 24 24", class: down ? "icon down" : "icon", "aria-hidden": "true" })) {
+    picture.setAttribute(name, value);
+  }
+  picture.append(path);
+  return picture;
+}
+
 let labels = 0;
 /** A labelled control: the label names it to screen readers. */
 export function field(label, control, props = {}) {
@@ -27,7 +43,7 @@ export const replace = (element, ...children) => element.replaceChildren(...chil
 
 /** A table in a box of its own that scrolls: headings, and rows of cells. */
 export function table(label, headings, rows) {
-  const cell = (content) => h("td", { class: "wrap" }, content);
+  const cell = (content) => h("td", { class: typeof content === "number" ? "number" : "wrap" }, content);
   return h(
     "div",
     { class: "scroll bounded", tabindex: 0, role: "region", "aria-label": label },
@@ -60,6 +76,7 @@ export function confirmed(title, text) {
 export function number(value, digits = 3) {
   if (value === null || value === undefined) return "–";
   if (Math.abs(value) >= 1000) return Math.round(value).toLocaleString("en");
+  if (value !== 0 && Math.abs(value) < 0.001) return Number(value.toPrecision(digits)).toExponential();
   return String(Number(value.toPrecision(digits)));
 }
 

@@ -1,7 +1,7 @@
 // Thumbs and corrections under an answer, for /v1/feedback.
 
 import { json } from "./api.js";
-import { announce, button, field, guarded, h } from "./dom.js";
+import { announce, button, field, guarded, h, thumb } from "./dom.js";
 
 const CONTEXT_ROLES = ["system", "developer", "user", "assistant", "tool"];
 
@@ -12,8 +12,8 @@ const CONTEXT_ROLES = ["system", "developer", "user", "assistant", "tool"];
 export function feedbackRow({ id, model, text, messages }, corrected) {
   const trouble = h("span", { class: "error", role: "alert" });
   const state = h("span", { class: "quiet", role: "status" });
-  const good = button("👍", () => rate(good, 1), { class: "small", "aria-label": "Good answer", "aria-pressed": "false" });
-  const bad = button("👎", () => rate(bad, -1), { class: "small", "aria-label": "Bad answer", "aria-pressed": "false" });
+  const good = button(thumb(false), () => rate(good, 1), { class: "small", "aria-label": "Good answer", "aria-pressed": "false" });
+  const bad = button(thumb(true), () => rate(bad, -1), { class: "small", "aria-label": "Bad answer", "aria-pressed": "false" });
   const correct = button("Correct", open, { class: "small", "aria-expanded": "false" });
   const place = h("div");
   const element = h("div", { class: "feedback" }, h("div", { class: "row" }, good, bad, correct, state, trouble), place);

@@ -18,7 +18,7 @@ export function jobsPanel(app) {
 
   const trouble = h("p", { class: "error", role: "alert" });
   const rows = h("tbody");
-  const empty = h("p", { class: "quiet" }, "No jobs yet.");
+  const empty = h("p", { class: "panel empty quiet" }, "No jobs yet. One that is started here, by the command line or over the API is shown with its curves and its log.");
   const loss = lineChart({ title: "Loss", xText: (x) => `step ${Math.round(x)}`, fromZero: false });
   const rate = lineChart({ title: "Learning rate", xText: (x) => `step ${Math.round(x)}` });
   const title = h("h3", {});
@@ -39,17 +39,18 @@ export function jobsPanel(app) {
     h("h3", {}, "Log"),
     log,
   );
+  const listed = h(
+    "div",
+    { class: "panel scroll", hidden: true, tabindex: 0, role: "region", "aria-labelledby": "jobs-title" },
+    h("table", {}, h("thead", {}, h("tr", {}, ["Job", "State", "Step", "Loss", "Made", "Compare"].map((text) => h("th", { scope: "col" }, text)))), rows),
+  );
   const element = h(
     "section",
     { "aria-labelledby": "jobs-title" },
     h("h2", { id: "jobs-title" }, "Jobs"),
     trouble,
     empty,
-    h(
-      "div",
-      { class: "panel scroll", tabindex: 0, role: "region", "aria-labelledby": "jobs-title" },
-      h("table", {}, h("thead", {}, h("tr", {}, ["Job", "State", "Step", "Loss", "Made", "Compare"].map((text) => h("th", { scope: "col" }, text)))), rows),
-    ),
+    listed,
     detail,
   );
 
@@ -66,7 +67,7 @@ export function jobsPanel(app) {
       { "aria-selected": String(job.id === chosen) },
       h("th", { scope: "row" }, button(nameOf(job), () => choose(job.id), { class: "link" })),
       h("td", {}, chip(job)),
-      h("td", {}, job.total_steps ? `${job.step} of ${job.total_steps}` : "–"),
+      h("td", { class: "number" }, job.total_steps ? `${job.step} of ${job.total_steps}` : "–"),
       h("td", {}, number(job.loss)),
       h("td", {}, moment(job.created_at)),
       h("td", {}, compare),
@@ -86,6 +87,7 @@ export function jobsPanel(app) {
 
   function showList({ data }) {
     empty.hidden = data.length > 0;
+    listed.hidden = !data.length;
     // Not while a control in it has the focus: the focus would be lost.
     if (!rows.contains(document.activeElement)) replace(rows, data.map(row));
   }
@@ -130,7 +132,7 @@ export function jobsPanel(app) {
     const id = chosen;
     const job = await json(`admin/jobs/${id}`);
     if (id !== chosen) return job;
-    title.textContent = `${nameOf(job)} (${job.id})`;
+    replace(title, nameOf(job), h("span", { class: "code quiet" }, ` ${job.id}`));
     const left = job.estimated_finish ? `, done in about ${seconds(Math.max(0, job.estimated_finish - Date.now() / 1000))}` : "";
     const done = job.rows_read ? `${job.rows_read} rows read` : `step ${job.step} of ${job.total_steps ?? "?"}${left}`;
     replace(state, chip(job), ` ${done}`);

@@ -1,4 +1,5 @@
-// The state of the server over one stream, which the views that are shown share: its numbers, jobs and adapters.
+// The state of the server over one stream, which the views that are shown share: its numbers, jobs, adapters and
+// moves to other models.
 
 import { events, request } from "./api.js";
 
@@ -13,8 +14,8 @@ let following = null;
 let leaving = 0;
 
 /**
- * Call `watcher.status(state)` with the whole state now and after each new connection, `watcher.sample`, `watcher.jobs`
- * and `watcher.adapters` with what is new, and `watcher.trouble` with the error's text, or "". Returns what ends it.
+ * Call `watcher.status(state)` with the whole state now and after each new connection, `watcher.sample`, `watcher.jobs`,
+ * `watcher.adapters` and `watcher.swap` with what is new, and `watcher.trouble` with the error's text, or "". Returns what ends it.
  */
 export function watch(watcher) {
   clearTimeout(leaving);

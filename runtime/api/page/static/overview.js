@@ -2,10 +2,11 @@
 
 import { json } from "./api.js";
 import { lineChart } from "./chart.js";
-import { clock, field, h, number, seconds } from "./dom.js";
+import { clock, field, h, number, replace, seconds } from "./dom.js";
 import { watch } from "./live.js";
 
 const MAX_SAMPLES = 1800;
+const AT_WORK = ["validating_files", "queued", "running", "paused"];
 
 export function overviewView() {
   let samples = [];
@@ -24,19 +25,40 @@ export function overviewView() {
     ["Tokens a second", number, { generated: "generated_tokens", prompt: "prompt_tokens", trained: "trained_tokens" }],
     ["Time to the first token", seconds, { median: "first_token_p50", "95%": "first_token_p95" }],
     ["Time per token", seconds, { median: "token_p50", "95%": "token_p95" }],
-    ["Sequences", number, { running: "running", waiting: "waiting" }],
+    ["Sequences", number, { running: "running", waiting: "waiting" }, true],
     ["KV cache in use", percent, { share: "kv_cache_usage" }],
     ["Training's share of the engine", percent, { share: "training_share" }],
-  ].map(([title, yText, fields]) => ({ fields, ...lineChart({ title, yText, xText: clock }) }));
+  ].map(([title, yText, fields, whole]) => ({ fields, ...lineChart({ title, yText, xText: clock, whole }) }));
+  const now = h("dl", { class: "tiles" });
+  let state = {};
   const element = h(
     "section",
     { "aria-labelledby": "overview-title" },
     h("div", { class: "row end" }, h("div", { class: "grow" }, h("h2", { id: "overview-title" }, "Overview"), facts), field("Time shown", span)),
     trouble,
+    now,
     h("div", { class: "grid" }, charts.map((chart) => h("div", { class: "panel" }, chart.element))),
   );
 
+  /** What the server does at this moment, in a row of numbers. */
+  function showNow() {
+    const last = samples.at(-1);
+    const served = state.adapters?.adapters.filter((one) => one.served).length;
+    const job = state.jobs?.data.find((one) => one.status === "running") ?? state.jobs?.data.find((one) => AT_WORK.includes(one.status));
+    const training = job && h("a", { href: "#train" }, `${job.name ?? job.id}: ${job.total_steps ? `step ${job.step} of ${job.total_steps}` : job.status}`);
+    const facts = {
+      "Sequences running": last && number(last.running),
+      Waiting: last && number(last.waiting),
+      "Tokens a second": last && number(last.generated_tokens),
+      "KV cache in use": last && percent(last.kv_cache_usage),
+      "Adapters served": served,
+      Training: training ?? "no job",
+    };
+    replace(now, Object.entries(facts).map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value ?? "–"))));
+  }
+
   function draw() {
+    showNow();
     const shown = samples.slice(-Number(span.value));
     for (const chart of charts) {
       chart.update(
@@ -46,7 +68,9 @@ export function overviewView() {
   }
 
   /** The history, once connected: samples that come meanwhile are behind it. */
-  async function status({ model, max_model_len: context, version }) {
+  async function status(found) {
+    const { model, max_model_len: context, version } = found;
+    state = found;
     facts.textContent = `${model} · context of ${context.toLocaleString("en")} tokens · Eft ${version}`;
     samples = [];
     try {
@@ -66,7 +90,11 @@ export function overviewView() {
 
   function entered() {
     stop?.();
-    stop = watch({ status, sample, trouble: (text) => (trouble.textContent = text) });
+    const changed = (name) => (found) => {
+      state = { ...state, [name]: found };
+      showNow();
+    };
+    stop = watch({ status, sample, jobs: changed("jobs"), adapters: changed("adapters"), trouble: (text) => (trouble.textContent = text) });
   }
 
   return { element, entered, left: () => stop?.() };

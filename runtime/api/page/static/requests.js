@@ -10,16 +10,25 @@ export function requestsView() {
   let entries = [];
   const trouble = h("p", { class: "error", role: "alert" });
   const rows = h("tbody");
+  const empty = h("p", { class: "quiet", hidden: true }, "No request was found. ", h("a", { href: "#chat" }, "Ask something"), ", or show all requests.");
   const refresh = button("Refresh", load);
   const wanted = h("input", { type: "search", placeholder: "model, route, key, id, status" });
+  const models = h("input", { type: "checkbox", checked: true, onchange: list });
   const headings = ["Time", "Request", "Status", "Duration", "Phases", "Tokens", "Model", "Key", "Id"];
   const legend = [...Object.values(PHASES), OTHER].map((name, index) => h("span", { class: `key s${index + 1}` }, h("span", {}, name)));
   const element = h(
     "section",
     { "aria-labelledby": "requests-title" },
-    h("div", { class: "row end" }, h("h2", { id: "requests-title", class: "grow" }, "Requests"), field("Find", wanted), refresh),
-    h("p", { class: "quiet" }, "The last 300 that have ended, without their texts. Phases: ", legend),
+    h("div", { class: "row end" }, h("h2", { id: "requests-title", class: "grow" }, "Requests"), field("Find", wanted, { class: "find" }), refresh),
+    h(
+      "div",
+      { class: "row quiet" },
+      h("p", { class: "grow" }, "The last 300 that have ended, without their texts."),
+      h("label", { class: "inline" }, models, "Only those to models"),
+    ),
     trouble,
+    empty,
+    h("div", { class: "row legend small-text" }, h("span", { class: "quiet" }, "Phases"), legend),
     h(
       "div",
       { class: "panel scroll", tabindex: 0, role: "region", "aria-labelledby": "requests-title" },
@@ -38,7 +47,9 @@ export function requestsView() {
   function list() {
     const words = wanted.value.trim().toLowerCase().split(/\s+/);
     const text = (one) => [one.handler, one.method, one.status, one.key, one.id, one.details.model, one.details.error_code].join(" ").toLowerCase();
-    replace(rows, entries.filter((one) => words.every((word) => text(one).includes(word))).map(row));
+    const shown = entries.filter((one) => (!models.checked || (one.method === "POST" && one.handler.startsWith("/v1/"))) && words.every((word) => text(one).includes(word)));
+    empty.hidden = shown.length > 0;
+    replace(rows, shown.map(row));
   }
 
   function row(one) {
@@ -47,15 +58,15 @@ export function requestsView() {
     return h(
       "tr",
       {},
-      h("td", {}, clock(one.time)),
-      h("td", { class: "wrap code" }, `${one.method} ${one.handler}`),
+      h("td", { class: "number" }, clock(one.time)),
+      h("td", { class: "number code" }, `${one.method} ${one.handler}`),
       h("td", {}, status),
-      h("td", {}, seconds(one.milliseconds / 1000)),
+      h("td", { class: "number" }, seconds(one.milliseconds / 1000)),
       h("td", {}, waterfall(one)),
-      h("td", {}, prompt === undefined ? "" : `${prompt} → ${completion ?? 0}`),
-      h("td", { class: "wrap code" }, model ?? ""),
+      h("td", { class: "number" }, prompt === undefined ? "" : `${prompt} → ${completion ?? 0}`),
+      h("td", { class: "code" }, model ?? ""),
       h("td", {}, one.key),
-      h("td", { class: "wrap code" }, one.id),
+      h("td", { class: "code" }, h("span", { class: "cut", title: one.id }, one.id)),
     );
   }
 

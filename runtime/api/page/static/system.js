@@ -2,16 +2,19 @@
 
 import { json } from "./api.js";
 import { bytes, button, field, guarded, h, moment, number, replace } from "./dom.js";
+import { watch } from "./live.js";
 
 const HEALTH = { ready: "good", loading: "busy", draining: "busy", unhealthy: "bad" };
 
 export function systemView() {
   let settings = [];
+  let stop = null;
   const trouble = h("p", { class: "error", role: "alert" });
   const refresh = button("Refresh", load);
   const health = h("p", { role: "status" });
   const machine = h("dl");
   const model = h("dl");
+  const moved = h("p", { class: "quiet small-text", "aria-live": "polite" });
   const versions = h("dl");
   const keys = h("tbody");
   const open = h("p", { class: "quiet small-text" });
@@ -26,8 +29,8 @@ export function systemView() {
     health,
     h(
       "div",
-      { class: "grid" },
-      h("div", { class: "panel" }, h("h3", {}, "Model"), model),
+      { class: "masonry" },
+      h("div", { class: "panel" }, h("h3", {}, "Model"), model, moved),
       h("div", { class: "panel" }, h("h3", {}, "Machine"), machine),
       h("div", { class: "panel" }, h("h3", {}, "Versions"), versions),
       h("div", { class: "panel" }, h("h3", {}, "API keys"), open, table("API keys", ["Name", "May", "Limits"], keys)),
@@ -68,6 +71,23 @@ export function systemView() {
     listSettings();
   }
 
+  /** The last move of the server to another model, or the one under way. */
+  function showSwap(swap) {
+    const text = swap ? swapText(swap) : "";
+    if (moved.textContent === text) return;
+    moved.textContent = text;
+    moved.classList.toggle("error", swap?.status === "failed");
+    if (swap?.finished_at) load();
+  }
+
+  function swapText({ model: to, previous: from, mode, status, finished_at: end, error, aborted, unfit_adapters: unfit }) {
+    if (status === "failed") return `The move to ${to} failed: ${error.message}`;
+    if (status === "loading") return `Moving to ${to}: it is loading${mode === "beside" ? ` while ${from} answers` : ""}.`;
+    if (status === "draining") return `Moving to ${to}: requests end on ${from}.`;
+    const lost = aborted ? ` ${number(aborted)} sequences were aborted.` : "";
+    return `Moved from ${from} to ${to}, ${moment(end)}.${lost}${unfit.length ? ` Not for this model: ${unfit.join(", ")}.` : ""}`;
+  }
+
   const modelFacts = (one) => ({
     Name: one.name,
     Context: `${one.max_model_len.toLocaleString("en")} tokens`,
@@ -106,12 +126,18 @@ export function systemView() {
           {},
           h("th", { scope: "row", class: "code" }, one.key),
           h("td", { class: "wrap code" }, one.value || "–"),
-          h("td", {}, one.origin === "default" ? h("span", { class: "quiet" }, "default") : one.origin),
+          h("td", { class: "number" }, one.origin === "default" ? h("span", { class: "quiet" }, "default") : one.origin),
           h("td", { class: "wrap small-text" }, one.doc),
         ),
       ),
     );
   }
 
-  return { element, entered: load };
+  function entered() {
+    stop?.();
+    stop = watch({ status: ({ swap }) => showSwap(swap), swap: showSwap });
+    load();
+  }
+
+  return { element, entered, left: () => stop?.() };
 }

@@ -30,7 +30,7 @@ export function trainView(app) {
     { onchange: () => load(example.value) },
     Object.entries(EXAMPLES).map(([value, [text]]) => h("option", { value }, text)),
   );
-  const fileList = h("ul", { class: "problems" });
+  const fileList = h("ul", { class: "files" });
   const rows = h("textarea", { rows: 8, class: "code", spellcheck: "false", placeholder: ROWS_HINT });
   const rowsLabel = h("label", { for: "rows" });
   rows.id = "rows";
@@ -43,6 +43,7 @@ export function trainView(app) {
   const problems = h("ul", { class: "problems", id: "problems", "aria-live": "polite" });
   const plan = h("div", { class: "panel", hidden: true });
   const start = button("Start training", submit, { class: "primary", disabled: true });
+  const inShort = h("span", { class: "quiet small-text" });
 
   const element = h(
     "section",
@@ -64,11 +65,11 @@ export function trainView(app) {
       h(
         "div",
         { class: "panel column" },
-        h("div", { class: "row" }, h("label", { for: "recipe", class: "grow" }, "Recipe"), state),
+        h("div", { class: "row" }, h("h3", { class: "grow" }, h("label", { for: "recipe" }, "Recipe")), state),
         h("div", { class: "editor" }, gutter, recipe),
         offers,
         problems,
-        h("div", { class: "row" }, start),
+        h("div", { class: "row" }, start, inShort),
       ),
     ),
     plan,
@@ -163,6 +164,7 @@ export function trainView(app) {
     problems.replaceChildren();
     state.className = "chip";
     state.textContent = "waits for rows";
+    inShort.textContent = "Paste rows or add a file first.";
     numberLines(new Set());
   }
 
@@ -170,6 +172,7 @@ export function trainView(app) {
     start.disabled = true;
     state.className = "chip";
     state.textContent = "checking…";
+    inShort.textContent = "";
     numberLines(new Set());
     clearTimeout(timer);
     checking?.abort();
@@ -244,6 +247,8 @@ export function trainView(app) {
       Time: estimate.seconds === null ? "not known before the first steps" : `about ${seconds(estimate.seconds)}, undisturbed`,
     };
     const notes = [...summary.warnings, ...summary.notes.filter((note) => !summary.warnings.includes(note))];
+    const time = estimate.seconds === null ? "" : `, about ${seconds(estimate.seconds)}`;
+    inShort.textContent = `${steps} steps over ${train.examples} examples${time}. What is trained on is shown below.`;
     replace(
       plan,
       h("h3", {}, "The plan"),
@@ -251,15 +256,19 @@ export function trainView(app) {
       notes.length && h("ul", { class: "problems" }, notes.map((note) => h("li", {}, note))),
       h("h3", {}, "What is trained on"),
       h("p", { class: "quiet small-text" }, "The first examples as the model sees them; the ", h("mark", {}, "marked"), " tokens are what it learns to write."),
-      summary.previews.map((pieces) =>
-        h("div", { class: "example code", tabindex: 0, role: "region", "aria-label": "Example" }, pieces.map((piece) => (piece.trained ? h("mark", {}, piece.text) : piece.text))),
+      h(
+        "div",
+        { class: "grid" },
+        summary.previews.map((pieces) =>
+          h("div", { class: "example code", tabindex: 0, role: "region", "aria-label": "Example" }, pieces.map((piece) => (piece.trained ? h("mark", {}, piece.text) : piece.text))),
+        ),
       ),
       h("h3", {}, "Examples"),
       train.examples > summary.listed.length && h("p", { class: "quiet small-text" }, `The first ${summary.listed.length} of ${train.examples}.`),
       table(
         "Examples",
-        ["No.", "Tokens", "Trained on", "Begins with", "Learns"],
-        summary.listed.map((one, index) => [index + 1, one.tokens, one.trained_tokens, one.begins, one.learns]),
+        ["No.", "Tokens", "Trained on", "Asks", "Learns"],
+        summary.listed.map((one, index) => [index + 1, one.tokens, one.trained_tokens, one.asks, one.learns]),
       ),
     );
     plan.hidden = false;
