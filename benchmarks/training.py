@@ -163,7 +163,9 @@ async def beside(repeats: int, tokens: int, *, checkpointing: bool) -> Table:
     service = EngineService.load(settings)
     decoder = service.decoder
     share = TrainingShare(LatencyTargets.of(settings.scheduler), min_share=settings.trainer.min_share)
-    host = service.background = TrainingHost(share)
+    host = service.background = TrainingHost(
+        share, riding_rows=settings.trainer.riding_rows, kept_widths=lambda: service.engine.kept_widths
+    )
     service.start()
     try:
         await stream(service, 20)

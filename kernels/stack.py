@@ -103,6 +103,52 @@ class AdaptedTokens(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
+class KeptLayers:
+    """Values that layers make of T tokens of training, kept for their backward pass."""
+
+    memory: Tensor
+    """[layers, T * values of a token]: of each layer the parts of `layer`, one after the other."""
+    tokens: int
+    widths: tuple[int, int, int, int]
+    """Values of a token in each part."""
+
+    @classmethod
+    def sizes(cls, stack: LayerStack) -> tuple[int, int, int, int]:
+        """The `widths` of a stack's layers."""
+        qkv, _, gate_up, _ = (linear.weight.shape for linear in stack.layers[0].linears)
+        return qkv[1], qkv[0], qkv[1], gate_up[0]
+
+    def layer(self, index: int) -> tuple[Tensor, ...]:
+        """[T, width] each: the layer's input; queries, keys and values, normed and before rope; the
+        residual stream after attention; gates and ups."""
+        parts = torch.split(self.memory[index], [self.tokens * width for width in self.widths])
+        return tuple(part.view(self.tokens, -1) for part in parts)
+
+
+@dataclass(frozen=True, eq=False)
+class RidingTokens:
+    """The last tokens of a batch of serving, which are of a sequence in training."""
+
+    inputs: Tensor
+    """[n, hidden] of the first layer."""
+    start: int
+    """Place of the first of them in `kept`."""
+    kept: KeptLayers
+    """Place where the layers write what they make of these tokens."""
+    adapter: StackFactors
+    dropout: float = 0.0
+    """Probability with which an input of the adapter is dropped, by `kernels.training.dropout_mask`."""
+    seeds: Mapping[tuple[int, str], int] = field(default_factory=dict)
+    """Seeds of the masks by layer and linear."""
+    first_row: int = 0
+    """Row of the masks of the first token."""
+
+    @property
+    def count(self) -> int:
+        return len(self.inputs)
+
+
+@dataclass(frozen=True, eq=False)
 class PagedContext:
     """A batch of serving, as all layers see it."""
 
@@ -111,6 +157,8 @@ class PagedContext:
     rows: PagedRows
     adapted: Sequence[AdaptedTokens] = ()
     """No token is in two of these."""
+    riding: RidingTokens | None = None
+    """None: no token is of training."""
 
 
 class ForwardContext(Protocol):
@@ -142,6 +190,9 @@ ForwardLayers = Callable[[Tensor, ContextT], Tensor]
 class FusedLayers(ABC, Generic[ContextT]):
     """A `LayerStack` that is ready to run in one call, and gives the bits that the same ops give one by one."""
 
+    widths: tuple[int, int, int, int] | None = None
+    """`KeptLayers.widths` of layers that take `RidingTokens`; None: they do not."""
+
     def __init__(self, layer_by_layer: ForwardLayers[ContextT]) -> None:
         """`layer_by_layer`: the same layers for batches that cannot be fused."""
         self._layer_by_layer = layer_by_layer
@@ -149,8 +200,11 @@ class FusedLayers(ABC, Generic[ContextT]):
     def __call__(self, hidden: Tensor, context: ContextT) -> Tensor:
         """A `ForwardLayers`."""
         paged = context.paged
+        riding = None if paged is None else paged.riding
         rescaled = paged is not None and any(adapter.factors for _, adapter in paged.adapted)
         if paged is None or rescaled or torch.is_grad_enabled() or not self.takes(hidden, context.cos, paged):
+            if riding is not None:
+                raise ValueError("the batch has riding tokens, and cannot be computed in one call")
             return self._layer_by_layer(hidden, context)
         return self.forward_fused(hidden, context.cos, context.sin, paged, context.logits_indices)
 

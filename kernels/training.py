@@ -4,6 +4,7 @@ Autograd's backward of the small ops reads and writes the activations more often
 straight into its place. Values are those of the reference, up to rounding; only float32 takes these ways.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,14 @@ class TokenLosses:
     """[R, in]: gradient of the sum of losses times shares with respect to the rows; None without shares."""
 
 
+@dataclass(frozen=True, eq=False)
+class KnownOutput:
+    """The output of a linear that was computed before."""
+
+    y: Tensor | None
+    """[T, out], with the bias and what adapters add; None where what follows does not look at it."""
+
+
 class TrainingOps(ReferenceOps):
     """For training: every op differentiable, the frequent ones with fewer temporaries."""
 
@@ -37,6 +46,13 @@ class TrainingOps(ReferenceOps):
     def __init__(self) -> None:
         super().__init__()
         self._last_factor = LastFactor()
+        self._known: KnownOutput | None = None
+
+    def knowing(self, known: "KnownOutput") -> "TrainingOps":
+        """The same ops, of which `linear` computes nothing but gradients."""
+        ops = copy.copy(self)
+        ops._known = known
+        return ops
 
     @property
     def packs(self) -> bool:
@@ -80,9 +96,16 @@ class TrainingOps(ReferenceOps):
         return TokenLosses(loss.detach(), logits.argmax(-1) == targets, grad)
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+        if self._known is not None:
+            return self._known_linear(x, weight, self._known)
         if isinstance(weight, QuantisedWeight):
             return linear_dequantised(x, weight, bias, self._last_factor)
         return F.linear(x, weight, bias)
+
+    def _known_linear(self, x: Tensor, weight: Weight, known: "KnownOutput") -> Tensor:
+        y = x.new_zeros(()).expand(len(x), weight.shape[0]) if known.y is None else known.y
+        found: Tensor = _KnownLinear.apply(x, weight, y, self._last_factor)  # type: ignore[no-untyped-call]
+        return found
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         if x.dtype is not torch.float32 or weight.requires_grad:
@@ -101,6 +124,22 @@ class TrainingOps(ReferenceOps):
             return super().rope(x, cos, sin)
         rotated: Tensor = _Rope.apply(x, cos.unsqueeze(1), sin.unsqueeze(1))  # type: ignore[no-untyped-call]
         return rotated
+
+
+class _KnownLinear(torch.autograd.Function):
+    """x W^T, which is y; no gradient to the weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Weight, y: Tensor, last: LastFactor) -> Tensor:
+        ctx.weight, ctx.last = weight, last
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (grad,), weight = grads, ctx.weight
+        if isinstance(weight, QuantisedWeight):
+            return weight.turned_back(grad @ ctx.last.of(weight, grad.dtype)), None, None, None
+        return grad @ weight, None, None, None
 
 
 class _RmsNorm(torch.autograd.Function):

@@ -448,6 +448,19 @@ class Move(Struct, frozen=True, array_like=True):
     target: int
 
 
+class RidingRow(Struct, frozen=True, kw_only=True):
+    """Part of a step that is of a sequence in training: `count` tokens, at least 2, from position `start`."""
+
+    ride: int
+    """Id of the sequence, which no other has."""
+    length: int
+    """Tokens of the sequence."""
+    start: int
+    count: int
+    blocks: list[int] = []
+    """All blocks of the sequence, once the planner has given it some."""
+
+
 class StepPlan(Struct, frozen=True, kw_only=True):
     """Work of the next step. Workers keep tokens and tables per slot; the plan carries deltas."""
 
@@ -456,9 +469,12 @@ class StepPlan(Struct, frozen=True, kw_only=True):
     rows: list[Row]
     moves: list[Move] = []
     """In the order in which they count."""
+    riding: RidingRow | None = None
+    """Tokens of training that ride in this step."""
 
     @property
     def num_tokens(self) -> int:
+        """Tokens of requests."""
         return sum(row.count for row in self.rows)
 
     @property
@@ -488,3 +504,5 @@ class StepResult(Struct, frozen=True, kw_only=True):
     """Slots → tokens that follow on the sampled ones, as the grammar allows no others. They are not computed yet."""
     candidates: dict[int, list[tuple[int, float]]] = {}
     """Slots of sequences with `candidates` → token ids and their log-probabilities, likeliest first."""
+    ridden: bool = False
+    """True if the plan's riding tokens were computed."""

@@ -425,6 +425,15 @@ class TrainerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         ),
     ] = ()
     min_share: Annotated[Share, doc("Share of the time that a running job gets even when requests never pause.")] = 0.2
+    riding_rows: Annotated[
+        int,
+        Meta(ge=0, le=64),
+        doc(
+            "Most tokens of training that ride in a step that decodes: their forward pass is computed beside the "
+            "requests' rows, from one reading of the weights. How many do is learned from what they cost. For "
+            "weights in float32 or bfloat16 on the CPU. 0: none.",
+        ),
+    ] = 0
     devices: Annotated[
         tuple[TrainingDevice, ...],
         doc(

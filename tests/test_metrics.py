@@ -97,6 +97,8 @@ def busy() -> Metrics:
         "ftjob-1",
     )
     metrics.on_slice(0.003, slack_used=0.5)
+    metrics.on_ride(8)
+    metrics.on_ride(4)
     metrics.on_target_miss("tpot")
     metrics.on_eval(EvalEvent(step=1, loss=1.5, accuracy=0.75, tokens=50, metrics={"rewards/margins": 0.25}))
     metrics.on_jobs({"running": 1, "queued": 2})
@@ -180,6 +182,8 @@ def test_training() -> None:
     assert values["eft:train_slice_seconds_sum"] == 0.003
     assert values["eft:train_share"] == 0.75
     assert values["eft:train_slack_used"] == 0.5
+    assert values["eft:train_riding_rows"] == 4
+    assert values["eft:train_riding_tokens_total"] == 12
     assert values["eft:train_target_misses_total{target=tpot}"] == 1
     assert values["eft:train_target_misses_total{target=ttft}"] == 0
     assert values["eft:eval_metric{name=accuracy}"] == 0.75

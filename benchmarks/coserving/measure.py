@@ -76,7 +76,12 @@ class Bench:
         self._peer = peer
         self._seconds = seconds
         share = TrainingShare(LatencyTargets.of(settings.scheduler), min_share=settings.trainer.min_share)
-        self._host = TrainingHost(share, interrupted=lambda: service.has_messages)
+        self._host = TrainingHost(
+            share,
+            interrupted=lambda: service.has_messages,
+            riding_rows=settings.trainer.riding_rows,
+            kept_widths=lambda: service.engine.kept_widths,
+        )
         self._jobs = [Job(service.decoder, random_epoch(service.vocab_size)) for _ in range(jobs)]
         self._windows = 0
 

@@ -40,11 +40,20 @@ struct LoraView {
     int64_t type;  // `CacheType` of a and b
 };
 
+// Mask of an adapter's inputs in training: `kernels.training.dropout_mask`.
+struct LoraDropout {
+    int64_t seed;
+    int64_t first_row;  // number of the first token's row of the mask
+    int64_t threshold;  // hashes from here on stay
+    float scale;        // of inputs that stay
+};
+
 // The tokens of a batch that one adapter applies to, for one linear.
 struct LoraTokens {
     const int64_t* tokens;  // [count], or null: the first `count` of the batch
     int64_t count;
     const LoraView* factors;
+    const LoraDropout* dropout;  // or null
 };
 
 // The tokens of a batch that have adapters, for one linear; no token is in two segments.
@@ -96,6 +105,17 @@ struct AdapterTokens {
     const int64_t* tokens;  // [count], or null: the first `count` of the batch
     int64_t count;
     const LoraView* const* factors;  // [layers, 4], null where the adapter changes nothing
+    const LoraDropout* dropout;      // [layers, 4], or null
+};
+
+// The last rows of a batch, which are of a sequence in training: what is kept of them, by layer. `to[layer]` has places
+// for all `length` tokens of the sequence: [length, hidden] inputs of the layer, then queries, keys and values before
+// rope, the residual stream after attention, gates and ups.
+struct RidingView {
+    int64_t count;  // rows of this batch
+    int64_t start;  // place of the first in the sequence
+    int64_t length;
+    float* const* to;  // [layers]
 };
 
 // Sequences one after the other, as attention sees them. Heads of a token lie next to each other.
@@ -244,12 +264,13 @@ EXPORT void eft_silu_mul_backward(const float* x, long rows, long inner, const f
 
 // All layers: x [tokens, hidden] in place. cos, sin [tables of angles, tokens, half]; caches [num_layers]; the other
 // arguments of attention as above. With `outputs`, or null, only these tokens go through the end of the last layer;
-// they are the first rows of x then, and the others anything.
+// they are the first rows of x then, and the others anything. `riding` may be null; its rows are among the outputs.
 EXPORT void eft_layers(const LayerView* layers, long num_layers, long hidden, long inner, long heads, long kv_heads,
                        long head_dim, float eps, float scale, float softcap, const CacheView* caches, int cache_type,
                        float* x, long tokens, const float* cos, const float* sin, long half, const int64_t* slots,
                        const int64_t* tables, long table_width, const int64_t* extents, long rows, long block_size,
-                       const AdapterTokens* adapters, long num_adapters, const OutputTokens* outputs, int threads);
+                       const AdapterTokens* adapters, long num_adapters, const OutputTokens* outputs,
+                       const RidingView* riding, int threads);
 
 // ---- From logits to tokens ----
 

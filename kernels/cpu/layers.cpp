@@ -41,6 +41,7 @@ struct LayersPass {
     long num_adapters;
     long hidden, inner, heads, kv_heads, dim, tokens;
     float eps;
+    const RidingView* riding;
     int threads;
     std::vector<LoraTokens> segments = {};
     LoraBatch lora = {};
@@ -66,7 +67,8 @@ struct LayersPass {
         segments.clear();
         for (long i = 0; i < num_adapters; i++)
             if (const LoraView* factors = adapters[i].factors[layer * NUM_PLACES + place])
-                segments.push_back({adapters[i].tokens, adapters[i].count, factors});
+                segments.push_back({adapters[i].tokens, adapters[i].count, factors,
+                                    adapters[i].dropout ? adapters[i].dropout + layer * NUM_PLACES + place : nullptr});
         lora = {segments.data(), static_cast<int64_t>(segments.size())};
         return segments.empty() ? nullptr : &lora;
     }
@@ -85,10 +87,17 @@ struct LayersPass {
     void norm_swiglu(long layer, const float* x) {
         const LayerView& one = layers[layer];
         const LoraBatch* own = lora_of(layer, GATE_UP);
-        if (one.fuses_swiglu)
+        if (one.fuses_swiglu && !riding)
             return multiply(one.linears[GATE_UP], x, tokens, {one.mlp_norm, eps, nullptr, 1, own}, mlp_inner, threads);
         norm_linear(layer, GATE_UP, x, one.mlp_norm, gates);
+        if (riding) keep_rows(layer, 2 * hidden + qkv_width(), gates, 2 * inner);
         eft_silu_mul(gates, tokens, inner, mlp_inner, threads);
+    }
+
+    // Keeps [tokens, width] values of the riding rows, which are the last, at `offset` floats a token of the layer's.
+    void keep_rows(long layer, long offset, const float* values, long width) const {
+        std::copy_n(values + (tokens - riding->count) * width, riding->count * width,
+                    riding->to[layer] + riding->length * offset + riding->start * width);
     }
 
     // Goes on with these tokens alone: moves rows of x and of queries to where the others were.
@@ -124,21 +133,23 @@ void eft_layers(const LayerView* layers, long num_layers, long hidden, long inne
                 long head_dim, float eps, float scale, float softcap, const CacheView* caches, int cache_type, float* x,
                 long tokens, const float* cos, const float* sin, long half, const int64_t* slots, const int64_t* tables,
                 long table_width, const int64_t* extents, long rows, long block_size, const AdapterTokens* adapters,
-                long num_adapters, const OutputTokens* outputs, int threads) {
+                long num_adapters, const OutputTokens* outputs, const RidingView* riding, int threads) {
     static thread_local Scratch kept;
     std::optional<ShortSpinScope> short_spin(std::in_place);
     Scratch own;
-    LayersPass pass{layers, caches,   adapters, num_adapters, hidden, inner,
-                    heads,  kv_heads, head_dim, tokens,       eps,    threads};
+    LayersPass pass{layers,   caches,   adapters, num_adapters, hidden, inner,  heads,
+                    kv_heads, head_dim, tokens,   eps,          riding, threads};
     pass.allocate(kept, own);
     const long qkv_width = pass.qkv_width();
     float *q = pass.fused, *k = q + heads * head_dim, *v = k + kv_heads * head_dim;
     for (long i = 0; i < num_layers; i++) {
         const LayerView& layer = layers[i];
         const CacheView& cache = caches[i];
+        if (riding) pass.keep_rows(i, 0, x, hidden);
         pass.norm_linear(i, QKV, x, layer.attention_norm, pass.fused);
         pass.normalise_heads(q, heads, layer.q_norm);
         pass.normalise_heads(k, kv_heads, layer.k_norm);
+        if (riding) pass.keep_rows(i, hidden, pass.fused, qkv_width);
         const long angles = std::max<long>(layer.rope, 0) * tokens * half;
         eft_rope_and_cache(q, qkv_width, k, qkv_width, v, qkv_width, cos + angles, sin + angles,
                            layer.rope < 0 ? 0 : half, cache.keys, cache.values, slots, tokens, heads, kv_heads,
@@ -154,6 +165,7 @@ void eft_layers(const LayerView* layers, long num_layers, long hidden, long inne
         eft_paged_attention(q, qkv_width, cache.keys, cache.values, tables, table_width, extents, rows, heads, kv_heads,
                             head_dim, block_size, scale, layer.window, softcap, pass.attended, cache_type, threads);
         pass.linear_add(i, OUT, pass.attended, x);
+        if (riding) pass.keep_rows(i, hidden + qkv_width, x, hidden);
         pass.norm_swiglu(i, x);
         if (i + 1 == num_layers) short_spin.reset();  // what comes after this one comes from Python
         pass.linear_add(i, DOWN, pass.mlp_inner, x);

@@ -20,9 +20,11 @@ from kernels.stack import (
     ContextT,
     ForwardLayers,
     FusedLayers,
+    KeptLayers,
     LayerStack,
     LayerWeights,
     PagedContext,
+    RidingTokens,
     StackFactors,
 )
 
@@ -30,6 +32,7 @@ _DECLARED = declared()
 _STRUCTS = _DECLARED.structs
 _LayerView, _CacheView, _LoraView = _STRUCTS["LayerView"], _STRUCTS["CacheView"], _STRUCTS["LoraView"]
 _AdapterTokens, _OutputTokens = _STRUCTS["AdapterTokens"], _STRUCTS["OutputTokens"]
+_LoraDropout, _RidingView = _STRUCTS["LoraDropout"], _STRUCTS["RidingView"]
 
 CACHE_TYPES = {
     dtype: _DECLARED.enums["CacheType"][name]
@@ -58,19 +61,26 @@ class CpuLayers(FusedLayers[ContextT]):
         self._adapters: WeakKeyDictionary[StackFactors, Any] = WeakKeyDictionary()
         qkv, _, gate_up, _ = (linear.weight for linear in stack.layers[0].linears)
         self._sizes = (qkv.shape[1], gate_up.shape[0] // 2, stack.heads, stack.kv_heads, stack.head_dim)
+        self.widths = KeptLayers.sizes(stack)
 
     def takes(self, hidden: Tensor, cos: Tensor, paged: PagedContext) -> bool:
         if hidden.dtype is not torch.float32 or cos.dtype is not torch.float32:
             return False
-        return self._keeps(paged.caches) and all(self._factors(adapter) is not None for _, adapter in paged.adapted)
+        adapters = [adapter for _, adapter in paged.adapted] + ([paged.riding.adapter] if paged.riding else [])
+        return self._keeps(paged.caches) and all(self._factors(adapter) is not None for adapter in adapters)
 
     def forward_fused(
         self, hidden: Tensor, cos: Tensor, sin: Tensor, paged: PagedContext, logits_indices: Tensor | None
     ) -> Tensor:
-        stack, rows, adapted = self._stack, paged.rows, paged.adapted
-        adapters = self._adapter_table(adapted, len(hidden))
+        stack, rows, adapted, riding = self._stack, paged.rows, [*paged.adapted], paged.riding
+        masks = None
+        if riding is not None:
+            adapted.append(AdaptedTokens(torch.arange(len(hidden) - riding.count, len(hidden)), riding.adapter))
+            masks = self._masks(riding)
+        adapters = self._adapter_table(adapted, len(hidden), masks)
         # Keeps alive what the struct points to.
-        outputs, held = (None, None) if logits_indices is None else self._outputs(logits_indices, rows, adapted)
+        outputs, held = (None, None) if logits_indices is None else self._outputs(logits_indices, rows, adapted, masks)
+        view, places = (None, None) if riding is None else _riding_view(riding)
         hidden = hidden.clone(memory_format=torch.contiguous_format)
         cos, sin = cos.contiguous(), sin.contiguous()
         size, inner, heads, kv_heads, head_dim = self._sizes
@@ -101,9 +111,10 @@ class CpuLayers(FusedLayers[ContextT]):
             adapters=adapters,
             num_adapters=len(adapted),
             outputs=outputs,
+            riding=view,
             threads=torch.get_num_threads(),
         )
-        del held
+        del held, places
         return hidden if logits_indices is None else hidden[: len(logits_indices)]
 
     def _keeps(self, caches: Sequence[tuple[Tensor, Tensor]]) -> bool:
@@ -115,17 +126,32 @@ class CpuLayers(FusedLayers[ContextT]):
             self._caches = caches
         return True
 
-    def _adapter_table(self, adapted: Sequence[AdaptedTokens], total: int) -> Any:
-        """Array of `AdapterTokens`, for a batch of `total` tokens, of factors that the C++ op can read."""
+    def _masks(self, riding: RidingTokens) -> Any:
+        """Array of `LoraDropout` by layer and place; None without dropout."""
+        if not riding.dropout:
+            return None
+        table = (_LoraDropout * (len(self._stack.layers) * len(PLACES)))()
+        threshold, scale = round(riding.dropout * 2**32) - 2**31, 1 / (1 - riding.dropout)
+        for (layer, name), seed in riding.seeds.items():
+            table[layer * len(PLACES) + PLACES.index(name)] = _LoraDropout(seed, riding.first_row, threshold, scale)
+        return table
+
+    def _adapter_table(self, adapted: Sequence[AdaptedTokens], total: int, masks: Any = None) -> Any:
+        """Array of `AdapterTokens`, for a batch of `total` tokens, of factors that the C++ op can read. `masks` are
+        those of the last of them."""
         table = (_AdapterTokens * len(adapted))()
         for entry, (tokens, adapter) in zip(table, adapted, strict=True):
             factors = self._factors(adapter)
             assert factors is not None
             entry.tokens, entry.count = (None, total) if tokens is None else (tokens.data_ptr(), len(tokens))
             entry.factors = factors
+        if masks is not None:
+            table[len(adapted) - 1].dropout = masks
         return table
 
-    def _outputs(self, tokens: Tensor, rows: PagedRows, adapted: Sequence[AdaptedTokens]) -> tuple[Any, Any]:
+    def _outputs(
+        self, tokens: Tensor, rows: PagedRows, adapted: Sequence[AdaptedTokens], masks: Any
+    ) -> tuple[Any, Any]:
         """`OutputTokens`, and what must live as long."""
         some, alone = _adapted_among(tokens, adapted), rows.alone(tokens)
         outputs = _OutputTokens(
@@ -133,7 +159,7 @@ class CpuLayers(FusedLayers[ContextT]):
             count=len(tokens),
             tables=alone.tables.data_ptr(),
             extents=alone.extents.data_ptr(),
-            adapters=self._adapter_table(some, len(tokens)),
+            adapters=self._adapter_table(some, len(tokens), masks),
             num_adapters=len(some),
         )
         return outputs, (alone, some)
@@ -152,6 +178,14 @@ def _adapted_among(tokens: Tensor, adapted: Sequence[AdaptedTokens]) -> list[Ada
         for those, adapter in adapted
     ]
     return [one for one in chosen if one.tokens is None or len(one.tokens)]
+
+
+def _riding_view(riding: RidingTokens) -> tuple[Any, Any]:
+    """`RidingView`, and what must live as long."""
+    memory = riding.kept.memory
+    first, stride = memory.data_ptr(), memory.stride(0) * memory.itemsize
+    to = (ctypes.c_void_p * len(memory))(*(first + layer * stride for layer in range(len(memory))))
+    return _RidingView(riding.count, riding.start, riding.kept.tokens, ctypes.addressof(to)), to
 
 
 def _factor_table(adapter: StackFactors, layers: int) -> Any:

@@ -32,6 +32,24 @@ INLINE vf load_some(const T* from, long count) {
     return load_weights(some);
 }
 
+// A number, mixed: different ones stay different. As `kernels.training` has it.
+INLINE uint32_t hashed(uint32_t x) {
+    x = (x ^ (x >> 16)) * 0x7FEB352Du;
+    return (x ^ (x >> 15)) * 0x846CA68Bu;
+}
+
+// to = x with the mask of a token. May be x itself.
+void drop(const LoraDropout& dropout, long token, const float* x, long in, float* to) {
+    const auto seed = static_cast<uint64_t>(dropout.seed);
+    const auto row = static_cast<uint32_t>(dropout.first_row + token) + static_cast<uint32_t>(seed);
+    const uint32_t key = hashed(hashed(row) + static_cast<uint32_t>(seed >> 32));
+    const auto threshold = static_cast<int32_t>(dropout.threshold);
+    for (long i = 0; i < in; i++) {
+        const auto hash = static_cast<int32_t>(hashed(static_cast<uint32_t>(i) * 0x9E3779B1u + key));
+        to[i] = hash >= threshold ? x[i] * dropout.scale : 0.0f;
+    }
+}
+
 // The products of TOKENS rows of x with W / TOKENS rows of a, one a lane.
 template <int TOKENS, typename T>
 INLINE vf products(const float* const* x, const T* const* a, long in) {
@@ -202,12 +220,15 @@ void LoraDeltas::shrink(const Task& task) const {
     const LoraView& factors = *task.segment->factors;
     const long in = inputs_.in, count = task.end - task.begin;
     const float* rows[MAX_TOKENS_PER_TASK];
-    float* normed = inputs_.norm ? scratch.floats(static_cast<size_t>(count * in)) : nullptr;
+    const LoraDropout* dropout = task.segment->dropout;
+    float* own = inputs_.norm || dropout ? scratch.floats(static_cast<size_t>(count * in)) : nullptr;
     for (long i = 0; i < count; i++) {
         rows[i] = inputs_.x + token_of(*task.segment, task.begin + i) * inputs_.stride;
-        if (normed == nullptr) continue;
-        normalise(rows[i], in, inputs_.norm, 0.0f, inputs_.eps, normed + i * in);
-        rows[i] = normed + i * in;
+        if (own == nullptr) continue;
+        float* to = own + i * in;
+        if (inputs_.norm) normalise(rows[i], in, inputs_.norm, 0.0f, inputs_.eps, to);
+        if (dropout) drop(*dropout, task.begin + i, inputs_.norm ? to : rows[i], in, to);
+        rows[i] = to;
     }
     float* to = task.shrunk + task.begin * factors.rank;
     const auto some = [&](auto tokens, long i) INLINE_LAMBDA {

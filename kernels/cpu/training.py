@@ -33,7 +33,7 @@ class CpuTrainingOps(TrainingOps):
         self._lib = load(serving.variant)
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
-        if len(x) > MOST_ROWS:
+        if self._known is not None or len(x) > MOST_ROWS:
             return super().linear(x, weight, bias)
         if isinstance(weight, QuantisedWeight):
             return linear_dequantised(x, weight, bias, self._last_factor, self._serving.linear)

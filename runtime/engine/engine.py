@@ -15,13 +15,23 @@ from runtime.engine.beams import BeamSearches
 from runtime.engine.delivery import Delivery
 from runtime.engine.hooks import Hooks
 from runtime.errors import AdapterUnavailable, ContextLengthExceeded, InvalidRequest, TooManyRequests
-from runtime.messages import FinishReason, Output, SamplingParams, StepPlan, StepResult, Submission, check_ids
+from runtime.messages import (
+    FinishReason,
+    Output,
+    RidingRow,
+    SamplingParams,
+    StepPlan,
+    StepResult,
+    Submission,
+    check_ids,
+)
 from runtime.metrics import CacheShape, EngineLoad, Metrics
 from runtime.scheduler import Committed, Request, Scheduler
 from runtime.support.failpoints import failpoint
 from runtime.support.logs import get_logger
 from runtime.text.grammar import GrammarCompiler
 from runtime.text.tokenizer import Tokenizer
+from runtime.trainer.riding import Ride
 from runtime.workers.executor import AllRowsFailed, Executor, Pipeline, RowByRow, WorkersLost
 
 MAX_FAILED_STEPS = 3
@@ -93,27 +103,47 @@ class Engine:
         """The last probe ended with an error."""
         self._abandoned = False
         """The last plan was given up as a whole."""
+        self._ridden = False
+        """True if the riding tokens of the last plan were computed."""
         self._seen = copy.copy(scheduler.counts)
 
     # -- the loop ------------------------------------------------------------------------------
 
-    def step(self, *, ahead: bool = True) -> list[Output]:
+    @property
+    def kept_widths(self) -> tuple[int, int, int, int] | None:
+        """See `Executor.kept_widths`."""
+        return self._executor.kept_widths
+
+    def step(self, *, ahead: bool = True, ride: tuple[Ride, int] | None = None) -> list[Output]:
         """One step: what it added to each request. Empty when there is nothing to do.
 
         Asynchronously the step that is planned here stays in flight, and what is delivered is the one before.
-        Not `ahead`: nothing is in flight afterwards, so that the caller can use the worker alone.
+        Not `ahead`: nothing is in flight afterwards, so that the caller can use the worker alone, and some tokens of a
+        `ride`, not more than the number, may be computed beside the requests'. That needs `kept_widths`.
         """
         ahead = ahead and self._asynchronous and not self.scheduler.guesses
         outputs = [] if ahead else self.settle()
+        row = None if ride is None or ahead else self._offer(*ride)
         try:
-            plan = self.scheduler.schedule(ahead=ahead)
+            plan = self.scheduler.schedule(ahead=ahead, riding=row)
         except Exception:
             return outputs + self._abandon("planning_failed")
         self._flights.append(plan)
         if not plan.empty:
             self._pipeline.submit(plan, beside=ahead)
         outputs += self._deliver(leave=1 if ahead and not plan.empty else 0)
+        if ride is not None and row is not None:
+            ride[0].settle(row, planned=plan.riding is not None, ridden=self._ridden)
+            if ride[0].under_way and row.start and not self.scheduler.riding.holds(row.ride) and not self._ridden:
+                ride[0].drop()  # a request has its blocks
         return outputs
+
+    def _offer(self, ride: Ride, most: int) -> RidingRow:
+        """The tokens of a ride for the next plan."""
+        ride.on_drop = self.scheduler.riding.release
+        self._executor.offer(ride)
+        self._ridden = False
+        return ride.row(most)
 
     def settle(self) -> list[Output]:
         """Wait for what is in flight, and deliver it."""
@@ -125,6 +155,7 @@ class Engine:
         while len(self._flights) > leave:
             plan = self._flights.popleft()
             result = self._result(plan)
+            self._ridden = result.ridden
             try:
                 committed = self.scheduler.commit(plan, result)
             except Exception:

@@ -30,6 +30,7 @@ from runtime.support.machine import Gpu
 from runtime.support.threads import call_in_fresh_thread, run_in_fresh_thread
 from runtime.text.reasoning import reasoning_format
 from runtime.text.tokenizer import Tokenizer
+from runtime.trainer.riding import Ride
 from settings.schema import Settings
 
 if TYPE_CHECKING:
@@ -90,6 +91,9 @@ class Background(Protocol):
 
     def idle(self) -> None:
         """Work while nothing else is to be done, and return soon."""
+
+    def ride(self) -> tuple[Ride, int] | None:
+        """Tokens to compute in the step that comes next, which decodes, and their number at the most; None: none."""
 
     def between_steps(self, step_seconds: float, *, decoding: bool, waiting_since: float | None) -> None:
         """Work after a step of `step_seconds`, while the next one waits. `decoding`: it did nothing else;
@@ -498,7 +502,8 @@ class EngineService:
         background = self.background if self.background is not None and self.background.ready else None
         prefilling = background is not None and self.engine.prefilling
         self._busy_since = began = time.monotonic()
-        outputs = self.engine.step(ahead=background is None)
+        ride = None if background is None or prefilling else background.ride()
+        outputs = self.engine.step(ahead=background is None, ride=ride)
         self._busy_since = time.monotonic()
         self.on_event_loop(self._dispatch, outputs)
         if background is not None and self.engine.busy:

@@ -128,7 +128,14 @@ def _make_jobs_engine(
     share = TrainingShare(
         LatencyTargets.of(settings.scheduler), min_share=settings.trainer.min_share, on_miss=metrics.on_target_miss
     )
-    host = TrainingHost(share, metrics.on_slice, lambda: service.has_messages)
+    host = TrainingHost(
+        share,
+        metrics.on_slice,
+        lambda: service.has_messages,
+        riding_rows=settings.trainer.riding_rows,
+        kept_widths=lambda: service.engine.kept_widths,
+        on_ride=metrics.on_ride,
+    )
     service.background = host
     return EngineJobs(service, library, settings, directory, host)
 

@@ -416,6 +416,11 @@ class Metrics:
         self._histograms["train_slice_seconds"].observe(seconds)
         self._gauges["train_slack_used"].set(slack_used)
 
+    def on_ride(self, tokens: int) -> None:
+        """This number of tokens of training was computed in a step of requests."""
+        self._gauges["train_riding_rows"].set(tokens)
+        self._counters["train_riding_tokens"].inc(tokens)
+
     def on_target_miss(self, target: LatencyTarget) -> None:
         """A token was late because of training; `target` is "tpot" or "ttft"."""
         self._counters["train_target_misses"].labels(target).inc()

@@ -13,7 +13,19 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from kernels import QUANTISERS, ForwardLayers, LayerStack, Ops, QuantisedWeight, Quantiser, Quantisers, Weight
+from kernels import (
+    QUANTISERS,
+    ForwardLayers,
+    FusedLayers,
+    LayerStack,
+    Ops,
+    QuantisedWeight,
+    Quantiser,
+    Quantisers,
+    RidingTokens,
+    Weight,
+)
+from kernels.bfloat16 import BFloat16Weight
 from runtime.model.attention import Attention
 from runtime.model.decoder_layer import DecoderLayer, LayerContext
 from runtime.model.group import SOLO, Group
@@ -93,12 +105,29 @@ class Decoder:
         adaptation: Adaptation | None = None,
         *,
         logits_indices: Tensor | None = None,
+        riding: RidingTokens | None = None,
     ) -> Tensor:
         """token_ids, positions [T] int64 → hidden states [T, hidden] after the last layer, before the norm. With
-        `logits_indices` [n] int64, in ascending order: [n, hidden] of these tokens alone."""
+        `logits_indices` [n] int64, in ascending order: [n, hidden] of these tokens alone. `riding`: the last tokens,
+        which the others are not changed by, where `kept_widths` are known."""
         cos, sin = self.angles(positions)
-        context = LayerContext(attention, cos, sin, adaptation, logits_indices)
-        return self._forward_layers(self.embed(token_ids, positions, adaptation), context)
+        context = LayerContext(attention, cos, sin, adaptation, logits_indices, riding)
+        hidden = self.embed(token_ids, positions, adaptation)
+        if riding is not None:
+            hidden[-riding.count :] = riding.inputs
+        return self._forward_layers(hidden, context)
+
+    @property
+    def kept_widths(self) -> tuple[int, int, int, int] | None:
+        """`KeptLayers.widths`, where tokens of training may ride in batches of serving: one call runs all layers, and
+        it multiplies as training does, with nothing quantised. None: they may not."""
+        layers = self._forward_layers
+        exact = all(
+            parameter.quantised is None or isinstance(parameter.quantised, BFloat16Weight)
+            for layer in self.layers
+            for parameter in layer.parameters.values()
+        )
+        return layers.widths if exact and isinstance(layers, FusedLayers) else None
 
     @cached_property
     def _forward_layers(self) -> ForwardLayers[LayerContext]:

@@ -5,12 +5,12 @@ into slices.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from kernels import LayerWeights, LinearWeights, Ops, PagedContext
+from kernels import LayerWeights, LinearWeights, Ops, PagedContext, RidingTokens
 from runtime.model.attention import Attention
 from runtime.model.group import SOLO, Group
 from runtime.model.layers import Adapt, Linear, Parameter, RowLinear
@@ -32,12 +32,15 @@ class LayerContext:
     adaptation: Adaptation | None = None
     logits_indices: Tensor | None = None
     """[n] int64, ascending: the tokens whose hidden states are needed after the last layer. None: all."""
+    riding: RidingTokens | None = None
+    """The last tokens, where they are of a sequence in training."""
 
     @property
     def paged(self) -> PagedContext | None:
         """See `kernels.stack.ForwardContext`."""
         adapted = () if self.adaptation is None else self.adaptation.adapted
-        return None if adapted is None else self.attention.paged(adapted)
+        paged = None if adapted is None else self.attention.paged(adapted)
+        return paged if paged is None or self.riding is None else replace(paged, riding=self.riding)
 
 
 class DecoderLayer:
@@ -142,6 +145,11 @@ class DecoderLayer:
         plain = spec.norm == "rms" and spec.pre_norm and not (spec.shared_norm or spec.parallel)
         heads = spec.qkv != "grouped" and spec.qk_norm in ("none", "head")
         return plain and heads and self._adds_as_is and self.mlp.is_swiglu and self._group.size == 1
+
+    def skips(self, linear: str) -> bool:
+        """True for a layer that `is_llama` if the gradient of the part with this linear does not depend on the linear's
+        output, or depends on its gates and ups alone."""
+        return linear != "qkv" or self._spec.qk_norm == "none"
 
     @property
     def weights(self) -> LayerWeights:

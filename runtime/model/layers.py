@@ -125,6 +125,11 @@ class Parameter:
         """The weight as the ops take it."""
         return self.data if self.quantised is None else self.quantised
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of what is held here."""
+        return self.data.nbytes if self.quantised is None else self.quantised.num_bytes
+
     def fill(self, part: str, value: Weight, ops: Ops) -> None:
         """Fill one part from its whole tensor, of which only the share of this rank is read. Integers are kept if all
         parts have one form and can be cut at the ranks' borders; else they become floats. Raises `WeightError` for a

@@ -6,9 +6,10 @@ from collections.abc import Iterable
 from typing import Protocol
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from runtime.blocks import BlockTable
-from runtime.messages import Admission, FinishReason, Move, Row, StepPlan
+from runtime.messages import Admission, FinishReason, Move, RidingRow, Row, StepPlan
 from runtime.scheduler.drafts import Drafter, Speculation
 from runtime.scheduler.pace import MIN_PROMPT_TOKENS, PromptPace, SchedulerCounts
 from runtime.scheduler.queue import Queue
@@ -48,6 +49,12 @@ class Planning:
         self._leases: dict[int, SlotLease] = {}
         self._admitted: dict[int, Admission] = {}
         self._moves: list[Move] = []
+        self._riding: RidingRow | None = None
+
+    def ride(self, row: RidingRow) -> None:
+        """Compute tokens of training beside the rows."""
+        self._riding = row
+        self.budget -= row.count
 
     def move(self, moves: Iterable[Move]) -> None:
         """Copy blocks, after all copies that were planned before. Never withdrawn: a copy that has become useless
@@ -142,6 +149,15 @@ class Planning:
         return len(self._rows)
 
     @property
+    def decodes(self) -> bool:
+        """True if the plan does nothing but decode."""
+        return (
+            bool(self._rows)
+            and not self._admitted
+            and all(row.sample and row.count == 1 + len(row.draft) for row in self._rows.values())
+        )
+
+    @property
     def leases(self) -> dict[int, SlotLease]:
         """Leases by the slots of the rows."""
         return self._leases
@@ -152,6 +168,7 @@ class Planning:
             admitted=list(self._admitted.values()),
             rows=list(self._rows.values()),
             moves=self._moves,
+            riding=self._riding,
         )
 
 
@@ -193,9 +210,10 @@ class Planner:
         self._counts = counts
         self._end = end
 
-    def plan(self, step: int, now: float, *, guess: bool, idle: bool) -> Planning:
+    def plan(self, step: int, now: float, *, guess: bool, idle: bool, riding: RidingRow | None = None) -> Planning:
         """Continue running requests, then admit waiting ones, until the budget, the slots or the blocks are used up.
-        Without `guess` there are no drafts. `idle`: no step is in flight."""
+        Without `guess` there are no drafts. `idle`: no step is in flight. `riding` tokens come after all others, in
+        steps that do nothing but decode, if there is room."""
         planning = Planning(step, self._budget, alone=guess)
         if self._policy.preemptive:
             self._replace_outranked(planning, now)
@@ -204,6 +222,10 @@ class Planner:
             self._add(head, planning)
         if idle and not planning.num_rows:
             self._break_deadlock(planning, now)
+        if riding is not None and planning.decodes and riding.count <= planning.budget:
+            table = self._running.riding.hold(riding, len(self._running))
+            if table is not None:
+                planning.ride(replace(riding, blocks=list(table.blocks)))
         return planning
 
     # -- running requests ---------------------------------------------------------------------------
@@ -265,6 +287,8 @@ class Planner:
         """Allocate blocks for all tokens of a running request, preempting others; False if it was preempted itself."""
         assert request.table is not None
         while not self._blocks.can_grow(request.table, request.length):
+            if self._running.riding.evict():
+                continue
             victim = self._victims.victim(self._running.requests)
             self._preempt(victim, planning)
             if victim is request:
@@ -314,7 +338,10 @@ class Planner:
     def _admit(self, request: Request, planning: Planning, now: float) -> bool:
         """Move a waiting request to a free slot, if there are blocks for it."""
         failpoint("planner.enter", request.submission.request_id)
-        allocation = allocate(self._blocks, request, self._victims.tokens_to_hold(request))
+        wanted = self._victims.tokens_to_hold(request)
+        allocation = allocate(self._blocks, request, wanted)
+        if allocation is None and self._running.riding.evict():
+            allocation = allocate(self._blocks, request, wanted)
         if allocation is None:
             return False
         first = request.state is RequestState.WAITING
@@ -349,6 +376,7 @@ class Planner:
                 continue
             held = sum(len(victim.table.held) for victim in victims if victim.table is not None)
             wanted = self._blocks.blocks_for(self._victims.tokens_to_hold(head))
+            held += self._running.riding.num_held
             if not victims or wanted > self._blocks.num_free + held:
                 return
             while not self._try_admit(head, planning, now):

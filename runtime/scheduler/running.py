@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from runtime.blocks import NO_MATCH, BlockManager, BlockTable, SwapSpace
-from runtime.messages import Move
+from runtime.messages import Move, RidingRow
 from runtime.scheduler.pace import SchedulerCounts
 from runtime.scheduler.policies import Policy
 from runtime.scheduler.request import Request, RequestState
@@ -45,6 +45,8 @@ class RunningRequests:
 
     def __init__(self, blocks: BlockManager, num_slots: int) -> None:
         self.blocks = blocks
+        self.riding = RidingTables(blocks)
+        """Blocks of sequences in training, which every request goes before."""
         self.num_slots = num_slots
         self._free = list(range(num_slots - 1, -1, -1))
         self._held: dict[int, Request] = {}
@@ -89,6 +91,7 @@ class RunningRequests:
 
     def clear(self) -> None:
         """Make every slot free again."""
+        self.riding.clear()
         for request in self._held.values():
             request.table = request.slot = None
         self._held.clear()
@@ -100,7 +103,57 @@ class RunningRequests:
         assert sorted([*self._free, *self._held]) == list(range(self.num_slots)), "a slot is lost or held twice"
         assert all(request.slot == slot for slot, request in self._held.items()), "slots and requests differ"
         if not self._held:
-            assert self.blocks.num_free == self.blocks.num_blocks, "blocks are held without a running request"
+            free = self.blocks.num_free + self.riding.num_held
+            assert free == self.blocks.num_blocks, "blocks are held without a running request"
+
+
+# -- riding sequences ------------------------------------------------------------------------------
+
+SPARE_PART = 16
+"""One in this number of blocks stays free beside those of riding sequences."""
+
+
+class RidingTables:
+    """Blocks of sequences in training, by the ids of `RidingRow`. No request shares them."""
+
+    def __init__(self, blocks: BlockManager) -> None:
+        self._blocks = blocks
+        self._tables: dict[int, BlockTable] = {}
+
+    @property
+    def num_held(self) -> int:
+        """Blocks of all of them."""
+        return sum(len(table.held) for table in self._tables.values())
+
+    def holds(self, ride: int) -> bool:
+        """True if what was computed of a sequence is still there."""
+        return ride in self._tables
+
+    def hold(self, row: RidingRow, num_running: int) -> BlockTable | None:
+        """The table of a sequence; that of a new one is made where enough blocks stay free for `num_running` requests
+        to grow. None: there is none."""
+        table = self._tables.get(row.ride)
+        if table is None and row.start == 0:
+            blocks = self._blocks
+            left = blocks.num_free - blocks.blocks_for(row.length)
+            if left >= num_running + blocks.num_blocks // SPARE_PART:
+                table = self._tables[row.ride] = blocks.adopt(NO_MATCH, row.length)
+        return table
+
+    def release(self, ride: int) -> None:
+        """Give a sequence's blocks back. An unknown one is fine."""
+        if (table := self._tables.pop(ride, None)) is not None:
+            self._blocks.free(table)
+
+    def evict(self) -> bool:
+        """Give all blocks back, as a request needs some: these sequences begin again. False: there were none."""
+        for ride in (held := list(self._tables)):
+            self.release(ride)
+        return bool(held)
+
+    def clear(self) -> None:
+        """Forget all tables, whose blocks are free already."""
+        self._tables.clear()
 
 
 # -- preemption ------------------------------------------------------------------------------------

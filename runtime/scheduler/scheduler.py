@@ -19,14 +19,14 @@ from msgspec.structs import replace
 
 from runtime.blocks import BlockManager, SwapSpace
 from runtime.errors import Conflict
-from runtime.messages import FinishReason, Row, StepPlan, StepResult, TokenLogprob, new_sequence_id
+from runtime.messages import FinishReason, RidingRow, Row, StepPlan, StepResult, TokenLogprob, new_sequence_id
 from runtime.scheduler.drafts import Speculation
 from runtime.scheduler.pace import Pace, SchedulerCounts, StepWork
 from runtime.scheduler.planner import INTERNAL_ERROR, Planner, SlotLease
 from runtime.scheduler.policies import Policy
 from runtime.scheduler.queue import Deadlines, Queue
 from runtime.scheduler.request import Request, RequestState
-from runtime.scheduler.running import PreemptionBackend, Recompute, RunningRequests, Swap
+from runtime.scheduler.running import PreemptionBackend, Recompute, RidingTables, RunningRequests, Swap
 from runtime.support.failpoints import ENABLED, failpoint
 from runtime.support.logs import get_logger
 from settings.schema import SchedulerSettings
@@ -132,6 +132,11 @@ class Scheduler:
         return self._running.requests
 
     @property
+    def riding(self) -> RidingTables:
+        """Blocks of sequences in training."""
+        return self._running.riding
+
+    @property
     def step_seconds(self) -> float:
         """Usual time of a step, in seconds; 0 before the first."""
         return self._pace.step_seconds
@@ -226,11 +231,12 @@ class Scheduler:
         rules = self._speculation
         return rules is not None and len(self._running) <= rules.max_running
 
-    def schedule(self, *, ahead: bool = False) -> StepPlan:
+    def schedule(self, *, ahead: bool = False, riding: RidingRow | None = None) -> StepPlan:
         """Plan the next step. Without rows there is nothing to compute, but `commit` may have ends to report.
 
         `ahead`: another plan may be made before this one is committed. So it has no drafts, as the number of tokens
-        that they give is open until then. Plans are committed in their order; a plan that is skipped because the caller
+        that they give is open until then, and nothing rides in it. `riding`: tokens of training to compute beside the
+        requests', if there is room. Plans are committed in their order; a plan that is skipped because the caller
         was interrupted is never committed.
         """
         failpoint("scheduler.plan")
@@ -239,7 +245,7 @@ class Scheduler:
             self._end(late, "timeout")
         self._step += 1
         self._num_fresh = 0
-        planning = self._planner.plan(self._step, now, guess=not ahead, idle=not self._flights)
+        planning = self._planner.plan(self._step, now, guess=not ahead, idle=not self._flights, riding=riding)
         self._flights.append(Flight(self._step, now, planning.leases))
         return planning.done()
 
@@ -254,6 +260,8 @@ class Scheduler:
         self._pace.on_step(plan.num_tokens, len(plan.rows), seconds)
         self._pace.prompts.on_step(work_of(plan), seconds)
         self._last_commit = now
+        if (ride := plan.riding) is not None and result.ridden and ride.start + ride.count == ride.length:
+            self.riding.release(ride.ride)
         for slot, error in result.failed.items():
             self._fail(flight.leases[slot], error)
         committed: list[Committed] = []

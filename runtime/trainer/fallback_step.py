@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels import Ops
+from kernels import Ops, StackFactors
 from kernels.training import backward
 from runtime.model.attention import PackedAttention
 from runtime.model.fallback import FallbackDecoder
@@ -19,6 +19,7 @@ from runtime.trainer.data.example import MicroBatch
 from runtime.trainer.lora import TrainableLora, TrainingAdaptation
 from runtime.trainer.losses import Loss, Score, Supervised, apply_loss, score_targets
 from runtime.trainer.losses.logprobs import LogitsHead
+from runtime.trainer.riding import KeptMemory, Ride
 from runtime.trainer.slices import Slice, Sliced, Slices
 from runtime.trainer.step import BACKWARD_COST, noisy
 
@@ -65,8 +66,14 @@ class FallbackStep:
             None if refers is None else TrainingAdaptation(refers, ops, dropout=0.0, seed=seed, rows=every)
         )
         self._calls: list[LayerCall] = []
+        self.ride: Ride | None = None
+        """None: transformers' modules do not run beside requests."""
         self.score = Score()
         self.fraction = 0.0
+
+    def begin_ride(self, factors: StackFactors, memory: KeptMemory) -> Ride:
+        """See `MicroStep.begin_ride`. Raises `TypeError`."""
+        raise TypeError("modules of transformers do not run as rows of other batches")
 
     def forward_backward(self, weight: float) -> Slices:
         """See `MicroStep.forward_backward`."""

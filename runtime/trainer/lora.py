@@ -155,6 +155,11 @@ class TrainableLora(LoraWeights):
         """The weights whose product is taken off the base's."""
         return self._start if self._use == "subtracted" else None
 
+    @property
+    def is_plain(self) -> bool:
+        """True if all that it does to a linear is to add the product of its factors."""
+        return self.subtracted is None and not any(linear.m for linear in self.linears.values())
+
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Every trained tensor by a stable name, layer by layer."""
         for (layer, name), linear in self.linears.items():
@@ -362,15 +367,18 @@ def _orthogonal(
 class TrainingAdaptation(Adaptation):
     """The hook for a run of tokens of one micro-batch: adds the adapter's output, with gradients, and dropout."""
 
-    def __init__(self, lora: LoraWeights, ops: Ops, *, dropout: float, seed: int, rows: slice) -> None:
+    def __init__(
+        self, lora: LoraWeights, ops: Ops, *, dropout: float, seed: int, rows: slice, known: bool = False
+    ) -> None:
         """`rows` are these tokens' places in the micro-batch; `seed` is the micro-batch's. `ops` compute the base's
-        linears."""
+        linears. `known`: outputs have what the adapter adds already, and only gradients are to be computed."""
         self._lora = lora
         self._ops = ops
         self._subtracted = lora.subtracted if isinstance(lora, TrainableLora) else None
         self._dropout = dropout
         self._seed = seed
         self._rows = rows
+        self._known = known
 
     def embed(self, token_ids: Tensor, embed: Embed) -> Tensor:
         vocabulary = self._lora.vocabulary
@@ -394,11 +402,12 @@ class TrainingAdaptation(Adaptation):
             norms = self._lora.norms(layer, linear)
             left, own = self._left_of(x, base, mask, adapted.linear)
             return add_dora(y, own, left, adapted.columns, adapted.scales, norms, adapted.a, adapted.b, adapted.m)
-        added: Tensor = _AddLora.apply(y, x, mask, adapted.columns, adapted.scales, adapted.a, *adapted.b)  # type: ignore[no-untyped-call]
+        scales, parts = adapted.scales, (adapted.a, *adapted.b)
+        added: Tensor = _AddLora.apply(y, x, mask, adapted.columns, scales, self._known, *parts)  # type: ignore[no-untyped-call]
         if self._subtracted is not None:
             before = self._subtracted.linears[layer, linear]
             taken = tuple(-scale for scale in before.scales)
-            added = _AddLora.apply(added, x, None, before.columns, taken, before.a, *before.b)  # type: ignore[no-untyped-call]
+            added = _AddLora.apply(added, x, None, before.columns, taken, False, before.a, *before.b)  # type: ignore[no-untyped-call]
         return added
 
     def _left_of(self, x: Tensor, base: Tensor, mask: Tensor | None, linear: Linear) -> tuple[Tensor, Tensor]:
@@ -413,8 +422,12 @@ class TrainingAdaptation(Adaptation):
     def _mask(self, layer: int, linear: str, x: Tensor, inputs: Split) -> Tensor:
         """[T, in]: 0 with probability `dropout`, else 1 / (1 - dropout). `inputs`: the inputs in x."""
         columns = inputs.pick(torch.arange(inputs.full, dtype=torch.int32, device=x.device))
-        seed = mix(self._seed, layer, sum(linear.encode()))
-        return dropout_mask(seed, self._rows, columns, self._dropout).to(x.dtype)
+        return dropout_mask(mask_seed(self._seed, layer, linear), self._rows, columns, self._dropout).to(x.dtype)
+
+
+def mask_seed(seed: int, layer: int, linear: str) -> int:
+    """Seed of the dropout mask of one linear, from the micro-batch's."""
+    return mix(seed, layer, sum(linear.encode()))
 
 
 def mix(*numbers: int) -> int:
@@ -444,15 +457,18 @@ class _AddLora(torch.autograd.Function):
         mask: Tensor | None,
         columns: Sequence[slice],
         scales: Sequence[float],
+        known: bool,
         a: Tensor,
         *b: Tensor,
     ) -> Tensor:
         dropped = x if mask is None else x * mask
         shrunk = dropped @ a.to(x.dtype).t()
-        for place, small, up, scale in zip(columns, pieces_of(shrunk, b, dim=1), b, scales, strict=True):
-            y[:, place].addmm_(small, up.to(y.dtype).t(), alpha=scale)
         ctx.save_for_backward(x, mask, shrunk, a, *b)
         ctx.columns, ctx.scales = columns, scales
+        if known:
+            return y
+        for place, small, up, scale in zip(columns, pieces_of(shrunk, b, dim=1), b, scales, strict=True):
+            y[:, place].addmm_(small, up.to(y.dtype).t(), alpha=scale)
         ctx.mark_dirty(y)
         return y
 
@@ -475,4 +491,4 @@ class _AddLora(torch.autograd.Function):
             grad_x = grad_shrunk @ a.to(grad.dtype)
             if mask is not None:
                 grad_x *= mask
-        return grad, grad_x, None, None, None, grad_a, *grad_b
+        return grad, grad_x, None, None, None, None, grad_a, *grad_b

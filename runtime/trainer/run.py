@@ -26,6 +26,7 @@ from runtime.trainer.lora import TrainableLora, mix
 from runtime.trainer.losses import Score, make_loss
 from runtime.trainer.losses.loss import ReferenceScores
 from runtime.trainer.optimizer import Optimizer
+from runtime.trainer.riding import LEAST_MEMORY_BYTES, MEMORY_PART, KeptMemory, MicroPiece, Ride, Rides, cut
 from runtime.trainer.schedule import ExampleFeed, rate_factor, step_groups
 from runtime.trainer.sliced_run import MakeRun, RunSpec, SlicedRun, WriteAdapter
 from runtime.trainer.slices import Slice, Sliced, Slices, clock_of
@@ -64,6 +65,10 @@ def halve(micro_batches: Sequence[Sequence[Example]], group_size: int = 1) -> li
         middle = (len(examples) // group_size + 1) // 2 * group_size
         halves += [part for part in (examples[:middle], examples[middle:]) if part]
     return halves
+
+
+# Kinds of slices of a layer's forward pass, whose units are tokens.
+FORWARD_KINDS = ("project", "mix", "expand", "contract")
 
 
 class TrainingRun(SlicedRun):
@@ -117,6 +122,8 @@ class TrainingRun(SlicedRun):
             self._reference.restore(restored.reference)
         if spec.recipe.neftune_noise_alpha and not getattr(decoder, "separable", True):
             raise ValueError("neftune_noise_alpha is not possible with this model: its embeddings cannot be told apart")
+        self._kept_widths: tuple[int, int, int, int] | None = None
+        self._rides: Rides[Micro] | None = None
         self._watchdog = Watchdog(spec.recipe, decoder.spec.vocab_size, above=self._progress.steps_above)
         self._course = Course(spec.recipe, spec.schedule, self._loss, self._progress, bool(test))
         super().__init__(on_event, clock, whole=whole)
@@ -135,6 +142,45 @@ class TrainingRun(SlicedRun):
     def paused(self) -> bool:
         """True if it stands still at a step's end."""
         return self._paused
+
+    # -- riding --------------------------------------------------------------------------------
+
+    def ride_with(self, widths: tuple[int, int, int, int]) -> None:
+        suits = isinstance(self._decoder, Decoder) and self._lora.is_plain
+        self._kept_widths = widths if suits and not self._spec.recipe.neftune_noise_alpha else None
+
+    def _find_rides(self) -> Rides[Micro] | None:
+        """The rides of this run; None where nothing is to ride now."""
+        widths, decoder = self._kept_widths, self._decoder
+        if widths is None or not self.beside_requests or not isinstance(decoder, Decoder):
+            return None
+        if self._rides is None:
+            weights = sum(parameter.num_bytes for parameter in decoder.parameters().values())
+            most = max(LEAST_MEMORY_BYTES, weights // MEMORY_PART)
+            memory = KeptMemory(decoder.spec.num_layers, widths, decoder.dtype, most)
+            self._rides = Rides(self._lora, decoder.ops, memory)
+        return self._rides
+
+    def next_ride(self) -> Ride | None:
+        return None if self._rides is None else self._rides.next()
+
+    def stop_riding(self) -> None:
+        if self._rides is not None:
+            self._rides.stop()
+
+    @property
+    def waits_for_ride(self) -> bool:
+        return self._rides is not None and self._rides.waits
+
+    @property
+    def forward_seconds(self) -> float | None:
+        rates, total = self.pacer.rates, 0.0
+        for name in FORWARD_KINDS:
+            rate = rates.get(f"{name}_kept", rates.get(name))
+            if rate is None:
+                return None
+            total += rate
+        return self._decoder.spec.num_layers * total
 
     # -- the run -------------------------------------------------------------------------------
 
@@ -209,25 +255,53 @@ class TrainingRun(SlicedRun):
 
     def _accumulate(self, step: int, group: MicroBatches) -> Sliced[Score]:
         units = sum(self._loss.units([example.num_trained for example in micro]) for micro in group)
-        total, recipe = Score(), self._spec.recipe
+        total, rides = Score(), self._find_rides()
         self._headway.begin("train", step - 1, group)
-        for index, examples in enumerate(group):
-            micro = self._make_micro_step(
-                self._decoder,
-                self._ops,
-                self._lora,
-                collate(examples, self._decoder.device),
-                loss=self._loss,
-                dropout=recipe.lora_dropout,
-                seed=mix(recipe.seed, step, index),
-                checkpointing=recipe.gradient_checkpointing,
-                reference=self._known_reference(examples),
-                noise=recipe.neftune_noise_alpha,
-            )
-            yield from self._headway.watch(micro.forward_backward(1 / max(1, units)), micro, examples)
-            self._keep_reference(examples, micro)
-            total.add(micro.score)
+        parts = [[(0, examples)] if rides is None else [*cut(examples, self._loss.group_size)] for examples in group]
+        if rides is None or sum(map(len, parts)) == 1:  # a single piece has nothing to ride beside
+            for index, examples in enumerate(group):
+                total.add((yield from self._work_on(self._piece(step, index, 0, examples), units)))
+            return total
+        pieces = [self._piece(step, index, *part) for index, several in enumerate(parts) for part in several]
+        try:
+            yield from rides.open(pieces)
+            while pieces:
+                piece = yield from rides.choose(pieces)
+                pieces.remove(piece)
+                try:
+                    total.add((yield from self._work_on(piece, units)))
+                finally:
+                    if piece.work.ride is not None:
+                        piece.work.ride.drop()
+        finally:
+            rides.close()
         return total
+
+    def _piece(self, step: int, index: int, first_row: int, examples: Sequence[Example]) -> MicroPiece[Micro]:
+        """Examples of micro-batch `index` of a step, before which it has `first_row` tokens."""
+        recipe = self._spec.recipe
+        place = {"first_row": first_row} if first_row else {}
+        micro = self._make_micro_step(
+            self._decoder,
+            self._ops,
+            self._lora,
+            collate(examples, self._decoder.device),
+            loss=self._loss,
+            dropout=recipe.lora_dropout,
+            seed=mix(recipe.seed, step, index),
+            checkpointing=recipe.gradient_checkpointing,
+            reference=self._known_reference(examples),
+            noise=recipe.neftune_noise_alpha,
+            **place,
+        )
+        return MicroPiece(examples, micro)
+
+    def _work_on(self, piece: MicroPiece[Micro], units: int) -> Sliced[Score]:
+        """Add a piece's gradients, in a step of this number of units."""
+        micro, examples = piece.work, piece.examples
+        yield from self._headway.watch(micro.forward_backward(1 / max(1, units)), micro, examples)
+        self._keep_reference(examples, micro)
+        return micro.score
 
     def _known_reference(self, examples: Sequence[Example]) -> Tensor | None:
         return self._reference.find(examples, self._decoder.device) if self._loss.needs_reference else None

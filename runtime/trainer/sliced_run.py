@@ -4,6 +4,7 @@
 the run can continue.
 """
 
+import math
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -24,6 +25,7 @@ from runtime.trainer.course import Restored, Snapshot
 from runtime.trainer.lora import PartSizes, StartUse, Targets, adapter_of
 from runtime.trainer.recipe import Recipe
 from runtime.trainer.recipe.rules import beta_of
+from runtime.trainer.riding import Ride, RowPace
 from runtime.trainer.schedule import ExampleFeed, Schedule
 from runtime.trainer.slices import FairQueue, Pacer, Slices, TrainingShare
 
@@ -141,6 +143,8 @@ class SlicedRun(ABC):
         self._pause_asked = False
         self._cancel_asked = False
         self._paused = False
+        self.beside_requests = False
+        """True while requests run beside it. Engine thread only, as all that is about riding."""
         self.pacer = Pacer(self._slices(), clock, whole=whole)
 
     @property
@@ -181,9 +185,35 @@ class SlicedRun(ABC):
             self._on_event(CancelledEvent(step=self.step))
 
         def may_go_on() -> bool:
-            return self.ready and not self._cancel_asked and not interrupted()
+            return self.ready and not self._cancel_asked and not self.waits_for_ride and not interrupted()
 
         return self.pacer.run(seconds, may_go_on, longest=longest)
+
+    # -- riding: see `runtime.trainer.riding` -----------------------------------------------------
+
+    def ride_with(self, widths: tuple[int, int, int, int]) -> None:
+        """Let tokens ride, where the run has some that can; `widths`: see `KeptLayers`."""
+        return
+
+    def next_ride(self) -> Ride | None:
+        """A ride that is under way, or a new one; None where nothing is to ride now."""
+        return None
+
+    def stop_riding(self) -> None:
+        """Drop what is under way."""
+        return
+
+    @property
+    def waits_for_ride(self) -> bool:
+        """True if there is nothing to do in slices before a ride has ended."""
+        return False
+
+    @property
+    def forward_seconds(self) -> float | None:
+        """Time of a token's forward pass in slices; None while it is unknown."""
+        return None
+
+    # -- from any thread -----------------------------------------------------------------------
 
     def pause(self) -> None:
         """Stand still at the end of this step, with a snapshot."""
@@ -236,7 +266,21 @@ IDLE_TURN_SECONDS = 0.05
 # The longest slice then: what a first token may have to wait.
 MAX_SLICE_SECONDS = 0.2
 
+# Riding rows are taken to cost at most this many times the slack.
+MOST_SLACKS = 2.0
+
 log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class _Offer:
+    """A ride for one step."""
+
+    run: SlicedRun
+    ride: Ride
+    count: int
+    before: int
+    """Tokens of it that were computed before."""
 
 
 class TrainingHost:
@@ -250,14 +294,26 @@ class TrainingHost:
         share: TrainingShare,
         on_slices: Callable[[float, float], None] = lambda seconds, slack_used: None,
         interrupted: Callable[[], bool] = lambda: False,
+        *,
+        riding_rows: int = 0,
+        kept_widths: Callable[[], tuple[int, int, int, int] | None] = lambda: None,
+        on_ride: Callable[[int], None] = lambda tokens: None,
     ) -> None:
         """`on_slices` is called with the seconds of every stretch of training, and the part of the slack that training
-        uses. Where `interrupted` is true, no slice begins."""
+        uses. Where `interrupted` is true, no slice begins. Up to `riding_rows` tokens ride in a step, where there are
+        `kept_widths` (`KeptLayers`); `on_ride` is called with the number that did."""
         self._share = share
         self._on_slices = on_slices
         self._interrupted = interrupted
         self._runs: dict[SlicedRun, Callable[[RunEvent], None]] = {}
         self._queue: FairQueue[SlicedRun] = FairQueue()
+        self._kept_widths = kept_widths
+        self._on_ride = on_ride
+        self._riding_rows = riding_rows if riding_rows > 1 else 0
+        self._rows: RowPace | None = None
+        """None: nothing has ridden yet."""
+        self._offer: _Offer | None = None
+        """The ride that the step which comes next, or has just been, was given."""
 
     @property
     def ready(self) -> bool:
@@ -269,6 +325,8 @@ class TrainingHost:
         """`on_event` gets the errors that the run does not handle itself. `weight` and `priority`: see `FairQueue`."""
         self._runs[run] = on_event
         self._queue.add(run, weight=weight, priority=priority)
+        if self._riding_rows and (widths := self._kept_widths()) is not None:
+            run.ride_with(widths)
 
     def detach(self, run: SlicedRun) -> None:
         """Forget a run, wherever it is. One that is not attached is fine."""
@@ -277,14 +335,53 @@ class TrainingHost:
             run.pacer.close()
 
     def idle(self) -> None:
+        self._offer = None
+        for run in self._runs:
+            run.beside_requests = False
+            run.stop_riding()
         self._work(IDLE_TURN_SECONDS, longest=MAX_SLICE_SECONDS)
 
     def between_steps(self, step_seconds: float, *, decoding: bool, waiting_since: float | None) -> None:
         if not self.ready:
             return
-        now = time.monotonic()
-        budget = self._share.budget(step_seconds, decoding=decoding, waiting_since=waiting_since, now=now)
+        for run in self._runs:
+            run.beside_requests = True
+            if run.waits_for_ride and (ride := run.next_ride()) is not None and self._offer is None:
+                ride.refuse()
+        now, rode = time.monotonic(), self._settle_offer(step_seconds)
+        budget = self._share.budget(step_seconds, decoding=decoding, waiting_since=waiting_since, now=now, rode=rode)
         self._share.settle(budget, self._work(budget) if budget > 0 else 0.0)
+
+    def ride(self) -> tuple[Ride, int] | None:
+        self._offer = None
+        if not self._riding_rows or self._share.probes or self._share.typical is None:
+            return None
+        riding = {run: ride for run in self._runs if run.ready and (ride := run.next_ride()) is not None}
+        if (run := self._queue.next_of(riding)) is None:
+            return None
+        price = run.forward_seconds
+        if self._rows is None:
+            self._rows = RowPace(self._riding_rows)
+        count = self._rows.choose(price=math.inf if price is None else price, slack=self._share.slack)
+        if count == 0:
+            return None
+        self._offer = _Offer(run, riding[run], count, riding[run].num_done)
+        return riding[run], count
+
+    def _settle_offer(self, step_seconds: float) -> float | None:
+        """Learn from a step that a ride was given to; returns the part of its time that riding tokens took, None where
+        there were none."""
+        offer, self._offer = self._offer, None
+        if offer is None or self._rows is None or (tokens := offer.ride.num_done - offer.before) <= 0:
+            self._on_ride(0)
+            return None
+        self._on_ride(tokens)
+        if self._share.typical is not None and tokens == offer.count:
+            # One step that took ten times as long, because something else ran, does not tell what rows cost.
+            self._rows.learn(tokens, min(step_seconds - self._share.typical, MOST_SLACKS * self._share.slack))
+        cost = self._rows.cost(offer.count)
+        self._queue.charge(offer.run, cost)
+        return cost
 
     def _work(self, seconds: float, *, longest: float | None = None) -> float:
         """Let the run train that is next, or one after it where it has no slice that fits."""

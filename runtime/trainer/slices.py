@@ -304,22 +304,49 @@ class TrainingShare:
         self._saved = 0.0
         self._spent = 0.0
         """Seconds of training before the step that comes next."""
+        self._rode = 0.0
+        """Seconds of the last step that riding tokens took."""
         self._patience = targets.ttft
         """Seconds of prefill that training still leaves undisturbed."""
         self._waiting = _Waiting()
         self.slack_used = 0.0
         """Part of the slack that training used: smoothed; above 1 where its least share exceeds the slack."""
 
-    def budget(self, step_seconds: float, *, decoding: bool, waiting_since: float | None, now: float) -> float:
+    @property
+    def typical(self) -> float | None:
+        """Seconds of a step that only decodes, with nothing riding; None before the first."""
+        return self._typical
+
+    @property
+    def slack(self) -> float:
+        """Seconds that the target leaves beside such a step; at least 0."""
+        return 0.0 if self._typical is None else max(0.0, self._slack(self._typical))
+
+    @property
+    def probes(self) -> bool:
+        """True if the step that comes next is to be measured without training before it."""
+        return self._since_probe == 0
+
+    def budget(
+        self,
+        step_seconds: float,
+        *,
+        decoding: bool,
+        waiting_since: float | None,
+        now: float,
+        rode: float | None = None,
+    ) -> float:
         """Seconds for the gap after a step, savings and debts included; may be negative.
 
         Args:
             step_seconds: time of the step.
             decoding: True if the step did nothing but decode, so that it is one between two tokens.
             waiting_since: arrival of the oldest request without a token, on the clock of `now`; None: there is none.
+            rode: seconds of the step that riding tokens took, which training has had; None: there were none.
         """
+        self._rode = rode or 0.0
         if decoding:
-            self._judge(step_seconds)
+            self._judge(step_seconds, rides=rode is not None)
         if self._waiting.look(waiting_since, now, self._targets.ttft):
             self._on_miss("ttft")
         if waiting_since is not None:
@@ -330,7 +357,7 @@ class TrainingShare:
             self._since_probe = 0
             return min(0.0, self._saved)
         least = self._floor * step_seconds
-        gap = max(self._slack(step_seconds) * (1 - self._reserve), least)
+        gap = max(self._slack(step_seconds - self._rode) * (1 - self._reserve), least) - self._rode
         self._saved = min(self._saved, MAX_SAVED_GAPS * gap)
         return gap + self._saved
 
@@ -340,7 +367,7 @@ class TrainingShare:
         self._spent = spent
         self._waiting.trained += spent
         if budget > 0 and self._typical is not None and (slack := self._slack(self._typical)) > 0:
-            self.slack_used += EMA_WEIGHT * (spent / slack - self.slack_used)
+            self.slack_used += EMA_WEIGHT * ((spent + self._rode) / slack - self.slack_used)
 
     def _budget_beside_prefill(self, step_seconds: float, waited: float) -> float:
         """Nothing, until prefill has had all of the time for long enough; then, and where a first token is late
@@ -359,19 +386,21 @@ class TrainingShare:
             return self._targets.tpot - max(step_seconds, typical)  # more requests make steps longer at once
         return (self._targets.tpot_ratio / self._slowdown - 1) * typical
 
-    def _judge(self, step_seconds: float) -> None:
-        """Learn from a token: what its step took, and whether the training before it made it late."""
+    def _judge(self, step_seconds: float, *, rides: bool) -> None:
+        """Learn from a token: what its step took, and whether the training before it, or in it, made it late."""
         known = self._typical or step_seconds
         if self._spent == 0.0 and self._since_probe == 0 and self._typical is not None:
             seen = min(MAX_RISE_RATIO, max(1.0, known / step_seconds))
             self._slowdown += EMA_WEIGHT * (seen - self._slowdown)
         target = self._targets.tpot or self._targets.tpot_ratio * known / self._slowdown
         late = self._spent + step_seconds > target
-        if step_seconds <= target:  # else training is not the cause
+        if step_seconds - self._rode <= target:  # else training is not the cause
             part = self._targets.percentile if late else self._targets.percentile - 1
             self._reserve = min(1.0, max(0.0, self._reserve + RESERVE_STEP * part))
             if late:
                 self._on_miss("tpot")
+        if rides and step_seconds >= known:  # how much of it is the step's own is not known
+            return
         # One step that took ten times as long, because something else ran, is not typical.
         self._typical = known + EMA_WEIGHT * (min(step_seconds, MAX_RISE_RATIO * known) - known)
 

@@ -5,14 +5,14 @@ too. Most stages work token by token, attention sequence by sequence and head by
 to stage has a name, and so has its gradient. The place of a cut changes nothing but rounding.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from kernels.training import TrainingOps, backward
+from kernels.training import KnownOutput, TrainingOps, backward
 from runtime.model.attention import PackedAttention
 from runtime.model.decoder import Decoder, DecoderLayer
 from runtime.trainer.data.example import MicroBatch
@@ -40,16 +40,20 @@ class Context:
     """Below this layer nothing is trained, so no gradient is computed."""
     trains_input: bool = False
     """The gradient of the first layer's input is needed too: rows of the embedding are trained."""
+    first_row: int = 0
+    """Row of the dropout masks of the first token: above 0 for a part of the micro-batch that the masks are of."""
 
     @property
     def stretches(self) -> tuple[slice, ...]:
         """Tokens that are attended to in one piece of work: a sequence, or all of them."""
         return (slice(0, self.batch.num_tokens),) if self.ops.packs else self.batch.sequences
 
-    def adaptation(self, rows: slice) -> TrainingAdaptation | None:
+    def adaptation(self, rows: slice, *, known: bool = False) -> TrainingAdaptation | None:
+        """`known`: see `TrainingAdaptation`."""
         if self.lora is None:
             return None
-        return TrainingAdaptation(self.lora, self.ops, dropout=self.dropout, seed=self.seed, rows=rows)
+        rows = slice(self.first_row + rows.start, self.first_row + rows.stop)
+        return TrainingAdaptation(self.lora, self.ops, dropout=self.dropout, seed=self.seed, rows=rows, known=known)
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +84,8 @@ class LayerState:
     """Pieces of the stages that were computed to be used backwards, by the stages' names."""
     grads: dict[str, Tensor] = field(default_factory=dict)
     """Gradients with respect to `values`."""
+    known: bool = False
+    """True if the layer was computed elsewhere: all of `values` are there, with `gate_up` before the activation."""
 
     def wants(self, name: str, context: Context) -> bool:
         """True if the gradient of this value is needed."""
@@ -141,6 +147,7 @@ class TokenStage:
             again = f"{self.name}_again"
             if piece is None:
                 left = min(kept, default=end) - start
+                again = f"{self.name}_known" if state.known else again
                 done = yield Slice(again, left, min(LEAST_TOKENS, left))
             else:
                 left = piece.rows.stop - start
@@ -168,8 +175,12 @@ class TokenStage:
             state.values[name][rows].detach().requires_grad_(keep and state.wants(name, context))
             for name in self._inputs
         )
+        ops, known = context.ops, state.known and state.layer.skips(self._linear)
+        if known:
+            gate_up = state.values["gate_up"][rows] if self._linear == "gate_up" else None
+            ops = ops.knowing(KnownOutput(gate_up))
         with torch.set_grad_enabled(keep):
-            made = self._run(state.layer, context.ops, *inputs, context.adaptation(rows))
+            made = self._run(state.layer, ops, *inputs, context.adaptation(rows, known=known))
         return StagePiece(rows, inputs, made if isinstance(made, tuple) else (made,))
 
 
@@ -245,6 +256,7 @@ class AttendStage:
         return mixed
 
 
+ATTEND = AttendStage()
 PROJECT = TokenStage("project", "qkv", ("hidden",), ("q", "k", "v"), DecoderLayer.project)
 MIX = TokenStage("mix", "out", ("hidden", "mixed"), ("residual",), DecoderLayer.mix)
 EXPAND = TokenStage("expand", "gate_up", ("residual",), ("inner",), DecoderLayer.expand)
@@ -252,8 +264,8 @@ EXPAND_BESIDE = TokenStage("expand", "gate_up", ("hidden",), ("inner",), Decoder
 """Stage of layers whose MLP stands beside attention."""
 CONTRACT = TokenStage("contract", "down", ("residual", "inner"), ("out",), DecoderLayer.contract)
 
-SERIAL: tuple[Stage, ...] = (PROJECT, AttendStage(), MIX, EXPAND, CONTRACT)
-PARALLEL: tuple[Stage, ...] = (PROJECT, AttendStage(), MIX, EXPAND_BESIDE, CONTRACT)
+SERIAL: tuple[Stage, ...] = (PROJECT, ATTEND, MIX, EXPAND, CONTRACT)
+PARALLEL: tuple[Stage, ...] = (PROJECT, ATTEND, MIX, EXPAND_BESIDE, CONTRACT)
 
 
 class LayerStep:
@@ -261,10 +273,12 @@ class LayerStep:
     is computed again when its gradient is due; without, the pieces are kept, and only one that is too much for its
     slice is computed again in smaller ones."""
 
-    def __init__(self, context: Context, layer: DecoderLayer, hidden: Tensor) -> None:
-        """hidden [T, hidden], the layer's input."""
+    def __init__(
+        self, context: Context, layer: DecoderLayer, hidden: Tensor, known: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """hidden [T, hidden], the layer's input. `known`: see `LayerState.known`; nothing but `backward` follows."""
         self._context = context
-        self._state = LayerState(layer, {"hidden": hidden})
+        self._state = LayerState(layer, {"hidden": hidden, **(known or {})}, known=known is not None)
         self._stages = PARALLEL if context.decoder.spec.parallel else SERIAL
 
     def forward(self, *, keep: bool) -> Sliced[Tensor]:
@@ -278,13 +292,23 @@ class LayerStep:
     def backward(self, grad: Tensor) -> Sliced[Tensor]:
         """From the gradient of the layer's output to that of its input, both [T, hidden]. Once."""
         state = self._state
-        if not state.pieces:
+        if state.known:
+            yield from self._complete()
+        elif not state.pieces:
             yield from self._forward(self._stages[:-1], keep=True)
         state.grads["out"] = grad
         for stage in reversed(self._stages):
             yield from stage.backward(self._context, state)
         state.values.clear()
         return state.grads.get("hidden", grad)
+
+    def _complete(self) -> Slices:
+        """Make what is known ready for `backward`: attention's own sums were not kept."""
+        state, context = self._state, self._context
+        yield Slice("activate", 1)
+        with torch.no_grad():
+            state.values["inner"] = context.ops.silu_mul(state.values["gate_up"])
+        yield from ATTEND.forward(context, state, keep=True)
 
     def _forward(self, stages: Iterable[Stage], *, keep: bool) -> Slices:
         for stage in stages:

@@ -7,12 +7,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kernels import StackFactors
 from kernels.training import TrainingOps
 from runtime.model.decoder import Decoder
 from runtime.trainer.data.example import MicroBatch
-from runtime.trainer.lora import TrainableLora, mix
+from runtime.trainer.lora import TrainableLora, mask_seed, mix
 from runtime.trainer.losses import Loss, Score, Supervised, apply_loss, score_targets
 from runtime.trainer.losses.logprobs import Head, head_of
+from runtime.trainer.riding import KeptMemory, Ride
 from runtime.trainer.slices import Sliced, Slices
 from runtime.trainer.stages import Context, LayerStep
 from runtime.trainer.token_rows import InitialRows
@@ -28,6 +30,9 @@ class Micro(Protocol):
     fraction: float
     """Share of it that is done, from 0 to 1."""
     reference: Tensor | None
+    ride: Ride | None
+
+    def begin_ride(self, factors: StackFactors, memory: KeptMemory) -> Ride: ...
 
     def forward_backward(self, weight: float) -> Slices: ...
 
@@ -62,9 +67,11 @@ class MicroStep:
         checkpointing: bool = True,
         reference: Tensor | None = None,
         noise: float = 0.0,
+        first_row: int = 0,
     ) -> None:
         """`loss`: supervised by default; `seed` decides the dropout masks and the noise; `reference` [R] are the
-        targets' log-probabilities without the adapter, where they are known; `noise`: see `noisy`."""
+        targets' log-probabilities without the adapter, where they are known; `noise`: see `noisy`; `first_row`: see
+        `Context`."""
         self._loss = loss or Supervised()
         self._checkpointing = checkpointing
         self._noise = noise
@@ -86,7 +93,11 @@ class MicroStep:
             angles=decoder.angles(batch.positions),
             lowest=lowest,
             trains_input=trains_input,
+            first_row=first_row,
         )
+        self.ride: Ride | None = None
+        """The forward pass, where it is computed beside requests: `forward_backward` only goes back once it is
+        complete."""
         self.score = Score()
         self.fraction = 0.0
 
@@ -94,8 +105,31 @@ class MicroStep:
         """Add the gradient of `weight` times the loss's total to the parameters' `grad`. Then `score` is set."""
         context = self._context
         count = context.decoder.spec.num_layers
-        stages = count * self._forward_passes + BACKWARD_COST * (count - context.lowest)
+        ridden = self.ride if self.ride is not None and self.ride.complete else None
+        passes = self._forward_passes - (ridden is not None)
+        stages = count * passes + BACKWARD_COST * (count - context.lowest)
         reference = yield from self._reference(stages)
+        if ridden is None:
+            layers, hidden = yield from self._kept_forward(stages)
+        else:
+            layers, hidden = self._ridden_layers(ridden), ridden.final
+        head = self._head(context, hidden)
+        self.score, grad = yield from apply_loss(
+            self._loss, head, hidden, context.batch, reference=reference, weight=weight
+        )
+        assert grad is not None
+        del hidden
+        while layers:
+            grad = yield from layers.pop().backward(grad)
+            self.fraction += BACKWARD_COST / stages
+        if context.trains_input and self._vocabulary is not None:
+            self._vocabulary.add_embedding_grad(context.batch.token_ids, grad)
+
+    def _kept_forward(self, stages: int) -> Sliced[tuple[list[LayerStep], Tensor]]:
+        """The trained layers, ready to go back, and the hidden states [T, hidden] after the last one; each layer is one
+        of the `stages`."""
+        context = self._context
+        count = context.decoder.spec.num_layers
         layers: list[LayerStep] = []
         hidden = noisy(self._embedded(context), context.batch, self._noise, context.seed)
         # One block for what checkpointing keeps: between the temporaries of layers it would leave holes.
@@ -109,17 +143,35 @@ class MicroStep:
             if trained:
                 layers.append(step)
             self.fraction += 1 / stages
-        head = self._head(context, hidden)
-        self.score, grad = yield from apply_loss(
-            self._loss, head, hidden, context.batch, reference=reference, weight=weight
+        return layers, hidden
+
+    def begin_ride(self, factors: StackFactors, memory: KeptMemory) -> Ride:
+        """Set `ride`, the forward pass with these factors as rows of other batches. Without noise."""
+        context = self._context
+        seeds = {place: mask_seed(context.seed, *place) for place in self._lora.linears} if context.dropout else {}
+        self.ride = Ride(
+            self._embedded(context),
+            context.batch.sequences,
+            memory,
+            factors,
+            dropout=context.dropout,
+            seeds=seeds,
+            first_row=context.first_row,
         )
-        assert grad is not None
-        del hidden, step
-        while layers:
-            grad = yield from layers.pop().backward(grad)
-            self.fraction += BACKWARD_COST / stages
-        if context.trains_input and self._vocabulary is not None:
-            self._vocabulary.add_embedding_grad(context.batch.token_ids, grad)
+        return self.ride
+
+    def _ridden_layers(self, ride: Ride) -> list[LayerStep]:
+        """The trained layers as a ride has computed them."""
+        context = self._context
+        heads, size = context.decoder.heads, context.decoder.spec.head_dim
+        layers = []
+        for layer in context.decoder.layers[context.lowest :]:
+            hidden, qkv, residual, gate_up = ride.kept.layer(layer.index)
+            counts = [heads.q.size, heads.kv.size, heads.kv.size]
+            q, k, v = torch.split(qkv.view(len(qkv), -1, size), counts, dim=1)
+            known = {"q": q, "k": k, "v": v, "residual": residual, "gate_up": gate_up}
+            layers.append(LayerStep(context, layer, hidden, known))
+        return layers
 
     def evaluate(self) -> Slices:
         """Only the `score`."""

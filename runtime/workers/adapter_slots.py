@@ -147,6 +147,11 @@ class AdapterSlots:
             known=self._decoder.spec.vocab_size,
         )
 
+    def rescales(self, key: str) -> bool:
+        """True if an adapter changes outputs by factors, as DoRA does."""
+        loaded = self._loaded.get(key)
+        return loaded is not None and bool(loaded.factors.factors)
+
     # -- rows of the vocabulary ----------------------------------------------------------------
 
     def vocab_size(self, key: str) -> int:

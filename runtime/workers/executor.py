@@ -16,6 +16,7 @@ from msgspec.structs import replace
 
 from runtime.messages import ROW_FAILED, Row, StepPlan, StepResult, TokenLogprob
 from runtime.support.logs import get_logger
+from runtime.trainer.riding import Ride
 from runtime.workers.adapter_slots import AdapterSlots
 from runtime.workers.worker import Worker
 
@@ -36,6 +37,13 @@ class Executor(Protocol):
 
     def unload_adapter(self, key: str) -> None:
         """Release its memory. Nothing in a later plan may name it."""
+
+    @property
+    def kept_widths(self) -> tuple[int, int, int, int] | None:
+        """See `Worker.kept_widths`; None where tokens of training cannot ride, as between ranks."""
+
+    def offer(self, ride: Ride) -> None:
+        """Set what the riding tokens of the next plans are of, where there are `kept_widths`."""
 
     @property
     def lost(self) -> bool:
@@ -75,6 +83,13 @@ class RowByRow(ABC):
     @abstractmethod
     def _row(self, step: int, row: Row) -> StepResult:
         """Compute a row of a plan that was taken in."""
+
+    @property
+    def kept_widths(self) -> tuple[int, int, int, int] | None:
+        return None
+
+    def offer(self, ride: Ride) -> None:
+        raise RuntimeError("tokens of training do not ride here")
 
     def unload(self) -> None:
         """Let go of weights and cache that this process holds, after `close`."""
@@ -150,10 +165,19 @@ class InProcessExecutor(RowByRow):
 
     def _batch(self, plan: StepPlan, rows: list[Row]) -> StepResult:
         self._worker.admit(plan)
-        return self._worker.compute(plan.step, rows) if rows else StepResult(step=plan.step, slots=[], tokens=[])
+        if not rows:
+            return StepResult(step=plan.step, slots=[], tokens=[])
+        return self._worker.compute(plan.step, rows, plan.riding)
 
     def _row(self, step: int, row: Row) -> StepResult:
         return self._worker.compute(step, [row])
+
+    @property
+    def kept_widths(self) -> tuple[int, int, int, int] | None:
+        return self._worker.kept_widths
+
+    def offer(self, ride: Ride) -> None:
+        self._worker.offer(ride)
 
     def prepare_adapter(self, key: str, directory: str) -> None:
         self._slots.prepare(key, directory)

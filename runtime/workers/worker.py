@@ -1,6 +1,7 @@
 """One rank: weights, cache, and the state of every running sequence. It plans nothing."""
 
 import math
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,12 +10,14 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor
 
-from runtime.messages import Admission, Row, StepPlan, StepResult, TokenLogprob
+from kernels import RidingTokens
+from runtime.messages import Admission, RidingRow, Row, StepPlan, StepResult, TokenLogprob
 from runtime.model.attention import KVCache, PagedAttention
 from runtime.model.decoder import Decoder
 from runtime.model.model import Model
 from runtime.support.failpoints import failpoint
 from runtime.text.grammar import GrammarCompiler
+from runtime.trainer.riding import Ride
 from runtime.workers.adapter_slots import AdapterSlots
 from runtime.workers.batch import FlatBatch, build_batch, execute_moves
 from runtime.workers.cuda_graphs import DecodeGraphs, unsuited
@@ -65,6 +68,8 @@ class Worker:
         """Slots whose sequence is pooled or has a grammar; the others cost nothing for it."""
         self._pooler = Pooler()
         self._grammars = None if grammars is None else GrammarMasks(grammars, decoder.spec.vocab_size, decoder.device)
+        self._ride: Callable[[], Ride | None] = lambda: None
+        """What the riding tokens are of. Its memory goes with its run."""
         self.adapters = adapters
         """None: this worker serves the base alone."""
         self._tokens: dict[int, list[int]] = {}
@@ -72,13 +77,14 @@ class Worker:
         """The adapter of each slot that is not for the base."""
         self._scored: dict[int, Admission] = {}
         """Slots whose prompts' log-probabilities are asked for."""
-        self._tables = np.zeros((max_running, -(-max_len // cache.block_size)), dtype=np.int64)
+        self._tables = np.zeros((max_running + 1, -(-max_len // cache.block_size)), dtype=np.int64)
+        """By slot; the last one is of riding tokens."""
         self._num_blocks = [0] * max_running
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Compute the plan's rows. Executing the same plan's rows again is harmless: it writes the same KV."""
         self.admit(plan)
-        return self.compute(plan.step, plan.rows)
+        return self.compute(plan.step, plan.rows, plan.riding)
 
     def admit(self, plan: StepPlan) -> None:
         """Take in the plan's new sequences and blocks, without computing anything. Not to be done twice."""
@@ -106,16 +112,31 @@ class Worker:
         if self._grammars is not None:
             self._grammars.admit(admission)
 
-    def compute(self, step: int, rows: list[Row]) -> StepResult:
-        """Run the decoder over rows of admitted sequences, and sample where a token is due."""
+    @property
+    def kept_widths(self) -> tuple[int, int, int, int] | None:
+        """See `Decoder.kept_widths`; None too where the cache rounds what it holds."""
+        decoder, keys = self._decoder, self._cache.layers[0][0]
+        if not isinstance(decoder, Decoder) or decoder.group.size > 1 or {keys.dtype, decoder.dtype} != {torch.float32}:
+            return None
+        return decoder.kept_widths
+
+    def offer(self, ride: Ride) -> None:
+        """Set what the riding tokens of the next plans are of."""
+        self._ride = weakref.ref(ride)
+
+    def compute(self, step: int, rows: list[Row], riding: RidingRow | None = None) -> StepResult:
+        """Run the decoder over rows of admitted sequences, and sample where a token is due. `riding` tokens are left
+        out where the batch does not take them."""
         for row in rows:
             failpoint("worker.row", row.slot)
             if ends_with := row.draft or row.new_token_ids:
                 self._tokens[row.slot][row.start + row.count - len(ends_with) :] = ends_with
         cache = self._cache
         with torch.inference_mode():
+            if riding is not None and not self._takes_riding(rows, riding):
+                riding = None
             batch = build_batch(
-                rows,
+                rows if riding is None else [*rows, self._row_of(riding)],
                 self._tokens,
                 self._tables,
                 cache.block_size,
@@ -131,12 +152,44 @@ class Worker:
                 masking = self._grammars.begin(rows, self._tokens, batch.slots)
             try:
                 everything = self._forward(batch, None) if batch.pooled else None
-                hidden, of_prompts = self._hidden(batch, due, everything)
+                if riding is None:
+                    hidden, of_prompts = self._hidden(batch, due, everything)
+                else:
+                    hidden = self._ridden(batch, riding)
+                    of_prompts = hidden[:0]
                 prompt_logprobs = self._score_prompts(of_prompts, due)
             finally:  # it reads what the caller may change
                 masks = None if masking is None else masking.result()
             result = self._sampled(step, hidden, prompt_logprobs, batch, rows, masks)
+            if riding is not None:
+                return replace(result, ridden=True)
             return result if everything is None else self._with_pooled(result, everything, batch)
+
+    def _takes_riding(self, rows: list[Row], riding: RidingRow) -> bool:
+        """True if nothing is asked of these sequences but tokens, no adapter keeps them out of the one call, and the
+        riding one is not longer than sequences may be."""
+        if self._special or self._scored or self._ride() is None or len(riding.blocks) > self._tables.shape[1]:
+            return False
+        adapted = {self._adapted[row.slot] for row in rows if row.slot in self._adapted}
+        return self.adapters is None or not any(map(self.adapters.rescales, adapted))
+
+    def _row_of(self, riding: RidingRow) -> Row:
+        """Riding tokens as a row of the last slot. Their ids are not looked at: they bring their embeddings."""
+        slot = len(self._tables) - 1
+        self._tokens[slot] = [0] * riding.length
+        self._tables[slot, : len(riding.blocks)] = riding.blocks
+        return Row(slot=slot, start=riding.start, count=riding.count, sample=False, new_blocks=[])
+
+    def _ridden(self, batch: FlatBatch, riding: RidingRow) -> Tensor:
+        """[len(batch.slots), hidden], as `_hidden`; those of the riding tokens go to their ride."""
+        ride, total = self._ride(), len(batch.token_ids)
+        assert ride is not None
+        assert isinstance(self._decoder, Decoder)
+        own = torch.arange(total - riding.count, total)
+        tokens = ride.tokens(riding)
+        hidden = self._forward(batch, torch.cat([batch.logits_indices, own]), tokens)
+        ride.take(riding, hidden[len(batch.slots) :])
+        return hidden[: len(batch.slots)]
 
     def _sampled(
         self,
@@ -227,14 +280,21 @@ class Worker:
         sampling = torch.tensor([found[place] for place in sampled], dtype=torch.int64, device=device)
         return hidden[sampling], hidden[torch.tensor([found[token.index] for token in due], device=device)]
 
-    def _forward(self, batch: FlatBatch, logits_indices: Tensor | None) -> Tensor:
+    def _forward(self, batch: FlatBatch, logits_indices: Tensor | None, riding: RidingTokens | None = None) -> Tensor:
         if self._graphs is not None and self._graphs.takes(batch):
             hidden = self._graphs.forward(batch)
             return hidden if logits_indices is None else hidden[logits_indices]
         decoder = self._decoder
         attention = PagedAttention(decoder.ops, self._cache, batch.paged, decoder.spec)
         adaptation = self.adapters.adaptation(batch.adapters) if self.adapters and batch.adapters else None
-        return decoder.forward(batch.token_ids, batch.positions, attention, adaptation, logits_indices=logits_indices)
+        if riding is None:
+            return decoder.forward(
+                batch.token_ids, batch.positions, attention, adaptation, logits_indices=logits_indices
+            )
+        assert isinstance(decoder, Decoder)
+        return decoder.forward(
+            batch.token_ids, batch.positions, attention, adaptation, logits_indices=logits_indices, riding=riding
+        )
 
     def _sample(self, hidden: Tensor, batch: FlatBatch, masks: Masks | None) -> Sampled:
         mask = None if masks is None else masks.apply
