@@ -94,5 +94,5 @@ EXPORT long multiply_bytes(long count, int32_t seed, float* out) {
 EXPORT void multiply_weights(LinearFunction* op, const float* x, long rows, long in, long out,
                              const void* const* weights, long calls, float* y, int threads) {
     for (const void* const* w = weights; w < weights + calls * 3; w += 3)
-        op(x, in, rows, in, out, w[0], w[1], w[2], nullptr, nullptr, 0.0f, nullptr, y, 0, threads);
+        op(x, in, rows, in, out, w[0], w[1], w[2], nullptr, nullptr, 0.0f, nullptr, y, 0, nullptr, threads);
 }

@@ -3,15 +3,21 @@
 python -m benchmarks.training                 everything
 python -m benchmarks.training loop            the loop against PEFT, on the same batches
 python -m benchmarks.training beside          a lone streaming client and a job, each alone and together
+python -m benchmarks.training trl             whole runs against TRL's SFTTrainer + PEFT, with and without packing
+python -m benchmarks.training memory          what the base takes in memory, by its type
 
-Real SmolLM2, float32, LoRA of rank 16 on all linears, 512 tokens a step. Use an idle machine.
+Real SmolLM2, float32, LoRA of rank 16 on all linears, 512 tokens a step. Use an idle machine. `trl` needs trl, and is
+not part of everything.
 """
 
 import argparse
 import asyncio
+import importlib
 import random
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -28,7 +34,7 @@ from kernels import training_ops
 from runtime.checkpoints import open_checkpoint
 from runtime.checkpoints.model_loading import load_decoder
 from runtime.engine.service import EngineService
-from runtime.events import FailedEvent, RunEvent
+from runtime.events import FailedEvent, RunEvent, StepEvent
 from runtime.messages import SamplingParams, Submission
 from runtime.model.decoder import Decoder
 from runtime.model.lora import Adapter, LoraShape
@@ -72,7 +78,7 @@ BATCHES: dict[str, Callable[[random.Random], list[Example]]] = {"uniform": unifo
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.training", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("what", nargs="*", default=[], help="loop, beside; default: both")
+    parser.add_argument("what", nargs="*", default=[], help="loop, beside, memory, trl; default: all but trl")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=600, help="that the client streams in each phase of `beside`")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing, for all")
@@ -84,6 +90,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not given.what or "loop" in given.what:
         for name in BATCHES:
             console.print(loop(name, given.repeats, checkpointing=given.checkpointing))
+    if "trl" in given.what:
+        for packing in (True, False):
+            console.print(against_trl(1 + given.repeats, packing=packing))
+    if not given.what or "memory" in given.what:
+        console.print(memory())
     if not given.what or "beside" in given.what:
         console.print(asyncio.run(beside(given.repeats, given.tokens, checkpointing=given.checkpointing)))
     return 0
@@ -152,6 +163,177 @@ def peft_step(model: Any, examples: list[Example]) -> float:
     found = model(input_ids=ids, attention_mask=mask, labels=torch.where(trained, ids, -100))
     found.loss.backward()
     return float(found.loss.detach())
+
+
+# -- whole runs against TRL ----------------------------------------------------------------------
+
+
+def against_trl(steps: int, *, packing: bool) -> Table:
+    """Optimizer steps of the same chats in turns, from the same first weights: each of the trainer's batches is ours
+    too, the rows that it packed together as one of our sequences each."""
+    trl: Any = importlib.import_module("trl")
+    datasets: Any = importlib.import_module("datasets")
+    rng = random.Random(0)
+    rows = [example for _ in range(steps) for example in chats(rng)]
+    data = datasets.Dataset.from_list(
+        [{"input_ids": row.token_ids, "completion_mask": [int(one) for one in row.trained]} for row in rows]
+    )
+    model = peft_model()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = trl.SFTTrainer(
+            model=model,
+            args=trl.SFTConfig(
+                output_dir=folder,
+                max_length=512,
+                packing=packing,
+                per_device_train_batch_size=1 if packing else len(rows) // steps,
+                max_steps=steps,
+                train_sampling_strategy="sequential",
+                completion_only_loss=True,
+                gradient_checkpointing=False,
+                learning_rate=TRL_LEARNING_RATE,
+                lr_scheduler_type="constant",
+                use_cpu=True,
+                bf16=False,
+                logging_steps=1,
+                report_to="none",
+                save_strategy="no",
+                disable_tqdm=True,
+            ),
+            train_dataset=data,
+            processing_class=trl_tokenizer(),
+        )
+        batches = [unpacked(one) for one in trainer.train_dataset] if packing else grouped(rows, len(rows) // steps)
+        decoder = load_decoder(open_checkpoint("demo"), load_settings(env={}).settings.model)
+        job = Job(decoder, batches[:steps], learning_rate=TRL_LEARNING_RATE, steps=steps)
+        begin_alike(model, job.run._lora.capture())
+        turns = Turns(job)
+        trainer.add_callback(turns.callback())
+        trainer.train()
+    theirs = [one["loss"] for one in trainer.state.log_history if "loss" in one]
+    table = Table(title=f"{against_trl.__doc__} {'With' if packing else 'Without'} packing.", title_justify="left")
+    for column in ("", "tok/s", "ms", "low – high", "ratio", "first loss", "last loss"):
+        table.add_column(column, justify="left" if not column else "right")
+    tokens = statistics.mean(sum(map(len, batch)) for batch in batches[1:steps])
+    base = statistics.median(turns.theirs[1:])
+    for peer, values, losses in (("TRL", turns.theirs, theirs), ("Eft", turns.ours, job.losses)):
+        median = statistics.median(values[1:])  # the first one warms up
+        spread = f"{min(values[1:]) * 1e3:.0f} – {max(values[1:]) * 1e3:.0f}"
+        ends = f"{losses[0]:.4f}", f"{losses[-1]:.4f}"
+        table.add_row(peer, f"{tokens / median:.0f}", f"{median * 1e3:.0f}", spread, f"{base / median:.2f}", *ends)
+    if abs(theirs[-1] - job.losses[-1]) > 0.01 * theirs[-1]:
+        raise RuntimeError(f"the losses differ by more than 1%: {theirs} and {job.losses}")
+    return table
+
+
+TRL_LEARNING_RATE = 2e-4
+
+
+class Turns:
+    """Seconds of each optimizer step of a trainer and of ours after it."""
+
+    def __init__(self, job: "Job") -> None:
+        self._job = job
+        self.theirs: list[float] = []
+        self.ours: list[float] = []
+
+    def callback(self) -> Any:
+        from transformers import TrainerCallback
+
+        turns, begin = self, 0.0
+
+        class Callback(TrainerCallback):  # type: ignore[misc, unused-ignore]
+            def on_step_begin(self, *_: Any, **__: Any) -> None:
+                nonlocal begin
+                begin = time.perf_counter()
+
+            def on_step_end(self, *_: Any, **__: Any) -> None:
+                turns.theirs.append(time.perf_counter() - begin)
+                turns.step()
+
+        return Callback()
+
+    def step(self) -> None:
+        """One of ours."""
+        begin, steps = time.perf_counter(), self._job.steps
+        while self._job.steps == steps and not self._job.run.pacer.done:
+            self._job.run.work(1.0)
+        self.ours.append(time.perf_counter() - begin)
+
+
+def trl_tokenizer() -> Any:
+    """The base's tokenizer as transformers has it."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    untyped: Any = PreTrainedTokenizerFast
+    backend = Tokenizer.from_str(open_checkpoint("demo").tokenizer.definition)
+    return untyped(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|im_end|>")
+
+
+def unpacked(row: dict[str, Any]) -> list[Example]:
+    """The rows that were packed into this one."""
+    found, start = [], 0
+    for length in row["seq_lengths"]:
+        part = slice(start, start + length)
+        found.append(Example(list(row["input_ids"][part]), [label >= 0 for label in row["labels"][part]]))
+        start += length
+    return found
+
+
+def grouped(rows: list[Example], size: int) -> list[list[Example]]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def begin_alike(model: Any, captured: dict[str, torch.Tensor]) -> None:
+    """Give PEFT's A matrices our first values; its B are zeros as ours are."""
+    places = {f"{part}_proj": ("qkv", place) for place, part in enumerate("qkv")}
+    places |= {"o_proj": ("out", 0), "gate_proj": ("gate_up", 0), "up_proj": ("gate_up", 1), "down_proj": ("down", 0)}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_A" in name:
+                words = name.split(".")
+                linear, place = places[words[words.index("lora_A") - 1]]
+                a = captured[f"{words[words.index('layers') + 1]}.{linear}.a"]
+                parameter.copy_(torch.split(a, len(parameter))[place])
+
+
+# -- memory --------------------------------------------------------------------------------------
+
+MEASURED = """
+import ctypes, gc, psutil, sys
+from runtime.checkpoints import open_checkpoint
+from runtime.checkpoints.model_loading import load_decoder
+from settings.schema import ModelSettings
+checkpoint = open_checkpoint("demo")
+def resident():
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return psutil.Process().memory_info().rss
+load_decoder(checkpoint, ModelSettings(quantization=sys.argv[1]))
+before = resident()
+decoder = load_decoder(checkpoint, ModelSettings(quantization=sys.argv[1]))
+held = [one.data if one.quantised is None else one.quantised for one in decoder.parameters().values()]
+print(resident() - before, sum(one.nbytes if hasattr(one, "nbytes") else one.num_bytes for one in held))
+"""
+"""Loads the base twice, so that libraries and caches are in memory already before the second."""
+
+
+def memory() -> Table:
+    """Bytes that the base takes in a process of its own: what its tensors hold, and by how much the process grows."""
+    table = Table(title=f"memory: {memory.__doc__}", title_justify="left")
+    for column in ("", "tensors (MB)", "ratio", "resident (MB)", "ratio"):
+        table.add_column(column, justify="left" if not column else "right")
+    whole: tuple[int, int] | None = None
+    for kind in ("none", "int8", "int4", "nf4"):
+        command = [sys.executable, "-c", MEASURED, kind]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        grown, held = map(int, text.split())
+        whole = whole or (held, grown)
+        name = "float32" if kind == "none" else kind
+        ratios = f"{held / whole[0]:.2f}", f"{grown / whole[1]:.2f}"
+        table.add_row(name, f"{held / 1e6:.0f}", ratios[0], f"{grown / 1e6:.0f}", ratios[1])
+    return table
 
 
 # -- beside requests -----------------------------------------------------------------------------
@@ -226,14 +408,22 @@ class Beside:
 class Job:
     """A run without an end, and how fast it is."""
 
-    def __init__(self, decoder: Model, epoch: Sequence[list[Example]], *, checkpointing: bool = False) -> None:
+    def __init__(
+        self,
+        decoder: Model,
+        epoch: Sequence[list[Example]],
+        *,
+        checkpointing: bool = False,
+        learning_rate: float = 1e-5,
+        steps: int = 1_000_000,
+    ) -> None:
         """`epoch`: the examples of each step."""
         recipe = Recipe(
             adapter="lora",
             lora_r=16,
             lora_alpha=32.0,
             datasets=(Dataset(path="rows.jsonl"),),
-            learning_rate=1e-5,
+            learning_rate=learning_rate,
             lr_scheduler="constant",
             gradient_checkpointing=checkpointing,
             loss_watchdog_threshold=100.0,  # random tokens are worse than guessing
@@ -241,19 +431,23 @@ class Job:
         schedule = Schedule(
             microbatches_per_epoch=len(epoch),
             steps_per_epoch=len(epoch),
-            total_steps=1_000_000,
-            epochs=1_000_000 / len(epoch),
+            total_steps=steps,
+            epochs=steps / len(epoch),
             warmup_steps=0,
             eval_every=None,
             save_every=None,
         )
         spec = RunSpec(recipe=recipe, schedule=schedule, targets=targets(decoder))
+        self.failed: str | None = None
+        self.losses: list[float] = []
+        """Of each step."""
         self.run = TrainingRun(decoder, spec, lambda _: [*epoch], [], self.note, write_nothing)
         self._asked = time.perf_counter(), 0.0
         """When `rate` was last asked, and the tokens then."""
-        self.failed: str | None = None
 
     def note(self, event: RunEvent) -> None:
+        if isinstance(event, StepEvent):
+            self.losses.append(event.loss)
         if isinstance(event, FailedEvent):
             self.failed = event.message
 

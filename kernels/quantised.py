@@ -72,6 +72,10 @@ class QuantisedWeight(ABC):
         """The form of the weight that is quickest to make in floating point, [out, width of `turned`]."""
         return self.dequantise(dtype)
 
+    def factor_rows(self, rows: slice) -> Tensor:
+        """Outputs `rows`, from start to stop, of `factor`: float32."""
+        return self.rows(torch.arange(rows.start, rows.stop, device=self.device))
+
 
 @dataclass(frozen=True, eq=False)
 class Int8Weight(QuantisedWeight):
@@ -118,6 +122,9 @@ class Int8Weight(QuantisedWeight):
 
     def factor(self, dtype: torch.dtype) -> Tensor:
         return (self.values.float() * self.scales.unsqueeze(1)).to(dtype)
+
+    def factor_rows(self, rows: slice) -> Tensor:
+        return self.values[rows].float() * self.scales[rows].unsqueeze(1)
 
 
 Weight = Tensor | QuantisedWeight

@@ -63,25 +63,29 @@ void eft_int8_rows(const int8_t* values, const float* scales, long in, const int
 }
 
 void eft_int8_factor(const int8_t* values, const float* scales, long out, long width, float* y, int threads) {
-    constexpr long OUTPUTS = 16, LINES = 8, GROUP = LINES * 4;
+    constexpr long OUTPUTS = 16, INPUTS = 4;  // of a line; a vector holds W pieces of as many inputs
     parallel_for(threads, (out + OUTPUTS - 1) / OUTPUTS, [&](long tile) {
         const int8_t* from = values + tile * OUTPUTS * width;
         const long rows = std::min(OUTPUTS, out - tile * OUTPUTS);
-        for (long first = 0; first < width; first += GROUP, from += OUTPUTS * GROUP) {
-            for (long row = 0; row < rows; row++) {
-                alignas(64) int8_t bytes[GROUP];
-                for (long line = 0; line < LINES; line++)
-                    std::memcpy(bytes + line * 4, from + (line * OUTPUTS + row) * 4, 4);
-                const vf scale = splat(scales[tile * OUTPUTS + row]);
-                float* to = y + (tile * OUTPUTS + row) * width + first;
-#pragma GCC unroll 8
-                for (int k = 0; k < GROUP; k += W) {
-                    vb some;
-                    std::memcpy(&some, bytes + k, sizeof some);
-                    store(to + k, to_float(__builtin_convertvector(some, vi)) * scale);
+        for (long first = 0; first < width; first += W * INPUTS, from += W * OUTPUTS * INPUTS)
+            for (long output = 0; output < rows; output += W) {
+                vf pieces[W];
+#pragma GCC unroll 16
+                for (int i = 0; i < W; i++) std::memcpy(&pieces[i], from + (i * OUTPUTS + output) * INPUTS, sizeof(vf));
+                transpose(pieces);
+                for (long row = output; row < std::min(output + W, rows); row++) {
+                    int8_t bytes[W * INPUTS];
+                    std::memcpy(bytes, &pieces[row - output], sizeof bytes);
+                    const vf scale = splat(scales[tile * OUTPUTS + row]);
+                    float* to = y + (tile * OUTPUTS + row) * width + first;
+#pragma GCC unroll 4
+                    for (int k = 0; k < INPUTS; k++) {
+                        vb some;
+                        std::memcpy(&some, bytes + k * W, sizeof some);
+                        store(to + k * W, to_float(__builtin_convertvector(some, vi)) * scale);
+                    }
                 }
             }
-        }
     });
 }
 

@@ -135,11 +135,19 @@ class Int8Tiles(Tiles):
         return self._hadamard(x, self.size[1]).to(x.dtype)
 
     def factor(self, dtype: torch.dtype) -> Tensor:
-        found = torch.empty(self.size[0], self._width)
+        return self.factor_rows(slice(0, self.size[0])).to(dtype)
+
+    def factor_rows(self, rows: slice) -> Tensor:
+        tile, skipped = divmod(rows.start, TILE)
+        found = torch.empty(rows.stop - rows.start + skipped, self._width)
         load(self.variant).eft_int8_factor(
-            self.values.data_ptr(), self.scales.data_ptr(), *found.shape, found.data_ptr(), torch.get_num_threads()
+            self.values[tile:].data_ptr(),
+            self.scales[tile * TILE :].data_ptr(),
+            *found.shape,
+            found.data_ptr(),
+            torch.get_num_threads(),
         )
-        return found.to(dtype)
+        return found[skipped:]
 
     @property
     def _width(self) -> int:

@@ -194,12 +194,13 @@ class Decoder:
         return self._head.weight.value
 
     def head_rows(self, tokens: slice) -> Tensor:
-        """Rows `tokens` of `head`, as far as this rank's vocabulary reaches, in floating point: [tokens, hidden]."""
+        """Rows `tokens` of `head`, as far as this rank's vocabulary reaches, in floating point: [tokens, hidden], of a
+        quantised weight those of its `factor`."""
         weight = self._head.weight
         if weight.quantised is None:
             return weight.data[tokens]
-        index = torch.arange(self.vocabulary.split.size, device=self.device)[tokens]
-        return weight.quantised.rows(index).to(self.dtype)
+        first, last, _ = tokens.indices(self.vocabulary.split.size)
+        return weight.quantised.factor_rows(slice(first, last)).to(self.dtype)
 
     @property
     def batch_variance(self) -> str | None:

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from kernels import Ops, QuantisedWeight
+from kernels import QUANTISERS, Ops, QuantisedWeight
+from kernels import load as load_ops
 from kernels.cpu import CpuOps
 from kernels.reference import ReferenceOps
 from kernels.training import TrainingOps
@@ -93,3 +94,25 @@ def test_a_weight_is_made_float_in_a_slice_of_its_own(
     assert len([one for one in made if one in linears]) == len(factors)
     assert kinds.count("expand_kept") == 2 * len(decoder.layers)
     assert micro.score.tokens == 89
+
+
+@pytest.mark.parametrize("quantization", ["int4", "nf4"])
+def test_a_base_of_four_bits_takes_less_than_a_third_of_the_floats(quantization: str) -> None:
+    """The tensors' bytes of a layer of SmolLM2 and of the layer's share of the embedding."""
+    kinds, ops = QUANTISERS[quantization], load_ops("auto")
+    shapes = [(960, 576), (576, 576), (576, 1536)]
+    weights = [kinds.layers(torch.randn(shape)) for shape in shapes]
+    weights += [kinds.expanding(torch.randn(3072, 576)), kinds.vocabulary(torch.randn(49152 // 30, 576))]
+    held = sum(ops.prepare(weight).num_bytes for weight in weights)
+    assert held < 0.3 * 4 * sum(weight.shape.numel() for weight in weights)
+
+
+@pytest.mark.parametrize("kernels", [backend.name for backend in BACKENDS])
+@pytest.mark.parametrize("rows", [slice(0, 100), slice(16, 48), slice(7, 64), slice(33, 34)], ids=str)
+@pytest.mark.parametrize("kind", ["int8", "int4", "nf4", "bfloat16"])
+def test_rows_of_a_factor_are_those_of_the_whole(kind: str, rows: slice, kernels: str) -> None:
+    weight = load_ops(kernels).prepare(QUANTISERS[kind].layers(torch.randn(100, 96)))
+    x = torch.randn(5, 96)
+    assert torch.equal(weight.factor_rows(rows), weight.factor(torch.float32)[rows])
+    products = weight.turned(x) @ weight.factor_rows(rows).t()
+    torch.testing.assert_close(products, x @ weight.dequantise()[rows].t(), rtol=1e-4, atol=1e-4)

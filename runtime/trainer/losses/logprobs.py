@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kernels import Ops
+from kernels import Ops, QuantisedWeight
 from kernels.training import TrainingOps, backward
 from runtime.model.decoder import Decoder
 from runtime.model.token_rows import TokenRows
@@ -142,7 +142,17 @@ class ChunkedLogits:
         """[R, own] float32: the logits of this rank's tokens."""
         self._logits: Tensor | None = None
         """[R, vocab] float32, once all are there: first the logits, then the gradient with respect to them."""
-        self._grad = torch.zeros_like(self._normed)
+        head = self._quantised
+        self._turned = self._normed if head is None else head.turned(self._normed)
+        """The normed hidden states as the head's `factor` meets them."""
+        self._grad = torch.zeros_like(self._turned)
+        """Its gradient."""
+
+    @property
+    def _quantised(self) -> QuantisedWeight | None:
+        """The head, where it is not in floating point."""
+        head = self._decoder.head
+        return head if isinstance(head, QuantisedWeight) else None
 
     @property
     def width(self) -> int:
@@ -157,9 +167,9 @@ class ChunkedLogits:
         """Compute the logits of some of the vocabulary."""
         head, out = self._decoder.head_rows(tokens).t(), self._own[:, tokens]
         if head.dtype is out.dtype:
-            torch.mm(self._normed, head, out=out)
+            torch.mm(self._turned, head, out=out)
         else:
-            out.copy_(self._normed @ head)
+            out.copy_(self._turned @ head)
 
     def score(self, rows: slice, targets: Tensor, slopes: Tensor | None) -> TargetScores:
         """Score the targets [n] of some rows; with `slopes` [n], their logits become the gradient of the sum of slope
@@ -200,7 +210,8 @@ class ChunkedLogits:
 
     def _whole_grad(self) -> Tensor:
         """The gradient of the normed hidden states, of all ranks' columns."""
-        return self._decoder.group.all_reduce(self._grad)
+        head = self._quantised
+        return self._decoder.group.all_reduce(self._grad if head is None else head.turned_back(self._grad))
 
 
 class ReplacedLogits(ChunkedLogits):
@@ -247,6 +258,10 @@ class CopiedLogits(ChunkedLogits):
         self._rows = rows
         self._add_grad = add_grad
         super().__init__(decoder, ops, hidden, with_grad=with_grad)
+
+    @property
+    def _quantised(self) -> None:
+        return None
 
     @property
     def width(self) -> int:
