@@ -310,9 +310,10 @@ def resident():
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     return psutil.Process().memory_info().rss
-load_decoder(checkpoint, ModelSettings(quantization=sys.argv[1]))
+settings = ModelSettings(quantization=sys.argv[1], cache_quantised=False)
+load_decoder(checkpoint, settings)
 before = resident()
-decoder = load_decoder(checkpoint, ModelSettings(quantization=sys.argv[1]))
+decoder = load_decoder(checkpoint, settings)
 held = [one.data if one.quantised is None else one.quantised for one in decoder.parameters().values()]
 print(resident() - before, sum(one.nbytes if hasattr(one, "nbytes") else one.num_bytes for one in held))
 """
@@ -328,7 +329,7 @@ def memory() -> Table:
     for kind in ("none", "int8", "int4", "nf4"):
         command = [sys.executable, "-c", MEASURED, kind]
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        grown, held = map(int, text.split())
+        grown, held = map(int, text.splitlines()[-1].split())  # log lines come before it
         whole = whole or (held, grown)
         name = "float32" if kind == "none" else kind
         ratios = f"{held / whole[0]:.2f}", f"{grown / whole[1]:.2f}"
