@@ -29,9 +29,7 @@ def _end(code: int) -> None:
     unwound at its next use of Python, through C++ that must not throw, and the process aborts. Triton's bindings would
     also print what they leak.
     """
-    for thread in threading.enumerate():
-        if not thread.daemon and thread is not threading.current_thread():
-            thread.join()
+    threading._shutdown()  # type: ignore[attr-defined]  # ends idle pools, whose threads would never be joined, first
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):

@@ -142,27 +142,31 @@ def answers(port: int) -> bool:
     return False
 
 
-def test_the_process_ends_while_a_thread_computes() -> None:
-    """A load that was given up goes on: where the interpreter is taken apart, its thread aborts the process."""
-    program = """if True:
-        import sys, threading, time
-        import torch
-        from runtime.cli import main
+COMPUTES = """
+computing = threading.Event()
 
-        computing = threading.Event()
+def compute():
+    while True:
+        torch.ones(200, 200) @ torch.ones(200, 200)
+        computing.set()
 
-        def compute():
-            while True:
-                torch.ones(200, 200) @ torch.ones(200, 200)
-                computing.set()
+threading.Thread(target=compute, daemon=True).start()
+computing.wait()
+"""
+IDLES = """
+pool = concurrent.futures.ThreadPoolExecutor()
+pool.submit(print, end="").result()
+"""
 
-        threading.Thread(target=compute, daemon=True).start()
-        computing.wait()
-        sys.argv = ["eft", "config", "show"]
-        sys.exit(main())
-    """
+
+@pytest.mark.parametrize("threads", [COMPUTES, IDLES], ids=["a load that was given up", "an idle pool"])
+def test_the_process_ends_whatever_its_threads_do(threads: str) -> None:
+    """A daemon thread that computes would abort the process in an interpreter that is taken apart; that of a pool waits
+    for work until it is told that there will be none."""
+    program = "import concurrent.futures, sys, threading\nimport torch\nfrom runtime.cli import main\n"
+    program += threads + 'sys.argv = ["eft", "config", "show"]\nsys.exit(main())\n'
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert "max_running" in done.stdout
