@@ -108,7 +108,7 @@ def test_the_golden_request_over_a_raw_socket(server: RunningServer, expected: o
         pytest.param(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", {400}, id="TLS"),
         pytest.param(b"GET /health HTTP/1.1\r\n\r\n", {400}, id="no host"),
         pytest.param(
-            b"GET /v1/chat/completions HTTP/1.1\r\nHost: [::1]\r\nConnection: close\r\n\r\n", {405}, id="wrong method"
+            b"PUT /v1/chat/completions HTTP/1.1\r\nHost: [::1]\r\nConnection: close\r\n\r\n", {405}, id="wrong method"
         ),
         pytest.param(
             b"GET /v1/models HTTP/1.1\r\nHost: [::1]\r\nConnection: Upgrade, close\r\nUpgrade: websocket\r\n\r\n",

@@ -77,6 +77,7 @@ NOT_RUN = {
     r"prometheus ": "tests/observability",
     r"pytest ": "the suite",
     r"python -m (benchmarks|venv)|~/peers|CMAKE_ARGS": "by hand, on an idle machine with other engines",
+    r"pip download |check/bin/": "for a machine with a GPU and no network: tests/benchmarks",
     r"source ": "the environment is this one",
     r"mkdir -p /srv": "it belongs to an operator",
     r"curl .*https://": "there is no such host: tests/end_to_end/test_reverse_proxy.py",

@@ -44,7 +44,7 @@ async def test_a_preflight(service: FakeService, keys: tuple[str, ...]) -> None:
     assert answer.content == b""
     assert cors(answer) == {
         "access-control-allow-origin": APP,
-        "access-control-allow-methods": "POST",
+        "access-control-allow-methods": "GET, POST",
         "access-control-allow-headers": PREFLIGHT["access-control-request-headers"],
         "access-control-max-age": "600",
     }
