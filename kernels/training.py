@@ -256,8 +256,13 @@ def dropout_mask(seed: int, rows: slice, columns: Tensor, probability: float) ->
     row = torch.arange(rows.start, rows.stop, dtype=torch.int32, device=columns.device)
     keys = _hashed(_hashed(row + _int32(seed)) + _int32(seed >> 32))
     hashed = _hashed((columns * _int32(_GOLDEN)) + keys.unsqueeze(1))
-    keep = hashed >= round(probability * 2**32) - 2**31
+    keep = hashed >= dropout_threshold(probability)
     return keep.to(torch.float32).div_(1 - probability)
+
+
+def dropout_threshold(probability: float) -> int:
+    """The hash, of 32 bits with a sign, from which on `dropout_mask` keeps a value."""
+    return round(probability * 2**32) - 2**31
 
 
 def _hashed(x: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from kernels.stack import (
     RidingTokens,
     StackFactors,
 )
+from kernels.training import dropout_threshold
 
 _DECLARED = declared()
 _STRUCTS = _DECLARED.structs
@@ -131,7 +132,7 @@ class CpuLayers(FusedLayers[ContextT]):
         if not riding.dropout:
             return None
         table = (_LoraDropout * (len(self._stack.layers) * len(PLACES)))()
-        threshold, scale = round(riding.dropout * 2**32) - 2**31, 1 / (1 - riding.dropout)
+        threshold, scale = dropout_threshold(riding.dropout), 1 / (1 - riding.dropout)
         for (layer, name), seed in riding.seeds.items():
             table[layer * len(PLACES) + PLACES.index(name)] = _LoraDropout(seed, riding.first_row, threshold, scale)
         return table

@@ -165,6 +165,14 @@ class ServiceHandle:
             raise EngineUnavailable(f"This server stores no feedback. {self.no_jobs}", code="storage_unavailable")
         return self.feedback
 
+    def require_responses(self, kind: str = "responses") -> "ResponseStore":
+        """The stored responses, chats among them. `kind`: what the error names. Raises `EngineUnavailable` while, or
+        where, there are none."""
+        self.require()
+        if self.responses is None:
+            raise EngineUnavailable(f"This server stores no {kind}. {self.no_jobs}", code="storage_unavailable")
+        return self.responses
+
     def require_batches(self) -> "BatchManager":
         """The batches. Raises `EngineUnavailable` while, or where, there are none."""
         self.require_files()

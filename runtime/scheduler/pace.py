@@ -89,6 +89,11 @@ class PromptPace:
         self._products = [0.0, 0.0]
         """The same of tokens and of depth, times the seconds that prompts took."""
 
+    @property
+    def learns(self) -> bool:
+        """True if there is a target, so that steps are to be told."""
+        return self._target is not None
+
     def on_step(self, work: StepWork, seconds: float) -> None:
         """A step has taken `seconds`."""
         if self._target is None or seconds <= 0:

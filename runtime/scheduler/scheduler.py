@@ -258,7 +258,8 @@ class Scheduler:
         now = self._clock()
         seconds = now - max(flight.planned, self._last_commit)
         self._pace.on_step(plan.num_tokens, len(plan.rows), seconds)
-        self._pace.prompts.on_step(work_of(plan), seconds)
+        if self._pace.prompts.learns:
+            self._pace.prompts.on_step(work_of(plan), seconds)
         self._last_commit = now
         if (ride := plan.riding) is not None and result.ridden and ride.start + ride.count == ride.length:
             self.riding.release(ride.ride)

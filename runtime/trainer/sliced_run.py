@@ -189,32 +189,6 @@ class SlicedRun(ABC):
 
         return self.pacer.run(seconds, may_go_on, longest=longest)
 
-    # -- riding: see `runtime.trainer.riding` -----------------------------------------------------
-
-    def ride_with(self, widths: tuple[int, int, int, int]) -> None:
-        """Let tokens ride, where the run has some that can; `widths`: see `KeptLayers`."""
-        return
-
-    def next_ride(self) -> Ride | None:
-        """A ride that is under way, or a new one; None where nothing is to ride now."""
-        return None
-
-    def stop_riding(self) -> None:
-        """Drop what is under way."""
-        return
-
-    @property
-    def waits_for_ride(self) -> bool:
-        """True if there is nothing to do in slices before a ride has ended."""
-        return False
-
-    @property
-    def forward_seconds(self) -> float | None:
-        """Time of a token's forward pass in slices; None while it is unknown."""
-        return None
-
-    # -- from any thread -----------------------------------------------------------------------
-
     def pause(self) -> None:
         """Stand still at the end of this step, with a snapshot."""
         self._pause_asked = True
@@ -241,6 +215,30 @@ class SlicedRun(ABC):
                 del self._snapshots[place]
                 return snapshot
         raise KeyError(step)
+
+    # -- riding: see `runtime.trainer.riding` -----------------------------------------------------
+
+    def ride_with(self, widths: tuple[int, int, int, int]) -> None:
+        """Let tokens ride, where the run has some that can; `widths`: see `KeptLayers`."""
+        return
+
+    def next_ride(self) -> Ride | None:
+        """A ride that is under way, or a new one; None where nothing is to ride now."""
+        return None
+
+    def stop_riding(self) -> None:
+        """Drop what is under way."""
+        return
+
+    @property
+    def waits_for_ride(self) -> bool:
+        """True if there is nothing to do in slices before a ride has ended."""
+        return False
+
+    @property
+    def forward_seconds(self) -> float | None:
+        """Time of a token's forward pass in slices; None while it is unknown."""
+        return None
 
 
 class MakeRun(Protocol):
@@ -348,7 +346,7 @@ class TrainingHost:
             run.beside_requests = True
             if run.waits_for_ride and (ride := run.next_ride()) is not None and self._offer is None:
                 ride.refuse()
-        now, rode = time.monotonic(), self._settle_offer(step_seconds)
+        now, rode = time.monotonic(), self._settle_offer(step_seconds) if self._riding_rows else None
         budget = self._share.budget(step_seconds, decoding=decoding, waiting_since=waiting_since, now=now, rode=rode)
         self._share.settle(budget, self._work(budget) if budget > 0 else 0.0)
 

@@ -54,17 +54,22 @@ def test_chat_streams_from_a_model_here(eft: Eft, tiny_model: Path, monkeypatch:
     assert second["answer"]["usage"]["prompt_tokens"] > first["answer"]["usage"]["prompt_tokens"]
 
 
-@contextlib.contextmanager
-def serving(*arguments: str, cwd: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """`eft serve` as a process, and what it printed when it was ready."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "runtime", "serve", *arguments, "--port", "0"],
+def serve(*arguments: str, cwd: Path, stdout: int) -> subprocess.Popen[str]:
+    """`eft serve` as a process."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "runtime", "serve", *arguments],
         cwd=cwd,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
+        stdout=stdout,
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+@contextlib.contextmanager
+def serving(*arguments: str, cwd: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`eft serve` as a process, and what it printed when it was ready."""
+    process = serve(*arguments, "--port", "0", cwd=cwd, stdout=subprocess.PIPE)
     try:
         assert process.stdout is not None
         printed = ""
@@ -110,14 +115,8 @@ def test_a_server_that_is_stopped_while_it_starts(tiny_model: Path, tmp_path: Pa
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "runtime", "serve", str(tiny_model), "--port", str(port), "--log-level", "warning"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    flags = ("--port", str(port), "--log-level", "warning")
+    process = serve(str(tiny_model), *flags, cwd=tmp_path, stdout=subprocess.DEVNULL)
     try:
         mapped = Path(f"/proc/{process.pid}/maps")
         wait_until(

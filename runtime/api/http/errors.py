@@ -89,12 +89,13 @@ def encode(error: RequestError) -> bytes:
     return msgspec.json.encode(body_of(error))
 
 
-def to_request_error(error: Exception, request_id: str) -> RequestError:
-    """`error` in a form that may be shown. An unexpected one is logged here, under `request_id`."""
+def to_request_error(error: Exception, request_id: str, path: str = "") -> RequestError:
+    """`error` in a form that may be shown. An unexpected one is logged here, under `request_id`. `path`: that of the
+    request, for one that no route takes."""
     if isinstance(error, RequestError):
         return error
     if isinstance(error, HTTPException) and error.status_code < HTTPStatus.INTERNAL_SERVER_ERROR:
-        return _from_framework(error)
+        return _from_framework(error, path)
     _log.error("unexpected_error", exc_info=error)
     return RequestError(
         f"An internal error ended this request. Its id, for the server's log: {request_id}.",
@@ -105,9 +106,7 @@ def to_request_error(error: Exception, request_id: str) -> RequestError:
 def handle_exception(request: Request[Any, Any, Any], error: Exception) -> Response[ErrorBody]:
     """The one exception handler of the app."""
     record = record_of(request)
-    shown = to_request_error(error, record.request_id)
-    if isinstance(error, NotFoundException):
-        shown = unknown_url(request.scope["path"])
+    shown = to_request_error(error, record.request_id, request.scope["path"])
     record.log.update(error_code=shown.code, error_param=shown.param)
     headers = dict(getattr(error, "headers", None) or {}) if isinstance(error, MethodNotAllowedException) else {}
     if isinstance(shown, TooManyRequests):
@@ -139,10 +138,10 @@ def from_validation(error: msgspec.ValidationError) -> InvalidRequest:
     return InvalidRequest(f"{param}: {message}." if param else f"{message}.", param=param)
 
 
-def _from_framework(error: HTTPException) -> RequestError:
+def _from_framework(error: HTTPException, path: str) -> RequestError:
     """Litestar's own errors, reworded: its texts may hold values of ours."""
     if isinstance(error, NotFoundException):
-        return unknown_url("")
+        return unknown_url(path)
     if isinstance(error, MethodNotAllowedException):
         allowed = dict(error.headers or {}).get("allow", "")
         return MethodNotAllowed(f"This endpoint does not take this method; it takes {allowed}.")

@@ -17,7 +17,7 @@ from runtime.api.http.record import record_of
 from runtime.api.openai.batches import check_metadata
 from runtime.api.openai.responses import ChatCompletion
 from runtime.api.openai.schema import ChatMessage, ChatRequest, ContentPart, Intake, ToolCall
-from runtime.errors import EngineUnavailable, NotFound
+from runtime.errors import NotFound
 from runtime.responses import ResponseStore, StoredChat
 
 _METADATA = re.compile(r"metadata\[(.*)\]", re.DOTALL)
@@ -180,7 +180,4 @@ def _completion_id(request: AnyRequest) -> str:
 
 def _store(api: Api) -> ResponseStore:
     """Raises `EngineUnavailable` where nothing is stored."""
-    api.handle.require()
-    if api.handle.responses is None:
-        raise EngineUnavailable(f"This server stores no chats. {api.handle.no_jobs}", code="storage_unavailable")
-    return api.handle.responses
+    return api.handle.require_responses("chats")

@@ -58,7 +58,7 @@ from runtime.api.responses.translate import (
     unknown_inside,
     usage_of,
 )
-from runtime.errors import EngineUnavailable, InvalidRequest, NotFound, StorageUnavailable, Unsupported
+from runtime.errors import InvalidRequest, NotFound, StorageUnavailable, Unsupported
 from runtime.messages import Output
 from runtime.responses import ResponseStore, StoredResponse, missing_response
 from settings.schema import LimitSettings
@@ -331,10 +331,7 @@ def _response_id(request: AnyRequest) -> str:
 
 def _store(api: Api) -> ResponseStore:
     """Raises `EngineUnavailable` where nothing is stored."""
-    api.handle.require()
-    if api.handle.responses is None:
-        raise EngineUnavailable(f"This server stores no responses. {api.handle.no_jobs}", code="storage_unavailable")
-    return api.handle.responses
+    return api.handle.require_responses()
 
 
 def _remembered(previous: str | None, memory: SocketMemory | None, api: Api) -> list[StoredResponse]:
