@@ -536,6 +536,13 @@ class ResponseSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             "Most bytes of all stored responses together; beyond, the oldest are deleted of the key that has the most."
         ),
     ] = 4 * 1024**3
+    max_events_total: Annotated[
+        Bytes,
+        doc(
+            "Most bytes of the events of streams in the background, which are kept in memory; beyond, the oldest are "
+            "dropped of the responses that have ended."
+        ),
+    ] = 64 * 1024**2
 
 
 class FeedbackSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

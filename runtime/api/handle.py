@@ -12,6 +12,7 @@ from litestar import Request
 from msgspec import Struct
 
 from runtime.access import Access
+from runtime.api.http.event_log import EventLogs
 from runtime.errors import EngineUnavailable
 from runtime.support.event_loop import BackgroundTasks, LagSampler, is_set_within
 from settings.schema import ObservabilitySettings, Settings
@@ -194,6 +195,7 @@ class Api:
         """Where each setting came from, by key; without settings that no file, variable or flag names."""
         self.lag = LagSampler()
         self.background = BackgroundTasks()
+        self.event_logs = EventLogs(settings.responses.max_events_total)
         self.event_streams = 0
         """Number of clients that follow a job's events, or the overview, now."""
 

@@ -94,7 +94,7 @@ NOTES: Mapping[str, str] = {
 
 GIVEN_BACK = "A label; given back with the response."
 RESPONSE_NOTES: Mapping[str, str] = {
-    "background": "Answered at once, and fetched later; not with `stream`.",
+    "background": "Answered at once, and fetched later; with `stream`, its events can be followed again.",
     "include": "`message.output_text.logprobs`; what belongs to tools that the server does not run adds nothing.",
     "input": "Text; messages, calls, their results and thoughts.",
     "instructions": "Of this response alone.",

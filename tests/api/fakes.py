@@ -182,6 +182,7 @@ class Exchange:
         *,
         method: str = "POST",
         headers: dict[str, str] | None = None,
+        query: str = "",
     ) -> None:
         self.sent: list[dict[str, Any]] = []
         self.arrived = asyncio.Event()
@@ -197,7 +198,7 @@ class Exchange:
             "method": method,
             "path": path,
             "raw_path": path.encode(),
-            "query_string": b"",
+            "query_string": query.encode(),
             "headers": [(name.encode(), value.encode("latin-1")) for name, value in given.items()],
             "scheme": "http",
             "server": ("test", 80),
@@ -221,8 +222,12 @@ class Exchange:
         return int(self.sent[0]["status"])
 
     @property
+    def text(self) -> str:
+        return b"".join(message["body"] for message in self.sent[1:]).decode()
+
+    @property
     def json(self) -> Any:
-        return json.loads(b"".join(message["body"] for message in self.sent[1:]))
+        return json.loads(self.text)
 
 
 def settings_with(section: str, **values: Any) -> Settings:

@@ -62,7 +62,11 @@ class ServerProcess:
         self.http = httpx.Client(base_url=self.url, timeout=120, trust_env=False)
 
     def __enter__(self) -> Self:
-        wait_until(self._is_ready, 90)
+        try:
+            wait_until(self._is_ready, 90)
+        except BaseException:
+            self._process.kill()
+            raise
         return self
 
     def __exit__(

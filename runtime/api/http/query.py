@@ -14,6 +14,7 @@ from runtime.errors import InvalidRequest
 
 _YES = frozenset({"1", "true", "yes"})
 _NO = frozenset({"0", "false", "no"})
+_METADATA = re.compile(r"metadata\[(.*)\]", re.DOTALL)
 _NUMBER = re.compile(r"[0-9]{1,16}")
 """At most 16 digits: SQLite stores such a number, and `int` parses it at once."""
 
@@ -68,6 +69,13 @@ def choices(request: AnyRequest, name: str, allowed: Iterable[str]) -> tuple[str
                 param=name,
             )
     return tuple(given)
+
+
+def metadata_filter(request: AnyRequest) -> tuple[dict[str, str], tuple[str, ...]]:
+    """The metadata that listed objects must have, given as parameters `metadata[key]`, and the names of these
+    parameters. Raises `InvalidRequest` if one is given twice."""
+    keys = {name: found[1] for name in request.query_params if (found := _METADATA.fullmatch(name))}
+    return {key: single(request, name) or "" for name, key in keys.items()}, tuple(keys)
 
 
 # -- pages -----------------------------------------------------------------------------------------

@@ -59,6 +59,11 @@ def event(data: msgspec.Struct) -> bytes:
     return b"data: " + msgspec.json.encode(data) + b"\n\n"
 
 
+def named_event(name: str, data: msgspec.Struct) -> bytes:
+    """A server-sent event with a name."""
+    return b"event: " + name.encode() + b"\n" + event(data)
+
+
 async def with_end(chunks: AsyncGenerator[msgspec.Struct, None], record: RequestRecord) -> Events:
     """The events of `chunks`, then `[DONE]`. A failure becomes an event of OpenAI's error form, before it."""
     try:
@@ -81,10 +86,9 @@ async def named_events(
     try:
         async with aclosing(events):
             async for one in events:
-                yield b"event: " + name(one).encode() + b"\n" + event(one)
+                yield named_event(name(one), one)
     except Exception as error:
-        kind, data = failure(noted(error, record))
-        yield b"event: " + kind.encode() + b"\n" + event(data)
+        yield named_event(*failure(noted(error, record)))
 
 
 def noted(error: Exception, record: RequestRecord) -> RequestError:

@@ -13,7 +13,7 @@ from runtime.api.admin.views import job_item
 from runtime.api.docs import BODY, QUERY, page_query
 from runtime.api.handle import AnyRequest, Api, api_of
 from runtime.api.http.auth import TRAIN
-from runtime.api.http.query import MAX_PAGE, ObjectPage, check_names, object_page, page_request
+from runtime.api.http.query import MAX_PAGE, ObjectPage, check_names, metadata_filter, object_page, page_request, single
 from runtime.api.http.record import record_of, visible_to
 from runtime.api.openai.batches import check_metadata
 from runtime.api.openai.fine_tuning_views import (
@@ -28,12 +28,13 @@ from runtime.api.openai.fine_tuning_views import (
     job_view,
     model_name,
     recipe_of,
+    request_of,
 )
 from runtime.api.openai.schema import Intake
 from runtime.errors import InvalidRequest, ModelNotFound, NotFound, Unsupported
 from runtime.support.durable import storage_unavailable
 from runtime.trainer.jobs.manager import JobManager
-from runtime.trainer.jobs.records import JobFile, JobSubmission
+from runtime.trainer.jobs.records import Job, JobFile, JobSubmission
 
 MAX_SUFFIX = 64
 """Characters of a suffix, OpenAI's."""
@@ -89,17 +90,33 @@ async def create_fine_tuning_job(request: AnyRequest) -> FineTuningJob:
     return await _view(api, jobs, job_id)
 
 
-@get("/v1/fine_tuning/jobs", opt={TRAIN: True, QUERY: page_query(MAX_PAGE)})
+@get("/v1/fine_tuning/jobs", opt={TRAIN: True, QUERY: page_query(MAX_PAGE, metadata={"enum": ["null"]})})
 async def list_fine_tuning_jobs(request: AnyRequest) -> ObjectPage[FineTuningJob]:
-    """The newest jobs first, those of /admin/train too. `after` takes an id, `limit` up to 100, `order` asc or desc."""
+    """The newest jobs first, those of /admin/train too. `after` takes an id, `limit` up to 100, `order` asc or desc;
+    with `metadata[key]` only jobs that have it, with `metadata=null` those that have none."""
     api, jobs = api_of(request), _jobs(request)
-    page = page_request(request)
+    wanted, names = metadata_filter(request)
+    page = page_request(request, further=("metadata", *names))
+    check_metadata(wanted, api.settings.limits)
+    without = single(request, "metadata")
+    if without is not None and (without != "null" or wanted):
+        raise InvalidRequest(
+            "metadata: expected null, alone, for jobs without any; metadata[key]=value is for those that have it.",
+            param="metadata",
+        )
+
+    def matches(job: Job) -> bool:
+        asked = request_of(job)
+        metadata = (asked and asked.metadata) or {}
+        return not metadata if without else wanted.items() <= metadata.items()
+
     found, more = await jobs.store.page(
         after=page.after,
         limit=page.limit,
         states=(),
         owner=visible_to(record_of(request)),
         newest_first=page.newest_first,
+        matches=matches,
     )
     served = api.handle.require().model_name
     data = [job_view(job, progress, served, job_item(job, progress).estimated_finish) for job, progress in found]

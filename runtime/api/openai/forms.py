@@ -385,7 +385,7 @@ def _chat_form(
                 f"thinking_token_budget must be at least 0 and below 2^31, got {asked.thinking_token_budget}.",
                 param="thinking_token_budget",
             )
-    tools = _tools(asked, settings)
+    tools = _tools(asked.tools, settings)
     choice = asked.tool_choice or "auto"
     if not tools:
         if choice not in ("auto", "none"):
@@ -393,7 +393,7 @@ def _chat_form(
         calls = None
     else:
         calls = _tool_format(served.tokenizer, settings.model.tool_parser) if choice != "none" else None
-    shown = tuple(_shown(spec) for spec in asked.tools or ())
+    shown = _shown(asked.tools)
     if choice == "none":
         tools, calls, shown = (), None, ()
     if isinstance(choice, NamedTool):
@@ -447,8 +447,8 @@ def _effort(effort: str | None, template: str, reasoning: ReasoningFormat | None
     )
 
 
-def _tools(asked: ChatRequest, settings: Settings) -> tuple[Tool, ...]:
-    given = asked.tools or []
+def _tools(specs: list[ToolSpec] | None, settings: Settings) -> tuple[Tool, ...]:
+    given = specs or []
     if len(given) > settings.limits.max_tools:
         raise InvalidRequest(
             f"tools must have at most {settings.limits.max_tools} tools, got {len(given)}.", param="tools"
@@ -479,7 +479,17 @@ def _tools(asked: ChatRequest, settings: Settings) -> tuple[Tool, ...]:
     return tuple(found.values())
 
 
-def _shown(spec: ToolSpec) -> dict[str, object]:
+def check_shown_tools(specs: list[ToolSpec] | None, settings: Settings) -> tuple[dict[str, object], ...]:
+    """The descriptions of a request's tools, for a prompt that is only counted. Raises `InvalidRequest`."""
+    _tools(specs, settings)
+    return _shown(specs)
+
+
+def _shown(specs: list[ToolSpec] | None) -> tuple[dict[str, object], ...]:
+    return tuple(_shown_tool(spec) for spec in specs or ())
+
+
+def _shown_tool(spec: ToolSpec) -> dict[str, object]:
     """A tool for the template: in OpenAI's shape, with what is absent left out."""
     assert spec.function is not None
     function, parameters = spec.function, spec.function.parameters

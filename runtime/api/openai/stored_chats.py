@@ -1,7 +1,6 @@
 """Chats that were asked for with `store: true`: kept with their messages, and listed, retrieved, labelled and deleted
 under /v1/chat/completions. They share the store of responses, and its retention."""
 
-import re
 import time
 import uuid
 from typing import cast
@@ -12,15 +11,13 @@ from msgspec import UNSET, Struct, UnsetType, field
 
 from runtime.api.docs import BODY, QUERY, page_query
 from runtime.api.handle import AnyRequest, Api, api_of
-from runtime.api.http.query import MAX_PAGE, ObjectPage, check_names, object_page, page_request, single
+from runtime.api.http.query import MAX_PAGE, ObjectPage, check_names, metadata_filter, object_page, page_request, single
 from runtime.api.http.record import record_of
 from runtime.api.openai.batches import check_metadata
 from runtime.api.openai.responses import ChatCompletion
 from runtime.api.openai.schema import ChatMessage, ChatRequest, ContentPart, Intake, ToolCall
 from runtime.errors import NotFound
 from runtime.responses import ResponseStore, StoredChat
-
-_METADATA = re.compile(r"metadata\[(.*)\]", re.DOTALL)
 
 
 class StoredCompletion(ChatCompletion, kw_only=True):
@@ -104,9 +101,8 @@ def _shown(id: str, message: ChatMessage) -> StoredMessage:
 async def list_chat_completions(request: AnyRequest) -> Response[ObjectPage[StoredCompletion]]:
     """Stored chats, the oldest first. `after` takes an id, `limit` up to 100, `order` asc or desc; with `model` and
     `metadata[key]` only chats that have them. Long answers make shorter pages."""
-    wanted = {found[1]: name for name in request.query_params if (found := _METADATA.fullmatch(name))}
-    page = page_request(request, newest_first=False, further=("model", *wanted.values()))
-    metadata = {key: single(request, name) or "" for key, name in wanted.items()}
+    metadata, names = metadata_filter(request)
+    page = page_request(request, newest_first=False, further=("model", *names))
     check_metadata(metadata, api_of(request).settings.limits)
     chats, more = await _store(api_of(request)).chats(
         record_of(request).tenant, model=single(request, "model"), metadata=metadata, **page._asdict()

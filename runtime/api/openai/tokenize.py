@@ -5,6 +5,7 @@ from msgspec import Struct
 
 from runtime.api.docs import BODY
 from runtime.api.handle import AnyRequest, api_of
+from runtime.api.openai.forms import check_shown_tools
 from runtime.api.openai.models import resolve_model
 from runtime.api.openai.prompts import PromptEncoder, chat_prompt, run_text_work
 from runtime.api.openai.responses import DetokenizedText, Tokens
@@ -47,11 +48,11 @@ async def tokenize(request: AnyRequest) -> Response[Tokens]:
     if asked.prompt is not None:
         ids = await encoder.text(asked.prompt, add_special_tokens=asked.add_special_tokens is not False)
     else:
-        template = tokenizer.chat_template
         chat = chat_prompt(
             asked,
-            template,
+            tokenizer.chat_template,
             limits,
+            tools=check_shown_tools(asked.tools, api.settings),
             trust_template=api.settings.model.trust_request_chat_template,
         )
         ids = await encoder.chat(chat)

@@ -15,10 +15,11 @@ from runtime.api.docs import BODY
 from runtime.api.handle import AnyRequest, Api, api_of
 from runtime.api.http.body import Fields, read_body
 from runtime.api.http.errors import to_request_error
-from runtime.api.http.query import ObjectPage, check_names, flag, page_request, single
+from runtime.api.http.event_log import EventLogs
+from runtime.api.http.query import ObjectPage, check_names, flag, integer, page_request
 from runtime.api.http.record import RequestRecord, record_of
 from runtime.api.http.sockets import PATH, SWITCHING, SocketMemory, memory_of
-from runtime.api.http.sse import EventStream, named_events, noted, unless_disconnected
+from runtime.api.http.sse import Events, EventStream, named_event, named_events, noted, unless_disconnected
 from runtime.api.openai.chat import ChatAnswer, count_chat, open_chat
 from runtime.api.openai.generation import Generation
 from runtime.api.openai.logprobs import count_logprobs, write_answer
@@ -65,6 +66,9 @@ from settings.schema import LimitSettings
 
 ENDED = frozenset({"completed", "incomplete", "cancelled", "failed"})
 
+MAX_EVENT_NUMBER = 2**31 - 1
+"""Largest `starting_after`."""
+
 _OWN = frozenset(ResponseRequest.__struct_fields__)
 _CHAT = frozenset(ChatRequest.__struct_fields__) - {"messages", "n", "best_of", "max_tokens", "use_beam_search"}
 _intake = Intake(ResponseRequest, neutral=NEUTRAL, instead=INSTEAD, passed=_CHAT)
@@ -101,9 +105,6 @@ async def create_response(request: AnyRequest) -> Response[ResponseObject]:
         response = _begun(asked, chat, answer, new_id("resp"), keeper)
         if asked.background:
             await keeper.put(response)
-            api.background.start(response.id, _finish(generation, answer, response, keeper, record))
-            stack.pop_all()
-            return Response(response)
         if asked.stream:
             events = ResponseEvents(response, lambda: int(time.time()))
             named = named_events(
@@ -112,7 +113,16 @@ async def create_response(request: AnyRequest) -> Response[ResponseObject]:
                 name=lambda event: event.type,
                 failure=lambda error: ("error", next(events.failure(error))),
             )
-            return EventStream(named, stack.pop_all().close)
+            if not asked.background:
+                return EventStream(named, stack.pop_all().close)
+            log = api.event_logs.begin(response.id)
+            api.background.start(response.id, _log_events(generation, named, events, keeper, api.event_logs))
+            stack.pop_all()
+            return EventStream(log.follow(0, _lost), lambda: None)
+        if asked.background:
+            api.background.start(response.id, _finish(generation, answer, response, keeper, record))
+            stack.pop_all()
+            return Response(response)
         outputs = await unless_disconnected(request.receive, generation.collect())
         response = await _whole(answer, response, outputs)
         await keeper.put(response)
@@ -177,15 +187,24 @@ async def compact_conversation(request: AnyRequest) -> Response[CompactedRespons
 
 @get("/v1/responses/{response_id:str}")
 async def retrieve_response(request: AnyRequest) -> Response[ResponseObject]:
-    """A stored response, whole."""
+    """A stored response, whole; or the events of one that was begun with `background` and `stream`, from behind the
+    one with the number `starting_after`, to its end."""
     check_names(request, ("include", "include[]", "include_obfuscation", "starting_after", "stream"))
     check_included([*request.query_params.getall("include", []), *request.query_params.getall("include[]", [])])
     flag(request, "include_obfuscation")
-    if flag(request, "stream"):
-        raise Unsupported("`stream`: events are not kept; leave it out, and the response comes whole.", param="stream")
-    if single(request, "starting_after") is not None:
-        raise Unsupported("`starting_after`: events are not kept; leave it out.", param="starting_after")
-    found = await _store(api_of(request)).get(_response_id(request), record_of(request).tenant)
+    follows, api = flag(request, "stream"), api_of(request)
+    after = integer(request, "starting_after", default=-1, least=0, most=MAX_EVENT_NUMBER)
+    if after >= 0 and not follows:
+        raise InvalidRequest("starting_after is for `stream`: the number of an event.", param="starting_after")
+    found = await _store(api).get(_response_id(request), record_of(request).tenant)
+    if follows:
+        if (log := api.event_logs.get(found.id)) is None:
+            raise Unsupported(
+                "`stream`: the events of this response are not kept. Those of a response that was begun with "
+                "`background` and `stream` are, for a while; leave `stream` out, and the response comes whole.",
+                param="stream",
+            )
+        return EventStream(log.follow(after + 1, _lost), lambda: None)
     return Response(_stored.decode(found.response))
 
 
@@ -198,6 +217,7 @@ async def delete_response(request: AnyRequest) -> Response[DeletedResponse]:
     await store.get(response_id, tenant)
     await api.background.cancel(response_id)
     await store.delete(response_id, tenant)
+    api.event_logs.drop(response_id)
     return Response(DeletedResponse(id=response_id))
 
 
@@ -424,6 +444,33 @@ async def _finish(
     finally:
         generation.close()
         await keeper.put(response)
+
+
+async def _log_events(
+    generation: Generation, named: Events, events: ResponseEvents, keeper: _Keeper, logs: EventLogs
+) -> None:
+    """Complete a response in the background, and keep its events as they come."""
+    id = events.response.id
+    try:
+        async with aclosing(named):
+            async for event in named:
+                logs.append(id, event)
+    except asyncio.CancelledError:
+        last = events.cancel()
+        await keeper.put(events.response)
+        logs.append(id, named_event(last.type, last))
+        raise
+    finally:
+        generation.close()
+        logs.end(id)
+
+
+def _lost(number: int) -> bytes:
+    """The event that ends a stream whose log was dropped."""
+    message = "The events of this response are no longer kept; fetch it whole."
+    return named_event(
+        "error", ResponseEvent(type="error", sequence_number=number, code="events_dropped", message=message)
+    )
 
 
 async def _kept(

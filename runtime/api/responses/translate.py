@@ -168,8 +168,6 @@ def _check(asked: ResponseRequest) -> None:
         raise InvalidRequest(f"max_tool_calls must be at least 1, got {asked.max_tool_calls}.", param="max_tool_calls")
     if asked.background and asked.store is False:
         raise InvalidRequest("background needs store: the response is fetched later.", param="background")
-    if asked.background and asked.stream:
-        raise Unsupported("`background` with `stream` is not supported; fetch the response later.", param="background")
 
 
 def _check_results(messages: Iterable[Mapping[str, Any]]) -> None:
@@ -404,6 +402,12 @@ class ResponseEvents:
         self.response = failed(self.response, error, self._output)
         yield self._event("error", code=error.code, message=error.message, param=error.param)
         yield self._event("response.failed", response=self.response)
+
+    def cancel(self) -> ResponseEvent:
+        """The last event of a response that was cancelled, unless it had ended before."""
+        if self.response.status == "in_progress":
+            self.response = replace(self.response, status="cancelled", output=self._output)
+        return self._event(f"response.{self.response.status}", response=self.response)
 
     def _event(self, type: str, **fields: Any) -> ResponseEvent:
         event = ResponseEvent(type=type, sequence_number=self._number, **fields)

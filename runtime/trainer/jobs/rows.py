@@ -5,6 +5,7 @@ A state changes only through `move`, together with the event that records it.
 
 import sqlite3
 import time
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -278,16 +279,24 @@ class JobReader:
         states: tuple[str, ...],
         owner: str | None = None,
         newest_first: bool = True,
+        matches: Callable[[Job], bool] = lambda job: True,
     ) -> tuple[list[tuple[Job, JobProgress]], bool]:
-        """Jobs from behind the job `after`, and whether there are more. `owner`: as in `get`. Raises `NotFound`."""
+        """Jobs from behind the job `after`, and whether there are more. `owner`: as in `get`. `matches`: a filter by
+        what the rows have no column for. Raises `NotFound`."""
 
         def work(c: sqlite3.Connection) -> tuple[list[tuple[Job, JobProgress]], bool]:
             if after is not None:
                 get(c, after, owner, param="after")
             where = {f"state IN ({', '.join('?' * len(states))})": states} if states else {}
-            rows, more = select_page(c, "jobs", where, owner=owner, after=after, limit=limit, newest_first=newest_first)
-            jobs = [to_job(row) for row in rows]
-            return [(job, progress(c, job.id)) for job in jobs], more
+            found: list[Job] = []
+            behind, more = after, True
+            while more and len(found) <= limit:
+                rows, more = select_page(
+                    c, "jobs", where, owner=owner, after=behind, limit=limit + 1, newest_first=newest_first
+                )
+                found += filter(matches, map(to_job, rows))
+                behind = rows[-1]["id"] if rows else behind
+            return [(job, progress(c, job.id)) for job in found[:limit]], len(found) > limit
 
         return await self._database.call(work)
 

@@ -169,6 +169,46 @@ def test_an_id_of_digits_is_no_version() -> None:
     assert model_name("a/b", None, "ftjob-01234567abc45678") == "ft:a-b:eft::abc45678"
 
 
+def test_lists_of_jobs_by_their_metadata(client: openai.OpenAI, base: str) -> None:
+    calm = {"recipe": {"loss_watchdog_threshold": 100.0}}
+    asked: Any = {
+        "model": base,
+        "training_file": upload(client),
+        "hyperparameters": {"n_epochs": 1},
+        "extra_body": calm,
+    }
+    labels: list[Any] = [{"set": "labels", "turn": turn} for turn in "12"] + [{}, {"set": "labels", "turn": "1"}]
+    made = [client.fine_tuning.jobs.create(**asked, metadata=one).id for one in labels]
+
+    def listed(**options: Any) -> list[str]:
+        return [job.id for job in client.fine_tuning.jobs.list(**options)]
+
+    assert listed(metadata={"set": "labels"}) == [made[3], made[1], made[0]]
+    assert listed(metadata={"set": "labels"}, limit=1) == [made[3], made[1], made[0]]  # pages, to their end
+    assert listed(metadata={"set": "labels", "turn": "1"}, limit=2) == [made[3], made[0]]
+    assert listed(metadata={"set": "labels", "turn": "1"}, after=made[3]) == [made[0]]
+    assert listed(metadata={"turn": "3"}) == listed(metadata={"set": "labels", "other": ""}) == []
+    without = listed(extra_query={"metadata": "null"})
+    assert made[2] in without
+    assert not {made[0], made[1], made[3]} & set(without)
+
+
+@pytest.mark.parametrize(
+    ("query", "param"),
+    [
+        ("metadata=x", "metadata"),
+        ("metadata=null&metadata[a]=b", "metadata"),
+        ("metadata[a]=b&metadata[a]=c", "metadata[a]"),
+        ("metadata[a]=" + "x" * 513, "metadata"),
+        ("&".join(f"metadata[{n}]=x" for n in range(17)), "metadata"),
+        ("metadata%5B=x", "metadata["),
+    ],
+)
+def test_metadata_that_lists_do_not_take(client: openai.OpenAI, query: str, param: str) -> None:
+    answer = httpx.get(f"{client.base_url}fine_tuning/jobs?{query}")
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+
+
 def test_pause_resume_and_cancel(client: openai.OpenAI, base: str) -> None:
     calm = {"recipe": {"loss_watchdog_threshold": 100.0}}  # a random model's loss may rise
     asked: Any = {"model": base, "training_file": upload(client), "hyperparameters": {"n_epochs": 1000}}

@@ -294,6 +294,15 @@ def test_calls_in_the_history_reach_the_template(client: httpx.Client) -> None:
     assert refused(client, **chat(messages=messages))[0] == "messages[1].tool_calls[0].function.arguments"
 
 
+def test_tokenize_counts_tools_as_a_chat_does(client: httpx.Client) -> None:
+    messages = [{"role": "user", "content": "Hi"}]
+    counted = ask(client, "/tokenize", messages=messages, tools=TOOLS)["count"]
+    assert counted > ask(client, "/tokenize", messages=messages)["count"] + 50
+    assert counted == ask(client, **chat(messages=messages, tools=TOOLS, max_tokens=1))["usage"]["prompt_tokens"]
+    bad = [{"type": "function", "function": {"name": "a b"}}]
+    assert refused(client, "/tokenize", messages=messages, tools=bad)[0] == "tools[0].function.name"
+
+
 def test_a_template_without_tools_has_them_in_the_system_message(bare: httpx.Client) -> None:
     plain = ask(bare, **chat(max_tokens=1))["usage"]["prompt_tokens"]
     body = chat(tools=TOOLS[1:], tool_choice="required", max_tokens=60, temperature=0)

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import httpx
@@ -13,9 +13,9 @@ from runtime.api.handle import ServiceHandle
 from runtime.api.http.body import parse_fields
 from runtime.api.openai import schema
 from runtime.responses import ResponseStore
-from settings.schema import ServerSettings, Settings
+from settings.schema import ResponseSettings, ServerSettings, Settings
 from tests.api.conformance import checked_event
-from tests.api.fakes import FakeService
+from tests.api.fakes import Exchange, FakeService
 from tests.api.named_events import events_of
 
 pytestmark = pytest.mark.anyio
@@ -173,6 +173,95 @@ async def test_a_response_in_the_background_is_cancelled(stored: httpx.AsyncClie
     assert not service.running
 
 
+FOLLOWED = {"input": "Hi", "max_output_tokens": 6, "background": True, "stream": True}
+
+
+async def test_the_events_of_a_response_in_the_background_are_followed_again(stored: httpx.AsyncClient) -> None:
+    events = events_of((await stored.post(URL, json=FOLLOWED)).text)
+    plain = events_of((await stored.post(URL, json={**FOLLOWED, "background": False})).text)
+    assert [event["type"] for event in events] == [event["type"] for event in plain]
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    final = checked_event(json.dumps(events[-1])).response
+    assert (final.background, final.status, final.output_text) == (True, "incomplete", "user\nH")
+    assert (await stored.get(f"{URL}/{final.id}")).json() == events[-1]["response"]
+    for after in (None, 0, 3, len(events) - 2, len(events) - 1, len(events) + 5):
+        query = {"stream": "true", **({} if after is None else {"starting_after": str(after)})}
+        answer = await stored.get(f"{URL}/{final.id}", params=query)
+        assert answer.headers["content-type"] == "text/event-stream"
+        assert events_of(answer.text) == events[0 if after is None else after + 1 :]
+    await stored.delete(f"{URL}/{final.id}")
+    assert (await stored.get(f"{URL}/{final.id}", params={"stream": "true"})).status_code == 404
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    for _ in range(6000):
+        if condition():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("it never came")
+
+
+async def test_a_stream_in_the_background_goes_on_without_its_client(
+    service: FakeService, store: ResponseStore
+) -> None:
+    handle = ServiceHandle(service)  # type: ignore[arg-type]
+    handle.responses = store
+    app = create_app(handle, Settings())
+    service.stall_after = 2
+    first = Exchange(app, URL, FOLLOWED)
+    await until(lambda: "event: response.output_text.delta" in first.text)
+    first.leave()
+    await first.task
+    assert service.running
+    id = json.loads(first.text.partition("data: ")[2].partition("\n")[0])["response"]["id"]
+    second = Exchange(app, f"{URL}/{id}", method="GET", query="stream=true&starting_after=3")
+    await until(lambda: "event: response.output_text.delta" in second.text)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://127.0.0.1") as client:
+        cancelled = (await client.post(f"{URL}/{id}/cancel")).json()
+        assert (cancelled["status"], service.running) == ("cancelled", {})
+        await second.task
+        seen = events_of((await client.get(f"{URL}/{id}", params={"stream": "true"})).text)
+    assert events_of(second.text) == seen[4:]
+    assert (seen[-1]["type"], seen[-1]["response"]) == ("response.cancelled", cancelled)
+
+
+async def test_a_stream_whose_events_were_dropped_says_so(service: FakeService, store: ResponseStore) -> None:
+    handle = ServiceHandle(service)  # type: ignore[arg-type]
+    handle.responses = store
+    app = create_app(handle, Settings())
+    service.stall_after = 2
+    stream = Exchange(app, URL, FOLLOWED)
+    await until(lambda: "event: response.output_text.delta" in stream.text)
+    app.state.api.event_logs.drop(events_of(stream.text)[0]["response"]["id"])
+    await stream.task
+    *others, last = events_of(stream.text)
+    assert (last["type"], last["code"]) == ("error", "events_dropped")
+    assert last["sequence_number"] == len(others)
+
+
+async def test_a_failed_stream_in_the_background_says_so(stored: httpx.AsyncClient, service: FakeService) -> None:
+    service.fail_after = 2
+    events = events_of((await stored.post(URL, json=FOLLOWED)).text)
+    assert [event["type"] for event in events[-2:]] == ["error", "response.failed"]
+    id = events[-1]["response"]["id"]
+    assert events_of((await stored.get(f"{URL}/{id}", params={"stream": "true"})).text) == events
+
+
+async def test_events_are_kept_as_long_as_there_is_room(service: FakeService, store: ResponseStore) -> None:
+    settings = Settings(responses=ResponseSettings(max_events_total=30_000))
+    async with app_of(service, store, settings) as client:
+        ids = []
+        for _ in range(8):
+            events = events_of((await client.post(URL, json=FOLLOWED)).text)
+            ids.append(events[-1]["response"]["id"])
+        answers = [await client.get(f"{URL}/{id}", params={"stream": "true"}) for id in ids]
+        kept = [answer.status_code == 200 for answer in answers]
+        assert kept == sorted(kept)
+        assert 1 <= sum(kept) < 8
+        assert (answers[0].status_code, answers[0].json()["error"]["param"]) == (400, "stream")
+        assert (await client.get(f"{URL}/{ids[0]}")).json()["status"] == "incomplete"
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
@@ -188,7 +277,6 @@ async def test_a_response_in_the_background_is_cancelled(stored: httpx.AsyncClie
         ({"user": "u" * 1000}, "user"),
         ({"include": ["weather"]}, "include"),
         ({"background": True, "store": False}, "background"),
-        ({"background": True, "stream": True}, "background"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
         ({"tools": [{"type": "function", "name": "f"}], "tool_choice": "maybe"}, "tool_choice"),
         ({"conversation": "c"}, "conversation"),
@@ -227,6 +315,7 @@ async def test_a_stream_that_fails_ends_with_the_failed_response(
     [
         ("", {"stream": "true"}, "stream"),
         ("", {"starting_after": "3"}, "starting_after"),
+        ("", {"stream": "true", "starting_after": "-1"}, "starting_after"),
         ("", {"include": "weather"}, "include"),
         ("", {"colour": "blue"}, "colour"),
         ("/input_items", {"limit": "0"}, "limit"),
