@@ -20,7 +20,7 @@ from runtime.api.handle import AnyRequest, Api, api_of
 from runtime.api.http.auth import ADMIN
 from runtime.api.http.query import check_names, integer
 from runtime.checkpoints.export import check_format
-from runtime.checkpoints.peft.config import CONFIG, WEIGHTS
+from runtime.checkpoints.peft_names import CONFIG, WEIGHTS
 from runtime.errors import AdapterUnavailable, InvalidRequest, NotFound
 from runtime.support.durable import remove, storage_unavailable
 
