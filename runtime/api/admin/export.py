@@ -72,7 +72,7 @@ async def _written(api: Api, library: "AdapterLibrary", version: Version, format
     from runtime.checkpoints.export.export import export_adapter as write
     from runtime.model.config import ModelLoadError
 
-    settings = api.handle.require().settings.model
+    settings = api.handle.require_latest().settings.model
 
     def work() -> _Files:
         folder = library.make_incoming()
