@@ -13,6 +13,8 @@ class RequestError(Exception):
     status: ClassVar[int] = 500
     type: ClassVar[str] = "server_error"
     default_code: ClassVar[str | None] = None
+    retry_after: int | None = None
+    """Seconds after which to try again: the `Retry-After` header."""
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
@@ -109,7 +111,7 @@ class UnsupportedMediaType(RequestError):
 
 
 class TooManyRequests(RequestError):
-    """The queue is full. `retry_after` (seconds) becomes the `Retry-After` header."""
+    """The queue is full."""
 
     status = 429
     type = "rate_limit_error"
@@ -140,6 +142,12 @@ class EngineUnavailable(RequestError):
     status = 503
     type = "service_unavailable"
     default_code = "engine_unavailable"
+
+
+class ModelLoading(EngineUnavailable):
+    """No model is there yet, or the next one is not there yet."""
+
+    retry_after = 5
 
 
 class AdapterUnavailable(RequestError):

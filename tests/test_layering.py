@@ -337,6 +337,12 @@ def test_light_parts_reach_nothing_heavy(owner: str) -> None:
         assert not {f"{heavy} through {reached[heavy]}" for heavy in HEAVY & reached.keys()}, name
 
 
+def test_the_server_opens_its_socket_before_torch_is_imported() -> None:
+    """It answers probes while the engine's thread imports torch, half of the time that a start takes."""
+    reached = reachable("runtime.api.server")
+    assert not {f"{heavy} through {reached[heavy]}" for heavy in {"torch", "transformers"} & reached.keys()}
+
+
 def test_recipes_and_plans_need_no_torch() -> None:
     """They are checked where there is no engine, and while one is busy."""
     for start in ("runtime.trainer.recipe", "runtime.trainer.plan.plan", "runtime.trainer.plan.plan"):

@@ -270,22 +270,23 @@ def _whole(x: Tensor) -> Tensor:
 
 
 def _in_lines(x: Tensor, width: int) -> Tensor:
-    """[out, groups * width] bytes → [tiles, groups, width / 4, 16, 4], where they lie."""
-    return _whole(x).view(-1, TILE, x.shape[1] // width, width // 4, 4).permute(0, 2, 3, 1, 4)
+    """[out, groups * width] bytes → [tiles, groups, width / 4, 16] int32, four bytes each, where they lie."""
+    whole = _whole(x) if len(x) % TILE else x.contiguous()
+    return whole.view(torch.int32).view(-1, TILE, x.shape[1] // width, width // 4).permute(0, 2, 3, 1)
 
 
 def _lines(x: Tensor, width: int) -> Tensor:
     """[out, groups * width] bytes → [tiles, groups, width / 4, 16, 4]."""
     lines = _in_lines(x, width)
-    return pages.empty(lines.shape, x.dtype).copy_(lines)
+    return pages.empty(lines.shape, lines.dtype).copy_(lines).view(x.dtype).view(*lines.shape, 4)
 
 
 def _joined(x: Tensor, width: int, *halves: Tensor) -> Tensor:
     """[out, groups * width] bytes and float16s [out, groups] → [tiles, groups, bytes]: lines, then the others."""
-    lines = _in_lines(x, width).view(torch.uint8)
+    lines = _in_lines(x, width)
     size = width * TILE
     joined = pages.empty((*lines.shape[:2], size + len(halves) * 2 * TILE), torch.uint8)
-    joined[:, :, :size].view(lines.shape).copy_(lines)
+    joined[:, :, :size].view(torch.int32).view(lines.shape).copy_(lines)
     for place, half in enumerate(halves):
         first = size + place * 2 * TILE
         joined[:, :, first : first + 2 * TILE].copy_(_groups(half).view(torch.uint8))

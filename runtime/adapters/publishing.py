@@ -15,7 +15,8 @@ from runtime.adapters import store
 from runtime.adapters.store import CheckpointVersion, Version, checkpoint_name
 from runtime.adapters.versions import LoadedVersions, VersionSource, digest, stage
 from runtime.checkpoints.peft import AdapterInvalid, read_files
-from runtime.checkpoints.peft.config import CONFIG, parse_config
+from runtime.checkpoints.peft.config import parse_config
+from runtime.checkpoints.peft_names import CONFIG
 from runtime.errors import AdaptersBusy
 from runtime.model.lora_base import LoraBase
 from runtime.support.durable import remove, storage_unavailable

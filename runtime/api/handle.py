@@ -13,7 +13,7 @@ from msgspec import Struct
 
 from runtime.access import Access
 from runtime.api.http.event_log import EventLogs
-from runtime.errors import EngineUnavailable
+from runtime.errors import EngineUnavailable, ModelLoading
 from runtime.support.event_loop import BackgroundTasks, LagSampler, is_set_within
 from settings.schema import ObservabilitySettings, Settings
 
@@ -34,6 +34,7 @@ AnyRequest = Request[Any, Any, Any]
 MAX_RECENT_REQUESTS = 300
 MAX_WAIT_SECONDS = 60.0
 """Longest that a request waits for a model that is being loaded in place of another."""
+_MOVING = "The server is moving to another model. Try again in a moment."
 
 
 class RequestEntry(Struct, frozen=True, kw_only=True):
@@ -67,9 +68,9 @@ class RequestGate:
 
     async def enter(self) -> int:
         """Begin a request; returns the number of its model, for `leave`. Waits while the door is shut. Raises
-        `EngineUnavailable` after `MAX_WAIT_SECONDS`."""
+        `ModelLoading` after `MAX_WAIT_SECONDS`."""
         if not self._open.is_set() and not await is_set_within(self._open, MAX_WAIT_SECONDS):
-            raise EngineUnavailable("The server is moving to another model. Try again in a moment.")
+            raise ModelLoading(_MOVING)
         self._under_way[self._model] += 1
         return self._model
 
@@ -104,6 +105,8 @@ class ServiceHandle:
 
     def __init__(self, service: "EngineService | None" = None, jobs: "JobManager | None" = None) -> None:
         self.service = service
+        self.before: EngineService | None = None
+        """While another model is loaded in its place: the service before, stopped, for what is asked of it still."""
         self.jobs = jobs
         self.gate = RequestGate()
         self.swapper: Any = None
@@ -139,29 +142,46 @@ class ServiceHandle:
         self.problem = problem
         self.service = service
 
+    def replace(self, service: "EngineService | None") -> None:
+        """Serve another model; None: the one before has stopped, and the next is not there yet."""
+        if self.before is not None:
+            self.before.set_adapters(None)
+        self.before = self.service if service is None else None
+        self.service = service
+
     def require(self) -> "EngineService":
-        """The service. Raises `EngineUnavailable` while there is none."""
+        """The service. Raises `ModelLoading` while there is none."""
         if self.service is None:
-            raise EngineUnavailable("The model is still loading. Try again in a moment.")
+            raise ModelLoading("The model is still loading. Try again in a moment." if self.before is None else _MOVING)
         return self.service
+
+    @property
+    def latest(self) -> "EngineService | None":
+        """The service, or the one before while another model is loaded in its place: for names, numbers and adapters.
+        None while the first model loads."""
+        return self.service or self.before
+
+    def require_latest(self) -> "EngineService":
+        """As `latest`. Raises `ModelLoading` while there is none."""
+        return self.latest or self.require()
 
     def require_jobs(self) -> "JobManager":
         """The training jobs. Raises `EngineUnavailable` while, or where, there are none."""
-        self.require()
+        self.require_latest()
         if self.jobs is None:
             raise EngineUnavailable(self.no_jobs, code="training_unavailable")
         return self.jobs
 
     def require_files(self) -> "FileLibrary":
         """The stored files. Raises `EngineUnavailable` while, or where, there are none."""
-        self.require()
+        self.require_latest()
         if self.files is None:
             raise EngineUnavailable(f"This server stores no files. {self.no_jobs}", code="storage_unavailable")
         return self.files
 
     def require_feedback(self) -> "FeedbackStore":
         """The stored feedback. Raises `EngineUnavailable` while, or where, there is none."""
-        self.require()
+        self.require_latest()
         if self.feedback is None:
             raise EngineUnavailable(f"This server stores no feedback. {self.no_jobs}", code="storage_unavailable")
         return self.feedback
@@ -169,7 +189,7 @@ class ServiceHandle:
     def require_responses(self, kind: str = "responses") -> "ResponseStore":
         """The stored responses, chats among them. `kind`: what the error names. Raises `EngineUnavailable` while, or
         where, there are none."""
-        self.require()
+        self.require_latest()
         if self.responses is None:
             raise EngineUnavailable(f"This server stores no {kind}. {self.no_jobs}", code="storage_unavailable")
         return self.responses

@@ -73,7 +73,7 @@ def metrics_handler(*, public: bool) -> Any:
     async def metrics(request: AnyRequest) -> Response[bytes]:
         """Prometheus metrics; OpenMetrics if the Accept header names it."""
         accept = request.headers.get("accept", "")
-        service = api_of(request).handle.service
+        service = api_of(request).handle.latest
         if service is None:
             content, media_type = render_process(accept)
         else:

@@ -62,7 +62,7 @@ async def serve(
     settings: Settings,
     *,
     open_state: OpenState | None = None,
-    on_ready: Callable[[str], None] | None = None,
+    on_ready: Callable[[str, str], None] | None = None,
     stop: asyncio.Event | None = None,
     origins: Mapping[str, str] | None = None,
     reread: Callable[[], Loaded] | None = None,
@@ -70,10 +70,10 @@ async def serve(
     """Serve until SIGTERM, SIGINT or `stop`; return the process's exit code.
 
     The socket is open at once: /health, /ready and /metrics answer while the model loads. `on_ready` gets the
-    server's URL when requests can be served. `origins`: where each setting came from, by key; `reread`: reads the
-    settings again, for SIGHUP. A second signal ends everything within `HURRY_SECONDS`, if need be by exiting the
-    process at once with code 1. The code is 0 after an orderly end, 1 when the address is taken, the model cannot be
-    loaded, or the engine dies.
+    server's URL, and the model's name in requests, when they can be served. `origins`: where each setting came from,
+    by key; `reread`: reads the settings again, for SIGHUP. A second signal ends everything within `HURRY_SECONDS`, if
+    need be by exiting the process at once with code 1. The code is 0 after an orderly end, 1 when the address is taken,
+    the model cannot be loaded, or the engine dies.
     """
     configure(settings.observability)
     handle = ServiceHandle()
@@ -141,7 +141,7 @@ async def _run(
     handle: ServiceHandle,
     url: str,
     open_state: OpenState | None,
-    on_ready: Callable[[str], None] | None,
+    on_ready: Callable[[str, str], None] | None,
     stop: asyncio.Event,
     server: "_Server",
     admin_token: Callable[[Path], AbstractContextManager[None]],
@@ -225,13 +225,13 @@ async def _until_the_end(
     swapper: ModelSwapper,
     handle: ServiceHandle,
     url: str,
-    on_ready: Callable[[str], None] | None,
+    on_ready: Callable[[str, str], None] | None,
     stopping: "asyncio.Future[Any]",
     server: "_Server",
 ) -> int:
     jobs = handle.jobs
     if on_ready is not None:
-        on_ready(url)
+        on_ready(url, swapper.name)
     _log.info("ready", url=url, model=swapper.label)
     notify("READY=1", f"STATUS=serving {swapper.label} at {url}")
     died = asyncio.ensure_future(swapper.died.wait())

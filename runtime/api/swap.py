@@ -236,7 +236,7 @@ class ModelSwapper:
                 if one.served and before.fits(one.version) and not library.fits(one.version)
             ]
         self.service, self.label, self._settings = service, service.label, settings
-        self._handle.service = service
+        self._handle.replace(service)
         self._handle.gate.next_model()
         self._watch_over(service)
         await moving.finish(service, settings, library)
@@ -247,12 +247,15 @@ class ModelSwapper:
             left = self._handle.gate.until_left(before=not alone)
             await asyncio.wait_for(left, self._first.server.drain_timeout)
         if alone:
-            self.service = self._handle.service = None
+            self.service = None
+            self._handle.replace(None)
         swap.aborted = service.num_running + service.num_waiting
         await service.stop(0.0, why=_ABORTED)
         for key in service.engine.adapters - (frozenset() if self.service is None else self.service.engine.adapters):
             service.metrics.on_adapter_unloaded(key)
         service.unload()
+        if not alone:
+            service.set_adapters(None)
         if gc.get_freeze_count():  # what a server has loaded stays, and no collection needs to visit it
             gc.freeze()
 

@@ -100,9 +100,8 @@ def open_state(service: "EngineService", settings: Settings) -> "AbstractAsyncCo
     return opened(service, settings)
 
 
-def local_token(url: str, settings: Settings | None = None) -> str | None:
-    """The admin token of a server on this machine, whose state directory is the one that its settings name; default:
-    the settings here."""
+def local_token(url: str) -> str | None:
+    """The admin token of a server on this machine, whose state directory is the one that the settings here name."""
     from runtime.access.access import read_token
     from runtime.support.state_directory import state_directory
 
@@ -110,9 +109,7 @@ def local_token(url: str, settings: Settings | None = None) -> str | None:
         base = _base(url)
         if base.host not in ("localhost", "127.0.0.1", "::1"):
             return None
-        return read_token(
-            state_directory(settings or load().settings), base.port or (443 if base.scheme == "https" else 80)
-        )
+        return read_token(state_directory(load().settings), base.port or (443 if base.scheme == "https" else 80))
     except (UsageError, SettingsError):  # reported by the request itself
         return None
 

@@ -1,6 +1,5 @@
 """`eft serve`: run the server until a signal stops it."""
 
-import asyncio
 import gc
 import os
 import shlex
@@ -10,9 +9,7 @@ from typing import Annotated, Any
 import msgspec
 from cyclopts import Parameter
 
-from runtime.cli.client import local_token, remote, served_model
 from runtime.cli.flags import ConfigFile, read_settings, with_settings
-from runtime.cli.output import CommandError
 from settings.load import Loaded
 from settings.schema import Settings
 
@@ -78,10 +75,12 @@ def serve(
     loaded = read_settings(flags, config, model=model)
     settings = loaded.settings
     from runtime.support.memory import share_one_arena
+    from runtime.support.preload import preload_torch
     from runtime.support.version import refuse_clash
 
     refuse_clash()
     share_one_arena()
+    preload_torch()
     if "TORCHELASTIC_RUN_ID" in os.environ:  # one of torchrun's processes, of which only the first is the server
         from runtime.workers.parallel.torchrun import follow_torchrun
 
@@ -103,13 +102,12 @@ async def _serve(loaded: Loaded, reread: Callable[[], Loaded] | None) -> int:
     from runtime.api.server import serve as run_server
 
     settings = loaded.settings
-    greetings: list[asyncio.Task[None]] = []  # a task without a reference may be collected
 
-    def ready(url: str) -> None:
+    def ready(url: str, model: str) -> None:
         gc.collect()
         gc.freeze()
         gc.enable()
-        greetings.append(asyncio.create_task(_greet(url, settings)))
+        print(greeting(url, model, settings), flush=True)
 
     # The few hundred thousand objects of a loaded server stay: no collection needs to visit them, neither
     # during loading nor later, which would stop every stream for a tenth of a second, nor at the end.
@@ -120,17 +118,10 @@ async def _serve(loaded: Loaded, reread: Callable[[], Loaded] | None) -> int:
         gc.enable()
 
 
-async def _greet(url: str, settings: Settings) -> None:
-    """Get the model's name from the server, as a client would, and print the banner."""
+def greeting(url: str, model: str, settings: Settings) -> str:
+    """Text for a server that is ready: the banner, or how to reach its Unix socket."""
     if url.startswith("unix:"):
         curl = f"curl --unix-socket {shlex.quote(url.removeprefix('unix:'))} http://localhost/v1/models"
-        print(f"Serving at {url} (Ctrl-C stops it). Try:\n\n{curl}", flush=True)
-        return
-    keys = (*settings.server.api_key, *settings.server.admin_key)
+        return f"Serving at {url} (Ctrl-C stops it). Try:\n\n{curl}"
     needs_key = bool(settings.server.api_key) or settings.server.keys_file is not None
-    try:
-        async with remote(url, keys[0] if keys else local_token(url, settings)) as client:
-            name = await served_model(client)
-    except CommandError:  # stopped just now, or a proxy in between: use the model of the settings
-        name = settings.model.served_model_name or settings.model.model
-    print(banner(url, name, needs_key=needs_key, page=settings.server.page_enabled), flush=True)
+    return banner(url, model, needs_key=needs_key, page=settings.server.page_enabled)

@@ -216,7 +216,7 @@ class EngineService:
 
     def unload(self) -> None:
         """Let go of weights and cache, after `stop`."""
-        self.background = self.adapters = None
+        self.background = None
         self.engine.unload()
         vars(
             self.decoder

@@ -204,11 +204,12 @@ class Parameter:
         here = (rows >= 0) & (columns >= 0)
         found = torch.zeros(len(index))
         if here.any():
-            row, column = rows[here], columns[here].unsqueeze(1)
-            held = self.data.view(len(self.data), -1)[row.to(self._device)] if self.quantised is None else None
-            lines = self.quantised.rows(row) if held is None and self.quantised is not None else held
-            assert lines is not None
-            found[here] = lines.float().cpu().gather(1, column).flatten()
+            row, column = rows[here], columns[here]
+            if self.quantised is None:
+                values = self.data.view(len(self.data), -1)[row.to(self._device), column.to(self._device)]
+            else:
+                values = self.quantised.rows(row).gather(1, column.unsqueeze(1)).flatten()
+            found[here] = values.float().cpu()
         return found, here
 
     @property

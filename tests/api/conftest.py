@@ -82,7 +82,7 @@ class RunningServer:
     def __init__(self, settings: Settings, open_state: "OpenState | None" = None) -> None:
         self._open_state = open_state
         self.exit_code: int | None = None
-        self.url = ""
+        self.url = self.model = ""
         self._settings = settings
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -123,9 +123,9 @@ class RunningServer:
         finally:
             self._ready.set()
 
-    def _on_ready(self, url: str) -> None:
+    def _on_ready(self, url: str, model: str) -> None:
         blocking.watch_loop(asyncio.get_running_loop())
-        self.url = url
+        self.url, self.model = url, model
         self._ready.set()
 
 

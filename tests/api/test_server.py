@@ -40,7 +40,7 @@ import sys, msgspec, uvloop
 from runtime.api.server import serve
 from settings.schema import Settings
 settings = msgspec.json.decode(sys.argv[1], type=Settings)
-sys.exit(uvloop.run(serve(settings, on_ready=lambda url: print(url, flush=True))))
+sys.exit(uvloop.run(serve(settings, on_ready=lambda url, model: print(url, flush=True))))
 """
 
 
@@ -224,7 +224,7 @@ def test_operators_are_answered_while_the_model_loads(tiny_model: Path, monkeypa
     async def main() -> None:
         stop, ready = asyncio.Event(), asyncio.Event()
         settings = tiny_settings(tiny_model, port=port)
-        serving = asyncio.create_task(serve(settings, stop=stop, on_ready=lambda url: ready.set()))
+        serving = asyncio.create_task(serve(settings, stop=stop, on_ready=lambda url, model: ready.set()))
         transport = httpx.AsyncHTTPTransport(retries=10)
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", transport=transport) as client:
             assert (await client.get("/health")).status_code == 200

@@ -241,6 +241,51 @@ def test_what_fails_leaves_the_old_model(tiny_model: Path, other_model: Path, tm
         assert server.join() == 1
 
 
+def test_what_needs_no_model_answers_while_none_is_there(
+    tiny_model: Path, other_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The old model has gone and the new one loads. Every request comes on a connection of its own."""
+    state = tmp_path / "state"
+    publish(state, "words", other_model)
+    adapter = make_adapter(tiny_model, tmp_path / "adapter")
+    with RunningServer(settings_of(tiny_model, state)) as server:
+        client = Client(server.url)
+        files = [("file", (path.name, path.read_bytes())) for path in sorted(adapter.iterdir())]
+        assert client.http.post("/admin/adapters/upload", data={"name": "news"}, files=files).status_code == 201
+
+        def ask(path: str, **options: Any) -> httpx.Response:
+            method = "POST" if options else "GET"
+            return httpx.request(method, server.url + path, timeout=30, trust_env=False, **options)
+
+        load = "swap.load@words@1"
+        failpoints.configure(f"{load}=hold")
+        assert client.swap("words@1", "drain").status_code == 202
+        wait_until(lambda: failpoints.passed(load))
+        status = ask("/admin/status").json()
+        assert (status["model"], status["ready"], status["swap"]["status"]) == ("tiny-llama", False, "loading")
+        assert [one["name"] for one in status["adapters"]["adapters"]] == ["news"]
+        reads = ("overview", "adapters", "adapters/news", "jobs", "model", "system", "requests")
+        paths = ("/health", "/load", "/v1/files", *(f"/admin/{name}" for name in reads))
+        assert {path: ask(path).status_code for path in paths} == dict.fromkeys(paths, 200)
+        assert 'model_name="tiny-llama"' in ask("/metrics").text
+
+        monkeypatch.setattr("runtime.api.handle.MAX_WAIT_SECONDS", 0.01)
+        recipe = {"content": b"adapter: lora", "headers": {"content-type": "application/yaml"}}
+        for answer in (
+            ask("/ready"),
+            ask("/v1/models"),
+            ask("/v1/completions", json={**BODY, "model": "tiny-llama"}),
+            ask("/admin/train?dry_run=1", **recipe),
+        ):
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_unavailable"), answer.url
+            assert answer.headers["retry-after"] == "5"
+            assert "moving to another model" in answer.json()["error"]["message"]
+        failpoints.release(load)
+        assert client.ended()["unfit_adapters"] == ["news"]
+        status = ask("/admin/status").json()
+        assert (status["ready"], status["swap"]["status"]) == (True, "succeeded")
+
+
 @pytest.mark.timeout(180)
 def test_a_server_of_two_ranks_moves(tiny_model: Path, other_model: Path, tmp_path: Path) -> None:
     """The ranks of the old model end, and those of the new one answer."""

@@ -1,18 +1,16 @@
 """The snippets that `eft serve` prints are ones that work."""
 
 import ast
-import asyncio
 import json
 import shlex
 from pathlib import Path
 
+import httpx
 import msgspec
 import pytest
 
-from runtime.cli.serve import _greet, banner
-from settings.schema import TrainerSettings
+from runtime.cli.serve import banner, greeting
 from tests.api.conftest import RunningServer, tiny_settings
-from tests.cli.conftest import Eft
 
 AWKWARD = 'it\'s "odd"'
 
@@ -42,20 +40,21 @@ def test_with_a_key_they_read_it_from_the_environment() -> None:
 
 
 @pytest.mark.parametrize("door", ["none", "keys_file", "api_key", "admin_key"])
-def test_the_model_has_its_name_whatever_key_is_asked_for(
-    eft: Eft, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], door: str
-) -> None:
-    """Also where only the token opens it, in a state directory that a flag of this server alone names."""
+def test_the_greeting_has_the_name_of_the_model_and_never_a_key(tiny_model: Path, tmp_path: Path, door: str) -> None:
     keys = tmp_path / "keys.json"
-    assert eft("keys", "new", "alice", "--file", keys).code == 0
     server = {"none": {}, "keys_file": {"keys_file": str(keys)}}.get(door, {door: ("secret",)})
+    text = greeting("http://127.0.0.1:8123", AWKWARD, tiny_settings(tiny_model, **server))
+    assert text.startswith(f"Serving {AWKWARD} at http://127.0.0.1:8123 ")
+    assert json.loads(parts(text)[0][-1])["model"] == AWKWARD
+    assert ("EFT_API_KEY" in text) == (door in ("keys_file", "api_key"))
+    assert "secret" not in text
+
+
+def test_a_server_is_ready_with_its_url_and_the_name_in_requests(tiny_model: Path) -> None:
+    settings = tiny_settings(tiny_model)
     settings = msgspec.structs.replace(
-        tiny_settings(tiny_model, **server), trainer=TrainerSettings(state_dir=str(tmp_path / "state"))
+        settings, model=msgspec.structs.replace(settings.model, served_model_name="words")
     )
     with RunningServer(settings) as running:
-        capsys.readouterr()
-        asyncio.run(_greet(running.url, settings))
-    text = capsys.readouterr().out
-    assert text.startswith(f"Serving {tiny_model.name} at {running.url} ")
-    assert json.loads(parts(text)[0][-1])["model"] == tiny_model.name
-    assert "secret" not in text
+        assert running.model == "words"
+        assert httpx.get(f"{running.url}/ready", trust_env=False).status_code == 200

@@ -20,7 +20,7 @@ from runtime.api.handle import AnyRequest, Api, api_of
 from runtime.api.http.auth import ADMIN
 from runtime.api.http.query import check_names, integer
 from runtime.checkpoints.export import check_format
-from runtime.checkpoints.peft.config import CONFIG, WEIGHTS
+from runtime.checkpoints.peft_names import CONFIG, WEIGHTS
 from runtime.errors import AdapterUnavailable, InvalidRequest, NotFound
 from runtime.support.durable import remove, storage_unavailable
 
@@ -72,7 +72,7 @@ async def _written(api: Api, library: "AdapterLibrary", version: Version, format
     from runtime.checkpoints.export.export import export_adapter as write
     from runtime.model.config import ModelLoadError
 
-    settings = api.handle.require().settings.model
+    settings = api.handle.require_latest().settings.model
 
     def work() -> _Files:
         folder = library.make_incoming()

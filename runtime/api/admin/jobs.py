@@ -265,6 +265,7 @@ _rerun = Intake(RerunRequest)
 async def rerun_job(request: AnyRequest) -> Response[JobDetail | DryRun]:
     """Start a new job with the recipe and the data files of another, and changes (`set`). `dry_run=1` asks for the plan
     only. 409 where the files were deleted."""
+    api_of(request).handle.require()
     jobs, job_id = _jobs(request), await job_id_of(request)
     check_names(request, ("dry_run",))
     only_plan = flag(request, "dry_run")

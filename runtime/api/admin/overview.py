@@ -146,7 +146,7 @@ async def overview(request: AnyRequest) -> Response[Overview]:
     api = api_of(request)
     check_names(request, ("limit",))
     limit = integer(request, "limit", default=DEFAULT_SAMPLES, least=1, most=MAX_SAMPLES)
-    service = api.handle.require()
+    service = api.handle.require_latest()
     history: OverviewHistory = request.app.state.history
     found = Overview(
         model=service.model_name,

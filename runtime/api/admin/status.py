@@ -40,7 +40,7 @@ class AdminStatus(Struct, kw_only=True):
     version: str
     max_model_len: int
     ready: bool
-    """False while the server drains."""
+    """False while the server drains, and while another model is loaded in place of this one."""
     sample: OverviewSample | None
     """The newest sample of `/admin/overview`; null before the first."""
     jobs: JobsNow | None
@@ -93,7 +93,7 @@ class _Changes:
 
     async def status(self, history: OverviewHistory) -> AdminStatus:
         """The whole state. Raises `EngineUnavailable` while the model loads, and `StorageUnavailable`."""
-        service = self._api.handle.require()
+        service = self._api.handle.require_latest()
         return AdminStatus(
             model=service.model_name,
             version=version(),
@@ -124,7 +124,7 @@ class _Changes:
 
     def adapters(self) -> AdapterList | None:
         """The adapters if one has changed since the last call."""
-        service = self._api.handle.service
+        service = self._api.handle.latest
         library = None if service is None else service.adapters
         if library is None or library.changes == self._adapters_seen:
             return None

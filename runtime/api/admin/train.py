@@ -267,6 +267,7 @@ async def train(request: AnyRequest) -> Response[JobDetail | DryRun]:
     is still being read (after 30 s, or as many as `Prefer: wait=N` says); 200: this Idempotency-Key made it before, or
     `dry_run=1` asked for the plan only."""
     api = api_of(request)
+    api.handle.require()
     jobs = api.handle.require_jobs()
     check_names(request, ("dry_run",))
     dry_run = flag(request, "dry_run")

@@ -13,7 +13,7 @@ from runtime.api.admin.archives import MAX_ENTRIES, PIECE, TarReader, UploadedFi
 from runtime.api.handle import AnyRequest
 from runtime.api.http.body import check_encoding, content_type, receive_chunks
 from runtime.api.http.form import MULTIPART, data_of, segments
-from runtime.checkpoints.peft.config import CONFIG, WEIGHTS
+from runtime.checkpoints.peft_names import CONFIG, WEIGHTS
 from runtime.errors import InvalidRequest, UnsupportedMediaType
 from runtime.support.durable import storage_unavailable
 from settings.schema import Settings

@@ -222,7 +222,7 @@ def _seconds(moment: float | None) -> int | None:
 
 def library_of(api: Api) -> "AdapterLibrary":
     """The adapter library. Raises `StorageUnavailable` if the server has none, or has it read-only."""
-    library = api.handle.require().adapters
+    library = api.handle.require_latest().adapters
     if library is None:
         raise StorageUnavailable(
             "This server keeps no adapters: its state directory could not be opened when it started (another server "

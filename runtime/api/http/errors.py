@@ -13,7 +13,7 @@ from litestar import Request, Response
 from litestar.exceptions import HTTPException, MethodNotAllowedException, NotFoundException
 
 from runtime.api.http.record import record_of
-from runtime.errors import InvalidRequest, MethodNotAllowed, NotFound, RequestError, TooManyRequests
+from runtime.errors import InvalidRequest, MethodNotAllowed, NotFound, RequestError
 from runtime.support.logs import get_logger
 
 _log = get_logger("api")
@@ -109,7 +109,7 @@ def handle_exception(request: Request[Any, Any, Any], error: Exception) -> Respo
     shown = to_request_error(error, record.request_id, request.scope["path"])
     record.log.update(error_code=shown.code, error_param=shown.param)
     headers = dict(getattr(error, "headers", None) or {}) if isinstance(error, MethodNotAllowedException) else {}
-    if isinstance(shown, TooManyRequests):
+    if shown.retry_after is not None:
         headers["Retry-After"] = str(shown.retry_after)
     return Response(body_of(shown), status_code=shown.status, media_type=JSON, headers=headers)
 

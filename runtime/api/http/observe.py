@@ -102,16 +102,17 @@ class Observer:
     def _finish(
         self, scope: Scope, record: RequestRecord, status: int, seconds: float, trace: "RequestTrace | None"
     ) -> None:
+        service = self._handle.latest
         if record.quota is not None:
             record.quota.leave()
-            if record.quota.refused is not None and self._handle.service is not None:
-                self._handle.service.metrics.on_rejection(record.quota.refused)
+            if record.quota.refused is not None and service is not None:
+                service.metrics.on_rejection(record.quota.refused)
         if record.action:
             self._record_action(scope, record, status)
         handler = scope.get("path_template") or UNMATCHED
         method = str(scope.get("method", ""))
-        if self._handle.service is not None:
-            self._handle.service.metrics.on_http(method, status, handler, seconds)
+        if service is not None:
+            service.metrics.on_http(method, status, handler, seconds)
         details = {key: value for key, value in record.log.items() if value is not None}
         quiet = handler in _PROBES and status < HTTPStatus.BAD_REQUEST
         if not quiet and handler not in _PAGE:
@@ -236,6 +237,8 @@ def _refusal(scope: Scope) -> RequestError | None:
 async def _answer(error: RequestError, send: Callable[[Any], Any]) -> None:
     body = encode(error)
     headers = [(b"content-type", JSON.encode()), (b"content-length", str(len(body)).encode())]
+    if error.retry_after is not None:
+        headers.append((b"retry-after", str(error.retry_after).encode()))
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": body, "more_body": False})
 

@@ -118,7 +118,7 @@ async def list_fine_tuning_jobs(request: AnyRequest) -> ObjectPage[FineTuningJob
         newest_first=page.newest_first,
         matches=matches,
     )
-    served = api.handle.require().model_name
+    served = api.handle.require_latest().model_name
     data = [job_view(job, progress, served, job_item(job, progress).estimated_finish) for job, progress in found]
     return object_page(data, more)
 
@@ -288,7 +288,7 @@ def _format_of(path: Path, *, dpo: bool) -> str:
 
 async def _view(api: Api, jobs: JobManager, job_id: str) -> FineTuningJob:
     job, progress = await jobs.store.describe(job_id)
-    return job_view(job, progress, api.handle.require().model_name, job_item(job, progress).estimated_finish)
+    return job_view(job, progress, api.handle.require_latest().model_name, job_item(job, progress).estimated_finish)
 
 
 def _number(after: str | None, prefix: str) -> int | None:

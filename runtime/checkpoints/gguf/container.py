@@ -22,6 +22,8 @@ DEFAULT_ALIGNMENT = 32
 STRING, ARRAY = 8, 9
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 """GGUF's number of a value type → its `struct` code."""
+_LENGTH = struct.Struct("<Q")
+"""Length of a string, in bytes, before it."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,21 @@ class _Cursor:
         except UnicodeDecodeError as error:
             raise self.error(f"a string is not UTF-8 ({error.reason})") from error
 
+    def strings(self, count: int) -> list[str]:
+        """`count` strings, one behind the other. Of a vocabulary and its merges there are a hundred thousand."""
+        data, at, found = self._data, self.at, []
+        try:
+            for _ in range(count):
+                start = at + _LENGTH.size
+                at = start + _LENGTH.unpack_from(data, at)[0]
+                if at > len(data):
+                    raise ValueError("the file ends within a string")
+                found.append(data[start:at].decode("utf-8"))
+        except (struct.error, ValueError):
+            return [self.string() for _ in range(count)]  # raises the error that names the place
+        self.at = at
+        return found
+
     def value(self, type: int) -> Any:
         if type == STRING:
             return self.string()
@@ -149,7 +166,7 @@ class _Cursor:
         item_type, count = self.number("I"), self.number("Q")
         if item_type == STRING:
             self.expect(count, 8, "strings")
-            return [self.string() for _ in range(count)]
+            return self.strings(count)
         if item_type in SCALARS:
             return list(self.numbers(SCALARS[item_type], count))
         raise self.error(f"arrays of value type {item_type} are not supported")

@@ -7,18 +7,10 @@ from typing import Any
 import msgspec
 from msgspec import Struct, field
 
+from runtime.checkpoints.peft_names import CONFIG
 from runtime.errors import InvalidRequest
 from runtime.model.lora import LoraShape
 from runtime.support.module_patterns import MAX_KEYS, ModulePattern, PatternInvalid
-
-# -- names -----------------------------------------------------------------------------------------
-#
-# The two files of an adapter.
-
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-FILES = (CONFIG, WEIGHTS)
-
 
 # -- errors ----------------------------------------------------------------------------------------
 #

@@ -13,14 +13,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from runtime.checkpoints.peft.config import (
-    CONFIG,
-    WEIGHTS,
-    AdapterConfig,
-    AdapterInvalid,
-    parse_config,
-)
+from runtime.checkpoints.peft.config import AdapterConfig, AdapterInvalid, parse_config
 from runtime.checkpoints.peft.vocabulary import VocabularyFile, take_rows
+from runtime.checkpoints.peft_names import CONFIG, WEIGHTS
 from runtime.model.lora import Adapter, LoraLayers, LoraPart, LoraShape
 from runtime.model.lora_base import LoraBase, Target
 from runtime.model.token_rows import VocabularyRows

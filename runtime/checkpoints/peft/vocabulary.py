@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runtime.checkpoints.peft.config import CONFIG, WEIGHTS, AdapterConfig, AdapterInvalid
+from runtime.checkpoints.peft.config import AdapterConfig, AdapterInvalid
+from runtime.checkpoints.peft_names import CONFIG, WEIGHTS
 from runtime.model.lora_base import LoraBase
 from runtime.model.token_rows import TokenRows, VocabularyRows
 from runtime.model.vocabulary import VocabularyBase

@@ -63,8 +63,8 @@ def supported() -> list[str]:
 
 def is_native(config: dict[str, Any]) -> bool:
     """True if there is a class for one of the config's architectures."""
-    known = supported()
-    return any(name in known for name in architectures(config))
+    names = architectures(config)
+    return any(name in REGISTRY for name in names) or not plugins().keys().isdisjoint(names)
 
 
 def find_model(config: dict[str, Any]) -> type[Family]:
