@@ -37,7 +37,7 @@ DECODE = ("model/",)
 CHAT, CHAT_WHOLE, RECIPE = 28, 42, 97
 """Bounds, to be lowered with each file that a path no longer crosses. `CHAT` is without PROTOCOL and DECODE."""
 
-OWN = ("api/admin/", "adapters/", "engine/jobs.py", "trainer/")
+OWN = ("api/admin/", "adapters/", "engine/jobs.py", "engine/training_pace.py", "trainer/")
 """Rooms of recipes, jobs, training and adapters…"""
 SHARED = (
     "access/", "api/handle.py", "api/http/", "blocks/", "checkpoints/", "engine/", "model/", "scheduler/", "text/",
