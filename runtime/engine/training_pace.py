@@ -3,7 +3,6 @@ job as a trial has them."""
 
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -16,7 +15,7 @@ from runtime.trainer.lora import sizes_of
 from runtime.trainer.plan.plan import Plan, feed
 from runtime.trainer.plan.served_model import by_linear
 from runtime.trainer.schedule import grouped, make_schedule
-from runtime.trainer.sliced_run import LossSpec, RunSpec, SlicedRun, TrainingHost, shape_of_recipe
+from runtime.trainer.sliced_run import LossSpec, RunSpec, TrainingHost, shape_of_recipe
 
 if TYPE_CHECKING:
     from runtime.engine.service import EngineService
@@ -111,13 +110,9 @@ class TrainingPace:
         run = self._service.make_run(spec_of(self._service, short), feed(short), note, _write_nothing, None)
         self._service.on_engine_thread(lambda: self._host.attach(run, note))
         ended.wait(MAX_TRIAL_SECONDS)
-        self._service.on_engine_thread(_detach(self._host, run))
+        self._service.on_engine_thread(lambda: self._host.detach(run))
         taken = [step for step in steps if step.busy_seconds > 0]
         return taken[-1].tokens / taken[-1].busy_seconds if taken else None
-
-
-def _detach(host: TrainingHost, run: SlicedRun) -> Callable[[], None]:
-    return lambda: host.detach(run)
 
 
 def trial_of(plan: Plan) -> Plan:

@@ -44,7 +44,8 @@ export function lineChart({ title, yText = number, xText = number, time = false,
   const caption = h("figcaption");
   const nothing = h("p", { class: "nothing quiet" }, "nothing yet");
   const canvas = h("div", { class: "plot", role: "img", tabindex: 0, "aria-label": title });
-  const element = h("figure", {}, caption, h("div", { class: "plot-area" }, canvas, nothing));
+  const area = h("div", { class: "plot-area" }, canvas, nothing);
+  const element = h("figure", {}, caption, area);
   let current = [];
   let plot = null;
   let width = 0;
@@ -66,7 +67,7 @@ export function lineChart({ title, yText = number, xText = number, time = false,
     const line = (one, index) => ({
       stroke: () => colour(index),
       fill: fromZero ? () => colour(index).replace("rgb(", "rgba(").replace(")", ", 0.1)") : undefined,
-      width: 1.8,
+      width: 2,
       dash: index < COLOURS ? undefined : DASH,
       points: { size: 5, fill: () => colour(index) },
     });
@@ -76,7 +77,7 @@ export function lineChart({ title, yText = number, xText = number, time = false,
       height: HEIGHT,
       legend: { show: false },
       padding: [10, 14, 0, 0],
-      cursor: { y: false, drag: { x: false, y: false }, points: { size: 7 }, sync: group ? { key: group } : undefined },
+      cursor: { y: false, drag: { x: false, y: false }, points: { size: 7 }, sync: group ? { key: group, scales: ["x", null] } : undefined },
       scales: { x: { time }, y: { range } },
       axes: [
         {
@@ -139,7 +140,7 @@ export function lineChart({ title, yText = number, xText = number, time = false,
 
   /** Write the values at the cursor into the caption, or the last ones. Returns them. */
   function describe(at) {
-    const x = plot === null || at === null || at === undefined ? null : plot.data[0][at];
+    const x = plot?.data[0][at] ?? null;
     const values = current.map(({ name, points }) => {
       const known = points.filter(([, y]) => y !== null);
       const near = x === null ? known.at(-1) : known.reduce((a, b) => (Math.abs(b[0] - x) < Math.abs(a[0] - x) ? b : a), known[0]);
@@ -152,6 +153,11 @@ export function lineChart({ title, yText = number, xText = number, time = false,
     return x === null ? values : [atX(x), ...values];
   }
 
+  /** Put the cursor of the group at `left` pixels; below 0: away. */
+  function setCursor(left) {
+    plot?.setCursor({ left, top: left < 0 ? left : 1 }, true, true);
+  }
+
   /** Arrow keys move the cursor, and say the values that it is at. */
   function move(event) {
     const steps = { ArrowLeft: -1, ArrowRight: 1, PageDown: -10, PageUp: 10, Home: -Infinity, End: Infinity };
@@ -160,18 +166,21 @@ export function lineChart({ title, yText = number, xText = number, time = false,
     const last = plot.data[0].length - 1;
     const to = Math.min(last, Math.max(0, (plot.cursor.idx ?? last) + steps[event.key]));
     const x = event.key === "Escape" ? -10 : plot.valToPos(plot.data[0][to], "x");
-    plot.setCursor({ left: x, top: x < 0 ? -10 : 1 });
+    setCursor(x);
     if (x >= 0) announce(describe(to).join(", "));
   }
 
-  canvas.addEventListener("keydown", move);
-  canvas.addEventListener("blur", () => plot?.setCursor({ left: -10, top: -10 }));
-  new ResizeObserver(([{ contentRect: box }]) => {
-    if (!box.width || Math.floor(box.width) === width) return;
-    width = Math.floor(box.width);
+  function resize(to) {
+    if (!to || to === width) return;
+    width = to;
     if (plot) plot.setSize({ width, height: HEIGHT });
     else update(current);
-  }).observe(element);
+  }
+
+  canvas.addEventListener("keydown", move);
+  canvas.addEventListener("blur", () => setCursor(-10));
+  // Not before the next frame: what is drawn now would change sizes that are being reported.
+  new ResizeObserver(([{ contentRect: box }]) => requestAnimationFrame(() => resize(Math.floor(box.width)))).observe(area);
   update([]);
   return { element, update };
 }
