@@ -76,14 +76,14 @@ export function lineChart({ title, yText = number, xText = number, time = false,
       width,
       height: HEIGHT,
       legend: { show: false },
-      padding: [10, 14, 0, 0],
+      padding: [10, time ? 38 : 14, 0, 0], // half of the last text below the axis
       cursor: { y: false, drag: { x: false, y: false }, points: { size: 7 }, sync: group ? { key: group, scales: ["x", null] } : undefined },
       scales: { x: { time }, y: { range } },
       axes: [
         {
           ...axis,
           size: 26,
-          space: 70,
+          space: time ? 100 : 60,
           grid: { show: false },
           incrs: time ? undefined : WHOLE,
           values: (_, values, __, ___, step) => values.map((x) => (!time ? number(x) : (step < 60 ? toSeconds : hoursAndMinutes).format(1000 * x))),
