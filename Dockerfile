@@ -38,7 +38,7 @@ LABEL org.opencontainers.image.title="Eft" \
       org.opencontainers.image.description="Serves a language model and fine-tunes adapters for it, from one copy of the weights" \
       org.opencontainers.image.version="0.1.0" \
       org.opencontainers.image.revision="${REVISION}" \
-      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.licenses="Apache-2.0 AND MIT" \
       org.opencontainers.image.vendor="The Eft authors" \
       org.opencontainers.image.base.name="docker.io/library/python:3.12.14-slim-bookworm"
 COPY .ci/user /usr/local/sbin/eft-user

@@ -24,6 +24,10 @@ def print_job_plan(plan: dict[str, Any], *, json: bool) -> None:
     print_plan(summary)
 
 
+BASES = {"jobs": "measured by jobs on this machine", "trial": "estimated from two steps that were tried"}
+"""In words, what the time of a plan is known from."""
+
+
 def print_plan(plan: PlanSummary) -> None:
     """Numbers first, then notes, then the first examples, with the trained tokens in green (or in «»)."""
     out = console()
@@ -49,7 +53,7 @@ def print_plan(plan: PlanSummary) -> None:
         ),
     ]
     if estimate.seconds is not None:
-        lines.append(("time", f"about {estimate.seconds:,.0f} s, undisturbed"))
+        lines.append(("time", f"about {estimate.seconds:,.0f} s, undisturbed ({BASES[estimate.basis or 'jobs']})"))
     lines.append(
         ("fails", f"when the loss is above {plan.watchdog_threshold:.3g} for {plan.watchdog_patience} steps in a row")
     )

@@ -25,7 +25,13 @@ JOBS = 5
 """Jobs that are shown: the newest that have not ended, else the newest."""
 JOBS_SECONDS = 4.0
 """Seconds between two looks at the jobs."""
-RATES = {"generated_tokens": "generated", "prompt_tokens": "prompt", "trained_tokens": "trained"}
+RATES = {
+    "generated_tokens": "generated",
+    "prompt_tokens": "prompt",
+    "trained_tokens": "trained",
+    "riding_tokens": "riding",
+}
+"""The last: tokens of training in steps of requests."""
 TIMES = {
     "first token": ("first_token_p50", "first_token_p95"),
     "next token": ("token_p50", "token_p95"),

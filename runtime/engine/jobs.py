@@ -29,6 +29,7 @@ from runtime.engine.first_weights import (
     pinned_origin,
 )
 from runtime.engine.launched import LaunchedJobs, LaunchedPlan, publish_model, refuse_own_tokens
+from runtime.engine.training_pace import TrainingPace, spec_of
 from runtime.errors import InvalidRequest, NotFound, RequestError
 from runtime.events import (
     AnswersEvent,
@@ -42,7 +43,6 @@ from runtime.events import (
     StepEvent,
 )
 from runtime.model.lora import Adapter
-from runtime.model.vocabulary import RowTargets
 from runtime.support.durable import error_code, patiently, reason
 from runtime.support.logs import get_logger
 from runtime.support.threads import call_in_fresh_thread
@@ -55,19 +55,16 @@ from runtime.trainer.evaluation.scores import make_scoring
 from runtime.trainer.jobs.directories import ORIGIN
 from runtime.trainer.jobs.records import ADAPTER_FILES, PreparedJob, RunHandle
 from runtime.trainer.launched.files import MODEL
-from runtime.trainer.lora import sizes_of
 from runtime.trainer.optimizer import check_optimizer
 from runtime.trainer.plan.plan import AdapterOrigin, Plan, feed, prepare, summarize
-from runtime.trainer.plan.served_model import by_linear, end_ids, shape_of_base, with_template
+from runtime.trainer.plan.served_model import end_ids, shape_of_base, with_template
 from runtime.trainer.recipe import Recipe, adapter_name, load_recipe
 from runtime.trainer.recipe.launch import wants_launch
-from runtime.trainer.sliced_run import LossSpec, RunSpec, SlicedRun, TrainingHost, shape_of_recipe
+from runtime.trainer.sliced_run import RunSpec, SlicedRun, TrainingHost
 from settings.schema import Settings
 
 if TYPE_CHECKING:
     from runtime.engine.service import EngineService
-
-SMOOTHING = 0.2
 
 MAX_UNTAKEN = 1
 """Snapshots that wait to be written, besides the one that is being written: each is a copy of the adapter and of the
@@ -100,9 +97,7 @@ class EngineJobs:
         self._roots = [Path(root).expanduser() for root in settings.trainer.data_roots] + [directory / "data"]
         decoder, base = service.decoder, service.lora_base
         self._shape = shape_of_base(decoder.spec, base, bytes_per_value=decoder.dtype.itemsize)
-        self._tokens_per_second: float | None = None
-        """Tokens per second of training when it has the machine to itself, as measured in runs; None before the
-        first."""
+        self._pace = TrainingPace(service, host)
         self._memory_for_jobs: int | None = None
         """Bytes, as measured when first asked for."""
 
@@ -142,7 +137,6 @@ class EngineJobs:
             model_names=names,
             max_len=service.decoder.max_len,
             shape=self._shape,
-            tokens_per_second=self._tokens_per_second,
             kept=KeptData(kept, lambda: self._tokenizer_digest, self._cache),
             max_vocabulary=self._settings.adapters.max_vocabulary_bytes,
             devices=devices,
@@ -154,6 +148,7 @@ class EngineJobs:
             refuse_own_tokens(plan)
         if plan.generation:
             self._answers(plan)  # what is wrong with its metrics is said now
+        plan = self._pace.timed(plan, trial=kept is None)
         summary: dict[str, Any] = msgspec.to_builtins(summarize(plan))
         summary["total_steps"] = plan.schedule.total_steps
         summary |= {"job_weight": self._weight_of(read), "job_priority": read.job_priority}
@@ -210,10 +205,8 @@ class EngineJobs:
         assert isinstance(prepared.plan, Plan)
 
         def note(event: RunEvent) -> None:
-            if isinstance(event, StepEvent) and event.busy_seconds > 0:
-                rate = event.tokens / event.busy_seconds
-                known = self._tokens_per_second or rate
-                self._tokens_per_second = known + SMOOTHING * (rate - known)
+            if isinstance(event, StepEvent):
+                self._pace.note(event)
             on_event(event)
 
         plan, rounds = prepared.plan, None
@@ -385,11 +378,7 @@ class EngineRun:
 
     def _make(self, resume_from: Path | None) -> SlicedRun:
         plan, service = self._plan, self._service
-        targets = by_linear(plan.targets, service.lora_base.places)
-        loss = LossSpec.of(plan.recipe)
-        rows = RowTargets() if plan.vocabulary is None else plan.vocabulary.rows
-        sizes = sizes_of(targets, shape_of_recipe(plan.recipe), service.lora_base)
-        spec = RunSpec(recipe=plan.recipe, schedule=plan.schedule, targets=targets, loss=loss, rows=rows, sizes=sizes)
+        spec = spec_of(service, plan)
         restored = self._first(spec) if resume_from is None else read_snapshot(resume_from)
 
         def write(directory: Path, adapter: Adapter) -> None:

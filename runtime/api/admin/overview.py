@@ -50,6 +50,8 @@ class OverviewSample(Struct, frozen=True, kw_only=True):
     """Generated tokens a second."""
     trained_tokens: float
     """Tokens a second that training steps computed, over the last half minute: a step may take seconds."""
+    riding_tokens: float
+    """Tokens of training a second whose forward pass was computed in steps of requests, beside their rows."""
     training_share: float
     """Share of the time that training had the engine, 0 to 1."""
     first_token_p50: float | None
@@ -100,6 +102,7 @@ class OverviewHistory:
             prompt_tokens=totals.rate("prompt_tokens", before),
             generated_tokens=totals.rate("generation_tokens", before),
             trained_tokens=totals.rate("train_tokens", self._totals[0]),
+            riding_tokens=totals.rate("train_riding_tokens", before),
             training_share=min(1.0, totals.rate("train_slice_seconds", before)),
             first_token_p50=quantile(first, 0.5),
             first_token_p95=quantile(first, 0.95),

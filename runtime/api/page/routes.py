@@ -30,6 +30,7 @@ MEDIA_TYPES = {
     ".svg": "image/svg+xml",
     ".yaml": "text/plain; charset=utf-8",
     ".jsonl": "text/plain; charset=utf-8",
+    ".txt": "text/plain; charset=utf-8",
 }
 
 HEADERS = {
@@ -61,7 +62,7 @@ class PageFile:
 @functools.cache
 def page_files() -> dict[str, PageFile]:
     """Name below /page/ → file. Blocks at the first call."""
-    found = {path.name: path for path in STATIC.iterdir()}
+    found = {path.relative_to(STATIC).as_posix(): path for path in STATIC.rglob("*")}
     found |= {EXAMPLES + path.relative_to(RECIPES).as_posix(): path for path in RECIPES.rglob("*")}
     return {name: _read(path) for name, path in sorted(found.items()) if path.suffix in MEDIA_TYPES}
 
@@ -83,7 +84,7 @@ async def index_page(request: AnyRequest) -> Response[bytes]:
 
 @get("/page/{name:path}", opt={OPEN: True}, include_in_schema=False)
 async def page_file(request: AnyRequest) -> Response[bytes]:
-    """A script, a style sheet or an example."""
+    """A script, a style sheet, a licence or an example."""
     return await _answer(request, str(request.path_params["name"]).removeprefix("/"))
 
 

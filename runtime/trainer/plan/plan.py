@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from runtime.adapters.card import Card, Prompt
 from runtime.errors import InvalidRequest
@@ -73,13 +74,22 @@ class Estimate(Struct, frozen=True, kw_only=True):
     optimizer_bytes: int
     activation_bytes: int
     """Activations that the largest micro-batch keeps for its backward pass."""
+    tokens: int
+    """Tokens that the training steps compute in all, and besides them what a pass of a reference or an evaluation takes
+    as long as."""
     seconds: float | None = None
     """Undisturbed by requests; None where no rate is known."""
+    basis: Literal["jobs", "trial"] | None = None
+    """What the rate was measured by: jobs on this machine, or some steps of this plan."""
 
     @property
     def memory_bytes(self) -> int:
         """All of it, beside the base model, which is served anyway."""
         return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes + self.activation_bytes
+
+    def at(self, tokens_per_second: float, basis: Literal["jobs", "trial"]) -> "Estimate":
+        """The estimate with its time."""
+        return replace(self, seconds=self.tokens / tokens_per_second, basis=basis)
 
 
 def estimate(
@@ -90,7 +100,6 @@ def estimate(
     *,
     largest: int,
     tokens: int,
-    tokens_per_second: float | None,
     rows: int = 0,
 ) -> Estimate:
     """`ranks` are those of the targets, `rows` is the number of trained rows of embedding and head, `largest` that of
@@ -109,7 +118,7 @@ def estimate(
         gradient_bytes=4 * parameters,
         optimizer_bytes=_STATE_BYTES[recipe.optimizer_family] * parameters,
         activation_bytes=_activations(recipe, shape, largest),
-        seconds=tokens / tokens_per_second if tokens_per_second else None,
+        tokens=tokens,
     )
 
 
@@ -293,7 +302,6 @@ def prepare(
     model_names: tuple[str, ...],
     max_len: int,
     shape: ModelShape,
-    tokens_per_second: float | None = None,
     kept: KeptData | None = None,
     max_vocabulary: int | None = None,
     devices: int = 0,
@@ -304,10 +312,9 @@ def prepare(
     """Read, check and tokenise a recipe's data, and work out its steps. Takes as long as tokenising does.
 
     `model_names` are those of the served model, its own first; `max_len` is the longest sequence that it can be
-    trained on; `tokens_per_second` is the rate of training here, if that is known; `kept` has the data of a job that
-    was read before; `max_vocabulary`: most bytes of the adapter's rows of embedding and head; `devices` are set aside
-    for jobs on each of `nodes`; `origin` is the adapter to go on from, which the recipe agrees with; `on_rows`: see
-    `Reader`.
+    trained on; `kept` has the data of a job that was read before; `max_vocabulary`: most bytes of the adapter's rows
+    of embedding and head; `devices` are set aside for jobs on each of `nodes`; `origin` is the adapter to go on from,
+    which the recipe agrees with; `on_rows`: see `Reader`.
     Raises `InvalidRequest` (`BadRows` for rows), `ModelNotFound` and `Forbidden`.
     """
     check_base_model(recipe, model_names)
@@ -373,8 +380,10 @@ def prepare(
             targets,
             ranks_of_targets,
             largest=sum(sizes[: recipe.micro_batch_size]),
-            tokens=round(sum(lengths) * (schedule.epochs + _reference_passes(recipe, schedule))),
-            tokens_per_second=tokens_per_second,
+            tokens=round(
+                sum(lengths) * (schedule.epochs + _reference_passes(recipe, schedule))
+                + sum(map(len, test)) * _evaluations(recipe, schedule) / TRAINING_PASSES
+            ),
             rows=0 if vocabulary is None else vocabulary.rows.rows,
         ),
         watchdog_threshold=watchdog_threshold(recipe, shape.vocab_size),
@@ -502,6 +511,12 @@ def _reference_passes(recipe: Recipe, schedule: Schedule) -> float:
     if recipe.rl not in ("dpo", "ipo", "kto"):
         return 0.0
     return min(1.0, schedule.epochs) / TRAINING_PASSES
+
+
+def _evaluations(recipe: Recipe, schedule: Schedule) -> int:
+    """Evaluations of held-out rows: those of the schedule, one at the end, and that of the base."""
+    every = schedule.eval_every or schedule.total_steps
+    return -(-schedule.total_steps // every) + bool(recipe.measures_base)
 
 
 def _stats(examples: list[Example], counts: RowCounts, group_size: int) -> DataStats:

@@ -32,12 +32,14 @@ def test_rates_and_quantiles_are_those_of_the_time_between_samples(service: Fake
     timing.first_token = timing.last_token = 1.09
     service.metrics.on_tokens(timing, 9, now=1.12)
     service.metrics.on_slice(0.5, slack_used=1.0)
+    service.metrics.on_ride(tokens=12)
     engine = service.metrics.open_engine(CacheShape(max_model_len=64, block_size=16, num_blocks=8))
     engine.on_step(EngineLoad(running=3, used_blocks=2))
     history.take(102.0)
     sample = history.samples[-1]
     assert (sample.generated_tokens, sample.prompt_tokens) == (5.0, 15.0)
     assert (sample.running, sample.kv_cache_usage, sample.training_share) == (3, 0.25, 0.25)
+    assert sample.riding_tokens == 6.0
     assert sample.first_token_p50 is not None
     assert 0.08 <= sample.first_token_p50 <= 0.1  # the borders of the bucket that 90 ms are in
     assert sample.token_p95 is not None
@@ -45,7 +47,8 @@ def test_rates_and_quantiles_are_those_of_the_time_between_samples(service: Fake
     for moment in range(104, 140, 2):
         history.take(float(moment))
     last = history.samples[-1]
-    assert (last.generated_tokens, last.first_token_p50, last.token_p50) == (0.0, None, None)
+    assert (last.generated_tokens, last.riding_tokens) == (0.0, 0.0)
+    assert (last.first_token_p50, last.token_p50) == (None, None)
 
 
 def test_trained_tokens_are_averaged_over_half_a_minute(service: FakeService) -> None:

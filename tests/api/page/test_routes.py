@@ -1,6 +1,7 @@
 """The page's files: their headers, sizes and names."""
 
 import gzip
+import json
 import re
 import tomllib
 
@@ -15,6 +16,8 @@ from tests.tree import ROOT
 pytestmark = pytest.mark.anyio
 
 HTML = {"accept": "text/html,application/xhtml+xml;q=0.9"}
+OWN_FILES = [path for path in STATIC.iterdir() if path.is_file()]
+"""Without vendored ones."""
 MOST_BYTES = 300_000
 """Of everything that the page loads before it is first painted, uncompressed."""
 
@@ -62,8 +65,8 @@ async def test_it_can_be_turned_off(service: FakeService) -> None:
 
 
 async def test_every_file_that_is_named_is_there(client: httpx.AsyncClient) -> None:
-    names = set(re.findall(r'"page/([\w./-]+)"', "".join(path.read_text() for path in STATIC.iterdir())))
-    assert {"app.js", "style.css", "own.yaml", "examples/tickets.yaml"} <= names
+    names = set(re.findall(r'"page/([\w./-]+)"', "".join(path.read_text() for path in OWN_FILES)))
+    assert {"app.js", "style.css", "own.yaml", "examples/tickets.yaml", "vendor/uplot/uPlot.iife.min.js"} <= names
     imported = {name for path in STATIC.glob("*.js") for name in re.findall(r'from "\./([\w.]+)"', path.read_text())}
     assert {name for name in names | imported if (await client.get(f"/page/{name}")).status_code != 200} == set()
 
@@ -71,7 +74,7 @@ async def test_every_file_that_is_named_is_there(client: httpx.AsyncClient) -> N
 def test_no_file_has_inline_script_or_names_another_host() -> None:
     html = (STATIC / "index.html").read_text()
     assert re.findall(r"<script(?![^>]*\bsrc=)|<style|\bstyle=|\bon\w+=", html) == []
-    for path in STATIC.iterdir():
+    for path in OWN_FILES:
         addresses = set(re.findall(r"https?://[\w.]+", path.read_text()))
         assert addresses <= {"http://www.w3.org"}, path.name  # the name of SVG's elements
 
@@ -80,8 +83,22 @@ def test_a_wheel_carries_every_file() -> None:
     tables = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
     carried = {path for pattern in tables["runtime"] for path in (ROOT / "runtime").glob(pattern)}
     carried |= {path for pattern in tables["settings"] for path in (ROOT / "settings").glob(pattern)}
-    assert {path for path in STATIC.iterdir() if path.is_file()} <= carried
+    assert {path for path in STATIC.rglob("*") if path.is_file()} <= carried
     assert {path for path in RECIPES.rglob("*") if path.suffix in (".yaml", ".jsonl")} <= carried
+
+
+async def test_the_charts_library_is_vendored_with_its_licence(client: httpx.AsyncClient) -> None:
+    folder = STATIC / "vendor/uplot"
+    script = await client.get("/page/vendor/uplot/uPlot.iife.min.js", headers={"accept-encoding": "gzip"})
+    version = json.loads((folder / "package.json").read_text())["version"]
+    assert f"(v{version})" in script.text.splitlines()[0]
+    assert f"uPlot {version}" in (folder / "README.md").read_text()
+    assert int(script.headers["content-length"]) < len(script.content) / 2
+    licence = await client.get("/page/vendor/uplot/LICENSE.txt")
+    assert licence.headers["content-type"] == "text/plain; charset=utf-8"
+    assert "The MIT License" in licence.text
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["license-files"]
+    assert folder / "LICENSE.txt" in {path for pattern in patterns for path in ROOT.glob(pattern)}
 
 
 def test_the_page_is_small() -> None:

@@ -614,11 +614,15 @@ def test_the_example_recipes(name: str, tokenizer: Tokenizer) -> None:
     recipe = load_recipe(text.encode(), max_lora_rank=64)
     shape = msgspec.structs.replace(SHAPE, linears={**SHAPE.linears, "self_attn.v_proj": (64, 32)})
     files = DataFiles(roots=[EXAMPLES])
-    plan = prepare(recipe, tokenizer, files, model_names=("tiny",), max_len=512, shape=shape, tokens_per_second=100.0)
+    plan = prepare(recipe, tokenizer, files, model_names=("tiny",), max_len=512, shape=shape)
     assert plan.notes == []
     assert plan.test
     assert plan.train_stats.counts.rows == plan.train_stats.counts.used
-    assert plan.estimate.seconds == pytest.approx(plan.train_stats.tokens * recipe.num_epochs / 100)
+    assert (plan.estimate.seconds, plan.estimate.basis) == (None, None)
+    evaluated = plan.test_stats.tokens * -(-plan.schedule.total_steps // (plan.schedule.eval_every or 10**9)) / 3
+    tokens = plan.train_stats.tokens * recipe.num_epochs + evaluated
+    timed = plan.estimate.at(100.0, "jobs")
+    assert (timed.seconds, timed.basis) == (pytest.approx(tokens / 100, rel=1e-3), "jobs")
 
 
 def test_the_starter_is_a_recipe() -> None:

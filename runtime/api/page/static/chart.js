@@ -1,130 +1,186 @@
-// Line charts as SVG.
+// Line charts, drawn by uPlot (vendor/uplot). What a chart shows is written beside it too, for reading and for screen readers.
 
-import { h, number, SVG } from "./dom.js";
+import { announce, h, number } from "./dom.js";
 
-const WIDTH = 480; // until the chart is shown, which says how wide it is
-const HEIGHT = 180;
-const LEFT = 52;
-const RIGHT = 10;
-const TOP = 8;
-const BOTTOM = 20;
+const { uPlot } = window;
+const HEIGHT = 190;
+const COLOURS = 4; // of the style sheet: --series-1 and so on
+const DASH = [6, 4];
+const WHOLE = [1, 2, 5].flatMap((factor) => Array.from({ length: 12 }, (_, power) => factor * 10 ** power)).sort((a, b) => a - b);
+const FONT = "12px system-ui, sans-serif";
+const CHARACTER = 6.5; // pixels of an axis's text, about
 
-function svg(tag, attributes, text) {
-  const element = document.createElementNS(SVG, tag);
-  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
-  if (text !== undefined) element.textContent = text;
-  return element;
+const hoursAndMinutes = new Intl.DateTimeFormat(undefined, { hour: "numeric", minute: "2-digit" });
+const toSeconds = new Intl.DateTimeFormat(undefined, { hour: "numeric", minute: "2-digit", second: "2-digit" });
+
+/** Charts that are drawn: a change of the theme changes their colours. */
+const drawn = new Set();
+const redraw = () => drawn.forEach((plot) => plot.redraw(false));
+new MutationObserver(redraw).observe(document.documentElement, { attributeFilter: ["data-theme"] });
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
+
+const keyClass = (index) => `key s${(index % COLOURS) + 1}${index < COLOURS ? "" : " dashed"}`;
+
+/** uPlot's columns: the x of all series, then a column for each, undefined where a series has no point at an x. */
+function aligned(series) {
+  const tables = series.map(({ points }) => [points.map(([x]) => x), points.map(([, y]) => y)]);
+  return uPlot.join(tables);
 }
 
-/** The round step that divides a range into about four. `whole`: at least 1. */
-function stepOf(range, whole) {
-  const rough = range / 4 || 1;
-  const power = 10 ** Math.floor(Math.log10(rough));
-  const step = [1, 2, 5, 10].find((factor) => factor * power >= rough) * power;
-  return whole ? Math.max(1, step) : step;
-}
-
-/** Points in stretches without a gap. */
-function stretches(points) {
-  const found = [[]];
-  for (const [x, y] of points) {
-    if (y !== null) found.at(-1).push([x, y]);
-    else if (found.at(-1).length) found.push([]);
-  }
-  return found.filter((one) => one.length);
+/** "1.2 (from 3.4, lowest 1.1, highest 3.4)", for screen readers. */
+function inWords(points, text) {
+  const values = points.map(([, y]) => y).filter((y) => y !== null);
+  if (!values.length) return "nothing yet";
+  const [low, high] = values.reduce(([least, most], y) => [Math.min(least, y), Math.max(most, y)], [Infinity, -Infinity]);
+  return `${text(values.at(-1))} (${values.length} values, first ${text(values[0])}, lowest ${text(low)}, highest ${text(high)})`;
 }
 
 /**
- * A chart: `element`, and `update(series)` with series of {name, points: [[x, y], …]}. A y of null is a gap.
- * `xText`, `yText` write values; `fromZero` starts the y axis at 0; `whole`: values are whole numbers.
+ * A chart: `element`, and `update(series)` with series of {name, points: [[x, y], …]}, x in ascending order. A y of null is a
+ * gap. `yText` writes values. x is a time in seconds with `time`, else a whole number that `xText` writes. `fromZero`: the
+ * y axis starts at 0. `whole`: values are whole numbers. Charts of one `group` show the values at the same x.
  */
-export function lineChart({ title, xText = number, yText = number, fromZero = true, whole = false }) {
-  const picture = svg("svg", { height: HEIGHT, role: "img", "aria-label": title });
+export function lineChart({ title, yText = number, xText = number, time = false, fromZero = true, whole = false, group }) {
   const caption = h("figcaption");
-  const element = h("figure", {}, caption, picture);
-  let width = WIDTH;
+  const nothing = h("p", { class: "nothing quiet" }, "nothing yet");
+  const canvas = h("div", { class: "plot", role: "img", tabindex: 0, "aria-label": title });
+  const area = h("div", { class: "plot-area" }, canvas, nothing);
+  const element = h("figure", {}, caption, area);
   let current = [];
-  let scale = null;
-  let cursor = null;
+  let plot = null;
+  let width = 0;
+
+  const ink = (name) => getComputedStyle(element).getPropertyValue(name);
+  const colour = (index) => {
+    const key = caption.querySelector(`.s${(index % COLOURS) + 1}`);
+    return key ? getComputedStyle(key).color : ink("color");
+  };
+  const axis = {
+    stroke: () => ink("color"),
+    grid: { stroke: () => ink("border-top-color"), width: 1 },
+    ticks: { show: false },
+    font: FONT,
+  };
+  const atX = time ? (x) => toSeconds.format(1000 * x) : xText;
+
+  function options() {
+    const line = (one, index) => ({
+      stroke: () => colour(index),
+      fill: fromZero ? () => colour(index).replace("rgb(", "rgba(").replace(")", ", 0.1)") : undefined,
+      width: 2,
+      dash: index < COLOURS ? undefined : DASH,
+      points: { size: 5, fill: () => colour(index) },
+    });
+    const texts = (_, values) => values.map((y) => yText(y));
+    return {
+      width,
+      height: HEIGHT,
+      legend: { show: false },
+      padding: [10, time ? 38 : 14, 0, 0], // half of the last text below the axis
+      cursor: { y: false, drag: { x: false, y: false }, points: { size: 7 }, sync: group ? { key: group, scales: ["x", null] } : undefined },
+      scales: { x: { time }, y: { range } },
+      axes: [
+        {
+          ...axis,
+          size: 26,
+          space: time ? 100 : 60,
+          grid: { show: false },
+          incrs: time ? undefined : WHOLE,
+          values: (_, values, __, ___, step) => values.map((x) => (!time ? number(x) : (step < 60 ? toSeconds : hoursAndMinutes).format(1000 * x))),
+        },
+        {
+          ...axis,
+          space: 34,
+          incrs: whole ? WHOLE : undefined,
+          values: texts,
+          size: (_, values) => Math.max(34, 14 + CHARACTER * Math.max(...(values ?? []).map(({ length }) => length), 0)),
+        },
+      ],
+      series: [{}, ...current.map(line)],
+      hooks: { setCursor: [({ cursor }) => describe(cursor.idx)] },
+    };
+  }
+
+  function range(_, low, high) {
+    if (low === null) return [0, 1];
+    const from = fromZero ? Math.min(0, low) : low;
+    const to = high > from ? high : from + (Math.abs(from) || 1);
+    const [bottom, top] = uPlot.rangeNum(from, to, 0.08, true);
+    return [fromZero ? from : bottom, top];
+  }
+
+  function draw() {
+    const data = aligned(current);
+    if (plot?.series.length === data.length) {
+      plot.setData(data);
+      return;
+    }
+    destroy();
+    plot = new uPlot(options(), data, canvas);
+    drawn.add(plot);
+  }
+
+  function destroy() {
+    drawn.delete(plot);
+    plot?.destroy();
+    plot = null;
+  }
 
   function update(series) {
     current = series;
-    picture.setAttribute("viewBox", `0 0 ${width} ${HEIGHT}`);
-    const points = series.flatMap((one) => one.points).filter(([, y]) => y !== null);
-    if (!points.length) {
-      const text = svg("text", { x: width / 2, y: HEIGHT / 2, class: "axis", "text-anchor": "middle" }, "nothing yet");
-      picture.replaceChildren(text);
-      scale = null;
-      describe(null);
-      return;
-    }
-    let [left, right, low, high] = [Infinity, -Infinity, fromZero ? 0 : Infinity, -Infinity];
-    for (const [x, y] of points) {
-      [left, right] = [Math.min(left, x), Math.max(right, x)];
-      [low, high] = [Math.min(low, y), Math.max(high, y)];
-    }
-    if (high === low) high = low + (Math.abs(low) || 1);
-    if (right === left) right = left + 1;
-    const step = stepOf(high - low, whole);
-    const [first, last] = [Math.floor(low / step), Math.ceil(high / step)];
-    [low, high] = [first * step, last * step];
-    const toX = (x) => LEFT + ((x - left) / (right - left)) * (width - LEFT - RIGHT);
-    const toY = (y) => HEIGHT - BOTTOM - ((y - low) / (high - low)) * (HEIGHT - TOP - BOTTOM);
-    scale = { left, right, toX };
-    const children = [];
-    for (let at = first; at <= last; at += 1) {
-      const y = Number((at * step).toPrecision(12));
-      children.push(svg("line", { x1: LEFT, x2: width - RIGHT, y1: toY(y), y2: toY(y), class: "gridline" }));
-      children.push(svg("text", { x: LEFT - 8, y: toY(y) + 4, class: "axis", "text-anchor": "end" }, yText(y)));
-    }
-    for (const [x, anchor] of [[left, "start"], [right, "end"]]) {
-      children.push(svg("text", { x: toX(x), y: HEIGHT - 4, class: "axis", "text-anchor": anchor }, xText(x)));
-    }
-    series.forEach((one, index) => {
-      const lines = stretches(one.points).map((some) => some.map(([x, y]) => `${toX(x).toFixed(1)} ${toY(y).toFixed(1)}`));
-      const line = lines.map((some) => `M${some.join("L")}${some.length === 1 ? "h2" : ""}`).join("");
-      const under = lines.filter((some) => some.length > 1).map((some) => `M${some.join("L")}V${toY(low)}H${some[0].split(" ")[0]}Z`);
-      if (fromZero && under.length) children.push(svg("path", { d: under.join(""), class: `under s${(index % 4) + 1}` }));
-      children.push(svg("path", { d: line, class: `plot s${(index % 4) + 1}` }));
-    });
-    cursor = svg("line", { y1: TOP, y2: HEIGHT - BOTTOM, class: "cursor", visibility: "hidden" });
-    picture.replaceChildren(...children, cursor);
+    const known = current.some(({ points }) => points.some(([, y]) => y !== null));
+    nothing.hidden = known;
     describe(null);
+    const words = current.map(({ name, points }) => `${name} ${inWords(points, yText)}`);
+    canvas.setAttribute("aria-label", `${title}: ${known ? words.join("; ") : "nothing yet"}`);
+    if (!known) destroy();
+    else if (width) draw();
+    if (plot) describe(plot.cursor.idx);
   }
 
-  /** Write the values at `x` into the caption, or the last ones. */
-  function describe(x) {
-    const values = current.map((one, index) => {
-      const known = one.points.filter(([, y]) => y !== null);
+  /** Write the values at the cursor into the caption, or the last ones. Returns them. */
+  function describe(at) {
+    const x = plot?.data[0][at] ?? null;
+    const values = current.map(({ name, points }) => {
+      const known = points.filter(([, y]) => y !== null);
       const near = x === null ? known.at(-1) : known.reduce((a, b) => (Math.abs(b[0] - x) < Math.abs(a[0] - x) ? b : a), known[0]);
-      return [`s${(index % 4) + 1}`, `${one.name} ${near ? yText(near[1]) : "–"}`];
+      return `${name} ${near ? yText(near[1]) : "–"}`;
     });
     caption.replaceChildren(
-      h("strong", {}, title),
-      ...values.map(([name, text]) => h("span", { class: `key ${name}` }, h("span", {}, text))),
+      h("strong", {}, title, x !== null && h("span", { class: "quiet at" }, ` at ${atX(x)}`)),
+      ...values.map((text, index) => h("span", { class: keyClass(index) }, h("span", {}, text))),
     );
-    picture.setAttribute("aria-label", `${title}: ${values.map(([, text]) => text).join(", ")}`);
+    return x === null ? values : [atX(x), ...values];
   }
 
-  picture.addEventListener("pointermove", (event) => {
-    if (!scale) return;
-    const box = picture.getBoundingClientRect();
-    const inside = (((event.clientX - box.left) / box.width) * width - LEFT) / (width - LEFT - RIGHT);
-    const x = scale.left + Math.min(1, Math.max(0, inside)) * (scale.right - scale.left);
-    cursor.setAttribute("x1", scale.toX(x));
-    cursor.setAttribute("x2", scale.toX(x));
-    cursor.setAttribute("visibility", "visible");
-    describe(x);
-  });
-  picture.addEventListener("pointerleave", () => {
-    cursor?.setAttribute("visibility", "hidden");
-    describe(null);
-  });
-  new ResizeObserver(([{ contentRect: box }]) => {
-    if (!box.width || Math.round(box.width) === width) return;
-    width = Math.round(box.width);
-    update(current);
-  }).observe(element);
+  /** Put the cursor of the group at `left` pixels; below 0: away. */
+  function setCursor(left) {
+    plot?.setCursor({ left, top: left < 0 ? left : 1 }, true, true);
+  }
+
+  /** Arrow keys move the cursor, and say the values that it is at. */
+  function move(event) {
+    const steps = { ArrowLeft: -1, ArrowRight: 1, PageDown: -10, PageUp: 10, Home: -Infinity, End: Infinity };
+    if (!plot || !(event.key in steps || event.key === "Escape")) return;
+    event.preventDefault();
+    const last = plot.data[0].length - 1;
+    const to = Math.min(last, Math.max(0, (plot.cursor.idx ?? last) + steps[event.key]));
+    const x = event.key === "Escape" ? -10 : plot.valToPos(plot.data[0][to], "x");
+    setCursor(x);
+    if (x >= 0) announce(describe(to).join(", "));
+  }
+
+  function resize(to) {
+    if (!to || to === width) return;
+    width = to;
+    if (plot) plot.setSize({ width, height: HEIGHT });
+    else update(current);
+  }
+
+  canvas.addEventListener("keydown", move);
+  canvas.addEventListener("blur", () => setCursor(-10));
+  // Not before the next frame: what is drawn now would change sizes that are being reported.
+  new ResizeObserver(([{ contentRect: box }]) => requestAnimationFrame(() => resize(Math.floor(box.width)))).observe(area);
   update([]);
   return { element, update };
 }

@@ -3,6 +3,7 @@
 import { events, json, models, request } from "./api.js";
 import { announce, button, field, h, number, replace, seconds } from "./dom.js";
 import { feedbackRow } from "./feedback.js";
+import { formatted } from "./markdown.js";
 import { asCurl, asPython } from "./snippets.js";
 
 const TOP_LOGPROBS = 5;
@@ -292,7 +293,7 @@ export function chatView() {
         if (piece || thought || calls.length) first ??= performance.now() - began;
         message.content += piece;
         if (choice.logprobs && probabilities.checked) text.append(...tokens(choice.logprobs));
-        else text.append(piece);
+        else if (piece) text.replaceChildren(...formatted(message.content));
         column.transcript.scrollTop = column.transcript.scrollHeight;
       }
       footer.textContent = summary(usage, first, performance.now() - began, reason, version);
@@ -308,7 +309,7 @@ export function chatView() {
       box.append(
         feedbackRow({ id, model: version, text: message.content, messages: sent }, (correction) => {
           message.content = correction;
-          text.replaceChildren(correction);
+          text.replaceChildren(...formatted(correction));
         }),
       );
     }

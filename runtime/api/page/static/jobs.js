@@ -8,6 +8,13 @@ import { watch } from "./live.js";
 const RETRY_MS = 2000;
 const MAX_LOG_LINES = 500;
 const ENDED = ["succeeded", "failed", "cancelled"];
+const stepText = (step) => `step ${step}`;
+
+/** Add a point. A job that goes on from a checkpoint takes steps again: those of before go. */
+function extend(points, step, value) {
+  while (points.length && points.at(-1)[0] >= step) points.pop();
+  points.push([step, value]);
+}
 
 export function jobsPanel(app) {
   let chosen = null;
@@ -19,8 +26,8 @@ export function jobsPanel(app) {
   const trouble = h("p", { class: "error", role: "alert" });
   const rows = h("tbody");
   const empty = h("p", { class: "panel empty quiet" }, "No jobs yet. One that is started here, by the command line or over the API is shown with its curves and its log.");
-  const loss = lineChart({ title: "Loss", xText: (x) => `step ${Math.round(x)}`, fromZero: false });
-  const rate = lineChart({ title: "Learning rate", xText: (x) => `step ${Math.round(x)}` });
+  const loss = lineChart({ title: "Loss", xText: stepText, fromZero: false, group: "job" });
+  const rate = lineChart({ title: "Learning rate", xText: stepText, group: "job" });
   const title = h("h3", {});
   const state = h("p", { role: "status" });
   const bar = h("progress", { max: 1, "aria-label": "Progress" });
@@ -95,7 +102,9 @@ export function jobsPanel(app) {
   async function overlay(job, wanted) {
     if (wanted) {
       const { data } = await json(`admin/jobs/${job.id}/metrics`);
-      overlaid.set(job.id, { name: nameOf(job), points: data.filter((one) => one.type !== "eval").map((one) => [one.step, one.loss]) });
+      const points = [];
+      for (const one of data) if (one.type !== "eval") extend(points, one.step, one.loss);
+      overlaid.set(job.id, { name: nameOf(job), points });
     } else overlaid.delete(job.id);
     if (!chosen) await choose(job.id);
     draw();
@@ -194,9 +203,9 @@ export function jobsPanel(app) {
     const { data } = event;
     if (event.type === "metrics") {
       if ("learning_rate" in data) {
-        curves.loss.push([data.step, data.loss]);
-        curves.rate.push([data.step, data.learning_rate]);
-      } else curves.eval.push([data.step, data.loss]);
+        extend(curves.loss, data.step, data.loss);
+        extend(curves.rate, data.step, data.learning_rate);
+      } else extend(curves.eval, data.step, data.loss);
       return;
     }
     log.append(`${moment(event.created_at)}  ${event.message}\n`);

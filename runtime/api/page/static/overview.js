@@ -2,7 +2,7 @@
 
 import { json } from "./api.js";
 import { lineChart } from "./chart.js";
-import { clock, field, h, number, replace, seconds } from "./dom.js";
+import { field, h, number, replace, seconds } from "./dom.js";
 import { watch } from "./live.js";
 
 const MAX_SAMPLES = 1800;
@@ -22,13 +22,14 @@ export function overviewView() {
   );
   const percent = (value) => `${number(100 * value)}%`;
   const charts = [
-    ["Tokens a second", number, { generated: "generated_tokens", prompt: "prompt_tokens", trained: "trained_tokens" }],
+    ["Tokens a second", number, { generated: "generated_tokens", prompt: "prompt_tokens" }],
     ["Time to the first token", seconds, { median: "first_token_p50", "95%": "first_token_p95" }],
     ["Time per token", seconds, { median: "token_p50", "95%": "token_p95" }],
     ["Sequences", number, { running: "running", waiting: "waiting" }, true],
     ["KV cache in use", percent, { share: "kv_cache_usage" }],
     ["Training's share of the engine", percent, { share: "training_share" }],
-  ].map(([title, yText, fields, whole]) => ({ fields, ...lineChart({ title, yText, xText: clock, whole }) }));
+    ["Tokens of training a second", number, { trained: "trained_tokens", "riding in requests' steps": "riding_tokens" }],
+  ].map(([title, yText, fields, whole]) => ({ fields, ...lineChart({ title, yText, time: true, whole, group: "overview" }) }));
   const now = h("dl", { class: "tiles" });
   let state = {};
   const element = h(
@@ -37,7 +38,7 @@ export function overviewView() {
     h("div", { class: "row end" }, h("div", { class: "grow" }, h("h2", { id: "overview-title" }, "Overview"), facts), field("Time shown", span)),
     trouble,
     now,
-    h("div", { class: "grid" }, charts.map((chart) => h("div", { class: "panel" }, chart.element))),
+    h("div", { class: "grid" }, charts.map((chart, index) => h("div", { class: index ? "panel" : "panel wide" }, chart.element))),
   );
 
   /** What the server does at this moment, in a row of numbers. */

@@ -13,6 +13,7 @@ const EXAMPLES = {
   newts: ["Example: newts", "page/examples/newts.yaml", ["data/newts.jsonl"]],
   starter: ["Recipe with all usual keys", "page/examples/starter.yaml", []],
 };
+const BASES = { jobs: "measured by jobs on this machine", trial: "estimated from two steps that were tried" };
 const OWN_FILE = "train.jsonl";
 const ROWS_HINT = '{"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi!"}]}';
 
@@ -244,7 +245,7 @@ export function trainView(app) {
       Steps: `${steps} (${schedule.steps_per_epoch} an epoch), ${summary.effective_batch} examples each`,
       Adapts: `${number(summary.trained_parameters)} parameters`,
       Memory: `about ${bytes(summary.memory_bytes)} beside the base model`,
-      Time: estimate.seconds === null ? "not known before the first steps" : `about ${seconds(estimate.seconds)}, undisturbed`,
+      Time: estimate.seconds === null ? "not known before the first steps" : `about ${seconds(estimate.seconds)}, undisturbed (${BASES[estimate.basis]})`,
     };
     const notes = [...summary.warnings, ...summary.notes.filter((note) => !summary.warnings.includes(note))];
     const time = estimate.seconds === null ? "" : `, about ${seconds(estimate.seconds)}`;
