@@ -46,7 +46,8 @@ class Spec:
 TABLE: tuple[Spec, ...] = (
     Spec("num_requests_running", "gauge", "Sequences in the running batch."),
     Spec("num_requests_waiting", "gauge", "Sequences waiting to run."),
-    Spec("num_requests_waiting_by_reason", "gauge", "Waiting sequences by what they wait for.", ("reason",)),
+    Spec("num_requests_waiting_by_reason", "gauge",
+         "Waiting sequences by what they wait for: room, a sibling, or a place for their adapter.", ("reason",)),
     Spec("kv_cache_usage_perc", "gauge", "Share of the KV blocks in use, 0 to 1."),
     Spec("cache_config_info", "gauge", "The KV cache's shape, as labels.",
          ("block_size", "num_gpu_blocks", "max_model_len")),
