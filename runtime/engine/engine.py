@@ -489,4 +489,7 @@ class Engine:
             metrics.on_preemptions(news.preemptions)
             metrics.on_prefix_lookup(news.prefix_queries, news.prefix_hits)
             metrics.on_drafts(news.drafted, news.accepted, drafts=news.drafts)
+            metrics.on_prompt_pace(
+                news.paced_steps, news.paced_tokens, late=news.late_steps, reserve=scheduler.prompt_reserve
+            )
             metrics.on_swap(out=news.swapped_out, back=news.swapped_in)

@@ -308,6 +308,16 @@ class Metrics:
         self._counters["spec_decode_num_draft_tokens"].inc(drafted)
         self._counters["spec_decode_num_accepted_tokens"].inc(accepted)
 
+    def on_prompt_pace(self, steps: int, tokens: int, *, late: int, reserve: float) -> None:
+        """`steps` had `tokens` of prompts beside streams with a target, which `late` of them missed. `reserve`: part of
+        the time for prompts that is held back from now on."""
+        if not steps:
+            return
+        for _ in range(steps):
+            self._histograms["prompt_chunk_tokens"].observe(tokens / steps)
+        self._counters["prompt_target_misses"].inc(late)
+        self._gauges["prompt_reserve"].set(reserve)
+
     def on_swap(self, *, out: int, back: int) -> None:
         """`out` blocks were copied to host memory, and `back` blocks from it."""
         self._counters["swap_out_blocks"].inc(out)

@@ -153,6 +153,11 @@ class Scheduler:
         return self._pace.step_seconds
 
     @property
+    def prompt_reserve(self) -> float:
+        """Part of the time beside streams that is held back from prompts, as steps were late."""
+        return self._pace.prompts.reserve
+
+    @property
     def num_preemptions(self) -> int:
         return self.counts.preemptions
 
@@ -274,7 +279,12 @@ class Scheduler:
         seconds = now - max(flight.planned, self._last_commit)
         self._pace.on_step(plan.num_tokens, len(plan.rows), seconds)
         if self._pace.prompts.learns:
-            self._pace.prompts.on_step(work_of(plan), seconds)
+            work = work_of(plan)
+            late = self._pace.prompts.on_step(work, seconds)
+            if work.streams and work.tokens:
+                self.counts.paced_steps += 1
+                self.counts.paced_tokens += work.tokens
+                self.counts.late_steps += late
         self._last_commit = now
         if (ride := plan.riding) is not None and result.ridden and ride.start + ride.count == ride.length:
             self.riding.release(ride.ride)
