@@ -40,11 +40,8 @@ if TYPE_CHECKING:
 
 # -- gathering -------------------------------------------------------------------------------------
 #
-# Short delay before a new request begins, so that requests right behind it join the same step.
-#
-# Requests that ran together often end together, and their clients send the next ones within milliseconds. If the
-# first of them began at once, all others would wait until its prompt is computed, instead of being computed along
-# with it.
+# Short delay before a new request begins, so that those right behind it join the same step: requests that ran together
+# often end together, and if the first of the next ones began at once, the others would wait for its prompt.
 
 LONGEST = 0.005
 """Longest delay, in seconds."""
@@ -78,13 +75,8 @@ class Gathering:
         return 0.0
 
 
-# -- background ------------------------------------------------------------------------------------
-#
-# Interface of the work that the engine thread does between its steps, and while no request is there.
-
-
 class Background(Protocol):
-    """Work in small slices. All methods run on the engine thread, except `ready`, which any thread may call."""
+    """Work between steps, in small slices. All methods run on the engine thread, but any may call `ready`."""
 
     @property
     def ready(self) -> bool:
@@ -336,14 +328,12 @@ class EngineService:
         engine = self.engine
         if not await self.call(lambda: engine.scheduler.adapters.begin_read(key)):
             return
-        failure: Exception | None = None
         try:
             await call_in_fresh_thread(engine.adapter_loads.read, key)
         except Exception as error:
-            failure = error
-        await self.call(lambda: engine.adapter_loads.warm(key, failure))
-        if failure is not None:
-            raise failure
+            await self.call(partial(engine.adapter_loads.warm, key, error))
+            raise
+        await self.call(partial(engine.adapter_loads.warm, key, None))
 
     def adapter_loaded(self, key: str) -> bool:
         """True if a version that was added is in memory."""
@@ -486,7 +476,8 @@ class EngineService:
                     self._recover()
                 elif self.engine.busy:
                     if not self._gather():
-                        self._await_read()
+                        if self.engine.only_reads:
+                            self._sleep(MAX_READ_WAIT_SECONDS)
                         self._step()
                 elif self.background is not None:
                     self._train(self.background.idle)
@@ -524,20 +515,15 @@ class EngineService:
             now=time.monotonic(),
         )
         if seconds:
-            self._busy_since = None
-            with self._wake:
-                if not self._inbox and not self._stopping:
-                    self._wake.wait(seconds)
+            self._sleep(seconds)
         return seconds > 0
 
-    def _await_read(self) -> None:
-        """Wait for an adapter version to be read, where nothing else can be done."""
-        if not self.engine.only_reads:
-            return
+    def _sleep(self, seconds: float) -> None:
+        """Wait for a message, for `seconds` at most."""
         self._busy_since = None
         with self._wake:
             if not self._inbox and not self._stopping:
-                self._wake.wait(MAX_READ_WAIT_SECONDS)
+                self._wake.wait(seconds)
 
     def _step(self) -> None:
         background = self.background if self.background is not None and self.background.ready else None
