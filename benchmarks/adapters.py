@@ -1,15 +1,18 @@
-"""What adapters cost a decode step: steps of 32 rows with and without them, in turns in one process.
+"""What adapters cost: a decode step's time with and without them, and requests for more than memory has places for.
 
 python -m benchmarks.adapters                                 int8, SmolLM2: the base, 1, 16 and 64 adapters
 python -m benchmarks.adapters --quantization none --rows 8    float32, eight rows
 python -m benchmarks.adapters --cases 16x8-32,64x16           16 adapters of ranks 8 to 32, 64 of rank 16
+python -m benchmarks.adapters traffic                         200 adapters over 16 places, by Zipf's law, 32 at once
 
 A step is the decoder's pass, the head and argmax, on the paged cache. Every round times a step of each case, in a
 random order; shares are medians over rounds of the base's time to the case's time in that round, so that a machine that
-is shared disturbs both. With `--threads 1` times are those of the processor, without what others use of it.
+is shared disturbs both. With `--threads 1` times are those of the processor, without what others use of it. `traffic`
+serves the same requests for the base and for the adapters, in turns.
 """
 
 import argparse
+import asyncio
 import random
 import statistics
 import sys
@@ -21,6 +24,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.adapter_traffic import Traffic, measure, show
 from kernels import AdaptedTokens, LoraFactors, PagedRows, StackFactors
 from runtime.checkpoints import open_checkpoint
 from runtime.checkpoints.model_loading import load_model
@@ -124,21 +128,46 @@ def shares(steps: Sequence[DecodeStep], *, rounds: int) -> list[tuple[float, flo
     ]
 
 
+def measure_traffic(options: argparse.Namespace) -> int:
+    """Serve requests for many adapters, and print what came of it."""
+    traffic = Traffic(
+        adapters=options.adapters,
+        skew=options.skew,
+        at_once=options.rows,
+        requests=options.requests,
+        prompt=options.context,
+        output=options.output,
+    )
+    found = asyncio.run(measure(options.model, options.quantization, options.places, traffic, options.repeats))
+    show(found, traffic, options.places, Console())
+    return 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.adapters", description=(__doc__ or "").partition("\n")[0]
     )
+    parser.add_argument("what", nargs="?", default="steps", choices=("steps", "traffic"), help="default: steps")
     parser.add_argument("--model", default="demo", help="as for `eft serve`; default: demo")
     parser.add_argument("--quantization", default="int8", help="of the base; default: int8")
     parser.add_argument("--cases", default="1x8,16x8-32,64x8-32", help="COUNTxRANK or COUNTxLOW-HIGH, by commas")
     parser.add_argument("--dtype", default="int8", choices=("float32", "bfloat16", "int8"), help="of the adapters")
-    parser.add_argument("--rows", type=int, default=32, help="rows of a step; default: 32")
-    parser.add_argument("--context", type=int, default=128, help="tokens before each row; default: 128")
+    parser.add_argument("--rows", type=int, default=32, help="rows of a step, requests at once; default: 32")
+    parser.add_argument("--context", type=int, default=128, help="tokens before each row, of a prompt; default: 128")
     parser.add_argument("--rounds", type=int, default=40, help="steps of each case; default: 40")
     parser.add_argument("--threads", type=int, default=0, help="default: torch's")
+    traffic = parser.add_argument_group("traffic")
+    traffic.add_argument("--adapters", type=int, default=200, help="that requests name; default: 200")
+    traffic.add_argument("--places", type=int, default=16, help="`adapters.max_loaded`; default: 16")
+    traffic.add_argument("--skew", type=float, default=1.0, help="exponent of Zipf's law; default: 1")
+    traffic.add_argument("--requests", type=int, default=128, help="of a turn; default: 128")
+    traffic.add_argument("--output", type=int, default=48, help="tokens of an answer; default: 48")
+    traffic.add_argument("--repeats", type=int, default=2, help="turns of each; default: 2")
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
+    if options.what == "traffic":
+        return measure_traffic(options)
     settings = load_settings(flags={"model": options.model, "quantization": options.quantization}).settings
     decoder = load_model(open_checkpoint(options.model), settings.model, device=torch.device("cpu"))
     if not isinstance(decoder, Decoder):

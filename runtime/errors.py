@@ -122,12 +122,6 @@ class TooManyRequests(RequestError):
         self.retry_after = retry_after
 
 
-class AdaptersBusy(TooManyRequests):
-    """Every adapter version in memory is in use by a request, and there is room for no more."""
-
-    default_code = "adapters_busy"
-
-
 class EngineFailure(RequestError):
     """This one request's step raised; the rest of the batch went on."""
 

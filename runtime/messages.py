@@ -306,6 +306,12 @@ class TokenLogprob(Struct, frozen=True, array_like=True):
 ROW_FAILED = "An internal error ended this request; the others go on."
 """`Output.error` of a sequence that could not be computed."""
 
+ADAPTER_UNLOADED = "The adapter version that this request was for is not loaded any more."
+"""`Output.error` of a sequence whose adapter version was deleted or unloaded while it waited for it."""
+
+ADAPTER_UNREADABLE = "The adapter version that this request was for cannot be loaded: its files are missing or damaged."
+"""`Output.error` of a sequence whose adapter version could not be read."""
+
 GRAMMAR_TOO_COMPLEX = "The output cannot be held to its grammar any further: the grammar is too complex."
 """`Output.error` of a sequence that its own grammar ended: the request's fault, where all others are the server's."""
 

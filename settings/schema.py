@@ -350,8 +350,19 @@ class AdapterSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """LoRA adapters that are served beside the base model."""
 
     max_loaded: Annotated[
-        Count, doc("Most adapter versions in memory; one more takes the place of the one unused for longest.")
+        Count,
+        doc(
+            "Most adapter versions in memory; one more takes the place of the one unused for longest, and waits while "
+            "all are in use."
+        ),
     ] = 16
+    max_place_wait: Annotated[
+        Seconds,
+        doc(
+            "Requests for a version that is not in memory wait in the queue for a place. After this time they are "
+            "promised the next place in use: its version takes no new requests until they had their turn."
+        ),
+    ] = 0.5
     unused_memory: Annotated[
         Bytes,
         doc(

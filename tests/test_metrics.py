@@ -152,6 +152,17 @@ def test_what_is_swapped() -> None:
     assert values["eft:swap_capacity_bytes"] == 6000
 
 
+def test_what_prompts_get_beside_streams() -> None:
+    metrics = Metrics("m", vllm_names=False, shape=SHAPE)
+    metrics.on_prompt_pace(0, 0, late=0, reserve=0.25)  # nothing was decided
+    metrics.on_prompt_pace(2, 120, late=1, reserve=0.125)
+    text = metrics.render()[0].decode()
+    assert 'eft:prompt_chunk_tokens_count{model_name="m"} 2.0' in text
+    assert 'eft:prompt_chunk_tokens_sum{model_name="m"} 120.0' in text
+    assert 'eft:prompt_target_misses_total{model_name="m"} 1.0' in text
+    assert 'eft:prompt_reserve{model_name="m"} 0.125' in text
+
+
 def test_the_life_of_a_request() -> None:
     values = samples(busy())
     assert values["eft:generation_tokens_total"] == 3

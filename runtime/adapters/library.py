@@ -32,7 +32,7 @@ from runtime.adapters.store import (
 )
 from runtime.adapters.versions import (
     AdapterHost,
-    LoadedVersions,
+    NamedVersions,
     NamesMirror,
     VersionSource,
     sweep,
@@ -40,7 +40,6 @@ from runtime.adapters.versions import (
 )
 from runtime.checkpoints.peft import AdapterInvalid
 from runtime.errors import (
-    AdaptersBusy,
     AdapterUnavailable,
     Conflict,
     EngineUnavailable,
@@ -105,9 +104,9 @@ class AdapterLibrary:
         self._state = directory
         self._root = directory / "adapters"
         self._host = host
-        self._loaded = LoadedVersions(host, most=max_loaded)
+        self._named_versions = NamedVersions(host)
         self._publisher = VersionPublisher(
-            self._root, host.lora_base, self._loaded, max_rank=max_rank, max_vocabulary=max_vocabulary
+            self._root, host.lora_base, self._named_versions, max_rank=max_rank, max_vocabulary=max_vocabulary
         )
         self._offers = Offers(host.lora_base, max_rank=max_rank)
         self._cards = Cards()
@@ -258,7 +257,8 @@ class AdapterLibrary:
         return self._host.metrics.adapter_traffic(version.key)
 
     def is_loaded(self, version: Version) -> bool:
-        return version.key in self._loaded
+        """True if the version is in memory."""
+        return self._host.adapter_loaded(version.key)
 
     def card(self, version: Version) -> Card:
         """The version's card."""
@@ -269,9 +269,9 @@ class AdapterLibrary:
         return self._offers.directory(version.id) or self._publisher.directory(version.name, version.number)
 
     async def ready(self, version: Version) -> None:
-        """Load a version into memory, so that a request submitted before the next await finds it there. Raises
-        `AdaptersBusy`, `AdapterUnavailable`."""
-        await self._loaded.ensure(version, self.directory(version))
+        """Let a request name a version that is submitted before the next await; it waits in the queue for a place in
+        memory. Raises `AdapterUnavailable`, `StorageUnavailable`."""
+        await self._named_versions.ensure(version, self.directory(version))
 
     # -- publishing ----------------------------------------------------------------------------
 
@@ -356,7 +356,7 @@ class AdapterLibrary:
         return await self._serve(self._fitting(self._named(name), None))
 
     async def _serve(self, version: Version) -> Version:
-        await self.ready(version)
+        await self._prepared(version)
         await self._change(version.name, lambda connection: store.set_served(connection, version.name, served=True))
         return version
 
@@ -548,8 +548,7 @@ class AdapterLibrary:
 
     async def _prepared(self, version: Version) -> None:
         """Load a version into memory if there is room; in any case check that it is readable."""
-        with contextlib.suppress(AdaptersBusy):
-            await self.ready(version)
+        await self._named_versions.warm(version, self.directory(version))
 
     def _refuse_if_used(self, versions: Collection[Version], *, drain: bool) -> None:
         used = [version.id for version in versions if self._host.adapter_in_use(version.key)]
@@ -558,7 +557,7 @@ class AdapterLibrary:
 
     async def _release(self, versions: Collection[Version]) -> None:
         for version in versions:
-            await self._loaded.release(version.key)
+            await self._named_versions.release(version.key)
 
     async def _discard(self, versions: Collection[Version]) -> None:
         await self._release(versions)
@@ -578,7 +577,7 @@ class AdapterLibrary:
         served = [record.version for record in self.list() if record.served and self.fits(record.version)]
         for version in sorted(served, key=lambda version: -version.created)[: self._max_loaded]:
             with contextlib.suppress(AdapterUnavailable, StorageUnavailable):  # logged; requests for it get the error
-                await self.ready(version)
+                await self._prepared(version)
 
     async def _change(self, name: str, work: Callable[[Connection], T]) -> T:
         """Change what a name means: on this server, or on all that share its adapters."""

@@ -2,7 +2,6 @@
 moves the name's pointer. After a failure before that transaction, the old version is still served."""
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,11 +12,10 @@ import msgspec
 
 from runtime.adapters import store
 from runtime.adapters.store import CheckpointVersion, Version, checkpoint_name
-from runtime.adapters.versions import LoadedVersions, VersionSource, digest, stage
+from runtime.adapters.versions import NamedVersions, VersionSource, digest, stage
 from runtime.checkpoints.peft import AdapterInvalid, read_files
 from runtime.checkpoints.peft.config import parse_config
 from runtime.checkpoints.peft_names import CONFIG
-from runtime.errors import AdaptersBusy
 from runtime.model.lora_base import LoraBase
 from runtime.support.durable import remove, storage_unavailable
 from runtime.support.failpoints import failpoint
@@ -32,13 +30,13 @@ class VersionPublisher:
     """Writer of folders and rows. The library handles names and their pointers."""
 
     def __init__(
-        self, root: Path, base: LoraBase, loaded: LoadedVersions, *, max_rank: int, max_vocabulary: int | None = None
+        self, root: Path, base: LoraBase, named: NamedVersions, *, max_rank: int, max_vocabulary: int | None = None
     ) -> None:
         """`max_vocabulary`: most bytes of an adapter's rows of embedding and head."""
         self._max_vocabulary = max_vocabulary
         self._root = root
         self._base = base
-        self._loaded = loaded
+        self._named = named
         self._max_rank = max_rank
 
     def directory(self, name: str, number: int) -> Path:
@@ -58,12 +56,11 @@ class VersionPublisher:
         )
         try:
             failpoint("publish.before_load", name)
-            with contextlib.suppress(AdaptersBusy):  # it is loaded once there is room
-                await self._loaded.ensure(version, directory)
+            await self._named.warm(version, directory)
             failpoint("publish.before_commit", name)
             await transaction(lambda connection: _commit(connection, version))
         except BaseException:
-            await self._loaded.release(version.key)
+            await self._named.release(version.key)
             await asyncio.to_thread(remove, directory)
             raise
         failpoint("publish.after_commit", name)

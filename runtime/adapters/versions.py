@@ -1,9 +1,10 @@
-"""Versions on the disk and in memory: their folders, the records beside their files, and the ones that are loaded."""
+"""Versions on the disk and in memory: their folders, the records beside their files, and those that can be named."""
 
 import asyncio
 import hashlib
+import os
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -12,7 +13,7 @@ import msgspec
 from runtime.adapters.card import Card, read_card, read_tokens, write_card
 from runtime.adapters.store import NameRecord, Version
 from runtime.checkpoints.peft import FILES, AdapterInvalid, read_adapter, read_files
-from runtime.errors import AdaptersBusy, AdapterUnavailable
+from runtime.errors import AdapterUnavailable
 from runtime.metrics import Metrics
 from runtime.model.lora import Adapter
 from runtime.model.lora_base import LoraBase
@@ -183,9 +184,10 @@ def write_missing_record(directory: Path, version: Version) -> None:
 
 # -- memory ----------------------------------------------------------------------------------------
 #
-# The versions in memory: a bounded number, each loaded at its first request.
+# The versions that requests may name at the engine, which loads each as it is needed.
 
-_log = get_logger("adapters")
+MAX_NAMED = 4096
+"""Versions that the engine knows at once: files that were checked, and tokenizers."""
 
 
 class AdapterHost(Protocol):
@@ -195,67 +197,89 @@ class AdapterHost(Protocol):
     lora_base: LoraBase
     metrics: Metrics
 
-    async def load_adapter(self, key: str, directory: str) -> None: ...
+    async def add_adapter(self, key: str, files: Callable[[], str]) -> None: ...
+
+    async def warm_adapter(self, key: str) -> None: ...
 
     async def unload_adapter(self, key: str) -> None: ...
+
+    def adapter_loaded(self, key: str) -> bool: ...
 
     def adapter_in_use(self, key: str) -> bool: ...
 
 
-class LoadedVersions:
-    """The loaded versions. Event loop only. After `ensure`, and until the caller next awaits, the version is loaded: a
-    request that is submitted at once finds it."""
+class VersionFiles:
+    """The files of a version, checked before they are read. Any thread."""
 
-    def __init__(self, host: AdapterHost, *, most: int) -> None:
+    def __init__(self, version: Version, directory: Path) -> None:
+        self._version = version
+        self._directory = directory
+        self._checked: list[tuple[int, int, int]] = []
+        """Inode, size and time of the last change of each file when their digest was right."""
+
+    def __call__(self) -> str:
+        """The folder. Raises `AdapterInvalid`, `OSError`."""
+        found = [(one.st_ino, one.st_size, one.st_mtime_ns) for one in (os.stat(self._directory / n) for n in FILES)]
+        if found != self._checked:
+            if digest(self._directory) != self._version.sha256:
+                raise AdapterInvalid("its files were changed")
+            self._checked = found
+        return str(self._directory)
+
+
+class NamedVersions:
+    """The versions that requests may name at the host. Event loop only. After `ensure`, and until the caller next
+    awaits, the version may be named: a request that is submitted at once is taken."""
+
+    def __init__(self, host: AdapterHost) -> None:
         self._host = host
-        self._most = most
-        self._loaded: OrderedDict[str, None] = OrderedDict()
+        self._named: OrderedDict[str, None] = OrderedDict()
         """Keys of versions, least recently used first."""
         self._one_at_a_time = asyncio.Lock()
 
     def __contains__(self, key: str) -> bool:
-        return key in self._loaded
-
-    def __len__(self) -> int:
-        return len(self._loaded)
+        return key in self._named
 
     async def ensure(self, version: Version, directory: Path) -> None:
-        """Load a version into memory. Raises `AdaptersBusy`, `AdapterUnavailable`."""
-        if version.key not in self._loaded:
+        """Let requests name a version, whose files are checked the first time. Raises `AdapterUnavailable`,
+        `StorageUnavailable`."""
+        if version.key not in self._named:
             async with self._one_at_a_time:
-                if version.key not in self._loaded:
-                    await self._load(version, directory)
-                self._loaded.move_to_end(version.key)
-            return
-        self._loaded.move_to_end(version.key)
+                if version.key not in self._named:
+                    await self._forget_unused()
+                    files = VersionFiles(version, directory)
+                    await self._checked(version, self._host.add_adapter(version.key, files))
+                    self._named[version.key] = None
+        self._named.move_to_end(version.key)
+
+    async def warm(self, version: Version, directory: Path) -> None:
+        """Let requests name a version, check that it can be read, and load it if there is room. Raises as `ensure`."""
+        await self.ensure(version, directory)
+        try:
+            await self._checked(version, self._host.warm_adapter(version.key))
+        except AdapterUnavailable:
+            await self.release(version.key)
+            raise
 
     async def release(self, key: str) -> None:
         """Release a version; the engine keeps it as long as requests run on it."""
         async with self._one_at_a_time:
-            if key in self._loaded:
-                del self._loaded[key]
+            if key in self._named:
+                del self._named[key]
                 await self._host.unload_adapter(key)
 
-    async def _load(self, version: Version, directory: Path) -> None:
-        while len(self._loaded) >= self._most:
-            await self._make_room()
+    async def _checked(self, version: Version, work: Awaitable[None]) -> None:
         try:
-            if await asyncio.to_thread(digest, directory) != version.sha256:
-                raise AdapterInvalid("its files were changed")
-            await self._host.load_adapter(version.key, str(directory))
+            await work
         except (OSError, AdapterInvalid) as error:
             if isinstance(error, OSError) and error.errno in TOO_MANY_FILES:  # not a fault of the files
                 raise storage_unavailable(f"{version.id} cannot be loaded now", error) from error
             _log.error("adapter_unavailable", adapter=version.id, reason=str(error))
             raise AdapterUnavailable(f"{version.id} cannot be loaded: its files are missing or damaged.") from error
-        self._loaded[version.key] = None
 
-    async def _make_room(self) -> None:
-        victim = next((key for key in self._loaded if not self._host.adapter_in_use(key)), None)
-        if victim is None:
-            raise AdaptersBusy(
-                f"All {self._most} adapter versions in memory are answering requests, and the setting "
-                "adapters.max_loaded allows no more. Try again later."
-            )
-        del self._loaded[victim]
-        await self._host.unload_adapter(victim)
+    async def _forget_unused(self) -> None:
+        if len(self._named) >= MAX_NAMED:
+            unused = next((key for key in self._named if not self._host.adapter_in_use(key)), None)
+            if unused is not None:
+                del self._named[unused]
+                await self._host.unload_adapter(unused)

@@ -32,7 +32,7 @@ from runtime.trainer.sliced_run import MakeRun
 from runtime.workers.adapter_slots import AdapterSlots, lora_dtype
 from runtime.workers.executor import Executor, InProcessExecutor
 from runtime.workers.worker import Worker
-from settings.schema import CacheSettings, ParallelSettings, SchedulerSettings, Settings
+from settings.schema import AdapterSettings, CacheSettings, ParallelSettings, SchedulerSettings, Settings
 
 DEFAULT_CONTEXTS = 4
 """Full contexts that the cache holds without a setting, if they fit in a quarter of the free memory."""
@@ -220,7 +220,12 @@ def _assembled(
     """`device`: the device of this process or of its ranks."""
     defaults = _defaults(settings, checkpoint, decoder)
     scheduler = make_scheduler(
-        settings.scheduler, settings.cache, cache.num_blocks, decoder.spec.window, cache.num_host_blocks
+        settings.scheduler,
+        settings.cache,
+        cache.num_blocks,
+        decoder.spec.window,
+        cache.num_host_blocks,
+        settings.adapters,
     )
     shape = CacheShape(
         max_model_len=cache.max_len,
@@ -264,6 +269,7 @@ def make_scheduler(
     num_blocks: int,
     window: int | None = None,
     num_host_blocks: int = 0,
+    adapters: AdapterSettings | None = None,
 ) -> Scheduler:
     """The scheduler and its block pool. `window`: most tokens that the model attends to; `num_host_blocks`:
     blocks in host memory for the KV of preempted sequences."""
@@ -279,6 +285,7 @@ def make_scheduler(
         speculation=speculation,
         sliding_window=window,
         swap=SwapSpace(num_host_blocks) if num_host_blocks else None,
+        adapters=adapters,
     )
 
 

@@ -9,8 +9,8 @@ from types import TracebackType
 from msgspec.structs import replace
 
 from runtime.engine.hooks import Hooks
-from runtime.errors import EngineFailure, GrammarTooComplex, RequestError
-from runtime.messages import GRAMMAR_TOO_COMPLEX, FinishReason, Output
+from runtime.errors import AdapterUnavailable, EngineFailure, GrammarTooComplex, RequestError
+from runtime.messages import ADAPTER_UNLOADED, ADAPTER_UNREADABLE, GRAMMAR_TOO_COMPLEX, FinishReason, Output
 from runtime.metrics import Metrics
 from runtime.scheduler import INTERNAL_ERROR, Committed, Request, Scheduler
 from runtime.text.detokenizer import Detokenizer
@@ -225,8 +225,8 @@ class OutputStream:
         return self
 
     async def __anext__(self) -> Output:
-        """The next delta. Raises `EngineFailure`, `GrammarTooComplex`, or what `fail` was given, for a request that
-        failed."""
+        """The next delta. Raises `EngineFailure`, `GrammarTooComplex`, `AdapterUnavailable`, or what `fail` was given,
+        for a request that failed."""
         if self._exhausted:
             raise StopAsyncIteration
         while not self._queue:
@@ -251,4 +251,6 @@ def _failure(error: str | None) -> RequestError:
     """The failure of a request by its `Output.error`."""
     if error == GRAMMAR_TOO_COMPLEX:
         return GrammarTooComplex(error)
+    if error in (ADAPTER_UNLOADED, ADAPTER_UNREADABLE):
+        return AdapterUnavailable(error)
     return EngineFailure(error or "The engine failed.")

@@ -11,11 +11,13 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, islice
 
+from runtime.engine.adapters import AdapterFiles, AdapterLoads
 from runtime.engine.beams import BeamSearches
 from runtime.engine.delivery import Delivery
 from runtime.engine.hooks import Hooks
 from runtime.errors import AdapterUnavailable, ContextLengthExceeded, InvalidRequest, TooManyRequests
 from runtime.messages import (
+    ADAPTER_UNLOADED,
     FinishReason,
     Output,
     RidingRow,
@@ -93,7 +95,8 @@ class Engine:
         self._adapters: set[str] = set()
         """Keys that new requests may name."""
         self._tokenizers: dict[str, Tokenizer] = {}
-        """Tokenizers of the versions in memory that have tokens of their own."""
+        """Tokenizers of versions that requests may name and that have tokens of their own."""
+        self.adapter_loads = AdapterLoads(scheduler.adapters, executor, self._pipeline, metrics)
         self._leaving: set[str] = set()
         """Keys that no new request may name, kept in memory for requests that still run."""
         self._failed_steps = 0
@@ -123,6 +126,7 @@ class Engine:
         """
         ahead = ahead and self._asynchronous and not self.scheduler.guesses
         outputs = [] if ahead else self.settle()
+        self.adapter_loads.advance()
         row = None if ride is None or ahead else self._offer(*ride)
         try:
             plan = self.scheduler.schedule(ahead=ahead, riding=row)
@@ -226,8 +230,14 @@ class Engine:
         return len(self.scheduler) > 0 or len(self._flights) > 0
 
     @property
+    def only_reads(self) -> bool:
+        """True if there is nothing to do before an adapter version is read."""
+        return not self._flights and self.scheduler.only_reads
+
+    @property
     def prefilling(self) -> bool:
-        """True if some request has no token yet. Of a long queue only the head counts."""
+        """True if some request has no token yet and does not wait for an adapter. Of a long queue only the head
+        counts."""
         return any(self._without_token())
 
     @property
@@ -238,7 +248,7 @@ class Engine:
         return min(arrivals, default=None)
 
     def _without_token(self) -> Iterator[Request]:
-        requests = chain(self.scheduler.running, islice(self.scheduler.waiting, MAX_QUEUE_HEAD))
+        requests = chain(self.scheduler.running, islice(self.scheduler.waiting.policy, MAX_QUEUE_HEAD))
         return (one for one in requests if one.num_generated == 0)
 
     # -- lost workers --------------------------------------------------------------------------
@@ -336,7 +346,7 @@ class Engine:
 
     def _begin(self, submission: Submission) -> None:
         if submission.adapter and submission.adapter not in self._adapters:
-            raise AdapterUnavailable("The adapter version that this request was for is not loaded any more.")
+            raise AdapterUnavailable(ADAPTER_UNLOADED)
         params = submission.params
         most = 0 if submission.pooling is not None else params.max_tokens or self.max_len
         request = Request(
@@ -378,27 +388,39 @@ class Engine:
 
     @property
     def adapters(self) -> frozenset[str]:
-        """Keys of the versions in memory."""
+        """Keys of the versions in memory, and of those that requests may name."""
         return frozenset(self._adapters | self._leaving)
 
     def tokenizer_of(self, key: str) -> Tokenizer:
         """The tokenizer of a version in memory, or of the base (an empty key)."""
         return self._tokenizers.get(key, self.tokenizer)
 
+    def add_adapter(self, key: str, files: AdapterFiles, tokenizer: Tokenizer | None = None) -> None:
+        """Let requests name a version, which is loaded as they need it: at most `adapters.max_loaded` of these are in
+        memory at once. `tokenizer`: its own, where it has tokens of its own."""
+        self.adapter_loads.add(key, files)
+        self._admit_adapter(key, tokenizer)
+
     def load_adapter(self, key: str, tokenizer: Tokenizer | None = None) -> None:
-        """Let requests name a version that was prepared. `tokenizer`: its own, where it has tokens of its own."""
+        """Let requests name a version that was prepared; it stays in memory until it is unloaded. `tokenizer`: its own,
+        where it has tokens of its own."""
         self._pipeline.in_order(lambda: self._executor.load_adapter(key))
+        self._admit_adapter(key, tokenizer)
+        self.metrics.on_adapter_loaded(key)
+
+    def _admit_adapter(self, key: str, tokenizer: Tokenizer | None) -> None:
         if tokenizer is not None:
             self._tokenizers[key] = tokenizer
         self._leaving.discard(key)
         self._adapters.add(key)
-        self.metrics.on_adapter_loaded(key)
 
     def unload_adapter(self, key: str) -> None:
-        """Refuse new requests for a version, and free its memory once the last request for it has ended."""
+        """Refuse new requests for a version, end those that wait for it to be loaded, and free its memory once the last
+        request for it has ended."""
         if key in self._adapters:
             self._adapters.discard(key)
             self._leaving.add(key)
+            self.scheduler.adapters.lose(key, ADAPTER_UNLOADED)
         self._let_go(key)
 
     def _release_adapter(self, request: Request) -> None:
@@ -413,6 +435,7 @@ class Engine:
         if key in self._leaving and not self._adapter_uses[key]:
             self._leaving.discard(key)
             self._tokenizers.pop(key, None)
+            self.adapter_loads.remove(key)
             self._pipeline.in_order(lambda: self._executor.unload_adapter(key))
             self.metrics.on_adapter_unloaded(key)
 
@@ -449,6 +472,7 @@ class Engine:
                 running=len(scheduler.running),
                 waiting=len(scheduler.waiting),
                 deferred=scheduler.waiting.num_deferred,
+                without_adapter=len(scheduler.adapters),
                 used_blocks=blocks.num_blocks - blocks.num_free,
                 swapped_blocks=scheduler.num_swapped,
             )
@@ -465,4 +489,7 @@ class Engine:
             metrics.on_preemptions(news.preemptions)
             metrics.on_prefix_lookup(news.prefix_queries, news.prefix_hits)
             metrics.on_drafts(news.drafted, news.accepted, drafts=news.drafts)
+            metrics.on_prompt_pace(
+                news.paced_steps, news.paced_tokens, late=news.late_steps, reserve=scheduler.prompt_reserve
+            )
             metrics.on_swap(out=news.swapped_out, back=news.swapped_in)

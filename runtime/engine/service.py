@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from runtime.adapters.card import Card, read_card
 from runtime.checkpoints.peft import AdapterInvalid
+from runtime.engine.adapters import AdapterFiles
 from runtime.engine.assembly import Assembled, assemble
 from runtime.engine.delivery import OutputStream
 from runtime.errors import Conflict, EngineFailure, EngineUnavailable, RequestError
@@ -39,11 +40,8 @@ if TYPE_CHECKING:
 
 # -- gathering -------------------------------------------------------------------------------------
 #
-# Short delay before a new request begins, so that requests right behind it join the same step.
-#
-# Requests that ran together often end together, and their clients send the next ones within milliseconds. If the
-# first of them began at once, all others would wait until its prompt is computed, instead of being computed along
-# with it.
+# Short delay before a new request begins, so that those right behind it join the same step: requests that ran together
+# often end together, and if the first of the next ones began at once, the others would wait for its prompt.
 
 LONGEST = 0.005
 """Longest delay, in seconds."""
@@ -77,13 +75,8 @@ class Gathering:
         return 0.0
 
 
-# -- background ------------------------------------------------------------------------------------
-#
-# Interface of the work that the engine thread does between its steps, and while no request is there.
-
-
 class Background(Protocol):
-    """Work in small slices. All methods run on the engine thread, except `ready`, which any thread may call."""
+    """Work between steps, in small slices. All methods run on the engine thread, but any may call `ready`."""
 
     @property
     def ready(self) -> bool:
@@ -102,6 +95,9 @@ class Background(Protocol):
 
 # The longest that the exit of a process waits for the step of a thread that was not stopped.
 ABANDONED_SECONDS = 2.0
+
+# The longest that the engine thread waits for the read of an adapter before it looks for requests whose time is up.
+MAX_READ_WAIT_SECONDS = 0.1
 
 T = TypeVar("T")
 
@@ -174,6 +170,7 @@ class EngineService:
         """Start the engine thread. Called in the running event loop that will receive the outputs."""
         self._loop = asyncio.get_running_loop()
         self.engine.on_loss(lambda: self.on_engine_thread(lambda: None))
+        self.engine.adapter_loads.notify = lambda: self.on_engine_thread(lambda: None)
         self._thread.start()
         atexit.register(self._end_thread)
 
@@ -318,9 +315,33 @@ class EngineService:
         """Serve these by name. On the event loop, before the first request."""
         self.adapters = library
 
+    async def add_adapter(self, key: str, files: AdapterFiles) -> None:
+        """Let requests name a version, whose files are checked first. It is loaded as they need it. Raises what `files`
+        does, `AdapterInvalid`, `EngineUnavailable`."""
+        self._require_workers()
+        tokenizer = await asyncio.to_thread(lambda: self._tokenizer_in(Path(files())))
+        await self.call(lambda: self.engine.add_adapter(key, files, tokenizer))
+
+    async def warm_adapter(self, key: str) -> None:
+        """Read a version that was added, and load it if there is room. Raises `AdapterInvalid`, `OSError`,
+        `EngineUnavailable`."""
+        engine = self.engine
+        if not await self.call(lambda: engine.scheduler.adapters.begin_read(key)):
+            return
+        try:
+            await call_in_fresh_thread(engine.adapter_loads.read, key)
+        except Exception as error:
+            await self.call(partial(engine.adapter_loads.warm, key, error))
+            raise
+        await self.call(partial(engine.adapter_loads.warm, key, None))
+
+    def adapter_loaded(self, key: str) -> bool:
+        """True if a version that was added is in memory."""
+        return self.engine.scheduler.adapters.holds(key)
+
     async def load_adapter(self, key: str, directory: str) -> None:
-        """Read an adapter version's files beside the engine, then let requests name it. When the caller is cancelled,
-        the load still runs to its end, and the adapter is unloaded then. Raises `AdapterInvalid`,
+        """Read an adapter version's files beside the engine, then let requests name it, in a place of its own. When the
+        caller is cancelled, the load still runs to its end, and the adapter is unloaded then. Raises `AdapterInvalid`,
         `EngineUnavailable`."""
         while key in self._reverts:
             await asyncio.wait([self._reverts[key]])
@@ -455,6 +476,8 @@ class EngineService:
                     self._recover()
                 elif self.engine.busy:
                     if not self._gather():
+                        if self.engine.only_reads:
+                            self._sleep(MAX_READ_WAIT_SECONDS)
                         self._step()
                 elif self.background is not None:
                     self._train(self.background.idle)
@@ -492,11 +515,15 @@ class EngineService:
             now=time.monotonic(),
         )
         if seconds:
-            self._busy_since = None
-            with self._wake:
-                if not self._inbox and not self._stopping:
-                    self._wake.wait(seconds)
+            self._sleep(seconds)
         return seconds > 0
+
+    def _sleep(self, seconds: float) -> None:
+        """Wait for a message, for `seconds` at most."""
+        self._busy_since = None
+        with self._wake:
+            if not self._inbox and not self._stopping:
+                self._wake.wait(seconds)
 
     def _step(self) -> None:
         background = self.background if self.background is not None and self.background.ready else None

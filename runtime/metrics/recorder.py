@@ -107,6 +107,8 @@ class EngineLoad(Struct, frozen=True, kw_only=True):
     waiting: int = 0
     deferred: int = 0
     """Sequences among the waiting ones that would fit, but must not run."""
+    without_adapter: int = 0
+    """Sequences among the waiting ones whose adapter version has no place in memory."""
     used_blocks: int = 0
     swapped_blocks: int = 0
     """Blocks whose content is in host memory."""
@@ -175,8 +177,8 @@ class Metrics:
         self._engines: list[EngineGauges] = []
         """Engines that have not ended, the newest last."""
         self._engines_lock = threading.Lock()
-        self._shown_requests = (0, 0, 0)
-        """Running, waiting and deferred requests, as the gauges have them."""
+        self._shown_requests = (0, 0, 0, 0)
+        """Running, waiting and deferred requests, and those without an adapter, as the gauges have them."""
         self._shown_swapped = 0
         """Bytes of what is swapped out, as the gauge has them."""
         self._step_tokens = 0
@@ -227,14 +229,15 @@ class Metrics:
         with self._engines_lock:
             load, gauges = self.load, self._gauges
             gauges["kv_cache_usage_perc"].set(self.kv_usage)
-            requests = load.running, load.waiting, load.deferred
+            requests = load.running, load.waiting, load.deferred, load.without_adapter
             if self._shown_requests != requests:  # they change less often than blocks are taken
                 self._shown_requests = requests
                 gauges["num_requests_running"].set(load.running)
                 gauges["num_requests_waiting"].set(load.waiting)
                 by_reason = gauges["num_requests_waiting_by_reason"]
-                by_reason.labels("capacity").set(load.waiting - load.deferred)
+                by_reason.labels("capacity").set(load.waiting - load.deferred - load.without_adapter)
                 by_reason.labels("deferred").set(load.deferred)
+                by_reason.labels("adapter").set(load.without_adapter)
             swapped = sum(one.load.swapped_blocks * one.shape.block_bytes for one in self._engines)
             if self._shown_swapped != swapped:
                 self._shown_swapped = swapped
@@ -270,7 +273,7 @@ class Metrics:
 
     def _fill_labels(self) -> None:
         """Bounded label sets are there from the start, at 0: a rate needs a first sample to rise from."""
-        for reason in ("capacity", "deferred"):
+        for reason in ("capacity", "deferred", "adapter"):
             self._gauges["num_requests_waiting_by_reason"].labels(reason)
         for state in SLEEP_STATES:
             self._gauges["engine_sleep_state"].labels(state).set(state == "awake")
@@ -304,6 +307,16 @@ class Metrics:
         self._counters["spec_decode_num_drafts"].inc(drafts)
         self._counters["spec_decode_num_draft_tokens"].inc(drafted)
         self._counters["spec_decode_num_accepted_tokens"].inc(accepted)
+
+    def on_prompt_pace(self, steps: int, tokens: int, *, late: int, reserve: float) -> None:
+        """`steps` had `tokens` of prompts beside streams with a target, which `late` of them missed. `reserve`: part of
+        the time for prompts that is held back from now on."""
+        if not steps:
+            return
+        for _ in range(steps):
+            self._histograms["prompt_chunk_tokens"].observe(tokens / steps)
+        self._counters["prompt_target_misses"].inc(late)
+        self._gauges["prompt_reserve"].set(reserve)
 
     def on_swap(self, *, out: int, back: int) -> None:
         """`out` blocks were copied to host memory, and `back` blocks from it."""

@@ -94,15 +94,21 @@ class PromptPace:
         """True if there is a target, so that steps are to be told."""
         return self._target is not None
 
-    def on_step(self, work: StepWork, seconds: float) -> None:
-        """A step has taken `seconds`."""
+    @property
+    def reserve(self) -> float:
+        """Part of the time for prompts that is held back, as steps were late."""
+        return self._reserve
+
+    def on_step(self, work: StepWork, seconds: float) -> bool:
+        """A step has taken `seconds`. Returns True if prompts made it miss the target: its streams alone would have
+        kept it."""
         if self._target is None or seconds <= 0:
-            return
+            return False
         if not work.tokens:
             if work.streams:
                 mean = self._alone.setdefault(work.streams.bit_length(), Mean())
                 mean.add(min(seconds, MAX_SURPRISE * mean.value) if mean.value else seconds)
-            return
+            return False
         alone = self._seconds_alone(work.streams)
         depth = work.depth / DEPTH_UNIT
         token, deeper = self._prices()
@@ -116,12 +122,14 @@ class PromptPace:
         self._products = [
             COST_DECAY * old + add for old, add in zip(self._products, (price, price * mean_depth), strict=True)
         ]
-        if work.streams and alone <= self._target:  # else no chunk would be small enough
-            late = seconds > self._target
-            # Half of the late steps that the percentile allows: so it holds where they come in turns with others.
-            allowed = (1 - self._percentile) / 2
-            part = 1 - allowed if late else -allowed
-            self._reserve = min(MAX_RESERVE, max(0.0, self._reserve + RESERVE_STEP * part))
+        if not work.streams or alone > self._target:  # no chunk would be small enough
+            return False
+        late = seconds > self._target
+        # Half of the late steps that the percentile allows: so it holds where they come in turns with others.
+        allowed = (1 - self._percentile) / 2
+        part = 1 - allowed if late else -allowed
+        self._reserve = min(MAX_RESERVE, max(0.0, self._reserve + RESERVE_STEP * part))
+        return late
 
     def seconds_beside(self, streams: int) -> float:
         """Seconds that prompts may take in a step with this number of streams; infinity: as long as they want."""
@@ -234,6 +242,13 @@ class SchedulerCounts:
     drafted: int = 0
     accepted: int = 0
     """Drafted tokens that proved right."""
+
+    paced_steps: int = 0
+    """Steps with prompts beside streams that have a target."""
+    paced_tokens: int = 0
+    """Tokens of prompts in `paced_steps`."""
+    late_steps: int = 0
+    """Those of `paced_steps` that missed the target because of their prompts."""
 
     swapped_out: int = 0
     """Blocks of preempted sequences copied to host memory."""

@@ -216,6 +216,7 @@ class Planner:
         steps that do nothing but decode, if there is room."""
         planning = Planning(step, self._budget, alone=guess)
         if self._policy.preemptive:
+            self._free_place(planning)
             self._replace_outranked(planning, now)
         self._continue_running(planning, self._speculation if guess else None)
         while planning.takes_prompts and (head := self._head(now)) is not None and self._try_admit(head, planning, now):
@@ -383,6 +384,23 @@ class Planner:
                 if head.finished or not victims:
                     return
                 self._preempt(victims.pop(), planning)
+
+    def _free_place(self, planning: Planning) -> None:
+        """Preempt all requests of an adapter version that a request which waits for a place outranks."""
+        adapters = self._queue.adapters
+        if (waiting := adapters.first_without_place) is None:
+            return
+        users: dict[str, list[Request]] = {}
+        for request in self._running.requests:
+            users.setdefault(request.submission.adapter, []).append(request)
+        for key, requests in users.items():
+            outranked = adapters.may_lose(key) and self._victims.outranked(waiting, requests)
+            if outranked and len(outranked) == len(requests):
+                adapters.promise(key, waiting.submission.adapter)
+                self._queue.defer(key)
+                for request in outranked:
+                    self._preempt(request, planning)
+                return
 
     def _break_deadlock(self, planning: Planning, now: float) -> None:
         """Resolve a deadlock of beams, some of which wait for a sibling and hold slots or blocks that it needs. They

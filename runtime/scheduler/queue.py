@@ -1,7 +1,7 @@
 """The waiting requests: their order, the queue's limits, their deadlines.
 
-`Queue` holds all requests that wait: in the policy's order, as followers of another choice of the same prompt, or as
-beams that wait for their search. `Deadlines` has the requests whose time is up.
+`Queue` holds all requests that wait: in the policy's order, as followers of another choice of the same prompt, as
+beams that wait for their search, or for a place for their adapter. `Deadlines` has the requests whose time is up.
 """
 
 import itertools
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from heapq import heapify, heappop, heappush
 
 from runtime.errors import TooManyRequests
+from runtime.scheduler.adapters import AdapterPlaces
 from runtime.scheduler.pace import Pace
 from runtime.scheduler.policies import Policy
 from runtime.scheduler.request import Request
@@ -93,10 +94,12 @@ class Deadlines:
 
 
 class Queue:
-    """The policy's queue, and beside it the followers, which join it once their leader's prompt is computed."""
+    """The policy's queue, and beside it the followers, which join it once their leader's prompt is computed, and
+    requests whose adapter version has no place in memory."""
 
-    def __init__(self, policy: Policy, settings: SchedulerSettings, pace: Pace) -> None:
+    def __init__(self, policy: Policy, settings: SchedulerSettings, pace: Pace, adapters: AdapterPlaces) -> None:
         self.policy = policy
+        self.adapters = adapters
         self._max_waiting = settings.max_waiting
         self._max_tokens = settings.max_waiting_tokens
         self.pace = pace
@@ -106,12 +109,13 @@ class Queue:
         self._num_tokens = 0
 
     def __len__(self) -> int:
-        return len(self.policy) + self.num_deferred
+        return len(self.policy) + self.num_deferred + len(self.adapters)
 
     def __iter__(self) -> Iterator[Request]:
         yield from self.policy
         yield from self.followers
         yield from self._aside.values()
+        yield from self.adapters
 
     @property
     def num_deferred(self) -> int:
@@ -149,14 +153,31 @@ class Queue:
         if request.awaiting_expansion:
             self._aside[request.id] = request
             return
-        self.policy.push(request)
         self._num_tokens += len(request.tokens)
+        self._place(request)
+
+    def _place(self, request: Request) -> None:
+        if not self.adapters.admits(request.submission.adapter):
+            self.adapters.wait(request)
+            return
+        self.policy.push(request)
+        self.adapters.on_queued(request)
 
     def remove(self, request: Request) -> None:
         """The request is admitted, or ends while it waits."""
-        if self._aside.pop(request.id, None) is None and not self.followers.remove(request):
+        if self._aside.pop(request.id, None) is not None or self.followers.remove(request):
+            return
+        self._num_tokens -= len(request.tokens)
+        if not self.adapters.discard(request):
             self.policy.remove(request)
-            self._num_tokens -= len(request.tokens)
+            self.adapters.on_dequeued(request)
+
+    def defer(self, key: str) -> None:
+        """Let the requests of an adapter version wait until it has a place again."""
+        for request in [one for one in self.policy if one.submission.adapter == key]:
+            self.policy.remove(request)
+            self.adapters.on_dequeued(request)
+            self.adapters.wait(request)
 
     def recall(self, request: Request) -> None:
         """Queue a beam whose search continues."""
@@ -165,6 +186,8 @@ class Queue:
 
     def head(self) -> Request | None:
         """The request to admit next."""
+        for request in self.adapters.take_recalled():
+            self._place(request)
         return self.policy.peek()
 
     def release(self, leader: Request) -> None:
@@ -175,4 +198,6 @@ class Queue:
 
     def check_integrity(self) -> None:
         """Raise `AssertionError` when the count of tokens is wrong."""
-        assert self._num_tokens == sum(len(r.tokens) for r in self.policy), "waiting tokens are miscounted"
+        placed = [*self.policy, *self.adapters]
+        assert self._num_tokens == sum(len(r.tokens) for r in placed), "waiting tokens are miscounted"
+        self.adapters.check_integrity()

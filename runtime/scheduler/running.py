@@ -7,6 +7,7 @@ from typing import Protocol
 
 from runtime.blocks import NO_MATCH, BlockManager, BlockTable, SwapSpace
 from runtime.messages import Move, RidingRow
+from runtime.scheduler.adapters import AdapterPlaces
 from runtime.scheduler.pace import SchedulerCounts
 from runtime.scheduler.policies import Policy
 from runtime.scheduler.request import Request, RequestState
@@ -43,8 +44,9 @@ def allocate(blocks: BlockManager, request: Request, num_tokens: int) -> Allocat
 class RunningRequests:
     """A fixed number of slots. Entering and leaving take the same time wherever in the order a request is."""
 
-    def __init__(self, blocks: BlockManager, num_slots: int) -> None:
+    def __init__(self, blocks: BlockManager, num_slots: int, adapters: AdapterPlaces) -> None:
         self.blocks = blocks
+        self._adapters = adapters
         self.riding = RidingTables(blocks)
         """Blocks of sequences in training, which every request goes before."""
         self.num_slots = num_slots
@@ -79,6 +81,7 @@ class RunningRequests:
             request.source = None
         request.slot = slot = self._free.pop()
         self._held[slot] = request
+        self._adapters.on_admission(request)
 
     def leave(self, request: Request, *, forget: bool = False) -> None:
         """Free slot and blocks. With `forget` the blocks leave the prefix cache."""
@@ -88,6 +91,7 @@ class RunningRequests:
         del self._held[request.slot]
         self._free.append(request.slot)
         request.table = request.slot = None
+        self._adapters.on_leave(request)
 
     def clear(self) -> None:
         """Make every slot free again."""
@@ -95,6 +99,7 @@ class RunningRequests:
         for request in self._held.values():
             request.table = request.slot = None
         self._held.clear()
+        self._adapters.stop_running()
         self._free = list(range(self.num_slots - 1, -1, -1))
 
     def check_integrity(self) -> None:

@@ -20,6 +20,7 @@ from msgspec.structs import replace
 from runtime.blocks import BlockManager, SwapSpace
 from runtime.errors import Conflict
 from runtime.messages import FinishReason, RidingRow, Row, StepPlan, StepResult, TokenLogprob, new_sequence_id
+from runtime.scheduler.adapters import AdapterPlaces
 from runtime.scheduler.drafts import Speculation
 from runtime.scheduler.pace import Pace, SchedulerCounts, StepWork
 from runtime.scheduler.planner import INTERNAL_ERROR, Planner, SlotLease
@@ -29,7 +30,7 @@ from runtime.scheduler.request import Request, RequestState
 from runtime.scheduler.running import PreemptionBackend, Recompute, RidingTables, RunningRequests, Swap
 from runtime.support.failpoints import ENABLED, failpoint
 from runtime.support.logs import get_logger
-from settings.schema import SchedulerSettings
+from settings.schema import AdapterSettings, SchedulerSettings
 
 log = get_logger(__name__)
 
@@ -84,10 +85,12 @@ class Scheduler:
         speculation: Speculation | None = None,
         sliding_window: int | None = None,
         swap: SwapSpace | None = None,
+        adapters: AdapterSettings | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`sliding_window`: most tokens that a token attends to, itself included; None for all before it.
-        `swap`: host memory for the KV of preempted requests; None: it is recomputed."""
+        `swap`: host memory for the KV of preempted requests; None: it is recomputed. `adapters`: limits of
+        `adapters`; default: those of the settings."""
         self.blocks = blocks
         self.policy = policy
         self.counts = SchedulerCounts()
@@ -95,8 +98,11 @@ class Scheduler:
         self._speculation = speculation
         self._clock = clock
         self._pace = Pace(settings.tpot_target, settings.tpot_percentile)
-        self.waiting = Queue(policy, settings, self._pace)
-        self._running = RunningRequests(blocks, settings.max_running)
+        limits = adapters or AdapterSettings()
+        self.adapters = AdapterPlaces(limits.max_loaded, limits.max_place_wait, clock=clock, rank=policy.rank)
+        """Places of adapter versions in memory."""
+        self.waiting = Queue(policy, settings, self._pace, self.adapters)
+        self._running = RunningRequests(blocks, settings.max_running, self.adapters)
         self._backend: PreemptionBackend = Recompute() if swap is None else Swap(swap, blocks.block_size, self.counts)
         self._planner = Planner(
             self.waiting,
@@ -137,9 +143,19 @@ class Scheduler:
         return self._running.riding
 
     @property
+    def only_reads(self) -> bool:
+        """True if there is nothing to compute before some adapter version is read."""
+        return self.adapters.reads and not self._running.requests and not len(self.policy)
+
+    @property
     def step_seconds(self) -> float:
         """Usual time of a step, in seconds; 0 before the first."""
         return self._pace.step_seconds
+
+    @property
+    def prompt_reserve(self) -> float:
+        """Part of the time beside streams that is held back from prompts, as steps were late."""
+        return self._pace.prompts.reserve
 
     @property
     def num_preemptions(self) -> int:
@@ -243,6 +259,10 @@ class Scheduler:
         now = self._clock()
         for late in self._deadlines.passed(now):
             self._end(late, "timeout")
+        for request, error in self.adapters.take_lost():
+            self._end(request, "error", error)
+        for key in self.adapters.promise_places():
+            self.waiting.defer(key)
         self._step += 1
         self._num_fresh = 0
         planning = self._planner.plan(self._step, now, guess=not ahead, idle=not self._flights, riding=riding)
@@ -259,7 +279,12 @@ class Scheduler:
         seconds = now - max(flight.planned, self._last_commit)
         self._pace.on_step(plan.num_tokens, len(plan.rows), seconds)
         if self._pace.prompts.learns:
-            self._pace.prompts.on_step(work_of(plan), seconds)
+            work = work_of(plan)
+            late = self._pace.prompts.on_step(work, seconds)
+            if work.streams and work.tokens:
+                self.counts.paced_steps += 1
+                self.counts.paced_tokens += work.tokens
+                self.counts.late_steps += late
         self._last_commit = now
         if (ride := plan.riding) is not None and result.ridden and ride.start + ride.count == ride.length:
             self.riding.release(ride.ride)

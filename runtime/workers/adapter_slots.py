@@ -89,10 +89,8 @@ class AdapterSlots:
     def prepare(self, key: str, directory: str) -> None:
         """Read an adapter's files (format of PEFT), ready to be loaded. Raises `AdapterInvalid`."""
         failpoint("adapters.prepare", key)
-        with self._lock:
-            if (unused := self._unused.pop(key, None)) is not None:
-                self._prepared[key] = unused
-                return
+        if self.revive(key):
+            return
         adapter = read_adapter(Path(directory), self._base, max_rank=self._max_rank)
         vocabulary = adapter.vocabulary
         if vocabulary is not None:
@@ -102,6 +100,14 @@ class AdapterSlots:
         with self._lock:
             self._prepared[key] = loaded
 
+    def revive(self, key: str) -> bool:
+        """Prepare an adapter that was unloaded and is still in memory; False where it is not. Any thread."""
+        with self._lock:
+            if (unused := self._unused.pop(key, None)) is None:
+                return False
+            self._prepared[key] = unused
+            return True
+
     def load(self, key: str) -> None:
         """Let rows use what was prepared under `key`, from the next step on. Raises `KeyError`."""
         with self._lock:
@@ -110,11 +116,12 @@ class AdapterSlots:
         self._loaded[key] = loaded
 
     def unload(self, key: str) -> None:
-        """Release an adapter's memory, or keep it for its next use. No row may need it any more. Unknown keys are
-        fine."""
+        """Release an adapter's memory, or keep it for its next use, also where it was only prepared. No row may need it
+        any more. Unknown keys are fine."""
         loaded = self._loaded.pop(key, None)
         with self._lock:
-            self._prepared.pop(key, None)
+            prepared = self._prepared.pop(key, None)
+            loaded = loaded or prepared
             if loaded is None or loaded.num_bytes > self._unused_memory:
                 return
             self._unused[key] = loaded

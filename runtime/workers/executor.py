@@ -32,6 +32,10 @@ class Executor(Protocol):
         """Read an adapter version's files and check them. Callable from any thread; changes nothing yet.
         Raises `AdapterInvalid`."""
 
+    def revive_adapter(self, key: str) -> bool:
+        """Prepare a version that was unloaded from what is still in memory of it; False where nothing is. Callable from
+        any thread."""
+
     def load_adapter(self, key: str) -> None:
         """Serve what was prepared under `key`, from the next step on."""
 
@@ -90,6 +94,9 @@ class RowByRow(ABC):
 
     def offer(self, ride: Ride) -> None:
         raise RuntimeError("tokens of training do not ride here")
+
+    def revive_adapter(self, key: str) -> bool:
+        return False
 
     def unload(self) -> None:
         """Let go of weights and cache that this process holds, after `close`."""
@@ -181,6 +188,9 @@ class InProcessExecutor(RowByRow):
 
     def prepare_adapter(self, key: str, directory: str) -> None:
         self._slots.prepare(key, directory)
+
+    def revive_adapter(self, key: str) -> bool:
+        return self._slots.revive(key)
 
     def load_adapter(self, key: str) -> None:
         self._slots.load(key)

@@ -19,25 +19,38 @@ from tests.parity.llama import load
 
 
 class FakeHost:
-    """Reads adapters as the engine does, and remembers which are loaded."""
+    """Reads adapters as the engine does, with a place for each, and remembers which may be named and which are
+    loaded."""
 
     model_name = "base-model"
 
     def __init__(self, base: LoraBase) -> None:
         self.lora_base = base
         self.metrics = Metrics("m", vllm_names=False, shape=CacheShape(max_model_len=64, block_size=16, num_blocks=4))
+        self.named: dict[str, Callable[[], str]] = {}
         self.loaded: list[str] = []
         self.used: set[str] = set()
         self.gate = asyncio.Event()
         self.gate.set()
 
-    async def load_adapter(self, key: str, directory: str) -> None:
-        read_adapter(Path(directory), self.lora_base, max_rank=64)
+    async def add_adapter(self, key: str, files: Callable[[], str]) -> None:
+        files()
         await self.gate.wait()
-        self.loaded.append(key)
+        self.named[key] = files
+
+    async def warm_adapter(self, key: str) -> None:
+        read_adapter(Path(self.named[key]()), self.lora_base, max_rank=64)
+        await self.gate.wait()
+        if key not in self.loaded:
+            self.loaded.append(key)
 
     async def unload_adapter(self, key: str) -> None:
-        self.loaded.remove(key)
+        del self.named[key]
+        if key in self.loaded:
+            self.loaded.remove(key)
+
+    def adapter_loaded(self, key: str) -> bool:
+        return key in self.loaded
 
     def adapter_in_use(self, key: str) -> bool:
         return key in self.used

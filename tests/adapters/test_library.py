@@ -14,8 +14,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from runtime.adapters.card import CARD, Card, Prompt, encode_card
 from runtime.adapters.library import AdapterLibrary
 from runtime.adapters.store import NameTaken
+from runtime.adapters.versions import digest
 from runtime.checkpoints.peft import AdapterInvalid
-from runtime.errors import AdaptersBusy, AdapterUnavailable, Conflict, InvalidRequest, NotFound
+from runtime.errors import AdapterUnavailable, Conflict, InvalidRequest, NotFound
 from runtime.model.lora_base import LoraBase
 from tests.adapters.conftest import FakeHost, with_library
 
@@ -199,24 +200,48 @@ def test_loading_the_same_files_again_is_the_same_version(
     with_library(tmp_path, tiny_base, body)
 
 
-def test_the_least_recently_used_idle_version_makes_room(
-    tmp_path: Path, tiny_base: LoraBase, sources: list[Path]
+def test_versions_that_were_not_named_for_longest_are_forgotten(
+    tmp_path: Path, tiny_base: LoraBase, sources: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("runtime.adapters.versions.MAX_NAMED", 2)
+
     async def body(library: AdapterLibrary, host: FakeHost) -> None:
         a, b, c = [await library.publish(name, source) for name, source in zip("abc", sources, strict=True)]
-        assert host.loaded == [b.key, c.key]
+        assert list(host.named) == [b.key, c.key]
         host.used = {b.key}
         await library.ready(a)
-        assert host.loaded == [b.key, a.key]
+        assert list(host.named) == [b.key, a.key]
         host.used = {a.key, b.key}
-        with pytest.raises(AdaptersBusy, match="All 2 adapter versions"):
-            await library.ready(c)
-        assert (await library.publish("a", sources[2])).number == 2  # published all the same, loaded when there is room
+        await library.ready(c)  # one more than the bound, as all are in use
         host.used = set()
         await asyncio.gather(*(library.ready(version) for version in (a, b, c) * 5))
-        assert len(host.loaded) == 2
+        assert set(host.named) == {a.key, b.key, c.key}
 
-    with_library(tmp_path, tiny_base, body, max_loaded=2)
+    with_library(tmp_path, tiny_base, body)
+
+
+def test_files_are_read_through_once_and_again_after_a_change(
+    tmp_path: Path, tiny_base: LoraBase, sources: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digests: list[Path] = []
+
+    def counted(directory: Path) -> str:
+        digests.append(directory)
+        return digest(directory)
+
+    monkeypatch.setattr("runtime.adapters.versions.digest", counted)
+
+    async def body(library: AdapterLibrary, host: FakeHost) -> None:
+        version = await library.publish("a", sources[0])
+        folder = str(library.directory(version))
+        assert [host.named[version.key]() for _ in range(3)] == [folder] * 3
+        assert len(digests) == 1
+        weights = library.directory(version) / "adapter_model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+        with pytest.raises(AdapterInvalid, match="files were changed"):
+            host.named[version.key]()
+
+    with_library(tmp_path, tiny_base, body)
 
 
 def test_in_use_or_drained(tmp_path: Path, tiny_base: LoraBase, sources: list[Path]) -> None:
@@ -266,11 +291,11 @@ def test_a_load_that_fails_in_the_middle_of_a_swap_leaves_the_old_version(
     async def body(library: AdapterLibrary, host: FakeHost) -> None:
         old = await library.publish("a", sources[0])
 
-        async def fail(key: str, directory: str) -> None:
+        async def fail(key: str) -> None:
             raise MemoryError("no")
 
         with monkeypatch.context() as patch:
-            patch.setattr(host, "load_adapter", fail)
+            patch.setattr(host, "warm_adapter", fail)
             with pytest.raises(MemoryError):
                 await library.publish("a", sources[1])
         assert library.resolve("a") == old

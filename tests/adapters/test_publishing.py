@@ -30,22 +30,22 @@ def test_they_are_found_by_name_and_step(tmp_path: Path, tiny_base: LoraBase, so
     with_library(tmp_path, tiny_base, body)
 
 
-def test_they_are_in_memory_when_asked_for_and_as_long_as_offered(
+def test_they_can_be_named_once_asked_for_and_as_long_as_offered(
     tmp_path: Path, tiny_base: LoraBase, sources: list[Path]
 ) -> None:
     async def body(library: AdapterLibrary, host: FakeHost) -> None:
         await library.offer("a", "job-1", {2: sources[0], 4: sources[1]})
         versions = library.checkpoints()
-        assert host.loaded == []
+        assert not host.named
         for version in versions:
             await library.ready(version)
-        assert host.loaded == [version.key for version in versions]
+        assert list(host.named) == [version.key for version in versions]
         await library.offer("a", "job-1", {4: sources[1], 6: sources[2]})
-        assert host.loaded == [versions[1].key]
+        assert list(host.named) == [versions[1].key]
         assert library.checkpoints()[0] is versions[1]  # read once
         await library.offer("b", "job-2", {2: sources[0]})
         await library.offer("a", "job-1", {})
-        assert host.loaded == []
+        assert not host.named
         assert [version.id for version in library.checkpoints()] == ["b:ckpt-step-2"]
 
     with_library(tmp_path, tiny_base, body)

@@ -2,7 +2,8 @@
 
 import asyncio
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,68 @@ def test_an_evaluation_that_is_cancelled_leaves_nothing(tiny_model: Path, tmp_pa
         assert list((tmp_path / "job").iterdir()) == []
 
     check_empty(run(tiny_model, body))
+
+
+def test_requests_for_more_versions_than_there_are_places_wait_for_one(tiny_model: Path, tmp_path: Path) -> None:
+    """Three versions over one place, all at once, and again: answers as one at a time. The base's do not wait."""
+    keys = [f"{name}@1:x" for name in "abc"]
+    for seed, key in enumerate(keys):
+        make_adapter(tiny_model, tmp_path / key, seed=seed + 1)
+    reads: list[str] = []
+
+    def files(key: str) -> Callable[[], str]:
+        def read() -> str:
+            reads.append(key)
+            return str(tmp_path / key)
+
+        return read
+
+    async def body(service: EngineService) -> None:
+        for key in keys:
+            await service.add_adapter(key, files(key))
+        await service.warm_adapter(keys[0])
+        await service.warm_adapter(keys[1])  # in its place: nothing used it
+        assert [service.adapter_loaded(key) for key in keys] == [False, True, False]
+        alone = [tokens(await gather(service.submit(ask(key, key)))) for key in keys]
+        assert len({tuple(one) for one in alone}) == 3
+        reads.clear()
+        for turn in range(2):
+            streams = [service.submit(ask(f"{n}/{turn}", key)) for key in ("", *keys) for n in (f"1{key}", f"2{key}")]
+            assert await service.call(lambda: len(service.engine.scheduler.adapters)) > 0
+            await service.call(service.engine.observe)
+            assert 'reason="adapter"} 0.0' not in service.metrics.render()[0].decode()
+            answers = [tokens(outputs) for outputs in await asyncio.gather(*map(gather, streams))]
+            assert answers[2:] == [one for one in alone for _ in range(2)]
+        await until(lambda: 'reason="adapter"} 0.0' in service.metrics.render()[0].decode())
+        assert reads == []  # they are still in memory
+
+    check_empty(run(tiny_model, body, max_loaded=1, max_place_wait="10ms"))
+
+
+def test_the_version_that_a_request_waits_for_goes_or_cannot_be_read(tiny_model: Path, tmp_path: Path) -> None:
+    make_adapter(tiny_model, tmp_path / "a")
+    folders = {"a@1:x": tmp_path / "a", "b@1:x": tmp_path / "a", "c@1:x": tmp_path / "nothing"}
+
+    async def body(service: EngineService) -> None:
+        service.tokenizer_of = lambda card: None  # type: ignore[method-assign]  # the folder goes after it was read
+        for key, folder in folders.items():
+            await service.add_adapter(key, partial(str, folder))
+        failpoints.configure("adapters.load=hold")
+        streams = [service.submit(ask(key, key)) for key in folders]
+        await until(lambda: failpoints.passed("adapters.load"))
+        gone = asyncio.create_task(service.unload_adapter("b@1:x"))
+        failpoints.release("adapters.load")
+        await gone
+        assert (await gather(streams[0]))[-1].finish_reason == "length"
+        with pytest.raises(AdapterUnavailable, match="is not loaded any more"):
+            await gather(streams[1])
+        with pytest.raises(AdapterUnavailable, match="missing or damaged"):
+            await gather(streams[2])
+        with pytest.raises(AdapterInvalid):
+            await service.warm_adapter("c@1:x")
+        assert (await gather(service.submit(ask("again", "a@1:x"))))[-1].finish_reason == "length"
+
+    check_empty(run(tiny_model, body, max_loaded=1))
 
 
 def test_calls_to_an_engine_that_is_gone(tiny_model: Path) -> None:

@@ -1,9 +1,9 @@
 """A hypothesis state machine over the real scheduler and block pool, with a toy model as the worker.
 
 Every policy, with and without drafts, planning ahead or not, recomputing or swapping; requests come, fork, are held to
-a grammar that forces tokens, are aborted, run out of time, stop early and are preempted; adapters get new versions;
-prefixes are forgotten; allocations and rows fail. Whatever happens: nothing is lost, every request ends, and what it
-got is what it would have got alone.
+a grammar that forces tokens, are aborted, run out of time, stop early and are preempted; adapters get new versions, and
+wait for one of two places, or are lost while requests wait; prefixes are forgotten; allocations and rows fail. Whatever
+happens: nothing is lost, every request ends, and what it got is what it would have got alone.
 """
 
 import pytest
@@ -16,10 +16,12 @@ from runtime.messages import StepPlan
 from runtime.scheduler import Request, RequestState, Scheduler, Speculation
 from runtime.scheduler.policies import POLICIES, make_policy
 from runtime.support import failpoints
-from settings.schema import SchedulerSettings
+from settings.schema import AdapterSettings, SchedulerSettings
 from tests.scheduler.toy import FORCED, Ahead, ToyWorker, make_request, solo, step
 
 BLOCK, BLOCKS, SLOTS, BUDGET = 2, 7, 3, 6
+PLACED = ("bb", "bbb", "bbbb", "bbbbb")
+"""Adapters that share two places in memory; others have places of their own."""
 VOCAB = 3  # few tokens, so that prefixes meet often
 LIMIT = BLOCK * BLOCKS
 
@@ -42,12 +44,15 @@ class SchedulerMachine(RuleBasedStateMachine):
             ),
             speculation=None if drafts is None else Speculation(drafts, max_running=2, min_acceptance=0.1),
             swap=None if host is None else SwapSpace(host),
+            adapters=AdapterSettings(max_loaded=2, max_place_wait=4),
             clock=lambda: self.now,
         )
         self.worker = ToyWorker(BLOCK, vocab=VOCAB)
         self.ahead = Ahead(self.scheduler, self.worker) if ahead else None
         self.version = 1
         self.requests: list[Request] = []
+        for key in PLACED:
+            self.scheduler.adapters.add(key)
 
     def _submit(self, prompt: list[int], more: int, **fields: object) -> None:
         label = "again" if len(self.requests) % 2 else "again/beam-1"
@@ -58,7 +63,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(
         prompt=st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=LIMIT - 1),
         more=st.integers(1, 8),
-        adapted=st.booleans(),
+        adapter=st.sampled_from(["", "version", *PLACED]),
         salt=st.sampled_from(["", "s"]),
         priority=st.integers(0, 2),
         grammar=st.sampled_from(["", "", "g"]),
@@ -69,7 +74,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self,
         prompt: list[int],
         more: int,
-        adapted: bool,
+        adapter: str,
         salt: str,
         priority: int,
         grammar: str,
@@ -79,7 +84,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self._submit(
             prompt,
             more,
-            adapter="a" * self.version if adapted else "",
+            adapter="a" * self.version if adapter == "version" else adapter,
             cache_salt=salt,
             priority=priority,
             grammar=grammar,
@@ -100,6 +105,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         return self.ahead.busy if self.ahead else len(self.scheduler) > 0
 
     def _step(self) -> StepPlan:
+        places = self.scheduler.adapters
+        for key in places.unwanted:
+            places.lose(key, "")
+        while (key := places.next_load()) is not None or (key := places.next_read()) is not None:
+            if key in places._reading:
+                places.end_read(key)
+                continue
+            if (victim := places.victim_for(key)) is not None:
+                places.evict(victim)
+            places.load(key)
         return self.ahead.step() if self.ahead else step(self.scheduler, self.worker)
 
     @precondition(lambda self: self.busy)
@@ -108,7 +123,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         before, in_flight = len(self.scheduler), self.ahead is not None and self.ahead.flight is not None
         plan = self._step()
         self.now += 1.0
-        progress = plan.rows or in_flight or len(self.scheduler) < before
+        progress = plan.rows or in_flight or len(self.scheduler) < before or len(self.scheduler.adapters)
         assert progress, "there are requests, but none makes progress"
         assert plan.num_tokens <= BUDGET
 
@@ -143,6 +158,12 @@ class SchedulerMachine(RuleBasedStateMachine):
     def publish_adapter(self) -> None:
         """New requests get the new version, those that run keep theirs."""
         self.version += 1
+
+    @precondition(lambda self: len(self.scheduler.adapters))
+    @rule(key=st.sampled_from(PLACED))
+    def lose_adapter(self, key: str) -> None:
+        """Requests that wait for it end; it can be named again."""
+        self.scheduler.adapters.lose(key, "lost")
 
     @rule()
     def reset_prefixes(self) -> None:

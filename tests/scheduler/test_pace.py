@@ -116,6 +116,26 @@ def test_prompts_go_on_where_no_chunk_is_small_enough() -> None:
     assert len(steps) <= 2 * 300 // MIN_PROMPT_TOKENS + 4
 
 
+def test_what_is_decided_is_counted() -> None:
+    """Chunks, and the steps that they made late: not those that were late without them."""
+    machine = Machine(usual, 0.050)
+    steps = machine.serve(1, 3000)
+    counts = machine.scheduler.counts
+    chunks = [(seconds, tokens) for seconds, tokens in steps if tokens]
+    assert (counts.paced_steps, counts.paced_tokens) == (len(chunks), sum(tokens for _, tokens in chunks))
+    assert counts.late_steps == sum(seconds > 0.050 for seconds, _ in chunks)
+    machine.cost = lambda *work: 2 * usual(*work)
+    machine.submit(600)
+    before = counts.late_steps
+    late = [machine.step() for _ in range(3)]
+    assert counts.late_steps - before == sum(seconds > 0.050 for seconds, _ in late) > 0
+    assert machine.scheduler.prompt_reserve > 0
+    hopeless = Machine(usual, 0.005)
+    hopeless.serve(1, 300)
+    assert hopeless.scheduler.counts.late_steps == 0
+    assert hopeless.scheduler.counts.paced_steps > 10
+
+
 def test_more_streams_leave_less_to_prompts() -> None:
     """What a step takes without prompts is known by the number of streams."""
     machine = Machine(lambda streams, tokens, depth: 0.010 + 0.001 * streams + 0.0004 * tokens, 0.050)

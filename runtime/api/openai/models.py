@@ -106,11 +106,11 @@ class Served:
         return prompt.format if prompt else None
 
     async def ready(self, record: RequestRecord) -> None:
-        """Load it into memory. Submit before the next await, or it may be evicted again.
+        """Let a request name it. Submit before the next await, or it may be forgotten again.
 
         A key with only the scope inference may name any loaded version, but may load only versions that a name or an
         alias points to: otherwise its requests could evict the versions that others use.
-        Raises `AdaptersBusy`, `AdapterUnavailable`, `Forbidden`.
+        Raises `AdapterUnavailable`, `Forbidden`.
         """
         library = self.service.adapters
         if self.version is None or library is None:
