@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -99,7 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not given.what or "memory" in given.what:
         console.print(memory())
     if not given.what or "jobs" in given.what:
-        console.print(several(given.repeats, given.seconds, checkpointing=given.checkpointing))
+        for table in several(given.repeats, given.seconds, checkpointing=given.checkpointing):
+            console.print(table)
     if not given.what or "beside" in given.what:
         console.print(asyncio.run(beside(given.repeats, given.tokens, checkpointing=given.checkpointing)))
     return 0
@@ -349,27 +350,29 @@ MICRO_BATCHES = {"1 x 64": (1, 64), "1 x 128": (1, 128), "2 x 256": (2, 256)}
 """Sequences of a micro-batch, and tokens of each."""
 
 
-def several(repeats: int, seconds: float, *, checkpointing: bool) -> Table:
+def several(repeats: int, seconds: float, *, checkpointing: bool) -> Iterator[Table]:
     """One job and four in turns on an idle machine; all of their tokens, and by how much the process grew at most."""
     decoder = load_decoder(open_checkpoint("demo"), load_settings(env={}).settings.model)
-    table = Table(title=f"several jobs: {several.__doc__}", title_justify="left")
-    for column in ("micro-batch", "one (tok/s)", "four (tok/s)", "ratio", "one (of the base)", "four (of the base)"):
-        table.add_column(column, justify="left" if column == "micro-batch" else "right")
     base = sum(parameter.num_bytes for parameter in decoder.parameters().values())
     for name, (sequences, length) in MICRO_BATCHES.items():
         rng = random.Random(0)
         epoch = [[sequence_of(rng, length) for _ in range(sequences)] for _ in range(64)]
         rates: dict[int, list[float]] = {1: [], SEVERAL: []}
-        grown: dict[int, int] = {1: 0, SEVERAL: 0}
+        grown: dict[int, list[int]] = {1: [], SEVERAL: []}
         for _ in range(repeats):
             for count in rates:
                 rate, size = at_once(decoder, count, epoch, seconds, checkpointing=checkpointing)
                 rates[count].append(rate)
-                grown[count] = max(grown[count], size)
-        one, four = (statistics.median(rates[count]) for count in rates)
-        parts = (f"{grown[count] / base:.2f}" for count in rates)
-        table.add_row(name, f"{one:.0f}", f"{four:.0f}", f"{four / one:.2f}", *parts)
-    return table
+                grown[count].append(size)
+        one = statistics.median(rates[1])
+        table = Table(title=f"several jobs, micro-batches of {name}: {several.__doc__}", title_justify="left")
+        for column in ("jobs", "tok/s", "low – high", "ratio", "memory, of the base"):
+            table.add_column(column, justify="right")
+        for count, values in rates.items():
+            median = statistics.median(values)
+            spread = f"{min(values):.0f} – {max(values):.0f}"
+            table.add_row(str(count), f"{median:.0f}", spread, f"{median / one:.2f}", f"{max(grown[count]) / base:.2f}")
+        yield table
 
 
 def sequence_of(rng: random.Random, length: int) -> Example:
@@ -379,7 +382,7 @@ def sequence_of(rng: random.Random, length: int) -> Example:
 def at_once(
     decoder: Model, count: int, epoch: list[list[Example]], seconds: float, *, checkpointing: bool
 ) -> tuple[float, int]:
-    """Tokens a second of all of `count` jobs after their first two steps, and bytes by which the process grew."""
+    """Tokens a second of all of `count` jobs after their first step, and bytes by which the process grew."""
     process = psutil.Process()
     give_back_memory()
     before = largest = process.memory_info().rss
@@ -387,7 +390,7 @@ def at_once(
     jobs = [Job(decoder, epoch, checkpointing=checkpointing) for _ in range(count)]
     for job in jobs:
         host.attach(job.run, job.note)
-    while any(job.steps < 2 for job in jobs):
+    while any(job.steps < 1 for job in jobs):
         host.idle()
     for job in jobs:
         job.rate()

@@ -41,6 +41,7 @@ from runtime.events import (
     RunEvent,
     StepEvent,
 )
+from runtime.model.decoder import Decoder
 from runtime.model.lora import Adapter
 from runtime.model.vocabulary import RowTargets
 from runtime.support.durable import error_code, patiently, reason
@@ -61,6 +62,7 @@ from runtime.trainer.plan.plan import AdapterOrigin, Plan, feed, prepare, summar
 from runtime.trainer.plan.served_model import by_linear, end_ids, shape_of_base, with_template
 from runtime.trainer.recipe import Recipe, adapter_name, load_recipe
 from runtime.trainer.recipe.launch import wants_launch
+from runtime.trainer.run import most_kept_bytes
 from runtime.trainer.sliced_run import LossSpec, RunSpec, SlicedRun, TrainingHost, shape_of_recipe
 from settings.schema import Settings
 
@@ -149,6 +151,7 @@ class EngineJobs:
             nodes=self._settings.trainer.nodes,
             origin=origin,
             on_rows=on_rows,
+            riding_bytes=self._riding_bytes,
         )
         if plan.launch is not None:
             refuse_own_tokens(plan)
@@ -193,6 +196,13 @@ class EngineJobs:
                 "with parallel.tp 1.",
                 param="peft_init_lora_weights",
             )
+
+    @functools.cached_property
+    def _riding_bytes(self) -> int:
+        """What rides of one job keep, at the most."""
+        decoder = self._service.decoder
+        rides = self._settings.trainer.riding_rows > 1 and self._service.engine.kept_widths is not None
+        return most_kept_bytes(decoder) if rides and isinstance(decoder, Decoder) else 0
 
     @functools.cached_property
     def _tokenizer_digest(self) -> str:

@@ -73,13 +73,16 @@ class Estimate(Struct, frozen=True, kw_only=True):
     optimizer_bytes: int
     activation_bytes: int
     """Activations that the largest micro-batch keeps for its backward pass."""
+    riding_bytes: int = 0
+    """What tokens that ride in steps of requests keep, at the most."""
     seconds: float | None = None
     """Undisturbed by requests; None where no rate is known."""
 
     @property
     def memory_bytes(self) -> int:
         """All of it, beside the base model, which is served anyway."""
-        return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes + self.activation_bytes
+        state = self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
+        return state + self.activation_bytes + self.riding_bytes
 
 
 def estimate(
@@ -92,9 +95,11 @@ def estimate(
     tokens: int,
     tokens_per_second: float | None,
     rows: int = 0,
+    riding_bytes: int = 0,
 ) -> Estimate:
     """`ranks` are those of the targets, `rows` is the number of trained rows of embedding and head, `largest` that of
-    the tokens of the largest micro-batch, `tokens` that of the whole job."""
+    the tokens of the largest micro-batch, `tokens` that of the whole job; `riding_bytes`: what rides of a job that can
+    ride keep."""
     if recipe.adapter is None:
         layer = sum(inputs * outputs for inputs, outputs in shape.linears.values())
         factors = shape.num_layers * layer + shape.vocab_size * shape.hidden_size
@@ -109,8 +114,14 @@ def estimate(
         gradient_bytes=4 * parameters,
         optimizer_bytes=_STATE_BYTES[recipe.optimizer_family] * parameters,
         activation_bytes=_activations(recipe, shape, largest),
+        riding_bytes=riding_bytes if _rides(recipe) else 0,
         seconds=tokens / tokens_per_second if tokens_per_second else None,
     )
+
+
+def _rides(recipe: Recipe) -> bool:
+    """True if tokens of the job can ride in steps of requests."""
+    return not (recipe.adapter is None or recipe.peft_use_dora or recipe.begins_in_base or recipe.neftune_noise_alpha)
 
 
 def _activations(recipe: Recipe, shape: ModelShape, tokens: int) -> int:
@@ -300,6 +311,7 @@ def prepare(
     nodes: int = 1,
     origin: AdapterOrigin | None = None,
     on_rows: Callable[[int, int], None] | None = None,
+    riding_bytes: int = 0,
 ) -> Plan:
     """Read, check and tokenise a recipe's data, and work out its steps. Takes as long as tokenising does.
 
@@ -307,7 +319,7 @@ def prepare(
     trained on; `tokens_per_second` is the rate of training here, if that is known; `kept` has the data of a job that
     was read before; `max_vocabulary`: most bytes of the adapter's rows of embedding and head; `devices` are set aside
     for jobs on each of `nodes`; `origin` is the adapter to go on from, which the recipe agrees with; `on_rows`: see
-    `Reader`.
+    `Reader`; `riding_bytes`: see `estimate`.
     Raises `InvalidRequest` (`BadRows` for rows), `ModelNotFound` and `Forbidden`.
     """
     check_base_model(recipe, model_names)
@@ -376,6 +388,7 @@ def prepare(
             tokens=round(sum(lengths) * (schedule.epochs + _reference_passes(recipe, schedule))),
             tokens_per_second=tokens_per_second,
             rows=0 if vocabulary is None else vocabulary.rows.rows,
+            riding_bytes=riding_bytes,
         ),
         watchdog_threshold=watchdog_threshold(recipe, shape.vocab_size),
         previews=[preview(example, tokenizer) for example in train[: PREVIEWS - PREVIEWS % recipe.group_size]],
