@@ -5,6 +5,7 @@ python -m benchmarks.training loop            the loop against PEFT, on the same
 python -m benchmarks.training beside          a lone streaming client and a job, each alone and together
 python -m benchmarks.training trl             whole runs against TRL's SFTTrainer + PEFT, with and without packing
 python -m benchmarks.training memory          what the base takes in memory, by its type
+python -m benchmarks.training jobs            four jobs at once against one, by the size of their micro-batches
 
 Real SmolLM2, float32, LoRA of rank 16 on all linears, 512 tokens a step. Use an idle machine. `trl` needs trl, and is
 not part of everything.
@@ -19,11 +20,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -39,7 +41,7 @@ from runtime.messages import SamplingParams, Submission
 from runtime.model.decoder import Decoder
 from runtime.model.lora import Adapter, LoraShape
 from runtime.model.model import Model
-from runtime.support.memory import keep_freed_memory
+from runtime.support.memory import give_back_memory, keep_freed_memory
 from runtime.trainer.data.example import Example, collate
 from runtime.trainer.lora import TrainableLora
 from runtime.trainer.recipe import Dataset, Recipe
@@ -78,10 +80,11 @@ BATCHES: dict[str, Callable[[random.Random], list[Example]]] = {"uniform": unifo
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.training", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("what", nargs="*", default=[], help="loop, beside, memory, trl; default: all but trl")
+    parser.add_argument("what", nargs="*", default=[], help="loop, beside, memory, jobs, trl; default: all but trl")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=600, help="that the client streams in each phase of `beside`")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing, for all")
+    parser.add_argument("--steps", type=int, default=4, help="of each job in a phase of `jobs`")
     given = parser.parse_args(argv)
     console = Console()
     if warning := machine.busy():
@@ -95,6 +98,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             console.print(against_trl(1 + given.repeats, packing=packing))
     if not given.what or "memory" in given.what:
         console.print(memory())
+    if not given.what or "jobs" in given.what:
+        for table in several(given.repeats, given.steps, checkpointing=given.checkpointing):
+            console.print(table)
     if not given.what or "beside" in given.what:
         console.print(asyncio.run(beside(given.repeats, given.tokens, checkpointing=given.checkpointing)))
     return 0
@@ -335,6 +341,69 @@ def memory() -> Table:
         ratios = f"{held / whole[0]:.2f}", f"{grown / whole[1]:.2f}"
         table.add_row(name, f"{held / 1e6:.0f}", ratios[0], f"{grown / 1e6:.0f}", ratios[1])
     return table
+
+
+# -- several jobs --------------------------------------------------------------------------------
+
+SEVERAL = 4
+MICRO_BATCHES = {"1 x 64": (1, 64), "1 x 128": (1, 128), "2 x 256": (2, 256)}
+"""Sequences of a micro-batch, and tokens of each."""
+
+
+def several(repeats: int, steps: int, *, checkpointing: bool) -> Iterator[Table]:
+    """One job and four in turns on an idle machine; all of their tokens, and by how much the process grew at most."""
+    decoder = load_decoder(open_checkpoint("demo"), load_settings(env={}).settings.model)
+    base = sum(parameter.num_bytes for parameter in decoder.parameters().values())
+    for name, (sequences, length) in MICRO_BATCHES.items():
+        rng = random.Random(0)
+        epoch = [[sequence_of(rng, length) for _ in range(sequences)] for _ in range(64)]
+        rates: dict[int, list[float]] = {1: [], SEVERAL: []}
+        grown: dict[int, list[int]] = {1: [], SEVERAL: []}
+        for _ in range(repeats):
+            for count in rates:
+                rate, size = at_once(decoder, count, epoch, steps, checkpointing=checkpointing)
+                rates[count].append(rate)
+                grown[count].append(size)
+        one = statistics.median(rates[1])
+        table = Table(title=f"several jobs, micro-batches of {name}: {several.__doc__}", title_justify="left")
+        for column in ("jobs", "tok/s", "low – high", "ratio", "memory, of the base"):
+            table.add_column(column, justify="right")
+        for count, values in rates.items():
+            median = statistics.median(values)
+            spread = f"{min(values):.0f} – {max(values):.0f}"
+            table.add_row(str(count), f"{median:.0f}", spread, f"{median / one:.2f}", f"{max(grown[count]) / base:.2f}")
+        yield table
+
+
+def sequence_of(rng: random.Random, length: int) -> Example:
+    return Example([rng.randrange(VOCAB) for _ in range(length)], [False] + [True] * (length - 1))
+
+
+def at_once(
+    decoder: Model, count: int, epoch: list[list[Example]], steps: int, *, checkpointing: bool
+) -> tuple[float, int]:
+    """Tokens a second of all of `count` jobs in this number of steps of each after their first, and bytes by which the
+    process grew."""
+    process = psutil.Process()
+    give_back_memory()
+    before = largest = process.memory_info().rss
+    host = TrainingHost(TrainingShare(LatencyTargets(), min_share=0.2))
+    jobs = [Job(decoder, epoch, checkpointing=checkpointing) for _ in range(count)]
+    for job in jobs:
+        host.attach(job.run, job.note)
+    while any(job.steps < 1 for job in jobs):
+        host.idle()
+    for job in jobs:
+        job.rate()
+    while any(job.steps < 1 + steps for job in jobs):
+        host.idle()
+        largest = max(largest, process.memory_info().rss)
+        if failed := [job.failed for job in jobs if job.failed]:
+            raise RuntimeError(f"jobs have failed: {failed}")
+    rate = sum(job.rate() for job in jobs)
+    for job in jobs:
+        host.detach(job.run)
+    return rate, largest - before
 
 
 # -- beside requests -----------------------------------------------------------------------------

@@ -6,7 +6,8 @@ import msgspec
 from rich.text import Text
 
 from runtime.cli.output import console
-from runtime.trainer.plan.plan import DataStats, PlanSummary, PreviewPiece
+from runtime.trainer.plan.plan import DataStats, PlanSummary
+from runtime.trainer.plan.preview import PreviewPiece
 
 
 def print_job_plan(plan: dict[str, Any], *, json: bool) -> None:

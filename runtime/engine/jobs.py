@@ -42,6 +42,7 @@ from runtime.events import (
     RunEvent,
     StepEvent,
 )
+from runtime.model.decoder import Decoder
 from runtime.model.lora import Adapter
 from runtime.support.durable import error_code, patiently, reason
 from runtime.support.logs import get_logger
@@ -60,6 +61,7 @@ from runtime.trainer.plan.plan import AdapterOrigin, Plan, feed, prepare, summar
 from runtime.trainer.plan.served_model import end_ids, shape_of_base, with_template
 from runtime.trainer.recipe import Recipe, adapter_name, load_recipe
 from runtime.trainer.recipe.launch import wants_launch
+from runtime.trainer.run import most_kept_bytes
 from runtime.trainer.sliced_run import RunSpec, SlicedRun, TrainingHost
 from settings.schema import Settings
 
@@ -143,6 +145,7 @@ class EngineJobs:
             nodes=self._settings.trainer.nodes,
             origin=origin,
             on_rows=on_rows,
+            riding_bytes=self._riding_bytes,
         )
         if plan.launch is not None:
             refuse_own_tokens(plan)
@@ -188,6 +191,13 @@ class EngineJobs:
                 "with parallel.tp 1.",
                 param="peft_init_lora_weights",
             )
+
+    @functools.cached_property
+    def _riding_bytes(self) -> int:
+        """What rides of one job keep, at the most."""
+        decoder = self._service.decoder
+        rides = self._settings.trainer.riding_rows > 1 and self._service.engine.kept_widths is not None
+        return most_kept_bytes(decoder) if rides and isinstance(decoder, Decoder) else 0
 
     @functools.cached_property
     def _tokenizer_digest(self) -> str:

@@ -67,6 +67,12 @@ def halve(micro_batches: Sequence[Sequence[Example]], group_size: int = 1) -> li
     return halves
 
 
+def most_kept_bytes(decoder: Decoder) -> int:
+    """What all rides of a run keep at the most."""
+    weights = sum(parameter.num_bytes for parameter in decoder.parameters().values())
+    return max(LEAST_MEMORY_BYTES, weights // MEMORY_PART)
+
+
 # Kinds of slices of a layer's forward pass, whose units are tokens.
 FORWARD_KINDS = ("project", "mix", "expand", "contract")
 
@@ -155,9 +161,7 @@ class TrainingRun(SlicedRun):
         if widths is None or not self.beside_requests or not isinstance(decoder, Decoder):
             return None
         if self._rides is None:
-            weights = sum(parameter.num_bytes for parameter in decoder.parameters().values())
-            most = max(LEAST_MEMORY_BYTES, weights // MEMORY_PART)
-            memory = KeptMemory(decoder.spec.num_layers, widths, decoder.dtype, most)
+            memory = KeptMemory(decoder.spec.num_layers, widths, decoder.dtype, most_kept_bytes(decoder))
             self._rides = Rides(self._lora, decoder.ops, memory)
         return self._rides
 

@@ -2,14 +2,12 @@
 
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import groupby
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from msgspec import Struct
-from msgspec.structs import replace
 
 from runtime.adapters.card import Card, Prompt
 from runtime.errors import InvalidRequest
@@ -20,6 +18,7 @@ from runtime.trainer.data.files import DataFiles
 from runtime.trainer.data.preferences import with_companions
 from runtime.trainer.data.prepared import KeptData, PreparedData
 from runtime.trainer.evaluation.rows import GenerationRow, generation_rows
+from runtime.trainer.plan.estimate import Estimate, estimate
 from runtime.trainer.plan.notes import (
     end_warnings,
     format_notes,
@@ -33,6 +32,7 @@ from runtime.trainer.plan.notes import (
     template_notes,
     unread_notes,
 )
+from runtime.trainer.plan.preview import LISTED, ExampleLine, PreviewPiece, example_lines, preview
 from runtime.trainer.plan.served_model import (
     ModelShape,
     TargetKey,
@@ -48,163 +48,6 @@ from runtime.trainer.recipe import Recipe, check_base_model
 from runtime.trainer.recipe.launch import Launch, launch_of
 from runtime.trainer.recipe.schema import DATA_GROUPS
 from runtime.trainer.schedule import Bin, ExampleFeed, Schedule, grouped, make_schedule, watchdog_threshold
-
-# -- estimate --------------------------------------------------------------------------------------
-#
-# Rough cost of a job: memory from the model's shape, time from a rate that was measured elsewhere.
-
-_STATE_BYTES = {
-    "adamw": 8, "adamw_8bit": 2, "sgd": 0, "lion": 4, "muon": 4, "adafactor": 1, "adopt": 8, "came": 5,
-    "schedule_free_adamw": 12, "schedule_free_radam": 12, "schedule_free_sgd": 8,
-}  # fmt: skip
-"""Bytes of optimiser state for each parameter: two moments in 32 or in 8 bits, one, or a row and a column; a second
-set of weights, and in evaluations a third."""
-LOSS_CHUNK = 256
-"""Tokens whose logits are in memory at once, as float32, with their gradients."""
-
-
-class Estimate(Struct, frozen=True, kw_only=True):
-    """Bytes and seconds, in the right order of magnitude; nothing is allotted by it."""
-
-    parameters: int
-    """Trained parameters."""
-    weight_bytes: int
-    """The adapter, in float32."""
-    gradient_bytes: int
-    optimizer_bytes: int
-    activation_bytes: int
-    """Activations that the largest micro-batch keeps for its backward pass."""
-    tokens: int
-    """Tokens that the training steps compute in all, and besides them what a pass of a reference or an evaluation takes
-    as long as."""
-    seconds: float | None = None
-    """Undisturbed by requests; None where no rate is known."""
-    basis: Literal["jobs", "trial"] | None = None
-    """What the rate was measured by: jobs on this machine, or some steps of this plan."""
-
-    @property
-    def memory_bytes(self) -> int:
-        """All of it, beside the base model, which is served anyway."""
-        return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes + self.activation_bytes
-
-    def at(self, tokens_per_second: float, basis: Literal["jobs", "trial"]) -> "Estimate":
-        """The estimate with its time."""
-        return replace(self, seconds=self.tokens / tokens_per_second, basis=basis)
-
-
-def estimate(
-    recipe: Recipe,
-    shape: ModelShape,
-    targets: Sequence[TargetKey],
-    ranks: Sequence[int],
-    *,
-    largest: int,
-    tokens: int,
-    rows: int = 0,
-) -> Estimate:
-    """`ranks` are those of the targets, `rows` is the number of trained rows of embedding and head, `largest` that of
-    the tokens of the largest micro-batch, `tokens` that of the whole job."""
-    if recipe.adapter is None:
-        layer = sum(inputs * outputs for inputs, outputs in shape.linears.values())
-        factors = shape.num_layers * layer + shape.vocab_size * shape.hidden_size
-    else:
-        factors = sum(rank * sum(shape.linears[name]) for rank, (_, name) in zip(ranks, targets, strict=True))
-    magnitudes = sum(shape.linears[name][1] for _, name in targets) if recipe.peft_use_dora else 0
-    parameters = factors + magnitudes + (rows * shape.hidden_size if recipe.adapter is not None else 0)
-    kept = factors if recipe.begins_in_base else 0  # beside them, the first weights
-    return Estimate(
-        parameters=parameters,
-        weight_bytes=4 * (parameters + kept),
-        gradient_bytes=4 * parameters,
-        optimizer_bytes=_STATE_BYTES[recipe.optimizer_family] * parameters,
-        activation_bytes=_activations(recipe, shape, largest),
-        tokens=tokens,
-    )
-
-
-def _activations(recipe: Recipe, shape: ModelShape, tokens: int) -> int:
-    """A layer keeps its inputs of norms, linears, attention and activation function: about eight of the hidden size
-    and three of the inner one a token. With checkpointing, one layer does, and the others only their input."""
-    layer = 8 * shape.hidden_size + 3 * shape.intermediate_size
-    values = layer + shape.num_layers * shape.hidden_size
-    if not recipe.gradient_checkpointing:
-        values = shape.num_layers * layer
-    logits = 2 * 4 * min(tokens, LOSS_CHUNK) * shape.vocab_size
-    return tokens * values * shape.bytes_per_value + logits
-
-
-# -- preview ---------------------------------------------------------------------------------------
-#
-# An example as people read it: its text, cut where what is trained on begins and ends.
-
-MAX_TOKENS = 2000
-"""Tokens of an example that are shown."""
-
-
-class PreviewPiece(Struct, frozen=True):
-    """A stretch of text."""
-
-    text: str
-    trained: bool
-
-
-def preview(example: Example, tokenizer: Tokenizer) -> list[PreviewPiece]:
-    """The text of an example, special tokens included, in pieces. Together they are its text."""
-    pieces, done, shown = [], 0, 0
-    whole = ""
-    for trained, run in groupby(example.trained[:MAX_TOKENS]):
-        done += len(list(run))
-        text = tokenizer.decode(example.token_ids[:done], skip_special_tokens=False)
-        pieces.append(PreviewPiece(text[shown:], trained))
-        whole, shown = text, len(text)
-    if len(example) > MAX_TOKENS and whole:
-        pieces.append(PreviewPiece(f"… and {len(example) - MAX_TOKENS} more tokens", False))
-    return pieces
-
-
-LISTED = 100
-"""Examples whose sizes the summary lists."""
-LISTED_CHARS = 120
-"""Characters of each text that is listed."""
-_LISTED_TOKENS = 60
-
-
-class ExampleLine(Struct, frozen=True, kw_only=True):
-    """One example in short."""
-
-    tokens: int
-    trained_tokens: int
-    asks: str
-    """The first words before what is trained on, without what all listed examples have in common."""
-    learns: str
-    """The first words that are trained on."""
-
-
-def example_lines(examples: Sequence[Example], tokenizer: Tokenizer) -> list[ExampleLine]:
-    """Examples in short: without special tokens, and without what all their prompts begin and end with."""
-    firsts = (next((at for at, trained in enumerate(one.trained) if trained), len(one)) for one in examples)
-    prompts = [example.token_ids[:first] for example, first in zip(examples, firsts, strict=True)]
-    head = _num_shared(prompts)
-    tail = _num_shared([prompt[head:][::-1] for prompt in prompts])
-    return [
-        ExampleLine(
-            tokens=len(example),
-            trained_tokens=example.num_trained,
-            asks=_in_short(prompt[head : len(prompt) - tail] or prompt, tokenizer),
-            learns=_in_short(example.token_ids[len(prompt) :], tokenizer),
-        )
-        for example, prompt in zip(examples, prompts, strict=True)
-    ]
-
-
-def _num_shared(rows: Sequence[Sequence[int]]) -> int:
-    unlike = (at for at, column in enumerate(zip(*rows, strict=False)) if len(set(column)) > 1)
-    return next(unlike, min(map(len, rows), default=0))
-
-
-def _in_short(token_ids: Sequence[int], tokenizer: Tokenizer) -> str:
-    return " ".join(tokenizer.decode(token_ids[:_LISTED_TOKENS]).split())[:LISTED_CHARS]
-
 
 PREVIEWS = 3
 TRAINING_PASSES = 3
@@ -308,13 +151,14 @@ def prepare(
     nodes: int = 1,
     origin: AdapterOrigin | None = None,
     on_rows: Callable[[int, int], None] | None = None,
+    riding_bytes: int = 0,
 ) -> Plan:
     """Read, check and tokenise a recipe's data, and work out its steps. Takes as long as tokenising does.
 
     `model_names` are those of the served model, its own first; `max_len` is the longest sequence that it can be
     trained on; `kept` has the data of a job that was read before; `max_vocabulary`: most bytes of the adapter's rows
     of embedding and head; `devices` are set aside for jobs on each of `nodes`; `origin` is the adapter to go on from,
-    which the recipe agrees with; `on_rows`: see `Reader`.
+    which the recipe agrees with; `on_rows`: see `Reader`; `riding_bytes`: see `estimate`.
     Raises `InvalidRequest` (`BadRows` for rows), `ModelNotFound` and `Forbidden`.
     """
     check_base_model(recipe, model_names)
@@ -385,6 +229,7 @@ def prepare(
                 + sum(map(len, test)) * _evaluations(recipe, schedule) / TRAINING_PASSES
             ),
             rows=0 if vocabulary is None else vocabulary.rows.rows,
+            riding_bytes=riding_bytes,
         ),
         watchdog_threshold=watchdog_threshold(recipe, shape.vocab_size),
         previews=[preview(example, tokenizer) for example in train[: PREVIEWS - PREVIEWS % recipe.group_size]],

@@ -51,12 +51,27 @@ class Planner:
         (self.folder / name).write_text("".join(line + "\n" for line in lines))
 
     def plan(
-        self, *, max_len: int = 512, files: DataFiles | None = None, kept: KeptData | None = None, **keys: Any
+        self,
+        *,
+        max_len: int = 512,
+        files: DataFiles | None = None,
+        kept: KeptData | None = None,
+        riding_bytes: int = 0,
+        **keys: Any,
     ) -> Plan:
         basic = {"adapter": "lora", "learning_rate": 1e-4, "datasets": [{"path": "rows.jsonl"}]}
         recipe = recipe_from(Document({**basic, **keys}), max_lora_rank=64)
         files = files or DataFiles(roots=[self.folder])
-        return prepare(recipe, self.tokenizer, files, model_names=("tiny",), max_len=max_len, shape=SHAPE, kept=kept)
+        return prepare(
+            recipe,
+            self.tokenizer,
+            files,
+            model_names=("tiny",),
+            max_len=max_len,
+            shape=SHAPE,
+            kept=kept,
+            riding_bytes=riding_bytes,
+        )
 
 
 @pytest.fixture
@@ -605,6 +620,9 @@ def test_memory_falls_with_checkpointing_and_grows_with_the_batch(planner: Plann
     assert planner.plan(micro_batch_size=4).estimate.activation_bytes > 2 * plain.activation_bytes
     assert planner.plan(optimizer="adamw_8bit").estimate.optimizer_bytes * 4 == plain.optimizer_bytes
     assert planner.plan(optimizer="sgd").estimate.optimizer_bytes == 0
+    assert planner.plan(riding_bytes=1000).estimate.memory_bytes == plain.memory_bytes + 1000
+    for alone in ({"peft_use_dora": True}, {"neftune_noise_alpha": 5.0}):
+        assert planner.plan(riding_bytes=1000, **alone).estimate.riding_bytes == 0
 
 
 @pytest.mark.parametrize("name", ["tickets", "newts", "template", "dora"])
