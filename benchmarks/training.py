@@ -419,6 +419,7 @@ async def beside(repeats: int, tokens: int, *, checkpointing: bool) -> Table:
         share, riding_rows=settings.trainer.riding_rows, kept_widths=lambda: service.engine.kept_widths
     )
     service.start()
+    machine.settle()
     try:
         await stream(service, 20)
         found = Beside()

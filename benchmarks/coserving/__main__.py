@@ -3,6 +3,7 @@
 python -m benchmarks.coserving                                 float32 and int8, all loads
 python -m benchmarks.coserving --types int8 --repeats 5 --plot coserving.svg
 python -m benchmarks.coserving --no-peer --jobs 4              ours alone, four jobs at once
+python -m benchmarks.coserving --loads lone --riding-rows 16
 python -m benchmarks.coserving --tpot-ratio 1.25 --min-share 0.1
 
 Three loads: a lone stream; half of what the server can do, at random times (Poisson); and as many requests at once as
@@ -67,14 +68,17 @@ async def _measure(
 ) -> list[Result]:
     service = EngineService.load(settings)
     service.start()
+    full = Load(name="full", at_once=given.at_once, prompt=given.prompt, output=given.output)
     loads = [
         Load(name="lone", at_once=1, prompt=given.prompt, output=given.output),
         Load(name="half", prompt=given.prompt, output=given.output),
-        Load(name="full", at_once=given.at_once, prompt=given.prompt, output=given.output),
+        full,
     ]
+    loads = [load for load in loads if load.name in given.loads]
+    machine.settle()
     try:
         bench = Bench(service, settings, peer, given.seconds, given.jobs)
-        return await bench.run(loads, given.repeats, settings.model.quantization, report)
+        return await bench.run(loads, given.repeats, settings.model.quantization, report, full=full)
     finally:
         await service.stop(0.0)
 
@@ -89,6 +93,7 @@ def _settings(given: argparse.Namespace, weights: str) -> Settings:
         "tpot_ratio": given.tpot_ratio,
         "tpot_target": given.tpot_target,
         "min_share": given.min_share,
+        "riding_rows": given.riding_rows,
     }
     return load_settings(env={}, flags=flags).settings
 
@@ -135,6 +140,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks.coserving", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="demo", help="served and trained (default: demo)")
     parser.add_argument("--types", nargs="+", default=["none", "int8"], help="settings of `quantization`")
+    parser.add_argument("--loads", nargs="+", default=["lone", "half", "full"], help="some of lone, half, full")
+    parser.add_argument("--riding-rows", type=int, default=0, help="tokens of training in a step that decodes, at most")
     parser.add_argument("--at-once", type=int, default=16, help="requests that keep the server full (default: 16)")
     parser.add_argument("--prompt", type=int, default=64, help="tokens of each prompt (default: 64)")
     parser.add_argument("--output", type=int, default=128, help="tokens of each answer (default: 128)")

@@ -86,9 +86,9 @@ class Bench:
         self._windows = 0
 
     async def run(
-        self, loads: Sequence[Load], repeats: int, weights: str, report: Callable[[str], None]
+        self, loads: Sequence[Load], repeats: int, weights: str, report: Callable[[str], None], *, full: Load
     ) -> list[Result]:
-        """Measure the loads in turns. The last one, which keeps the server full, decides on the rate of random ones.
+        """Measure the loads in turns. The rate of random ones is half of what the server does under the `full` load.
         `report` is called with every window, as a line of text."""
         service = self._service
         for job in self._jobs:
@@ -97,11 +97,11 @@ class Bench:
         results = {load.name: Result(weights, load.name) for load in loads}
         ways = (OURS,) if self._peer is None else (OURS, PEER)
         for repeat in range(repeats):
-            full = await serve(service, loads[-1], self._seconds, seed=repeat)
+            most = await self._full_rate(full, seed=repeat) if any(load.at_once is None for load in loads) else 0.0
             stand_alone = {way: await self._stand_alone(way) for way in ways}
             for load in loads:
                 result = results[load.name]
-                rate = max(0.5 * full.rate / load.output, 1 / self._seconds)
+                rate = max(0.5 * most / load.output, 1 / self._seconds)
                 for way in (ALONE, *ways):
                     window = await self._window(load, way, rate)
                     result.windows.setdefault(way, []).append(window)
@@ -112,6 +112,9 @@ class Bench:
         for job in self._jobs:
             service.on_engine_thread(lambda job=job: self._host.detach(job.run))  # type: ignore[misc]
         return list(results.values())
+
+    async def _full_rate(self, full: Load, *, seed: int) -> float:
+        return (await serve(self._service, full, self._seconds, seed=seed)).rate
 
     async def _warm_up(self, loads: Sequence[Load]) -> None:
         for load in loads:
