@@ -26,6 +26,7 @@ from runtime.model.lora_base import LoraBase
 from runtime.model.model import Model, make_cache, make_device
 from runtime.scheduler import Scheduler, Speculation
 from runtime.scheduler.policies import BackgroundLast, make_policy
+from runtime.support.logs import get_logger
 from runtime.support.memory import keep_freed_memory, return_freed_memory
 from runtime.text.grammar import GrammarCompiler
 from runtime.trainer.run import make_run_on
@@ -34,6 +35,8 @@ from runtime.workers.adapter_slots import AdapterSlots, lora_dtype
 from runtime.workers.executor import Executor, InProcessExecutor
 from runtime.workers.worker import Worker
 from settings.schema import AdapterSettings, CacheSettings, ParallelSettings, SchedulerSettings, Settings
+
+log = get_logger(__name__)
 
 DEFAULT_CONTEXTS = 4
 """Full contexts that a cache in host memory holds without a setting, if they fit in a quarter of what is free."""
@@ -112,6 +115,11 @@ def assemble(settings: Settings, metrics: Metrics | None = None) -> Assembled:
         adapters=slots,
         grammars=lambda: grammars,
     )
+    if device.type == "cuda":
+        graphs = worker.unrecorded or "steps of one token a row"
+        log.info(
+            "device", name=str(device), attention=decoder.ops.attention, cuda_graphs=graphs, blocks=cache.num_blocks
+        )
     executor = InProcessExecutor(worker)
     run = make_run_on(decoder, whole=settings.model.deterministic)
     return _assembled(settings, checkpoint, grammars, executor, decoder, lora_base, cache, run, device, metrics)
