@@ -219,7 +219,8 @@ class CudaRecorder:
     """Records CUDA graphs, which share their memory: one runs at a time, and its result is read before the next."""
 
     def __init__(self) -> None:
-        self._pool: tuple[int, int] | None = None
+        self._first: torch.cuda.CUDAGraph | None = None
+        """The graph whose memory all share."""
 
     def __call__(self, work: Work) -> Work:
         """Run the work once on another stream, which compiles the kernels; then record it into a graph."""
@@ -230,10 +231,10 @@ class CudaRecorder:
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # Other threads prepare adapters meanwhile: what they do is no part of it, and no error.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        pool = None if self._first is None else self._first.pool()
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             found = work()
-        if self._pool is None:
-            self._pool = graph.pool()
+        self._first = self._first or graph
 
         def replay() -> Tensor:
             graph.replay()

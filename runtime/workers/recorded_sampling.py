@@ -235,8 +235,8 @@ class RecordedSampling:
                 changed[slot] = np.full(self._bits.shape[1], 255, dtype=np.uint8)
                 del self._masked[slot]
         if changed:
-            index = self._copies.new(np.array(list(changed), dtype=np.int64))
-            self._bits.index_copy_(0, index, self._copies.new(np.stack(list(changed.values()))))
+            where = self._copies.new(np.array(list(changed), dtype=np.int64))
+            self._bits.index_copy_(0, where, self._copies.new(np.stack(list(changed.values()))))
 
     def _mask(
         self, admission: Admission, grammar: np.ndarray | None, ends: bool, excluded: Sequence[int]

@@ -31,11 +31,13 @@ class StagedStep:
 
     def integers(self, name: str) -> np.ndarray:
         """[size] int64, to be filled."""
-        return self.values[_INTEGER_ROWS[name]]
+        found: np.ndarray = self.values[_INTEGER_ROWS[name]]
+        return found
 
     def reals(self, name: str) -> np.ndarray:
         """[size] float64, to be filled."""
-        return self._reals[_REAL_ROWS[name]]
+        found: np.ndarray = self._reals[_REAL_ROWS[name]]
+        return found
 
 
 class StepInputs:

@@ -34,7 +34,7 @@ class Transfers:
             return copied.numpy
         host = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
         host.copy_(source, non_blocking=True)
-        arrived = torch.cuda.Event()
+        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
         arrived.record()
 
         def wait() -> np.ndarray:

@@ -1,13 +1,16 @@
-"""Two workers over one tiny model in Triton's kernels: one whose steps are recorded on a tape, and one that launches
-all of them by itself, which says what is right."""
+"""Two workers over one tiny model: one whose steps are recorded on a tape, and one that launches all of them by itself,
+which says what is right."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from kernels import LoraSegment, LoraTable, Ops, PagedRows
+from kernels.reference import ReferenceOps, _attend, _gather, _windowed
+from kernels.sampling import _invert, _keep
 from runtime.checkpoints import open_checkpoint
 from runtime.messages import Admission, Row, SamplingParams, StepPlan, StepResult
 from runtime.model.attention import KVCache
@@ -55,12 +58,64 @@ class CountingTransfers(Transfers):
         return wait
 
 
+class TensorOps(ReferenceOps):
+    """The reference, with nothing read by the host where each row has one token: for recording without waiting for
+    Triton's interpreter. Adapters alone are Triton's."""
+
+    name = "tensors"
+
+    def paged_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        rows: PagedRows,
+        scale: float,
+        *,
+        window: int | None = None,
+        softcap: float = 0.0,
+    ) -> Tensor:
+        tiles, count = rows.tiles, len(rows.counts)
+        if tiles.singles < count:
+            return super().paged_attention(q, k, v, k_cache, v_cache, rows, scale, window=window, softcap=softcap)
+        place = torch.arange(rows.tables.shape[1] * rows.block_size)
+        mask = _windowed((place <= tiles.extents[:, 2:3])[:, None, None, :], window)
+        keys, values = (_gather(stored, rows.tables, q.dtype) for stored in (k_cache, v_cache))
+        query = q.view(count, k_cache.shape[2], -1, q.shape[-1])
+        return _attend(query, keys, values, mask, scale, softcap).reshape(q.shape)
+
+    def sample(
+        self,
+        logits: Tensor,
+        uniform: Tensor,
+        temperature: Tensor,
+        top_k: Tensor,
+        top_p: Tensor,
+        min_p: Tensor,
+    ) -> Tensor:
+        logits, vocab = logits / temperature.unsqueeze(1), logits.shape[1]
+        values, ids = logits.topk(vocab, dim=-1)
+        weights, _ = _keep((values - logits.logsumexp(-1, keepdim=True)).exp(), vocab, top_k, top_p, min_p)
+        kept = ids.gather(1, _invert(weights, uniform).unsqueeze(1)).squeeze(1)
+        filtered = (top_k < vocab) | (top_p < 1.0) | (min_p > 0.0)
+        return torch.where(filtered, kept, _invert(logits.softmax(-1), uniform))
+
+    def lora_apply(self, x: Tensor, y: Tensor, segments: Sequence[LoraSegment]) -> Tensor:
+        return TRITON.lora_apply(x, y, segments)
+
+    def lora_apply_table(self, x: Tensor, y: Tensor, table: LoraTable, adapters: Tensor) -> Tensor:
+        return TRITON.lora_apply_table(x, y, table, adapters)
+
+
 class Pair:
     """The two workers. `sequences`: the tokens of each slot, as the plain one has found them."""
 
-    def __init__(self, model: Path, adapters: dict[str, Path] | None = None) -> None:
+    def __init__(self, model: Path, adapters: dict[str, Path] | None = None, ops: Ops | None = None) -> None:
+        """`ops`: of both, by default `TensorOps`."""
         self.decoder, _ = load(model)
-        self.decoder.ops = TRITON
+        self.decoder.ops = ops or TensorOps()
         checkpoint = open_checkpoint(str(model))
         self._base = LoraBase.of(self.decoder, find_model(checkpoint.config), "tiny")
         self._compiler = GrammarCompiler(checkpoint.tokenizer)

@@ -15,6 +15,7 @@ from runtime.workers.cuda_graphs import DecodeGraphs, Variant, padded, unsuited
 from runtime.workers.executor import AllRowsFailed
 from runtime.workers.sampler import EXCLUDED, NOT_FINITE
 from tests.adapter_files import make_adapter
+from tests.kernels.triton.backend import TRITON
 from tests.tiny import make_tiny_llama
 from tests.workers.pair import BLOCKS_EACH, MAX_RUNNING, Pair
 from tests.workers.tape import HostReads, NotRecordable, TapeRecorder
@@ -30,14 +31,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def adapters(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Of other ranks, and of other linears."""
-    folder = tmp_path_factory.mktemp("adapters")
+    """Of other ranks, and of other linears; of few, as the interpreter takes a tenth of a second for each."""
+    folder, attention = tmp_path_factory.mktemp("adapters"), ["q_proj", "v_proj"]
     return {
-        "small": make_adapter(model, folder / "small", seed=1),
-        "partial": make_adapter(model, folder / "partial", seed=2, target_modules=["q_proj", "v_proj"]),
-        "other": make_adapter(model, folder / "other", seed=5, r=3),
-        "large": make_adapter(model, folder / "large", seed=3, r=20, lora_alpha=20),
-        "dora": make_adapter(model, folder / "dora", seed=4, use_dora=True),
+        "small": make_adapter(model, folder / "small", seed=1, target_modules=attention),
+        "partial": make_adapter(model, folder / "partial", seed=2, target_modules=["v_proj"]),
+        "other": make_adapter(model, folder / "other", seed=5, r=3, target_modules=["q_proj"]),
+        "large": make_adapter(model, folder / "large", seed=3, r=20, lora_alpha=20, target_modules=["v_proj"]),
+        "dora": make_adapter(model, folder / "dora", seed=4, use_dora=True, target_modules=["v_proj"]),
+        "whole": make_adapter(model, folder / "whole", seed=6),
     }
 
 
@@ -207,6 +209,32 @@ def test_adapters_with_sampling(model: Path, adapters: dict[str, Path]) -> None:
     ]
 
 
+def test_kernels(model: Path, adapters: dict[str, Path]) -> None:
+    """Triton's own kernels find in tensors all that changes from step to step."""
+    pair = Pair(model, {"whole": adapters["whole"]}, TRITON)
+    pair.admit(0, prompt(3), RULES["drawn"], adapter="whole")
+    pair.admit(1, prompt(0), RULES["penalties"])
+    pair.step([0, 1])
+    pair.run_ahead([0, 1], 3)
+    assert pair.recorded.graphs.recorded == ["with rules, adapters, 2 rows, 32 tokens"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ahead", [False, True])
+def test_kernels_with_every_rule(model: Path, adapters: dict[str, Path], ahead: bool) -> None:
+    pair = Pair(model, {name: adapters[name] for name in ("whole", "small")}, TRITON)
+    for slot, name in enumerate(RULES):
+        adapter = ("", "whole", "small")[slot % 3]
+        pair.admit(slot, prompt(slot), RULES[name], adapter=adapter)
+    slots = list(range(len(RULES)))
+    pair.step(slots)
+    if ahead:
+        pair.run_ahead(slots, 12)
+    else:
+        for _ in range(12):
+            pair.step(slots)
+
+
 # -- batches that are not taken --------------------------------------------------------------------
 
 
@@ -294,7 +322,7 @@ def test_a_steady_step_reads_once_and_later(model: Path, adapters: dict[str, Pat
     """One copy to the device and one back a step, and the wait for it comes after the next step was launched."""
     pair = Pair(model, {"small": adapters["small"]})
     for slot in range(3):
-        pair.admit(slot, prompt(slot), RULES[rules], adapter="small" if slot else "")
+        pair.admit(slot, prompt(slot), RULES[rules], adapter="small" if slot and rules == "drawn" else "")
     pair.step([0, 1, 2])
     pair.run_ahead([0, 1, 2], 2)
     pair.copies.events.clear()
