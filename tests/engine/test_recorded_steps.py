@@ -6,19 +6,19 @@ import pytest
 
 from runtime import LLM
 from runtime.engine.engine import Engine
+from runtime.model.attention import KVCache
 from runtime.model.decoder import Decoder
 from runtime.workers.executor import InProcessExecutor
 from tests.adapter_files import make_adapter
 from tests.engine.test_asynchronous import KEY, play, traffic, whole
-from tests.kernels.triton.backend import TRITON
 from tests.tiny import make_tiny_llama
-from tests.workers.pair import CountingTransfers
+from tests.workers.pair import CountingTransfers, TensorOps
 from tests.workers.tape import TapeRecorder
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One layer of two heads: the interpreter takes milliseconds for each program of a kernel."""
+    """One layer of two heads."""
     sizes = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
     folder = tmp_path_factory.mktemp("model")
     return make_tiny_llama(folder, max_position_embeddings=128, num_key_value_heads=1, **sizes)
@@ -26,17 +26,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def adapter(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_adapter(model, tmp_path_factory.mktemp("adapter") / "one", seed=1)
+    return make_adapter(model, tmp_path_factory.mktemp("adapter") / "one", seed=1, target_modules=["v_proj"])
 
 
-def make(model: Path, adapter: Path, mode: str, **overrides: object) -> LLM:
-    """In Triton's interpreter: both engines compute with the same kernels."""
+def make(model: Path, mode: str, **overrides: object) -> LLM:
+    """Both engines compute with the same kernels."""
     llm = LLM(str(model), asynchronous=mode, kernels="reference", **overrides)
     executor = llm.engine._executor
     assert isinstance(executor, InProcessExecutor)
     decoder = executor._worker._decoder
     assert isinstance(decoder, Decoder)
-    decoder.ops = executor._worker._sampler._ops = TRITON
+    decoder.ops = executor._worker._sampler._ops = TensorOps()
     return llm
 
 
@@ -53,11 +53,8 @@ def load(llm: LLM, adapter: Path) -> None:
     llm.engine.load_adapter(KEY)
 
 
-def _with_spare(executor: InProcessExecutor):  # type: ignore[no-untyped-def]
-    from runtime.model.attention import KVCache
-
-    old = executor._worker._cache
-    decoder = executor._worker._decoder
+def _with_spare(executor: InProcessExecutor) -> KVCache:
+    old, decoder = executor._worker._cache, executor._worker._decoder
     return KVCache(
         decoder.kv_shapes,
         num_blocks=old.num_blocks,
@@ -71,10 +68,10 @@ def _with_spare(executor: InProcessExecutor):  # type: ignore[no-untyped-def]
 @pytest.mark.parametrize("overrides", [{}, {"num_blocks": 9, "max_running": 4, "max_preemptions": 2}])
 def test_every_client_gets_what_it_would_get(model: Path, adapter: Path, overrides: dict[str, object]) -> None:
     arrivals, leaving = traffic(3, {}, count=10)
-    plain = make(model, adapter, "off", **overrides)
+    plain = make(model, "off", **overrides)
     load(plain, adapter)
     expected = play(plain, arrivals, leaving)
-    llm = make(model, adapter, "on", **overrides)
+    llm = make(model, "on", **overrides)
     recorder = record(llm.engine)
     load(llm, adapter)
     got = play(llm, arrivals, leaving)
