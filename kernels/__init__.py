@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels import triton
-from kernels.batch import LoraFactors, LoraSegment, PagedRows
+from kernels.batch import LoraFactors, LoraSegment, LoraTable, PagedRows, decode_rows
 from kernels.bfloat16 import BFloat16Weight, store_bfloat16
 from kernels.cpu import CpuOps
 from kernels.cpu.training import CpuTrainingOps
@@ -134,6 +134,7 @@ __all__ = [
     "LinearWeights",
     "LoraFactors",
     "LoraSegment",
+    "LoraTable",
     "Nf4Weight",
     "Ops",
     "OutputFactors",
@@ -147,6 +148,7 @@ __all__ = [
     "Weight",
     "available",
     "chosen",
+    "decode_rows",
     "describe",
     "load",
     "quantise_int4",

@@ -223,6 +223,16 @@ def pick_several(rows: PagedRows) -> SeveralTokens:
     )
 
 
+def decode_rows(slots: Tensor, tables: Tensor, extents: Tensor, *, block_size: int, longest: int) -> PagedRows:
+    """R rows of one token whose layout is known on the device alone: slots [R], tables [R, width], extents [R, 3] as
+    `PagedRows.extents`. `longest`: a limit of the tokens of a row, with its context; kernels are launched for it."""
+    count = len(slots)
+    rows = PagedRows(slots, [1] * count, [longest - 1] * count, tables, block_size)
+    none = torch.empty(0, 2, dtype=torch.int64, device=slots.device)
+    vars(rows)["tiles"] = QueryTiles(extents, singles=count, longest=longest, tiles=none)  # in place of the host's
+    return rows
+
+
 @dataclass(frozen=True, eq=False)
 class LoraFactors:
     """One adapter's low-rank factors for one linear, all its adapted parts together. Built when it is loaded."""
@@ -250,3 +260,26 @@ class LoraSegment(NamedTuple):
     tokens: Tensor | None
     """[n] int64, ascending indices into the flat batch; None: all of it."""
     factors: LoraFactors
+
+
+@dataclass(frozen=True, eq=False)
+class LoraTable:
+    """The adapters of one linear by number, for tokens whose adapters are known on the device alone.
+
+    Kernels read the addresses of factors from the device, so a table serves launches that were recorded before an
+    adapter was there. Factors are contiguous, and of the type of the linear's input.
+    """
+
+    entries: Tensor
+    """[adapters, 3 + 5 * parts] int64: addresses of A and of the scales, rank of A, 0 for an adapter that leaves the
+    linear as it is; then for each part the address of its B, its rank, its first rank, its outputs (0: there is no such
+    part) and its first column."""
+    parts: int
+    rank: int
+    """Largest rank of an A."""
+    part_rank: int
+    """Largest rank of a part."""
+    widest: int
+    """Most outputs of a part."""
+    held: tuple[LoraFactors | None, ...]
+    """The adapters' factors by number: what `entries` says, for backends that read no addresses."""

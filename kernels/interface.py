@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels.batch import LoraFactors, LoraSegment, PagedRows
+from kernels.batch import LoraFactors, LoraSegment, LoraTable, PagedRows
 from kernels.quantised import Int8Weight, QuantisedWeight, Weight
 from kernels.stack import ContextT, ForwardLayers, LayerStack
 
@@ -31,6 +31,11 @@ class Ops(ABC):
     @abstractmethod
     def unavailable(cls) -> str | None:
         """Reason why this backend cannot run here, or None when it can."""
+
+    @property
+    def attention(self) -> str:
+        """What `paged_attention` is computed with, and why with nothing faster: for logs."""
+        return self.name
 
     def prepare(self, weight: QuantisedWeight) -> QuantisedWeight:
         """The same weight in this backend's layout. Called once, when it is loaded. Any backend takes the result."""
@@ -61,6 +66,11 @@ class Ops(ABC):
     def lora_apply(self, x: Tensor, y: Tensor, segments: Sequence[LoraSegment]) -> Tensor:
         """In place: add each segment's `(scales * x A^T) B^T` to its tokens' rows of y [T, out], part by part;
         x [T, in]. No token is in two segments. Returns y (arXiv:2106.09685, arXiv:2310.18547)."""
+
+    @abstractmethod
+    def lora_apply_table(self, x: Tensor, y: Tensor, table: LoraTable, adapters: Tensor) -> Tensor:
+        """In place: as `lora_apply`, where each token is for the adapter of that number in the table, adapters [T]
+        int64. The host reads none of them. Returns y."""
 
     @abstractmethod
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import cache
-from kernels.batch import LoraSegment, PagedRows
+from kernels.batch import LoraSegment, LoraTable, PagedRows
 from kernels.interface import Ops
 from kernels.quantised import Int8Weight, QuantisedWeight, Weight, int8_sums, linear_quantised
 from kernels.sampling import sample
@@ -49,6 +49,13 @@ class ReferenceOps(Ops):
                     target.addmm_(narrow, b.t())
                 else:
                     target.index_add_(0, tokens, F.linear(narrow, b))
+        return y
+
+    def lora_apply_table(self, x: Tensor, y: Tensor, table: LoraTable, adapters: Tensor) -> Tensor:
+        for number, factors in enumerate(table.held):
+            if factors is not None:
+                applied = self.lora_apply(x, y.clone(), [LoraSegment(None, factors)])
+                y.copy_(torch.where((adapters == number).unsqueeze(1), applied, y))
         return y
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -19,10 +19,10 @@ from settings.units import (
     LatencyRatio,
     LoggedShare,
     NonEmpty,
+    NonzeroShare,
     OriginPattern,
     Percentile,
     Port,
-    QueueShare,
     Restarts,
     RootPath,
     Seconds,
@@ -148,10 +148,18 @@ class CacheSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     kv_memory: Annotated[
         Bytes | None,
         doc(
-            "Memory of a rank for KV blocks; default: enough for 4 full contexts, at most a quarter of what is free.",
+            "Memory of a rank for KV blocks; default: on a GPU what gpu_memory_utilization leaves, in host memory "
+            "enough for 4 full contexts, at most a quarter of what is free.",
             example="4GiB",
         ),
     ] = None
+    gpu_memory_utilization: Annotated[
+        NonzeroShare,
+        doc(
+            "Share of a GPU's memory for weights, KV blocks and the tensors of a step, and for what other processes "
+            "have on it; the rest is for training."
+        ),
+    ] = 0.8
     kv_cache_dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "int8"],
         doc(
@@ -309,7 +317,7 @@ class ServerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         Count | None, doc("Most requests of one API key that are being answered at once.", example=32)
     ] = None
     key_max_queue_share: Annotated[
-        QueueShare | None,
+        NonzeroShare | None,
         doc("Largest share of scheduler.max_waiting that the sequences of one API key may take.", example=0.5),
     ] = None
     key_min_priority: Annotated[

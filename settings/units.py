@@ -35,7 +35,7 @@ Share = Annotated[float, Meta(ge=0.0, le=0.9)]
 LatencyRatio = Annotated[float, Meta(gt=1.0, le=100.0)]
 Percentile = Annotated[float, Meta(ge=0.5, le=0.999)]
 LoggedShare = Annotated[float, Meta(ge=0.0, le=1.0)]
-QueueShare = Annotated[float, Meta(gt=0.0, le=1.0)]
+NonzeroShare = Annotated[float, Meta(gt=0.0, le=1.0)]
 TenantWeight = Annotated[str, Meta(pattern=r"^[0-9a-f]{12}=(?!0+(\.0+)?$)[0-9]{1,6}(\.[0-9]{1,6})?$")]
 HostPattern = Annotated[
     str, Meta(pattern=r"^(\*|(\*\.)?[A-Za-z0-9._-]+(:[0-9]{1,5})?|\[[0-9A-Fa-f:.]+\](:[0-9]{1,5})?)$")

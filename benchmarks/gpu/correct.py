@@ -3,6 +3,8 @@
 import importlib.util
 import random
 import tempfile
+from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -72,26 +74,71 @@ def _compare(peer: Any, subject: Subject, rows: list[Row], made: list[list[int]]
         raise Wrong(f"a token is {worst:.3g} below transformers' best logit; allowed {GAP[subject.dtype]}")
 
 
+BATCH_KINDS: dict[str, list[dict[str, Any]]] = {
+    "greedy": [{}],
+    "sampled": [{"temperature": 0.8, "seed": 1}, {"temperature": 1.0, "top_p": 0.9, "top_k": 50, "seed": 2}],
+    "with rules": [
+        {"repetition_penalty": 1.2, "logit_bias": {7: -5.0}},
+        {"temperature": 0.8, "frequency_penalty": 0.5, "seed": 3},
+    ],
+}
+"""Sampling fields of the rows of a batch, in turns."""
+MIN_COMMON = 0.5
+"""Least share of tokens before the first one that differs: rounding depends on the number of rows, and one token that
+changes places changes all after it."""
+
+
 def graphs(subject: Subject, clock: Clock, figures: Figures) -> None:
-    """The same tokens with CUDA graphs and without, for several numbers of rows, and both rates."""
-    if subject.device.type != "cuda":
-        raise NotHere("CUDA graphs need CUDA")
+    """The same tokens with CUDA graphs and without, for batches of every kind and several numbers of rows, and both
+    rates. Where nothing is recorded, as on a CPU, both are computed alike."""
     counts = [count for count in (1, 3, 8, 61, MOST) if count <= subject.most]
-    rows = {count: [Row(prompt) for prompt in subject.prompts(count, 24)] for count in counts}
-    made: dict[bool, dict[int, list[list[int]]]] = {}
-    for on in (False, True):
-        with subject.engine(graphs=on) as assembled:
-            for count in counts:
-                generate(assembled, rows[count], 4)  # records
-                result = generate(assembled, rows[count], 32)
-                made.setdefault(on, {})[count] = result.tokens
-                figures[f"{count} rows, {'graphs' if on else 'eager'}, tok/s"] = result.decode_rate
+    prompts = {count: subject.prompts(count, 24) for count in counts}
+    length = 32 if subject.device.type == "cuda" else 8
+    made: dict[bool, dict[tuple[str, int], list[list[int]]]] = {False: {}, True: {}}
+    for on, found in made.items():
+        with tempfile.TemporaryDirectory() as folder, subject.engine(graphs=on) as assembled:
+            for seed, name in enumerate("ab", SEED + 1):
+                subject.make_adapter(assembled, Path(folder, name), seed)
+                _load(assembled, name, Path(folder, name))
+            for kind, count, rows in _batches(prompts):
+                generate(assembled, rows, 4)  # records
+                result = generate(assembled, rows, length)
+                found[kind, count] = result.tokens
+                figures[f"{kind}, {count} rows, {'graphs' if on else 'eager'}, tok/s"] = result.decode_rate
+            recorded = assembled.engine.recorded
+            if on:
+                figures["recorded"] = [] if recorded is None else recorded.graphs.recorded
+                figures["not recorded"] = {} if recorded is None else dict(recorded.refused)
+    for (kind, count), tokens in made[True].items():
+        share = _common(tokens, made[False][kind, count])
+        if share < 1:
+            figures.setdefault("tokens alike", {})[f"{kind}, {count} rows"] = share
+        if share < MIN_COMMON:
+            raise Wrong(f"{kind}, {count} rows: {share:.0%} of the tokens are those without graphs")
     with subject.transformers() as peer:
         for count in counts:
-            if made[True][count] == made[False][count]:
-                continue
-            figures.setdefault("row counts with other tokens", []).append(count)
-            _compare(peer, subject, rows[count], made[True][count], figures)
+            if made[True]["greedy", count] != made[False]["greedy", count]:
+                rows = [Row(prompt) for prompt in prompts[count]]
+                _compare(peer, subject, rows, made[True]["greedy", count], figures)
+
+
+def _batches(prompts: dict[int, list[list[int]]]) -> Iterator[tuple[str, int, list[Row]]]:
+    """Kind, number of rows, and rows: each kind for the base alone, then with two adapters beside it."""
+    for adapters in (("",), ("", "a", "b")):
+        for kind, fields in BATCH_KINDS.items():
+            for count, given in prompts.items():
+                rows = [
+                    Row(prompt, adapters[index % len(adapters)], fields[index % len(fields)])
+                    for index, prompt in enumerate(given)
+                ]
+                yield kind + (", adapters" if len(adapters) > 1 else ""), count, rows
+
+
+def _common(tokens: list[list[int]], others: list[list[int]]) -> float:
+    """Share of the tokens that stand before the first one in their row that differs."""
+    pairs = [list(zip(one, other, strict=True)) for one, other in zip(tokens, others, strict=True)]
+    alike = sum(len(list(takewhile(lambda pair: pair[0] == pair[1], row))) for row in pairs)
+    return alike / sum(map(len, pairs))
 
 
 def adapters(subject: Subject, clock: Clock, figures: Figures) -> None:

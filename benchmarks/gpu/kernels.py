@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 import kernels
-from kernels import LoraFactors, LoraSegment, Ops, PagedRows, cache
+from kernels import LoraFactors, LoraSegment, LoraTable, Ops, PagedRows, cache
 from kernels.quantised import Int8Weight, largest_of
+from runtime.workers.adapter_table import entry_of
 
 TOKENS, HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 37, 192, 320, 6, 2, 64, 1031
 BLOCK = 16
@@ -118,14 +119,27 @@ def _int8_sums(ops: Ops, inputs: Inputs) -> Tensor:
     return ops.int8_sums(turned, weight, largest_of(turned))
 
 
-def _lora(ops: Ops, inputs: Inputs) -> Tensor:
-    ranks, parts = (8, 5), (INNER // 2, INNER // 4)
-    factors = LoraFactors(
+def _factors(inputs: Inputs, ranks: tuple[int, int] = (8, 5)) -> LoraFactors:
+    parts = (INNER // 2, INNER // 4)
+    return LoraFactors(
         inputs.random(sum(ranks), HIDDEN, seed=4),
         tuple(inputs.random(out, rank, seed=5 + rank) for out, rank in zip(parts, ranks, strict=True)),
         (0, parts[0]),
         inputs.random(sum(ranks), seed=6),
     )
+
+
+def _lora_table(ops: Ops, inputs: Inputs) -> Tensor:
+    held = None, _factors(inputs), _factors(inputs, (3, 16))
+    entries = torch.tensor([[0] * 13, *(entry_of(one) for one in held if one is not None)])
+    table = LoraTable(inputs.whole(entries), 2, 19, 16, INNER // 2, held)
+    adapters = inputs.whole(torch.arange(TOKENS) % len(held))
+    x, y = inputs.random(TOKENS, HIDDEN, seed=1), inputs.random(TOKENS, INNER, seed=7)
+    return ops.lora_apply_table(x, y, table, adapters)
+
+
+def _lora(ops: Ops, inputs: Inputs) -> Tensor:
+    factors = _factors(inputs)
     tokens = inputs.whole(torch.tensor([0, *range(5, TOKENS)]))
     y = inputs.random(TOKENS, INNER, seed=7)
     segment = LoraSegment(tokens, ops.prepare_lora(factors))
@@ -245,6 +259,7 @@ CASES: dict[str, Case] = {
     "linear (nf4)": _linear("nf4"),
     "int8_sums": _int8_sums,
     "lora_apply": _lora,
+    "lora_apply_table": _lora_table,
     "rms_norm": lambda ops, i: ops.rms_norm(_x(i), _norm(i), EPS),
     "rms_norm_plus_one": lambda ops, i: ops.rms_norm_plus_one(_x(i), _norm(i), EPS),
     "layer_norm": lambda ops, i: ops.layer_norm(_x(i), _norm(i), i.random(HIDDEN, seed=21), EPS),

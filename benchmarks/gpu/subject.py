@@ -3,13 +3,14 @@
 import gc
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
 from benchmarks.gpu.report import Wrong
@@ -37,6 +38,8 @@ class Row(NamedTuple):
 
     prompt: list[int]
     adapter: str = ""
+    sampling: Mapping[str, Any] = {}
+    """Fields of `SamplingParams` in place of greedy ones."""
 
 
 class Generated(NamedTuple):
@@ -163,10 +166,15 @@ def synchronise(device: torch.device) -> None:
 
 
 def generate(assembled: Assembled, rows: Sequence[Row], count: int) -> Generated:
-    """`count` greedy tokens for every row, all submitted at once. Raises `Wrong` where a row ends otherwise."""
+    """`count` tokens for every row, all submitted at once. Raises `Wrong` where a row ends otherwise."""
     engine = assembled.engine
     submissions = [
-        Submission(request_id=f"row-{index}", prompt_ids=row.prompt, params=greedy(count), adapter=row.adapter)
+        Submission(
+            request_id=f"row-{index}",
+            prompt_ids=row.prompt,
+            params=replace(greedy(count), **row.sampling),
+            adapter=row.adapter,
+        )
         for index, row in enumerate(rows)
     ]
     tokens: dict[int, list[int]] = {submission.id: [] for submission in submissions}

@@ -16,7 +16,7 @@ def load() -> Ops:
     from kernels.triton import flash
     from kernels.triton.ops import TritonOps
 
-    return TritonOps(flash.load())
+    return TritonOps(*flash.load())
 
 
 def training_ops(serving: Ops) -> TrainingOps:

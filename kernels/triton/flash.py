@@ -49,9 +49,11 @@ def unavailable() -> str | None:
     return fault(FlashAttention(function), torch.device("cuda"))
 
 
-def load() -> "FlashAttention | None":
-    """The package's attention; None where it is `unavailable`."""
-    return FlashAttention(import_module(PACKAGE).flash_attn_varlen_func) if unavailable() is None else None
+def load() -> "tuple[FlashAttention | None, str]":
+    """The package's attention, or None and the reason why it is `unavailable`."""
+    if (reason := unavailable()) is not None:
+        return None, reason
+    return FlashAttention(import_module(PACKAGE).flash_attn_varlen_func), ""
 
 
 class FlashAttention:

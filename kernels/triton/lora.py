@@ -1,6 +1,7 @@
 """Low-rank adapters of a mixed batch: every segment shrunk in one launch, and expanded in another (arXiv:2310.18547).
 
-Segments hold tensors of their own, so kernels get a table of addresses.
+Segments hold tensors of their own, so kernels get a table of addresses. Where each token's adapter is known on the
+device alone, a program a token looks it up in a table of all adapters; sums are in the same order in both.
 """
 
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.batch import LoraSegment
+from kernels.batch import LoraSegment, LoraTable
 from kernels.triton.launch import power, rows
 
 TOKENS, INNER, OUT = 16, 64, 64
@@ -115,5 +116,74 @@ def lora_apply(x: Tensor, y: Tensor, segments: Sequence[LoraSegment]) -> Tensor:
     _expand[(len(expanding), tiles, triton.cdiv(widest, OUT))](
         shrunk, numbers[6 * len(shrinking) :], y, y.stride(0), y.stride(1), shrunk_width,
         TOKENS=TOKENS, OUT=OUT, RANK=power(rank, 16),
+    )  # fmt: skip
+    return y
+
+
+@triton.jit
+def _shrink_row(
+    x, stride, adapters, entries, entry_size, shrunk, size, width,
+    TOKENS: tl.constexpr, INNER: tl.constexpr, RANK: tl.constexpr,
+):  # fmt: skip
+    """As `_shrink`, of one token: shrunk [token, rank]. Of a tile only the first row is a token."""
+    token = tl.program_id(0).to(tl.int64)
+    entry = entries + tl.load(adapters + token) * entry_size
+    ranks = tl.load(entry + 2)
+    if ranks > 0:
+        element = x.dtype.element_ty
+        a = tl.load(entry).to(tl.pointer_type(element))
+        scales = tl.load(entry + 1).to(tl.pointer_type(element))
+        at, rank, inner = tl.arange(0, TOKENS), tl.arange(0, RANK), tl.arange(0, INNER)
+        total = tl.zeros([TOKENS, RANK], tl.float32)
+        for first in range(0, size, INNER):
+            column = first + inner
+            here = (at < 1)[:, None] & (column < size)[None, :]
+            inputs = tl.load(x + token * stride + at[:, None] * 0 + column[None, :], mask=here, other=0.0)
+            there = (rank < ranks)[None, :] & (column < size)[:, None]
+            factors = tl.load(a + rank[None, :] * size + column[:, None], mask=there, other=0.0)
+            total = tl.dot(inputs, factors, total, input_precision="ieee")
+        total *= tl.load(scales + rank, mask=rank < ranks, other=0.0).to(tl.float32)[None, :]
+        place = shrunk + token * width + at[:, None] * 0 + rank[None, :]
+        tl.store(place, total, mask=(at < 1)[:, None] & (rank < ranks)[None, :])
+
+
+@triton.jit
+def _expand_row(
+    shrunk, adapters, entries, entry_size, y, stride, step, width,
+    TOKENS: tl.constexpr, OUT: tl.constexpr, RANK: tl.constexpr,
+):  # fmt: skip
+    """As `_expand`, of one token and one part of its adapter."""
+    token = tl.program_id(0).to(tl.int64)
+    entry = entries + tl.load(adapters + token) * entry_size
+    part = entry + 3 + tl.program_id(1) * 5
+    ranks, first_rank, size, column = tl.load(part + 1), tl.load(part + 2), tl.load(part + 3), tl.load(part + 4)
+    if (tl.load(entry + 2) > 0) & (tl.program_id(2) * OUT < size):
+        b = tl.load(part).to(tl.pointer_type(y.dtype.element_ty))
+        at, rank = tl.arange(0, TOKENS), tl.arange(0, RANK)
+        out = tl.program_id(2) * OUT + tl.arange(0, OUT)
+        here = (at < 1)[:, None] & (rank < ranks)[None, :]
+        inputs = tl.load(shrunk + token * width + first_rank + at[:, None] * 0 + rank[None, :], mask=here, other=0.0)
+        there = (rank < ranks)[:, None] & (out < size)[None, :]
+        factors = tl.load(b + out[None, :] * ranks + rank[:, None], mask=there, other=0.0).to(tl.float32)
+        place = y + token * stride + at[:, None] * 0 + (column + out)[None, :] * step
+        inside = (at < 1)[:, None] & (out < size)[None, :]
+        after = tl.load(place, mask=inside, other=0.0).to(tl.float32) + tl.dot(inputs, factors, input_precision="ieee")
+        tl.store(place, after.to(y.dtype.element_ty), mask=inside)
+
+
+def lora_apply_table(x: Tensor, y: Tensor, table: LoraTable, adapters: Tensor) -> Tensor:
+    """`Ops.lora_apply_table`. Nothing that is launched depends on the numbers in `adapters`."""
+    x = rows(x)
+    if not len(x) or not table.rank:
+        return y
+    shrunk = torch.empty(len(x), table.rank, device=x.device)
+    entry_size = table.entries.stride(0)
+    _shrink_row[(len(x),)](
+        x, x.stride(0), adapters, table.entries, entry_size, shrunk, x.shape[1], table.rank,
+        TOKENS=TOKENS, INNER=INNER, RANK=power(table.rank, 16),
+    )  # fmt: skip
+    _expand_row[(len(x), table.parts, triton.cdiv(table.widest, OUT))](
+        shrunk, adapters, table.entries, entry_size, y, y.stride(0), y.stride(1), table.rank,
+        TOKENS=TOKENS, OUT=OUT, RANK=power(table.part_rank, 16),
     )  # fmt: skip
     return y

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels.batch import LoraSegment, PagedRows
+from kernels.batch import LoraSegment, LoraTable, PagedRows
 from kernels.quantised import Weight
 from kernels.reference import ReferenceOps
 from kernels.triton import attention, lora, norms, pointwise, quantised, rope, sampling
 from kernels.triton.availability import unavailable
-from kernels.triton.flash import FlashAttention
+from kernels.triton.flash import BLOCK, FlashAttention
 from kernels.triton.launch import takes
 
 CACHE_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
@@ -24,8 +24,16 @@ class TritonOps(ReferenceOps):
 
     name = "triton"
 
-    def __init__(self, flash: FlashAttention | None = None) -> None:
+    def __init__(self, flash: FlashAttention | None = None, without_flash: str = "not asked for") -> None:
+        """`without_flash`: reason why there is no `flash`."""
         self.flash = flash
+        self._without_flash = without_flash
+
+    @property
+    def attention(self) -> str:
+        if self.flash is None:
+            return f"triton; flash-attn is not used: {self._without_flash}"
+        return f"triton; flash-attn for rows of several tokens, in blocks of a multiple of {BLOCK}"
 
     @classmethod
     def unavailable(cls) -> str | None:
@@ -41,6 +49,11 @@ class TritonOps(ReferenceOps):
         if not (takes(x, y, *factors) and lora.fits(x, y, segments)):
             return super().lora_apply(x, y, segments)
         return lora.lora_apply(x, y, segments)
+
+    def lora_apply_table(self, x: Tensor, y: Tensor, table: LoraTable, adapters: Tensor) -> Tensor:
+        if not (takes(x, y) and x.dtype is y.dtype):
+            return super().lora_apply_table(x, y, table, adapters)
+        return lora.lora_apply_table(x, y, table, adapters)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return norms.rms_norm(x, weight, eps) if takes(x, weight) else super().rms_norm(x, weight, eps)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import torch
@@ -25,6 +26,7 @@ from runtime.model.lora_base import LoraBase
 from runtime.model.model import Model, make_cache, make_device
 from runtime.scheduler import Scheduler, Speculation
 from runtime.scheduler.policies import BackgroundLast, make_policy
+from runtime.support.logs import get_logger
 from runtime.support.memory import keep_freed_memory, return_freed_memory
 from runtime.text.grammar import GrammarCompiler
 from runtime.trainer.run import make_run_on
@@ -34,8 +36,18 @@ from runtime.workers.executor import Executor, InProcessExecutor
 from runtime.workers.worker import Worker
 from settings.schema import AdapterSettings, CacheSettings, ParallelSettings, SchedulerSettings, Settings
 
+log = get_logger(__name__)
+
 DEFAULT_CONTEXTS = 4
-"""Full contexts that the cache holds without a setting, if they fit in a quarter of the free memory."""
+"""Full contexts that a cache in host memory holds without a setting, if they fit in a quarter of what is free."""
+
+
+class DeviceMemory(NamedTuple):
+    """Memory where the KV cache will lie, in bytes, once the weights are there."""
+
+    free: int
+    total: int | None = None
+    """Of a GPU, all of it; None for host memory, which is others' too."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +91,7 @@ def assemble(settings: Settings, metrics: Metrics | None = None) -> Assembled:
     device = make_device(settings.model.device)
     decoder = load_model(checkpoint, settings.model, device=device)
     keep_freed_memory()
-    cache = _plan_cache(settings, decoder, free_bytes(device))
+    cache = _plan_cache(settings, decoder, device_memory(device))
     if settings.model.deterministic and (reason := decoder.batch_variance) is not None:
         raise ModelLoadError(f"model.deterministic cannot be promised for {name}: {reason}.")
     dtype = cache_dtype(settings, decoder)
@@ -103,6 +115,11 @@ def assemble(settings: Settings, metrics: Metrics | None = None) -> Assembled:
         adapters=slots,
         grammars=lambda: grammars,
     )
+    if device.type == "cuda":
+        graphs = worker.unrecorded or "steps of one token a row"
+        log.info(
+            "device", name=str(device), attention=decoder.ops.attention, cuda_graphs=graphs, blocks=cache.num_blocks
+        )
     executor = InProcessExecutor(worker)
     run = make_run_on(decoder, whole=settings.model.deterministic)
     return _assembled(settings, checkpoint, grammars, executor, decoder, lora_base, cache, run, device, metrics)
@@ -135,7 +152,8 @@ def _assemble_ranks(
     try:
         loaded = executor.loaded
         sharing = 1 if device.type == "cuda" else launch.per_node
-        cache = _plan_cache(settings, shapes, min(one.free_bytes for one in loaded) // sharing)
+        least = min(loaded, key=lambda one: one.free_bytes)
+        cache = _plan_cache(settings, shapes, DeviceMemory(least.free_bytes // sharing, least.total_bytes))
         grammars = _grammars(settings, checkpoint, shapes)
         lora_base = LoraBase.described(shapes, find_model(checkpoint.config), name, loaded[0].fingerprint)
         executor.allocate(
@@ -182,9 +200,9 @@ class _Cache:
     """Longest sequence that context and blocks can hold, in tokens."""
 
 
-def _plan_cache(settings: Settings, decoder: Model, free: int) -> _Cache:
+def _plan_cache(settings: Settings, decoder: Model, memory: DeviceMemory) -> _Cache:
     context = settings.model.max_model_len or decoder.spec.max_position
-    num_blocks = _num_blocks(settings, decoder, context, free)
+    num_blocks = _num_blocks(settings, decoder, context, memory)
     block_size = settings.cache.block_size
     return _Cache(num_blocks, _num_host_blocks(settings, decoder), block_size, min(context, num_blocks * block_size))
 
@@ -308,6 +326,14 @@ def free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
+def device_memory(device: torch.device) -> DeviceMemory:
+    """Memory of the device that the cache will lie on."""
+    if device.type != "cuda":
+        return DeviceMemory(free_bytes(device))
+    free, total = torch.cuda.mem_get_info(device)
+    return DeviceMemory(int(free), int(total))
+
+
 def fits_beside(settings: Settings, num_blocks: int) -> bool:
     """True where the model of `settings` fits into the memory that is free now, with `num_blocks` of KV cache. Ranks'
     memory is their own processes', and False. Reads headers. Raises `ModelLoadError`."""
@@ -345,8 +371,8 @@ def _num_host_blocks(settings: Settings, decoder: Model) -> int:
     return memory // size
 
 
-def _num_blocks(settings: Settings, decoder: Model, context: int, free: int) -> int:
-    """`free`: bytes available to this rank; at most a quarter of them is taken."""
+def _num_blocks(settings: Settings, decoder: Model, context: int, memory: DeviceMemory) -> int:
+    """`memory`: of this rank. Of host memory at most a quarter of what is free is taken."""
     cache, size = settings.cache, _bytes_of_block(settings, decoder)
     if cache.num_blocks is not None:
         return cache.num_blocks
@@ -355,4 +381,33 @@ def _num_blocks(settings: Settings, decoder: Model, context: int, free: int) -> 
         if count == 0:
             raise ModelLoadError(f"cache.kv_memory is {cache.kv_memory} bytes, but one block takes {size}.")
         return count
-    return max(1, min(DEFAULT_CONTEXTS * -(-context // cache.block_size), free // 4 // size))
+    each = -(-context // cache.block_size)
+    if memory.total is None:
+        return max(1, min(DEFAULT_CONTEXTS * each, memory.free // 4 // size))
+    return min(settings.scheduler.max_running * each, _blocks_on_gpu(settings, decoder, memory.free, memory.total))
+
+
+def _blocks_on_gpu(settings: Settings, decoder: Model, free: int, total: int) -> int:
+    """Blocks for which a GPU's share has room, beside what is on it already and the tensors of a step."""
+    share, size = settings.cache.gpu_memory_utilization, _bytes_of_block(settings, decoder)
+    taken, work = total - free, step_bytes(settings, decoder)
+    count = (int(total * share) - taken - work) // size
+    if count < 1:
+        raise ModelLoadError(
+            f"cache.gpu_memory_utilization is {share}, of {total} bytes; {taken} are taken, a step needs about {work}, "
+            f"and one KV block takes {size}: raise it, or lower scheduler.max_batched_tokens."
+        )
+    return count
+
+
+STEP_HIDDEN, STEP_WIDEST, STEP_LOGITS = 6, 3, 6
+"""Tensors of a step that are in memory together: of hidden states, of the widest linear's outputs, and of logits."""
+
+
+def step_bytes(settings: Settings, decoder: Model) -> int:
+    """Bytes of what the largest step computes, about, where nothing is kept for training."""
+    scheduler, spec = settings.scheduler, decoder.spec
+    linears = decoder.layers[0].linears.values()
+    widest = max((sum(linear.parts.values()) for linear in linears), default=spec.hidden_size)
+    values = scheduler.max_batched_tokens * (STEP_HIDDEN * spec.hidden_size + STEP_WIDEST * widest)
+    return values * decoder.dtype.itemsize + STEP_LOGITS * 4 * scheduler.max_running * spec.vocab_size

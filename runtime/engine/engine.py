@@ -35,6 +35,7 @@ from runtime.text.grammar import GrammarCompiler
 from runtime.text.tokenizer import Tokenizer
 from runtime.trainer.riding import Ride
 from runtime.workers.executor import AllRowsFailed, Executor, Pipeline, RowByRow, WorkersLost
+from runtime.workers.recorded_steps import RecordedSteps
 
 MAX_FAILED_STEPS = 3
 """Steps in a row without one row computed, after which the engine gives up if its probe fails as well."""
@@ -116,6 +117,11 @@ class Engine:
     def kept_widths(self) -> tuple[int, int, int, int] | None:
         """See `Executor.kept_widths`."""
         return self._executor.kept_widths
+
+    @property
+    def recorded(self) -> RecordedSteps | None:
+        """Steps that run as recorded, as CUDA graphs do; None where all are computed launch by launch."""
+        return self._executor.recorded if isinstance(self._executor, RowByRow) else None
 
     def step(self, *, ahead: bool = True, ride: tuple[Ride, int] | None = None) -> list[Output]:
         """One step: what it added to each request. Empty when there is nothing to do.

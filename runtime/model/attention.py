@@ -21,7 +21,8 @@ CACHE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": to
 
 
 class KVCache:
-    """`layers[i]` is (keys, values), each [num_blocks, block_size, kv_heads, width], zero at first."""
+    """`layers[i]` is (keys, values), each [num_blocks, block_size, kv_heads, width], zero at first; with a spare block
+    there is one more."""
 
     def __init__(
         self,
@@ -32,12 +33,15 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
         pinned: bool = False,
+        spare: bool = False,
     ) -> None:
         """Allocate the cache. `shapes` has (kv_heads, head_dim) of every layer; `pinned`: in host memory that a GPU
-        reads and writes directly."""
+        reads and writes directly; `spare`: with one block more, for rows that are no sequence's."""
         self.num_blocks = num_blocks
         self.block_size = block_size
-        sizes = [(num_blocks, block_size, heads, cache.width(dtype, size)) for heads, size in shapes]
+        self.spare_block = num_blocks
+        """Id of the spare block, if there is one."""
+        sizes = [(num_blocks + spare, block_size, heads, cache.width(dtype, size)) for heads, size in shapes]
         self.layers = [(_zeros(size, dtype, device, pinned), _zeros(size, dtype, device, pinned)) for size in sizes]
 
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:

@@ -92,6 +92,7 @@ def make_cache(model: Model, num_blocks: int, block_size: int, device: torch.dev
         dtype=dtype,
         device=device,
         pinned=device.type == "cpu" and model.device.type == "cuda",
+        spare=device.type == "cuda",  # for the padding of recorded steps
     )
 
 

@@ -20,6 +20,7 @@ from runtime.model.lora_base import LoraBase
 from runtime.model.model import Model
 from runtime.model.token_rows import VocabularyRows
 from runtime.support.failpoints import failpoint
+from runtime.workers.adapter_table import AdapterTable
 from settings.schema import ModelSettings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
@@ -83,8 +84,20 @@ class AdapterSlots:
         self._unused_memory = unused_memory
         self._unused: OrderedDict[str, LoadedAdapter] = OrderedDict()
         """Those that were unloaded, longest ago first."""
+        self._table: AdapterTable | None = None
         self._lock = Lock()
         """Guards `_prepared` and `_unused`."""
+
+    def make_table(self) -> AdapterTable:
+        """A table of the loaded versions that follows what is loaded, for recorded steps."""
+        self._table = AdapterTable(self._decoder)
+        for key, loaded in self._loaded.items():
+            self._add_to_table(key, loaded)
+        return self._table
+
+    def _add_to_table(self, key: str, loaded: LoadedAdapter) -> None:
+        if self._table is not None and loaded.vocabulary is None:
+            self._table.add(key, loaded.factors)
 
     def prepare(self, key: str, directory: str) -> None:
         """Read an adapter's files (format of PEFT), ready to be loaded. Raises `AdapterInvalid`."""
@@ -114,11 +127,14 @@ class AdapterSlots:
             loaded = self._prepared.pop(key)
         failpoint("adapters.load", key)
         self._loaded[key] = loaded
+        self._add_to_table(key, loaded)
 
     def unload(self, key: str) -> None:
         """Release an adapter's memory, or keep it for its next use, also where it was only prepared. No row may need it
         any more. Unknown keys are fine."""
         loaded = self._loaded.pop(key, None)
+        if self._table is not None:
+            self._table.remove(key)
         with self._lock:
             prepared = self._prepared.pop(key, None)
             loaded = loaded or prepared

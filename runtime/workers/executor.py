@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
 from queue import SimpleQueue
 from threading import Thread
@@ -18,6 +19,7 @@ from runtime.messages import ROW_FAILED, Row, StepPlan, StepResult, TokenLogprob
 from runtime.support.logs import get_logger
 from runtime.trainer.riding import Ride
 from runtime.workers.adapter_slots import AdapterSlots
+from runtime.workers.recorded_steps import LaunchedStep, RecordedSteps
 from runtime.workers.worker import Worker
 
 log = get_logger(__name__)
@@ -26,7 +28,8 @@ log = get_logger(__name__)
 class Executor(Protocol):
     """Runs step plans. A row that fails is in the result's `failed`; nothing can continue after an exception."""
 
-    def execute(self, plan: StepPlan) -> StepResult: ...
+    def launch(self, plan: StepPlan) -> StepResult | LaunchedStep:
+        """Execute a plan, or begin to, so that the next one can be launched before this one's tokens are read."""
 
     def prepare_adapter(self, key: str, directory: str) -> None:
         """Read an adapter version's files and check them. Callable from any thread; changes nothing yet.
@@ -81,7 +84,7 @@ class RowByRow(ABC):
         for them."""
 
     @abstractmethod
-    def _batch(self, plan: StepPlan, rows: list[Row]) -> StepResult:
+    def _batch(self, plan: StepPlan, rows: list[Row]) -> StepResult | LaunchedStep:
         """Take in a plan and compute these of its rows, which may be none. Raises what they raise."""
 
     @abstractmethod
@@ -102,7 +105,17 @@ class RowByRow(ABC):
         """Let go of weights and cache that this process holds, after `close`."""
         return
 
+    @property
+    def recorded(self) -> RecordedSteps | None:
+        """The steps that run as recorded, where there are some in this process."""
+        return None
+
     def execute(self, plan: StepPlan) -> StepResult:
+        """Execute a plan to its end. Raises `AllRowsFailed`, `WorkersLost`."""
+        launched = self.launch(plan)
+        return launched.finish() if isinstance(launched, LaunchedStep) else launched
+
+    def launch(self, plan: StepPlan) -> StepResult | LaunchedStep:
         """See `Executor`. Raises `AllRowsFailed`, `WorkersLost`."""
         self._behind.difference_update(admission.slot for admission in plan.admitted)
         rows = [row for row in plan.rows if row.slot not in self._behind]
@@ -115,6 +128,11 @@ class RowByRow(ABC):
             if not rows:
                 raise
             result = self._isolate(plan.step, rows, error)
+        if isinstance(result, LaunchedStep):
+            return result.then(partial(self._note_failed, behind))
+        return self._note_failed(behind, result)
+
+    def _note_failed(self, behind: dict[int, str], result: StepResult) -> StepResult:
         self._behind |= result.failed.keys()
         return replace(result, failed=result.failed | behind) if behind else result
 
@@ -170,14 +188,18 @@ class InProcessExecutor(RowByRow):
     def unload(self) -> None:
         vars(self._worker).clear()
 
-    def _batch(self, plan: StepPlan, rows: list[Row]) -> StepResult:
+    def _batch(self, plan: StepPlan, rows: list[Row]) -> StepResult | LaunchedStep:
         self._worker.admit(plan)
         if not rows:
             return StepResult(step=plan.step, slots=[], tokens=[])
-        return self._worker.compute(plan.step, rows, plan.riding)
+        return self._worker.launch(plan.step, rows, plan.riding)
 
     def _row(self, step: int, row: Row) -> StepResult:
         return self._worker.compute(step, [row])
+
+    @property
+    def recorded(self) -> RecordedSteps | None:
+        return self._worker.recorded
 
     @property
     def kept_widths(self) -> tuple[int, int, int, int] | None:
@@ -236,21 +258,23 @@ class Pipeline:
 
     def __init__(self, executor: Executor) -> None:
         self._executor = executor
-        self._results: deque[Future[StepResult]] = deque()
+        self._results: deque[Future[StepResult | LaunchedStep]] = deque()
         self._thread: ComputeThread | None = None
 
     def submit(self, plan: StepPlan, *, beside: bool) -> None:
         """Execute a plan: `beside` the caller, which continues at once, or in place when nothing is in flight."""
-        self._results.append(self._run(partial(self._executor.execute, plan), beside=beside or bool(self._results)))
+        self._results.append(self._run(partial(self._executor.launch, plan), beside=beside or bool(self._results)))
 
     def collect(self) -> StepResult:
         """The result of the oldest plan that was not collected yet; waits for it. Raises what the executor raises."""
-        return self._results.popleft().result()
+        result = self._results.popleft().result()
+        return self.in_order(result.finish) if isinstance(result, LaunchedStep) else result
 
     def discard(self) -> None:
         """Wait for what is in flight and drop its results."""
         while self._results:
-            self._results.popleft().exception()
+            with suppress(Exception):
+                self.collect()
 
     def in_order(self, work: Callable[[], T]) -> T:
         """The result of `work`, done after all plans that were submitted before. Raises what it raises."""

@@ -38,7 +38,7 @@ class LogitRules:
         """Slot → [vocab] bool, True for ids that are not in `allowed_token_ids`; made at its first row."""
         self._biases: dict[int, tuple[Tensor, Tensor]] = {}
         """Slot → ids and biases; made at its first row."""
-        self._history = TokenHistory(vocab_size)
+        self.history = TokenHistory(vocab_size)
 
     def admit(self, admission: Admission) -> None:
         """Take in the rules of a sequence that enters a slot."""
@@ -49,7 +49,7 @@ class LogitRules:
         """Drop the rules of the sequence that was in a slot."""
         for kept in (self._slots, self._banned, self._biases):
             kept.pop(slot, None)
-        self._history.forget(slot)
+        self.history.forget(slot)
 
     def apply(
         self, logits: Tensor, slots: Sequence[int], lengths: Sequence[int], tokens: Mapping[int, Sequence[int]]
@@ -89,11 +89,7 @@ class LogitRules:
         """Exclude each token that would complete a bad word. Only words within the output count."""
         where: list[tuple[int, int]] = []
         for row in rows:
-            admission = self._slots[row.slot]
-            for word in admission.bad_word_ids:
-                start = row.length - (len(word) - 1)
-                if start >= admission.prompt_len and list(row.tokens[start : row.length]) == word[:-1]:
-                    where.append((row.index, word[-1]))
+            where += [(row.index, token) for token in completing(self._slots[row.slot], row.tokens, row.length)]
         if where:
             index, token = torch.tensor(where, device=logits.device).T
             logits[index, token] = -math.inf
@@ -127,7 +123,7 @@ class LogitRules:
     def _penalise_once(self, logits: Tensor, rows: list[RuledRow]) -> None:
         device = logits.device
         prompt_lens = [self._slots[row.slot].prompt_len for row in rows]
-        counts, in_prompt = self._history.of(rows, prompt_lens, device, width=logits.shape[1])
+        counts, in_prompt = self.history.of(rows, prompt_lens, device, width=logits.shape[1])
         params = [self._slots[row.slot].params for row in rows]
 
         def column(values: list[float]) -> Tensor:
@@ -144,14 +140,27 @@ class LogitRules:
         logits[index] = found
 
 
+def completing(admission: Admission, tokens: Sequence[int], length: int) -> list[int]:
+    """Tokens that would complete a bad word after the first `length` of a sequence's tokens."""
+    found = []
+    for word in admission.bad_word_ids:
+        start = length - (len(word) - 1)
+        if start >= admission.prompt_len and list(tokens[start:length]) == word[:-1]:
+            found.append(word[-1])
+    return found
+
+
 class TokenHistory:
     """Counts of the tokens of sequences with penalties: of the output, and which ones the prompt has."""
 
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
-        self._counts = torch.zeros(0, vocab_size)
-        """[places, vocab] number of times that each output has a token."""
-        self._in_prompt = torch.zeros(0, vocab_size, dtype=torch.bool)
+        self.counts = torch.zeros(0, vocab_size)
+        """[places, vocab] number of times that each output has a token. The first place is no sequence's."""
+        self.in_prompt = torch.zeros(0, vocab_size, dtype=torch.bool)
+        """[places, vocab] True for tokens of the prompt."""
+        self.generation = 0
+        """Changes with the addresses of the two tensors."""
         self._places: dict[int, int] = {}
         """Slot → its row in the tensors."""
         self._free: list[int] = []
@@ -170,6 +179,12 @@ class TokenHistory:
         """Counts [len(rows), width] of the output's tokens before each row's position, and whether the prompt has
         them. No slot is there twice. `width`: number of ids, where adapters have more than the base."""
         self._widen(width or self._vocab_size)
+        self.update(rows, prompt_lens, device)
+        index = torch.tensor([self._places[row.slot] for row in rows], device=device)
+        return self.counts[index, :width], self.in_prompt[index, :width]
+
+    def update(self, rows: list[RuledRow], prompt_lens: list[int], device: torch.device) -> None:
+        """Count what the sequences have before each row's position, and give those that are new a place."""
         places: list[int] = []
         tokens: list[int] = []
         changes: list[float] = []
@@ -189,27 +204,44 @@ class TokenHistory:
             places += [self._places[row.slot]] * (len(tokens) - before)
         if tokens:
             where = torch.tensor(places, device=device), torch.tensor(tokens, device=device)
-            self._counts.index_put_(where, torch.tensor(changes, device=device), accumulate=True)
-        index = torch.tensor([self._places[row.slot] for row in rows], device=device)
-        return self._counts[index, :width], self._in_prompt[index, :width]
+            self.counts.index_put_(where, torch.tensor(changes, device=device), accumulate=True)
+
+    def place(self, slot: int) -> int:
+        """Row of a slot in the tensors, after `update`."""
+        return self._places[slot]
+
+    def note(self, slot: int, token: int) -> None:
+        """Book a token of a slot's output that the device itself has counted."""
+        if slot in self._counted:
+            self._counted[slot].append(token)
+
+    def allocate(self, device: torch.device) -> None:
+        """Have tensors on the device, though no sequence has a place yet."""
+        if not len(self.counts):
+            self._grow(device)
 
     def _widen(self, width: int) -> None:
         if (further := width - self._vocab_size) > 0:
-            self._counts = torch.nn.functional.pad(self._counts, (0, further))
-            self._in_prompt = torch.nn.functional.pad(self._in_prompt, (0, further))
+            self.counts = torch.nn.functional.pad(self.counts, (0, further))
+            self.in_prompt = torch.nn.functional.pad(self.in_prompt, (0, further))
             self._vocab_size = width
+            self.generation += 1
+
+    def _grow(self, device: torch.device) -> None:
+        held = len(self.counts)
+        grown = max(4, 2 * held)
+        counts = torch.zeros(grown, self._vocab_size, device=device)
+        in_prompt = torch.zeros(grown, self._vocab_size, dtype=torch.bool, device=device)
+        counts[:held], in_prompt[:held] = self.counts, self.in_prompt
+        self.counts, self.in_prompt = counts, in_prompt
+        self._free += range(max(1, held), grown)
+        self.generation += 1
 
     def _begin(self, row: RuledRow, prompt_len: int, device: torch.device) -> None:
         if not self._free:
-            held = len(self._counts)
-            grown = max(4, 2 * held)
-            counts = torch.zeros(grown, self._vocab_size, device=device)
-            in_prompt = torch.zeros(grown, self._vocab_size, dtype=torch.bool, device=device)
-            counts[:held], in_prompt[:held] = self._counts, self._in_prompt
-            self._counts, self._in_prompt = counts, in_prompt
-            self._free = list(range(held, grown))
+            self._grow(device)
         place = self._places[row.slot] = self._free.pop()
-        self._counts[place] = 0
-        self._in_prompt[place] = False
-        self._in_prompt[place, torch.tensor(row.tokens[:prompt_len], device=device)] = True
+        self.counts[place] = 0
+        self.in_prompt[place] = False
+        self.in_prompt[place, torch.tensor(row.tokens[:prompt_len], device=device)] = True
         self._counted[row.slot] = []

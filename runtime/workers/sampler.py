@@ -40,7 +40,7 @@ class Sampler:
         self._ops = ops
         self._vocabulary = vocabulary
         self._slots: dict[int, Admission] = {}
-        self._rules = LogitRules(vocabulary.split.full)
+        self.rules = LogitRules(vocabulary.split.full)
         self._ruled: set[int] = set()
         """Slots with rules; the others cost nothing."""
         self._whole: set[int] = set()
@@ -53,10 +53,10 @@ class Sampler:
         self._slots[slot] = admission
         self._suppressed.pop(slot, None)
         if admission.has_rules:
-            self._rules.admit(admission)
+            self.rules.admit(admission)
             self._ruled.add(slot)
         elif slot in self._ruled:
-            self._rules.forget(slot)
+            self.rules.forget(slot)
             self._ruled.discard(slot)
         special = admission.num_logprobs is not None or admission.candidates or admission.grammar
         if special or slot in self._ruled or not admission.params.greedy:
@@ -64,14 +64,18 @@ class Sampler:
         else:
             self._whole.discard(slot)
 
+    def admission(self, slot: int) -> Admission:
+        """The sequence in a slot."""
+        return self._slots[slot]
+
     def argmax(self, logits: Tensor, slots: list[int], lengths: list[int]) -> Sampled | None:
         """As a call, from the logits of this rank's own tokens [R, own]: the ranks exchange two numbers a row. None
         where that is not enough, and then `logits` are as they were."""
         if not self._whole.isdisjoint(slots):
             return None
         self._suppress(logits, slots, lengths, own=True)
-        best, tokens = self._vocabulary.argmax(*self._ops.argmax(logits))
-        return Sampled(tokens.tolist(), _broken(best))
+        largest, tokens = _to_host(*self._vocabulary.argmax(*self._ops.argmax(logits)))
+        return Sampled(tokens, _broken(largest))
 
     def __call__(
         self,
@@ -95,16 +99,22 @@ class Sampler:
         if mask is not None:
             mask(logits)
         if not self._ruled.isdisjoint(slots):
-            self._rules.apply(logits, slots, lengths, sequences)
+            self.rules.apply(logits, slots, lengths, sequences)
         best, chosen = self._ops.argmax(logits)
-        broken = _broken(best)
+        # On a GPU, to read the largest logits already here would be one wait more; a broken row's token means nothing.
+        broken = _broken(best.tolist()) if best.device.type == "cpu" else {}
         sampled = [i for i, row in enumerate(rows) if not (row.params.greedy or row.candidates or i in broken)]
         if sampled:
             index_tensor = torch.tensor(sampled, device=logits.device)
             # A copy of all rows would take as long as sampling them.
             picked = logits if len(sampled) == len(rows) else logits[index_tensor]
             chosen[index_tensor] = self._sample(picked, [rows[i] for i in sampled], [lengths[i] for i in sampled])
-        tokens = self._vocabulary.agree(chosen.tolist(), logits.device)
+        if best.device.type == "cpu":
+            tokens = chosen.tolist()
+        else:
+            largest, tokens = _to_host(best, chosen)
+            broken = _broken(largest)
+        tokens = self._vocabulary.agree(tokens, logits.device)
         logprobs: list[TokenLogprob] = []
         if scores is not None:
             most = [rows[index].num_logprobs or 0 for index in reported]
@@ -115,7 +125,7 @@ class Sampler:
     def _suppress(self, logits: Tensor, slots: list[int], lengths: list[int], *, own: bool) -> None:
         for index, (slot, length) in enumerate(zip(slots, lengths, strict=True)):
             row = self._slots[slot]
-            if not row.grammar and _suppresses(row, length):  # in the mask of a grammar
+            if not row.grammar and suppresses(row, length):  # in the mask of a grammar
                 columns = self._columns(row, logits.device, own=own)
                 logits[index].index_fill_(0, columns[columns < logits.shape[1]], -math.inf)
 
@@ -143,16 +153,24 @@ class Sampler:
         )
 
 
-def _suppresses(row: Admission, length: int) -> bool:
+def suppresses(row: Admission, length: int) -> bool:
     """True if a sequence of this length must not end with its next token."""
     return bool(row.suppressed_ids) and length - row.prompt_len < row.params.min_tokens
 
 
-def _broken(best: Tensor) -> dict[int, str]:
+def _to_host(best: Tensor, tokens: Tensor) -> tuple[list[float], list[int]]:
+    """Two tensors [R], the second of token ids, as lists. From a device in one copy, as each would wait for it."""
+    if best.device.type == "cpu":
+        return best.tolist(), tokens.tolist()
+    largest, ids = torch.stack((best.double(), tokens.double())).tolist()
+    return largest, list(map(int, ids))
+
+
+def _broken(largest: list[float]) -> dict[int, str]:
     """Rows without a token, by their largest logits. For few numbers this takes less time than a call of torch."""
     return {
         index: EXCLUDED if value == -math.inf else NOT_FINITE
-        for index, value in enumerate(best.tolist())
+        for index, value in enumerate(largest)
         if not math.isfinite(value)
     }
 

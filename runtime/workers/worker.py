@@ -20,10 +20,13 @@ from runtime.text.grammar import GrammarCompiler
 from runtime.trainer.riding import Ride
 from runtime.workers.adapter_slots import AdapterSlots
 from runtime.workers.batch import FlatBatch, build_batch, execute_moves
-from runtime.workers.cuda_graphs import DecodeGraphs, unsuited
+from runtime.workers.cuda_graphs import DecodeGraphs, Recorder, unsuited
 from runtime.workers.grammar_masks import GrammarMasks, Masks
 from runtime.workers.pooler import Pooler
+from runtime.workers.recorded_sampling import STATUS, RecordedSampling
+from runtime.workers.recorded_steps import LaunchedStep, RecordedSteps, Sequences
 from runtime.workers.sampler import NOT_FINITE, Sampled, Sampler, accept_drafts, token_logprobs
+from runtime.workers.transfers import Transfers
 
 SCORED_AT_ONCE = 64
 """Tokens of prompts whose logits are in memory together."""
@@ -60,9 +63,6 @@ class Worker:
         self._decoder = decoder
         self._cache = cache
         self._host = host
-        self._graphs: DecodeGraphs | None = None
-        if isinstance(decoder, Decoder) and unsuited(decoder) is None:
-            self._graphs = DecodeGraphs(decoder, cache, max_len=max_len)
         self._sampler = Sampler(decoder.ops, decoder.vocabulary)
         self._special: set[int] = set()
         """Slots whose sequence is pooled or has a grammar; the others cost nothing for it."""
@@ -80,6 +80,40 @@ class Worker:
         self._tables = np.zeros((max_running + 1, -(-max_len // cache.block_size)), dtype=np.int64)
         """By slot; the last one is of riding tokens."""
         self._num_blocks = [0] * max_running
+        self.recorded: RecordedSteps | None = None
+        """Steps that run as recorded, as CUDA graphs do; None: all are computed launch by launch."""
+        self._launched: list[LaunchedStep] = []
+        self.unrecorded = (
+            unsuited(decoder) if isinstance(decoder, Decoder) else "transformers' modules compute the model"
+        )
+        """Reason why no step runs as recorded; None where some do."""
+        if self.unrecorded is None:
+            self.record_steps(Transfers(decoder.device))
+
+    def record_steps(self, copies: Transfers, record: Recorder | None = None) -> None:
+        """Run steps of one token a row as recorded by `record`, by default as CUDA graphs. Called before there are
+        sequences."""
+        decoder, max_running = self._decoder, len(self._tables) - 1
+        assert isinstance(decoder, Decoder)
+        table = None if self.adapters is None else self.adapters.make_table()
+        vocab_size, max_len = decoder.spec.vocab_size, self._tables.shape[1] * self._cache.block_size
+        sampling = RecordedSampling(
+            decoder.ops, self._sampler, vocab_size, max_running=max_running, device=decoder.device, copies=copies
+        )
+        graphs = DecodeGraphs(
+            decoder,
+            self._cache,
+            sampling,
+            table,
+            max_running=max_running,
+            max_len=max_len,
+            copies=copies,
+            record=record,
+        )
+        sequences = Sequences(self._tokens, self._tables, self._num_blocks, self._adapted, self._pooler, vocab_size)
+        self.recorded = RecordedSteps(
+            graphs, sampling, table, self._grammars, sequences, block_size=self._cache.block_size, copies=copies
+        )
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Compute the plan's rows. Executing the same plan's rows again is harmless: it writes the same KV."""
@@ -88,6 +122,8 @@ class Worker:
 
     def admit(self, plan: StepPlan) -> None:
         """Take in the plan's new sequences and blocks, without computing anything. Not to be done twice."""
+        if plan.admitted or plan.moves:
+            self.settle()
         execute_moves(plan.moves, self._cache, self._host)
         for admission in plan.admitted:
             self._tokens[admission.slot] = list(admission.token_ids)
@@ -101,6 +137,8 @@ class Worker:
             if special or admission.slot in self._special:
                 self._admit_special(admission)
                 (self._special.add if special else self._special.discard)(admission.slot)
+            if self.recorded is not None:
+                self.recorded.admit(admission)
             self._adapted.pop(admission.slot, None)
             if admission.adapter:
                 self._adapted[admission.slot] = admission.adapter
@@ -127,10 +165,60 @@ class Worker:
     def compute(self, step: int, rows: list[Row], riding: RidingRow | None = None) -> StepResult:
         """Run the decoder over rows of admitted sequences, and sample where a token is due. `riding` tokens are left
         out where the batch does not take them."""
+        launched = self.launch(step, rows, riding)
+        self.settle()
+        return launched.finish() if isinstance(launched, LaunchedStep) else launched
+
+    def launch(self, step: int, rows: list[Row], riding: RidingRow | None = None) -> StepResult | LaunchedStep:
+        """As `compute`, but a step that runs as recorded is only launched. Its tokens need not be read before the next
+        call: what depends on them waits for them here."""
+        if self.recorded is None:
+            return self._compute(step, rows, riding)
+        reason = "tokens of training ride" if riding is not None else self.recorded.refusal(rows)
+        reason = reason or self.recorded.sampling_refusal(rows)
+        if reason is not None or not self.recorded.follows(rows):
+            self.settle()
+        if reason is not None:
+            self.recorded.refused[reason] += 1
+            return self._compute(step, rows, riding)
+        self._begin_rows(rows)
+        with torch.inference_mode():
+            launched = self.recorded.launch(step, rows, self._book)
+        self._launched.append(launched)
+        return launched
+
+    def settle(self) -> None:
+        """Wait for the tokens of what was launched."""
+        for launched in self._launched[:]:
+            launched.finish()
+
+    def _book(self, launched: LaunchedStep) -> StepResult:
+        """Take in the tokens of a step that was launched."""
+        assert self.recorded is not None
+        self._launched.remove(launched)
+        rows, (tokens, status) = launched.rows, launched.wait()[:, : len(launched.rows)].tolist()
+        failed: dict[int, str] = {}
+        for row, token, number in zip(rows, tokens, status, strict=True):
+            self._tokens[row.slot][row.start + 1 :] = [token]
+            if number:
+                failed[row.slot] = STATUS[number]
+                if STATUS[number] is NOT_FINITE:
+                    self._clear_broken(row.slot)
+        failed |= launched.failed
+        self.recorded.book_tokens(launched, tokens)
+        forced = self._forced(rows, failed)
+        slots = [row.slot for row in rows]
+        return StepResult(step=launched.step, slots=slots, tokens=tokens, failed=failed, forced=forced)
+
+    def _begin_rows(self, rows: Sequence[Row]) -> None:
         for row in rows:
             failpoint("worker.row", row.slot)
             if ends_with := row.draft or row.new_token_ids:
                 self._tokens[row.slot][row.start + row.count - len(ends_with) :] = ends_with
+
+    def _compute(self, step: int, rows: list[Row], riding: RidingRow | None = None) -> StepResult:
+        """As `compute`, launch by launch."""
+        self._begin_rows(rows)
         cache = self._cache
         with torch.inference_mode():
             if riding is not None and not self._takes_riding(rows, riding):
@@ -232,7 +320,7 @@ class Worker:
             candidates=candidates,
         )
 
-    def _forced(self, rows: list[Row], failed: Mapping[int, str]) -> dict[int, list[int]]:
+    def _forced(self, rows: Sequence[Row], failed: Mapping[int, str]) -> dict[int, list[int]]:
         """Tokens that grammars force, by slot: they join the sequences here."""
         forced = {}
         for row in rows:
@@ -281,9 +369,8 @@ class Worker:
         return hidden[sampling], hidden[torch.tensor([found[token.index] for token in due], device=device)]
 
     def _forward(self, batch: FlatBatch, logits_indices: Tensor | None, riding: RidingTokens | None = None) -> Tensor:
-        if self._graphs is not None and self._graphs.takes(batch):
-            hidden = self._graphs.forward(batch)
-            return hidden if logits_indices is None else hidden[logits_indices]
+        if self.recorded is not None and riding is None and self.recorded.refusal(batch.rows) is None:
+            return self.recorded.forward(batch.rows)  # each row's only token is sampled after
         decoder = self._decoder
         attention = PagedAttention(decoder.ops, self._cache, batch.paged, decoder.spec)
         adaptation = self.adapters.adaptation(batch.adapters) if self.adapters and batch.adapters else None

@@ -53,7 +53,7 @@ class ToyExecutor:
         self.failing: dict[int, int] = {}
         """Number of the step → slot whose row fails in it."""
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def launch(self, plan: StepPlan) -> StepResult:
         self.worker.failing = self.failing.get(plan.step)
         for admission in plan.admitted:
             assert admission.adapter in self.loaded | {""}

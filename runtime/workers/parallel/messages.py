@@ -165,6 +165,8 @@ class ModelLoaded(Struct, frozen=True, tag=True):
     fingerprint: str
     free_bytes: int
     """Memory for a KV cache, on the rank's device."""
+    total_bytes: int | None = None
+    """Of a GPU, all of its memory."""
 
 
 class Stepped(Struct, frozen=True, tag=True):

@@ -330,10 +330,9 @@ class Rank:
         base = LoraBase.of(self._decoder, find_model(checkpoint.config), message.name)
         held_in = lora_dtype(message.lora_dtype, message.model)
         self._slots = AdapterSlots(base, self._decoder, max_rank=message.max_lora_rank, dtype=held_in)
-        free = int(psutil.virtual_memory().available)
         if device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(device)
-        return ModelLoaded(base.fingerprint, free)
+            return ModelLoaded(base.fingerprint, *torch.cuda.mem_get_info(device))
+        return ModelLoaded(base.fingerprint, int(psutil.virtual_memory().available))
 
     def _meet(self, device: torch.device) -> Group:
         hello = self._hello

@@ -2,7 +2,7 @@
 
 import torch
 
-from kernels import Int8GroupWeight, LoraFactors, LoraSegment, PagedRows, cache, quantise_int4, quantise_int8
+from kernels import Int8GroupWeight, LoraFactors, LoraSegment, LoraTable, PagedRows, cache, quantise_int4, quantise_int8
 from kernels.triton.ops import TritonOps
 from kernels.triton.training import TritonTrainingOps
 
@@ -59,3 +59,6 @@ def adapters(ops: TritonOps, dtype: torch.dtype) -> None:
     factors = LoraFactors(torch.zeros(12, 64, dtype=dtype), b, (0, 32), torch.zeros(12, dtype=dtype))
     segments = [LoraSegment(torch.tensor([0, 2]), factors), LoraSegment(torch.tensor([1]), factors)]
     ops.lora_apply(torch.zeros(3, 64, dtype=dtype), torch.zeros(3, 48, dtype=dtype), segments)
+    table = LoraTable(torch.zeros(2, 13, dtype=torch.int64), 2, 12, 8, 32, (None, factors))
+    x, y = torch.zeros(3, 64, dtype=dtype), torch.zeros(3, 48, dtype=dtype)
+    ops.lora_apply_table(x, y, table, torch.tensor([0, 1, 0]))

@@ -271,4 +271,4 @@ def test_a_package_that_cannot_be_used_is_left_with_its_reason(
 def test_a_package_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flash, "PACKAGE", "flash_attn_that_is_not_there")
     assert flash.unavailable() == "not installed"
-    assert flash.load() is None
+    assert flash.load()[0] is None

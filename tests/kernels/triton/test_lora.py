@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from kernels import LoraFactors, LoraSegment
+from kernels import LoraFactors, LoraSegment, LoraTable
+from runtime.workers.adapter_table import entry_of
 from tests.kernels.triton.backend import DEVICE, REFERENCE, TRITON, random
 
 PARTS, SIZE, TOKENS = (70, 16, 12), 90, 21
@@ -50,3 +51,26 @@ def test_nobody() -> None:
     x, y = random(2, SIZE, seed=1), random(2, sum(PARTS), seed=2)
     assert torch.equal(TRITON.lora_apply(x, y.clone(), []), y)
     assert torch.equal(TRITON.lora_apply(x, y.clone(), [segment([], factors(10, (0,), (4,)))]), y)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_table_of_adapters(transposed: bool) -> None:
+    """Each token by its adapter's number: the same bits as with segments, and the base's tokens stay as they are."""
+    x, start = random(TOKENS, 2 * SIZE, seed=1)[:, SIZE:], random(TOKENS, sum(PARTS), seed=2)
+    held = (None, factors(10, (0, 2), (1, 3)), factors(20, (0, 1, 2), (8, 20, 5)), None)
+    entries = torch.zeros(len(held), 3 + 5 * len(PARTS), dtype=torch.int64)
+    for number, one in enumerate(held):
+        if one is not None:
+            entry = torch.tensor(entry_of(one))
+            entries[number, : len(entry)] = entry
+    table = LoraTable(entries.to(DEVICE), len(PARTS), 33, 20, max(PARTS), held)
+    numbers = torch.tensor([(0, 1, 2, 3, 2)[token % 5] for token in range(TOKENS)], device=DEVICE)
+    y = start.t().contiguous().t() if transposed else start.clone()
+    found = TRITON.lora_apply_table(x, y, table, numbers)
+    assert found.data_ptr() == y.data_ptr()
+    segments = [LoraSegment((numbers == number).nonzero().flatten(), one) for number, one in enumerate(held) if one]
+    assert torch.equal(found, TRITON.lora_apply(x, start.clone(), segments))
+    expected = REFERENCE.lora_apply_table(x, start.clone(), table, numbers)
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-3)
+    assert torch.equal(found[numbers == 0], start[numbers == 0])
+    assert torch.equal(found[numbers == 3], start[numbers == 3])
