@@ -148,7 +148,7 @@ class AdapterLibrary:
         default: nowhere. `shared`: where servers share adapters; what cannot be brought from there at the start comes
         when it can be reached. With a frozen database, nothing on the disk is changed. Not `clears_up`: files are on
         their way into the directory.
-        Raises `StorageUnavailable`.
+        Raises `StorageUnavailable`, and `SettingsError` for a shared store in which changes would be lost.
         """
         sources = sources or AdapterSources()
         library = cls(
@@ -166,6 +166,7 @@ class AdapterLibrary:
         if database.frozen is None and clears_up:
             await asyncio.to_thread(library._clear_up, deleted)
         if library._replica is not None:
+            await library._replica.check()
             with contextlib.suppress(TimeoutError, StorageUnavailable):
                 await asyncio.wait_for(library.follow_shared(), FIRST_SYNC_SECONDS)
             library._check_base()
