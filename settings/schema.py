@@ -457,6 +457,13 @@ class TrainerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         Restarts,
         doc("A job of its own processes is started again this often when they are killed without a step in between."),
     ] = 3
+    stall_timeout: Annotated[
+        Seconds,
+        doc(
+            "Ranks of such a job of which none begins a part of its work for this long hang: their processes are "
+            "killed, and count as killed. A part is a micro-batch forward or backward, or a checkpoint."
+        ),
+    ] = 1200.0
     outlive_server: Annotated[
         bool,
         doc(
