@@ -38,7 +38,8 @@ from runtime.messages import (
 )
 from runtime.support.version import version
 from runtime.text.tokenizer import Tokenizer
-from settings.schema import LimitSettings, Settings
+from settings.api import LimitSettings
+from settings.schema import Settings
 
 if TYPE_CHECKING:
     from runtime.engine.service import EngineService
