@@ -127,6 +127,17 @@ class PausedEvent(Struct, frozen=True, kw_only=True, tag="paused"):
     step: int
 
 
+class RestartEvent(Struct, frozen=True, kw_only=True, tag="restart"):
+    """The processes of a run of its own were killed or hung, and are started again."""
+
+    step: int
+    """Steps that were done."""
+    restarts: int
+    """Starts without a step in between, this one included."""
+    message: str
+    """Sentence that says why."""
+
+
 class CancelledEvent(Struct, frozen=True, kw_only=True, tag="cancelled"):
     """The run was cancelled, and has ended."""
 
@@ -154,4 +165,6 @@ class FailedEvent(Struct, frozen=True, kw_only=True, tag="failed"):
 
 Report = StepEvent | ProgressEvent | EvalEvent | AnswersEvent
 """Events that are stored, and need no other action."""
-RunEvent = Report | GenerateEvent | CheckpointEvent | PausedEvent | CancelledEvent | FinishedEvent | FailedEvent
+RunEvent = (
+    Report | GenerateEvent | CheckpointEvent | RestartEvent | PausedEvent | CancelledEvent | FinishedEvent | FailedEvent
+)

@@ -16,7 +16,7 @@ from msgspec import Struct
 
 from runtime.errors import NotFound
 from runtime.support.database import Database, RowRetention, select_page, usage_schema
-from settings.schema import FeedbackSettings
+from settings.api import FeedbackSettings
 
 SCHEMA = f"""
 CREATE TABLE IF NOT EXISTS feedback (

@@ -13,7 +13,7 @@ from msgspec import Meta, Struct, field
 from msgspec.structs import force_setattr
 
 from runtime.errors import InvalidRequest
-from settings.schema import LimitSettings
+from settings.api import LimitSettings
 
 FinishReason = Literal["stop", "length", "abort", "timeout", "error"]
 

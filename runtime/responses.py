@@ -14,7 +14,7 @@ from msgspec.structs import replace
 
 from runtime.errors import InvalidRequest, NotFound
 from runtime.support.database import Database, RowRetention, usage_schema
-from settings.schema import ResponseSettings
+from settings.api import ResponseSettings
 
 SCHEMA = f"""
 CREATE TABLE IF NOT EXISTS responses (

@@ -17,7 +17,7 @@ _EXAMPLE_HEAD = """\
 _REFERENCE_HEAD = """\
 # Settings
 
-Generated from `settings/schema.py` by `eft config docs`; do not edit.
+Generated from `settings/schema.py` and `settings/api.py` by `eft config docs`; do not edit.
 
 A setting can be given as a flag (`--max-running 32`), as an environment variable
 (`EFT_SCHEDULER_MAX_RUNNING=32`) or in a TOML file (`max_running = 32` under `[scheduler]`). A flag

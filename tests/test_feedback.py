@@ -9,7 +9,7 @@ import pytest
 from runtime.errors import NotFound, PayloadTooLarge
 from runtime.feedback import SCHEMA, Feedback, FeedbackStore
 from runtime.support.database import Database
-from settings.schema import FeedbackSettings
+from settings.api import FeedbackSettings
 
 pytestmark = pytest.mark.anyio
 

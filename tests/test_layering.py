@@ -62,7 +62,13 @@ ALLOWED: dict[str, set[str]] = {
         "runtime.trainer.data",
         "runtime.trainer",
     },
-    "runtime.trainer.jobs": {"runtime.events", "runtime.metrics", "runtime.adapters", "runtime.trainer.recipe"},
+    "runtime.trainer.jobs": {
+        "runtime.events",
+        "runtime.metrics",
+        "runtime.adapters",
+        "runtime.trainer.recipe",
+        "runtime.trainer.launched",
+    },
     "runtime.files": set(),
     "runtime.batches": {"runtime.files"},
     "runtime.workers": {

@@ -11,7 +11,7 @@ from runtime import responses as module
 from runtime.errors import InvalidRequest, NotFound, PayloadTooLarge
 from runtime.responses import SCHEMA, ResponseStore, StoredChat, StoredResponse
 from runtime.support.database import FILE, Database
-from settings.schema import ResponseSettings
+from settings.api import ResponseSettings
 
 pytestmark = pytest.mark.anyio
 

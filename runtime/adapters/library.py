@@ -23,12 +23,10 @@ from runtime.adapters.store import (
     Canary,
     Catalogue,
     NameRecord,
-    NameTaken,
     Version,
     canonical,
     check_name,
     clashes,
-    split_version,
 )
 from runtime.adapters.versions import (
     AdapterHost,
@@ -148,7 +146,7 @@ class AdapterLibrary:
         default: nowhere. `shared`: where servers share adapters; what cannot be brought from there at the start comes
         when it can be reached. With a frozen database, nothing on the disk is changed. Not `clears_up`: files are on
         their way into the directory.
-        Raises `StorageUnavailable`.
+        Raises `StorageUnavailable`, and `SettingsError` for a shared store in which changes would be lost.
         """
         sources = sources or AdapterSources()
         library = cls(
@@ -162,13 +160,14 @@ class AdapterLibrary:
             shared=shared,
         )
         deleted = await library._commit(store.deleted_versions)
-        library._check_base()
+        library._catalogue.check_base(host.model_name)
         if database.frozen is None and clears_up:
             await asyncio.to_thread(library._clear_up, deleted)
         if library._replica is not None:
+            await library._replica.check()
             with contextlib.suppress(TimeoutError, StorageUnavailable):
                 await asyncio.wait_for(library.follow_shared(), FIRST_SYNC_SECONDS)
-            library._check_base()
+            library._catalogue.check_base(host.model_name)
             library._follower = asyncio.create_task(library._keep_following())
         await library._load_published()
         await library._cards.read(
@@ -223,11 +222,10 @@ class AdapterLibrary:
         """
         if (offered := self._offers.find(model)) is not None:
             return offered
-        record, number = self._catalogue.find(model), None
-        if record is None and (parts := split_version(model)) is not None:
-            record, number = self._catalogue.find(parts[0]), parts[1]
-        if record is None or not record.served:
+        found = self._catalogue.locate(model)
+        if found is None or not found[0].served:
             return None
+        record, number = found
         if number is None:
             number = record.current
             if record.canary is not None and random.random() < record.canary.weight:
@@ -353,7 +351,7 @@ class AdapterLibrary:
     @_exclusive
     async def load(self, name: str) -> Version:
         """Serve an unloaded name, and load its version into memory. Raises `NotFound`, `Conflict`."""
-        return await self._serve(self._fitting(self._named(name), None))
+        return await self._serve(self._fitting(self._catalogue.named(name), None))
 
     async def _serve(self, version: Version) -> Version:
         await self._prepared(version)
@@ -363,14 +361,14 @@ class AdapterLibrary:
     @_exclusive
     async def unload(self, name: str) -> None:
         """Stop serving a name, and free its memory after the last use. Its versions stay. Raises `NotFound`."""
-        record = self._named(name)
+        record = self._catalogue.named(name)
         await self._change(name, lambda connection: store.set_served(connection, name, served=False))
         await self._release(record.versions.values())
 
     @_exclusive
     async def promote(self, name: str, number: int) -> Version:
         """Point a name to another of its versions. Raises `NotFound`, `Conflict`, `AdapterUnavailable`."""
-        version = self._fitting(self._named(name), number)
+        version = self._fitting(self._catalogue.named(name), number)
         await self._prepared(version)
         await self._change(name, lambda connection: store.move_pointer(connection, name, number))
         _log.info("adapter_promoted", adapter=version.id)
@@ -379,7 +377,7 @@ class AdapterLibrary:
     @_exclusive
     async def rollback(self, name: str) -> Version:
         """Point a name to its previous version. Raises `NotFound`, and `Conflict` where there is none."""
-        record = self._named(name)
+        record = self._catalogue.named(name)
         number = await self._database.call(lambda connection: store.previous_number(connection, name))
         if number is None:
             raise Conflict(f"{record.version.id} has no version before it to go back to.", param="name")
@@ -393,7 +391,7 @@ class AdapterLibrary:
     async def set_alias(self, alias: str, name: str) -> None:
         """Point `alias` to `name`, in place of an earlier target. Raises `InvalidRequest`, `Conflict`, `NotFound`."""
         check_name(alias, base=self._host.model_name, param="alias")
-        self._named(name)
+        self._catalogue.named(name)
         if (known := self._catalogue.namesake(alias)) is not None:
             what = "an adapter's own name" if known in self._catalogue.adapters else "an alias"
             raise Conflict(f"{known!r} is {what}: {alias!r} would be the same in other letters.", param="alias")
@@ -412,7 +410,7 @@ class AdapterLibrary:
     async def set_canary(self, name: str, number: int, weight: float) -> None:
         """Give a version a share of the requests for its name, from 0 to 1; 0 ends the canary. Raises `NotFound`,
         `Conflict`."""
-        record = self._named(name)
+        record = self._catalogue.named(name)
         if not 0.0 <= weight <= 1.0:
             raise InvalidRequest(f"weight must be from 0 to 1, got {weight:g}.", param="weight")
         version = self._fitting(record, number)
@@ -483,7 +481,7 @@ class AdapterLibrary:
 
         Raises `NotFound`, and `Conflict` while it is in use, unless `drain`.
         """
-        record = self._named(name)
+        record = self._catalogue.named(name)
         self._refuse_if_used(record.versions.values(), drain=drain)
         await self._change(name, lambda connection: store.delete_adapter(connection, name))
         await self._discard(record.versions.values())
@@ -492,8 +490,8 @@ class AdapterLibrary:
     @_exclusive
     async def delete_version(self, name: str, number: int, *, drain: bool = False) -> None:
         """Delete one version that its name does not point to. Raises as `delete`."""
-        record = self._named(name)
-        version = self._version(record, number)
+        record = self._catalogue.named(name)
+        version = record.at(number)
         if number == record.current:
             raise Conflict(f"{version.id} is the current version: promote another one first.", param="version")
         self._refuse_if_used([version], drain=drain)
@@ -503,45 +501,11 @@ class AdapterLibrary:
     # -- parts ---------------------------------------------------------------------------------
 
     def check_free(self, name: str, param: str) -> None:
-        """Raise `InvalidRequest` or `Conflict` where no version can be published under `name`. Any thread."""
-        check_name(name, base=self._host.model_name, param=param)
-        if name in self._catalogue.aliases:
-            raise Conflict(f"{name!r} is an alias of {self._catalogue.aliases[name]!r}.", param=param)
-        known = None if name in self._catalogue.adapters else self._catalogue.namesake(name)
-        if known is not None:
-            what = "an alias" if known in self._catalogue.aliases else "an adapter"
-            raise Conflict(
-                f"There is {what} {known!r}, and {name!r} differs in the case of letters alone: use that name, or "
-                "another one.",
-                param=param,
-            )
-
-    def _check_base(self) -> None:
-        """Raise `NameTaken` where an adapter, alias or version has the name of the served model."""
-        base = self._host.model_name
-        for name in (*self._catalogue.adapters, *self._catalogue.aliases):
-            if clashes(name, base):
-                what = "alias" if name in self._catalogue.aliases else "adapter"
-                raise NameTaken(
-                    f"the model is served as {base!r}, and the state directory has an {what} {name!r}, which requests "
-                    "would mean by the same name. Serve the model under another name (--served-model-name), or, served "
-                    f"so, take the {what} away first (eft adapters {'unalias' if what == 'alias' else 'delete'} {name})"
-                )
-
-    def _named(self, name: str) -> AdapterRecord:
-        """As `get`, but without aliases: a change of an adapter must name it."""
-        if name not in self._catalogue.adapters:
-            raise NotFound(f"There is no adapter {name[:200]!r}.", param="name")
-        return self._catalogue.adapters[name]
-
-    def _version(self, record: AdapterRecord, number: int) -> Version:
-        if number not in record.versions:
-            there = ", ".join(map(str, record.versions))
-            raise NotFound(f"{record.name!r} has no version {number}; there are: {there}.", param="version")
-        return record.versions[number]
+        """See `Catalogue.check_free`. Any thread."""
+        self._catalogue.check_free(name, base=self._host.model_name, param=param)
 
     def _fitting(self, record: AdapterRecord, number: int | None) -> Version:
-        version = self._version(record, record.current if number is None else number)
+        version = record.at(record.current if number is None else number)
         if not self.fits(version):
             raise Conflict(f"{version.id} was made for another base model than the one that is served.")
         return version

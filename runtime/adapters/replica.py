@@ -14,12 +14,15 @@ from typing import Any, TypeVar
 
 from runtime.adapters import store
 from runtime.adapters.shared import SharedName, SharedStore
-from runtime.adapters.store import NameRecord, Version
+from runtime.adapters.shared_objects import ConditionalWritesMissing
+from runtime.adapters.store import NameRecord, Version, canonical
 from runtime.checkpoints.peft import AdapterInvalid
 from runtime.errors import Conflict, StorageUnavailable
 from runtime.support.durable import reason
 from runtime.support.failpoints import failpoint
 from runtime.support.logs import get_logger
+from runtime.support.threads import call_in_fresh_thread
+from settings.errors import SettingsError
 
 T = TypeVar("T")
 RowChange = Callable[[Connection], T]
@@ -31,6 +34,10 @@ FOLLOW_SECONDS = 1.0
 """Time between looks at the shared store."""
 FIRST_SYNC_SECONDS = 60.0
 """Most that a start waits for the shared store; the rest comes afterwards."""
+ANSWER_SECONDS = 60.0
+"""Most that one read or write of the shared store may take; the libraries' own limits are shorter."""
+TRANSFER_SECONDS = 1800.0
+"""The same of all files of a version."""
 MAX_TRIES = 100
 """Tries of a change while other servers change the same name."""
 
@@ -72,7 +79,17 @@ class Replica:
         name has another adapter's versions here."""
         async with self._locks[name]:
             if revision > self.revisions.get(name, 0):  # else an own change was faster
-                await self._take(await self._reach(self._shared.read, name, revision))
+                await self._take_newest(await self._reach(self._shared.read, name, revision))
+
+    async def check(self) -> None:
+        """Raise `SettingsError` for a store in which servers would lose each other's changes. One that cannot be
+        reached, or that this server may not write to, is none."""
+        try:
+            await self._within(ANSWER_SECONDS, self._shared.check)
+        except ConditionalWritesMissing as error:
+            raise SettingsError([f"adapters.shared_store: servers would lose each other's changes: {error}"]) from error
+        except OSError as error:
+            _log.warning("shared_store_not_checked", reason=reason(error))
 
     def is_unknown(self, name: str) -> bool:
         """True for a name that the store does not have, as far as this server has seen."""
@@ -99,8 +116,11 @@ class Replica:
         newest, own = 0 if known is None else known.revision, self.revisions.get(name, 0)
         if newest < own:  # an empty mount point, or another bucket
             raise self._lost(OSError(f"it has revision {newest} of {name!r}, and had revision {own}"))
-        if known is not None and newest > own:
-            await self._take(known)
+        if known is None:
+            await self._refuse_namesake(name)
+        elif newest > own:
+            known = await self._take_newest(known)
+            newest = known.revision
         result, (record, versions) = await self._commit(lambda connection: _try_out(connection, name, work))
         before = {} if known is None else {version.key: version for version in known.versions}
         for version in versions:
@@ -116,9 +136,33 @@ class Replica:
             return True, result
         return False, result
 
+    async def _refuse_namesake(self, name: str) -> None:
+        """Raise `Conflict` where the store has a name that differs from a new one in the case of letters alone."""
+        for other, revision in (await self._reach(self._shared.revisions)).items():
+            if other != name and canonical(other) == canonical(name):
+                if not (await self._reach(self._shared.read, other, revision)).versions:
+                    continue  # it was deleted
+                raise Conflict(
+                    f"Another server has the adapter {other!r}, and {name!r} differs in the case of letters alone: use "
+                    "that name, or another one.",
+                    param="name",
+                )
+
     async def share(self, name: str) -> None:
         """Bring a name that only this server has to the store. Raises `StorageUnavailable`."""
         await self.change(name, lambda connection: None)
+
+    async def _take_newest(self, shared: SharedName) -> SharedName:
+        """Take a revision, or the one after it where another server has deleted versions meanwhile. Returns which."""
+        while True:
+            try:
+                await self._take(shared)
+                return shared
+            except AdapterInvalid:
+                newer: SharedName | None = await self._reach(self._shared.newest, shared.record.name)
+                if newer is None or newer.revision <= shared.revision:
+                    raise
+                shared = newer
 
     async def _take(self, shared: SharedName) -> None:
         name = shared.record.name
@@ -149,14 +193,22 @@ class Replica:
                 _log.warning("shared_version_not_deleted", adapter=version.id, reason=str(error))
 
     async def _reach(self, function: Callable[..., T], *args: Any) -> T:
+        transfers = function in (self._shared.upload, self._shared.download)
         try:
-            result = await asyncio.to_thread(function, *args)
+            result = await self._within(TRANSFER_SECONDS if transfers else ANSWER_SECONDS, function, *args)
         except OSError as error:
             raise self._lost(error) from error
         if self.problem is not None:
             self.problem = None
             _log.info("shared_store_reached")
         return result
+
+    async def _within(self, seconds: float, function: Callable[..., T], *args: Any) -> T:
+        """Call the store on a thread of its own, which a store that never answers may keep. Raises `OSError`."""
+        try:
+            return await asyncio.wait_for(call_in_fresh_thread(function, *args), seconds)
+        except TimeoutError as error:
+            raise TimeoutError(f"it did not answer within {seconds:g} s") from error
 
     def _lost(self, error: OSError) -> StorageUnavailable:
         text = reason(error) if error.errno else str(error)

@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
-from runtime.adapters.shared_objects import SharedObjects
+from runtime.adapters.shared_objects import SharedObjects, check_conditional_writes
 from runtime.adapters.store import NameRecord, Version, name_problem
 from runtime.adapters.versions import RECORD, digest_of
 from runtime.checkpoints.peft import FILES, AdapterInvalid
@@ -43,6 +43,10 @@ class SharedStore:
 
     def __init__(self, objects: SharedObjects) -> None:
         self._objects = objects
+
+    def check(self) -> None:
+        """Raise `ConditionalWritesMissing` where changes of several servers would be lost in this store."""
+        check_conditional_writes(self._objects)
 
     def revisions(self) -> dict[str, int]:
         """Every name with the number of its newest revision."""

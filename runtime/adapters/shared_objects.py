@@ -15,6 +15,14 @@ from typing import Any, Protocol
 from runtime.support.durable import PARTIAL, make_directory, remove, sync_directory, write_file
 from settings.errors import SettingsError
 
+_PROBES = "probes"
+"""Folder of objects that a start creates and deletes again."""
+_NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EXDEV})
+
+
+class ConditionalWritesMissing(OSError):
+    """The store creates an object though there is one of its name: changes of several servers would be lost."""
+
 
 class SharedObjects(Protocol):
     """A store. Paths are relative, with `/`. All methods block. They raise `OSError` when the store cannot be
@@ -49,6 +57,11 @@ class DirectoryObjects:
             os.link(partial, target)
         except FileExistsError:
             return False
+        except OSError as error:
+            if error.errno in _NO_LINKS:
+                text = "its file system has no hard links, by which a file is created only where there is none"
+                raise ConditionalWritesMissing(text) from error
+            raise
         finally:
             partial.unlink(missing_ok=True)
         sync_directory(target.parent)
@@ -130,6 +143,20 @@ def _as_os_errors() -> Iterator[None]:
         raise
     except Exception as error:
         raise OSError(f"{type(error).__name__}: {error}") from error
+
+
+def check_conditional_writes(objects: SharedObjects) -> None:
+    """Create an object twice, to see that the second time is refused. Raises `ConditionalWritesMissing` where it is
+    not, and `OSError` where the store cannot be reached, or not be written to."""
+    folder = f"{_PROBES}/{uuid.uuid4().hex}"
+    try:
+        first, second = objects.create(f"{folder}/probe", b"first"), objects.create(f"{folder}/probe", b"second")
+        kept = objects.read(f"{folder}/probe")
+    finally:
+        with suppress(OSError):
+            objects.remove(folder)
+    if not first or second or kept != b"first":
+        raise ConditionalWritesMissing("it replaces an object though it is asked to create it only where there is none")
 
 
 def open_objects(place: str) -> SharedObjects:

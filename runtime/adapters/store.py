@@ -9,7 +9,7 @@ from typing import Any
 
 from msgspec import Struct, field
 
-from runtime.errors import InvalidRequest, NotFound
+from runtime.errors import Conflict, InvalidRequest, NotFound
 
 # -- records ---------------------------------------------------------------------------------------
 #
@@ -138,6 +138,13 @@ class AdapterRecord(Struct, frozen=True, kw_only=True):
     def version(self) -> Version:
         return self.versions[self.current]
 
+    def at(self, number: int) -> Version:
+        """The version of this number. Raises `NotFound`."""
+        if number not in self.versions:
+            there = ", ".join(map(str, self.versions))
+            raise NotFound(f"{self.name!r} has no version {number}; there are: {there}.", param="version")
+        return self.versions[number]
+
 
 class Catalogue(Struct, frozen=True):
     """Everything in the library at one moment."""
@@ -153,6 +160,47 @@ class Catalogue(Struct, frozen=True):
         """Another adapter or alias whose name differs from `name` in the case of letters alone."""
         own = canonical(name)
         return next((one for one in (*self.adapters, *self.aliases) if one != name and canonical(one) == own), None)
+
+    def named(self, name: str) -> AdapterRecord:
+        """The adapter of this name, not of an alias. Raises `NotFound`."""
+        if name not in self.adapters:
+            raise NotFound(f"There is no adapter {name[:200]!r}.", param="name")
+        return self.adapters[name]
+
+    def locate(self, model: str) -> tuple[AdapterRecord, int | None] | None:
+        """The adapter that a request for `model` means, and the number of its version where `model` has one."""
+        record = self.find(model)
+        if record is not None:
+            return record, None
+        parts = split_version(model)
+        record = None if parts is None else self.find(parts[0])
+        return None if parts is None or record is None else (record, parts[1])
+
+    def check_free(self, name: str, *, base: str, param: str) -> None:
+        """Raise `InvalidRequest` or `Conflict`, which name `param`, where no version can be published under `name`
+        beside a model that is served as `base`."""
+        check_name(name, base=base, param=param)
+        if name in self.aliases:
+            raise Conflict(f"{name!r} is an alias of {self.aliases[name]!r}.", param=param)
+        known = None if name in self.adapters else self.namesake(name)
+        if known is not None:
+            what = "an alias" if known in self.aliases else "an adapter"
+            raise Conflict(
+                f"There is {what} {known!r}, and {name!r} differs in the case of letters alone: use that name, or "
+                "another one.",
+                param=param,
+            )
+
+    def check_base(self, base: str) -> None:
+        """Raise `NameTaken` where an adapter, alias or version has the name of a model that is served as `base`."""
+        for name in (*self.adapters, *self.aliases):
+            if clashes(name, base):
+                what = "alias" if name in self.aliases else "adapter"
+                raise NameTaken(
+                    f"the model is served as {base!r}, and the state directory has an {what} {name!r}, which requests "
+                    "would mean by the same name. Serve the model under another name (--served-model-name), or, served "
+                    f"so, take the {what} away first (eft adapters {'unalias' if what == 'alias' else 'delete'} {name})"
+                )
 
 
 class NameRecord(Struct, frozen=True, kw_only=True):

@@ -18,7 +18,7 @@ from runtime.api.openai.batches import check_metadata
 from runtime.api.openai.schema import Intake
 from runtime.errors import Forbidden, InvalidRequest, PayloadTooLarge
 from runtime.feedback import Feedback, FeedbackMessage
-from settings.schema import LimitSettings
+from settings.api import LimitSettings
 
 JSONL = "application/jsonl"
 EXPORT_PAGE = 100

@@ -17,7 +17,7 @@ from runtime.support.durable import make_directory, reason
 from runtime.support.event_loop import cancel
 from runtime.support.logs import get_logger
 from runtime.support.state_directory import LostFound
-from settings.schema import FileSettings
+from settings.api import FileSettings
 
 _log = get_logger("batches")
 

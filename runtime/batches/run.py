@@ -33,7 +33,7 @@ from runtime.support.durable import make_directory, remove, replace_file
 from runtime.support.event_loop import cancel
 from runtime.support.failpoints import failpoint
 from runtime.support.logs import get_logger
-from settings.schema import FileSettings
+from settings.api import FileSettings
 
 RETRY_SECONDS = 5.0
 """Seconds after which a batch continues that the disk or the database has stopped."""

@@ -104,7 +104,7 @@ _LAZY = [
     (_jobs, "logs", "jobs:logs", "Print the end of a job's log."),
     (_jobs, "cancel", "jobs:cancel", "End a job: at once, or after the step that is running."),
     (_jobs, "pause", "jobs:pause", "Hold a job; others go first meanwhile."),
-    (_jobs, "resume", "jobs:resume", "Let a paused job go on where it stood."),
+    (_jobs, "resume", "jobs:resume", "Let a paused or failed job go on where it stood."),
     (_jobs, "rerun", "jobs:rerun", "Start a job again, with the same data and --set KEY=VALUE of its recipe."),
     (_jobs, "compare", "jobs:compare", "Show what differs between two jobs: recipe, results and curves."),
     (_jobs, "report", "jobs:report", "Write a job as one HTML page: curves, evaluations, answers, data, recipe."),

@@ -21,7 +21,7 @@ from runtime.events import RunEvent
 from runtime.support.durable import remove, storage_unavailable
 from runtime.trainer.jobs.directories import JobDirectories
 from runtime.trainer.launched.files import JobFolder, LaunchSpec, ModelFiles
-from runtime.trainer.launched.process import LaunchedRun, Nodes
+from runtime.trainer.launched.process import LaunchedRun, LaunchJob, Nodes
 from runtime.trainer.lora import initial_layers
 from runtime.trainer.plan.plan import Plan, feed
 from runtime.trainer.plan.served_model import by_linear
@@ -152,17 +152,18 @@ class LaunchedJobs:
         per_node = launch.ranks // settings.nodes
         threads = max(1, usable_cores() // per_node)
         interface = self._settings.parallel.interface or (LOOPBACK if settings.nodes == 1 else None)
-        return LaunchedRun(
-            JobFolder(JobDirectories(self._directory).launched(job_id)),
-            job_id,
-            lambda folder: self._write(job_id, launched, folder, threads),
-            Nodes(per_node=per_node, count=settings.nodes, rendezvous=settings.rendezvous),
-            environment(threads, interface) | self._devices.visible(per_node),
-            on_event,
-            max_restarts=settings.max_restarts,
+        job = LaunchJob(
+            name=job_id,
+            folder=JobFolder(JobDirectories(self._directory).launched(job_id)),
+            write=lambda folder: self._write(job_id, launched, folder, threads),
+            nodes=Nodes(per_node=per_node, count=settings.nodes, rendezvous=settings.rendezvous),
+            environment=environment(threads, interface) | self._devices.visible(per_node),
             devices=self._lock,
+            max_restarts=settings.max_restarts,
+            stall_timeout=settings.stall_timeout,
             outlives=settings.outlive_server,
         )
+        return LaunchedRun(job, on_event)
 
     def _write(
         self, job_id: str, launched: LaunchedPlan, folder: JobFolder, threads: int

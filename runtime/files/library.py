@@ -28,7 +28,7 @@ from runtime.support.durable import (
 from runtime.support.failpoints import failpoint
 from runtime.support.logs import get_logger
 from runtime.support.state_directory import LostFound
-from settings.schema import FileSettings
+from settings.api import FileSettings
 
 BUFFER_BYTES = 1024 * 1024
 """Bytes per write to the disk."""

@@ -82,7 +82,7 @@ def write_file(path: Path, data: bytes) -> None:
 def write_with(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file by another library, and sync it to the disk. Raises `OSError`, also in place of the library's own
     error for it."""
-    with _as_os_errors(path):
+    with as_os_errors(path):
         write(path)
     os.chmod(path, PRIVATE_FILE)
     sync_file(path)
@@ -90,13 +90,14 @@ def write_with(path: Path, write: Callable[[Path], object]) -> None:
 
 def read_with(path: Path, read: Callable[[Path], T]) -> T:
     """Read a file by another library. Raises `OSError` as `write_with`, and the library's other errors."""
-    with _as_os_errors(path):
+    with as_os_errors(path):
         return read(path)
     raise AssertionError("the block returns or raises")
 
 
 @contextmanager
-def _as_os_errors(path: Path) -> Iterator[None]:
+def as_os_errors(path: Path) -> Iterator[None]:
+    """Context in which another library's own errors about a full disk, or a lack of descriptors, are an `OSError`."""
     try:
         yield
     except OSError as error:

@@ -7,7 +7,8 @@ import pytest
 from runtime.access import Access
 from runtime.access.keys import change_keys
 from runtime.support.logs import configure
-from settings.schema import ObservabilitySettings, ServerSettings, Settings
+from settings.api import ServerSettings
+from settings.schema import ObservabilitySettings, Settings
 
 
 def warned(capsys: pytest.CaptureFixture[str], **server: object) -> bool:

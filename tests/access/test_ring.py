@@ -10,7 +10,8 @@ from structlog.testing import capture_logs
 
 from runtime.access import Access
 from runtime.access.keys import KeyLimits, KeyRing, KeysFileError, StoredKey, change_keys, digest_of
-from settings.schema import ServerSettings, Settings
+from settings.api import ServerSettings
+from settings.schema import Settings
 
 
 def write(path: Path, *names: str, scope: Any = "inference", limits: Any = None) -> None:

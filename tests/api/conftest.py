@@ -19,15 +19,8 @@ from runtime.files.library import FileLibrary
 from runtime.responses import ResponseStore
 from runtime.support.database import Database
 from runtime.support.logs import configure
-from settings.schema import (
-    CacheSettings,
-    FeedbackSettings,
-    ModelSettings,
-    ObservabilitySettings,
-    ResponseSettings,
-    ServerSettings,
-    Settings,
-)
+from settings.api import FeedbackSettings, ResponseSettings, ServerSettings
+from settings.schema import CacheSettings, ModelSettings, ObservabilitySettings, Settings
 from tests.api import blocking
 from tests.api.fakes import FakeService
 from tests.trainer.jobs.fakes import World

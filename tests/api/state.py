@@ -8,7 +8,8 @@ from typing import Any
 
 import openai
 
-from settings.schema import FileSettings, SchedulerSettings, Settings, TrainerSettings
+from settings.api import FileSettings
+from settings.schema import SchedulerSettings, Settings, TrainerSettings
 from tests.api.conftest import tiny_settings
 
 ENDED = {"completed", "failed", "expired", "cancelled"}

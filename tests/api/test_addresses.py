@@ -11,9 +11,10 @@ import openai
 import pytest
 
 from runtime.api.app import create_app
+from settings.api import ServerSettings
 from settings.errors import SettingsError
 from settings.load import load
-from settings.schema import ServerSettings, Settings, TrainerSettings
+from settings.schema import Settings, TrainerSettings
 from tests.api.conftest import RunningServer, client_of, tiny_settings
 from tests.api.fakes import FakeService, events
 

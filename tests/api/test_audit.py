@@ -12,7 +12,8 @@ from runtime.access.audit import AuditLog
 from runtime.api.app import create_app
 from runtime.api.handle import ServiceHandle
 from runtime.support.logs import configure
-from settings.schema import ObservabilitySettings, ServerSettings, Settings
+from settings.api import ServerSettings
+from settings.schema import ObservabilitySettings, Settings
 from tests.api.fakes import FakeService
 from tests.trainer.jobs.fakes import World
 

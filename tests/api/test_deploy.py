@@ -2,9 +2,10 @@
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import httpx
+import msgspec
 import pytest
 import yaml
 
@@ -126,9 +127,106 @@ def test_manifests_are_valid(path: Path, release: str) -> None:
     """By Kubernetes' own schemas, which the package carries; a key that they do not know is refused."""
     schemas = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is not installed")
     for one in yaml.safe_load_all(path.read_text(encoding="utf-8")):
-        if one["apiVersion"].startswith("keda.sh/"):  # not Kubernetes' own: test_autoscaling looks at it
-            continue
+        if one["apiVersion"].startswith("keda.sh/"):  # not Kubernetes' own, but for a part of it
+            one = _autoscaler(msgspec.convert(one, ScaledObject, strict=True))
         schemas.validate(one, release, strict=True)
         for changed in ({**one, "metdata": {}}, {**one, "metadata": {"name": 3}}):
             with pytest.raises(schemas.ValidationError):
                 schemas.validate(changed, release, strict=True)
+
+
+# -- KEDA --------------------------------------------------------------------------------------------
+#
+# The fields that the manifest has, of https://keda.sh/docs/latest/reference/scaledobject-spec/ and
+# https://keda.sh/docs/latest/scalers/prometheus/. Another one is refused: Kubernetes would drop it without a word.
+
+
+Int32 = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
+Number = Annotated[str, msgspec.Meta(pattern=r"^[0-9]+(\.[0-9]+)?$")]
+"""KEDA's triggers have texts alone."""
+
+
+class ScaleTarget(msgspec.Struct, rename="camel", forbid_unknown_fields=True, frozen=True):
+    name: str
+
+
+class PodAutoscaler(msgspec.Struct, rename="camel", forbid_unknown_fields=True, frozen=True):
+    behavior: dict[str, Any]
+    """Kubernetes' own, of a HorizontalPodAutoscaler."""
+
+
+class AdvancedScaling(msgspec.Struct, rename="camel", forbid_unknown_fields=True, frozen=True):
+    horizontal_pod_autoscaler_config: PodAutoscaler
+
+
+class PrometheusQuery(msgspec.Struct, rename="camel", forbid_unknown_fields=True, frozen=True):
+    server_address: Annotated[str, msgspec.Meta(pattern="^https?://")]
+    query: str
+    threshold: Number
+
+
+class PrometheusTrigger(msgspec.Struct, rename="camel", forbid_unknown_fields=True, frozen=True):
+    type: Literal["prometheus"]
+    metric_type: Literal["Value", "AverageValue"]
+    metadata: PrometheusQuery
+
+
+class ScaledObjectSpec(msgspec.Struct, rename="camel", forbid_unknown_fields=True, frozen=True):
+    scale_target_ref: ScaleTarget
+    min_replica_count: Int32
+    max_replica_count: Int32
+    cooldown_period: Int32
+    advanced: AdvancedScaling
+    triggers: Annotated[list[PrometheusTrigger], msgspec.Meta(min_length=1)]
+
+
+class ObjectName(msgspec.Struct, rename="camel", forbid_unknown_fields=True, frozen=True):
+    name: Annotated[str, msgspec.Meta(pattern="^[a-z0-9]([a-z0-9-]*[a-z0-9])?$", max_length=63)]
+
+
+class ScaledObject(msgspec.Struct, rename="camel", forbid_unknown_fields=True, frozen=True):
+    api_version: Literal["keda.sh/v1alpha1"]
+    kind: Literal["ScaledObject"]
+    metadata: ObjectName
+    spec: ScaledObjectSpec
+
+
+def _autoscaler(scaled: ScaledObject) -> dict[str, Any]:
+    """The HorizontalPodAutoscaler that KEDA makes of it, but for its metrics."""
+    spec = scaled.spec
+    target = {"apiVersion": "apps/v1", "kind": "Deployment", "name": spec.scale_target_ref.name}
+    return {
+        "apiVersion": "autoscaling/v2",
+        "kind": "HorizontalPodAutoscaler",
+        "metadata": {"name": scaled.metadata.name},
+        "spec": {
+            "scaleTargetRef": target,
+            "minReplicas": spec.min_replica_count,
+            "maxReplicas": spec.max_replica_count,
+            "behavior": spec.advanced.horizontal_pod_autoscaler_config.behavior,
+        },
+    }
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("spec.cooldownPeriod", "600"),
+        ("spec.minReplicas", 1),
+        ("spec.triggers.0.metadata.threshold", 2),
+        ("spec.triggers.0.metadata.treshold", "2"),
+        ("spec.triggers.1.metricType", "Average"),
+        ("spec.scaleTargetRef", None),
+        ("apiVersion", "keda.sh/v1"),
+    ],
+)
+def test_what_keda_would_refuse_or_drop_is_noticed(path: str, value: object) -> None:
+    (scaled,) = of_kind("ScaledObject")
+    assert msgspec.convert(scaled, ScaledObject, strict=True).spec.min_replica_count >= 1
+    *way, last = path.split(".")
+    place = scaled
+    for key in way:
+        place = place[int(key) if key.isdigit() else key]
+    place[last] = value
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.convert(scaled, ScaledObject, strict=True)

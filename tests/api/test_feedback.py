@@ -12,7 +12,8 @@ from runtime.api.app import create_app
 from runtime.api.handle import ServiceHandle
 from runtime.feedback import SCHEMA, FeedbackStore
 from runtime.support.database import Database
-from settings.schema import FeedbackSettings, LimitSettings, ServerSettings, Settings
+from settings.api import FeedbackSettings, LimitSettings, ServerSettings
+from settings.schema import Settings
 from tests.api.fakes import FakeService
 
 pytestmark = pytest.mark.anyio

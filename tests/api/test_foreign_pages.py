@@ -6,7 +6,8 @@ import httpx
 import pytest
 
 from runtime.api.app import create_app
-from settings.schema import ServerSettings, Settings
+from settings.api import ServerSettings
+from settings.schema import Settings
 from tests.api.fakes import FakeService
 
 pytestmark = pytest.mark.anyio

@@ -10,7 +10,8 @@ import pytest
 
 from runtime.access.keys import OwnLimits, StoredKey, change_keys, digest_of
 from runtime.api.app import create_app
-from settings.schema import CacheSettings, SchedulerSettings, ServerSettings, Settings
+from settings.api import ServerSettings
+from settings.schema import CacheSettings, SchedulerSettings, Settings
 from tests.api.conftest import RunningServer, tiny_settings
 from tests.api.fakes import Exchange, FakeService
 from tests.waiting import until

@@ -13,7 +13,8 @@ import pytest
 
 from runtime.checkpoints import open_checkpoint
 from runtime.text.tokenizer import Tokenizer
-from settings.schema import CacheSettings, ModelSettings, ServerSettings, Settings
+from settings.api import ServerSettings
+from settings.schema import CacheSettings, ModelSettings, Settings
 from tests.api.blocking import own_doing
 from tests.api.conftest import RunningServer, client_of
 from tests.api.fakes import FakeService

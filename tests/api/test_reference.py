@@ -20,7 +20,8 @@ from runtime.api.openai.schema import CompletionRequest
 from runtime.api.reference import ENDPOINTS, FieldRow, reference_page, rows
 from runtime.responses import SCHEMA, ResponseStore
 from runtime.support.database import Database
-from settings.schema import ModelSettings, ResponseSettings, SchedulerSettings, Settings
+from settings.api import ResponseSettings
+from settings.schema import ModelSettings, SchedulerSettings, Settings
 from tests.api.fakes import FakeService
 
 pytestmark = pytest.mark.anyio

@@ -10,7 +10,8 @@ import pytest
 from runtime.access.keys import SCOPES, StoredKey, change_keys, digest_of
 from runtime.api.app import create_app
 from runtime.api.http.auth import requirement
-from settings.schema import ServerSettings, Settings
+from settings.api import ServerSettings
+from settings.schema import Settings
 from tests.api.fakes import FakeService
 
 pytestmark = pytest.mark.anyio

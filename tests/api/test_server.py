@@ -19,7 +19,8 @@ import msgspec
 import pytest
 
 from runtime.api.server import serve
-from settings.schema import ModelSettings, SchedulerSettings, ServerSettings, Settings
+from settings.api import ServerSettings
+from settings.schema import ModelSettings, SchedulerSettings, Settings
 from tests.api.conftest import RunningServer, tiny_settings
 from tests.api.fakes import events
 from tests.end_to_end.process import ServerProcess

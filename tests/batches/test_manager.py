@@ -22,7 +22,7 @@ from runtime.files import store as file_store
 from runtime.files.library import FileLibrary
 from runtime.support import failpoints
 from runtime.support.database import Database
-from settings.schema import FileSettings
+from settings.api import FileSettings
 
 pytestmark = pytest.mark.anyio
 

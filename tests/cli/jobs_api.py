@@ -5,7 +5,8 @@ from typing import Any
 
 from runtime.api.app import create_app
 from runtime.api.handle import ServiceHandle
-from settings.schema import ServerSettings, Settings
+from settings.api import ServerSettings
+from settings.schema import Settings
 from tests.api.fakes import FakeService
 from tests.trainer.jobs.fakes import World
 

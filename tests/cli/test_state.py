@@ -15,7 +15,8 @@ from runtime.files.library import FileLibrary
 from runtime.responses import ResponseStore, StoredResponse
 from runtime.support.database import FILE, Database
 from runtime.support.logs import configure
-from settings.schema import FeedbackSettings, FileSettings, ObservabilitySettings, ResponseSettings
+from settings.api import FeedbackSettings, FileSettings, ResponseSettings
+from settings.schema import ObservabilitySettings
 from tests.cli.conftest import Eft
 from tests.trainer.jobs.fakes import World
 

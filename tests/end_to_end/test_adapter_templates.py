@@ -18,7 +18,7 @@ from runtime.text.tokenizer import Tokenizer
 from runtime.trainer.data.messages import ChatRows
 from runtime.trainer.data.turns import ChatEncoder
 from runtime.trainer.recipe import Dataset
-from settings.schema import LimitSettings
+from settings.api import LimitSettings
 from tests.jobs import finished, served, upload
 
 TEXT = st.text(alphabet="the newt<|im_end|>\n {}", min_size=1, max_size=12).filter(str.strip)

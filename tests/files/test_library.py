@@ -11,7 +11,7 @@ from runtime.files.library import FileLibrary
 from runtime.files.store import StoredFile
 from runtime.support import failpoints
 from runtime.support.database import Database
-from settings.schema import FileSettings
+from settings.api import FileSettings
 
 pytestmark = pytest.mark.anyio
 

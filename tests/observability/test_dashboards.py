@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+import yaml
 
 from tests.api.conftest import RunningServer
 from tests.browser.chromium import serving
@@ -177,3 +178,15 @@ def test_numbers_are_those_of_the_load(loaded: Prometheus) -> None:
     assert float(loaded.ask("sum(eft:jobs{state='succeeded'})")[0]["value"][1]) == 1
     assert float(loaded.ask("eft_slo:errors:ratio_rate5m")[0]["value"][1]) == 0
     assert loaded.ask("ALERTS{alertstate='firing'}") == []
+
+
+@needs_prometheus
+def test_autoscaling_gets_one_number_of_each_query(loaded: Prometheus) -> None:
+    """KEDA takes a vector of one element, and no NaN: without requests there must be a number, too."""
+    path = Path(__file__).parents[2] / "settings" / "deploy" / "kubernetes" / "autoscaling.yaml"
+    (scaled,) = yaml.safe_load_all(path.read_text(encoding="utf-8"))
+    for trigger in scaled["spec"]["triggers"]:
+        query = trigger["metadata"]["query"]
+        for asked in (query, query.replace("[2m]", f"[{WINDOW}]"), query.replace("[2m]", "[2m] offset 1h")):
+            (found,) = loaded.until(asked)
+            assert 0 <= float(found["value"][1]) < float(trigger["metadata"]["threshold"])

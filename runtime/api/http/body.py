@@ -14,7 +14,7 @@ from litestar import Request
 
 from runtime.api.http.errors import ClientDisconnected, RequestTimeout, from_validation
 from runtime.errors import InvalidRequest, PayloadTooLarge, UnsupportedMediaType
-from settings.schema import ServerSettings
+from settings.api import ServerSettings
 
 LARGE = 256 * 1024
 """Bytes from which a body, or a message of a WebSocket, is decoded on its own thread."""

@@ -65,6 +65,31 @@ MAX_HEADERS = 64 * 1024
 _SLICE = 16 * 1024
 
 
+class Deadline:
+    """A call that comes after a time, unless it is stopped before. One at most is due."""
+
+    def __init__(self) -> None:
+        self._timer: asyncio.TimerHandle | None = None
+
+    @property
+    def is_due(self) -> bool:
+        return self._timer is not None
+
+    def start(self, loop: asyncio.AbstractEventLoop, seconds: float, call: Callable[[], object]) -> None:
+        """Have `call` come after `seconds`, in place of an earlier one."""
+        self.stop()
+        self._timer = loop.call_later(seconds, self._pass, call)
+
+    def stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _pass(self, call: Callable[[], object]) -> None:
+        self._timer = None
+        call()
+
+
 class Protocol(H11Protocol):
     """One connection. The deadlines are on the class: make a subclass per server with `configured`."""
 
@@ -76,9 +101,11 @@ class Protocol(H11Protocol):
     on_lost: Callable[[], None] | None = None
     """Called once the connection is gone."""
 
-    _header_timer: asyncio.TimerHandle | None = None
-    _write_timer: asyncio.TimerHandle | None = None
     _unsent = 0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._headers_due, self._writes_due = Deadline(), Deadline()
 
     @classmethod
     def configured(
@@ -93,8 +120,8 @@ class Protocol(H11Protocol):
         self._watch_headers()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_header_timer()
-        self._stop_write_timer()
+        self._headers_due.stop()
+        self._writes_due.stop()
         super().connection_lost(exc)
         if self.on_lost is not None:
             self.on_lost()
@@ -129,7 +156,7 @@ class Protocol(H11Protocol):
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._stop_write_timer()
+        self._writes_due.stop()
 
     def send_400_response(self, msg: str) -> None:
         """Answer 400. uvicorn calls this when h11 rejects the client's input."""
@@ -152,8 +179,8 @@ class Protocol(H11Protocol):
 
     def handle_websocket_upgrade(self, event: h11.Request) -> None:
         """Hand the connection over to a `SocketProtocol`."""
-        self._stop_header_timer()
-        self._stop_write_timer()
+        self._headers_due.stop()
+        self._writes_due.stop()
         super().handle_websocket_upgrade(event)
         cast(SocketProtocol, self.transport.get_protocol()).on_lost = self.on_lost
 
@@ -181,9 +208,9 @@ class Protocol(H11Protocol):
     def _watch_headers(self) -> None:
         """Arm the deadline once a request has begun, and disarm it once its headers are there."""
         if not self._awaits_headers():
-            self._stop_header_timer()
-        elif self._header_timer is None:
-            self._header_timer = self.loop.call_later(self.header_timeout, self._headers_are_late)
+            self._headers_due.stop()
+        elif not self._headers_due.is_due:
+            self._headers_due.start(self.loop, self.header_timeout, self.transport.abort)
 
     def _awaits_headers(self) -> bool:
         """True if a request has begun and its headers are incomplete. Idle connections have the keep-alive timeout."""
@@ -191,27 +218,17 @@ class Protocol(H11Protocol):
             return False
         return self.cycle is None or bool(self.conn.trailing_data[0])
 
-    def _stop_header_timer(self) -> None:
-        if self._header_timer is not None:
-            self._header_timer.cancel()
-            self._header_timer = None
-
-    def _headers_are_late(self) -> None:
-        self._header_timer = None
-        self.transport.abort()
-
     # -- writes --------------------------------------------------------------------------------
 
     def _watch_writes(self) -> None:
         """Restart the write deadline. Called when no more is written until the client reads, or ever."""
-        self._stop_write_timer()
+        self._writes_due.stop()
         if self.transport.get_write_buffer_size() > 0:
             self._unsent = self._count_unsent()
-            self._write_timer = self.loop.call_later(self.write_timeout, self._check_writes)
+            self._writes_due.start(self.loop, self.write_timeout, self._check_writes)
 
     def _check_writes(self) -> None:
         """Abort the connection if the client took nothing since the last check."""
-        self._write_timer = None
         answered = self.cycle is None or self.cycle.response_complete
         settled = self.flow.write_paused or self.transport.is_closing() or answered
         if settled and self.transport.get_write_buffer_size() > 0 and self._count_unsent() >= self._unsent:
@@ -229,11 +246,6 @@ class Protocol(H11Protocol):
             waiting += int.from_bytes(queued, sys.byteorder)
         return waiting
 
-    def _stop_write_timer(self) -> None:
-        if self._write_timer is not None:
-            self._write_timer.cancel()
-            self._write_timer = None
-
 
 # -- WebSockets ------------------------------------------------------------------------------------
 
@@ -247,25 +259,27 @@ class SocketProtocol(WSProtocol):
     on_lost: Callable[[], None] | None = None
     """Called once the connection is gone."""
 
-    _write_timer: asyncio.TimerHandle | None = None
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._writes_due = Deadline()
 
     @classmethod
     def configured(cls, *, write_timeout: float) -> type["SocketProtocol"]:
         return type("ConfiguredSocketProtocol", (cls,), {"write_timeout": write_timeout})
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_write_timer()
+        self._writes_due.stop()
         super().connection_lost(exc)
         if self.on_lost is not None:
             self.on_lost()
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._write_timer = self.loop.call_later(self.write_timeout, self.transport.abort)
+        self._writes_due.start(self.loop, self.write_timeout, self.transport.abort)
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._stop_write_timer()
+        self._writes_due.stop()
 
     def keepalive_timeout(self) -> None:
         self.transport.abort()  # closing would wait for output that the client does not read
@@ -273,8 +287,3 @@ class SocketProtocol(WSProtocol):
     def on_task_complete(self, task: "asyncio.Task[None]") -> None:
         super().on_task_complete(task)
         self.loop.call_later(LINGER, self.transport.abort)
-
-    def _stop_write_timer(self) -> None:
-        if self._write_timer is not None:
-            self._write_timer.cancel()
-            self._write_timer = None

@@ -19,7 +19,7 @@ from runtime.api.http.errors import JSON, ErrorBody, body_of, encode
 from runtime.errors import InvalidRequest, NotFound, RequestError, Unsupported
 from runtime.responses import StoredResponse
 from runtime.support.event_loop import cancel
-from settings.schema import ServerSettings
+from settings.api import ServerSettings
 
 PATH = "/v1/responses"
 

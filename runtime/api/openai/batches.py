@@ -22,7 +22,7 @@ from runtime.batches.records import (
 )
 from runtime.errors import InvalidRequest
 from runtime.files.store import MAX_EXPIRY_SECONDS, MIN_EXPIRY_SECONDS
-from settings.schema import LimitSettings
+from settings.api import LimitSettings
 
 
 class ExpiresAfter(Struct, kw_only=True):

@@ -14,9 +14,10 @@ from runtime.api.handle import AnyRequest, Api, api_of
 from runtime.api.http.record import RequestRecord
 from runtime.api.openai.answers import AnswerParser, Piece, count_reasoning, new_call_id
 from runtime.api.openai.forms import PLAIN, AnswerForm, check_form
-from runtime.api.openai.generation import Generation, respond
+from runtime.api.openai.generation import Generation, encoder_for, fingerprint, logprob_writer, respond, start, take_id
 from runtime.api.openai.logprobs import ChatLogprobs, LogprobWriter
 from runtime.api.openai.models import resolve_model
+from runtime.api.openai.options import check, choices_of, truncate
 from runtime.api.openai.prompts import PromptEncoder, chat_prompt
 from runtime.api.openai.responses import (
     AnswerTimes,
@@ -36,16 +37,6 @@ from runtime.api.openai.responses import (
 )
 from runtime.api.openai.schema import BatchChatRequest, ChatRequest, Intake
 from runtime.api.openai.stored_chats import ChatKeeper
-from runtime.api.openai.submissions import (
-    check,
-    choices_of,
-    encoder_for,
-    fingerprint,
-    logprob_writer,
-    start,
-    take_id,
-    truncate,
-)
 from runtime.errors import InvalidRequest
 from runtime.messages import Output
 from runtime.text.tokenizer import Tokenizer

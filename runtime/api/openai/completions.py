@@ -11,7 +11,7 @@ from msgspec import UNSET, UnsetType
 from runtime.api.docs import BODY
 from runtime.api.handle import AnyRequest, api_of
 from runtime.api.openai.forms import PLAIN, check_form
-from runtime.api.openai.generation import Generation, respond
+from runtime.api.openai.generation import Generation, encoder_for, fingerprint, logprob_writer, respond, start, take_id
 from runtime.api.openai.logprobs import (
     ChoiceLogprobs,
     CompletionLogprobs,
@@ -22,20 +22,10 @@ from runtime.api.openai.logprobs import (
 )
 from runtime.api.openai.models import resolve_model
 from runtime.api.openai.neutral import COMPLETION_NEUTRAL
+from runtime.api.openai.options import DEFAULT_COMPLETION_TOKENS, check, choices_of, truncate
 from runtime.api.openai.prompts import PromptEncoder, count_prompts
 from runtime.api.openai.responses import AnswerTimes, CompletionChoice, TextCompletion
 from runtime.api.openai.schema import CompletionRequest, Intake
-from runtime.api.openai.submissions import (
-    DEFAULT_COMPLETION_TOKENS,
-    check,
-    choices_of,
-    encoder_for,
-    fingerprint,
-    logprob_writer,
-    start,
-    take_id,
-    truncate,
-)
 from runtime.errors import InvalidRequest, Unsupported
 from runtime.messages import Output, TokenLogprob
 from runtime.text.tokenizer import InfillTokens, Tokenizer

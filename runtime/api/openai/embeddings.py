@@ -10,6 +10,7 @@ from msgspec import Struct
 from runtime.api.docs import BODY
 from runtime.api.handle import AnyRequest, api_of
 from runtime.api.http.sse import unless_disconnected
+from runtime.api.openai.generation import take_id
 from runtime.api.openai.models import resolve_model
 from runtime.api.openai.pooling import (
     DEFAULT_POOLING,
@@ -22,7 +23,6 @@ from runtime.api.openai.pooling import (
     usage_of,
 )
 from runtime.api.openai.schema import Intake
-from runtime.api.openai.submissions import take_id
 from runtime.errors import InvalidRequest
 
 

@@ -148,7 +148,7 @@ async def pause_fine_tuning_job(request: AnyRequest) -> FineTuningJob:
 
 @post("/v1/fine_tuning/jobs/{job_id:str}/resume", opt={TRAIN: True}, status_code=200)
 async def resume_fine_tuning_job(request: AnyRequest) -> FineTuningJob:
-    """Resume a paused job. 409 for any other."""
+    """Resume a paused job, or a failed one that has a checkpoint. 409 for any other."""
     jobs, job_id = _jobs(request), await job_id_of(request)
     await jobs.resume(job_id)
     return await _view(api_of(request), jobs, job_id)

@@ -1,27 +1,86 @@
-"""The sequences of one API request: started together, read together, ended together."""
+"""The sequences of one API request: started together, read together, ended together. What is submitted was checked
+before (`options.py`), and is trusted by the engine."""
 
 import asyncio
+import hashlib
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack, aclosing
+from functools import lru_cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Protocol
 
-from litestar import Response
+from litestar import Request, Response
 from litestar.types import Receive
 from msgspec import UNSET, Struct, UnsetType
 from msgspec.structs import replace
 
-from runtime.api.http.record import PHASES, RequestRecord
+from runtime.api.http.record import LOAD_FORMATS, PHASES, RequestRecord, make_id, record_of
 from runtime.api.http.sse import EventStream, unless_disconnected, with_end
-from runtime.api.openai.logprobs import count_logprobs, write_answer
+from runtime.api.openai.forms import PLAIN, AnswerForm
+from runtime.api.openai.logprobs import LogprobWriter, count_logprobs, write_answer
+from runtime.api.openai.models import Served
+from runtime.api.openai.options import Wanted, beams_of, choice_of, choices_of, fit_context, sequences_of
+from runtime.api.openai.prompts import PromptEncoder
 from runtime.api.openai.responses import AnswerTimes, PromptTokensDetails, Usage
-from runtime.errors import DeadlineExceeded, EngineUnavailable
-from runtime.messages import Output, Submission, TokenLogprob
+from runtime.api.openai.schema import GenerationRequest
+from runtime.errors import AdapterUnavailable, Conflict, ContextLengthExceeded, DeadlineExceeded, EngineUnavailable
+from runtime.messages import Output, Submission, TokenLogprob, new_sequence_id
 from runtime.support.event_loop import cancel
+from runtime.support.version import version
+from runtime.text.tokenizer import Tokenizer
+from settings.api import LimitSettings
 
 if TYPE_CHECKING:
     from runtime.engine.service import EngineService
+
+VERSION_HEADER = "x-eft-adapter-version"
+"""Response header: the version that gives the answer."""
+LOAD_FORMAT_HEADER = "endpoint-load-metrics-format"
+"""Request header of load balancers: the form in which the answer is to report the server's load (ORCA)."""
+
+
+def take_id(request: Request[Any, Any, Any], given: str | None, served: Served) -> RequestRecord:
+    """The request's record, from here on with the version in the headers of every answer, errors included. An id in the
+    body overrides the id of the record."""
+    record = record_of(request)
+    record.headers[VERSION_HEADER] = record.log["model"] = served.label
+    if (form := request.headers.get(LOAD_FORMAT_HEADER)) is not None:
+        record.load_format = form.strip().upper()
+        if record.load_format not in LOAD_FORMATS:
+            record.warnings.append(f"{LOAD_FORMAT_HEADER}: expected one of {', '.join(LOAD_FORMATS)}")
+            record.load_format = ""
+    if given is not None:
+        record.request_id = make_id(given)
+    return record
+
+
+def encoder_for(request: GenerationRequest, served: Served, limits: LimitSettings, receive: Receive) -> PromptEncoder:
+    """Encoder of the prompts of a request; `receive` returns a disconnect when its client has left."""
+    truncated = request.truncate_prompt_tokens is not None
+    return PromptEncoder(
+        served.tokenizer,
+        served.vocab_size,
+        None if truncated else served.service.max_model_len,
+        limits.max_tokenize_chars,
+        receive,
+        apart=served.own_tokenizer is not None,
+    )
+
+
+def logprob_writer(request: GenerationRequest, tokenizer: Tokenizer) -> LogprobWriter:
+    """Writer of a request's log-probabilities."""
+    return LogprobWriter(
+        tokenizer,
+        as_ids=bool(request.return_tokens_as_token_ids),
+        skip_special_tokens=request.skip_special_tokens,
+    )
+
+
+@lru_cache(8)
+def fingerprint(model_name: str, dtype: str) -> str:
+    """OpenAI's `system_fingerprint`: changes when the same request may give other tokens."""
+    return "fp_" + hashlib.blake2b(f"{version()}\0{model_name}\0{dtype}".encode(), digest_size=5).hexdigest()
 
 
 class Generation:
@@ -261,3 +320,116 @@ def _joined(parts: Sequence[Output]) -> Output:
 
 def _unlikeliness(output: Output) -> float:
     return -output.cumulative_logprob
+
+
+# -- start -----------------------------------------------------------------------------------------
+
+
+def start(
+    served: Served,
+    request: GenerationRequest,
+    wanted: Wanted,
+    prompts: list[list[int]],
+    record: RequestRecord,
+    *,
+    prompt_field: str,
+    form: AnswerForm = PLAIN,
+) -> Generation:
+    """Submit `n` sequences for each prompt, or `best_of`. `served` is ready, and nothing was awaited since.
+    Raises a `RequestError` that names the field at fault."""
+    service = served.service
+    if prompt_field == "messages" and (format := served.prompt_format) not in (None, "chat"):
+        record.warnings.append(f"{served.label} was trained on texts ({format}), not on chats: ask in /v1/completions")
+    _warn_of_limit(wanted, record)
+    try:
+        submissions = list(_submissions(request, wanted, prompts, record, served, prompt_field, form))
+        _reserve(record, submissions, request, service.num_running)
+        return Generation(
+            service,
+            submissions,
+            choices=sequences_of(request),
+            best=choices_of(request),
+            record=record,
+            scores_only=wanted.scores_only,
+        )
+    except (
+        ContextLengthExceeded,
+        Conflict,
+        EngineUnavailable,
+        AdapterUnavailable,
+    ) as error:  # the engine counts a full queue itself
+        service.metrics.on_rejection(error.code or "")
+        raise
+
+
+def _warn_of_limit(wanted: Wanted, record: RequestRecord) -> None:
+    asked = wanted.params.max_tokens
+    if asked is not None and wanted.limit is not None and asked > wanted.limit:
+        record.warnings.append(f"{wanted.max_field} is {wanted.limit}, the most that this server generates")
+
+
+def _submissions(
+    request: GenerationRequest,
+    wanted: Wanted,
+    prompts: list[list[int]],
+    record: RequestRecord,
+    served: Served,
+    prompt_field: str,
+    form: AnswerForm,
+) -> Iterator[Submission]:
+    """All sequences of one prompt, then of the next. The first one computes the prompt for the others."""
+    count = sequences_of(request)
+    beams = beams_of(request, choices_of(request))
+    arrival = time.monotonic()
+    deadline = None if request.deadline_ms is None else arrival + request.deadline_ms / 1000
+    chat = prompt_field == "messages"
+    ends = () if request.ignore_eos else served.end_ids if chat else served.text_end_ids
+    texts = served.stop_texts if chat and not request.ignore_eos and beams is None else ()
+    for prompt in prompts:
+        fitted = fit_context(wanted, len(prompt), served.service.max_model_len, prompt_field=prompt_field)
+        if ends or texts:
+            given = fitted.stop_strings
+            fitted = replace(fitted, stop_token_ids=(*fitted.stop_token_ids, *ends), stop=(*given, *texts))
+        if form.shows_special:
+            fitted = replace(fitted, skip_special_tokens=False)
+        first = new_sequence_id()
+        for choice in range(count):
+            yield Submission(
+                id=new_sequence_id() if choice else first,
+                request_id=record.request_id,
+                prompt_ids=prompt,
+                params=choice_of(fitted, choice),
+                adapter=served.key,
+                cache_salt=_salt(record, request.cache_salt or ""),
+                priority=request.priority or 0,
+                deadline=deadline,
+                tenant=record.tenant,
+                fork_of=first if choice else 0,
+                scored=count > choices_of(request),
+                beams=beams,
+                background=record.background,
+                arrival=arrival,
+                grammar=form.grammar,
+            )
+
+
+def _salt(record: RequestRecord, asked: str) -> str:
+    """Salt that separates cached prefixes: the key's label, if keys are configured, and the client's own salt."""
+    return f"{record.salt}\0{asked}" if record.salt else asked
+
+
+def _reserve(record: RequestRecord, submissions: list[Submission], request: GenerationRequest, running: int) -> None:
+    """Reserve the most that the request may use from its key's limits. Raises `RateLimited`, `InvalidRequest`."""
+    if record.quota is None:
+        return
+    firsts = [submission for submission in submissions if not submission.fork_of]
+    asked = request.max_tokens or getattr(request, "max_completion_tokens", None)
+    width = submissions[0].beams.width if submissions[0].beams else 1
+    record.quota.reserve(
+        sequences=len(submissions) * width,
+        prompt_tokens=sum(len(submission.prompt_ids) for submission in firsts),
+        max_tokens=sum(submission.params.max_tokens or 0 for submission in submissions) * width if asked else 0,
+        num_running=running,
+        priority=request.priority or 0,
+        deadline=None if request.deadline_ms is None else request.deadline_ms / 1000,
+    )

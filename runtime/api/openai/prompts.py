@@ -19,7 +19,7 @@ from runtime.text.chat_template import TemplateMessage
 from runtime.text.grammar.schema import check_depth
 from runtime.text.tokenizer import Tokenizer
 from runtime.text.tool_prompt import shown_call
-from settings.schema import LimitSettings
+from settings.api import LimitSettings
 
 # -- messages --------------------------------------------------------------------------------------
 #

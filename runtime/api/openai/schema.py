@@ -18,7 +18,7 @@ from runtime.api.openai.neutral import INSTEAD, NEUTRAL
 from runtime.errors import InvalidRequest, Unsupported
 from runtime.messages import SamplingParams
 from runtime.support.logs import clean, get_logger
-from settings.schema import LimitSettings
+from settings.api import LimitSettings
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 

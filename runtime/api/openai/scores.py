@@ -16,6 +16,7 @@ from runtime.api.docs import BODY
 from runtime.api.handle import AnyRequest, Api, api_of
 from runtime.api.http.record import RequestRecord
 from runtime.api.http.sse import unless_disconnected
+from runtime.api.openai.generation import take_id
 from runtime.api.openai.models import Served, resolve_model
 from runtime.api.openai.pooling import (
     DEFAULT_POOLING,
@@ -31,7 +32,6 @@ from runtime.api.openai.pooling import (
     usage_of,
 )
 from runtime.api.openai.schema import Intake
-from runtime.api.openai.submissions import take_id
 from runtime.errors import InvalidRequest
 
 

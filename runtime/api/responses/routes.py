@@ -62,7 +62,7 @@ from runtime.api.responses.translate import (
 from runtime.errors import InvalidRequest, NotFound, StorageUnavailable, Unsupported
 from runtime.messages import Output
 from runtime.responses import ResponseStore, StoredResponse, missing_response
-from settings.schema import LimitSettings
+from settings.api import LimitSettings
 
 ENDED = frozenset({"completed", "incomplete", "cancelled", "failed"})
 

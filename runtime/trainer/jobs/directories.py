@@ -11,6 +11,7 @@ from runtime.support.durable import PARTIAL, PRIVATE_DIRECTORY, make_directory, 
 from runtime.support.failpoints import failpoint
 from runtime.support.logs import get_logger
 from runtime.support.state_directory import LostFound
+from runtime.trainer.launched.agent_process import AGENT_FILE, end_left_behind
 
 CHECKPOINT_RECORD = "checkpoint.json"
 """File in a checkpoint's and a result's folder: a copy of its row, in case the row is lost."""
@@ -112,10 +113,21 @@ class JobDirectories:
         for name in stored:
             path = self._state / name
             if path.is_relative_to(self.root) and ".." not in path.parts:
+                self._end_left_behind(path)
                 remove(path)
                 if not path.exists():
                     gone.append(name)
         return gone
+
+    def with_left_processes(self) -> list[str]:
+        """Jobs whose folder names processes that an earlier server has left."""
+        return [path.parent.parent.name for path in self.root.glob(f"*/{LAUNCHED}/{AGENT_FILE}")]
+
+    def _end_left_behind(self, path: Path) -> None:
+        """End the processes of a launched job of which this path, or the folder of it there, is about to go."""
+        folder = path if path.name == LAUNCHED else path / LAUNCHED
+        if (folder / AGENT_FILE).exists():
+            end_left_behind(folder)
 
     def sweep(self, kept: dict[str, tuple[set[int], bool]]) -> dict[str, list[int]]:
         """Move what no row names to lost+found, and delete what by its name was never finished.
@@ -129,6 +141,7 @@ class JobDirectories:
             if PARTIAL in folder.name:
                 _delete_leftover(folder)
             elif folder.name not in kept:
+                self._end_left_behind(folder)
                 lost.keep(folder)
         missing: dict[str, list[int]] = {}
         for job_id, (steps, has_result) in kept.items():

@@ -23,6 +23,7 @@ from runtime.events import (
     FinishedEvent,
     PausedEvent,
     Report,
+    RestartEvent,
     RunEvent,
     StepEvent,
 )
@@ -313,6 +314,9 @@ class Execution:
         match event:
             case CheckpointEvent():
                 await self._save(handle, event.step, best=event.best)
+            case RestartEvent():
+                note = Note(f"{event.message} Started again from the newest checkpoint.", "warning")
+                await self._store.note(self.id, note)
             case PausedEvent():
                 await self._save(handle, event.step, best=False)
                 self._pausing = False

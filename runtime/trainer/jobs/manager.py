@@ -39,6 +39,7 @@ from runtime.trainer.jobs.records import (
 from runtime.trainer.jobs.retention import FOR_EVER, Keep, Retention
 from runtime.trainer.jobs.store import JobStore
 from runtime.trainer.jobs.validation import Validation
+from runtime.trainer.launched.agent_process import end_left_behind
 from settings.schema import TrainerSettings
 
 if TYPE_CHECKING:
@@ -66,9 +67,12 @@ class JobManager:
         max_waiting: int,
         max_running: int = 1,
         keep: Keep = FOR_EVER,
+        follows_left: bool = False,
     ) -> None:
         """`max_waiting`: the most jobs that are validating or queued, `max_running`: that are at work. `keep`: for how
-        long, once they have ended. The database stays the caller's to close."""
+        long, once they have ended. `follows_left`: processes of launched jobs that an earlier server has left go on
+        until it is their job's turn. The database stays the caller's to close."""
+        self._follows_left = follows_left
         self.directories = directories
         self.feed = EventFeed()
         self.store = JobStore(database, self._changed)
@@ -120,6 +124,10 @@ class JobManager:
             await self.store.note(job_id, Note(f"The checkpoints of the steps {steps} are gone.", "warning"))
         for job_id in await self.store.recover():
             self._validation.begin(job_id)
+        for job_id in await asyncio.to_thread(self.directories.with_left_processes):
+            known = self._follows_left and job_id in kept
+            if not known or (await self.store.get(job_id)).state != "queued":
+                await self._end_left_behind(job_id)
         for job_id in await asyncio.to_thread(self._without_record, kept):
             self._journal.touch(job_id, record=True)
         self._journaling = asyncio.create_task(self._journal.run())
@@ -287,11 +295,21 @@ class JobManager:
         job = await self.store.pause(job_id)
         if job.state == "running" and (execution := self._at_work.get(job_id)) is not None:
             execution.pause()
+        if job.state == "paused":  # it was not taken up yet, though its processes may go on
+            await self._end_left_behind(job_id)
         return job
 
+    async def _end_left_behind(self, job_id: str) -> None:
+        """End the processes that an earlier server has left for a job which is not to go on now. The end of a job does
+        the same, with its folder."""
+        await self._disk.call(end_left_behind, self.directories.launched(job_id))
+
     async def resume(self, job_id: str) -> Job:
-        """Resume a paused job: at once where its run is still there, else when it is its turn."""
+        """Resume a paused job: at once where its run is still there, else when it is its turn. A failed one goes on
+        from its newest checkpoint. Raises `NotFound`, `Conflict`."""
         self._require_running()
+        # What the job's end has left to be deleted is not to be deleted under the next run.
+        await delete_discarded(self.store, self.directories, self._disk)
         task = next((task for one, task in self._working.items() if one.id == job_id), None)
         if task is not None and (await self.store.get(job_id)).state == "paused":
             await asyncio.wait({task})  # it tidies up still, and is parked then
@@ -432,6 +450,7 @@ async def running_jobs(
         max_waiting=settings.max_queued_jobs,
         max_running=settings.max_running_jobs,
         keep=keep,
+        follows_left=settings.outlive_server,
     )
     try:
         await manager.start()

@@ -39,11 +39,11 @@ TRANSITIONS: dict[JobState, frozenset[JobState]] = {
     # The process ended while the job was at work; the next process decides at its start.
     "interrupted": frozenset({"queued", "paused", "failed", "cancelled"}),
     "succeeded": frozenset(),
-    "failed": frozenset(),
+    "failed": frozenset({"queued"}),  # resumed, from its newest checkpoint
     "cancelled": frozenset(),
 }
 
-ENDED = frozenset(state for state, following in TRANSITIONS.items() if not following)
+ENDED: frozenset[JobState] = frozenset({"succeeded", "failed", "cancelled"})
 AT_WORK: frozenset[JobState] = frozenset({"running", "evaluating", "publishing"})
 """At most one job is in one of these: the one that the manager holds."""
 WAITING: frozenset[JobState] = frozenset({"validating", "queued"})

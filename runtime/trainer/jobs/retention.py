@@ -14,7 +14,7 @@ from msgspec import Struct
 from runtime.errors import Conflict, NotFound, StorageUnavailable
 from runtime.support.logs import get_logger
 from runtime.support.threads import WorkerThread
-from runtime.trainer.jobs.directories import JobDirectories
+from runtime.trainer.jobs.directories import ORIGIN, JobDirectories
 from runtime.trainer.jobs.execution import delete_discarded
 from runtime.trainer.jobs.store import JobStore
 
@@ -109,13 +109,16 @@ class Retention:
 
     async def _drop(self, due: Due) -> None:
         directories, job_id = self._directories, due.job_id
+        if not (await self._store.get(job_id)).ended:
+            return  # it was resumed meanwhile
         if due.what == "job":
             await self._store.delete(job_id, [directories.relative(directories.folder(job_id))])
             await self._forget(job_id)
         elif due.what == "checkpoints":
             steps = [checkpoint.step for checkpoint in await self._store.checkpoints(job_id)]
             folders = [directories.relative(directories.checkpoint(job_id, step)) for step in steps]
-            await self._store.drop_checkpoints(job_id, steps, folders)
+            origin = directories.relative(directories.folder(job_id) / ORIGIN)
+            await self._store.drop_checkpoints(job_id, steps, [*folders, origin])
         else:
             await self._store.discard([directories.relative(directories.uploads(job_id))])
 

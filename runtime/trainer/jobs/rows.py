@@ -77,7 +77,11 @@ def move(connection: sqlite3.Connection, job_id: str, to: JobState, note: Note, 
         columns["started_at"] = now
     if to in ENDED:
         columns["finished_at"] = now
-        discard(connection, [f"jobs/{job_id}/{name}" for name in (PREPARED, ORIGIN, LAUNCHED)])  # read by nothing now
+        # Read by nothing now, but for what a failed job that is resumed goes on from.
+        unneeded = (PREPARED, LAUNCHED) if to == "failed" else (PREPARED, LAUNCHED, ORIGIN)
+        discard(connection, [f"jobs/{job_id}/{name}" for name in unneeded])
+    elif job.ended:
+        columns |= {"finished_at": None, "error_code": None, "error_message": None, "error_param": None}
     if to != job.state and to not in ("running", "evaluating"):
         columns.setdefault("wanted", None)
     change(connection, job_id, state=to, **columns)

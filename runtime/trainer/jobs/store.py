@@ -136,16 +136,7 @@ class JobStore(JobReader):
         name = prepared.name or job_id
 
         def work(c: sqlite3.Connection) -> Job:
-            ended = ", ".join(f"'{state}'" for state in sorted(ENDED))
-            # In any case of letters: an adapter's name is the same then.
-            query = f"SELECT id FROM jobs WHERE name = ? COLLATE NOCASE AND id != ? AND state NOT IN ({ended})"
-            other = c.execute(query, (name, job_id)).fetchone()
-            if other is not None:
-                raise Conflict(
-                    f"The job `{other['id']}` is making an adapter `{name}` already; wait for its end, or cancel it.",
-                    param="name",
-                    code="adapter_name_in_use",
-                )
+            _refuse_same_name(c, name, job_id)
             for warning in prepared.summary.get("warnings", ()):
                 rows.append(c, job_id, Note(warning, "warning"))
             return rows.move(
@@ -253,12 +244,15 @@ class JobStore(JobReader):
 
     async def resume(self, job_id: str, *, at_once: bool, max_running: int) -> Job:
         """Make a paused job running, where its run is still there (`at_once`) and fewer than `max_running` are at work,
-        else queued. Raises `Conflict`."""
+        else queued; and a failed one queued, where it has a checkpoint. Raises `Conflict`."""
 
         def work(c: sqlite3.Connection) -> Job:
             job = rows.get(c, job_id)
+            if job.state == "failed":
+                return _queue_failed(c, job)
             if job.state != "paused":
-                raise Conflict(f"The job is {job.state}: only a paused job can be resumed.", code="job_state")
+                message = f"The job is {job.state}: only one that is paused or has failed can be resumed."
+                raise Conflict(message, code="job_state")
             if at_once and len(_at_work(c)) < max_running:
                 return rows.move(c, job_id, "running", Note("Resumed."))
             return rows.move(c, job_id, "queued", Note("Resumed: queued."))
@@ -371,6 +365,32 @@ def _lacks_memory(job: Job, beside: Sequence[Job], memory: int) -> str | None:
 def _memory_of(job: Job) -> int:
     """Bytes beside the base model; 0 on devices of its own."""
     return 0 if job.summary.get("launched") else int(job.summary.get("memory_bytes", 0))
+
+
+def _refuse_same_name(c: sqlite3.Connection, name: str, job_id: str) -> None:
+    """Raise `Conflict` where another job that has not ended is to make this adapter."""
+    ended = ", ".join(f"'{state}'" for state in sorted(ENDED))
+    # In any case of letters: an adapter's name is the same then.
+    query = f"SELECT id FROM jobs WHERE name = ? COLLATE NOCASE AND id != ? AND state NOT IN ({ended})"
+    other = c.execute(query, (name, job_id)).fetchone()
+    if other is not None:
+        raise Conflict(
+            f"The job `{other['id']}` is making an adapter `{name}` already; wait for its end, or cancel it.",
+            param="name",
+            code="adapter_name_in_use",
+        )
+
+
+def _queue_failed(c: sqlite3.Connection, job: Job) -> Job:
+    """Queue a failed job again."""
+    known = c.execute("SELECT max(step) AS step FROM job_checkpoints WHERE job_id = ?", (job.id,)).fetchone()["step"]
+    trained = c.execute("SELECT 1 FROM job_results WHERE job_id = ?", (job.id,)).fetchone() is not None
+    if known is None and not trained:
+        message = "The job has failed without a checkpoint to go on from: send its recipe again, as a new job."
+        raise Conflict(message, code="job_state")
+    _refuse_same_name(c, job.name or job.id, job.id)
+    where = "its result" if trained else f"the checkpoint of step {known}"
+    return rows.move(c, job.id, "queued", Note(f"Resumed: queued, to go on from {where}."), attempts=0)
 
 
 def _recover(c: sqlite3.Connection, job: Job) -> None:

@@ -13,16 +13,17 @@ from msgspec.structs import replace
 
 from runtime.support.durable import error_code, without_paths
 from runtime.support.threads import die_with, outlive_parent
+from runtime.trainer.launched.agent_process import AgentRecord
 from runtime.trainer.launched.files import (
     FAILED,
     FAILED_CODE,
     KILLED,
     KILLED_CODE,
     RESTARTS,
-    AgentRecord,
     JobFolder,
     LaunchEnd,
 )
+from runtime.trainer.launched.stall import PlaceFile
 
 PARENT = "EFT_LAUNCH_AGENT"
 """Environment variable with the process id of the agent."""
@@ -39,7 +40,7 @@ def run_agent(parent: int, arguments: list[str], folder: JobFolder, *, lasting: 
         die_with(parent, ignoring=(signal.SIGINT,))
     if lasting:
         started = psutil.Process().create_time()
-        folder.write_agent(AgentRecord(pid=os.getpid(), started=started, attempt=folder.read_spec().attempt))
+        AgentRecord(pid=os.getpid(), started=started, attempt=folder.read_spec().attempt).write(folder.path)
         outlive_parent()
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main
@@ -82,17 +83,20 @@ def _end_without_ranks(folder: JobFolder) -> None:
 def run_rank(folder: JobFolder) -> int:
     """Be one rank, from the environment that torchrun makes."""
     die_with(int(os.environ.get(PARENT, os.getppid())), ignoring=(signal.SIGINT,))
+    rank = int(os.environ["RANK"])
     try:
-        _train(folder)
+        folder.reserve_error(rank)
+        _train(folder, PlaceFile(folder.path, rank))
     except Exception as error:
-        traceback.print_exc()
         with contextlib.suppress(OSError):
-            folder.write_error(int(os.environ["RANK"]), _end_of(error))
+            folder.write_error(rank, _end_of(error))
+        with contextlib.suppress(OSError):
+            traceback.print_exc()
         return FAILED_CODE
     return 0
 
 
-def _train(folder: JobFolder) -> None:
+def _train(folder: JobFolder, place: PlaceFile) -> None:
     import torch
 
     from runtime.trainer.launched.rank import DDP_TIMEOUT, LaunchedRank, RankReporter
@@ -102,15 +106,15 @@ def _train(folder: JobFolder) -> None:
     attempt = spec.attempt * RESTARTS + int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     torch.set_num_threads(spec.threads)
     torch.manual_seed(spec.recipe.seed)
+    place.move("waits for all ranks to start")
     ranks = Ranks(spec.device, spec.recipe.ddp_timeout or DDP_TIMEOUT)
-    try:
-        if ranks.first:
-            with folder.reports(attempt).open("ab") as file:
-                LaunchedRank(folder, spec, ranks, attempt, RankReporter(file)).run()
-        else:
-            LaunchedRank(folder, spec, ranks, attempt, RankReporter(None)).run()
-    finally:
-        ranks.close()
+    if ranks.first:
+        with folder.reports(attempt).open("ab", buffering=0) as file:
+            LaunchedRank(folder, spec, ranks, attempt, RankReporter(file), place).run()
+    else:
+        LaunchedRank(folder, spec, ranks, attempt, RankReporter(None), place).run()
+    # Not where an error ends this rank: the others would note that they lost it before it has noted why.
+    ranks.close()
 
 
 def _end_of(error: Exception) -> LaunchEnd:

@@ -6,24 +6,28 @@ reports (MessagePack, each behind its length), and snapshots, which the server t
 
 import contextlib
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
 from msgspec import Struct
 
 from runtime.events import RunEvent
-from runtime.support.durable import make_directory, remove, replace_file
+from runtime.support.durable import PRIVATE_FILE, as_os_errors, make_directory, reason, remove, replace_file
 from runtime.trainer.recipe import Recipe
 from runtime.trainer.recipe.launch import Launch
 from runtime.trainer.schedule import ExampleFeed, Schedule
 
 SPEC, FEED, INITIAL, REQUEST, LOG, END = "spec.json", "feed.msgpack", "initial", "request", "ranks.log", "end.json"
-AGENT = "agent.json"
 SNAPSHOTS = "snapshots"
 """Folder of the snapshots that the server has not taken yet."""
 MEETING = "meeting"
 """File by which the agents of one node meet. One that an earlier life of torchrun has left says that they have met."""
 BEST = "best.safetensors"
+PLACE = "place-"
+"""Begin of the name of a rank's file with where it is."""
 MODEL = "model_files"
 """Folder of a whole model in a result."""
 STEP = "step-"
@@ -63,16 +67,6 @@ class LaunchSpec(Struct, frozen=True, kw_only=True):
     """Number of the launch. With torchrun's own restarts, `RESTARTS` of them at most, it names the file of reports."""
 
 
-class AgentRecord(Struct, frozen=True, kw_only=True):
-    """The process that is torchrun, while it runs."""
-
-    pid: int
-    started: float
-    """Its start in seconds since the epoch, which tells it from a later process of the same id."""
-    attempt: int
-    """`LaunchSpec.attempt`"""
-
-
 class RankReport(Struct, frozen=True):
     """A line of rank 0's reports."""
 
@@ -99,6 +93,8 @@ FAILED = LaunchEnd(
 KILLED_CODE, FAILED_CODE = 1, 3
 """Exit codes of torchrun's agent where a rank was killed, and where an error was raised; the latter also of ranks."""
 
+ERROR_BYTES = 4096
+"""Room that a rank takes for its last error while the disk has some."""
 _LENGTH_BYTES = 4
 
 
@@ -194,30 +190,16 @@ class JobFolder:
 
     def clear(self) -> None:
         """Delete what earlier launches have left."""
-        left = (*self.path.glob("reports-*"), *self.path.glob("error-*.json"))
-        for path in (self.path / REQUEST, self.path / END, *left):
+        for path in (self.path / REQUEST, *self.path.glob("reports-*")):
             remove(path)
-        self.clear_meeting()
+        self.clear_attempt()
         for path in (self.path / SNAPSHOTS).glob("*"):
             remove(path)
 
-    def clear_meeting(self) -> None:
-        """Delete the file by which agents met: before each life of torchrun."""
-        remove(self.meeting)
-
-    def write_agent(self, agent: AgentRecord) -> None:
-        """Note the process that runs. Raises `OSError`."""
-        replace_file(self.path / AGENT, msgspec.json.encode(agent))
-
-    def agent(self) -> AgentRecord | None:
-        """The process that was noted last, and whose end no server has seen."""
-        try:
-            return msgspec.json.decode((self.path / AGENT).read_bytes(), type=AgentRecord)
-        except (OSError, msgspec.MsgspecError):
-            return None
-
-    def forget_agent(self) -> None:
-        remove(self.path / AGENT)
+    def clear_attempt(self) -> None:
+        """Delete what one life of torchrun has left, before the next one: how it ended, and where its agents met."""
+        for path in (self.meeting, self.path / END, *self.path.glob("error-*.json"), *self.path.glob(f"{PLACE}*")):
+            remove(path)
 
     def request(self, what: bytes) -> None:
         """Ask the ranks for something at the next step's end. Raises `OSError`."""
@@ -258,18 +240,41 @@ class JobFolder:
         remove(self.best)
         os.link(source, self.best)
 
+    def reserve_error(self, rank: int) -> None:
+        """Take room for an error of a rank, which may come because a disk is full. Raises `OSError`."""
+        (self.path / f"error-{rank}.json").write_bytes(b" " * ERROR_BYTES)
+
     def write_error(self, rank: int, end: LaunchEnd) -> None:
-        """Note the error that ends a rank."""
-        replace_file(self.path / f"error-{rank}.json", msgspec.json.encode(end))
+        """Note the error that ends a rank, in the reserved room where there is some. Raises `OSError`."""
+        data = msgspec.json.encode(end).ljust(ERROR_BYTES)
+        file = os.open(self.path / f"error-{rank}.json", os.O_WRONLY | os.O_CREAT, PRIVATE_FILE)
+        try:
+            os.pwrite(file, data, 0)
+        finally:
+            os.close(file)
 
     def first_error(self) -> LaunchEnd | None:
         """The first error that a rank has noted."""
-        errors = sorted(self.path.glob("error-*.json"), key=lambda path: path.stat().st_mtime_ns)
-        return msgspec.json.decode(errors[0].read_bytes(), type=LaunchEnd) if errors else None
+        for path in sorted(self.path.glob("error-*.json"), key=lambda path: path.stat().st_mtime_ns):
+            with contextlib.suppress(msgspec.MsgspecError):  # room that nothing was written to
+                return msgspec.json.decode(path.read_bytes(), type=LaunchEnd)
+        return None
 
     def write_end(self, end: LaunchEnd) -> None:
         """Note how torchrun ended."""
         replace_file(self.path / END, msgspec.json.encode(end))
+
+
+@contextmanager
+def stating_room(path: Path, size: int) -> Iterator[None]:
+    """Context of a write of `size` bytes, whose `OSError` says so: the file, its bytes, and those that are free."""
+    try:
+        with as_os_errors(path):
+            yield
+    except OSError as error:
+        free = shutil.disk_usage(path.parent).free
+        text = f"{reason(error)}: {path.name} takes {size:,} bytes, and {free:,} are free"
+        raise OSError(error.errno, text, str(path)) from error
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

@@ -1,25 +1,34 @@
-"""A launched job as the server sees it: torchrun as a child, its reports as events, restarts where a rank is killed."""
+"""A launched job as the server sees it: torchrun as a child, its reports as events, restarts where a rank is killed or
+hangs."""
 
 import asyncio
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import msgspec
-import psutil
 from msgspec import Struct
 
-from runtime.events import CancelledEvent, FailedEvent, FinishedEvent, PausedEvent, RunEvent
+from runtime.events import CancelledEvent, FailedEvent, FinishedEvent, PausedEvent, RestartEvent, RunEvent
 from runtime.support.durable import error_code, reason, remove, sync_file
 from runtime.support.failpoints import failpoint
 from runtime.support.logs import get_logger
+from runtime.trainer.launched.agent_process import (
+    PROGRAM,
+    AgentProcess,
+    AgentRecord,
+    LeftProcess,
+    end_left_behind,
+    kill,
+    wait_for_end,
+)
 from runtime.trainer.launched.files import (
     FAILED,
     FAILED_CODE,
@@ -27,13 +36,14 @@ from runtime.trainer.launched.files import (
     PAUSE,
     REQUEST,
     STEP,
-    AgentRecord,
     JobFolder,
+    LaunchEnd,
     LaunchSpec,
     RankReport,
     ReportReader,
     newest_checkpoint,
 )
+from runtime.trainer.launched.stall import StallWatch
 from runtime.trainer.schedule import ExampleFeed
 
 _log = get_logger("launched")
@@ -65,7 +75,27 @@ class Nodes(Struct, frozen=True, kw_only=True):
         else:
             shared += ["--nnodes", str(self.count), "--rdzv-backend", "c10d", "--rdzv-endpoint", self.rendezvous]
             shared += ["--rdzv-id", name, "--max-restarts", str(max_restarts)]
-        return [*shared, "-m", "runtime.trainer.launched", "rank", str(folder.path)]
+        return [*shared, "-m", PROGRAM, "rank", str(folder.path)]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LaunchJob:
+    """One job, as its processes are started."""
+
+    name: str
+    folder: JobFolder
+    write: Callable[[JobFolder], tuple[LaunchSpec, ExampleFeed]]
+    """Makes the job for the ranks, and may write into its folder. Blocks, and is called on a thread."""
+    nodes: Nodes
+    environment: Mapping[str, str]
+    devices: threading.Lock
+    """Held by the job whose processes have the devices; others wait for it."""
+    max_restarts: int
+    """Starts after ranks were killed or hung, without a step in between."""
+    stall_timeout: float
+    """Seconds without a move of any rank after which they hang."""
+    outlives: bool = False
+    """The processes go on where the server is killed, and a run that finds some follows them."""
 
 
 class LaunchedRun:
@@ -75,29 +105,9 @@ class LaunchedRun:
     and the ranks die with torchrun.
     """
 
-    def __init__(
-        self,
-        folder: JobFolder,
-        name: str,
-        write: Callable[[JobFolder], tuple[LaunchSpec, ExampleFeed]],
-        nodes: Nodes,
-        environment: Mapping[str, str],
-        on_event: Callable[[RunEvent], None],
-        *,
-        max_restarts: int,
-        devices: threading.Lock,
-        outlives: bool = False,
-    ) -> None:
-        """`write` makes the job for the ranks, and may write into its folder; it blocks, and runs on the thread.
-        `max_restarts`: how often the job is started again after a rank was killed, without a step in between.
-        `devices`: held by the run whose processes have the devices; others wait for it. `outlives`: the processes go on
-        where the server is killed, and a run that finds some follows them."""
-        self._folder, self._name, self._write, self._nodes = folder, name, write, nodes
-        self._environment = dict(environment)
+    def __init__(self, job: LaunchJob, on_event: Callable[[RunEvent], None]) -> None:
+        self._job = job
         self._on_event = on_event
-        self._max_restarts = max_restarts
-        self._devices = devices
-        self._outlives = outlives
         self._loop = asyncio.get_running_loop()
         self._closed = False
         self._cancelled = False
@@ -129,7 +139,7 @@ class LaunchedRun:
 
     async def take_snapshot(self, step: int) -> Callable[[Path], None]:
         place = next(index for index, (known, _) in enumerate(self._snapshots) if known == step)
-        return partial(_move, self._folder.snapshot(self._snapshots.pop(place)[1]))
+        return partial(_move, self._job.folder.snapshot(self._snapshots.pop(place)[1]))
 
     def close(self) -> None:
         self._closed = True
@@ -138,17 +148,8 @@ class LaunchedRun:
     # -- its processes -------------------------------------------------------------------------
 
     def _launch(self) -> "_Launch":
-        launch = _Launch(
-            self,
-            self._folder,
-            self._name,
-            self._write,
-            self._nodes,
-            self._environment,
-            self._devices,
-            outlives=self._outlives,
-        )
-        launch.start(self._max_restarts)
+        launch = _Launch(self, self._job)
+        launch.start()
         if self._paused:
             launch.pause()
         return launch
@@ -178,32 +179,21 @@ class LaunchedRun:
 class _Launch:
     """The processes from one start to an end or a pause, restarts included."""
 
-    def __init__(
-        self,
-        run: LaunchedRun,
-        folder: JobFolder,
-        name: str,
-        write: Callable[[JobFolder], tuple[LaunchSpec, ExampleFeed]],
-        nodes: Nodes,
-        environment: dict[str, str],
-        devices: threading.Lock,
-        *,
-        outlives: bool,
-    ) -> None:
-        self._devices, self._outlives = devices, outlives
-        self._run, self._folder, self._name, self._write, self._nodes = run, folder, name, write, nodes
-        self._environment = environment
+    def __init__(self, run: LaunchedRun, job: LaunchJob) -> None:
+        self._run, self._job, self._folder = run, job, job.folder
         self._lock = threading.Lock()
         self._process: AgentProcess | None = None
         self._killed = False
         self._pausing = False
         self._step = 0
         self._exit_code = 0
+        self._stalled: str | None = None
+        """Sentence about the ranks that hang, where that ended the processes."""
         self.ended = False
         """True once the last event was posted, or nothing more will be."""
 
-    def start(self, max_restarts: int) -> None:
-        threading.Thread(target=self._supervise, args=(max_restarts,), name="launched", daemon=True).start()
+    def start(self) -> None:
+        threading.Thread(target=self._supervise, name="launched", daemon=True).start()
 
     def pause(self) -> None:
         self._pausing = True
@@ -218,24 +208,24 @@ class _Launch:
         with self._lock:
             self._killed = True
             if self._process is not None:
-                _kill(self._process)
+                kill(self._process)
 
     def _ask(self) -> None:
         try:
             self._folder.request(PAUSE)
         except OSError as error:
-            _log.warning("cannot_pause", job=self._name, reason=reason(error))
+            _log.warning("cannot_pause", job=self._job.name, reason=reason(error))
 
     # -- on the thread -------------------------------------------------------------------------
 
-    def _supervise(self, max_restarts: int) -> None:
+    def _supervise(self) -> None:
         try:
-            last = self._work(max_restarts)
+            last = self._work()
         except OSError as error:
             message = f"The job cannot start: {reason(error)}."
             last = (FailedEvent(step=self._step, code=error_code(error), message=message), None)
         except Exception:
-            _log.exception("launched_job_failed", job=self._name)
+            _log.exception("launched_job_failed", job=self._job.name)
             message = "An internal error ended this job; the server's log has it."
             last = (FailedEvent(step=self._step, code="internal_error", message=message), None)
         self.ended = True
@@ -244,51 +234,70 @@ class _Launch:
         if last is not None:
             self._run.post(*last)
 
-    def _work(self, max_restarts: int) -> tuple[RunEvent, str | None] | None:
+    def _work(self) -> tuple[RunEvent, str | None] | None:
         """Wait for the devices, and run torchrun on them; returns the last event, which is not posted yet."""
-        while not self._devices.acquire(timeout=TAIL_SECONDS):
+        while not self._job.devices.acquire(timeout=TAIL_SECONDS):
             if self._killed:
                 return None
         try:
-            return self._work_on_devices(max_restarts)
+            return self._work_on_devices()
         finally:
-            self._devices.release()
+            self._job.devices.release()
 
-    def _work_on_devices(self, max_restarts: int) -> tuple[RunEvent, str | None] | None:
-        """Run torchrun, again where ranks were killed; or follow the one that an earlier server has left."""
+    def _work_on_devices(self) -> tuple[RunEvent, str | None] | None:
+        """Run torchrun, again where ranks were killed or hung; or follow the one that an earlier server has left."""
         left = self._left_behind()
         spec: LaunchSpec | None = None
         attempt = restarts = 0
         while not self._killed:
-            best = self._step
+            best, self._stalled = self._step, None
             if left is not None:
                 attempt, last = left.attempt, self._follow_left(left)
                 left = None
             else:
                 spec, attempt = spec or self._prepare(), attempt + 1
                 self._folder.write_spec(msgspec.structs.replace(spec, attempt=attempt))
-                last = self._attempt(attempt, max_restarts)
+                last = self._attempt(attempt)
             if last is not None or self._killed:
                 return last
-            end = self._folder.end() or (FAILED if self._exit_code == FAILED_CODE else None)
-            if end is not None and not end.crashed:
-                _log.warning("launched_job_failed", job=self._name, log=self._folder.last_lines())
+            if (end := self._end()) is not None:
+                _log.warning("launched_job_failed", job=self._job.name, log=self._folder.last_lines())
                 return FailedEvent(step=self._step, code=end.code, message=end.message), None
             restarts = 1 if self._step > best else restarts + 1
-            _log.warning("launched_job_crashed", job=self._name, restarts=restarts, log=self._folder.last_lines())
-            if restarts > max_restarts:
-                message = (
-                    f"The processes of this job were killed {restarts} times in a row without a step in between "
-                    f"(trainer.max_restarts is {max_restarts}); {LOG} in the job's folder on the server has their "
-                    "output."
-                )
-                return FailedEvent(step=self._step, code="ranks_killed", message=message), None
+            lines = self._folder.last_lines()
+            _log.warning(
+                "launched_job_crashed", job=self._job.name, restarts=restarts, stalled=self._stalled, log=lines
+            )
+            if restarts > self._job.max_restarts:
+                return self._too_many(restarts), None
+            why = self._stalled or "A process of the job was killed."
+            self._run.post(RestartEvent(step=self._step, restarts=restarts, message=why), None)
         return None
+
+    def _end(self) -> LaunchEnd | None:
+        """The error that ended the processes; None where they were killed, and may be started again."""
+        if self._stalled is not None:
+            return None
+        end = self._folder.end() or (FAILED if self._exit_code == FAILED_CODE else None)
+        if end is not None and end == FAILED:
+            end = self._folder.first_error() or end
+        return None if end is None or end.crashed else end
+
+    def _too_many(self, restarts: int) -> FailedEvent:
+        limit = (
+            f"{restarts} times in a row without a step in between (trainer.max_restarts is {self._job.max_restarts})"
+        )
+        where = f"{LOG} in the job's folder on the server has their output."
+        if self._stalled is not None:
+            message = f"The processes of this job hung or were killed {limit}; {where} {self._stalled}"
+            return FailedEvent(step=self._step, code="ranks_stalled", message=message)
+        message = f"The processes of this job were killed {limit}; {where}"
+        return FailedEvent(step=self._step, code="ranks_killed", message=message)
 
     def _prepare(self) -> LaunchSpec:
         """Write the job for its ranks."""
         self._folder.clear()
-        spec, feed = self._write(self._folder)
+        spec, feed = self._job.write(self._folder)
         self._folder.write(spec, feed)
         if self._pausing:
             self._ask()
@@ -296,46 +305,44 @@ class _Launch:
 
     def _left_behind(self) -> AgentRecord | None:
         """Process that an earlier server has left, to be followed. One that is not to be is killed."""
-        found = self._folder.agent()
-        if found is not None and not self._outlives:
-            _kill(LeftProcess(found))
-            self._folder.forget_agent()
-            return None
-        return found
+        if not self._job.outlives:
+            end_left_behind(self._folder.path)
+        return AgentRecord.read(self._folder.path)
 
     def _follow_left(self, found: AgentRecord) -> tuple[RunEvent, str | None] | None:
         """Follow what an earlier server has started, alive or not, from the newest checkpoint on."""
-        process = LeftProcess(found)
+        process = LeftProcess(found, self._folder.path)
         with self._lock:
             self._process = process
             if self._killed:
-                _kill(process)
+                kill(process)
         done = newest_checkpoint(Path(self._folder.read_spec().checkpoints))
         begun = 0 if done is None else int(done.name.removeprefix(STEP))
-        _log.info("launched_job_followed", job=self._name, process=process.pid)
+        _log.info("launched_job_followed", job=self._job.name, process=process.pid)
         if self._pausing:
             self._ask()
         else:
             remove(self._folder.path / REQUEST)
         return self._follow(process, ReportReader(self._folder, found.attempt), begun=begun)
 
-    def _attempt(self, attempt: int, max_restarts: int) -> tuple[RunEvent, str | None] | None:
+    def _attempt(self, attempt: int) -> tuple[RunEvent, str | None] | None:
         """One life of torchrun; returns the event that ends the run, if there was one."""
         reader = ReportReader(self._folder, attempt)
-        self._folder.clear_meeting()
+        self._folder.clear_attempt()
         with self._folder.log.open("ab") as output:
-            process = self._spawn(max_restarts, output.fileno())
+            process = self._spawn(output.fileno())
         return self._follow(process, reader)
 
     def _follow(
-        self, process: "AgentProcess", reader: ReportReader, *, begun: int | None = None
+        self, process: AgentProcess, reader: ReportReader, *, begun: int | None = None
     ) -> tuple[RunEvent, str | None] | None:
         """Read reports until torchrun ends; returns the event that ends the run, if there was one. `begun`: step up to
         which an earlier server has taken in the reports."""
         last: tuple[RunEvent, str | None] | None = None
+        watch = StallWatch(self._folder.path, self._job.stall_timeout)
         try:
             alive = True
-            while alive and last is None:
+            while alive and last is None and self._stalled is None:
                 alive = process.poll() is None
                 for report in reader.read():
                     if begun is not None and self._is_known(report, begun):
@@ -346,14 +353,15 @@ class _Launch:
                     self._step = report.event.step
                     self._run.post(report.event, report.snapshot)
                 if alive and last is None:
+                    self._stalled = watch.look()
                     time.sleep(TAIL_SECONDS)
             if last is not None:
                 self._step = last[0].step
-                _wait(process, EXIT_SECONDS)
+                wait_for_end(process, EXIT_SECONDS)
         finally:
-            _kill(process)
+            kill(process)
             self._exit_code = process.wait()
-            self._folder.forget_agent()
+            AgentRecord.forget(self._folder.path)
         return last
 
     def _is_known(self, report: RankReport, begun: int) -> bool:
@@ -364,73 +372,25 @@ class _Launch:
             return isinstance(report.event, PausedEvent) and not self._pausing
         return report.event.step <= begun
 
-    def _spawn(self, max_restarts: int, output: int) -> subprocess.Popen[bytes]:
-        arguments = self._nodes.arguments(self._folder, self._name, max_restarts=max_restarts)
-        role = "lasting-agent" if self._outlives else "agent"
-        command = [sys.executable, "-m", "runtime.trainer.launched", role, str(os.getpid()), str(self._folder.path)]
+    def _spawn(self, output: int) -> subprocess.Popen[bytes]:
+        job = self._job
+        arguments = job.nodes.arguments(self._folder, job.name, max_restarts=job.max_restarts)
+        role = "lasting-agent" if job.outlives else "agent"
+        command = [sys.executable, "-m", PROGRAM, role, str(os.getpid()), str(self._folder.path)]
         failpoint("launched.spawn")
         with self._lock:
             self._process = process = subprocess.Popen(
                 [*command, *arguments],
-                env=self._environment,
+                env=dict(job.environment),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
             )
             if self._killed:
-                _kill(process)
-        _log.info("launched", job=self._name, process=process.pid)
+                kill(process)
+        _log.info("launched", job=job.name, process=process.pid)
         return process
-
-
-class LeftProcess:
-    """torchrun as an earlier server has started it, which is no child of this process: what is used of `Popen`."""
-
-    def __init__(self, agent: AgentRecord) -> None:
-        self.pid = agent.pid
-        self._started = agent.started
-
-    def poll(self) -> int | None:
-        """None while it runs; else 0, for an exit code that is not known."""
-        try:
-            found = psutil.Process(self.pid)
-            # psutil works the time out from that of the machine's start, which moves with the clock.
-            same = abs(found.create_time() - self._started) < 2.0 and found.status() != psutil.STATUS_ZOMBIE
-        except psutil.Error:
-            return 0
-        return None if same else 0
-
-    def wait(self, timeout: float | None = None) -> int:
-        """Wait for its end. Raises `subprocess.TimeoutExpired`."""
-        end = None if timeout is None else time.monotonic() + timeout
-        while self.poll() is None:
-            if end is not None and time.monotonic() > end:
-                raise subprocess.TimeoutExpired("torchrun", timeout or 0.0)
-            time.sleep(TAIL_SECONDS)
-        return 0
-
-    def kill(self) -> None:
-        os.kill(self.pid, signal.SIGKILL)
-
-
-AgentProcess = subprocess.Popen[bytes] | LeftProcess
-
-
-def _kill(process: AgentProcess) -> None:
-    """Kill torchrun, and with it its ranks."""
-    if process.poll() is None:
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
-            process.kill()
-
-
-def _wait(process: AgentProcess, seconds: float) -> None:
-    try:
-        process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        _log.warning("launched_job_does_not_end", process=process.pid)
 
 
 def _move(source: Path, target: Path) -> None:

@@ -10,8 +10,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
 
 import msgspec
 import torch
@@ -20,14 +20,23 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from runtime.events import FailedEvent, PausedEvent, RunEvent
-from runtime.support.durable import replacing, write_with
+from runtime.support.durable import reason, remove, replacing, write_with
 from runtime.support.failpoints import failpoint
 from runtime.trainer.course import Course, Headway, Lost, MicroBatches, Watchdog
 from runtime.trainer.data.example import Example
-from runtime.trainer.launched.files import PAUSE, JobFolder, LaunchSpec, RankReport, framed, newest_checkpoint
+from runtime.trainer.launched.files import (
+    PAUSE,
+    JobFolder,
+    LaunchSpec,
+    RankReport,
+    framed,
+    newest_checkpoint,
+    stating_room,
+)
 from runtime.trainer.launched.ranks import Ranks
 from runtime.trainer.launched.scoring import ScoredModel, call, pad, score_of, value_of, without_adapters
 from runtime.trainer.launched.spread import DdpModel, FsdpModel, LossScale, SpreadModel, trained_of
+from runtime.trainer.launched.stall import PlaceFile
 from runtime.trainer.launched.weights import (
     BEST,
     PARAMETERS,
@@ -56,19 +65,31 @@ class RankSums(Struct, frozen=True):
 class RankReporter:
     """Rank 0's reports to the server, in the order in which they happen. Other ranks have none."""
 
-    def __init__(self, file: BinaryIO | None) -> None:
+    def __init__(self, file: FileIO | None) -> None:
         self._file = file
 
     def __call__(self, event: RunEvent, snapshot: str | None = None) -> None:
         if self._file is not None:
-            self._file.write(framed(RankReport(event, snapshot)))
-            self._file.flush()
+            rest = framed(RankReport(event, snapshot))
+            with stating_room(Path(str(self._file.name)), len(rest)):
+                while rest:
+                    rest = rest[self._file.write(rest) :]
 
 
 class LaunchedRank:
     """One rank's part of a run, from where the newest checkpoint left off to its end or a pause."""
 
-    def __init__(self, folder: JobFolder, spec: LaunchSpec, ranks: Ranks, attempt: int, report: RankReporter) -> None:
+    def __init__(
+        self,
+        folder: JobFolder,
+        spec: LaunchSpec,
+        ranks: Ranks,
+        attempt: int,
+        report: RankReporter,
+        place: PlaceFile,
+    ) -> None:
+        self._place = place
+        place.move("loads the model")
         self._folder, self._spec, self._ranks, self._report = folder, spec, ranks, report
         self._attempt = attempt
         self._recipe, self._schedule = spec.recipe, spec.schedule
@@ -155,6 +176,7 @@ class LaunchedRank:
             if not idle:
                 score.add(found)
                 self._headway.add(examples)
+        self._place.move(f"changes the weights in step {step}")
         norm = self._model.step(self._course.rate(step))
         total = self._sum(score)
         if not math.isfinite(norm):
@@ -171,9 +193,13 @@ class LaunchedRank:
     def _learn(self, examples: Sequence[Example], weight: float, *, last: bool) -> Score:
         """One micro-batch, forward and backward."""
         batch = pad(examples, self._ranks.device)
+        step = self._progress.step + 1
+        self._place.move(f"computes forward in step {step}")
         reference = self._reference(examples)
         with self._model.training(last=last):
             logprobs, correct = call(self._model.module, batch)
+            self._place.move(f"computes backward in step {step}")
+            failpoint("launched.backward", f"{self._ranks.rank}-{step}")
             value = value_of(self._loss, batch, logprobs, reference)
             self._model.backward(value.total * weight, last=last)
         return score_of(self._loss, batch, value, correct)
@@ -199,6 +225,7 @@ class LaunchedRank:
         if self._ranks.first and not self._folder.path.exists():
             raise FileNotFoundError(errno.ENOENT, "the job's folder is gone, as that of a job which was ended")
         asked = self._ranks.first and self._folder.requested() == PAUSE
+        self._place.move("adds up the losses")
         found = self._ranks.exchange(msgspec.msgpack.encode(RankSums(score, asked)))
         total = Score()
         for one in (msgspec.msgpack.decode(data, type=RankSums) for data in found):
@@ -225,9 +252,11 @@ class LaunchedRank:
         return self._course.stops_early
 
     def _keep_best(self) -> None:
+        self._place.move("keeps the best weights")
         parameters = self._model.parameters()
         if self._ranks.first:
-            with replacing(self._folder.best) as path:
+            size = sum(tensor.nbytes for tensor in parameters.values())
+            with stating_room(self._folder.best, size), replacing(self._folder.best) as path:
                 write_with(path, partial(save_file, parameters))
 
     @torch.no_grad()
@@ -239,6 +268,7 @@ class LaunchedRank:
         for number in range(most):
             idle = number >= len(own)
             examples = self._feed.test[0 if idle else own[number]]
+            self._place.move(f"evaluates after step {self._progress.step}")
             batch, reference = pad(examples, self._ranks.device), self._reference(examples)
             with self._evaluating():
                 logprobs, correct = call(self._model.plain, batch)
@@ -261,8 +291,17 @@ class LaunchedRank:
         self._captured += 1
         name = f"{self._attempt}-{self._captured}"
         self._progress.loss_scale = self._model.scale.value if self._model.scale.enabled else 0.0
+        step = self._progress.step
+        self._place.move(f"gathers the checkpoint of step {step}")
         parameters, state = self._model.parameters(), {} if last else self._model.state()
+        self._place.move(f"has rank 0 write the checkpoint of step {step}")
         if self._ranks.first:
             path = self._folder.snapshot(name)
-            write_snapshot(path, self._spec, self._folder, self._progress, parameters, state, last=last)
+            try:
+                write_snapshot(path, self._spec, self._folder, self._progress, parameters, state, last=last)
+            except OSError as error:
+                remove(path)  # room, on a disk that is full
+                below = path.relative_to(self._folder.path.parents[2])
+                text = f"cannot write the checkpoint of step {step} to {below}: {reason(error)}"
+                raise OSError(error.errno, text) from error
         return name

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from runtime.support.durable import make_directory, read_with, sync_directory, write_file, write_with
 from runtime.trainer.course import ADAPTER, STATE, RunProgress
-from runtime.trainer.launched.files import MODEL, JobFolder, LaunchSpec
+from runtime.trainer.launched.files import MODEL, JobFolder, LaunchSpec, stating_room
 from runtime.trainer.recipe.launch import Precision, fsdp_options
 
 PARAMETERS, OPTIMIZER, BEST = "parameters.safetensors", "optimizer.safetensors", "best.safetensors"
@@ -84,8 +84,8 @@ def write_snapshot(
     older = spec.recipe.load_best_model_at_end and progress.best_step not in (0, progress.step)
     result = read_with(folder.best, load_file) if older and (last or not spec.launch.full) else parameters
     if not last:
-        write_with(directory / PARAMETERS, partial(save_file, dict(parameters)))
-        write_with(directory / OPTIMIZER, partial(save_file, dict(optimizer)))
+        _write_tensors(directory / PARAMETERS, parameters)
+        _write_tensors(directory / OPTIMIZER, optimizer)
         if older:
             os.link(folder.best, directory / BEST)
     if not spec.launch.full:
@@ -110,7 +110,13 @@ def write_adapter_files(directory: Path, initial: Path, parameters: Mapping[str,
         if path.name != ADAPTER_WEIGHTS:
             write_file(directory / path.name, path.read_bytes())
     tensors = {name.replace(".default.", "."): tensor.contiguous() for name, tensor in parameters.items()}
-    write_with(directory / ADAPTER_WEIGHTS, partial(save_file, tensors, metadata={"format": "pt"}))
+    _write_tensors(directory / ADAPTER_WEIGHTS, tensors, {"format": "pt"})
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    with stating_room(path, size):
+        write_with(path, partial(save_file, dict(tensors), metadata=metadata))
 
 
 def write_model(directory: Path, spec: LaunchSpec, parameters: Mapping[str, Tensor]) -> None:
@@ -129,7 +135,9 @@ def write_model(directory: Path, spec: LaunchSpec, parameters: Mapping[str, Tens
     with torch.no_grad():
         for name, tensor in parameters.items():
             found[name].copy_(tensor)
-    model.save_pretrained(directory)
+    size = sum(tensor.nbytes for tensor in model.state_dict().values())
+    with stating_room(directory / "model.safetensors", size):
+        model.save_pretrained(directory)
     _write_tokenizer(directory, spec)
     if spec.chat_template is not None:
         write_file(directory / "chat_template.jinja", spec.chat_template.encode())

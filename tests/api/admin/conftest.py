@@ -8,7 +8,8 @@ import httpx
 from runtime.access.keys import StoredKey, change_keys, digest_of
 from runtime.api.app import create_app
 from runtime.api.handle import ServiceHandle
-from settings.schema import ServerSettings, Settings, TrainerSettings
+from settings.api import ServerSettings
+from settings.schema import Settings, TrainerSettings
 from tests.api.fakes import FakeService
 from tests.trainer.jobs.conftest import by_hand, world
 from tests.trainer.jobs.fakes import World

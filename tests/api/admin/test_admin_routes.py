@@ -8,7 +8,8 @@ import pytest
 
 from runtime.api.app import create_app
 from runtime.api.http.auth import requirement
-from settings.schema import ServerSettings, Settings
+from settings.api import ServerSettings
+from settings.schema import Settings
 from tests.api.fakes import FakeService
 
 pytestmark = pytest.mark.anyio

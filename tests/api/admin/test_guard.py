@@ -14,7 +14,8 @@ from runtime.api.handle import ServiceHandle
 from runtime.api.http.auth import ADMIN, TRAIN, KeyGuard
 from runtime.api.http.errors import handle_exception
 from runtime.api.http.observe import Observer
-from settings.schema import ObservabilitySettings, ServerSettings, Settings
+from settings.api import ServerSettings
+from settings.schema import ObservabilitySettings, Settings
 
 pytestmark = pytest.mark.anyio
 TOKEN = "eft-admin-8000-token"

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from settings.schema import ServerSettings, Settings
+from settings.api import ServerSettings
+from settings.schema import Settings
 from tests.api.admin.conftest import admin, app_of, start_job
 from tests.api.fakes import Exchange
 from tests.trainer.jobs.fakes import World

@@ -16,7 +16,8 @@ from runtime.api.app import create_app
 from runtime.api.handle import Api, ServiceHandle
 from runtime.api.swap import ModelSwap, SwapFailure
 from runtime.errors import StorageUnavailable
-from settings.schema import ServerSettings, Settings
+from settings.api import ServerSettings
+from settings.schema import Settings
 from tests.api.admin.conftest import RECIPE, admin, start_job, with_keys
 from tests.api.fakes import FakeService
 from tests.trainer.jobs.fakes import World

@@ -12,8 +12,9 @@ import pytest
 from runtime.access.keys import StoredKey, change_keys, digest_of
 from runtime.api.app import create_app
 from runtime.api.handle import ServiceHandle
+from settings.api import ServerSettings
 from settings.load import load
-from settings.schema import ServerSettings, Settings
+from settings.schema import Settings
 from tests.api.conftest import client_of
 from tests.api.fakes import FakeService
 

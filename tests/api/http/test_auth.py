@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from runtime.api.app import create_app
-from settings.schema import ServerSettings, Settings
+from settings.api import ServerSettings
+from settings.schema import Settings
 from tests.api.conftest import client_of
 from tests.api.fakes import Exchange, FakeService, settings_with
 

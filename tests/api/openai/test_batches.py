@@ -9,7 +9,7 @@ import httpx
 import openai
 import pytest
 
-from settings.schema import FileSettings
+from settings.api import FileSettings
 from tests.api.conftest import RunningServer
 from tests.api.state import batch_of, chat_line, ended, jsonl, lines_of, stateful_settings, wait_for
 

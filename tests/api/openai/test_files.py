@@ -11,7 +11,7 @@ import openai
 import pytest
 
 from runtime.access.keys import StoredKey, change_keys, digest_of
-from settings.schema import FileSettings
+from settings.api import FileSettings
 from tests.api.conftest import RunningServer
 from tests.api.state import batch_of, chat_line, ended, jsonl, lines_of, stateful_settings, wait_for
 

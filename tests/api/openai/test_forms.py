@@ -19,7 +19,8 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from settings.schema import ModelSettings, ServerSettings, Settings
+from settings.api import ServerSettings
+from settings.schema import ModelSettings, Settings
 from tests.api.conftest import RunningServer, jobs_of, tiny_settings
 from tests.api.fakes import events
 from tests.tiny import make_tiny_llama

@@ -9,7 +9,8 @@ import httpx
 import msgspec
 import pytest
 
-from settings.schema import ServerSettings, Settings
+from settings.api import ServerSettings
+from settings.schema import Settings
 from tests.api.conftest import RunningServer, client_of, tiny_settings
 from tests.api.fakes import FakeService, events
 

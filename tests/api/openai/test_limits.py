@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
-from settings.schema import LimitSettings
+from settings.api import LimitSettings
 from tests.api.conftest import client_of
 from tests.api.fakes import FakeService, settings_with
 

@@ -8,7 +8,7 @@ import pytest
 
 from runtime.responses import SCHEMA, ResponseStore
 from runtime.support.database import Database
-from settings.schema import ResponseSettings
+from settings.api import ResponseSettings
 
 
 @pytest.fixture

@@ -13,7 +13,8 @@ from runtime.api.handle import ServiceHandle
 from runtime.api.http.body import parse_fields
 from runtime.api.openai import schema
 from runtime.responses import ResponseStore
-from settings.schema import ResponseSettings, ServerSettings, Settings
+from settings.api import ResponseSettings, ServerSettings
+from settings.schema import Settings
 from tests.api.conformance import EVENTS, checked_event
 from tests.api.fakes import Exchange, FakeService
 from tests.api.named_events import events_of

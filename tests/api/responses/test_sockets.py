@@ -16,7 +16,8 @@ from runtime.api.app import create_app
 from runtime.api.handle import ServiceHandle
 from runtime.api.http import sockets
 from runtime.responses import ResponseStore
-from settings.schema import ServerSettings, Settings
+from settings.api import ServerSettings
+from settings.schema import Settings
 from tests.api.conftest import RunningServer
 from tests.api.fakes import FakeService
 from tests.waiting import until

@@ -14,7 +14,8 @@ from runtime.api.app import create_app
 from runtime.api.handle import ServiceHandle
 from runtime.errors import StorageUnavailable
 from runtime.responses import ResponseStore
-from settings.schema import ServerSettings, Settings
+from settings.api import ServerSettings
+from settings.schema import Settings
 from tests.api.fakes import FakeService, events
 from tests.api.responses.test_routes import KEYS, app_of
 

@@ -16,7 +16,7 @@ from runtime.trainer.data.example import Example, RowProblem
 from runtime.trainer.data.messages import ChatRows
 from runtime.trainer.data.turns import ChatEncoder
 from runtime.trainer.recipe import Dataset
-from settings.schema import LimitSettings
+from settings.api import LimitSettings
 from tests.tiny import SPECIAL_TOKENS
 from tests.trainer.data.conftest import MakeTokenizer
 
