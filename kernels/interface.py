@@ -34,7 +34,7 @@ class Ops(ABC):
 
     @property
     def attention(self) -> str:
-        """What `paged_attention` is computed with, and why with nothing faster: for logs."""
+        """Name of the kernels of `paged_attention`, and why there are no faster ones: for logs."""
         return self.name
 
     def prepare(self, weight: QuantisedWeight) -> QuantisedWeight:

@@ -194,7 +194,7 @@ class EngineJobs:
 
     @functools.cached_property
     def _riding_bytes(self) -> int:
-        """What rides of one job keep, at the most."""
+        """Bytes that the rides of one job keep, at the most."""
         decoder = self._service.decoder
         rides = self._settings.trainer.riding_rows > 1 and self._service.engine.kept_widths is not None
         return most_kept_bytes(decoder) if rides and isinstance(decoder, Decoder) else 0

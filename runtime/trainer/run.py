@@ -68,7 +68,7 @@ def halve(micro_batches: Sequence[Sequence[Example]], group_size: int = 1) -> li
 
 
 def most_kept_bytes(decoder: Decoder) -> int:
-    """What all rides of a run keep at the most."""
+    """Bytes that all rides of a run keep, at the most."""
     weights = sum(parameter.num_bytes for parameter in decoder.parameters().values())
     return max(LEAST_MEMORY_BYTES, weights // MEMORY_PART)
 

@@ -19,7 +19,7 @@ BASE = 0
 FIRST_CAPACITY = 8
 """Numbers in the first table, the base's included."""
 
-Place = tuple[int, str]
+LayerLinear = tuple[int, str]
 """Index of a layer and name of one of its linears."""
 
 
@@ -31,7 +31,7 @@ class AdapterTable:
         self._parts = max(len(linear.parts) for layer in model.layers for linear in layer.linears.values())
         self._numbers: dict[str, int] = {}
         self._held: list[StackFactors | None] = [None] * FIRST_CAPACITY
-        self._places: tuple[Place, ...] = ()
+        self._places: tuple[LayerLinear, ...] = ()
         self._host = np.zeros((0, FIRST_CAPACITY, 3 + 5 * self._parts), dtype=np.int64)
         self._entries = torch.empty(0)
         self._limits = (0, 0, 0)
@@ -75,7 +75,7 @@ class AdapterTable:
         tables = {place: self._table(index, place) for index, place in enumerate(self._places)}
         return TableAdaptation(self._model.ops, tables, numbers)
 
-    def _table(self, index: int, place: Place) -> LoraTable:
+    def _table(self, index: int, place: LayerLinear) -> LoraTable:
         rank, part_rank, widest = self._limits
         held = tuple(None if one is None else one.places.get(place) for one in self._held)
         return LoraTable(self._entries[index], self._parts, rank, part_rank, widest, held)
@@ -127,7 +127,7 @@ def entry_of(factors: LoraFactors) -> list[int]:
 class TableAdaptation(Adaptation):
     """Each token's own adapter, by its number on the device."""
 
-    def __init__(self, ops: Ops, tables: Mapping[Place, LoraTable], numbers: Tensor) -> None:
+    def __init__(self, ops: Ops, tables: Mapping[LayerLinear, LoraTable], numbers: Tensor) -> None:
         self._ops = ops
         self._tables = tables
         self._numbers = numbers

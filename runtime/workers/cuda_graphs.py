@@ -20,7 +20,7 @@ from runtime.model.attention import KVCache, PagedAttention
 from runtime.model.decoder import Decoder
 from runtime.support.logs import get_logger
 from runtime.workers.adapter_table import AdapterTable
-from runtime.workers.recorded_sampling import Choice, RecordedSampling
+from runtime.workers.recorded_sampling import GraphTail, RecordedSampling
 from runtime.workers.step_inputs import StagedStep, StepInputs
 from runtime.workers.transfers import Transfers
 
@@ -62,10 +62,10 @@ def unsuited(decoder: Decoder) -> str | None:
 
 
 @dataclass(frozen=True)
-class Variant:
+class GraphVariant:
     """Work of one graph."""
 
-    choice: Choice
+    choice: GraphTail
     adapters: bool
     size: int
     """Rows, padding included."""
@@ -100,7 +100,7 @@ class DecodeGraphs:
         self._max_len = max_len
         self._copies = copies
         self._record = record or CudaRecorder()
-        self._graphs: OrderedDict[Variant, Work] = OrderedDict()
+        self._graphs: OrderedDict[GraphVariant, Work] = OrderedDict()
         self._generations = (0, 0)
         self._inputs: dict[int, StepInputs] = {}
         self._width = -(-max_len // cache.block_size)
@@ -118,7 +118,7 @@ class DecodeGraphs:
         return [str(variant) for variant in self._graphs]
 
     def stage(self, rows: int) -> StagedStep:
-        """Numbers of a step for so many rows: all are padding, which writes to no place of a sequence."""
+        """Numbers of a step for that many rows: all are padding, which writes to no place of a sequence."""
         staged = StagedStep(padded(rows))
         staged.integers("slot")[:] = self.padding_slot
         staged.integers("table_index")[:] = self._width
@@ -132,12 +132,12 @@ class DecodeGraphs:
         """Set the blocks of a slot, all at once. Single ones that are added later come with the step."""
         self._copies.put(blocks, self._blocks[slot, : len(blocks)])
 
-    def run(self, choice: Choice, staged: StagedStep, *, adapters: bool, longest: int) -> Tensor:
-        """Launch a step whose longest sequence has so many tokens: hidden states [size, hidden], or what
+    def run(self, choice: GraphTail, staged: StagedStep, *, adapters: bool, longest: int) -> Tensor:
+        """Launch a step whose longest sequence has that many tokens: hidden states [size, hidden], or what
         `RecordedSampling.choose` returns. The result is overwritten by the next step."""
         self._forget_outdated()
         size = staged.values.shape[1]
-        variant = Variant(choice, adapters, size, self._context(longest))
+        variant = GraphVariant(choice, adapters, size, self._context(longest))
         inputs = self._inputs.get(size)
         if inputs is None:
             inputs = self._inputs[size] = StepInputs(size, self._decoder.device)
@@ -153,7 +153,7 @@ class DecodeGraphs:
             context *= 4
         return min(context, self._max_len)
 
-    def _add(self, variant: Variant, inputs: StepInputs) -> None:
+    def _add(self, variant: GraphVariant, inputs: StepInputs) -> None:
         """Record a graph. To record it runs the step, so all its rows are padding then."""
         if len(self._graphs) == MAX_GRAPHS:
             self._drop(next(iter(self._graphs)))
@@ -177,17 +177,17 @@ class DecodeGraphs:
             return
         for variant in list(self._graphs):
             moved = variant.adapters and adapters != self._generations[0]
-            ruled = variant.choice is Choice.RULED and generations[1] != self._generations[1]
+            ruled = variant.choice is GraphTail.RULED and generations[1] != self._generations[1]
             if moved or ruled:
                 self._drop(variant)
         self._generations = generations
 
-    def _drop(self, variant: Variant) -> None:
+    def _drop(self, variant: GraphVariant) -> None:
         if self._decoder.device.type == "cuda":
             torch.cuda.synchronize(self._decoder.device)  # it may be under way
         del self._graphs[variant]
 
-    def _step(self, variant: Variant, inputs: StepInputs) -> Tensor:
+    def _step(self, variant: GraphVariant, inputs: StepInputs) -> Tensor:
         """The recorded work. Nothing here may be the host's choice, or depend on a value of a tensor."""
         decoder, cache, size = self._decoder, self._cache, variant.size
         slot, position = inputs.integers("slot"), inputs.integers("position")
@@ -208,7 +208,7 @@ class DecodeGraphs:
             assert self._adapters is not None
             adaptation = self._adapters.adaptation(inputs.integers("adapter"))
         hidden = decoder.forward(token_ids, position, attention, adaptation)
-        if variant.choice is Choice.HIDDEN:
+        if variant.choice is GraphTail.HIDDEN:
             return hidden
         chosen = self._sampling.choose(variant.choice, decoder.local_logits(hidden), inputs)
         self._tokens.index_copy_(0, slot, chosen[0])

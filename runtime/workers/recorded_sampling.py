@@ -38,8 +38,8 @@ def refusal_of(admission: Admission) -> str | None:
     return None
 
 
-class Choice(StrEnum):
-    """What is recorded behind the layers: each kind does all that those before it do."""
+class GraphTail(StrEnum):
+    """Work that is recorded behind the layers: each kind does all that those before it do."""
 
     HIDDEN = "hidden states"
     """Nothing: logits and sampling are computed launch by launch."""
@@ -133,14 +133,14 @@ class RecordedSampling:
         """True if the host must know the last token of one of these sequences before its next one can be chosen."""
         return not self._needing.isdisjoint(slots)
 
-    def choice(self, slots: Sequence[int], lengths: Sequence[int]) -> Choice:
+    def choice(self, slots: Sequence[int], lengths: Sequence[int]) -> GraphTail:
         """The least that these rows need, for sequences of these lengths."""
         if not self._ruled.isdisjoint(slots):
-            return Choice.RULED
+            return GraphTail.RULED
         for slot, length in zip(slots, lengths, strict=True):
             if slot in self._ending and suppresses(self._sampler.admission(slot), length):
-                return Choice.RULED
-        return Choice.SAMPLED if self._sampled[list(slots)].any() else Choice.GREEDY
+                return GraphTail.RULED
+        return GraphTail.SAMPLED if self._sampled[list(slots)].any() else GraphTail.GREEDY
 
     def note(self, slots: Sequence[int], tokens: Sequence[int]) -> None:
         """Book tokens that work with rules has counted, one for each slot."""
@@ -153,7 +153,7 @@ class RecordedSampling:
     def fill(
         self,
         staged: StagedStep,
-        choice: Choice,
+        choice: GraphTail,
         slots: Sequence[int],
         lengths: Sequence[int],
         sequences: Sequence[Sequence[int]],
@@ -161,7 +161,7 @@ class RecordedSampling:
     ) -> None:
         """Fill in what `choose` reads. For each row its slot, the length of its sequence before the token, and the
         sequence, of which the last token may not be known yet; `masks`: of the rows with a grammar."""
-        if choice in (Choice.HIDDEN, Choice.GREEDY):
+        if choice in (GraphTail.HIDDEN, GraphTail.GREEDY):
             return
         padded = np.full(staged.values.shape[1], self._slots - 1)
         padded[: len(slots)] = slots
@@ -173,7 +173,7 @@ class RecordedSampling:
         for index, (slot, length) in enumerate(zip(slots, lengths, strict=True)):
             if self._sampled[slot]:
                 points[index] = uniform(self._sampler.admission(slot).seed, length)
-        if choice is Choice.RULED:
+        if choice is GraphTail.RULED:
             self._allocate()
             self._fill_history(staged, slots, lengths, sequences)
             self._put_biases(slots)
@@ -254,12 +254,12 @@ class RecordedSampling:
 
     # -- on the device -------------------------------------------------------------------------
 
-    def choose(self, choice: Choice, logits: Tensor, inputs: StepInputs) -> Tensor:
+    def choose(self, choice: GraphTail, logits: Tensor, inputs: StepInputs) -> Tensor:
         """Logits [R, vocab] float32 → [2, R] int64: tokens, and numbers in `STATUS`. Changes the logits."""
-        if choice is Choice.RULED:
+        if choice is GraphTail.RULED:
             logits = self._apply_rules(logits, inputs)
         best, tokens = self._ops.argmax(logits)
-        if choice is not Choice.GREEDY:
+        if choice is not GraphTail.GREEDY:
             drawn = self._ops.sample(
                 logits,
                 inputs.reals("uniform"),
@@ -269,7 +269,7 @@ class RecordedSampling:
                 inputs.floats("min_p"),
             )
             tokens = torch.where(inputs.integers("sampled") == 1, drawn, tokens)
-        if choice is Choice.RULED:
+        if choice is GraphTail.RULED:
             counts = self._history.counts
             place = inputs.integers("history") * counts.shape[1] + tokens
             counts.view(-1).index_add_(0, place, torch.ones_like(best))

@@ -17,7 +17,7 @@ from runtime.workers.adapter_table import AdapterTable
 from runtime.workers.batch import TokenOutOfRange
 from runtime.workers.cuda_graphs import MOST, DecodeGraphs
 from runtime.workers.grammar_masks import GrammarMasks, Masks
-from runtime.workers.recorded_sampling import Choice, RecordedSampling
+from runtime.workers.recorded_sampling import GraphTail, RecordedSampling
 from runtime.workers.transfers import Transfers
 
 
@@ -27,7 +27,7 @@ class LaunchedStep:
 
     step: int
     rows: Sequence[Row]
-    choice: Choice
+    choice: GraphTail
     wait: Callable[[], np.ndarray]
     """Waits for what `RecordedSampling.choose` found, [2, size]."""
     failed: Mapping[int, str]
@@ -131,14 +131,14 @@ class RecordedSteps:
 
     def forward(self, rows: Sequence[Row]) -> Tensor:
         """Hidden states [len(rows), hidden] after the layers of a batch whose sampling alone is refused."""
-        return self._run(Choice.HIDDEN, rows, None)[: len(rows)]
+        return self._run(GraphTail.HIDDEN, rows, None)[: len(rows)]
 
     def book_tokens(self, launched: LaunchedStep, tokens: Sequence[int]) -> None:
         """Keep the counts of tokens in step with what the device has counted."""
-        if launched.choice is Choice.RULED:
+        if launched.choice is GraphTail.RULED:
             self._sampling.note([row.slot for row in launched.rows], tokens)
 
-    def _run(self, choice: Choice, rows: Sequence[Row], masks: Masks | None) -> Tensor:
+    def _run(self, choice: GraphTail, rows: Sequence[Row], masks: Masks | None) -> Tensor:
         sequences, count, size = self._sequences, len(rows), self._block_size
         staged = self.graphs.stage(count)
         slots, starts = np.array([(row.slot, row.start) for row in rows]).T

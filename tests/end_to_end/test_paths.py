@@ -12,9 +12,10 @@ import pytest
 
 import runtime
 from runtime.cli.client import in_process
-from runtime.messages import Row, StepResult
+from runtime.messages import RidingRow, Row, StepResult
 from runtime.trainer.data.example import Example
 from runtime.trainer.data.examples import Reader
+from runtime.workers.recorded_steps import LaunchedStep
 from runtime.workers.worker import Worker
 from settings.load import Loaded, load
 from tests.jobs import finished, upload
@@ -44,7 +45,7 @@ SHARED = (
     "workers/",
 )  # fmt: skip
 """…and those that a request crosses too, to the base or to an adapter."""
-RECIPE_OWN = 51
+RECIPE_OWN = 53
 """Bound of a recipe's files in OWN."""
 
 RECIPE_TAIL = "adapter: lora\nlora_r: 4\nlora_target_linear: true\nmax_steps: 2\nlearning_rate: 0.001\nname: ahoy\n"
@@ -87,15 +88,15 @@ async def test_a_chat_request_crosses_few_files(
 ) -> None:
     """From its body to the step that decodes its second token."""
     seen: list[list[str]] = []
-    compute = Worker.compute
+    launch = Worker.launch
 
-    def counted(self: Worker, step: int, rows: list[Row]) -> StepResult:
-        result = compute(self, step, rows)
+    def counted(self: Worker, step: int, rows: list[Row], riding: RidingRow | None = None) -> StepResult | LaunchedStep:
+        result = launch(self, step, rows, riding)
         if all(row.count == 1 for row in rows):
             seen.append(list(trace.files))
         return result
 
-    monkeypatch.setattr(Worker, "compute", counted)
+    monkeypatch.setattr(Worker, "launch", counted)
     body = {"model": tiny_model.name, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 3}
     with traced() as trace:
         opened = in_process(settings(tiny_model, tmp_path))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from runtime.messages import SamplingParams
 from runtime.workers import cuda_graphs
-from runtime.workers.cuda_graphs import DecodeGraphs, Variant, padded, unsuited
+from runtime.workers.cuda_graphs import DecodeGraphs, GraphVariant, padded, unsuited
 from runtime.workers.executor import AllRowsFailed
 from runtime.workers.sampler import EXCLUDED, NOT_FINITE
 from tests.adapter_files import make_adapter
@@ -410,7 +410,7 @@ def test_a_forgotten_number_of_the_host_fails(model: Path) -> None:
     """Positions of the first step in place of each step's own: tokens differ, and the pair says so."""
     step = DecodeGraphs._step
 
-    def with_frozen_position(graphs: DecodeGraphs, variant: Variant, inputs: object) -> Tensor:
+    def with_frozen_position(graphs: DecodeGraphs, variant: GraphVariant, inputs: object) -> Tensor:
         numbers = inputs.integers("position").tolist()  # type: ignore[attr-defined]
         inputs.values[1] = numbers[0]  # type: ignore[attr-defined]
         return step(graphs, variant, inputs)  # type: ignore[arg-type]
@@ -422,7 +422,7 @@ def test_a_forgotten_number_of_the_host_fails(model: Path) -> None:
         pair.step([0])
     assert isinstance(error.value.__cause__, NotRecordable)
 
-    def with_constant(graphs: DecodeGraphs, variant: Variant, inputs: object) -> Tensor:
+    def with_constant(graphs: DecodeGraphs, variant: GraphVariant, inputs: object) -> Tensor:
         numbers = [len(pair.sequences[0]) - 1] * variant.size
         inputs.values[1].fill_(numbers[0])  # type: ignore[attr-defined]
         return step(graphs, variant, inputs)  # type: ignore[arg-type]
