@@ -3,8 +3,9 @@ decode.
 
 A step of few rows takes as long as reading the weights does, so some further rows cost next to nothing. A ride is the
 forward pass of one piece of a micro-batch as such rows, with the adapter in training; the layers keep what its backward
-pass needs, which so computes nothing but gradients. While one piece goes backward in slices, the next one rides.
-Nothing depends on it: what is dropped on the way is computed in slices.
+pass needs, which so computes nothing but gradients. A run waits for a ride where no piece is ready to go backward: rows
+of a step do more of a forward pass than slices would in the same time. While one piece goes backward in slices, the
+next one rides. Nothing depends on it: what is dropped on the way is computed in slices.
 """
 
 import itertools
@@ -28,8 +29,6 @@ LEAST_PIECE_TOKENS = 64
 MEMORY_PART = 3
 # …but they may keep this much.
 LEAST_MEMORY_BYTES = 32 << 20
-# The last piece of a step is waited for where at least this part of it has ridden.
-WAITED_FRACTION = 0.5
 # Steps in a row without riding tokens, or that fail with them, after which a ride is given up.
 MOST_REFUSALS = 32
 MOST_FAILURES = 3
@@ -245,6 +244,8 @@ class Rides(Generic[R]):
         self._factors: StackFactors | None = None
         self._current: Ride | None = None
         self._waits = False
+        self._patient = True
+        """False: this step of the optimiser waits for no further ride."""
 
     def open(self, pieces: list[MicroPiece[R]]) -> Slices:
         """Let pieces ride as long as they are in this list, with the weights as they are now."""
@@ -253,7 +254,7 @@ class Rides(Generic[R]):
             yield Slice("ride_factors", 1)
             places |= {(layer, name): self._ops.prepare_lora(factors_of(one)) for (_, name), one in linears}
         self._factors = StackFactors(places)
-        self._pieces = pieces
+        self._pieces, self._patient = pieces, True
 
     def close(self) -> None:
         """End all rides of pieces that are left."""
@@ -276,7 +277,8 @@ class Rides(Generic[R]):
         return self._current
 
     def stop(self) -> None:
-        """Drop the ride that is under way."""
+        """Drop the ride that is under way, and wait for none in this step of the optimiser."""
+        self._patient = False
         if self._current is not None and self._current.under_way:
             self._current.drop()
 
@@ -286,22 +288,23 @@ class Rides(Generic[R]):
         return self._waits and self._current is not None and self._current.under_way
 
     def choose(self, pieces: Sequence[MicroPiece[R]]) -> Sliced[MicroPiece[R]]:
-        """The next of these pieces to work on: one that has ridden, else one that did not begin to. The last one is
-        waited for where most of it has ridden."""
+        """The next of these pieces to work on: one that has ridden. It is waited for; where a ride that was waited for
+        is dropped, pieces that do not ride come first from then on."""
         while True:
             self._sweep()
             ridden = (piece for piece in pieces if piece.work.ride is not None and piece.work.ride.complete)
-            fresh = (piece for piece in pieces if piece.work.ride is None)
-            if (found := next(itertools.chain(ridden, fresh), None)) is not None:
+            if (found := next(ridden, None)) is not None:
                 return found
-            ride = pieces[0].work.ride
-            assert ride is not None
-            if ride.fraction < WAITED_FRACTION:
-                ride.drop()
+            fresh = next((piece for piece in pieces if piece.work.ride is None), None)
+            ride = self.next() if self._patient or fresh is None else None
+            if ride is None:
+                if fresh is not None:
+                    return fresh
                 continue
             self._waits = True
             yield Slice("ride", 1)
             self._waits = False
+            self._patient = self._patient and not ride.dropped
 
     def _may_ride(self, piece: MicroPiece[R]) -> bool:
         single = any(len(example) < 2 for example in piece.examples)

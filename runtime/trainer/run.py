@@ -176,7 +176,7 @@ class TrainingRun(SlicedRun):
     def forward_seconds(self) -> float | None:
         rates, total = self.pacer.rates, 0.0
         for name in FORWARD_KINDS:
-            rate = rates.get(f"{name}_kept", rates.get(name))
+            rate = rates.get(f"{name}_kept", rates.get(name, rates.get(f"{name}_backward")))  # these cost about alike
             if rate is None:
                 return None
             total += rate
@@ -258,7 +258,7 @@ class TrainingRun(SlicedRun):
         total, rides = Score(), self._find_rides()
         self._headway.begin("train", step - 1, group)
         parts = [[(0, examples)] if rides is None else [*cut(examples, self._loss.group_size)] for examples in group]
-        if rides is None or sum(map(len, parts)) == 1:  # a single piece has nothing to ride beside
+        if rides is None:
             for index, examples in enumerate(group):
                 total.add((yield from self._work_on(self._piece(step, index, 0, examples), units)))
             return total

@@ -4,7 +4,6 @@
 the run can continue.
 """
 
-import math
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -360,7 +359,8 @@ class TrainingHost:
         price = run.forward_seconds
         if self._rows is None:
             self._rows = RowPace(self._riding_rows)
-        count = self._rows.choose(price=math.inf if price is None else price, slack=self._share.slack)
+        usable = self._share.usable
+        count = self._rows.choose(price=usable if price is None else price, slack=usable)
         if count == 0:
             return None
         self._offer = _Offer(run, riding[run], count, riding[run].num_done)

@@ -323,6 +323,11 @@ class TrainingShare:
         return 0.0 if self._typical is None else max(0.0, self._slack(self._typical))
 
     @property
+    def usable(self) -> float:
+        """Seconds that training may have beside such a step: the slack less the reserve, or the least share."""
+        return max(self.slack * (1 - self._reserve), self._floor * (self._typical or 0.0))
+
+    @property
     def probes(self) -> bool:
         """True if the step that comes next is to be measured without training before it."""
         return self._since_probe == 0

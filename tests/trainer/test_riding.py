@@ -173,6 +173,24 @@ def test_losses_and_weights_are_those_without_riding(
     assert all(torch.equal(base[name], parameter.data) for name, parameter in decoder.parameters().items())
 
 
+def test_losses_with_bfloat16_weights_are_those_without_riding(tiny_model: Path) -> None:
+    flags = {"model": str(tiny_model), "dtype": "bfloat16", "num_blocks": 32}
+    service = EngineService.load(load(flags=flags, env={}).settings)
+    try:
+        decoder = service.decoder
+        assert isinstance(decoder, Decoder)
+        assert any(parameter.quantised is not None for parameter in decoder.parameters().values())
+        alone: list[RunEvent] = []
+        finished(make(decoder, alone))
+        events: list[RunEvent] = []
+        beside = Beside(service, make(decoder, events))
+        beside.finish()
+        assert beside.rode >= len(ROWS[0])
+        assert losses(events) == pytest.approx(losses(alone), rel=1e-5)
+    finally:
+        service.engine.close()
+
+
 def test_requests_get_the_same_bits(service: EngineService, decoder: Decoder) -> None:
     """With requests of different lengths, one of which comes and goes meanwhile."""
 
@@ -390,6 +408,21 @@ def test_two_runs_ride_in_turns(service: EngineService, decoder: Decoder, monkey
 
 
 # -- pieces and rows -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_a_run_waits_for_rides(service: EngineService, decoder: Decoder, accumulated: int) -> None:
+    """While steps take riding tokens, no forward pass is computed in slices, however much time there is for them; that
+    of a step of one piece neither."""
+    keys = {"gradient_accumulation_steps": accumulated, "total_steps": 2 // accumulated}
+    alone: list[RunEvent] = []
+    finished(make(decoder, alone, **keys))
+    events: list[RunEvent] = []
+    beside = Beside(service, make(decoder, events, **keys))
+    beside.finish(1.0)
+    assert beside.rode == sum(map(len, ROWS))
+    assert "expand_kept" not in beside.run.pacer.rates
+    assert losses(events) == pytest.approx(losses(alone), rel=1e-5)
 
 
 @pytest.mark.parametrize("group", [1, 2])
