@@ -29,8 +29,10 @@ LEAST_PIECE_TOKENS = 64
 MEMORY_PART = 3
 # …but they may keep this much.
 LEAST_MEMORY_BYTES = 32 << 20
-# Steps in a row without riding tokens, or that fail with them, after which a ride is given up.
-MOST_REFUSALS = 32
+# Steps in a row without its tokens after which a ride that is waited for is given up: more than there are between two
+# steps with riding tokens (`REST_STEPS`) where they pay.
+MOST_REFUSALS = 8
+# Steps in a row that fail with them after which any is.
 MOST_FAILURES = 3
 # A piece whose rides were dropped this often goes in slices.
 MOST_DROPS = 2
@@ -243,7 +245,8 @@ class Rides(Generic[R]):
         self._pieces: list[MicroPiece[R]] = []
         self._factors: StackFactors | None = None
         self._current: Ride | None = None
-        self._waits = False
+        self._awaited: Ride | None = None
+        """The ride that the run waits for."""
         self._patient = True
         """False: this step of the optimiser waits for no further ride."""
 
@@ -261,7 +264,7 @@ class Rides(Generic[R]):
         for piece in self._pieces:
             if piece.work.ride is not None:
                 piece.work.ride.drop()
-        self._pieces, self._factors, self._current, self._waits = [], None, None, False
+        self._pieces, self._factors, self._current, self._awaited = [], None, None, None
 
     def next(self) -> Ride | None:
         """The ride that is under way, or that of a further piece; None where there is none, or no memory for it."""
@@ -283,9 +286,9 @@ class Rides(Generic[R]):
             self._current.drop()
 
     @property
-    def waits(self) -> bool:
-        """True if the run can do nothing before the ride that is under way has ended."""
-        return self._waits and self._current is not None and self._current.under_way
+    def awaited(self) -> Ride | None:
+        """The ride under way that the run can do nothing before the end of; None: it does not wait."""
+        return self._awaited if self._awaited is not None and self._awaited.under_way else None
 
     def choose(self, pieces: Sequence[MicroPiece[R]]) -> Sliced[MicroPiece[R]]:
         """The next of these pieces to work on: one that has ridden. It is waited for; where a ride that was waited for
@@ -298,12 +301,11 @@ class Rides(Generic[R]):
             fresh = next((piece for piece in pieces if piece.work.ride is None), None)
             ride = self.next() if self._patient or fresh is None else None
             if ride is None:
-                if fresh is not None:
-                    return fresh
-                continue
-            self._waits = True
+                assert fresh is not None  # one that rides is under way, so it would have been the next
+                return fresh
+            self._awaited = ride
             yield Slice("ride", 1)
-            self._waits = False
+            self._awaited = None
             self._patient = self._patient and not ride.dropped
 
     def _may_ride(self, piece: MicroPiece[R]) -> bool:

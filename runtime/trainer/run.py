@@ -169,8 +169,8 @@ class TrainingRun(SlicedRun):
             self._rides.stop()
 
     @property
-    def waits_for_ride(self) -> bool:
-        return self._rides is not None and self._rides.waits
+    def awaited_ride(self) -> Ride | None:
+        return None if self._rides is None else self._rides.awaited
 
     @property
     def forward_seconds(self) -> float | None:

@@ -184,7 +184,7 @@ class SlicedRun(ABC):
             self._on_event(CancelledEvent(step=self.step))
 
         def may_go_on() -> bool:
-            return self.ready and not self._cancel_asked and not self.waits_for_ride and not interrupted()
+            return self.ready and not self._cancel_asked and self.awaited_ride is None and not interrupted()
 
         return self.pacer.run(seconds, may_go_on, longest=longest)
 
@@ -230,9 +230,9 @@ class SlicedRun(ABC):
         return
 
     @property
-    def waits_for_ride(self) -> bool:
-        """True if there is nothing to do in slices before a ride has ended."""
-        return False
+    def awaited_ride(self) -> Ride | None:
+        """The ride under way before whose end there is nothing to do in slices; None: there is no such."""
+        return None
 
     @property
     def forward_seconds(self) -> float | None:
@@ -343,7 +343,7 @@ class TrainingHost:
             return
         for run in self._runs:
             run.beside_requests = True
-            if run.waits_for_ride and (ride := run.next_ride()) is not None and self._offer is None:
+            if (ride := run.awaited_ride) is not None and (self._offer is None or self._offer.ride is not ride):
                 ride.refuse()
         now, rode = time.monotonic(), self._settle_offer(step_seconds) if self._riding_rows else None
         budget = self._share.budget(step_seconds, decoding=decoding, waiting_since=waiting_since, now=now, rode=rode)
