@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=600, help="that the client streams in each phase of `beside`")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing, for all")
-    parser.add_argument("--seconds", type=float, default=6.0, help="of each phase of `jobs`")
+    parser.add_argument("--steps", type=int, default=4, help="of each job in a phase of `jobs`")
     given = parser.parse_args(argv)
     console = Console()
     if warning := machine.busy():
@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not given.what or "memory" in given.what:
         console.print(memory())
     if not given.what or "jobs" in given.what:
-        for table in several(given.repeats, given.seconds, checkpointing=given.checkpointing):
+        for table in several(given.repeats, given.steps, checkpointing=given.checkpointing):
             console.print(table)
     if not given.what or "beside" in given.what:
         console.print(asyncio.run(beside(given.repeats, given.tokens, checkpointing=given.checkpointing)))
@@ -350,7 +350,7 @@ MICRO_BATCHES = {"1 x 64": (1, 64), "1 x 128": (1, 128), "2 x 256": (2, 256)}
 """Sequences of a micro-batch, and tokens of each."""
 
 
-def several(repeats: int, seconds: float, *, checkpointing: bool) -> Iterator[Table]:
+def several(repeats: int, steps: int, *, checkpointing: bool) -> Iterator[Table]:
     """One job and four in turns on an idle machine; all of their tokens, and by how much the process grew at most."""
     decoder = load_decoder(open_checkpoint("demo"), load_settings(env={}).settings.model)
     base = sum(parameter.num_bytes for parameter in decoder.parameters().values())
@@ -361,7 +361,7 @@ def several(repeats: int, seconds: float, *, checkpointing: bool) -> Iterator[Ta
         grown: dict[int, list[int]] = {1: [], SEVERAL: []}
         for _ in range(repeats):
             for count in rates:
-                rate, size = at_once(decoder, count, epoch, seconds, checkpointing=checkpointing)
+                rate, size = at_once(decoder, count, epoch, steps, checkpointing=checkpointing)
                 rates[count].append(rate)
                 grown[count].append(size)
         one = statistics.median(rates[1])
@@ -380,9 +380,10 @@ def sequence_of(rng: random.Random, length: int) -> Example:
 
 
 def at_once(
-    decoder: Model, count: int, epoch: list[list[Example]], seconds: float, *, checkpointing: bool
+    decoder: Model, count: int, epoch: list[list[Example]], steps: int, *, checkpointing: bool
 ) -> tuple[float, int]:
-    """Tokens a second of all of `count` jobs after their first step, and bytes by which the process grew."""
+    """Tokens a second of all of `count` jobs in this number of steps of each after their first, and bytes by which the
+    process grew."""
     process = psutil.Process()
     give_back_memory()
     before = largest = process.memory_info().rss
@@ -394,15 +395,14 @@ def at_once(
         host.idle()
     for job in jobs:
         job.rate()
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end:
+    while any(job.steps < 1 + steps for job in jobs):
         host.idle()
         largest = max(largest, process.memory_info().rss)
+        if failed := [job.failed for job in jobs if job.failed]:
+            raise RuntimeError(f"jobs have failed: {failed}")
     rate = sum(job.rate() for job in jobs)
     for job in jobs:
         host.detach(job.run)
-    if failed := [job.failed for job in jobs if job.failed]:
-        raise RuntimeError(f"jobs have failed: {failed}")
     return rate, largest - before
 
 
