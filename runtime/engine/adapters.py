@@ -14,7 +14,7 @@ from runtime.messages import ADAPTER_UNLOADED, ADAPTER_UNREADABLE
 from runtime.metrics import Metrics
 from runtime.scheduler.adapters import AdapterPlaces
 from runtime.support.logs import get_logger
-from runtime.workers.executor import Executor, Pipeline
+from runtime.workers.executor import Executor, Pipeline, WorkersLost
 
 AdapterFiles = Callable[[], str]
 """Checks the files of a version and returns their folder. Raises `AdapterInvalid`, `OSError`. Called on any thread."""
@@ -42,6 +42,11 @@ class AdapterLoads:
         self._ended: deque[tuple[str, Exception | None]] = deque()
         """Reads that have ended and were not taken in."""
 
+    @property
+    def has_ended(self) -> bool:
+        """True if a read has ended that was not taken in."""
+        return bool(self._ended)
+
     def add(self, key: str, files: AdapterFiles) -> None:
         """Let requests name a version: the first one has it loaded."""
         self._files[key] = files
@@ -50,7 +55,7 @@ class AdapterLoads:
     def remove(self, key: str) -> None:
         """Free the place of a version that no request needs. Unknown ones are fine."""
         if self._files.pop(key, None) is not None:
-            self._places.remove(key, ADAPTER_UNLOADED)
+            self._places.remove(key)
 
     def advance(self) -> None:
         """Load what was read as far as there are places, and begin to read what comes next."""
@@ -61,26 +66,30 @@ class AdapterLoads:
             for unwanted in self._places.unwanted:
                 self._drop(unwanted)
             while (key := self._places.next_load()) is not None:
-                self.load(key)
+                with contextlib.suppress(Exception):  # its requests end with it
+                    self.load(key)
             goes_on = not self._reader_busy and (key := self._places.next_read()) is not None and self._begin(key)
 
     def load(self, key: str) -> None:
-        """Give a version that was read a place, which must be there."""
-        if (victim := self._places.victim_for(key)) is not None:
-            self._places.evict(victim)
+        """Give a version that was read a place, which must be there. Raises what loading it does."""
+        if (victim := self._places.make_room(key)) is not None:
             self._pipeline.in_order(lambda: self._executor.unload_adapter(victim))
             self._metrics.on_adapter_unloaded(victim)
         try:
             self._pipeline.in_order(lambda: self._executor.load_adapter(key))
+        except WorkersLost:
+            self._places.forget_read(key)  # it is read again for those that come in their place
+            raise
         except Exception as error:
             self._fail(key, error)
-        else:
-            self._places.load(key)
-            self.num_loads += 1
-            self._metrics.on_adapter_loaded(key)
+            raise
+        self._places.load(key)
+        self.num_loads += 1
+        self._metrics.on_adapter_loaded(key)
 
     def warm(self, key: str, error: Exception | None) -> None:
-        """A version was read before any request named it: load it if there is room. `error`: it could not be read."""
+        """A version was read before any request named it: load it if there is room. `error`: it could not be read.
+        Raises what loading it does."""
         self._take_in(key, error)
         if key in self._files and error is None and self._places.has_room:
             self.load(key)

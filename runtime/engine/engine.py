@@ -29,6 +29,7 @@ from runtime.messages import (
 )
 from runtime.metrics import CacheShape, EngineLoad, Metrics
 from runtime.scheduler import Committed, Request, Scheduler
+from runtime.support.counting import count_down
 from runtime.support.failpoints import failpoint
 from runtime.support.logs import get_logger
 from runtime.text.grammar import GrammarCompiler
@@ -238,7 +239,7 @@ class Engine:
     @property
     def only_reads(self) -> bool:
         """True if there is nothing to do before an adapter version is read."""
-        return not self._flights and self.scheduler.only_reads
+        return not self._flights and not self.adapter_loads.has_ended and self.scheduler.only_reads
 
     @property
     def prefilling(self) -> bool:
@@ -432,9 +433,7 @@ class Engine:
     def _release_adapter(self, request: Request) -> None:
         """A request has ended, and its adapter version with it if it was the last one."""
         if key := request.submission.adapter:
-            self._adapter_uses[key] -= 1
-            if not self._adapter_uses[key]:
-                del self._adapter_uses[key]
+            count_down(self._adapter_uses, key)
             self._let_go(key)
 
     def _let_go(self, key: str) -> None:

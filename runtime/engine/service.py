@@ -26,6 +26,7 @@ from runtime.errors import Conflict, EngineFailure, EngineUnavailable, RequestEr
 from runtime.messages import ROW_FAILED, Output, Submission
 from runtime.metrics import Metrics
 from runtime.model.model import backend_of, gpu_usage, gpus
+from runtime.support.counting import count_down
 from runtime.support.logs import get_logger
 from runtime.support.machine import Gpu
 from runtime.support.threads import call_in_fresh_thread, run_in_fresh_thread
@@ -446,9 +447,9 @@ class EngineService:
         if self._streams.pop(sequence, None) is None:
             return False
         submission = self._submissions.pop(sequence)
-        _count_down(self._labels, submission.request_id)
+        count_down(self._labels, submission.request_id)
         if submission.adapter:
-            _count_down(self._adapter_streams, submission.adapter)
+            count_down(self._adapter_streams, submission.adapter)
         if not self._streams:
             self._drained.set()
         return True
@@ -592,9 +593,3 @@ class EngineService:
         self._fail(list(self._streams), EngineUnavailable(reason))
         self._refuse_calls(reason)
         self.died.set()
-
-
-def _count_down(counter: Counter[str], key: str) -> None:
-    counter[key] -= 1
-    if not counter[key]:
-        del counter[key]

@@ -9,10 +9,11 @@ Versions that wait are read ahead, a few at a time, so that a load is one assign
 """
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
 
 from runtime.scheduler.request import Request
+from runtime.support.counting import count_down
 
 MAX_READ_AHEAD = 4
 """Versions that are being read, or were read and have no place yet."""
@@ -23,7 +24,7 @@ class AdapterWait:
     """The requests that wait for one version, by id."""
 
     since: float
-    """Time since which the oldest of them waits."""
+    """Time since which the version waits."""
     requests: dict[int, Request] = field(default_factory=dict)
 
 
@@ -51,6 +52,7 @@ class AdapterPlaces:
         """In order of their `since`."""
         self._recalled: dict[int, Request] = {}
         """Requests that can be queued now."""
+        self._num_waiting = 0
         self._due: dict[str, set[int]] = {}
         """Requests of a loaded version that waited for it and were not admitted yet."""
         self._queued: Counter[str] = Counter()
@@ -59,8 +61,8 @@ class AdapterPlaces:
         """Versions that cannot be loaded, with the error for requests that wait for them."""
 
     def __len__(self) -> int:
-        """Requests that wait for a place."""
-        return len(self._recalled) + sum(len(wait.requests) for wait in self._waits.values())
+        """Requests that wait for a place. Callable from any thread."""
+        return self._num_waiting
 
     def __iter__(self) -> Iterator[Request]:
         yield from self._recalled.values()
@@ -73,9 +75,9 @@ class AdapterPlaces:
         """Let requests name a version, which is loaded when one does."""
         self._added.add(key)
 
-    def remove(self, key: str, error: str) -> None:
-        """Forget a version. Requests that still wait for it end with `error`. Unknown ones are fine."""
-        self.lose(key, error)
+    def remove(self, key: str) -> None:
+        """Forget a version that no request needs. Unknown ones are fine."""
+        self.forget_read(key)
         self._loaded.pop(key, None)
         self._promised.pop(key, None)
         self._added.discard(key)
@@ -90,8 +92,7 @@ class AdapterPlaces:
 
     def lose(self, key: str, error: str) -> None:
         """A version without a place cannot be loaded: requests that wait for it end with `error`."""
-        self._reading.discard(key)
-        self._read.discard(key)
+        self.forget_read(key)
         self._break_promise(key)
         if key in self._waits:
             self._lost[key] = error
@@ -110,23 +111,27 @@ class AdapterPlaces:
         if key not in self._waits:
             self._waits[key] = AdapterWait(self._clock())
         self._waits[key].requests[request.id] = request
+        self._num_waiting += 1
 
     def take_recalled(self) -> list[Request]:
         """Requests whose version has a place, to be queued."""
         if not self._recalled:
             return []
         recalled, self._recalled = self._recalled, {}
+        self._num_waiting -= len(recalled)
         return list(recalled.values())
 
     def discard(self, request: Request) -> bool:
         """Remove a request that ends while it waits; False when it does not wait here."""
         key = request.submission.adapter
         if self._recalled.pop(request.id, None) is not None:
+            self._num_waiting -= 1
             self._settle(request)
             return True
         wait = self._waits.get(key)
         if wait is None or wait.requests.pop(request.id, None) is None:
             return False
+        self._num_waiting -= 1
         if not wait.requests:
             del self._waits[key]
             self._break_promise(key)
@@ -140,7 +145,7 @@ class AdapterPlaces:
     def on_dequeued(self, request: Request) -> None:
         """A request has left the queue: it is admitted, waits for a place, or has ended."""
         if key := request.submission.adapter:
-            _count_down(self._queued, key)
+            count_down(self._queued, key)
             self._settle(request)
 
     def on_admission(self, request: Request) -> None:
@@ -152,7 +157,7 @@ class AdapterPlaces:
     def on_leave(self, request: Request) -> None:
         """A running request has ended or was preempted."""
         if key := request.submission.adapter:
-            _count_down(self._running, key)
+            count_down(self._running, key)
 
     def stop_running(self) -> None:
         """No request runs any more."""
@@ -164,8 +169,11 @@ class AdapterPlaces:
         """A version to be read ahead; it counts as being read from now on."""
         if not self._waits or len(self._reading) + len(self._read) >= MAX_READ_AHEAD:
             return None
-        wanted = (key for key in self._by_rank() if key not in self._loaded and key not in self._lost)
-        return next((key for key in wanted if self.begin_read(key)), None)
+        there = self._loaded.keys() | self._read | self._reading | self._lost.keys()
+        key = min((key for key in self._waits if key not in there), key=self._best_rank, default=None)
+        if key is not None:
+            self.begin_read(key)
+        return key
 
     def begin_read(self, key: str) -> bool:
         """Note that a version is being read; False where it is loaded, read or being read already."""
@@ -179,6 +187,11 @@ class AdapterPlaces:
         self._reading.discard(key)
         if key in self._added:
             self._read.add(key)
+
+    def forget_read(self, key: str) -> None:
+        """Note that what was read of a version is lost: it is to be read again."""
+        self._reading.discard(key)
+        self._read.discard(key)
 
     @property
     def unwanted(self) -> list[str]:
@@ -199,20 +212,17 @@ class AdapterPlaces:
 
     def next_load(self) -> str | None:
         """The next version to be given a place, and there is one for it."""
-        if not self._read:
-            return None
-        return next((key for key in self._by_rank() if key in self._read and self._has_place(key)), None)
+        return next((key for key in self._by_rank(self._read) if self._has_place(key)), None)
 
-    def victim_for(self, key: str) -> str | None:
-        """The version that gives up its place to `key`, which can have one; None: a place is free."""
+    def make_room(self, key: str) -> str | None:
+        """Free a place for `key`, which can have one, where none is free. Returns the version that has given it up."""
         if len(self._loaded) < self._most:
             return None
-        return self._given_up(key) or self._unused()
-
-    def evict(self, key: str) -> None:
-        """Take a place away. Requests that wait for it go on waiting."""
-        del self._loaded[key]
-        self._promised.pop(key, None)
+        victim = self._given_up(key) or self._unused()
+        assert victim is not None, "there is no place"
+        del self._loaded[victim]
+        self._promised.pop(victim, None)
+        return victim
 
     def load(self, key: str) -> None:
         """Give a version that was read a free place, and recall the requests that waited for it."""
@@ -228,8 +238,8 @@ class AdapterPlaces:
             return []
         late = self._clock() - self._max_wait
         found: list[str] = []
-        for key in self._by_rank():
-            if self._waits[key].since > late or key not in self._read or key in self._promised.values():
+        for key in self._by_rank(self._read):
+            if self._waits[key].since > late or key in self._promised.values():
                 continue
             candidates = [one for one in self._loaded if self.may_lose(one)]
             if not candidates:
@@ -241,8 +251,8 @@ class AdapterPlaces:
     @property
     def first_without_place(self) -> Request | None:
         """The best ranked request whose version was read and has no place, nor a promise of one."""
-        for key in self._by_rank() if self._read else ():
-            if key in self._read and key not in self._promised.values():
+        for key in self._by_rank(self._read):
+            if key not in self._promised.values():
                 return min(self._waits[key].requests.values(), key=self._rank)
         return None
 
@@ -255,9 +265,12 @@ class AdapterPlaces:
         on."""
         self._promised[key] = heir
 
-    def _by_rank(self) -> list[str]:
-        """Versions that requests wait for, by the best rank of their requests and then by age."""
-        return sorted(self._waits, key=lambda key: min(map(self._rank, self._waits[key].requests.values())))
+    def _by_rank(self, keys: Container[str]) -> list[str]:
+        """Those of the versions that requests wait for, by the best rank of their requests and then by age."""
+        return sorted((key for key in self._waits if key in keys), key=self._best_rank) if keys else []
+
+    def _best_rank(self, key: str) -> float:
+        return min(map(self._rank, self._waits[key].requests.values()))
 
     def _has_place(self, key: str) -> bool:
         return len(self._loaded) < self._most or bool(self._given_up(key) or self._unused())
@@ -300,11 +313,6 @@ class AdapterPlaces:
         assert not self._read & self._loaded.keys(), "a version is loaded twice"
         assert self._promised.keys() <= self._loaded.keys(), "a place is promised that is not there"
         assert all(wait.requests for wait in self._waits.values()), "a wait without requests"
+        assert self._num_waiting == len([*self]), "requests that wait for a place are miscounted"
         lost = [key for key in self._waits if self.admits(key) and key not in self._lost]
         assert not lost, "a request waits for a version that is loaded"
-
-
-def _count_down(counter: Counter[str], key: str) -> None:
-    counter[key] -= 1
-    if not counter[key]:
-        del counter[key]

@@ -167,10 +167,10 @@ class Queue:
         """The request is admitted, or ends while it waits."""
         if self._aside.pop(request.id, None) is not None or self.followers.remove(request):
             return
-        self._num_tokens -= len(request.tokens)
         if not self.adapters.discard(request):
             self.policy.remove(request)
             self.adapters.on_dequeued(request)
+        self._num_tokens -= len(request.tokens)
 
     def defer(self, key: str) -> None:
         """Let the requests of an adapter version wait until it has a place again."""

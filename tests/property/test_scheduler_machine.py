@@ -112,8 +112,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             if key in places._reading:
                 places.end_read(key)
                 continue
-            if (victim := places.victim_for(key)) is not None:
-                places.evict(victim)
+            places.make_room(key)
             places.load(key)
         return self.ahead.step() if self.ahead else step(self.scheduler, self.worker)
 

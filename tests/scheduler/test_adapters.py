@@ -81,8 +81,7 @@ class Machine:
             self._reading = None
         while True:
             while (key := self.places.next_load()) is not None:
-                if (victim := self.places.victim_for(key)) is not None:
-                    self.places.evict(victim)
+                self.places.make_room(key)
                 self.places.load(key)
                 self.loads.append(key)
             if self._reading is not None or (key := self.places.next_read()) is None:
