@@ -4,9 +4,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
-import psutil
 import torch
 
 from runtime.blocks import BlockManager, SwapSpace
@@ -23,7 +21,7 @@ from runtime.model.config import ModelLoadError
 from runtime.model.families import find_model
 from runtime.model.group import SOLO, UnconnectedRank
 from runtime.model.lora_base import LoraBase
-from runtime.model.model import Model, make_cache, make_device
+from runtime.model.model import DeviceMemory, Model, device_memory, make_cache, make_device
 from runtime.scheduler import Scheduler, Speculation
 from runtime.scheduler.policies import BackgroundLast, make_policy
 from runtime.support.logs import get_logger
@@ -40,14 +38,6 @@ log = get_logger(__name__)
 
 DEFAULT_CONTEXTS = 4
 """Full contexts that a cache in host memory holds without a setting, if they fit in a quarter of what is free."""
-
-
-class DeviceMemory(NamedTuple):
-    """Memory where the KV cache will lie, in bytes, once the weights are there."""
-
-    free: int
-    total: int | None = None
-    """Of a GPU, all of it; None for host memory, which is others' too."""
 
 
 @dataclass(frozen=True)
@@ -318,22 +308,6 @@ def _asynchronous(mode: str, device: torch.device) -> bool:
     return mode == "on" or (mode == "auto" and device.type == "cuda")
 
 
-def free_bytes(device: torch.device) -> int:
-    """Memory that is free on a device, or on the host for any other than a GPU."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free)
-    return int(psutil.virtual_memory().available)
-
-
-def device_memory(device: torch.device) -> DeviceMemory:
-    """Memory of the device that the cache will lie on."""
-    if device.type != "cuda":
-        return DeviceMemory(free_bytes(device))
-    free, total = torch.cuda.mem_get_info(device)
-    return DeviceMemory(int(free), int(total))
-
-
 def fits_beside(settings: Settings, num_blocks: int) -> bool:
     """True where the model of `settings` fits into the memory that is free now, with `num_blocks` of KV cache. Ranks'
     memory is their own processes', and False. Reads headers. Raises `ModelLoadError`."""
@@ -349,7 +323,7 @@ def fits_beside(settings: Settings, num_blocks: int) -> bool:
         values = sum(math.prod(weight.shape) for _, weight in checkpoint.described())
     device = make_device(settings.model.device)
     needed += round(values * value_bytes(settings.model, device))
-    return needed <= free_bytes(device)
+    return needed <= device_memory(device).free
 
 
 def _bytes_of_block(settings: Settings, decoder: Model) -> int:

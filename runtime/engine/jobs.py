@@ -15,7 +15,6 @@ from runtime.adapters.library import AdapterLibrary
 from runtime.checkpoints import open_checkpoint
 from runtime.checkpoints.peft import write_adapter
 from runtime.engine.answers import AnswerRounds, AnswerSettings
-from runtime.engine.assembly import free_bytes
 from runtime.engine.devices import training_devices
 from runtime.engine.first_weights import (
     BaseWeights,
@@ -44,6 +43,7 @@ from runtime.events import (
 )
 from runtime.model.decoder import Decoder
 from runtime.model.lora import Adapter
+from runtime.model.model import device_memory
 from runtime.support.durable import error_code, patiently, reason
 from runtime.support.logs import get_logger
 from runtime.support.threads import call_in_fresh_thread
@@ -234,7 +234,7 @@ class EngineJobs:
         if (given := self._settings.trainer.job_memory) is not None:
             return given
         if self._memory_for_jobs is None:
-            self._memory_for_jobs = free_bytes(self._service.decoder.device) // 2
+            self._memory_for_jobs = device_memory(self._service.decoder.device).free // 2
         return self._memory_for_jobs
 
     def _answers(self, plan: Plan) -> AnswerSettings:

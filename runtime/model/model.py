@@ -1,8 +1,9 @@
 """Interface of a model for serving and training (our decoder, or transformers' own modules), its device, its cache."""
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -139,3 +140,19 @@ def gpu_usage() -> list[GpuUsage]:
 def backend_of(model: Model) -> str | None:
     """Backend of the ops that the model computes with; None where other processes compute."""
     return None if model.device.type == "meta" else describe(model.ops)
+
+
+class DeviceMemory(NamedTuple):
+    """Memory of a device, in bytes."""
+
+    free: int
+    total: int | None = None
+    """Of a GPU, all of it; None for host memory, which is others' too."""
+
+
+def device_memory(device: torch.device) -> DeviceMemory:
+    """Memory of a device, or of the host for any other than a GPU."""
+    if device.type != "cuda":
+        return DeviceMemory(int(psutil.virtual_memory().available))
+    free, total = torch.cuda.mem_get_info(device)
+    return DeviceMemory(int(free), int(total))

@@ -20,6 +20,7 @@ from runtime.checkpoints.model_library import ModelLibrary, ModelRecord
 from runtime.cli.app import run
 from runtime.engine import assembly
 from runtime.errors import EngineUnavailable
+from runtime.model.model import DeviceMemory
 from runtime.support import failpoints
 from settings.schema import Settings, TrainerSettings
 from tests.adapter_files import make_adapter, peft_greedy
@@ -324,7 +325,7 @@ def test_a_model_that_was_let_go_takes_no_memory(tiny_model: Path) -> None:
 
 @pytest.mark.parametrize(("free", "fits"), [(1 << 40, True), (1 << 16, False)])
 def test_the_memory_decides(free: int, fits: bool, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(assembly, "free_bytes", lambda device: free)
+    monkeypatch.setattr(assembly, "device_memory", lambda device: DeviceMemory(free))
     assert assembly.fits_beside(tiny_settings(tiny_model), 128) is fits
 
 

@@ -8,12 +8,12 @@ import torch
 from runtime.checkpoints import open_checkpoint
 from runtime.checkpoints.model_loading import describe_decoder
 from runtime.engine import assembly
-from runtime.engine.assembly import DeviceMemory, device_memory, step_bytes
+from runtime.engine.assembly import step_bytes
 from runtime.llm import LLM
 from runtime.model.attention import block_bytes
 from runtime.model.config import ModelLoadError
 from runtime.model.group import SOLO
-from runtime.model.model import Model
+from runtime.model.model import DeviceMemory, Model, device_memory
 from settings.load import load
 from settings.schema import Settings
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import NoReturn, TypeVar
 
 import msgspec
-import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -24,7 +23,7 @@ from runtime.model.families import find_model
 from runtime.model.group import Group
 from runtime.model.lora import Adapter
 from runtime.model.lora_base import LoraBase
-from runtime.model.model import make_cache, make_device
+from runtime.model.model import device_memory, make_cache, make_device
 from runtime.support import logs
 from runtime.support.memory import keep_freed_memory
 from runtime.text.grammar import GrammarCompiler
@@ -330,9 +329,8 @@ class Rank:
         base = LoraBase.of(self._decoder, find_model(checkpoint.config), message.name)
         held_in = lora_dtype(message.lora_dtype, message.model)
         self._slots = AdapterSlots(base, self._decoder, max_rank=message.max_lora_rank, dtype=held_in)
-        if device.type == "cuda":
-            return ModelLoaded(base.fingerprint, *torch.cuda.mem_get_info(device))
-        return ModelLoaded(base.fingerprint, int(psutil.virtual_memory().available))
+        memory = device_memory(device)
+        return ModelLoaded(base.fingerprint, memory.free, memory.total)
 
     def _meet(self, device: torch.device) -> Group:
         hello = self._hello
