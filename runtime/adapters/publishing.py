@@ -15,11 +15,11 @@ from runtime.adapters.store import CheckpointVersion, Version, checkpoint_name
 from runtime.adapters.versions import NamedVersions, VersionSource, digest, stage
 from runtime.checkpoints.peft import AdapterInvalid, read_files
 from runtime.checkpoints.peft.config import parse_config
-from runtime.checkpoints.peft_names import CONFIG
 from runtime.model.lora_base import LoraBase
 from runtime.support.durable import remove, storage_unavailable
 from runtime.support.failpoints import failpoint
 from runtime.support.logs import get_logger
+from runtime.support.peft_files import CONFIG
 from runtime.support.threads import call_in_fresh_thread
 
 Transaction = Callable[[Callable[[Connection], Any]], Awaitable[Any]]

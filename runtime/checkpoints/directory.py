@@ -8,6 +8,7 @@ from runtime.checkpoints.hf_tokenizer import load_tokenizer
 from runtime.checkpoints.quantised import find_scheme, weights
 from runtime.checkpoints.safetensors_files import find_weights
 from runtime.model.config import ConfigError, ModelLoadError, architectures, read_json_object, read_optional_json_object
+from runtime.support.peft_files import CONFIG
 
 
 def open_directory(path: Path, *, name: str | None = None, chat_template: str | None = None) -> Checkpoint:
@@ -40,6 +41,6 @@ def open_directory(path: Path, *, name: str | None = None, chat_template: str | 
 
 def _hint(path: Path) -> str:
     files = sorted(file.name for file in path.glob("*.gguf"))
-    if (path / "adapter_config.json").is_file():
+    if (path / CONFIG).is_file():
         return " It holds a LoRA adapter; name its base model instead."
     return f" To load a GGUF file, name the file: {path / files[0]}" if files else ""

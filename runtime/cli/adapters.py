@@ -20,6 +20,7 @@ from rich.table import Table
 from runtime.cli.client import DEFAULT_URL, AdminKey, ServerRefusal, Url, admin_client, error_text, no_server
 from runtime.cli.flags import Json
 from runtime.cli.output import CommandError, UsageError, console
+from runtime.support.peft_files import FILES
 
 AdapterName = Annotated[str, Parameter(help="The adapter.")]
 
@@ -214,7 +215,7 @@ def _yes(value: bool) -> str:
 #
 # `eft adapters upload`: a folder of PEFT's on this machine, to a server that may be another one.
 
-_SENT = ("adapter_config.json", "adapter_model.safetensors", "eft.json")
+_SENT = (*FILES, "eft.json")
 """Files of an adapter; the last, the card of one that was trained by Eft, may be absent."""
 _READ = 1024 * 1024
 """Bytes per read."""

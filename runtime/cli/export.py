@@ -13,13 +13,12 @@ from runtime.cli.adapters import fetch_adapter
 from runtime.cli.client import DEFAULT_URL, AdminKey, Url
 from runtime.cli.flags import ConfigFile, Json, read_settings, with_settings
 from runtime.cli.output import CommandError, UsageError
+from runtime.support.peft_files import CONFIG
 from settings.schema import ModelSettings
 
 if TYPE_CHECKING:
     from runtime.checkpoints import Checkpoint
     from runtime.workers.export_difference import Difference
-
-_CONFIG = "adapter_config.json"
 
 
 @with_settings("model")
@@ -54,7 +53,7 @@ def export(
     with ExitStack() as stack:
         folder = Path(adapter)
         name = folder.resolve().name
-        if not (folder / _CONFIG).is_file():
+        if not (folder / CONFIG).is_file():
             name, folder = _from_server(adapter, stack, url, admin_key)
         settings = read_settings(flags, config, model=model or _base_of(folder)).settings
         checkpoint = _open(settings.model, given=model is not None)
@@ -92,7 +91,7 @@ def _from_server(adapter: str, stack: ExitStack, url: str, admin_key: str | None
     """The adapter's name, and a folder with its files that goes away with the stack."""
     name, at, number = adapter.partition("@")
     if at and not number.isdecimal():
-        raise UsageError(f"{adapter!r}: expected NAME or NAME@VERSION with a number, or a folder with {_CONFIG}")
+        raise UsageError(f"{adapter!r}: expected NAME or NAME@VERSION with a number, or a folder with {CONFIG}")
     directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="eft-export-")))
     asyncio.run(fetch_adapter(directory / name, name, int(number) if at else None, url, admin_key))
     return name, directory / name
@@ -101,9 +100,9 @@ def _from_server(adapter: str, stack: ExitStack, url: str, admin_key: str | None
 def _base_of(folder: Path) -> str | None:
     """The base that an adapter names."""
     try:
-        found = msgspec.json.decode((folder / _CONFIG).read_bytes())
+        found = msgspec.json.decode((folder / CONFIG).read_bytes())
     except (OSError, msgspec.DecodeError) as error:
-        raise CommandError(f"cannot read {folder / _CONFIG}: {error}") from error
+        raise CommandError(f"cannot read {folder / CONFIG}: {error}") from error
     base = found.get("base_model_name_or_path") if isinstance(found, dict) else None
     return base if isinstance(base, str) and base else None
 

@@ -20,9 +20,9 @@ from runtime.api.handle import AnyRequest, Api, api_of
 from runtime.api.http.auth import ADMIN
 from runtime.api.http.query import check_names, integer
 from runtime.checkpoints.export import check_format
-from runtime.checkpoints.peft_names import CONFIG, WEIGHTS
 from runtime.errors import AdapterUnavailable, InvalidRequest, NotFound
 from runtime.support.durable import remove, storage_unavailable
+from runtime.support.peft_files import CONFIG, WEIGHTS
 
 if TYPE_CHECKING:
     from runtime.adapters.library import AdapterLibrary

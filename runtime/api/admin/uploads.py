@@ -13,9 +13,9 @@ from runtime.api.admin.archives import MAX_ENTRIES, PIECE, TarReader, UploadedFi
 from runtime.api.handle import AnyRequest
 from runtime.api.http.body import check_encoding, content_type, receive_chunks
 from runtime.api.http.form import MULTIPART, data_of, segments
-from runtime.checkpoints.peft_names import CONFIG, WEIGHTS
 from runtime.errors import InvalidRequest, UnsupportedMediaType
 from runtime.support.durable import storage_unavailable
+from runtime.support.peft_files import CONFIG, WEIGHTS
 from settings.schema import Settings
 
 ARCHIVE_TYPES = frozenset(

@@ -19,9 +19,9 @@ from runtime.checkpoints.export import check_format
 from runtime.checkpoints.export.directory import TEMPLATE, write_model, write_own
 from runtime.checkpoints.export.gguf_file import write_lora, write_merged
 from runtime.checkpoints.export.merge import Merge, open_merge
-from runtime.checkpoints.peft_names import CONFIG, WEIGHTS
 from runtime.model.config import ModelLoadError
 from runtime.support.durable import fresh_directory, make_directory, replacing, write_file
+from runtime.support.peft_files import CONFIG, WEIGHTS
 from runtime.text.chat_template import ChatTemplateError
 from runtime.text.own_tokens import OwnText
 

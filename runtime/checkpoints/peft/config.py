@@ -7,10 +7,10 @@ from typing import Any
 import msgspec
 from msgspec import Struct, field
 
-from runtime.checkpoints.peft_names import CONFIG
 from runtime.errors import InvalidRequest
 from runtime.model.lora import LoraShape
 from runtime.support.module_patterns import MAX_KEYS, ModulePattern, PatternInvalid
+from runtime.support.peft_files import CONFIG
 
 # -- errors ----------------------------------------------------------------------------------------
 #

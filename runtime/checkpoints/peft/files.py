@@ -15,12 +15,12 @@ from torch import Tensor
 
 from runtime.checkpoints.peft.config import AdapterConfig, AdapterInvalid, parse_config
 from runtime.checkpoints.peft.vocabulary import VocabularyFile, take_rows
-from runtime.checkpoints.peft_names import CONFIG, WEIGHTS
 from runtime.model.lora import Adapter, LoraLayers, LoraPart, LoraShape
 from runtime.model.lora_base import LoraBase, Target
 from runtime.model.token_rows import VocabularyRows
 from runtime.support.durable import TOO_MANY_FILES, fresh_directory, write_file
 from runtime.support.module_patterns import PatternInvalid, ends
+from runtime.support.peft_files import CONFIG, WEIGHTS
 
 # -- files -----------------------------------------------------------------------------------------
 #

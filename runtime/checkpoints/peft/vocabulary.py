@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from runtime.checkpoints.peft.config import AdapterConfig, AdapterInvalid
-from runtime.checkpoints.peft_names import CONFIG, WEIGHTS
 from runtime.model.lora_base import LoraBase
 from runtime.model.token_rows import TokenRows, VocabularyRows
 from runtime.model.vocabulary import VocabularyBase
 from runtime.support.module_patterns import MAX_KEYS
+from runtime.support.peft_files import CONFIG, WEIGHTS
 
 _DELTA = "token_adapter.trainable_tokens_delta"
 _WHOLE = ("weight", "modules_to_save.weight", "token_adapter.base_layer.weight", "base_layer.weight")

@@ -9,22 +9,21 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from io import FileIO
 from pathlib import Path
 
 import msgspec
 import torch
 from msgspec import Struct
-from safetensors.torch import save_file
 from torch import Tensor
 
 from runtime.events import FailedEvent, PausedEvent, RunEvent
-from runtime.support.durable import reason, remove, replacing, write_with
+from runtime.support.durable import reason, remove, replacing
 from runtime.support.failpoints import failpoint
 from runtime.trainer.course import Course, Headway, Lost, MicroBatches, Watchdog
 from runtime.trainer.data.example import Example
 from runtime.trainer.launched.files import (
+    BEST,
     PAUSE,
     JobFolder,
     LaunchSpec,
@@ -38,13 +37,13 @@ from runtime.trainer.launched.scoring import ScoredModel, call, pad, score_of, v
 from runtime.trainer.launched.spread import DdpModel, FsdpModel, LossScale, SpreadModel, trained_of
 from runtime.trainer.launched.stall import PlaceFile
 from runtime.trainer.launched.weights import (
-    BEST,
     PARAMETERS,
     LaunchedProgress,
     compute_type,
     load,
     read_state,
     write_snapshot,
+    write_tensors,
 )
 from runtime.trainer.losses import Score, make_loss
 from runtime.trainer.schedule import step_groups
@@ -255,9 +254,8 @@ class LaunchedRank:
         self._place.move("keeps the best weights")
         parameters = self._model.parameters()
         if self._ranks.first:
-            size = sum(tensor.nbytes for tensor in parameters.values())
-            with stating_room(self._folder.best, size), replacing(self._folder.best) as path:
-                write_with(path, partial(save_file, parameters))
+            with replacing(self._folder.best) as path:
+                write_tensors(path, parameters, shown=self._folder.best)
 
     @torch.no_grad()
     def _measure(self) -> Mapping[str, float]:

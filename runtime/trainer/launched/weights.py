@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from runtime.support.durable import make_directory, read_with, sync_directory, write_file, write_with
+from runtime.support.peft_files import WEIGHTS
 from runtime.trainer.course import ADAPTER, STATE, RunProgress
-from runtime.trainer.launched.files import MODEL, JobFolder, LaunchSpec, stating_room
+from runtime.trainer.launched.files import BEST, MODEL, JobFolder, LaunchSpec, stating_room
 from runtime.trainer.recipe.launch import Precision, fsdp_options
 
-PARAMETERS, OPTIMIZER, BEST = "parameters.safetensors", "optimizer.safetensors", "best.safetensors"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
+PARAMETERS, OPTIMIZER = "parameters.safetensors", "optimizer.safetensors"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
 
 
@@ -84,8 +84,8 @@ def write_snapshot(
     older = spec.recipe.load_best_model_at_end and progress.best_step not in (0, progress.step)
     result = read_with(folder.best, load_file) if older and (last or not spec.launch.full) else parameters
     if not last:
-        _write_tensors(directory / PARAMETERS, parameters)
-        _write_tensors(directory / OPTIMIZER, optimizer)
+        write_tensors(directory / PARAMETERS, parameters)
+        write_tensors(directory / OPTIMIZER, optimizer)
         if older:
             os.link(folder.best, directory / BEST)
     if not spec.launch.full:
@@ -107,15 +107,18 @@ def write_adapter_files(directory: Path, initial: Path, parameters: Mapping[str,
     """Write parameters in PEFT's format, with configuration and card of the adapter that training began with."""
     make_directory(directory)
     for path in initial.iterdir():
-        if path.name != ADAPTER_WEIGHTS:
+        if path.name != WEIGHTS:
             write_file(directory / path.name, path.read_bytes())
     tensors = {name.replace(".default.", "."): tensor.contiguous() for name, tensor in parameters.items()}
-    _write_tensors(directory / ADAPTER_WEIGHTS, tensors, {"format": "pt"})
+    write_tensors(directory / WEIGHTS, tensors, {"format": "pt"})
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None, *, shown: Path | None = None
+) -> None:
+    """Write a file of tensors. Raises `OSError`, which names `shown`, by default `path`."""
     size = sum(tensor.nbytes for tensor in tensors.values())
-    with stating_room(path, size):
+    with stating_room(shown or path, size):
         write_with(path, partial(save_file, dict(tensors), metadata=metadata))
 
 
