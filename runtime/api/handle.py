@@ -34,7 +34,7 @@ AnyRequest = Request[Any, Any, Any]
 MAX_RECENT_REQUESTS = 300
 MAX_WAIT_SECONDS = 60.0
 """Longest that a request waits for a model that is being loaded in place of another."""
-_MOVING = "The server is moving to another model. Try again in a moment."
+MOVING = "The server is moving to another model. Try again in a moment."
 
 
 class RequestEntry(Struct, frozen=True, kw_only=True):
@@ -70,7 +70,7 @@ class RequestGate:
         """Begin a request; returns the number of its model, for `leave`. Waits while the door is shut. Raises
         `ModelLoading` after `MAX_WAIT_SECONDS`."""
         if not self._open.is_set() and not await is_set_within(self._open, MAX_WAIT_SECONDS):
-            raise ModelLoading(_MOVING)
+            raise ModelLoading(MOVING)
         self._under_way[self._model] += 1
         return self._model
 
@@ -152,7 +152,7 @@ class ServiceHandle:
     def require(self) -> "EngineService":
         """The service. Raises `ModelLoading` while there is none."""
         if self.service is None:
-            raise ModelLoading("The model is still loading. Try again in a moment." if self.before is None else _MOVING)
+            raise ModelLoading("The model is still loading. Try again in a moment." if self.before is None else MOVING)
         return self.service
 
     @property

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import msgspec
 from msgspec import Struct
 
-from runtime.api.handle import ServiceHandle
+from runtime.api.handle import MOVING, ServiceHandle
 from runtime.errors import Conflict, ModelNotFound, RequestError, Unsupported
 from runtime.metrics import Metrics
 from runtime.support.durable import without_paths
@@ -37,7 +37,6 @@ SwapMode = Literal["beside", "drain"]
 AskedMode = Literal["auto", "beside", "drain"]
 MODES: tuple[AskedMode, ...] = get_args(AskedMode)
 
-_HELD = "The server is moving to another model. Try again in a moment."
 _ABORTED = "The server has moved to another model, and this request took longer than server.drain_timeout."
 
 _log = get_logger("server")
@@ -118,7 +117,7 @@ class ModelSwapper:
         moving = MovingState(self._state)
         try:
             settings = await asyncio.to_thread(self._settings_of, model)
-            await moving.hold(_HELD)
+            await moving.hold(MOVING)
         except BaseException:
             await moving.cancel()
             self._busy = False

@@ -146,32 +146,36 @@ Number = Annotated[str, msgspec.Meta(pattern=r"^[0-9]+(\.[0-9]+)?$")]
 """KEDA's triggers have texts alone."""
 
 
-class ScaleTarget(msgspec.Struct, rename="camel", forbid_unknown_fields=True, frozen=True):
+class StrictObject(msgspec.Struct, rename="camel", forbid_unknown_fields=True, frozen=True):
+    """Part of a manifest."""
+
+
+class ScaleTarget(StrictObject):
     name: str
 
 
-class PodAutoscaler(msgspec.Struct, rename="camel", forbid_unknown_fields=True, frozen=True):
+class PodAutoscaler(StrictObject):
     behavior: dict[str, Any]
     """Kubernetes' own, of a HorizontalPodAutoscaler."""
 
 
-class AdvancedScaling(msgspec.Struct, rename="camel", forbid_unknown_fields=True, frozen=True):
+class AdvancedScaling(StrictObject):
     horizontal_pod_autoscaler_config: PodAutoscaler
 
 
-class PrometheusQuery(msgspec.Struct, rename="camel", forbid_unknown_fields=True, frozen=True):
+class PrometheusQuery(StrictObject):
     server_address: Annotated[str, msgspec.Meta(pattern="^https?://")]
     query: str
     threshold: Number
 
 
-class PrometheusTrigger(msgspec.Struct, rename="camel", forbid_unknown_fields=True, frozen=True):
+class PrometheusTrigger(StrictObject):
     type: Literal["prometheus"]
     metric_type: Literal["Value", "AverageValue"]
     metadata: PrometheusQuery
 
 
-class ScaledObjectSpec(msgspec.Struct, rename="camel", forbid_unknown_fields=True, frozen=True):
+class ScaledObjectSpec(StrictObject):
     scale_target_ref: ScaleTarget
     min_replica_count: Int32
     max_replica_count: Int32
@@ -180,11 +184,11 @@ class ScaledObjectSpec(msgspec.Struct, rename="camel", forbid_unknown_fields=Tru
     triggers: Annotated[list[PrometheusTrigger], msgspec.Meta(min_length=1)]
 
 
-class ObjectName(msgspec.Struct, rename="camel", forbid_unknown_fields=True, frozen=True):
+class ObjectName(StrictObject):
     name: Annotated[str, msgspec.Meta(pattern="^[a-z0-9]([a-z0-9-]*[a-z0-9])?$", max_length=63)]
 
 
-class ScaledObject(msgspec.Struct, rename="camel", forbid_unknown_fields=True, frozen=True):
+class ScaledObject(StrictObject):
     api_version: Literal["keda.sh/v1alpha1"]
     kind: Literal["ScaledObject"]
     metadata: ObjectName

@@ -12,6 +12,8 @@ class EventLog:
 
     def __init__(self) -> None:
         self.events: list[bytes] = []
+        self.num_events = 0
+        """Events so far, also of a log that was dropped."""
         self.num_bytes = 0
         self.ended = False
         self.dropped = False
@@ -28,7 +30,7 @@ class EventLog:
             if self.dropped or self.ended:
                 break
             await self._changed.wait()
-        if self.dropped:
+        if self.dropped and not (self.ended and number == self.num_events):
             yield lost(number)
 
     def wake(self) -> None:
@@ -60,6 +62,7 @@ class EventLogs:
         if log is None:
             return
         log.events.append(event)
+        log.num_events += 1
         log.num_bytes += len(event)
         self._num_bytes += len(event)
         log.wake()

@@ -101,7 +101,7 @@ def noted(error: Exception, record: RequestRecord) -> RequestError:
 class EventStream(Response[Any]):
     """A response over a generator of events. `on_close` is called once, however the response ends."""
 
-    def __init__(self, events: Events, on_close: Callable[[], None]) -> None:
+    def __init__(self, events: Events, on_close: Callable[[], None] = lambda: None) -> None:
         super().__init__(None, media_type="text/event-stream", status_code=200, headers=_HEADERS)
         self._events = events
         self._on_close = on_close

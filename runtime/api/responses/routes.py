@@ -118,7 +118,7 @@ async def create_response(request: AnyRequest) -> Response[ResponseObject]:
             log = api.event_logs.begin(response.id)
             api.background.start(response.id, _log_events(generation, named, events, keeper, api.event_logs))
             stack.pop_all()
-            return EventStream(log.follow(0, _lost), lambda: None)
+            return EventStream(log.follow(0, _lost))
         if asked.background:
             api.background.start(response.id, _finish(generation, answer, response, keeper, record))
             stack.pop_all()
@@ -204,7 +204,7 @@ async def retrieve_response(request: AnyRequest) -> Response[ResponseObject]:
                 "`background` and `stream` are, for a while; leave `stream` out, and the response comes whole.",
                 param="stream",
             )
-        return EventStream(log.follow(after + 1, _lost), lambda: None)
+        return EventStream(log.follow(after + 1, _lost))
     return Response(_stored.decode(found.response))
 
 

@@ -45,3 +45,17 @@ async def test_the_oldest_that_have_ended_make_room() -> None:
     logs.begin("next")
     logs.append("next", b"x" * 30)
     assert logs.get("next") is not None
+
+
+async def test_a_follower_of_a_whole_log_that_goes_has_lost_nothing() -> None:
+    logs = EventLogs(1000)
+    log = logs.begin("a")
+    logs.append("a", b"0")
+    behind, done = (log.follow(0, lambda number: b"lost at %d" % number) for _ in range(2))
+    assert (await anext(behind), await anext(done)) == (b"0", b"0")
+    logs.append("a", b"1")
+    assert await anext(done) == b"1"
+    logs.end("a")
+    logs.drop("a")
+    assert [event async for event in done] == []
+    assert [event async for event in behind] == [b"lost at 1"]

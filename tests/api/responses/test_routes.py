@@ -2,11 +2,12 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
 import pytest
+from litestar import Litestar
 
 from runtime.api.app import create_app
 from runtime.api.handle import ServiceHandle
@@ -18,16 +19,21 @@ from settings.schema import Settings
 from tests.api.conformance import EVENTS, checked_event
 from tests.api.fakes import Exchange, FakeService
 from tests.api.named_events import events_of
+from tests.waiting import until
 
 pytestmark = pytest.mark.anyio
 URL = "/v1/responses"
 KEYS = ("one", "two")
 
 
-def app_of(service: FakeService, store: ResponseStore | None, settings: Settings | None = None) -> httpx.AsyncClient:
+def asgi_of(service: FakeService, store: ResponseStore | None, settings: Settings | None = None) -> Litestar:
     handle = ServiceHandle(service)  # type: ignore[arg-type]
     handle.responses = store
-    transport = httpx.ASGITransport(app=create_app(handle, settings or Settings()), raise_app_exceptions=False)
+    return create_app(handle, settings or Settings())
+
+
+def app_of(service: FakeService, store: ResponseStore | None, settings: Settings | None = None) -> httpx.AsyncClient:
+    transport = httpx.ASGITransport(app=asgi_of(service, store, settings), raise_app_exceptions=False)
     return httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1")
 
 
@@ -201,20 +207,10 @@ async def test_the_events_of_a_response_in_the_background_are_followed_again(sto
     assert (await stored.get(f"{URL}/{final.id}", params={"stream": "true"})).status_code == 404
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    for _ in range(6000):
-        if condition():
-            return
-        await asyncio.sleep(0.01)
-    raise AssertionError("it never came")
-
-
 async def test_a_stream_in_the_background_goes_on_without_its_client(
     service: FakeService, store: ResponseStore
 ) -> None:
-    handle = ServiceHandle(service)  # type: ignore[arg-type]
-    handle.responses = store
-    app = create_app(handle, Settings())
+    app = asgi_of(service, store)
     service.stall_after = 2
     first = Exchange(app, URL, FOLLOWED)
     await until(lambda: "event: response.output_text.delta" in first.text)
@@ -234,9 +230,7 @@ async def test_a_stream_in_the_background_goes_on_without_its_client(
 
 
 async def test_a_stream_whose_events_were_dropped_says_so(service: FakeService, store: ResponseStore) -> None:
-    handle = ServiceHandle(service)  # type: ignore[arg-type]
-    handle.responses = store
-    app = create_app(handle, Settings())
+    app = asgi_of(service, store)
     service.stall_after = 2
     stream = Exchange(app, URL, FOLLOWED)
     await until(lambda: "event: response.output_text.delta" in stream.text)

@@ -27,7 +27,7 @@ function aligned(series) {
   return uPlot.join(tables);
 }
 
-/** "1.2 (from 3.4, lowest 1.1, highest 3.4)", for screen readers. */
+/** "1.2 (5 values, first 3.4, lowest 1.1, highest 3.4)", for screen readers. */
 function inWords(points, text) {
   const values = points.map(([, y]) => y).filter((y) => y !== null);
   if (!values.length) return "nothing yet";
@@ -43,7 +43,7 @@ function inWords(points, text) {
 export function lineChart({ title, yText = number, xText = number, time = false, fromZero = true, whole = false, group }) {
   const caption = h("figcaption");
   const nothing = h("p", { class: "nothing quiet" }, "nothing yet");
-  const canvas = h("div", { class: "plot", role: "img", tabindex: 0, "aria-label": title });
+  const canvas = h("div", { role: "img", tabindex: 0, "aria-label": title });
   const area = h("div", { class: "plot-area" }, canvas, nothing);
   const element = h("figure", {}, caption, area);
   let current = [];
@@ -71,13 +71,12 @@ export function lineChart({ title, yText = number, xText = number, time = false,
       dash: index < COLOURS ? undefined : DASH,
       points: { size: 5, fill: () => colour(index) },
     });
-    const texts = (_, values) => values.map((y) => yText(y));
     return {
       width,
       height: HEIGHT,
       legend: { show: false },
       padding: [10, time ? 38 : 14, 0, 0], // half of the last text below the axis
-      cursor: { y: false, drag: { x: false, y: false }, points: { size: 7 }, sync: group ? { key: group, scales: ["x", null] } : undefined },
+      cursor: { y: false, drag: { x: false, y: false }, points: { size: 7 }, sync: { key: group, scales: ["x", null] } },
       scales: { x: { time }, y: { range } },
       axes: [
         {
@@ -92,7 +91,7 @@ export function lineChart({ title, yText = number, xText = number, time = false,
           ...axis,
           space: 34,
           incrs: whole ? WHOLE : undefined,
-          values: texts,
+          values: (_, values) => values.map((y) => yText(y)),
           size: (_, values) => Math.max(34, 14 + CHARACTER * Math.max(...(values ?? []).map(({ length }) => length), 0)),
         },
       ],
@@ -164,10 +163,10 @@ export function lineChart({ title, yText = number, xText = number, time = false,
     if (!plot || !(event.key in steps || event.key === "Escape")) return;
     event.preventDefault();
     const last = plot.data[0].length - 1;
+    if (event.key === "Escape") return setCursor(-10);
     const to = Math.min(last, Math.max(0, (plot.cursor.idx ?? last) + steps[event.key]));
-    const x = event.key === "Escape" ? -10 : plot.valToPos(plot.data[0][to], "x");
-    setCursor(x);
-    if (x >= 0) announce(describe(to).join(", "));
+    setCursor(plot.valToPos(plot.data[0][to], "x"));
+    announce(describe(to).join(", "));
   }
 
   function resize(to) {

@@ -1,7 +1,7 @@
 // Chats with one or two models on the same prompt.
 
 import { events, json, models, request } from "./api.js";
-import { announce, button, field, h, number, replace, seconds } from "./dom.js";
+import { announce, button, copied, field, h, number, replace, seconds } from "./dom.js";
 import { feedbackRow } from "./feedback.js";
 import { formatted } from "./markdown.js";
 import { asCurl, asPython } from "./snippets.js";
@@ -268,6 +268,14 @@ export function chatView() {
     const message = { role: "assistant", content: "", failed: false };
     let [first, usage, reason, thoughts, id, version, sent] = [null, null, null, null, null, null, []];
     const calls = [];
+    let frame = 0;
+    /** Show the answer so far: once a frame, since all of it is made anew. */
+    const show = () => {
+      cancelAnimationFrame(frame);
+      frame = 0;
+      text.replaceChildren(...formatted(message.content));
+      column.transcript.scrollTop = column.transcript.scrollHeight;
+    };
     try {
       const [path, body] = await requestOf(column);
       sent = body.messages ?? [{ role: "user", content: body.prompt }];
@@ -293,7 +301,7 @@ export function chatView() {
         if (piece || thought || calls.length) first ??= performance.now() - began;
         message.content += piece;
         if (choice.logprobs && probabilities.checked) text.append(...tokens(choice.logprobs));
-        else if (piece) text.replaceChildren(...formatted(message.content));
+        else if (piece) frame ||= requestAnimationFrame(show);
         column.transcript.scrollTop = column.transcript.scrollHeight;
       }
       footer.textContent = summary(usage, first, performance.now() - began, reason, version);
@@ -302,6 +310,7 @@ export function chatView() {
       footer.textContent = error.name === "AbortError" ? "stopped" : "";
       if (error.name !== "AbortError") box.append(h("p", { class: "error", role: "alert" }, error.message));
     }
+    if (frame) show();
     if (calls.length) message.tool_calls = calls;
     column.messages.push(message);
     if (calls.length) answerCalls(column, box, calls);
@@ -385,11 +394,7 @@ export function chatView() {
         body.messages.push({ role: "user", content: prompt.value || "Hello" });
       }
       text = write(path, body);
-      await navigator.clipboard.writeText(text);
-      announce("Copied.");
-      const label = source.textContent;
-      source.textContent = "Copied";
-      setTimeout(() => (source.textContent = label), 1500);
+      await copied(source, text);
     } catch (error) {
       trouble.textContent = text ?? error.message;
     }

@@ -61,6 +61,15 @@ export function announce(text) {
   document.getElementById("announcer").textContent = text;
 }
 
+/** Copy a text to the clipboard, which the button `source` then says. Throws where the browser does not let pages do so. */
+export async function copied(source, text) {
+  await navigator.clipboard.writeText(text);
+  announce("Copied.");
+  const label = source.textContent;
+  source.textContent = "Copied";
+  setTimeout(() => (source.textContent = label), 1500);
+}
+
 /** Ask before something that cannot be undone. */
 export function confirmed(title, text) {
   const dialog = document.getElementById("confirm-dialog");

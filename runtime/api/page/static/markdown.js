@@ -1,7 +1,7 @@
 // Answers in the Markdown that models write: code, headings and bold text become elements, all else stays as it is. Nothing
 // is parsed as HTML.
 
-import { button, h } from "./dom.js";
+import { announce, button, copied, h } from "./dom.js";
 
 const FENCE = /^ {0,3}(?:```|~~~)/;
 const INLINE = /(`[^`\n]+`|\*\*(?! )[^*\n]+(?<! )\*\*)/;
@@ -20,7 +20,10 @@ function lineOf(line) {
 
 function block(lines) {
   const code = lines.join("\n");
-  const copy = button("Copy", () => navigator.clipboard.writeText(code), { class: "small", "aria-label": "Copy the code" });
+  const copy = button("Copy", () => copied(copy, code).catch((error) => announce(error.message)), {
+    class: "small",
+    "aria-label": "Copy the code",
+  });
   return h("div", { class: "code-block" }, h("pre", { tabindex: 0, role: "region", "aria-label": "Code" }, h("code", {}, code)), copy);
 }
 
