@@ -132,8 +132,6 @@ class RestartEvent(Struct, frozen=True, kw_only=True, tag="restart"):
 
     step: int
     """Steps that were done."""
-    restarts: int
-    """Starts without a step in between, this one included."""
     message: str
     """Sentence that says why."""
 

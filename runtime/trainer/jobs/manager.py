@@ -306,13 +306,14 @@ class JobManager:
 
     async def resume(self, job_id: str) -> Job:
         """Resume a paused job: at once where its run is still there, else when it is its turn. A failed one goes on
-        from its newest checkpoint. Raises `NotFound`, `Conflict`."""
+        from its newest checkpoint. Raises `NotFound`, `Conflict`, `StorageUnavailable`."""
         self._require_running()
-        # What the job's end has left to be deleted is not to be deleted under the next run.
-        await delete_discarded(self.store, self.directories, self._disk)
+        state = (await self.store.get(job_id)).state
         task = next((task for one, task in self._working.items() if one.id == job_id), None)
-        if task is not None and (await self.store.get(job_id)).state == "paused":
-            await asyncio.wait({task})  # it tidies up still, and is parked then
+        if task is not None and state in ("paused", "failed"):
+            await asyncio.wait({task})  # it tidies up still; a paused one is parked then
+        if state == "failed":  # what its end has left to be deleted is not to be deleted under the next run
+            await delete_discarded(self.store, self.directories, self._disk)
         job = await self.store.resume(job_id, at_once=job_id in self._parked, max_running=self._max_running)
         if job.state == "running":  # another job that has started since may have released the paused runs
             parked = self._parked.pop(job_id, None)

@@ -107,16 +107,13 @@ def wait_for_end(process: AgentProcess, seconds: float) -> None:
         _log.warning("launched_job_does_not_end", process=process.pid)
 
 
-def end_left_behind(folder: Path) -> bool:
-    """Kill the processes that an earlier server has left for the job of this folder, and that are not to go on. True
-    where there were some. Blocks."""
-    found = AgentRecord.read(folder)
-    if found is None:
-        return False
+def end_left_behind(folder: Path) -> None:
+    """Kill the processes that an earlier server has left for the job of this folder, and that are not to go on.
+    Blocks."""
+    if (found := AgentRecord.read(folder)) is None:
+        return
     process = LeftProcess(found, folder)
-    alive = process.poll() is None
-    if alive:
+    if process.poll() is None:
         kill(process)
         _log.info("left_processes_ended", process=found.pid, job=folder.parent.name)
     AgentRecord.forget(folder)
-    return alive

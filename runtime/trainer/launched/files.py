@@ -189,10 +189,9 @@ class JobFolder:
         replace_file(self.path / SPEC, msgspec.json.encode(spec))
 
     def clear(self) -> None:
-        """Delete what earlier launches have left."""
+        """Delete what earlier launches have left, but for `clear_attempt`'s part."""
         for path in (self.path / REQUEST, *self.path.glob("reports-*")):
             remove(path)
-        self.clear_attempt()
         for path in (self.path / SNAPSHOTS).glob("*"):
             remove(path)
 

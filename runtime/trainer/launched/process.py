@@ -271,16 +271,16 @@ class _Launch:
             if restarts > self._job.max_restarts:
                 return self._too_many(restarts), None
             why = self._stalled or "A process of the job was killed."
-            self._run.post(RestartEvent(step=self._step, restarts=restarts, message=why), None)
+            self._run.post(RestartEvent(step=self._step, message=why), None)
         return None
 
     def _end(self) -> LaunchEnd | None:
         """The error that ended the processes; None where they were killed, and may be started again."""
         if self._stalled is not None:
             return None
-        end = self._folder.end() or (FAILED if self._exit_code == FAILED_CODE else None)
-        if end is not None and end == FAILED:
-            end = self._folder.first_error() or end
+        end = self._folder.end()
+        if end is None and self._exit_code == FAILED_CODE:  # the end could not be written
+            end = self._folder.first_error() or FAILED
         return None if end is None or end.crashed else end
 
     def _too_many(self, restarts: int) -> FailedEvent:

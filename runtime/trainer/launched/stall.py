@@ -44,9 +44,6 @@ class PlaceFile:
         place = RankPlace(rank=self._rank, pid=os.getpid(), host=self._host, moves=self._moves, doing=doing)
         os.pwrite(self._file, msgspec.json.encode(place).ljust(PLACE_BYTES), 0)
 
-    def close(self) -> None:
-        os.close(self._file)
-
 
 def read_places(folder: Path) -> list[RankPlace]:
     """The places of the ranks, by rank; one whose note is being written is left out."""
@@ -66,7 +63,7 @@ class StallWatch:
         """`seconds`: after which ranks that do not move hang."""
         self._folder, self._seconds = folder, seconds
         self._pause = min(1.0, seconds / 10)
-        self._known: list[tuple[int, int, int]] = []
+        self._known: list[RankPlace] = []
         self._idle = 0.0
         self._looked = time.monotonic()
 
@@ -77,9 +74,8 @@ class StallWatch:
             return None
         self._looked += passed
         places = read_places(self._folder)
-        known = [(place.rank, place.pid, place.moves) for place in places]
-        if known != self._known or not places:
-            self._known, self._idle = known, 0.0
+        if places != self._known or not places:
+            self._known, self._idle = places, 0.0
             return None
         # A machine that sleeps stops the ranks as it stops this process: that is no time in which they could move.
         self._idle += min(passed, 2 * self._pause)

@@ -57,10 +57,13 @@ async def test_a_failed_job_without_a_checkpoint_is_not_resumed(by_hand: World) 
 async def test_two_jobs_do_not_make_one_adapter_at_a_time(by_hand: World) -> None:
     job_id = await failed_job(by_hand)
     other = await by_hand.submit("name: A", "steps: 1")
+    await by_hand.until(other.id, "running")
+    await by_hand.settle()
     with pytest.raises(Conflict, match="is making an adapter") as caught:
         await by_hand.manager.resume(job_id)
     assert caught.value.code == "adapter_name_in_use"
     await by_hand.manager.cancel(other.id)
+    await by_hand.step()
     await by_hand.until(other.id, "cancelled")
     await by_hand.manager.resume(job_id)
     await by_hand.until(job_id, "running")

@@ -32,6 +32,7 @@ from runtime.trainer.launched.files import (
 )
 from runtime.trainer.launched.process import Nodes
 from runtime.trainer.launched.stall import PlaceFile, StallWatch
+from tests.waiting import wait_until
 
 
 @pytest.mark.parametrize("rendezvous", [None, "node-0:29400"])
@@ -68,7 +69,7 @@ def test_the_first_error_says_how_a_job_ended(tmp_path: Path) -> None:
     folder.write_error(0, LaunchEnd(crashed=False, message="second"))
     assert folder.first_error() == LaunchEnd(crashed=False, message="first")
     folder.meeting.write_text("stale")
-    folder.clear()
+    folder.clear_attempt()
     assert folder.end() is None
     assert not folder.meeting.exists()
 
@@ -207,7 +208,9 @@ def _alive(pid: int) -> bool:
 def _left_in(folder: Path) -> subprocess.Popen[bytes]:
     """A process with the command line of a launched job's agent."""
     command = [sys.executable, "-c", "import time; time.sleep(60)", PROGRAM, "lasting-agent", str(folder)]
-    return subprocess.Popen(command, start_new_session=True)
+    process = subprocess.Popen(command, start_new_session=True)
+    wait_until(lambda: psutil.Process(process.pid).cmdline() == command)  # for a moment after its start it has none
+    return process
 
 
 def test_a_process_that_an_earlier_server_left(tmp_path: Path) -> None:
