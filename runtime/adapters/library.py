@@ -164,9 +164,10 @@ class AdapterLibrary:
         if database.frozen is None and clears_up:
             await asyncio.to_thread(library._clear_up, deleted)
         if library._replica is not None:
-            await library._replica.check()
             with contextlib.suppress(TimeoutError, StorageUnavailable):
-                await asyncio.wait_for(library.follow_shared(), FIRST_SYNC_SECONDS)
+                async with asyncio.timeout(FIRST_SYNC_SECONDS):
+                    await library._replica.check()
+                    await library.follow_shared()
             library._catalogue.check_base(host.model_name)
             library._follower = asyncio.create_task(library._keep_following())
         await library._load_published()

@@ -89,7 +89,7 @@ class Replica:
         except ConditionalWritesMissing as error:
             raise SettingsError([f"adapters.shared_store: servers would lose each other's changes: {error}"]) from error
         except OSError as error:
-            _log.warning("shared_store_not_checked", reason=reason(error))
+            _log.warning("shared_store_not_checked", reason=_text(error))
 
     def is_unknown(self, name: str) -> bool:
         """True for a name that the store does not have, as far as this server has seen."""
@@ -126,7 +126,7 @@ class Replica:
         for version in versions:
             if version.key not in before:
                 folder = self._directory(name, version.number)
-                await self._reach(self._shared.upload, version, folder)
+                await self._reach(self._shared.upload, version, folder, seconds=TRANSFER_SECONDS)
         wanted = SharedName(revision=newest + 1, record=record, versions=versions)
         if await self._reach(self._shared.write, wanted):
             failpoint("shared.before_commit", name)
@@ -178,7 +178,7 @@ class Replica:
         for version in shared.versions:
             folder = self._directory(name, version.number)
             if version.number not in here and not folder.exists():
-                await self._reach(self._shared.download, version, folder)
+                await self._reach(self._shared.download, version, folder, seconds=TRANSFER_SECONDS)
         await self._commit(lambda connection: store.replace_name(connection, shared.record, shared.versions))
         self.revisions[name] = shared.revision
         self._refused.pop(name, None)
@@ -192,10 +192,11 @@ class Replica:
             except StorageUnavailable as error:  # it takes room, and no revision names it
                 _log.warning("shared_version_not_deleted", adapter=version.id, reason=str(error))
 
-    async def _reach(self, function: Callable[..., T], *args: Any) -> T:
-        transfers = function in (self._shared.upload, self._shared.download)
+    async def _reach(self, function: Callable[..., T], *args: Any, seconds: float | None = None) -> T:
+        """Call the store. `seconds`: most that this may take, by default `ANSWER_SECONDS`. Raises
+        `StorageUnavailable`."""
         try:
-            result = await self._within(TRANSFER_SECONDS if transfers else ANSWER_SECONDS, function, *args)
+            result = await self._within(seconds or ANSWER_SECONDS, function, *args)
         except OSError as error:
             raise self._lost(error) from error
         if self.problem is not None:
@@ -206,12 +207,15 @@ class Replica:
     async def _within(self, seconds: float, function: Callable[..., T], *args: Any) -> T:
         """Call the store on a thread of its own, which a store that never answers may keep. Raises `OSError`."""
         try:
-            return await asyncio.wait_for(call_in_fresh_thread(function, *args), seconds)
+            async with asyncio.timeout(seconds) as limit:
+                return await call_in_fresh_thread(function, *args)
         except TimeoutError as error:
+            if not limit.expired():
+                raise  # the store's own
             raise TimeoutError(f"it did not answer within {seconds:g} s") from error
 
     def _lost(self, error: OSError) -> StorageUnavailable:
-        text = reason(error) if error.errno else str(error)
+        text = _text(error)
         if self.problem is None:
             _log.error("shared_store_lost", reason=text)
         self.problem = text
@@ -220,6 +224,11 @@ class Replica:
             f"served: {text}.",
             code="shared_store_unavailable",
         )
+
+
+def _text(error: OSError) -> str:
+    """The error of a store in words; those of libraries have no number."""
+    return reason(error) if error.errno else str(error)
 
 
 def _try_out(connection: Connection, name: str, work: RowChange[T]) -> tuple[T, NameMeaning]:

@@ -237,9 +237,6 @@ class NamedVersions:
         """Keys of versions, least recently used first."""
         self._one_at_a_time = asyncio.Lock()
 
-    def __contains__(self, key: str) -> bool:
-        return key in self._named
-
     async def ensure(self, version: Version, directory: Path) -> None:
         """Let requests name a version, whose files are checked the first time. Raises `AdapterUnavailable`,
         `StorageUnavailable`."""
