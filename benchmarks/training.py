@@ -391,15 +391,14 @@ def at_once(
     jobs = [Job(decoder, epoch, checkpointing=checkpointing) for _ in range(count)]
     for job in jobs:
         host.attach(job.run, job.note)
-    while any(job.steps < 1 for job in jobs):
-        host.idle()
-    for job in jobs:
-        job.rate()
-    while any(job.steps < 1 + steps for job in jobs):
-        host.idle()
-        largest = max(largest, process.memory_info().rss)
-        if failed := [job.failed for job in jobs if job.failed]:
-            raise RuntimeError(f"jobs have failed: {failed}")
+    for most in (1, 1 + steps):
+        for job in jobs:
+            job.rate()  # from here on
+        while any(job.steps < most for job in jobs):
+            host.idle()
+            largest = max(largest, process.memory_info().rss)
+            if failed := [job.failed for job in jobs if job.failed]:
+                raise RuntimeError(f"jobs have failed: {failed}")
     rate = sum(job.rate() for job in jobs)
     for job in jobs:
         host.detach(job.run)

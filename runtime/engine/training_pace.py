@@ -136,7 +136,7 @@ def trial_of(plan: Plan) -> Plan:
         save_strategy="no",
         eval_strategy="no",
     )
-    bins = grouped([len(example) for example in train], size, None, in_order=True)
+    bins = grouped([len(example) for example in train], size, None)
     schedule = make_schedule(recipe, 1, evaluates=False)
     return replace(plan, recipe=recipe, train=train, test=[], generation=[], bins=bins, schedule=schedule)
 
