@@ -89,6 +89,8 @@ class FakeService:
         shape = CacheShape(max_model_len=context, block_size=16, num_blocks=8)
         self.metrics = Metrics("fake", vllm_names=True, shape=shape)
         self.submitted: list[Submission] = []
+        self._numbers: dict[int, int] = {}
+        """Id → place in `submitted`."""
         self.aborted: list[int] = []
         self.running: dict[int, OutputStream] = {}
         self.reject: Callable[[Submission], RequestError | None] = lambda submission: None
@@ -109,6 +111,7 @@ class FakeService:
         return [self.submit(submission) for submission in submissions]
 
     def submit(self, submission: Submission) -> OutputStream:
+        self._numbers[submission.id] = len(self.submitted)
         self.submitted.append(submission)
         stream = self.running[submission.id] = OutputStream(submission.id, self._abort)
         asyncio.get_running_loop().call_soon(self._step, submission, 1)
@@ -146,7 +149,7 @@ class FakeService:
             del self.running[submission.id]
             stream.put(Output(id=submission.id, finish_reason="stop", pooled=[1.0, 0.0]))
             return
-        number, params, prompt = self.submitted.index(submission), submission.params, submission.prompt_ids
+        number, params, prompt = self._numbers[submission.id], submission.params, submission.prompt_ids
         logprob = TokenLogprob(-0.5, 1, [(97 + rank, -0.5 - rank) for rank in range(params.logprobs or 0)])
         scored = TokenLogprob(-1.5, 2, [(97 + rank, -1.0 - rank) for rank in range(params.prompt_logprobs or 0)])
         id = submission.prompt_ids[(count - 1) % len(submission.prompt_ids)]

@@ -13,9 +13,15 @@ import pytest
 import uvloop
 
 from runtime.checkpoints import open_checkpoint
+from tests.api import blocking
 from tests.api.blocking import LIMIT, own_doing, watch_loop, watching
 
 pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def _usual_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocking, "slowness", lambda moment: 1.0)
 
 
 def compute(seconds: float) -> None:
@@ -39,12 +45,27 @@ async def in_thread(work: Callable[[], object], name: str) -> None:
     await asyncio.get_running_loop().run_in_executor(pool(name), work)
 
 
+@pytest.mark.usefixtures("_usual_processor")
 async def test_computing_on_the_loop() -> None:
     with watching() as watch:
         compute(LIMIT * 1.5)
         await asyncio.sleep(0)  # a callback ends
     assert len(watch.blocked) == 1
     assert "on the event loop: 1" in watch.blocked[0]
+
+
+async def test_a_slow_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocking, "slowness", lambda moment: 2.0)
+    with watching() as watch:
+        compute(LIMIT * 1.5)
+        await asyncio.sleep(0)
+        compute(LIMIT * 2.5)
+        await asyncio.sleep(0)
+        time.sleep(LIMIT * 1.5)  # noqa: ASYNC251
+        await asyncio.sleep(0)
+    assert len(watch.blocked) == 2
+    assert "on the event loop: 2" in watch.blocked[0]
+    assert "time.sleep" in watch.blocked[1]
 
 
 async def test_what_the_test_computes_itself() -> None:
@@ -62,6 +83,7 @@ async def test_sleeping_on_the_loop() -> None:
     assert watch.blocked == ["time.sleep on the event loop: 150 ms"]
 
 
+@pytest.mark.usefixtures("_usual_processor")
 def test_a_turn_of_another_loop() -> None:
     async def main() -> None:
         watch_loop(asyncio.get_running_loop())

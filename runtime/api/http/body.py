@@ -114,6 +114,12 @@ Fields = Mapping[str, msgspec.Raw]
 
 _BOM = b"\xef\xbb\xbf"
 _fields_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
+MAX_STRINGS = 150_000
+"""Most strings in a body, keys included: the longest allowed chat has about half of that."""
+
+MAX_VALUES = 3_000_000
+"""Most commas outside of a body's strings: the largest prompt of token ids has two millions."""
+
 MAX_KEYS = 1000
 MAX_KEY = 256
 _KEY = re.compile(rb'[\s,{]*("[^"\\]*(?:\\.[^"\\]*)*")\s*:\s*')
@@ -135,6 +141,8 @@ def parse_fields(body: bytes) -> dict[str, msgspec.Raw]:
     if body.startswith(_BOM):
         raise InvalidRequest("The body begins with a byte order mark; send UTF-8 without one.")
     try:
+        if len(body) > LARGE:
+            _check_counts(body)
         body.decode("utf-8")  # msgspec skips strings that are not decoded, valid or not
         fields = _fields_decoder.decode(body)
     except UnicodeDecodeError as error:
@@ -147,6 +155,30 @@ def parse_fields(body: bytes) -> dict[str, msgspec.Raw]:
         raise _malformed(body, error) from None
     _refuse_duplicates(body, fields)
     return fields
+
+
+def _check_counts(body: bytes) -> None:
+    """Raise `InvalidRequest` for a body whose values are too many to be decoded.
+
+    Decoding holds Python's lock from its first byte to its last, and 16 MiB of tiny values take a second, in which no
+    stream moves. Counting bytes takes milliseconds.
+    """
+    if has_many_strings(body):
+        raise InvalidRequest(f"The body holds more than {MAX_STRINGS} strings.")
+    if body.count(b",") <= MAX_VALUES:
+        return
+    parts = body.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')  # every second one is inside a string
+    counts = [part.count(b",") for part in parts[::2]]
+    if sum(counts) > MAX_VALUES:
+        most = 2 * counts.index(max(counts))
+        name = parts[most - 1].decode("utf-8", "replace") if most and len(parts[most - 1]) <= MAX_KEY else None
+        raise InvalidRequest(f"The body holds more than {MAX_VALUES} values.", param=name)
+
+
+def has_many_strings(body: bytes) -> bool:
+    """A body of more than `MAX_STRINGS` strings. Escaped quotes inside a text do not count."""
+    quotes = body.count(b'"')
+    return quotes > 2 * MAX_STRINGS and quotes - body.count(b'\\"') > 2 * MAX_STRINGS
 
 
 def decode(value: bytes | msgspec.Raw, decoder: "msgspec.json.Decoder[T]") -> T:

@@ -12,7 +12,7 @@ import msgspec
 from litestar import Request
 
 from runtime.api.handle import Api
-from runtime.api.http.body import LARGE, Fields, decode, parse_fields, read_body
+from runtime.api.http.body import LARGE, Fields, decode, has_many_strings, parse_fields, read_body
 from runtime.api.http.record import record_of
 from runtime.api.openai.neutral import INSTEAD, NEUTRAL
 from runtime.errors import InvalidRequest, Unsupported
@@ -383,11 +383,7 @@ def _shown(value: msgspec.Raw) -> str:
 #
 # Cost of decoding a body, estimated before it is decoded.
 #
-# Decoding holds Python's lock from its first byte to its last, and 32 MB of tiny values take a second, in which no
-# stream moves. Counting bytes takes milliseconds. The limits are far beyond what fits a context.
-
-MAX_STRINGS = 150_000
-"""Most strings in a body, keys included: the longest allowed chat has about half of that."""
+# Why is said where all values are counted (`runtime.api.http.body`). The limits are far beyond what fits a context.
 
 MAX_FIELD = 1024 * 1024
 """Most bytes of a field, unless it holds the prompt."""
@@ -404,13 +400,10 @@ _TEXTS = frozenset(
 _IDS = frozenset({"prompt", "tokens", "input"})
 
 
-def check_strings(body: bytes, *, max_messages: int) -> None:
-    """Raise `InvalidRequest` for a body of too many strings. Escaped quotes inside a text do not count."""
-    if body.count(b'"') - body.count(b'\\"') <= 2 * MAX_STRINGS:
-        return
-    if body.count(b'"role"') > max_messages:
+def check_messages(body: bytes, *, max_messages: int) -> None:
+    """Raise `InvalidRequest` for a body that has too many strings because it has too many messages."""
+    if has_many_strings(body) and body.count(b'"role"') > max_messages:
         raise InvalidRequest(f"messages must have at most {max_messages} messages.", param="messages")
-    raise InvalidRequest(f"The body holds more than {MAX_STRINGS} strings.")
 
 
 def check_cost(fields: Fields, limits: Mapping[str, int] | None = None) -> None:
@@ -490,7 +483,7 @@ class Intake(Generic[S]):
         return self._parse(body, limits)
 
     def _parse(self, body: bytes, limits: LimitSettings) -> Parsed[S]:
-        check_strings(body, max_messages=limits.max_messages)
+        check_messages(body, max_messages=limits.max_messages)
         fields = parse_fields(body)
         check_cost(fields, {"chat_template_kwargs": limits.max_template_kwargs})
         unknown = check_fields(fields, self._known, self._neutral, self._instead)

@@ -6,8 +6,10 @@ import httpx
 import msgspec
 import pytest
 
+from runtime.api.http import body as counts
+from runtime.api.http.body import parse_fields
 from runtime.api.openai import schema as cost
-from runtime.api.openai.schema import check_cost, check_strings
+from runtime.api.openai.schema import check_cost, check_messages
 from runtime.errors import InvalidRequest
 
 pytestmark = pytest.mark.anyio
@@ -16,7 +18,9 @@ pytestmark = pytest.mark.anyio
 @pytest.fixture(autouse=True)
 def _small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """The real limits need bodies of megabytes."""
-    monkeypatch.setattr(cost, "MAX_STRINGS", 60)
+    monkeypatch.setattr(counts, "LARGE", 10)
+    monkeypatch.setattr(counts, "MAX_STRINGS", 60)
+    monkeypatch.setattr(counts, "MAX_VALUES", 200)
     monkeypatch.setattr(cost, "MAX_FIELD", 100)
     monkeypatch.setattr(cost, "MAX_IDS", 50)
     monkeypatch.setattr(cost, "MAX_LISTS", 40)
@@ -24,8 +28,8 @@ def _small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def check(body: Any) -> None:
     encoded = msgspec.json.encode(body)
-    check_strings(encoded, max_messages=5)
-    check_cost(msgspec.json.decode(encoded, type=dict[str, msgspec.Raw]))
+    check_messages(encoded, max_messages=5)
+    check_cost(parse_fields(encoded))
 
 
 @pytest.mark.parametrize(
@@ -39,6 +43,9 @@ def check(body: Any) -> None:
         ({"prompt": ["a"] * 61}, None),
         ({f"key {index}": 1 for index in range(61)}, None),
         ({"messages": [{"role": "user", "content": "x"}] * 20}, "messages"),
+        ({"prompt": "a", "colour": [[]] * 202}, "colour"),
+        ({"prompt": 'a "quoted", \\', "tools": [{}] * 202, "stop": "b, c"}, "tools"),
+        ({"a": [{"b": [1] * 202}]}, "b"),
     ],
 )
 def test_too_much(body: Any, param: str | None) -> None:
@@ -52,7 +59,8 @@ def test_too_much(body: Any, param: str | None) -> None:
     [
         {"stop": ["a"] * 16},
         {"prompt": "a, b [" * 100},
-        {"prompt": '"quoted", ' * 100},
+        {"prompt": '"quoted", ' * 300},
+        {"prompt": "\\, " * 150 + "\\"},
         {"prompt": [1] * 50},
         {"prompt": ["many, many, commas [" * 10] * 10},
         {"messages": [{"role": "user", "content": '{"role": "x"}' * 50}] * 5},

@@ -10,8 +10,9 @@ import pytest
 pytest.importorskip("triton")
 
 KERNELS = {
-    "_decode", "_expand", "_flat", "_fold", "_gated", "_gradient", "_grouped", "_int8", "_merge_splits", "_prefill",
-    "_quantise_groups", "_quantise_rotated", "_rms_norm", "_rope_and_cache", "_sample", "_shrink", "_temper",
+    "_decode", "_expand", "_expand_row", "_flat", "_fold", "_gated", "_gradient", "_grouped", "_int8", "_merge_splits",
+    "_prefill", "_quantise_groups", "_quantise_rotated", "_rms_norm", "_rope_and_cache", "_sample", "_shrink",
+    "_shrink_row", "_temper",
 }  # fmt: skip
 
 
