@@ -138,8 +138,9 @@ class MessageRequest(CountRequest, kw_only=True):
 
 
 class TextBlock(Struct, kw_only=True, tag_field="type", tag="text"):
+    """Without `citations`, as Anthropic's servers send a text that has none."""
+
     text: str
-    citations: None = None
 
 
 class ThinkingBlock(Struct, kw_only=True, tag_field="type", tag="thinking"):

@@ -38,7 +38,7 @@ from runtime.text.grammar import (
     regex_part,
 )
 from runtime.text.grammar.schema import check_depth, parse_schema
-from runtime.text.grammar.source import literal
+from runtime.text.grammar.source import literal, pattern_of
 from runtime.text.reasoning import ReasoningFormat
 from runtime.text.tokenizer import Tokenizer
 from runtime.text.tool_calls import FORMATS, Tool, ToolFormat, detect_format
@@ -170,9 +170,9 @@ class FormRequest:
         if self.reasoning is None:
             return builder.build(self._answer(builder))
         if inside is None:
-            builder.reserved_begin = self.reasoning.begin
+            builder.reserve(rf"\s*{pattern_of(self.reasoning.begin)}")
         answer = self._answer(builder)
-        builder.reserved_begin = ""
+        builder.free()
         budget = None
         if self.budget is not None and inside is not False:
             budget = self.reasoning.budget(self.budget, compiler.tokenizer, inside=inside)

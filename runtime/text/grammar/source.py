@@ -93,8 +93,15 @@ class GrammarBuilder:
         self._special_id = special_id
         self._rules: dict[str, str] = {}
         self._parts: dict[str, Part] = {}
-        self.reserved_begin = ""
-        """Text with which no text of an answer may begin, whitespace before it or not: it begins something else."""
+        self._reserved: list[str] = []
+
+    def reserve(self, pattern: str) -> None:
+        """Let no text of an answer begin with what a regular expression of Lark matches: it begins something else.
+        Holds for texts that are added until `free` is called."""
+        self._reserved.append(pattern)
+
+    def free(self) -> None:
+        self._reserved.clear()
 
     def rule(self, name: str, body: str, attributes: str = "") -> str:
         """Add a rule, or a terminal if the name is in capitals. Returns the name."""
@@ -116,15 +123,13 @@ class GrammarBuilder:
 
     def text(self, name: str, *, without: Sequence[str] = ()) -> str:
         """A terminal for any text in which none of some texts occurs. Returns its name."""
-        others = "".join(f" & ~/(?s:.*){_pattern(one)}(?s:.*)/" for one in without)
+        others = "".join(f" & ~/(?s:.*){pattern_of(one)}(?s:.*)/" for one in without)
         return self.rule(name, f"{self.any_text}{others}")
 
     @property
     def any_text(self) -> str:
         """Expression for any text in a terminal."""
-        if not self.reserved_begin:
-            return "/(?s:.*)/"
-        return rf"/(?s:.*)/ & ~/(?s:\s*{_pattern(self.reserved_begin)}.*)/"
+        return "/(?s:.*)/" + "".join(f" & ~/(?s:{one}.*)/" for one in self._reserved)
 
     def text_through(self, name: str, marker: str) -> str:
         """A rule for any text up to the first `marker`, and the marker. Returns its name."""
@@ -143,7 +148,7 @@ class GrammarBuilder:
         return msgspec.json.encode(source).decode()
 
 
-def _pattern(text: str) -> str:
+def pattern_of(text: str) -> str:
     """A regular expression for a text, as it stands between the slashes of Lark."""
     escaped = "".join(char if char.isalnum() or ord(char) > 127 else f"\\x{ord(char):02x}" for char in text)
     return regex_to_lark(escaped)

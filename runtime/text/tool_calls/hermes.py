@@ -1,10 +1,14 @@
-"""Hermes and Qwen 2.5 and 3: `<tool_call>{"name": …, "arguments": {…}}</tool_call>`, one for each call."""
+"""Hermes and Qwen 2.5 and 3: `<tool_call>{"name": …, "arguments": {…}}</tool_call>`, one for each call.
+
+At the beginning of an answer a call may come without its tags, as Qwen 2.5 Coder writes it.
+"""
 
 from collections.abc import Sequence
 
 from runtime.text.grammar.source import GrammarBuilder
+from runtime.text.tool_calls.bare import BareCallParser, bare_begin, bare_calls
 from runtime.text.tool_calls.format import MarkedFormat, Tool
-from runtime.text.tool_calls.json_calls import JsonCallParser, call_rule
+from runtime.text.tool_calls.json_calls import call_rule
 from runtime.text.tool_calls.reader import Reading, ToolParser
 
 BEGIN, END = "<tool_call>", "</tool_call>"
@@ -24,6 +28,11 @@ class HermesFormat(MarkedFormat):
     def parser(self, tools: Sequence[Tool]) -> ToolParser:
         return HermesParser([tool.name for tool in tools])
 
+    def answer(self, builder: GrammarBuilder, tools: Sequence[Tool], *, parallel: bool) -> str:
+        builder.reserve(bare_begin(tools))
+        tagged = super().answer(builder, tools, parallel=parallel)
+        return f"{tagged} | {bare_calls(builder, tools, parallel=parallel)}"
+
     def marked(self, builder: GrammarBuilder, tools: Sequence[Tool], *, parallel: bool) -> str:
         """The end of a call may be left out. A model that wants to end its answer there would be held off from it, and
         write on: further calls, mostly."""
@@ -31,10 +40,11 @@ class HermesFormat(MarkedFormat):
         return f"{space}? {call_rule(builder, tools)} ({space}? {builder.marker(END)})?"
 
 
-class HermesParser(JsonCallParser):
+class HermesParser(BareCallParser):
     """Parser of the format. The end of a call may be missing: models leave it out, mostly at the end of the answer."""
 
     def _read(self) -> Reading[None]:
+        yield from self._bare_calls()
         while marker := (yield from self._until_marker([BEGIN])):
             calls = self.num_calls
             space = yield from self._skip_space()

@@ -26,7 +26,7 @@ async def test_a_whole_message(client: httpx.AsyncClient) -> None:
         "id": "msg_mine",
         "role": "assistant",
         "model": "fake",
-        "content": [{"type": "text", "text": "user: ", "citations": None}],
+        "content": [{"type": "text", "text": "user: "}],
         "stop_reason": "max_tokens",
         "stop_sequence": None,
         "usage": {

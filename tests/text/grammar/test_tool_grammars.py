@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from runtime.errors import Unsupported
 from runtime.text.grammar import GrammarBuilder, GrammarCompiler, GrammarFailed, ThinkingBudget, json_part
+from runtime.text.grammar.source import pattern_of
 from runtime.text.reasoning import REASONING_FORMATS, ReasoningParser
 from runtime.text.tokenizer import Tokenizer
 from runtime.text.tool_calls import FORMATS, CallDelta, Tool
@@ -155,6 +156,48 @@ def test_a_call_that_has_begun_is_held_to_its_schema(
         jsonschema.validate(arguments, SCHEMAS[called])
 
 
+BARE = {"": "", "```json\n": "```", "\n\n```\n  ": "```"}
+"""What stands before a call without tags, and what has to be after it."""
+
+
+@pytest.mark.parametrize("begin", BARE)
+@pytest.mark.parametrize(
+    "head", ['{"name": "get_weather", "arguments": ', '{\n  "name" : "get_weather",\n  "parameters":']
+)
+@pytest.mark.parametrize("parallel", [True, False])
+def test_a_call_of_hermes_without_tags_is_held_to_its_schema(
+    special_compiler: GrammarCompiler, special_tokenizer: Tokenizer, begin: str, head: str, parallel: bool
+) -> None:
+    grammar = grammar_of(special_compiler, "hermes", forced=False, parallel=parallel)
+    for seed in range(8):
+        first = special_tokenizer.encode(begin + head)
+        ids, finished = walk(special_compiler, special_tokenizer, grammar, seed, begin=first)
+        if not finished:
+            continue
+        text = special_tokenizer.decode(ids, skip_special_tokens=False)
+        content, calls = parse("hermes", text)
+        assert content == ""
+        assert parallel or (len(calls) == 1 and text.rstrip().endswith(BARE[begin]))
+        for called, arguments in calls:
+            jsonschema.validate(arguments, SCHEMAS[called])
+    state = special_compiler.compile(grammar).start()
+    state.follow(special_tokenizer.encode(f'{begin}{head} {{"days": 3}}\n}}\n{BARE[begin]}'))
+    assert special_tokenizer.eos_ids[0] in allowed(state, special_tokenizer.vocab_size)
+
+
+@pytest.mark.parametrize("name", ["hermes"])
+@pytest.mark.parametrize(
+    "text",
+    ['{"name": "other", "arguments": 3}', '{"name": "now"}', '{"name": "now", "age": 3}', "```json\n[1]\n```"],
+)
+def test_what_only_looks_like_a_call_is_free(
+    special_compiler: GrammarCompiler, special_tokenizer: Tokenizer, name: str, text: str
+) -> None:
+    state = special_compiler.compile(grammar_of(special_compiler, name, forced=False, parallel=True)).start()
+    state.follow([*special_tokenizer.encode(text), special_tokenizer.eos_ids[0]])
+    assert parse(name, text) == (text, [])
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("text", ["The newt.", "", 'No { call ( here ["', "< | [ {"])
 def test_an_answer_may_also_be_text(
@@ -296,11 +339,18 @@ def test_reasoning_may_come_before_any_answer_with_tools(
     """Text that the model reasons about is no text of the answer, though both are any text."""
     compiler, tokenizer = (special_compiler, special_tokenizer) if special else (compiler, tokenizer)
     builder, reasoning = GrammarBuilder(compiler.special_id), REASONING_FORMATS["qwen3"]
-    builder.reserved_begin = reasoning.begin
+    builder.reserve(rf"\s*{pattern_of(reasoning.begin)}")
     answer = FORMATS[name].answer(builder, TOOLS, parallel=True)
-    builder.reserved_begin = ""
+    builder.free()
     grammar = compiler.compile(builder.build(reasoning.grammar(builder, answer, inside=None)))
-    for text in ("<think>What? {[</think>Nothing.", "Nothing <thin", "<thin", "<"):
+    call = '{"name": "now", "arguments": {}}'
+    for text in (
+        "<think>What? {[</think>Nothing.",
+        f"<think>{call} or so</think>Nothing.",
+        "Nothing <thin",
+        "<thin",
+        "<",
+    ):
         grammar.start().follow([*tokenizer.encode(text), tokenizer.eos_ids[0]])
     state = grammar.start()
     state.follow(tokenizer.encode("<think>What? </think>" + BEGINNINGS[name]))

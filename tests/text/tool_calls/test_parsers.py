@@ -201,3 +201,38 @@ def test_a_call_delta_names_the_function_once() -> None:
     events = run("hermes", list(TWO["hermes"]))
     names = [event.name for event in events if isinstance(event, CallDelta) and event.name]
     assert names == ["get_weather", "now"]
+
+
+PRETTY = json.dumps({"name": "get_weather", "arguments": WEATHER}, indent=2)
+
+
+@pytest.mark.parametrize("call", [W, PRETTY, W.replace("arguments", "parameters")])
+@pytest.mark.parametrize(("before", "after"), [("", ""), ("\n", "\n"), ("```json\n", "\n```"), ("```\n", "```\n")])
+def test_a_call_of_hermes_without_tags(call: str, before: str, after: str) -> None:
+    text = f"{before}{call}{after}"
+    assert parsed("hermes", text) == ("", [("get_weather", WEATHER)])
+    assert parsed("hermes", f"{text}\n{text}") == ("", [("get_weather", WEATHER)] * 2)
+    assert joined(run("hermes", list(text))) == joined(run("hermes", [text]))
+    assert parsed("hermes", f"{text}\nIt is done.")[0].strip() == "It is done."
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"name": "other", "arguments": {"city": "Paris"}}',
+        '{"name": "now"}',
+        '{"name": "now", "age": 3, "arguments": {}}',
+        '{"name": "now", "arguments": "none"}',
+        '{"arguments": {}, "name": "now"}',
+        '```python\n{"name": "now", "arguments": {}}\n```',
+        '```json{"name": "now", "arguments": {}}\n```',
+        '```json\n{"names": ["now"]}\n```',
+        f"Call it so:\n```json\n{N}\n```",
+        "``` json\n",
+        "```",
+        "``",
+        '{"name',
+    ],
+)
+def test_what_only_looks_like_a_call_of_hermes_is_content(text: str) -> None:
+    assert parsed("hermes", text) == (text, [])
