@@ -31,8 +31,10 @@ settings.load_profile("eft")
 
 LONG_FILES = (
     "trainer/launched/test_jobs.py",
-    "api/test_schema.py",
+    "api/test_largest_bodies.py",
     "end_to_end/test_training.py",
+    "model/test_sharded_families.py",
+    "api/test_schema.py",
     "workers/parallel/test_torchrun.py",
     "end_to_end/test_batches.py",
     "end_to_end/test_recipes.py",
@@ -40,7 +42,6 @@ LONG_FILES = (
     "parity/test_smollm2_greedy.py",
     "end_to_end/test_preferences.py",
     "end_to_end/test_state.py",
-    "api/test_largest_bodies.py",
     "end_to_end/test_evaluation.py",
     "checkpoints/export/test_smollm2_export.py",
     "benchmarks/test_peers.py",

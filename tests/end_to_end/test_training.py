@@ -93,7 +93,7 @@ def test_an_adapter_learns_a_format_while_others_chat(tmp_path: Path) -> None:
     with ServerProcess("demo", tmp_path / "state") as server:
         base = server.http.get("/v1/models").json()["data"][0]["id"]
         before = {question: server.tokens(base, question) for question in questions}
-        assert num_right(server, base, held_out) < 0.1 * len(held_out)
+        assert num_right(server, base, held_out[:8]) == 0
         with chatting(server, base, before) as wrong:
             job = server.wait_for_job(server.train(RECIPE, {"train.jsonl": chat_lines(train)}), 300)
         assert wrong == []
