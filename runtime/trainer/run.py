@@ -20,6 +20,7 @@ from runtime.events import (
 from runtime.model.decoder import Decoder
 from runtime.model.model import Model
 from runtime.support.failpoints import failpoint
+from runtime.support.logs import get_logger
 from runtime.trainer.course import Course, Headway, Lost, MicroBatches, Restored, RunProgress, Snapshot, Watchdog
 from runtime.trainer.data.example import Example, collate
 from runtime.trainer.lora import TrainableLora, mix
@@ -30,7 +31,9 @@ from runtime.trainer.riding import LEAST_MEMORY_BYTES, MEMORY_PART, KeptMemory, 
 from runtime.trainer.schedule import ExampleFeed, rate_factor, step_groups
 from runtime.trainer.sliced_run import MakeRun, RunSpec, SlicedRun, WriteAdapter
 from runtime.trainer.slices import Slice, Sliced, Slices, clock_of
-from runtime.trainer.step import Micro, MicroStep
+from runtime.trainer.step import BrokenPass, Micro, MicroStep, OfferedMicro
+
+log = get_logger(__name__)
 
 # -- micro-steps -----------------------------------------------------------------------------------
 #
@@ -128,6 +131,9 @@ class TrainingRun(SlicedRun):
             self._reference.restore(restored.reference)
         if spec.recipe.neftune_noise_alpha and not getattr(decoder, "separable", True):
             raise ValueError("neftune_noise_alpha is not possible with this model: its embeddings cannot be told apart")
+        self._offered: OfferedMicro | None = None
+        self._alone = False
+        """True while a step is done by itself, after a pass with other jobs that failed."""
         self._kept_widths: tuple[int, int, int, int] | None = None
         self._rides: Rides[Micro] | None = None
         self._watchdog = Watchdog(spec.recipe, decoder.spec.vocab_size, above=self._progress.steps_above)
@@ -246,10 +252,19 @@ class TrainingRun(SlicedRun):
         return score, norm
 
     def _gradients(self, step: int, group: MicroBatches) -> Sliced[Score]:
-        """Compute a step's gradients. Once memory has run out, all micro-batches are halved for the rest of the run."""
+        """Compute a step's gradients. Once memory has run out, all micro-batches are halved for the rest of the run.
+        After a broken pass with other jobs it is done by itself."""
         halves = halve(group, self._loss.group_size)
         try:
             return (yield from self._accumulate(step, halves if self._progress.halved else group))
+        except BrokenPass:
+            log.warning("joint_pass_broken", step=step, exc_info=True)
+            self._optimizer.zero_grad()
+            self._alone = True
+            try:
+                return (yield from self._gradients(step, group))
+            finally:
+                self._alone = False
         except Exception as error:
             if self._progress.halved or not is_out_of_memory(error) or halves == list(group):
                 raise
@@ -303,9 +318,23 @@ class TrainingRun(SlicedRun):
     def _work_on(self, piece: MicroPiece[Micro], units: int) -> Sliced[Score]:
         """Add a piece's gradients, in a step of this number of units."""
         micro, examples = piece.work, piece.examples
-        yield from self._headway.watch(micro.forward_backward(1 / max(1, units)), micro, examples)
+        self._offered = offered = OfferedMicro(micro, 1 / max(1, units), piece.num_tokens)
+        if not self.offers:
+            offered.begin()
+        try:
+            yield from self._headway.watch(offered.slices(), micro, examples)
+        finally:
+            self._offered = None
         self._keep_reference(examples, micro)
         return micro.score
+
+    @property
+    def offered(self) -> OfferedMicro | None:
+        return self._offered
+
+    @property
+    def joins(self) -> bool:
+        return self._offered is not None and self._offered.micro.joins and not self._alone
 
     def _known_reference(self, examples: Sequence[Example]) -> Tensor | None:
         return self._reference.find(examples, self._decoder.device) if self._loss.needs_reference else None

@@ -9,7 +9,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -27,7 +27,8 @@ from runtime.trainer.recipe import Recipe
 from runtime.trainer.recipe.rules import beta_of
 from runtime.trainer.riding import Ride, RowPace
 from runtime.trainer.schedule import ExampleFeed, Schedule
-from runtime.trainer.slices import FairQueue, Pacer, Slices, TrainingShare
+from runtime.trainer.slices import EMA_WEIGHT, FairQueue, Pacer, Slices, TrainingShare
+from runtime.trainer.step import MOST_TOKENS, OfferedMicro
 
 # -- input -----------------------------------------------------------------------------------------
 #
@@ -145,6 +146,8 @@ class SlicedRun(ABC):
         self._paused = False
         self.beside_requests = False
         """True while requests run beside it. Engine thread only, as all that is about riding."""
+        self.offers = False
+        """True to stand still before each pass until it is begun (`offered`). Engine thread only."""
         self.pacer = Pacer(self._slices(), clock, whole=whole)
 
     @property
@@ -167,6 +170,8 @@ class SlicedRun(ABC):
         """True if there is anything to do now."""
         if self.pacer.done or self._cancel_asked:
             return not self.pacer.done
+        if self.offered is not None and self.offered.waits:
+            return False
         if self._awaits_answers and self._answers is None and not self._pause_asked:
             return False
         return not (self._paused and self._pause_asked) and not (self._waits_for_disk and self._backlogged)
@@ -185,7 +190,8 @@ class SlicedRun(ABC):
             self._on_event(CancelledEvent(step=self.step))
 
         def may_go_on() -> bool:
-            return self.ready and not self._cancel_asked and not self.waits_for_ride and not interrupted()
+            stands = self.at_offer or self.waits_for_ride or self._cancel_asked
+            return self.ready and not stands and not interrupted()
 
         return self.pacer.run(seconds, may_go_on, longest=longest)
 
@@ -215,6 +221,33 @@ class SlicedRun(ABC):
                 del self._snapshots[place]
                 return snapshot
         raise KeyError(step)
+
+    # -- passes with other runs: see `runtime.trainer.step` ----------------------------------
+
+    @property
+    def offered(self) -> OfferedMicro | None:
+        """The micro-batch whose pass is next, or under way."""
+        return None
+
+    @property
+    def joins(self) -> bool:
+        """True if the pass that is next can be one of several runs."""
+        return False
+
+    @property
+    def at_offer(self) -> bool:
+        """True if it stands before a pass."""
+        return self.offered is not None and not self.offered.begun
+
+    @property
+    def leads(self) -> bool:
+        """True while it computes a pass, its own alone or that of other runs too."""
+        return self.offered is not None and self.offered.leads
+
+    @property
+    def cancelled(self) -> bool:
+        """True if it is to end before the next slice."""
+        return self._cancel_asked
 
     # -- riding: see `runtime.trainer.riding` -----------------------------------------------------
 
@@ -305,6 +338,8 @@ class TrainingHost:
         self._interrupted = interrupted
         self._runs: dict[SlicedRun, Callable[[RunEvent], None]] = {}
         self._queue: FairQueue[SlicedRun] = FairQueue()
+        self._token_seconds = math.inf
+        """Time of a token in a pass: smoothed; infinite while it is unknown."""
         self._kept_widths = kept_widths
         self._on_ride = on_ride
         self._riding_rows = riding_rows if riding_rows > 1 else 0
@@ -323,6 +358,7 @@ class TrainingHost:
         """`on_event` gets the errors that the run does not handle itself. `weight` and `priority`: see `FairQueue`."""
         self._runs[run] = on_event
         self._queue.add(run, weight=weight, priority=priority)
+        self._have_passes_offered()
         if self._riding_rows and (widths := self._kept_widths()) is not None:
             run.ride_with(widths)
 
@@ -331,6 +367,11 @@ class TrainingHost:
         if self._runs.pop(run, None) is not None:
             self._queue.remove(run)
             run.pacer.close()
+            self._have_passes_offered()
+
+    def _have_passes_offered(self) -> None:
+        for run in self._runs:
+            run.offers = len(self._runs) > 1
 
     def idle(self) -> None:
         self._offer = None
@@ -382,15 +423,89 @@ class TrainingHost:
         return cost
 
     def _work(self, seconds: float, *, longest: float | None = None) -> float:
-        """Let the run train that is next, or one after it where it has no slice that fits."""
+        """Let the run train that is next, or one after it where it has no slice that fits. One that comes to its next
+        pass leaves the rest of the time to the pass."""
         waiting = [run for run in self._runs if run.ready]
-        while (run := self._queue.next_of(waiting)) is not None:
-            if spent := self._train(run, seconds, longest):
-                self._queue.charge(run, spent)
-                self._on_slices(spent, self._share.slack_used)
-                return spent
-            waiting.remove(run)
-        return 0.0
+        total = 0.0
+        while total < seconds and (run := self._next(waiting)) is not None:
+            led, members = run.offered, self._members(run)
+            spent = self._train(run, seconds - total, longest)
+            self._charge(run, spent, members)
+            if led is not None and members:
+                self._learn_pass(led, spent)
+            total += spent
+            if not run.at_offer:
+                if spent:
+                    break
+                waiting.remove(run)
+        if total:
+            self._on_slices(total, self._share.slack_used)
+        return total
+
+    def _next(self, waiting: Sequence[SlicedRun]) -> SlicedRun | None:
+        """The run to work on; one that stands before its pass has begun it then.
+
+        Of runs of one priority a pass that is under way goes first, and others begin none: several at once would keep
+        several times as much in memory.
+        """
+        for run in waiting:
+            if run.cancelled:
+                return run
+        under_way = {self._queue.priority(run) for run in self._runs if run.leads}
+        able = [run for run in waiting if not (run.at_offer and self._queue.priority(run) in under_way)]
+        first = self._queue.next_of(able)
+        if first is None:
+            return None
+        priority = self._queue.priority(first)
+        for run in able:
+            if run.leads and self._queue.priority(run) == priority:
+                return run
+        return self._begin_pass(able)
+
+    def _begin_pass(self, able: Sequence[SlicedRun]) -> SlicedRun | None:
+        """Begin the pass of the runs whose turns come next, as many as fit; or the first of them that does not stand
+        before one, which is to come there first."""
+        chosen: list[OfferedMicro] = []
+        leader: SlicedRun | None = None
+        for run in self._queue.turns(able, self._pass_seconds):
+            if run.offered is None or not run.at_offer:
+                return run
+            if leader is None:
+                leader = run
+            elif not run.joins or sum(one.tokens for one in (*chosen, run.offered)) > MOST_TOKENS:
+                continue
+            chosen.append(run.offered)
+            if not leader.joins:
+                break
+        if chosen:
+            chosen[0].begin(chosen[1:])
+        return leader
+
+    def _pass_seconds(self, run: SlicedRun) -> float:
+        return math.inf if run.offered is None else self._token_seconds * run.offered.tokens
+
+    def _members(self, run: SlicedRun) -> dict[SlicedRun, int]:
+        """The runs of the pass that a run computes, with their tokens; empty where it computes none."""
+        if (led := run.offered) is None or not led.leads:
+            return {}
+        offers = {one: one.offered for one in self._runs}
+        return {one: offered.tokens for one, offered in offers.items() if offered in (led, *led.beside) and offered}
+
+    def _charge(self, run: SlicedRun, spent: float, members: Mapping[SlicedRun, int]) -> None:
+        """Count time that a run used: for its own work, or for a pass, whose members share it by their tokens."""
+        total = sum(members.values())
+        for one, tokens in members.items() or [(run, 1)]:
+            part = spent * tokens / max(1, total)
+            self._queue.charge(one, part)
+            one.pacer.busy_seconds += part
+        run.pacer.busy_seconds -= spent
+
+    def _learn_pass(self, led: OfferedMicro, spent: float) -> None:
+        led.seconds += spent
+        if led.done:
+            found = led.seconds / sum(one.tokens for one in (led, *led.beside))
+            known = found if math.isinf(self._token_seconds) else self._token_seconds
+            self._token_seconds = known + EMA_WEIGHT * (found - known)
 
     def _train(self, run: SlicedRun, seconds: float, longest: float | None) -> float:
         try:

@@ -6,7 +6,7 @@ machine, and a few tokens of it between two inference steps. Uses no tensors.
 """
 
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeAlias, TypeVar
 
@@ -216,17 +216,36 @@ class FairQueue(Generic[R]):
 
     def next_of(self, ready: Iterable[R]) -> R | None:
         """The run that gets the next slice, of the runs that are `ready`; None where none is."""
-        claims = {run: self._claims[run] for run in ready}
-        if not claims:
+        equals = self._equals(ready)
+        if not equals:
             return None
-        first = max(claim.priority for claim in claims.values())
-        reached = self._reached.get(first, 0.0)
+        run = min(equals, key=lambda one: equals[one].virtual)
+        self._reached[equals[run].priority] = equals[run].virtual
+        return run
+
+    def turns(self, ready: Iterable[R], cost: Callable[[R], float]) -> Iterator[R]:
+        """The runs that would get the next turns, if a turn of a run cost this many seconds; ends before one would have
+        its second."""
+        equals = self._equals(ready)
+        virtual = {run: claim.virtual for run, claim in equals.items()}
+        had: set[R] = set()
+        while virtual and (run := min(virtual, key=virtual.__getitem__)) not in had:
+            had.add(run)
+            yield run
+            virtual[run] += cost(run) / equals[run].weight
+
+    def priority(self, run: R) -> int:
+        """The priority that it was added with."""
+        return self._claims[run].priority
+
+    def _equals(self, ready: Iterable[R]) -> dict[R, _Claim]:
+        """The claims of those with the highest priority."""
+        claims = {run: self._claims[run] for run in ready}
+        first = max((claim.priority for claim in claims.values()), default=0)
         equals = {run: claim for run, claim in claims.items() if claim.priority == first}
         for claim in equals.values():
-            claim.virtual = max(claim.virtual, reached)
-        run = min(equals, key=lambda one: equals[one].virtual)
-        self._reached[first] = equals[run].virtual
-        return run
+            claim.virtual = max(claim.virtual, self._reached.get(first, 0.0))
+        return equals
 
     def charge(self, run: R, seconds: float) -> None:
         """Count what a run used."""

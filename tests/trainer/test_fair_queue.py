@@ -59,3 +59,27 @@ def test_one_that_has_gone_has_no_turn() -> None:
     queue.remove("a")
     assert queue.next_of(["b"]) == "b"
     assert queue.next_of([]) is None
+
+
+@given(st.dictionaries(st.sampled_from("abcdef"), st.floats(0.1, 10.0), min_size=1), st.floats(0.01, 1.0))
+def test_turns_ahead_are_those_that_would_be_taken(weights: dict[str, float], cost: float) -> None:
+    queue: FairQueue[str] = FairQueue()
+    for name, weight in weights.items():
+        queue.add(name, weight=weight)
+    used(queue, list(weights), 10.0, dict.fromkeys(weights, 0.3))
+    ahead = list(queue.turns(weights, lambda run: cost))
+    taken: list[str] = []
+    while (run := queue.next_of(weights)) not in taken:
+        assert run is not None
+        taken.append(run)
+        queue.charge(run, cost)
+    assert ahead == taken
+
+
+def test_turns_are_those_of_the_highest_priority() -> None:
+    queue: FairQueue[str] = FairQueue()
+    queue.add("long")
+    queue.add("urgent", priority=1)
+    queue.add("also", priority=1)
+    assert sorted(queue.turns(["long", "urgent", "also"], lambda run: 1.0)) == ["also", "urgent"]
+    assert list(queue.turns([], lambda run: 1.0)) == []

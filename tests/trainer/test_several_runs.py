@@ -1,16 +1,21 @@
 """Several runs on one decoder, slice by slice in turns: each is as if it were alone."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch import Tensor
 
-from runtime.events import FailedEvent, FinishedEvent, RunEvent, StepEvent
+from runtime.events import CancelledEvent, FailedEvent, FinishedEvent, RunEvent, StepEvent
 from runtime.model.decoder import Decoder
+from runtime.trainer.data.example import MicroBatch
+from runtime.trainer.losses import Supervised
 from runtime.trainer.run import TrainingRun
 from runtime.trainer.sliced_run import LossSpec, SlicedRun, TrainingHost
 from runtime.trainer.slices import LatencyTargets, Slice, Slices, TrainingShare
+from runtime.trainer.step import MOST_TOKENS, OfferedMicro
 from tests.trainer.tiny_training import all_targets, examples, load_decoder, make_run, run_spec
 
 
@@ -40,11 +45,33 @@ def losses(events: list[RunEvent]) -> list[float]:
     return [event.loss for event in events if isinstance(event, StepEvent)]
 
 
-def test_losses_of_four_at_once_equal_those_of_each_alone(decoder: Decoder) -> None:
-    alone: list[list[RunEvent]] = [[], [], [], []]
-    for run in four_runs(decoder, alone):
+@pytest.fixture(scope="module")
+def alone(decoder: Decoder) -> list[list[float]]:
+    """Losses of each of the four by itself."""
+    events: list[list[RunEvent]] = [[], [], [], []]
+    for run in four_runs(decoder, events):
         while run.ready:
             run.work(float("inf"))
+    return [losses(into) for into in events]
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[list[OfferedMicro]]:
+    """The micro-batches of every pass that began."""
+    found: list[list[OfferedMicro]] = []
+    begin = OfferedMicro.begin
+
+    def noted(self: OfferedMicro, beside: Sequence[OfferedMicro] = ()) -> None:
+        found.append([self, *beside])
+        begin(self, beside)
+
+    monkeypatch.setattr(OfferedMicro, "begin", noted)
+    return found
+
+
+def test_losses_of_four_at_once_equal_those_of_each_alone(
+    decoder: Decoder, alone: list[list[float]], passes: list[list[OfferedMicro]]
+) -> None:
     together: list[list[RunEvent]] = [[], [], [], []]
     owner = host()
     runs = four_runs(decoder, together)
@@ -59,7 +86,38 @@ def test_losses_of_four_at_once_equal_those_of_each_alone(decoder: Decoder) -> N
     assert all(isinstance(into[-1], FinishedEvent) for into in together)
     assert order != sorted(order), "they took turns"
     for mine, theirs in zip(together, alone, strict=True):
-        assert losses(mine) == pytest.approx(losses(theirs), rel=1e-4)
+        assert losses(mine) == pytest.approx(theirs, rel=1e-4)
+    assert max(map(len, passes)) == 4, "of all four at once"
+    assert all(sum(one.tokens for one in several) <= MOST_TOKENS for several in passes)
+
+
+@pytest.mark.parametrize("ends", ["fails", "is cancelled"])
+def test_one_that_ends_in_a_pass_leaves_the_others_alone(
+    ends: str, decoder: Decoder, alone: list[list[float]], passes: list[list[OfferedMicro]]
+) -> None:
+    together: list[list[RunEvent]] = [[], [], [], []]
+    owner = host()
+    runs = four_runs(decoder, together)
+    for run, into in zip(runs, together, strict=True):
+        owner.attach(run, into.append)
+    while owner.ready:
+        owner._work(0.002, longest=0.002)
+        if runs[0].step == 2 and runs[0].leads and len(passes[-1]) > 1:
+            if ends == "fails":
+                runs[0]._loss = BrokenLoss()
+            else:
+                runs[0].cancel()
+    assert isinstance(together[0][-1], FailedEvent if ends == "fails" else CancelledEvent)
+    for mine, theirs in zip(together[1:], alone[1:], strict=True):
+        assert isinstance(mine[-1], FinishedEvent)
+        assert losses(mine) == pytest.approx(theirs, rel=1e-4)
+
+
+class BrokenLoss(Supervised):
+    """Raises once it is computed."""
+
+    def slopes(self, batch: MicroBatch) -> Tensor:
+        raise ArithmeticError("broken")
 
 
 class TimedRun(SlicedRun):
@@ -84,6 +142,102 @@ class TimedRun(SlicedRun):
             if self._fails:
                 raise ArithmeticError("broken")
             self._now += self._seconds
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class TimedMicro:
+    """A micro-batch whose pass takes a second for 1000 tokens, in slices of up to 64 of them."""
+
+    joins = True
+
+    def __init__(self, tokens: int, clock: Clock) -> None:
+        self.tokens = tokens
+        self._clock = clock
+
+    def forward_backward(self, weight: float, beside: Sequence[tuple[Any, float]] = ()) -> Slices:
+        left = self.tokens + sum(micro.tokens for micro, _ in beside)
+        while left > 0:
+            yield Slice("work", 1)
+            self._clock.now += min(left, 64) / 1000
+            left -= 64
+
+
+class PassingRun(SlicedRun):
+    """Passes over micro-batches of one size, and nothing between them."""
+
+    joins = True
+
+    def __init__(self, tokens: int, clock: Clock, count: int = 10**6) -> None:
+        self._tokens, self._time, self._count = tokens, clock, count
+        self._offer: OfferedMicro | None = None
+        self.passes = 0
+        super().__init__(lambda event: None, clock)
+
+    @property
+    def step(self) -> int:
+        return self.passes
+
+    @property
+    def offered(self) -> OfferedMicro | None:
+        return self._offer
+
+    def _slices(self) -> Slices:
+        for _ in range(self._count):
+            micro: Any = TimedMicro(self._tokens, self._time)
+            self._offer = OfferedMicro(micro, 1.0, self._tokens)
+            yield from self._offer.slices()
+            self._offer = None
+            self.passes += 1
+
+
+def test_shares_of_joint_passes_are_as_set() -> None:
+    """Of the tokens, whatever the micro-batches' sizes."""
+    clock, owner = Clock(), host()
+    runs = {PassingRun(64, clock): 1.0, PassingRun(128, clock): 2.0, PassingRun(96, clock): 4.0}
+    for run, weight in runs.items():
+        owner.attach(run, lambda event: None, weight=weight)
+    while clock.now < 200:
+        owner.idle()
+    tokens = [run.passes * run._tokens for run in runs]
+    assert [one / sum(tokens) for one in tokens] == pytest.approx([1 / 7, 2 / 7, 4 / 7], abs=0.02)
+    assert [run.pacer.busy_seconds / clock.now for run in runs] == pytest.approx([1 / 7, 2 / 7, 4 / 7], abs=0.02)
+
+
+def test_a_small_job_does_not_wait_behind_a_long_one(passes: list[list[OfferedMicro]]) -> None:
+    clock, owner = Clock(), host()
+    long, other = PassingRun(512, clock), PassingRun(400, clock)
+    owner.attach(long, lambda event: None)
+    owner.attach(other, lambda event: None)
+    while clock.now < 20:
+        owner.idle()
+    small, began = PassingRun(100, clock, count=10), clock.now
+    owner.attach(small, lambda event: None)
+    while not small.pacer.done:
+        owner.idle()
+    # A third of the time is its own; before its first pass it waits for one that is under way, and its turn.
+    assert clock.now - began < 3 * 10 * 0.1 + 2 * 0.512
+    assert {len(several) for several in passes} == {1, 2}, "it went along with others"
+
+
+def test_a_higher_priority_does_not_wait_for_a_pass_under_way() -> None:
+    clock, owner = Clock(), host()
+    long = PassingRun(512, clock)
+    owner.attach(long, lambda event: None)
+    owner.attach(PassingRun(512, clock), lambda event: None)
+    while not long.leads:
+        owner.idle()
+    urgent, began = PassingRun(100, clock, count=10), clock.now
+    owner.attach(urgent, lambda event: None, priority=1)
+    while not urgent.pacer.done:
+        owner.idle()
+    assert clock.now - began < 1.1
 
 
 def attached(owner: TrainingHost, *claims: tuple[float, int]) -> list[TimedRun]:
