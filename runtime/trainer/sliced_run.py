@@ -451,16 +451,21 @@ class TrainingHost:
         for run in waiting:
             if run.cancelled:
                 return run
+        # Those that wait for a pass still want their time: the queue is not asked meanwhile, or they would lose it.
         under_way = {self._queue.priority(run) for run in self._runs if run.leads}
-        able = [run for run in waiting if not (run.at_offer and self._queue.priority(run) in under_way)]
-        first = self._queue.next_of(able)
-        if first is None:
-            return None
-        priority = self._queue.priority(first)
-        for run in able:
-            if run.leads and self._queue.priority(run) == priority:
-                return run
-        return self._begin_pass(able)
+        while (first := next(self._queue.turns(waiting, self._pass_seconds), None)) is not None:
+            priority = self._queue.priority(first)
+            equals = [run for run in waiting if self._queue.priority(run) == priority]
+            if priority not in under_way:
+                self._queue.next_of(waiting)
+                return self._begin_pass(equals)
+            able = [run for run in equals if not run.at_offer]
+            if leading := [run for run in able if run.leads]:
+                return leading[0]
+            if able:
+                return next(self._queue.turns(able, self._pass_seconds))
+            waiting = [run for run in waiting if run not in equals]
+        return None
 
     def _begin_pass(self, able: Sequence[SlicedRun]) -> SlicedRun | None:
         """Begin the pass of the runs whose turns come next, as many as fit; or the first of them that does not stand
