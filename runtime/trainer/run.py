@@ -148,7 +148,9 @@ class TrainingRun(SlicedRun):
     @property
     def tokens_done(self) -> float:
         """Tokens trained on so far, those of the step under way in part. From any thread."""
-        return self._progress.tokens + self._headway.tokens
+        offered = self._offered
+        others = offered.micro.fraction * offered.tokens if offered is not None and offered.waits else 0.0
+        return self._progress.tokens + self._headway.tokens + others
 
     @property
     def paused(self) -> bool:
