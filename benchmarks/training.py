@@ -43,11 +43,12 @@ from runtime.model.lora import Adapter, LoraShape
 from runtime.model.model import Model
 from runtime.support.memory import give_back_memory, keep_freed_memory
 from runtime.trainer.data.example import Example, collate
+from runtime.trainer.host import TrainingHost
 from runtime.trainer.lora import TrainableLora
 from runtime.trainer.recipe import Dataset, Recipe
 from runtime.trainer.run import TrainingRun
 from runtime.trainer.schedule import Schedule
-from runtime.trainer.sliced_run import RunSpec, TrainingHost
+from runtime.trainer.sliced_run import RunSpec
 from runtime.trainer.slices import LatencyTargets, TrainingShare
 from runtime.trainer.step import MicroStep
 from settings.load import load as load_settings

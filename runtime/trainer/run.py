@@ -76,6 +76,9 @@ def most_kept_bytes(decoder: Decoder) -> int:
     return max(LEAST_MEMORY_BYTES, weights // MEMORY_PART)
 
 
+# Passes with other jobs in a row that may fail, before a run goes through the base by itself for good.
+MOST_BROKEN_PASSES = 3
+
 # Kinds of slices of a layer's forward pass, whose units are tokens.
 FORWARD_KINDS = ("project", "mix", "expand", "contract")
 
@@ -134,6 +137,8 @@ class TrainingRun(SlicedRun):
         self._offered: OfferedMicro | None = None
         self._alone = False
         """True while a step is done by itself, after a pass with other jobs that failed."""
+        self._broken_passes = 0
+        """Passes with other jobs in a row that failed."""
         self._kept_widths: tuple[int, int, int, int] | None = None
         self._rides: Rides[Micro] | None = None
         self._watchdog = Watchdog(spec.recipe, decoder.spec.vocab_size, above=self._progress.steps_above)
@@ -261,6 +266,7 @@ class TrainingRun(SlicedRun):
             return (yield from self._accumulate(step, halves if self._progress.halved else group))
         except BrokenPass:
             log.warning("joint_pass_broken", step=step, exc_info=True)
+            self._broken_passes += 1
             self._optimizer.zero_grad()
             self._alone = True
             try:
@@ -327,6 +333,8 @@ class TrainingRun(SlicedRun):
             yield from self._headway.watch(offered.slices(), micro, examples)
         finally:
             self._offered = None
+        if offered.joint:
+            self._broken_passes = 0
         self._keep_reference(examples, micro)
         return micro.score
 
@@ -336,7 +344,8 @@ class TrainingRun(SlicedRun):
 
     @property
     def joins(self) -> bool:
-        return self._offered is not None and self._offered.micro.joins and not self._alone
+        able = not self._alone and self._broken_passes < MOST_BROKEN_PASSES
+        return able and self._offered is not None and self._offered.micro.joins
 
     def _known_reference(self, examples: Sequence[Example]) -> Tensor | None:
         return self._reference.find(examples, self._decoder.device) if self._loss.needs_reference else None

@@ -316,6 +316,11 @@ class OfferedMicro:
         return self.leader is not None and not self.done
 
     @property
+    def joint(self) -> bool:
+        """True if its pass is one of several jobs."""
+        return self.leader is not None or bool(self.beside)
+
+    @property
     def leads(self) -> bool:
         """True while its run computes its pass."""
         return self.begun and self.leader is None and not self.done

@@ -18,9 +18,10 @@ from runtime.model.decoder import Decoder
 from runtime.support import failpoints
 from runtime.trainer.course import read_snapshot
 from runtime.trainer.data.example import Example
+from runtime.trainer.host import TrainingHost
 from runtime.trainer.riding import MOST_REFUSALS, RowPace, cut
 from runtime.trainer.run import TrainingRun
-from runtime.trainer.sliced_run import LossSpec, TrainingHost
+from runtime.trainer.sliced_run import LossSpec
 from runtime.trainer.slices import LatencyTargets, TrainingShare
 from settings.load import load
 from tests.trainer.tiny_training import all_targets, run_spec, write_nothing

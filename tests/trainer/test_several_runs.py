@@ -1,5 +1,6 @@
 """Several runs on one decoder, slice by slice in turns: each is as if it were alone."""
 
+import random
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,12 +9,13 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from runtime.events import CancelledEvent, FailedEvent, FinishedEvent, RunEvent, StepEvent
+from runtime.events import CancelledEvent, EvalEvent, FailedEvent, FinishedEvent, RunEvent, StepEvent
 from runtime.model.decoder import Decoder
 from runtime.trainer.data.example import MicroBatch
+from runtime.trainer.host import TrainingHost
 from runtime.trainer.losses import Supervised
 from runtime.trainer.run import TrainingRun
-from runtime.trainer.sliced_run import LossSpec, SlicedRun, TrainingHost
+from runtime.trainer.sliced_run import LossSpec, SlicedRun
 from runtime.trainer.slices import LatencyTargets, Slice, Slices, TrainingShare
 from runtime.trainer.step import MOST_TOKENS, OfferedMicro
 from tests.trainer.tiny_training import all_targets, examples, load_decoder, make_run, run_spec
@@ -24,25 +26,39 @@ def decoder(tiny_model: Path) -> Decoder:
     return load_decoder(tiny_model)
 
 
+class Ticks:
+    """A clock by which all slices take the same time, so that runs meet in the same passes each time."""
+
+    def __init__(self) -> None:
+        self._now = 0.0
+
+    def __call__(self) -> float:
+        self._now += 0.001
+        return self._now
+
+
 def four_runs(decoder: Decoder, events: list[list[RunEvent]]) -> list[TrainingRun]:
-    """Of different ranks, targets, lengths, optimisers and dropout."""
+    """Of different ranks, targets, lengths, optimisers and dropout; two evaluate, and one of these stores."""
     few = {key: parts for key, parts in all_targets(decoder).items() if key[1] == "qkv"}
     specs = [
-        run_spec(decoder, save_every=None),
-        run_spec(decoder, save_every=None, lora_r=8, lora_dropout=0.2, seed=3, total_steps=4),
+        run_spec(decoder, eval_every=3),
+        run_spec(decoder, save_every=None, eval_every=2, lora_r=8, lora_dropout=0.2, seed=3, total_steps=4),
         run_spec(decoder, save_every=None, targets=few, optimizer="sgd", learning_rate=0.1, total_steps=3),
         run_spec(decoder, save_every=None, loss=LossSpec(), neftune_noise_alpha=5.0, gradient_checkpointing=False),
     ]
     data = [examples(8, seed=index, longest=20 + 15 * index) for index in range(4)]
-    return [make_run(decoder, spec, into, data=rows) for spec, into, rows in zip(specs, events, data, strict=True)]
+    test, clock = [examples(2, seed=9)], Ticks()
+    made = zip(specs, events, data, strict=True)
+    return [make_run(decoder, spec, into, data=rows, test=test, clock=clock) for spec, into, rows in made]
 
 
-def host(**more: float) -> TrainingHost:
+def host() -> TrainingHost:
     return TrainingHost(TrainingShare(LatencyTargets(), min_share=0.2))
 
 
 def losses(events: list[RunEvent]) -> list[float]:
-    return [event.loss for event in events if isinstance(event, StepEvent)]
+    """Of all steps and evaluations."""
+    return [event.loss for event in events if isinstance(event, StepEvent | EvalEvent)]
 
 
 @pytest.fixture(scope="module")
@@ -89,25 +105,37 @@ def test_losses_of_four_at_once_equal_those_of_each_alone(
         assert losses(mine) == pytest.approx(theirs, rel=1e-4)
     assert max(map(len, passes)) == 4, "of all four at once"
     assert all(sum(one.tokens for one in several) <= MOST_TOKENS for several in passes)
+    steps = [event for into in together for event in into if isinstance(event, StepEvent)]
+    assert all(0 < step.busy_seconds <= step.seconds for step in steps)
 
 
-@pytest.mark.parametrize("ends", ["fails", "is cancelled"])
+@pytest.mark.parametrize(
+    ("ends", "leads"), [("fails", True), ("fails", False), ("cancel", True), ("cancel", False), ("detach", True)]
+)
 def test_one_that_ends_in_a_pass_leaves_the_others_alone(
-    ends: str, decoder: Decoder, alone: list[list[float]], passes: list[list[OfferedMicro]]
+    ends: str, leads: bool, decoder: Decoder, alone: list[list[float]]
 ) -> None:
+    """It computes the pass, or goes along."""
     together: list[list[RunEvent]] = [[], [], [], []]
     owner = host()
     runs = four_runs(decoder, together)
     for run, into in zip(runs, together, strict=True):
         owner.attach(run, into.append)
+    ended = False
     while owner.ready:
         owner._work(0.002, longest=0.002)
-        if runs[0].step == 2 and runs[0].leads and len(passes[-1]) > 1:
+        offered = runs[0].offered
+        if not ended and runs[0].step and offered is not None and offered.joint and runs[0].leads is leads:
+            ended = True
             if ends == "fails":
-                runs[0]._loss = BrokenLoss()
-            else:
+                runs[0]._loss = offered.micro._loss = BrokenLoss()  # type: ignore[attr-defined]
+            elif ends == "cancel":
                 runs[0].cancel()
-    assert isinstance(together[0][-1], FailedEvent if ends == "fails" else CancelledEvent)
+            else:
+                owner.detach(runs[0])
+    assert ended
+    last = {"fails": FailedEvent, "cancel": CancelledEvent, "detach": StepEvent}[ends]
+    assert isinstance(together[0][-1], last)
     for mine, theirs in zip(together[1:], alone[1:], strict=True):
         assert isinstance(mine[-1], FinishedEvent)
         assert losses(mine) == pytest.approx(theirs, rel=1e-4)
@@ -118,6 +146,39 @@ class BrokenLoss(Supervised):
 
     def slopes(self, batch: MicroBatch) -> Tensor:
         raise ArithmeticError("broken")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_losses_do_not_depend_on_what_comes_between(decoder: Decoder, alone: list[list[float]], seed: int) -> None:
+    """Runs of two priorities that come at any time, pause and go on, with and without requests in between, and a slow
+    disk."""
+    rng, owner = random.Random(seed), host()
+    together: list[list[RunEvent]] = [[], [], [], []]
+    runs = four_runs(decoder, together)
+    for run in runs:
+        run.bound_untaken(1)
+    coming = rng.sample([*zip(runs, together, strict=True)], 4)
+    for _ in range(20_000):
+        if all(run.pacer.done for run in runs):
+            break
+        dice = rng.random()
+        if coming and (dice < 0.05 or not owner.ready):
+            run, into = coming.pop()
+            owner.attach(run, into.append, weight=rng.choice([1.0, 3.0]), priority=rng.choice([0, 0, 1]))
+        elif dice < 0.1:
+            rng.choice(runs).pause()
+        elif dice < 0.2 or not owner.ready:
+            for run in runs:
+                run.resume()
+                while run._snapshots:
+                    run.take_snapshot(run._snapshots[0].progress.step)
+        elif dice < 0.6:
+            owner._work(0.002, longest=0.002)
+        else:
+            owner.between_steps(0.01, decoding=dice < 0.9, waiting_since=None)
+    assert all(isinstance(into[-1], FinishedEvent) for into in together)
+    for mine, theirs in zip(together, alone, strict=True):
+        assert losses(mine) == pytest.approx(theirs, rel=1e-4)
 
 
 class TimedRun(SlicedRun):
