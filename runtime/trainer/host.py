@@ -13,7 +13,7 @@ from runtime.support.memory import give_back_memory
 from runtime.trainer.riding import Ride, RowPace
 from runtime.trainer.sliced_run import SlicedRun
 from runtime.trainer.slices import EMA_WEIGHT, FairQueue, TrainingShare
-from runtime.trainer.step import MOST_TOKENS, OfferedMicro
+from runtime.trainer.step import MAX_JOINT_TOKENS, OfferedMicro
 
 # Training between two looks at the inbox, when there are no requests.
 IDLE_TURN_SECONDS = 0.05
@@ -52,15 +52,18 @@ class TrainingHost:
         riding_rows: int = 0,
         kept_widths: Callable[[], tuple[int, int, int, int] | None] = lambda: None,
         on_ride: Callable[[int], None] = lambda tokens: None,
+        joint_tokens: int = MAX_JOINT_TOKENS,
     ) -> None:
         """`on_slices` is called with the seconds of every stretch of training, and the part of the slack that training
         uses. Where `interrupted` is true, no slice begins. Up to `riding_rows` tokens ride in a step, where there are
-        `kept_widths` (`KeptLayers`); `on_ride` is called with the number that did."""
+        `kept_widths` (`KeptLayers`); `on_ride` is called with the number that did. `joint_tokens`: of a pass of several
+        runs, at the most; 0: each goes alone."""
         self._share = share
         self._on_slices = on_slices
         self._interrupted = interrupted
         self._runs: dict[SlicedRun, Callable[[RunEvent], None]] = {}
         self._queue: FairQueue[SlicedRun] = FairQueue()
+        self._joint_tokens = joint_tokens
         self._token_seconds = 0.0
         """Time of a token in a pass: smoothed; 0 while it is unknown, so that the first pass is of one run and waits
         for no other."""
@@ -94,6 +97,7 @@ class TrainingHost:
             self._have_passes_offered()
 
     def _have_passes_offered(self) -> None:
+        """A run that is alone goes on without."""
         for run in self._runs:
             run.offers = len(self._runs) > 1
 
@@ -120,7 +124,7 @@ class TrainingHost:
         if not self._riding_rows or self._share.probes or self._share.typical is None:
             return None
         riding = {run: ride for run in self._runs if run.ready and (ride := run.next_ride()) is not None}
-        if (run := self._queue.next_of(riding)) is None:
+        if (run := self._queue.next_of(riding, self._wanting)) is None:
             return None
         price = run.forward_seconds
         if self._rows is None:
@@ -167,42 +171,46 @@ class TrainingHost:
             self._on_slices(total, self._share.slack_used)
         return total
 
+    @property
+    def _wanting(self) -> list[SlicedRun]:
+        """Runs that want time now: those that have something to do, and those whose pass another one computes."""
+        return [run for run in self._runs if run.ready or (run.offered is not None and run.offered.waits)]
+
+    def _lane(self, run: SlicedRun) -> tuple[int, bool]:
+        """Priority, and True before and in a pass that is too large to be shared: of each lane one pass at a time is
+        under way."""
+        return self._queue.priority(run), run.offered is not None and run.offered.tokens > self._joint_tokens
+
     def _next(self, waiting: Sequence[SlicedRun]) -> SlicedRun | None:
         """The run to work on; one that stands before its pass has begun it then.
 
-        Of runs of one priority a pass that is under way goes first, and others begin none: several at once would keep
-        several times as much in memory.
+        A pass that is under way goes first in its lane, and others begin none there: several at once would keep several
+        times as much in memory. Lanes take turns, so that a small job does not wait for the end of a long pass.
         """
         for run in waiting:
             if run.cancelled:
                 return run
-        # Those that wait for a pass still want their time: the queue is not asked meanwhile, or they would lose it.
-        under_way = {self._queue.priority(run) for run in self._runs if run.leads}
-        while (first := next(self._queue.turns(waiting, self._pass_seconds), None)) is not None:
-            priority = self._queue.priority(first)
-            equals = [run for run in waiting if self._queue.priority(run) == priority]
-            if priority not in under_way:
-                self._queue.next_of(waiting)
-                return self._begin_pass(equals)
-            able = [run for run in equals if not run.at_offer]
-            if leading := [run for run in able if run.leads]:
-                return leading[0]
-            if able:
-                return next(self._queue.turns(able, self._pass_seconds))
-            waiting = [run for run in waiting if run not in equals]
-        return None
+        under_way = {self._lane(run) for run in self._runs if run.leads}
+        able = [run for run in waiting if run.ready and not (run.at_offer and self._lane(run) in under_way)]
+        if (first := self._queue.next_of(able, self._wanting)) is None:
+            return None
+        lane = self._lane(first)
+        fellows = [run for run in able if self._lane(run) == lane]
+        if lane in under_way:
+            return next((run for run in fellows if run.leads), first)
+        return self._begin_pass(fellows)
 
-    def _begin_pass(self, able: Sequence[SlicedRun]) -> SlicedRun | None:
+    def _begin_pass(self, fellows: Sequence[SlicedRun]) -> SlicedRun | None:
         """Begin the pass of the runs whose turns come next, as many as fit; or the first of them that does not stand
         before one, which is to come there first."""
         chosen: list[OfferedMicro] = []
         leader: SlicedRun | None = None
-        for run in self._queue.turns(able, self._pass_seconds):
+        for run in self._queue.turns(fellows, self._pass_seconds):
             if run.offered is None or not run.at_offer:
                 return run
             if leader is None:
                 leader = run
-            elif not run.joins or sum(one.tokens for one in (*chosen, run.offered)) > MOST_TOKENS:
+            elif not run.joins or sum(one.tokens for one in (*chosen, run.offered)) > self._joint_tokens:
                 continue
             chosen.append(run.offered)
             if not leader.joins:

@@ -523,20 +523,21 @@ class _AddLora(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         (grad,) = grads
         (x,) = ctx.saved_tensors
-        whole = any(one.rows == slice(0, len(x)) for one in ctx.additions)
-        grad_x = (torch.empty_like(x) if whole else torch.zeros_like(x)) if ctx.needs_input_grad[1] else None
-        begun: set[tuple[int, int]] = set()
+        grad_x: Tensor | None = None
         found: list[Tensor] = []
         for one, shrunk in zip(ctx.additions, ctx.shrunks, strict=True):
             grad_shrunk, grad_b = _factor_grads(one, grad[one.rows], shrunk)
             found += [(grad_shrunk.t() @ one.dropped(x)).to(one.a.dtype), *grad_b]
-            if grad_x is not None:
-                own = grad_shrunk @ one.a.to(grad.dtype)
-                if one.mask is not None:
-                    own *= one.mask
-                place = (one.rows.start, one.rows.stop)
-                grad_x[one.rows] = grad_x[one.rows] + own if place in begun else own
-                begun.add(place)
+            if not ctx.needs_input_grad[1]:
+                continue
+            own = grad_shrunk @ one.a.to(grad.dtype)
+            if one.mask is not None:
+                own *= one.mask
+            if grad_x is None and len(own) == len(x):  # a single job's: all rows, as they are
+                grad_x = own
+            else:
+                grad_x = torch.zeros_like(x) if grad_x is None else grad_x
+                grad_x[one.rows] += own
         return grad, grad_x, None, *found
 
 

@@ -264,8 +264,8 @@ class TrainingRun(SlicedRun):
         halves = halve(group, self._loss.group_size)
         try:
             return (yield from self._accumulate(step, halves if self._progress.halved else group))
-        except BrokenPass:
-            log.warning("joint_pass_broken", step=step, exc_info=True)
+        except BrokenPass as broken:
+            log.warning("joint_pass_broken", step=step, exc_info=broken.__cause__)  # the run that computed it has one
             self._broken_passes += 1
             self._optimizer.zero_grad()
             self._alone = True
@@ -278,7 +278,7 @@ class TrainingRun(SlicedRun):
                 raise
         self._progress.halved = True
         self._optimizer.zero_grad()
-        return (yield from self._accumulate(step, halves))
+        return (yield from self._gradients(step, group))
 
     def _accumulate(self, step: int, group: MicroBatches) -> Sliced[Score]:
         units = sum(self._loss.units([example.num_trained for example in micro]) for micro in group)
@@ -326,7 +326,7 @@ class TrainingRun(SlicedRun):
     def _work_on(self, piece: MicroPiece[Micro], units: int) -> Sliced[Score]:
         """Add a piece's gradients, in a step of this number of units."""
         micro, examples = piece.work, piece.examples
-        self._offered = offered = OfferedMicro(micro, 1 / max(1, units), piece.num_tokens)
+        self._offered = offered = OfferedMicro(micro, 1 / max(1, units), sum(map(len, examples)))
         if not self.offers:
             offered.begin()
         try:

@@ -204,7 +204,7 @@ class FairQueue(Generic[R]):
     def __init__(self) -> None:
         self._claims: dict[R, _Claim] = {}
         self._reached: dict[int, float] = {}
-        """By priority: the virtual time that the last run had before its slice."""
+        """By priority: the least virtual time of those that wanted the last slice."""
 
     def add(self, run: R, *, weight: float = 1.0, priority: int = 0) -> None:
         """Take in a run. `weight`: its share of the time is to that of another as their weights are."""
@@ -214,13 +214,16 @@ class FairQueue(Generic[R]):
         """Forget a run. An unknown one is fine."""
         self._claims.pop(run, None)
 
-    def next_of(self, ready: Iterable[R]) -> R | None:
-        """The run that gets the next slice, of the runs that are `ready`; None where none is."""
+    def next_of(self, ready: Iterable[R], wanting: Iterable[R] = ()) -> R | None:
+        """The run that gets the next slice, of the runs that are `ready`; None where none is. `wanting`: others that
+        cannot use the slice, and want their time all the same."""
         equals = self._equals(ready)
         if not equals:
             return None
         run = min(equals, key=lambda one: equals[one].virtual)
-        self._reached[equals[run].priority] = equals[run].virtual
+        first = equals[run].priority
+        others = [claim.virtual for claim in map(self._claims.__getitem__, wanting) if claim.priority == first]
+        self._reached[first] = max(self._reached.get(first, 0.0), min([equals[run].virtual, *others]))
         return run
 
     def turns(self, ready: Iterable[R], cost: Callable[[R], float]) -> Iterator[R]:

@@ -285,7 +285,7 @@ def _advance(micros: Sequence[MicroStep], part: float) -> None:
 
 # Tokens of a pass of several jobs, at the most: with more of them they would gain little, and what is kept for going
 # back takes memory.
-MOST_TOKENS = 512
+MAX_JOINT_TOKENS = 512
 
 
 class BrokenPass(Exception):

@@ -9,15 +9,23 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from runtime.events import CancelledEvent, CheckpointEvent, EvalEvent, FailedEvent, FinishedEvent, RunEvent, StepEvent
+from runtime.events import (
+    CancelledEvent,
+    EvalEvent,
+    FailedEvent,
+    FinishedEvent,
+    PausedEvent,
+    RunEvent,
+    StepEvent,
+)
 from runtime.model.decoder import Decoder
 from runtime.trainer.data.example import MicroBatch
-from runtime.trainer.host import TrainingHost
+from runtime.trainer.host import MAX_SLICE_SECONDS, TrainingHost
 from runtime.trainer.losses import Supervised
 from runtime.trainer.run import TrainingRun
 from runtime.trainer.sliced_run import LossSpec, SlicedRun
 from runtime.trainer.slices import LatencyTargets, Slice, Slices, TrainingShare
-from runtime.trainer.step import MOST_TOKENS, OfferedMicro
+from runtime.trainer.step import MAX_JOINT_TOKENS, OfferedMicro
 from tests.trainer.tiny_training import all_targets, examples, load_decoder, make_run, run_spec
 
 
@@ -104,13 +112,13 @@ def test_losses_of_four_at_once_equal_those_of_each_alone(
     for mine, theirs in zip(together, alone, strict=True):
         assert losses(mine) == pytest.approx(theirs, rel=1e-4)
     assert max(map(len, passes)) == 4, "of all four at once"
-    assert all(sum(one.tokens for one in several) <= MOST_TOKENS for several in passes)
+    assert all(sum(one.tokens for one in several) <= MAX_JOINT_TOKENS for several in passes)
     steps = [event for into in together for event in into if isinstance(event, StepEvent)]
     assert all(0 < step.busy_seconds <= step.seconds for step in steps)
 
 
 @pytest.mark.parametrize(
-    ("ends", "leads"), [("fails", True), ("fails", False), ("cancel", True), ("cancel", False), ("detach", True)]
+    ("ends", "leads"), [(ends, leads) for ends in ("fails", "cancel", "detach", "pause") for leads in (True, False)]
 )
 def test_one_that_ends_in_a_pass_leaves_the_others_alone(
     ends: str, leads: bool, decoder: Decoder, alone: list[list[float]]
@@ -131,14 +139,24 @@ def test_one_that_ends_in_a_pass_leaves_the_others_alone(
                 runs[0]._loss = offered.micro._loss = BrokenLoss()  # type: ignore[attr-defined]
             elif ends == "cancel":
                 runs[0].cancel()
+            elif ends == "pause":
+                runs[0].pause()
             else:
                 owner.detach(runs[0])
     assert ended
-    last = {"fails": FailedEvent, "cancel": CancelledEvent}
-    assert isinstance(together[0][-1], last.get(ends, StepEvent | CheckpointEvent))
+    last = {"fails": FailedEvent, "cancel": CancelledEvent, "pause": PausedEvent}
+    if ends in last:
+        assert isinstance(together[0][-1], last[ends])
+    else:
+        assert not isinstance(together[0][-1], FinishedEvent | FailedEvent | CancelledEvent)
     for mine, theirs in zip(together[1:], alone[1:], strict=True):
         assert isinstance(mine[-1], FinishedEvent)
         assert losses(mine) == pytest.approx(theirs, rel=1e-4)
+    if ends == "pause":
+        runs[0].resume()
+        while owner.ready:
+            owner.idle()
+        assert losses(together[0]) == pytest.approx(alone[0], rel=1e-4)
 
 
 class BrokenLoss(Supervised):
@@ -285,6 +303,28 @@ def test_a_small_job_does_not_wait_behind_a_long_one(passes: list[list[OfferedMi
     # A third of the time is its own; before its first pass it waits for one that is under way, and its turn.
     assert clock.now - began < 3 * 10 * 0.1 + 2 * 0.512
     assert {len(several) for several in passes} == {1, 2}, "it went along with others"
+
+
+def test_a_small_job_does_not_wait_for_the_end_of_a_long_pass() -> None:
+    """Its micro-batches are too long to go through the base with others."""
+    clock, owner = Clock(), host()
+    long = [PassingRun(tokens, clock) for tokens in (20_000, 30_000)]
+    for run in long:
+        owner.attach(run, lambda event: None)
+    while clock.now < 10:
+        owner.idle()
+    small, began = PassingRun(100, clock, count=10), clock.now
+    owner.attach(small, lambda event: None)
+    waited = []
+    while not small.pacer.done:
+        before = clock.now
+        while small.passes == len(waited):
+            owner.idle()
+        waited.append(clock.now - before)
+    # A third of the time is its own, and one slice may be under way when its turn comes.
+    assert clock.now - began < 3 * 10 * 0.1 + MAX_SLICE_SECONDS
+    assert max(waited) < 3 * 0.1 + MAX_SLICE_SECONDS
+    assert sum(run.leads for run in long) == 1, "one of the long passes at a time"
 
 
 def test_a_higher_priority_does_not_wait_for_a_pass_under_way() -> None:
