@@ -51,6 +51,16 @@ def test_who_joins_or_comes_back_is_owed_nothing() -> None:
     assert used(queue, ["first", "second"], 20.0, {"first": 1.0, "second": 1.0})["second"] <= 11.0
 
 
+def test_one_that_cannot_use_its_turn_keeps_its_place() -> None:
+    queue: FairQueue[str] = FairQueue()
+    queue.add("busy")
+    queue.add("blocked")
+    for _ in range(10):
+        assert queue.next_of(["busy"], ["blocked"]) == "busy"
+        queue.charge("busy", 1.0)
+    assert used(queue, ["busy", "blocked"], 10.0, {"busy": 1.0, "blocked": 1.0}) == {"blocked": 10.0}
+
+
 def test_one_that_has_gone_has_no_turn() -> None:
     queue: FairQueue[str] = FairQueue()
     queue.add("a")

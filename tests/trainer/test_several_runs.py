@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from runtime.events import (
@@ -19,7 +20,8 @@ from runtime.events import (
     StepEvent,
 )
 from runtime.model.decoder import Decoder
-from runtime.trainer.data.example import MicroBatch
+from runtime.trainer import run as run_module
+from runtime.trainer.data.example import Example, MicroBatch
 from runtime.trainer.host import MAX_SLICE_SECONDS, TrainingHost
 from runtime.trainer.losses import Supervised
 from runtime.trainer.run import TrainingRun
@@ -164,6 +166,40 @@ class BrokenLoss(Supervised):
 
     def slopes(self, batch: MicroBatch) -> Tensor:
         raise ArithmeticError("broken")
+
+
+def test_a_pass_that_breaks_after_memory_ran_out_is_done_again(
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the step in which the micro-batches are halved, and another run fails."""
+    whole = run_module.collate
+
+    def collate(batch: Sequence[Example], device: torch.device) -> MicroBatch:
+        if len(batch) > 1:
+            raise MemoryError
+        return whole(batch, device)
+
+    expected: list[RunEvent] = []
+    run = make_run(decoder, run_spec(decoder, total_steps=2), expected)
+    while run.ready:
+        run.work(float("inf"))
+    monkeypatch.setattr(run_module, "collate", collate)
+    events: list[list[RunEvent]] = [[], []]
+    owner, clock = host(), Ticks()
+    runs = [make_run(decoder, run_spec(decoder, total_steps=2), into, clock=clock) for into in events]
+    for run, into in zip(runs, events, strict=True):
+        owner.attach(run, into.append)
+    broken_in = None
+    while owner.ready:
+        owner._work(0.002, longest=0.002)
+        offered = runs[1].offered
+        if broken_in is None and offered is not None and offered.joint:
+            broken_in = runs[0].step
+            runs[1]._loss = offered.micro._loss = BrokenLoss()  # type: ignore[attr-defined]
+    assert broken_in == 0
+    assert isinstance(events[1][-1], FailedEvent)
+    assert isinstance(events[0][-1], FinishedEvent)
+    assert losses(events[0]) == pytest.approx(losses(expected), rel=1e-4)
 
 
 @pytest.mark.parametrize("seed", range(3))
