@@ -151,20 +151,21 @@ class TrainingHost:
         return cost
 
     def _work(self, seconds: float, *, longest: float | None = None) -> float:
-        """Let the run train that is next, or one after it where it has no slice that fits. One that comes to its next
-        pass leaves the rest of the time to the pass."""
+        """Let the run train that is next, or one after it where it has no slice that fits. Where a pass ends, or is to
+        begin, the rest of the time goes to the run that is next then."""
         waiting = [run for run in self._runs if run.ready]
         total = 0.0
         while total < seconds and (run := self._next(waiting)) is not None:
-            led, members = run.offered, self._members(run)
-            spent = self._train(run, seconds - total, longest, led if run.offers and members else None)
+            members = self._members(run)
+            led = run.offered if run.offers and members else None
+            spent = self._train(run, seconds - total, longest, led, rest=total > 0)
             if spent:
                 self._charge(run, spent, members)
-            if led is not None and run.offers and members:
+            if led is not None:
                 self._learn_pass(led, spent)
             total += spent
-            if not run.at_offer:
-                if spent:
+            if not run.at_offer and (led is None or not led.done):
+                if total:  # a rest goes to no other that has smaller slices
                     break
                 waiting.remove(run)
         if total:
@@ -245,14 +246,16 @@ class TrainingHost:
             known = self._token_seconds or found
             self._token_seconds = known + EMA_WEIGHT * (found - known)
 
-    def _train(self, run: SlicedRun, seconds: float, longest: float | None, led: OfferedMicro | None) -> float:
+    def _train(
+        self, run: SlicedRun, seconds: float, longest: float | None, led: OfferedMicro | None, *, rest: bool
+    ) -> float:
         """Work on a run, at most to the end of the pass `led`: what follows is the run's own time, not its members'."""
 
         def interrupted() -> bool:
             return self._interrupted() or (led is not None and led.done)
 
         try:
-            spent = run.work(seconds, longest=longest, interrupted=interrupted)
+            spent = run.work(seconds, longest=longest, rest=rest, interrupted=interrupted)
         except Exception:
             log.exception("training_failed")
             run.pacer.close()

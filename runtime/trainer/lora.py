@@ -405,7 +405,7 @@ class TrainingAdaptation(Adaptation):
         return _added(y, x, self.additions(layer, linear, x, slice(0, len(x))))
 
     def additions(self, layer: int, linear: str, x: Tensor, place: slice) -> "list[_Addition]":
-        """What the adapter adds to a linear's output for its tokens, the rows `place` of x [T, in]. Without DoRA."""
+        """The adapter's additions to a linear's output for its tokens, the rows `place` of x [T, in]. Without DoRA."""
         adapted = self._lora.linears.get((layer, linear))
         if adapted is None:
             return []

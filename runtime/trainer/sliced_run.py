@@ -176,10 +176,15 @@ class SlicedRun(ABC):
         return self._max_untaken is not None and len(self._snapshots) >= self._max_untaken
 
     def work(
-        self, seconds: float, *, longest: float | None = None, interrupted: Callable[[], bool] = lambda: False
+        self,
+        seconds: float,
+        *,
+        longest: float | None = None,
+        rest: bool = False,
+        interrupted: Callable[[], bool] = lambda: False,
     ) -> float:
-        """Train for about `seconds`; returns the seconds it took. On the engine thread. `longest`: see `Pacer.run`.
-        Ends before the next slice where `interrupted` is true."""
+        """Train for about `seconds`; returns the seconds it took. On the engine thread. `longest`, `rest`: see
+        `Pacer.run`. Ends before the next slice where `interrupted` is true."""
         if self._cancel_asked and not self.pacer.done:
             self.pacer.close()
             self._on_event(CancelledEvent(step=self.step))
@@ -188,7 +193,7 @@ class SlicedRun(ABC):
             stands = self.at_offer or self.waits_for_ride or self._cancel_asked
             return self.ready and not stands and not interrupted()
 
-        return self.pacer.run(seconds, may_go_on, longest=longest)
+        return self.pacer.run(seconds, may_go_on, longest=longest, rest=rest)
 
     def pause(self) -> None:
         """Stand still at the end of this step, with a snapshot."""

@@ -64,15 +64,21 @@ class Pacer:
         """Spent inside slices so far."""
 
     def run(
-        self, budget: float, may_go_on: Callable[[], bool] = lambda: True, *, longest: float | None = None
+        self,
+        budget: float,
+        may_go_on: Callable[[], bool] = lambda: True,
+        *,
+        longest: float | None = None,
+        rest: bool = False,
     ) -> float:
         """Do slices for about `budget` seconds; returns the seconds spent.
 
         A slice that would not fit is cut, but never below its `least`: then it is left for another time. One of
         unknown cost is tried with the least there can be. `may_go_on` is called before each. With
-        `longest` the last slice may exceed the budget: none is cut that takes no longer than that.
+        `longest` the last slice may exceed the budget: none is cut that takes no longer than that. `rest`: it is what
+        is left of a budget, so that nothing is learned where no slice fits.
         """
-        if longest is None:
+        if longest is None and not rest:
             self._usual += EMA_WEIGHT * (budget - self._usual) if self._usual else budget
         spent = 0.0
         while not self.done and may_go_on() and (longest is None or spent < budget):
@@ -81,7 +87,7 @@ class Pacer:
                 break
             kind, granted = self._grant(wanted, longest or budget - spent)
             if granted == 0:
-                if spent == 0:
+                if spent == 0 and not rest:
                     self._doubt(kind, wanted.then)
                 break
             spent += self.do(kind, granted)

@@ -283,8 +283,7 @@ def _advance(micros: Sequence[MicroStep], part: float) -> None:
 # one computes all of it in its own slices; the others wait meanwhile. Whatever goes wrong in a pass of several ends it,
 # and then each of the jobs does its step again by itself: the one that has the error has it alone.
 
-# Tokens of a pass of several jobs, at the most: with more of them they would gain little, and what is kept for going
-# back takes memory.
+# Tokens of a pass of several jobs, at the most. With more they would gain little, and activations take memory.
 MAX_JOINT_TOKENS = 512
 
 
