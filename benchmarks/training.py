@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -43,13 +44,14 @@ from runtime.model.lora import Adapter, LoraShape
 from runtime.model.model import Model
 from runtime.support.memory import give_back_memory, keep_freed_memory
 from runtime.trainer.data.example import Example, collate
+from runtime.trainer.host import TrainingHost
 from runtime.trainer.lora import TrainableLora
 from runtime.trainer.recipe import Dataset, Recipe
 from runtime.trainer.run import TrainingRun
 from runtime.trainer.schedule import Schedule
-from runtime.trainer.sliced_run import RunSpec, TrainingHost
+from runtime.trainer.sliced_run import RunSpec
 from runtime.trainer.slices import LatencyTargets, TrainingShare
-from runtime.trainer.step import MicroStep
+from runtime.trainer.step import MAX_JOINT_TOKENS, MicroStep
 from settings.load import load as load_settings
 
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -346,63 +348,82 @@ def memory() -> Table:
 # -- several jobs --------------------------------------------------------------------------------
 
 SEVERAL = 4
+FORMS = {"one": (1, MAX_JOINT_TOKENS), "four in turns": (SEVERAL, 0), "four together": (SEVERAL, MAX_JOINT_TOKENS)}
+"""Number of jobs, and tokens of a pass that several of them may share."""
+
 MICRO_BATCHES = {"1 x 64": (1, 64), "1 x 128": (1, 128), "2 x 256": (2, 256)}
 """Sequences of a micro-batch, and tokens of each."""
 
 
+@dataclass(frozen=True)
+class JobsPhase:
+    """Jobs that train at once for a while; rates are of all of their tokens."""
+
+    rate: float
+    """A second."""
+    cpu_rate: float
+    """A second of the process's CPU time, which other processes disturb less."""
+    grown: int
+    """Bytes by which the process grew at most."""
+
+
 def several(repeats: int, steps: int, *, checkpointing: bool) -> Iterator[Table]:
-    """One job and four in turns on an idle machine; all of their tokens, and by how much the process grew at most."""
+    """One job, four whose passes take turns, and four that go through the base together, on an idle machine."""
     decoder = load_decoder(open_checkpoint("demo"), load_settings(env={}).settings.model)
     base = sum(parameter.num_bytes for parameter in decoder.parameters().values())
     for name, (sequences, length) in MICRO_BATCHES.items():
         rng = random.Random(0)
         epoch = [[sequence_of(rng, length) for _ in range(sequences)] for _ in range(64)]
-        rates: dict[int, list[float]] = {1: [], SEVERAL: []}
-        grown: dict[int, list[int]] = {1: [], SEVERAL: []}
+        phases: dict[str, list[JobsPhase]] = {form: [] for form in FORMS}
         for _ in range(repeats):
-            for count in rates:
-                rate, size = at_once(decoder, count, epoch, steps, checkpointing=checkpointing)
-                rates[count].append(rate)
-                grown[count].append(size)
-        one = statistics.median(rates[1])
+            for form, (count, joint_tokens) in FORMS.items():
+                phases[form].append(jobs_phase(decoder, count, joint_tokens, epoch, steps, checkpointing=checkpointing))
         table = Table(title=f"several jobs, micro-batches of {name}: {several.__doc__}", title_justify="left")
-        for column in ("jobs", "tok/s", "low – high", "ratio", "memory, of the base"):
+        for column in ("jobs", "tok/s", "low – high", "ratio", "tok / CPU s", "ratio", "memory, of the base"):
             table.add_column(column, justify="right")
-        for count, values in rates.items():
-            median = statistics.median(values)
-            spread = f"{min(values):.0f} – {max(values):.0f}"
-            table.add_row(str(count), f"{median:.0f}", spread, f"{median / one:.2f}", f"{max(grown[count]) / base:.2f}")
+        one, one_cpu = medians(phases["one"])
+        for form, found in phases.items():
+            rates = [phase.rate for phase in found]
+            rate, cpu_rate = medians(found)
+            grown = max(phase.grown for phase in found) / base
+            cells = f"{rate:.0f}", f"{min(rates):.0f} – {max(rates):.0f}", f"{rate / one:.2f}"
+            table.add_row(form, *cells, f"{cpu_rate:.0f}", f"{cpu_rate / one_cpu:.2f}", f"{grown:.2f}")
         yield table
+
+
+def medians(phases: Sequence[JobsPhase]) -> tuple[float, float]:
+    """Median rates, by time and by CPU time."""
+    return statistics.median(phase.rate for phase in phases), statistics.median(phase.cpu_rate for phase in phases)
 
 
 def sequence_of(rng: random.Random, length: int) -> Example:
     return Example([rng.randrange(VOCAB) for _ in range(length)], [False] + [True] * (length - 1))
 
 
-def at_once(
-    decoder: Model, count: int, epoch: list[list[Example]], steps: int, *, checkpointing: bool
-) -> tuple[float, int]:
-    """Tokens a second of all of `count` jobs in this number of steps of each after their first, and bytes by which the
-    process grew."""
+def jobs_phase(
+    decoder: Model, count: int, joint_tokens: int, epoch: list[list[Example]], steps: int, *, checkpointing: bool
+) -> JobsPhase:
+    """`count` jobs, in this number of steps of each after its first."""
     process = psutil.Process()
     give_back_memory()
     before = largest = process.memory_info().rss
-    host = TrainingHost(TrainingShare(LatencyTargets(), min_share=0.2))
+    host = TrainingHost(TrainingShare(LatencyTargets(), min_share=0.2), joint_tokens=joint_tokens)
     jobs = [Job(decoder, epoch, checkpointing=checkpointing) for _ in range(count)]
     for job in jobs:
         host.attach(job.run, job.note)
     for most in (1, 1 + steps):
-        for job in jobs:
-            job.rate()  # from here on
+        began, cpu_began = time.perf_counter(), time.process_time()
+        tokens = sum(job.run.tokens_done for job in jobs)
         while any(job.steps < most for job in jobs):
             host.idle()
             largest = max(largest, process.memory_info().rss)
             if failed := [job.failed for job in jobs if job.failed]:
                 raise RuntimeError(f"jobs have failed: {failed}")
-    rate = sum(job.rate() for job in jobs)
+    seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
+    tokens = sum(job.run.tokens_done for job in jobs) - tokens
     for job in jobs:
         host.detach(job.run)
-    return rate, largest - before
+    return JobsPhase(tokens / seconds, tokens / cpu_seconds, largest - before)
 
 
 # -- beside requests -----------------------------------------------------------------------------

@@ -370,7 +370,10 @@ class TrainerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         doc("`host:port` at which the nodes meet; torchrun on one of them listens there.", example="node-0:29400"),
     ] = None
     max_running_jobs: Annotated[
-        Count, doc("Most jobs that train at once, in turns; more wait, as do jobs for which there is no memory.")
+        Count,
+        doc(
+            "Most jobs that train at once, together where they can; more wait, as do jobs for which there is no memory."
+        ),
     ] = 1
     job_weight: Annotated[
         float,

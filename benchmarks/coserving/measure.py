@@ -12,7 +12,7 @@ from benchmarks.coserving.loads import Load, Served, percentile, serve, until
 from benchmarks.coserving.peer import PeftProcess
 from benchmarks.training import Job, random_epoch
 from runtime.engine.service import EngineService
-from runtime.trainer.sliced_run import TrainingHost
+from runtime.trainer.host import TrainingHost
 from runtime.trainer.slices import LatencyTargets, TrainingShare
 from settings.schema import Settings
 

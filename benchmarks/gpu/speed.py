@@ -18,7 +18,7 @@ from benchmarks.gpu.subject import MAX_PROMPT, Generated, Row, Subject, generate
 from benchmarks.training import Beside, Job, percentile, stand_alone, stream
 from runtime.engine.assembly import Assembled
 from runtime.engine.service import EngineService
-from runtime.trainer.sliced_run import TrainingHost
+from runtime.trainer.host import TrainingHost
 from runtime.trainer.slices import LatencyTargets, TrainingShare
 
 BATCHES = (1, 64, 256)

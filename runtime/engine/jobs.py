@@ -53,6 +53,7 @@ from runtime.trainer.course import Restored, RunProgress, Snapshot, read_snapsho
 from runtime.trainer.data.files import DataFiles
 from runtime.trainer.data.prepared import FOLDER, KeptData, PreparedCache, digest_of_tokenizer
 from runtime.trainer.evaluation.scores import make_scoring
+from runtime.trainer.host import TrainingHost
 from runtime.trainer.jobs.directories import ORIGIN
 from runtime.trainer.jobs.records import ADAPTER_FILES, PreparedJob, RunHandle
 from runtime.trainer.launched.files import MODEL
@@ -62,7 +63,7 @@ from runtime.trainer.plan.served_model import end_ids, shape_of_base, with_templ
 from runtime.trainer.recipe import Recipe, adapter_name, load_recipe
 from runtime.trainer.recipe.launch import wants_launch
 from runtime.trainer.run import most_kept_bytes
-from runtime.trainer.sliced_run import RunSpec, SlicedRun, TrainingHost
+from runtime.trainer.sliced_run import RunSpec, SlicedRun
 from settings.schema import Settings
 
 if TYPE_CHECKING:

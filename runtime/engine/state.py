@@ -37,9 +37,9 @@ from runtime.support.durable import DISK_FULL, PARTIAL, reason, tighten
 from runtime.support.event_loop import running
 from runtime.support.logs import get_logger
 from runtime.support.state_directory import NAMES, state_directory
+from runtime.trainer.host import TrainingHost
 from runtime.trainer.jobs import rows
 from runtime.trainer.jobs.manager import JobManager, running_jobs
-from runtime.trainer.sliced_run import TrainingHost
 from runtime.trainer.slices import LatencyTargets, TrainingShare
 from settings.schema import Settings
 

@@ -11,11 +11,12 @@ import msgspec
 from runtime.events import RunEvent, StepEvent
 from runtime.model.vocabulary import RowTargets
 from runtime.support.logs import get_logger
+from runtime.trainer.host import TrainingHost
 from runtime.trainer.lora import sizes_of
 from runtime.trainer.plan.plan import Plan, feed
 from runtime.trainer.plan.served_model import by_linear
 from runtime.trainer.schedule import grouped, make_schedule
-from runtime.trainer.sliced_run import LossSpec, RunSpec, TrainingHost, shape_of_recipe
+from runtime.trainer.sliced_run import LossSpec, RunSpec, shape_of_recipe
 
 if TYPE_CHECKING:
     from runtime.engine.service import EngineService

@@ -4,7 +4,9 @@ The inside of a layer is unknown, so it is not cut; each layer is a graph of its
 as in `runtime.trainer.step`. A model whose layers need more than the hidden states of the one before is one slice.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,8 +77,13 @@ class FallbackStep:
         """See `MicroStep.begin_ride`. Raises `TypeError`."""
         raise TypeError("modules of transformers do not run as rows of other batches")
 
-    def forward_backward(self, weight: float) -> Slices:
-        """See `MicroStep.forward_backward`."""
+    @property
+    def joins(self) -> bool:
+        """False: each runs transformers' modules by itself."""
+        return False
+
+    def forward_backward(self, weight: float, beside: Sequence[tuple[Any, float]] = ()) -> Slices:
+        """See `MicroStep.forward_backward`. Nothing goes `beside`."""
         stages, tokens = self._stages, self._batch.num_tokens
         passes = stages * (self._forward_passes + BACKWARD_COST)
         reference = yield from self._reference(passes)

@@ -396,19 +396,26 @@ class TrainingAdaptation(Adaptation):
         adapted = self._lora.linears.get((layer, linear))
         if adapted is None:
             return y
-        mask = self._mask(layer, linear, x, adapted.inputs) if self._dropout else None
         if adapted.m:
             assert base is not None, "the linear asks `rescales`"
+            mask = self._mask(layer, linear, x, adapted.inputs) if self._dropout else None
             norms = self._lora.norms(layer, linear)
             left, own = self._left_of(x, base, mask, adapted.linear)
             return add_dora(y, own, left, adapted.columns, adapted.scales, norms, adapted.a, adapted.b, adapted.m)
-        scales, parts = adapted.scales, (adapted.a, *adapted.b)
-        added: Tensor = _AddLora.apply(y, x, mask, adapted.columns, scales, self._known, *parts)  # type: ignore[no-untyped-call]
+        return _added(y, x, self.additions(layer, linear, x, slice(0, len(x))))
+
+    def additions(self, layer: int, linear: str, x: Tensor, place: slice) -> "list[_Addition]":
+        """The adapter's additions to a linear's output for its tokens, the rows `place` of x [T, in]. Without DoRA."""
+        adapted = self._lora.linears.get((layer, linear))
+        if adapted is None:
+            return []
+        mask = self._mask(layer, linear, x, adapted.inputs) if self._dropout else None
+        found = [_Addition(place, mask, adapted.columns, adapted.scales, self._known, adapted.a, adapted.b)]
         if self._subtracted is not None:
             before = self._subtracted.linears[layer, linear]
             taken = tuple(-scale for scale in before.scales)
-            added = _AddLora.apply(added, x, None, before.columns, taken, False, before.a, *before.b)  # type: ignore[no-untyped-call]
-        return added
+            found.append(_Addition(place, None, before.columns, taken, False, before.a, before.b))
+        return found
 
     def _left_of(self, x: Tensor, base: Tensor, mask: Tensor | None, linear: Linear) -> tuple[Tensor, Tensor]:
         """The part of x that dropout leaves, and its product with the weight, without a bias: PEFT scales that by the
@@ -445,50 +452,103 @@ def pieces_of(stacked: Tensor, b: Sequence[Tensor], dim: int = 0) -> tuple[Tenso
     return torch.split(stacked, [up.shape[1] for up in b], dim)
 
 
+# -- products --------------------------------------------------------------------------------------
+
+
+class JointAdaptation(Adaptation):
+    """The hook for tokens of several jobs: each one's adapter adds to its own rows. Without DoRA and rows of the
+    embedding."""
+
+    def __init__(self, adaptations: Sequence[tuple[slice, TrainingAdaptation]]) -> None:
+        """`adaptations` by the rows that are theirs."""
+        self._adaptations = adaptations
+
+    def rescales(self, layer: int, linear: str) -> bool:
+        return False
+
+    def __call__(self, layer: int, linear: str, x: Tensor, y: Tensor, base: Tensor | None = None) -> Tensor:
+        found = [one for rows, own in self._adaptations for one in own.additions(layer, linear, x, rows)]
+        return _added(y, x, found) if found else y
+
+
+@dataclass(frozen=True, eq=False)
+class _Addition:
+    """A product of factors that is added to some rows of a linear's output."""
+
+    rows: slice
+    mask: Tensor | None
+    """[rows, in]; None without dropout."""
+    columns: Sequence[slice]
+    scales: Sequence[float]
+    known: bool
+    """True if it was added before, and only gradients are to be computed."""
+    a: Tensor
+    b: Sequence[Tensor]
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """Its rows of x, after dropout."""
+        own = x[self.rows]
+        return own if self.mask is None else own * self.mask
+
+
+def _added(y: Tensor, x: Tensor, additions: Sequence[_Addition]) -> Tensor:
+    """y [T, out] with what is added to it, in place."""
+    factors = [factor for one in additions for factor in (one.a, *one.b)]
+    added: Tensor = _AddLora.apply(y, x, additions, *factors)  # type: ignore[no-untyped-call]
+    return added
+
+
 class _AddLora(torch.autograd.Function):
-    """y += scale * (dropout(x) A^T) B^T, part by part, each with its own scale and rank, and in place: autograd's own
-    ops would copy y for each."""
+    """y += scale * (dropout(x) A^T) B^T for each addition's rows, part by part, each with its own scale and rank, and
+    in place: autograd's own ops would copy y for each."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        y: Tensor,
-        x: Tensor,
-        mask: Tensor | None,
-        columns: Sequence[slice],
-        scales: Sequence[float],
-        known: bool,
-        a: Tensor,
-        *b: Tensor,
-    ) -> Tensor:
-        dropped = x if mask is None else x * mask
-        shrunk = dropped @ a.to(x.dtype).t()
-        ctx.save_for_backward(x, mask, shrunk, a, *b)
-        ctx.columns, ctx.scales = columns, scales
-        if known:
-            return y
-        for place, small, up, scale in zip(columns, pieces_of(shrunk, b, dim=1), b, scales, strict=True):
-            y[:, place].addmm_(small, up.to(y.dtype).t(), alpha=scale)
-        ctx.mark_dirty(y)
+    def forward(ctx: Any, y: Tensor, x: Tensor, additions: Sequence[_Addition], *factors: Tensor) -> Tensor:
+        """factors: A and Bs of each addition, as autograd needs them."""
+        ctx.additions, ctx.shrunks = additions, []
+        ctx.save_for_backward(x)
+        for one in additions:
+            shrunk = one.dropped(x) @ one.a.to(x.dtype).t()
+            ctx.shrunks.append(shrunk)
+            if one.known:
+                continue
+            own, smalls = y[one.rows], pieces_of(shrunk, one.b, dim=1)
+            for place, small, up, scale in zip(one.columns, smalls, one.b, one.scales, strict=True):
+                own[:, place].addmm_(small, up.to(y.dtype).t(), alpha=scale)
+        if not all(one.known for one in additions):
+            ctx.mark_dirty(y)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (grad,) = grads
-        x, mask, shrunk, a, *b = ctx.saved_tensors
-        dropped = x if mask is None else x * mask
-        grad_b = []
-        grad_shrunk = torch.empty_like(shrunk)
-        smalls, grad_smalls = pieces_of(shrunk, b, dim=1), pieces_of(grad_shrunk, b, dim=1)
-        for place, small, grad_small, up, scale in zip(ctx.columns, smalls, grad_smalls, b, ctx.scales, strict=True):
-            part = grad[:, place]
-            torch.mm(part, up.to(grad.dtype), out=grad_small)
-            grad_small.mul_(scale)
-            grad_b.append((part.t() @ small).mul_(scale).to(up.dtype))
-        grad_a = (grad_shrunk.t() @ dropped).to(a.dtype)
-        grad_x = None
-        if ctx.needs_input_grad[1]:
-            grad_x = grad_shrunk @ a.to(grad.dtype)
-            if mask is not None:
-                grad_x *= mask
-        return grad, grad_x, None, None, None, None, grad_a, *grad_b
+        (x,) = ctx.saved_tensors
+        grad_x: Tensor | None = None
+        found: list[Tensor] = []
+        for one, shrunk in zip(ctx.additions, ctx.shrunks, strict=True):
+            grad_shrunk, grad_b = _factor_grads(one, grad[one.rows], shrunk)
+            found += [(grad_shrunk.t() @ one.dropped(x)).to(one.a.dtype), *grad_b]
+            if not ctx.needs_input_grad[1]:
+                continue
+            own = grad_shrunk @ one.a.to(grad.dtype)
+            if one.mask is not None:
+                own *= one.mask
+            if grad_x is None and len(own) == len(x):  # a single job's: all rows, as they are
+                grad_x = own
+            else:
+                grad_x = torch.zeros_like(x) if grad_x is None else grad_x
+                grad_x[one.rows] += own
+        return grad, grad_x, None, *found
+
+
+def _factor_grads(one: _Addition, grad: Tensor, shrunk: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The gradient of `shrunk` [rows, ranks], and that of each B, from that of an addition's rows [rows, out]."""
+    grad_shrunk = torch.empty_like(shrunk)
+    grad_b = []
+    smalls, grad_smalls = pieces_of(shrunk, one.b, dim=1), pieces_of(grad_shrunk, one.b, dim=1)
+    for place, small, grad_small, up, scale in zip(one.columns, smalls, grad_smalls, one.b, one.scales, strict=True):
+        part = grad[:, place]
+        torch.mm(part, up.to(grad.dtype), out=grad_small)
+        grad_small.mul_(scale)
+        grad_b.append((part.t() @ small).mul_(scale).to(up.dtype))
+    return grad_shrunk, grad_b

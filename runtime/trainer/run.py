@@ -20,6 +20,7 @@ from runtime.events import (
 from runtime.model.decoder import Decoder
 from runtime.model.model import Model
 from runtime.support.failpoints import failpoint
+from runtime.support.logs import get_logger
 from runtime.trainer.course import Course, Headway, Lost, MicroBatches, Restored, RunProgress, Snapshot, Watchdog
 from runtime.trainer.data.example import Example, collate
 from runtime.trainer.lora import TrainableLora, mix
@@ -30,7 +31,9 @@ from runtime.trainer.riding import LEAST_MEMORY_BYTES, MEMORY_PART, KeptMemory, 
 from runtime.trainer.schedule import ExampleFeed, rate_factor, step_groups
 from runtime.trainer.sliced_run import MakeRun, RunSpec, SlicedRun, WriteAdapter
 from runtime.trainer.slices import Slice, Sliced, Slices, clock_of
-from runtime.trainer.step import Micro, MicroStep
+from runtime.trainer.step import BrokenPass, Micro, MicroStep, OfferedMicro
+
+log = get_logger(__name__)
 
 # -- micro-steps -----------------------------------------------------------------------------------
 #
@@ -72,6 +75,9 @@ def most_kept_bytes(decoder: Decoder) -> int:
     weights = sum(parameter.num_bytes for parameter in decoder.parameters().values())
     return max(LEAST_MEMORY_BYTES, weights // MEMORY_PART)
 
+
+# Passes with other jobs in a row that may fail, before a run goes through the base by itself for good.
+MOST_BROKEN_PASSES = 3
 
 # Kinds of slices of a layer's forward pass, whose units are tokens.
 FORWARD_KINDS = ("project", "mix", "expand", "contract")
@@ -128,6 +134,11 @@ class TrainingRun(SlicedRun):
             self._reference.restore(restored.reference)
         if spec.recipe.neftune_noise_alpha and not getattr(decoder, "separable", True):
             raise ValueError("neftune_noise_alpha is not possible with this model: its embeddings cannot be told apart")
+        self._offered: OfferedMicro | None = None
+        self._alone = False
+        """True while a step is done by itself, after a pass with other jobs that failed."""
+        self._broken_passes = 0
+        """Passes with other jobs in a row that failed."""
         self._kept_widths: tuple[int, int, int, int] | None = None
         self._rides: Rides[Micro] | None = None
         self._watchdog = Watchdog(spec.recipe, decoder.spec.vocab_size, above=self._progress.steps_above)
@@ -142,7 +153,9 @@ class TrainingRun(SlicedRun):
     @property
     def tokens_done(self) -> float:
         """Tokens trained on so far, those of the step under way in part. From any thread."""
-        return self._progress.tokens + self._headway.tokens
+        offered = self._offered
+        others = offered.micro.fraction * offered.tokens if offered is not None and offered.waits else 0.0
+        return self._progress.tokens + self._headway.tokens + others
 
     @property
     def paused(self) -> bool:
@@ -246,16 +259,26 @@ class TrainingRun(SlicedRun):
         return score, norm
 
     def _gradients(self, step: int, group: MicroBatches) -> Sliced[Score]:
-        """Compute a step's gradients. Once memory has run out, all micro-batches are halved for the rest of the run."""
+        """Compute a step's gradients. Once memory has run out, all micro-batches are halved for the rest of the run.
+        After a broken pass with other jobs it is done by itself."""
         halves = halve(group, self._loss.group_size)
         try:
             return (yield from self._accumulate(step, halves if self._progress.halved else group))
+        except BrokenPass as broken:
+            log.warning("joint_pass_broken", step=step, exc_info=broken.__cause__)  # the run that computed it has one
+            self._broken_passes += 1
+            self._optimizer.zero_grad()
+            self._alone = True
+            try:
+                return (yield from self._gradients(step, group))
+            finally:
+                self._alone = False
         except Exception as error:
             if self._progress.halved or not is_out_of_memory(error) or halves == list(group):
                 raise
         self._progress.halved = True
         self._optimizer.zero_grad()
-        return (yield from self._accumulate(step, halves))
+        return (yield from self._gradients(step, group))
 
     def _accumulate(self, step: int, group: MicroBatches) -> Sliced[Score]:
         units = sum(self._loss.units([example.num_trained for example in micro]) for micro in group)
@@ -303,9 +326,26 @@ class TrainingRun(SlicedRun):
     def _work_on(self, piece: MicroPiece[Micro], units: int) -> Sliced[Score]:
         """Add a piece's gradients, in a step of this number of units."""
         micro, examples = piece.work, piece.examples
-        yield from self._headway.watch(micro.forward_backward(1 / max(1, units)), micro, examples)
+        self._offered = offered = OfferedMicro(micro, 1 / max(1, units), sum(map(len, examples)))
+        if not self.offers:
+            offered.begin()
+        try:
+            yield from self._headway.watch(offered.slices(), micro, examples)
+        finally:
+            self._offered = None
+        if offered.joint:
+            self._broken_passes = 0
         self._keep_reference(examples, micro)
         return micro.score
+
+    @property
+    def offered(self) -> OfferedMicro | None:
+        return self._offered
+
+    @property
+    def joins(self) -> bool:
+        able = not self._alone and self._broken_passes < MOST_BROKEN_PASSES
+        return able and self._offered is not None and self._offered.micro.joins
 
     def _known_reference(self, examples: Sequence[Example]) -> Tensor | None:
         return self._reference.find(examples, self._decoder.device) if self._loss.needs_reference else None

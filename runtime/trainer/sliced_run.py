@@ -4,9 +4,6 @@
 the run can continue.
 """
 
-import math
-import threading
-import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -16,18 +13,17 @@ from typing import Protocol
 
 from torch import Tensor
 
-from runtime.events import CancelledEvent, FailedEvent, RunEvent
+from runtime.events import CancelledEvent, RunEvent
 from runtime.model.lora import Adapter, LoraShape
 from runtime.model.vocabulary import RowTargets
-from runtime.support.logs import get_logger
-from runtime.support.memory import give_back_memory
 from runtime.trainer.course import Restored, Snapshot
 from runtime.trainer.lora import PartSizes, StartUse, Targets, adapter_of
 from runtime.trainer.recipe import Recipe
 from runtime.trainer.recipe.rules import beta_of
-from runtime.trainer.riding import Ride, RowPace
+from runtime.trainer.riding import Ride
 from runtime.trainer.schedule import ExampleFeed, Schedule
-from runtime.trainer.slices import FairQueue, Pacer, Slices, TrainingShare
+from runtime.trainer.slices import Pacer, Slices
+from runtime.trainer.step import OfferedMicro
 
 # -- input -----------------------------------------------------------------------------------------
 #
@@ -145,6 +141,8 @@ class SlicedRun(ABC):
         self._paused = False
         self.beside_requests = False
         """True while requests run beside it. Engine thread only, as all that is about riding."""
+        self.offers = False
+        """True to stand still before each pass until it is begun (`offered`). Engine thread only."""
         self.pacer = Pacer(self._slices(), clock, whole=whole)
 
     @property
@@ -167,6 +165,8 @@ class SlicedRun(ABC):
         """True if there is anything to do now."""
         if self.pacer.done or self._cancel_asked:
             return not self.pacer.done
+        if self.offered is not None and self.offered.waits:
+            return False
         if self._awaits_answers and self._answers is None and not self._pause_asked:
             return False
         return not (self._paused and self._pause_asked) and not (self._waits_for_disk and self._backlogged)
@@ -176,18 +176,24 @@ class SlicedRun(ABC):
         return self._max_untaken is not None and len(self._snapshots) >= self._max_untaken
 
     def work(
-        self, seconds: float, *, longest: float | None = None, interrupted: Callable[[], bool] = lambda: False
+        self,
+        seconds: float,
+        *,
+        longest: float | None = None,
+        rest: bool = False,
+        interrupted: Callable[[], bool] = lambda: False,
     ) -> float:
-        """Train for about `seconds`; returns the seconds it took. On the engine thread. `longest`: see `Pacer.run`.
-        Ends before the next slice where `interrupted` is true."""
+        """Train for about `seconds`; returns the seconds it took. On the engine thread. `longest`, `rest`: see
+        `Pacer.run`. Ends before the next slice where `interrupted` is true."""
         if self._cancel_asked and not self.pacer.done:
             self.pacer.close()
             self._on_event(CancelledEvent(step=self.step))
 
         def may_go_on() -> bool:
-            return self.ready and not self._cancel_asked and not self.waits_for_ride and not interrupted()
+            stands = self.at_offer or self.waits_for_ride or self._cancel_asked
+            return self.ready and not stands and not interrupted()
 
-        return self.pacer.run(seconds, may_go_on, longest=longest)
+        return self.pacer.run(seconds, may_go_on, longest=longest, rest=rest)
 
     def pause(self) -> None:
         """Stand still at the end of this step, with a snapshot."""
@@ -215,6 +221,33 @@ class SlicedRun(ABC):
                 del self._snapshots[place]
                 return snapshot
         raise KeyError(step)
+
+    # -- passes with other runs: see `runtime.trainer.step` ----------------------------------
+
+    @property
+    def offered(self) -> OfferedMicro | None:
+        """The micro-batch whose pass is next, or under way."""
+        return None
+
+    @property
+    def joins(self) -> bool:
+        """True if the pass that is next can be one of several runs."""
+        return False
+
+    @property
+    def at_offer(self) -> bool:
+        """True if it stands before a pass."""
+        return self.offered is not None and not self.offered.begun
+
+    @property
+    def leads(self) -> bool:
+        """True while it computes a pass, its own alone or that of other runs too."""
+        return self.offered is not None and self.offered.leads
+
+    @property
+    def cancelled(self) -> bool:
+        """True if it is to end before the next slice."""
+        return self._cancel_asked
 
     # -- riding: see `runtime.trainer.riding` -----------------------------------------------------
 
@@ -253,154 +286,3 @@ class MakeRun(Protocol):
         write_adapter: WriteAdapter,
         restored: Restored | None,
     ) -> SlicedRun: ...
-
-
-# -- host ------------------------------------------------------------------------------------------
-#
-# The engine thread's side of training: holds the runs at work, and gives each its share of the time.
-
-# Training between two looks at the inbox, when there are no requests.
-IDLE_TURN_SECONDS = 0.05
-# The longest slice then: what a first token may have to wait.
-MAX_SLICE_SECONDS = 0.2
-
-# Riding rows are taken to cost at most this many times the slack.
-MOST_SLACKS = 2.0
-
-log = get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class _Offer:
-    """A ride for one step."""
-
-    run: SlicedRun
-    ride: Ride
-    count: int
-    before: int
-    """Tokens of it that were computed before."""
-
-
-class TrainingHost:
-    """`runtime.engine.service.Background` of runs that share the time, slice by slice.
-
-    `attach` and `detach` are called on the engine thread.
-    """
-
-    def __init__(
-        self,
-        share: TrainingShare,
-        on_slices: Callable[[float, float], None] = lambda seconds, slack_used: None,
-        interrupted: Callable[[], bool] = lambda: False,
-        *,
-        riding_rows: int = 0,
-        kept_widths: Callable[[], tuple[int, int, int, int] | None] = lambda: None,
-        on_ride: Callable[[int], None] = lambda tokens: None,
-    ) -> None:
-        """`on_slices` is called with the seconds of every stretch of training, and the part of the slack that training
-        uses. Where `interrupted` is true, no slice begins. Up to `riding_rows` tokens ride in a step, where there are
-        `kept_widths` (`KeptLayers`); `on_ride` is called with the number that did."""
-        self._share = share
-        self._on_slices = on_slices
-        self._interrupted = interrupted
-        self._runs: dict[SlicedRun, Callable[[RunEvent], None]] = {}
-        self._queue: FairQueue[SlicedRun] = FairQueue()
-        self._kept_widths = kept_widths
-        self._on_ride = on_ride
-        self._riding_rows = riding_rows if riding_rows > 1 else 0
-        self._rows: RowPace | None = None
-        """None: nothing has ridden yet."""
-        self._offer: _Offer | None = None
-        """The ride that the step which comes next, or has just been, was given."""
-
-    @property
-    def ready(self) -> bool:
-        return any(run.ready for run in self._runs)
-
-    def attach(
-        self, run: SlicedRun, on_event: Callable[[RunEvent], None], *, weight: float = 1.0, priority: int = 0
-    ) -> None:
-        """`on_event` gets the errors that the run does not handle itself. `weight` and `priority`: see `FairQueue`."""
-        self._runs[run] = on_event
-        self._queue.add(run, weight=weight, priority=priority)
-        if self._riding_rows and (widths := self._kept_widths()) is not None:
-            run.ride_with(widths)
-
-    def detach(self, run: SlicedRun) -> None:
-        """Forget a run, wherever it is. One that is not attached is fine."""
-        if self._runs.pop(run, None) is not None:
-            self._queue.remove(run)
-            run.pacer.close()
-
-    def idle(self) -> None:
-        self._offer = None
-        for run in self._runs:
-            run.beside_requests = False
-            run.stop_riding()
-        self._work(IDLE_TURN_SECONDS, longest=MAX_SLICE_SECONDS)
-
-    def between_steps(self, step_seconds: float, *, decoding: bool, waiting_since: float | None) -> None:
-        if not self.ready:
-            return
-        for run in self._runs:
-            run.beside_requests = True
-            if run.waits_for_ride and (ride := run.next_ride()) is not None and self._offer is None:
-                ride.refuse()
-        now, rode = time.monotonic(), self._settle_offer(step_seconds) if self._riding_rows else None
-        budget = self._share.budget(step_seconds, decoding=decoding, waiting_since=waiting_since, now=now, rode=rode)
-        self._share.settle(budget, self._work(budget) if budget > 0 else 0.0)
-
-    def ride(self) -> tuple[Ride, int] | None:
-        self._offer = None
-        if not self._riding_rows or self._share.probes or self._share.typical is None:
-            return None
-        riding = {run: ride for run in self._runs if run.ready and (ride := run.next_ride()) is not None}
-        if (run := self._queue.next_of(riding)) is None:
-            return None
-        price = run.forward_seconds
-        if self._rows is None:
-            self._rows = RowPace(self._riding_rows)
-        count = self._rows.choose(price=math.inf if price is None else price, slack=self._share.slack)
-        if count == 0:
-            return None
-        self._offer = _Offer(run, riding[run], count, riding[run].num_done)
-        return riding[run], count
-
-    def _settle_offer(self, step_seconds: float) -> float | None:
-        """Learn from a step that a ride was given to; returns the part of its time that riding tokens took, None where
-        there were none."""
-        offer, self._offer = self._offer, None
-        if offer is None or self._rows is None or (tokens := offer.ride.num_done - offer.before) <= 0:
-            self._on_ride(0)
-            return None
-        self._on_ride(tokens)
-        if self._share.typical is not None and tokens == offer.count:
-            # One step that took ten times as long, because something else ran, does not tell what rows cost.
-            self._rows.learn(tokens, min(step_seconds - self._share.typical, MOST_SLACKS * self._share.slack))
-        cost = self._rows.cost(offer.count)
-        self._queue.charge(offer.run, cost)
-        return cost
-
-    def _work(self, seconds: float, *, longest: float | None = None) -> float:
-        """Let the run train that is next, or one after it where it has no slice that fits."""
-        waiting = [run for run in self._runs if run.ready]
-        while (run := self._queue.next_of(waiting)) is not None:
-            if spent := self._train(run, seconds, longest):
-                self._queue.charge(run, spent)
-                self._on_slices(spent, self._share.slack_used)
-                return spent
-            waiting.remove(run)
-        return 0.0
-
-    def _train(self, run: SlicedRun, seconds: float, longest: float | None) -> float:
-        try:
-            spent = run.work(seconds, longest=longest, interrupted=self._interrupted)
-        except Exception:
-            log.exception("training_failed")
-            run.pacer.close()
-            message = "An internal error ended this job; the server's log has it."
-            self._runs[run](FailedEvent(step=run.step, code="internal_error", message=message))
-            return 0.0
-        if run.pacer.done:
-            threading.Thread(target=give_back_memory, name="trim", daemon=True).start()
-        return spent

@@ -6,7 +6,7 @@ machine, and a few tokens of it between two inference steps. Uses no tensors.
 """
 
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeAlias, TypeVar
 
@@ -64,15 +64,21 @@ class Pacer:
         """Spent inside slices so far."""
 
     def run(
-        self, budget: float, may_go_on: Callable[[], bool] = lambda: True, *, longest: float | None = None
+        self,
+        budget: float,
+        may_go_on: Callable[[], bool] = lambda: True,
+        *,
+        longest: float | None = None,
+        rest: bool = False,
     ) -> float:
         """Do slices for about `budget` seconds; returns the seconds spent.
 
         A slice that would not fit is cut, but never below its `least`: then it is left for another time. One of
         unknown cost is tried with the least there can be. `may_go_on` is called before each. With
-        `longest` the last slice may exceed the budget: none is cut that takes no longer than that.
+        `longest` the last slice may exceed the budget: none is cut that takes no longer than that. `rest`: it is what
+        is left of a budget, so that nothing is learned where no slice fits.
         """
-        if longest is None:
+        if longest is None and not rest:
             self._usual += EMA_WEIGHT * (budget - self._usual) if self._usual else budget
         spent = 0.0
         while not self.done and may_go_on() and (longest is None or spent < budget):
@@ -81,7 +87,7 @@ class Pacer:
                 break
             kind, granted = self._grant(wanted, longest or budget - spent)
             if granted == 0:
-                if spent == 0:
+                if spent == 0 and not rest:
                     self._doubt(kind, wanted.then)
                 break
             spent += self.do(kind, granted)
@@ -204,7 +210,7 @@ class FairQueue(Generic[R]):
     def __init__(self) -> None:
         self._claims: dict[R, _Claim] = {}
         self._reached: dict[int, float] = {}
-        """By priority: the virtual time that the last run had before its slice."""
+        """By priority: the least virtual time of those that wanted the last slice."""
 
     def add(self, run: R, *, weight: float = 1.0, priority: int = 0) -> None:
         """Take in a run. `weight`: its share of the time is to that of another as their weights are."""
@@ -214,19 +220,41 @@ class FairQueue(Generic[R]):
         """Forget a run. An unknown one is fine."""
         self._claims.pop(run, None)
 
-    def next_of(self, ready: Iterable[R]) -> R | None:
-        """The run that gets the next slice, of the runs that are `ready`; None where none is."""
-        claims = {run: self._claims[run] for run in ready}
-        if not claims:
+    def next_of(self, ready: Iterable[R], wanting: Iterable[R] = ()) -> R | None:
+        """The run that gets the next slice, of the runs that are `ready`; None where none is. `wanting`: others that
+        cannot use the slice, and want their time all the same."""
+        equals = self._equals(ready)
+        if not equals:
             return None
-        first = max(claim.priority for claim in claims.values())
-        reached = self._reached.get(first, 0.0)
+        run = min(equals, key=lambda one: equals[one].virtual)
+        first = equals[run].priority
+        others = [claim.virtual for claim in map(self._claims.__getitem__, wanting) if claim.priority == first]
+        self._reached[first] = max(self._reached.get(first, 0.0), min([equals[run].virtual, *others]))
+        return run
+
+    def turns(self, ready: Iterable[R], cost: Callable[[R], float]) -> Iterator[R]:
+        """The runs that would get the next turns, if a turn of a run cost this many seconds; ends before one would have
+        its second."""
+        equals = self._equals(ready)
+        virtual = {run: claim.virtual for run, claim in equals.items()}
+        had: set[R] = set()
+        while virtual and (run := min(virtual, key=virtual.__getitem__)) not in had:
+            had.add(run)
+            yield run
+            virtual[run] += cost(run) / equals[run].weight
+
+    def priority(self, run: R) -> int:
+        """The priority that it was added with."""
+        return self._claims[run].priority
+
+    def _equals(self, ready: Iterable[R]) -> dict[R, _Claim]:
+        """The claims of those with the highest priority."""
+        claims = {run: self._claims[run] for run in ready}
+        first = max((claim.priority for claim in claims.values()), default=0)
         equals = {run: claim for run, claim in claims.items() if claim.priority == first}
         for claim in equals.values():
-            claim.virtual = max(claim.virtual, reached)
-        run = min(equals, key=lambda one: equals[one].virtual)
-        self._reached[first] = equals[run].virtual
-        return run
+            claim.virtual = max(claim.virtual, self._reached.get(first, 0.0))
+        return equals
 
     def charge(self, run: R, seconds: float) -> None:
         """Count what a run used."""

@@ -15,8 +15,9 @@ from torch import Tensor
 from kernels.training import KnownOutput, TrainingOps, backward
 from runtime.model.attention import PackedAttention
 from runtime.model.decoder import Decoder, DecoderLayer
+from runtime.model.lora import Adaptation
 from runtime.trainer.data.example import MicroBatch
-from runtime.trainer.lora import LoraWeights, TrainingAdaptation
+from runtime.trainer.lora import JointAdaptation, LoraWeights, TrainingAdaptation
 from runtime.trainer.slices import Slice, Sliced, Slices
 
 # Fewer tokens at once, and reading the weights costs more than computing with them.
@@ -24,36 +25,59 @@ LEAST_TOKENS = 64
 
 
 @dataclass(frozen=True, eq=False)
-class Context:
-    """State that all layers of a micro-step share."""
+class JobRows:
+    """Tokens of one job in a batch, and the adapter over them."""
 
-    decoder: Decoder
-    ops: TrainingOps
     lora: LoraWeights | None
     """None: the model without its adapter."""
-    batch: MicroBatch
     dropout: float
     seed: int
     """Decides the dropout masks."""
+    rows: slice
+    """Tokens of the job among the batch's."""
+    first_row: int = 0
+    """Row of the dropout masks of the first token: above 0 for a part of the micro-batch that the masks are of."""
+
+    def adaptation(self, ops: TrainingOps, rows: slice, *, known: bool) -> TrainingAdaptation | None:
+        """The hook for some of the batch's tokens, all of them the job's. `known`: see `TrainingAdaptation`."""
+        if self.lora is None:
+            return None
+        shift = self.first_row - self.rows.start
+        places = slice(shift + rows.start, shift + rows.stop)
+        return TrainingAdaptation(self.lora, ops, dropout=self.dropout, seed=self.seed, rows=places, known=known)
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """State that all layers of a pass share."""
+
+    decoder: Decoder
+    ops: TrainingOps
+    jobs: tuple[JobRows, ...]
+    """In the order of their tokens, which are all of the batch's."""
+    batch: MicroBatch
     angles: tuple[Tensor, Tensor]
     lowest: int
     """Below this layer nothing is trained, so no gradient is computed."""
     trains_input: bool = False
     """The gradient of the first layer's input is needed too: rows of the embedding are trained."""
-    first_row: int = 0
-    """Row of the dropout masks of the first token: above 0 for a part of the micro-batch that the masks are of."""
 
     @property
     def stretches(self) -> tuple[slice, ...]:
         """Tokens that are attended to in one piece of work: a sequence, or all of them."""
         return (slice(0, self.batch.num_tokens),) if self.ops.packs else self.batch.sequences
 
-    def adaptation(self, rows: slice, *, known: bool = False) -> TrainingAdaptation | None:
-        """`known`: see `TrainingAdaptation`."""
-        if self.lora is None:
-            return None
-        rows = slice(self.first_row + rows.start, self.first_row + rows.stop)
-        return TrainingAdaptation(self.lora, self.ops, dropout=self.dropout, seed=self.seed, rows=rows, known=known)
+    def adaptation(self, rows: slice, *, known: bool = False) -> Adaptation | None:
+        """The hook for some of the batch's tokens; `known`: see `TrainingAdaptation`."""
+        found: list[tuple[slice, TrainingAdaptation]] = []
+        for job in self.jobs:
+            own = slice(max(rows.start, job.rows.start), min(rows.stop, job.rows.stop))
+            if own.start >= own.stop or (one := job.adaptation(self.ops, own, known=known)) is None:
+                continue
+            if own == rows:
+                return one
+            found.append((slice(own.start - rows.start, own.stop - rows.start), one))
+        return JointAdaptation(found) if found else None
 
 
 @dataclass(frozen=True, eq=False)

@@ -45,7 +45,7 @@ SHARED = (
     "workers/",
 )  # fmt: skip
 """…and those that a request crosses too, to the base or to an adapter."""
-RECIPE_OWN = 53
+RECIPE_OWN = 54
 """Bound of a recipe's files in OWN."""
 
 RECIPE_TAIL = "adapter: lora\nlora_r: 4\nlora_target_linear: true\nmax_steps: 2\nlearning_rate: 0.001\nname: ahoy\n"

@@ -51,6 +51,16 @@ def test_who_joins_or_comes_back_is_owed_nothing() -> None:
     assert used(queue, ["first", "second"], 20.0, {"first": 1.0, "second": 1.0})["second"] <= 11.0
 
 
+def test_one_that_cannot_use_its_turn_keeps_its_place() -> None:
+    queue: FairQueue[str] = FairQueue()
+    queue.add("busy")
+    queue.add("blocked")
+    for _ in range(10):
+        assert queue.next_of(["busy"], ["blocked"]) == "busy"
+        queue.charge("busy", 1.0)
+    assert used(queue, ["busy", "blocked"], 10.0, {"busy": 1.0, "blocked": 1.0}) == {"blocked": 10.0}
+
+
 def test_one_that_has_gone_has_no_turn() -> None:
     queue: FairQueue[str] = FairQueue()
     queue.add("a")
@@ -59,3 +69,27 @@ def test_one_that_has_gone_has_no_turn() -> None:
     queue.remove("a")
     assert queue.next_of(["b"]) == "b"
     assert queue.next_of([]) is None
+
+
+@given(st.dictionaries(st.sampled_from("abcdef"), st.floats(0.1, 10.0), min_size=1), st.floats(0.01, 1.0))
+def test_turns_ahead_are_those_that_would_be_taken(weights: dict[str, float], cost: float) -> None:
+    queue: FairQueue[str] = FairQueue()
+    for name, weight in weights.items():
+        queue.add(name, weight=weight)
+    used(queue, list(weights), 10.0, dict.fromkeys(weights, 0.3))
+    ahead = list(queue.turns(weights, lambda run: cost))
+    taken: list[str] = []
+    while (run := queue.next_of(weights)) not in taken:
+        assert run is not None
+        taken.append(run)
+        queue.charge(run, cost)
+    assert ahead == taken
+
+
+def test_turns_are_those_of_the_highest_priority() -> None:
+    queue: FairQueue[str] = FairQueue()
+    queue.add("long")
+    queue.add("urgent", priority=1)
+    queue.add("also", priority=1)
+    assert sorted(queue.turns(["long", "urgent", "also"], lambda run: 1.0)) == ["also", "urgent"]
+    assert list(queue.turns([], lambda run: 1.0)) == []

@@ -1,7 +1,7 @@
 """Tokens of training that ride in steps of requests: nothing changes by it, for the job or for the requests."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,12 @@ from runtime.model.decoder import Decoder
 from runtime.support import failpoints
 from runtime.trainer.course import read_snapshot
 from runtime.trainer.data.example import Example
+from runtime.trainer.host import TrainingHost
 from runtime.trainer.riding import MOST_REFUSALS, RowPace, cut
 from runtime.trainer.run import TrainingRun
-from runtime.trainer.sliced_run import LossSpec, TrainingHost
+from runtime.trainer.sliced_run import LossSpec
 from runtime.trainer.slices import LatencyTargets, TrainingShare
+from runtime.trainer.step import OfferedMicro
 from settings.load import load
 from tests.trainer.tiny_training import all_targets, run_spec, write_nothing
 
@@ -371,6 +373,15 @@ def test_two_runs_ride_in_turns(service: EngineService, decoder: Decoder, monkey
         finished(make(decoder, into, **own))
     share = TrainingShare(LatencyTargets(tpot=10.0), min_share=0.2)
     rode: list[int] = []
+    passes: list[list[OfferedMicro]] = []
+    begin = OfferedMicro.begin
+
+    def noted(self: OfferedMicro, beside: Sequence[OfferedMicro] = ()) -> None:
+        passes.append([self, *beside])
+        assert len(passes[-1]) == 1 or all(one.micro.ride is None for one in passes[-1])
+        begin(self, beside)
+
+    monkeypatch.setattr(OfferedMicro, "begin", noted)
     host = TrainingHost(share, riding_rows=8, kept_widths=lambda: service.engine.kept_widths, on_ride=rode.append)
     events: list[list[RunEvent]] = [[], []]
     for into, own in zip(events, keys, strict=True):
@@ -385,6 +396,7 @@ def test_two_runs_ride_in_turns(service: EngineService, decoder: Decoder, monkey
         share._saved, share._reserve = 0.0, 1.0 - 1e-4  # a little time for slices
         host.between_steps(1e-3, decoding=not engine.prefilling, waiting_since=None)
     assert sum(rode) > 0  # how many depends on what slices get done beside them
+    assert {len(several) for several in passes} == {1, 2}, "what has ridden goes back alone, the rest together"
     for mine, theirs in zip(events, alone, strict=True):
         assert losses(mine) == pytest.approx(losses(theirs), rel=1e-4)
 

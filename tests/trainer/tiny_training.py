@@ -119,9 +119,10 @@ def make_run(
     test: list[list[Example]] | None = None,
     restored: Restored | None = None,
     data: list[Example] | None = None,
+    clock: Callable[[], float] | None = None,
 ) -> TrainingRun:
     batches = batches_of(data or examples(10))
-    return TrainingRun(decoder, spec, batches, test or [], events.append, write_nothing, restored=restored)
+    return TrainingRun(decoder, spec, batches, test or [], events.append, write_nothing, restored=restored, clock=clock)
 
 
 def drive(run: TrainingRun, seconds: float = float("inf")) -> None:

@@ -104,6 +104,26 @@ def collate(examples: Sequence[Example], device: torch.device) -> MicroBatch:
     )
 
 
+def joined_batch(batches: Sequence[MicroBatch]) -> MicroBatch:
+    """Micro-batches laid one after the other as one."""
+    import torch
+
+    if len(batches) == 1:
+        return batches[0]
+    starts = [sum(batch.num_tokens for batch in batches[:index]) for index in range(len(batches))]
+    placed = list(zip(batches, starts, strict=True))
+    return MicroBatch(
+        token_ids=torch.cat([batch.token_ids for batch in batches]),
+        positions=torch.cat([batch.positions for batch in batches]),
+        sequences=tuple(slice(at + one.start, at + one.stop) for batch, at in placed for one in batch.sequences),
+        rows=torch.cat([batch.rows + at for batch, at in placed]),
+        targets=torch.cat([batch.targets for batch in batches]),
+        trained=tuple(count for batch in batches for count in batch.trained),
+        weights=torch.cat([batch.weights for batch in batches]),
+        prompt_targets=tuple(count for batch in batches for count in batch.prompt_targets),
+    )
+
+
 # -- problems --------------------------------------------------------------------------------------
 #
 # Rows that cannot be used: which, where and why.

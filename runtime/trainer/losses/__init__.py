@@ -5,7 +5,16 @@ from dataclasses import fields
 
 from runtime.trainer.losses.dpo import Dpo
 from runtime.trainer.losses.kto import Kto
-from runtime.trainer.losses.loss import Loss, LossInputs, LossValue, Score, apply_loss, score_targets
+from runtime.trainer.losses.loss import (
+    Loss,
+    LossInputs,
+    LossTerm,
+    LossValue,
+    Score,
+    apply_loss,
+    apply_losses,
+    score_targets,
+)
 from runtime.trainer.losses.reference_free import Cpo, Orpo, Simpo
 from runtime.trainer.losses.supervised import Supervised
 
@@ -13,10 +22,12 @@ __all__ = [
     "LOSSES",
     "Loss",
     "LossInputs",
+    "LossTerm",
     "LossValue",
     "Score",
     "Supervised",
     "apply_loss",
+    "apply_losses",
     "make_loss",
     "score_targets",
 ]

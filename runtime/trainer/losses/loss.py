@@ -8,14 +8,14 @@ import hashlib
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from runtime.trainer.data.example import Example, MicroBatch
-from runtime.trainer.losses.logprobs import Head, ScoreBuffer
+from runtime.trainer.losses.logprobs import Head, ScoreBuffer, TargetScores
 from runtime.trainer.slices import Sliced
 
 
@@ -132,33 +132,95 @@ def score_targets(head: Head, hidden: Tensor, batch: MicroBatch) -> Sliced[Tenso
     return buffer.scores.logprobs
 
 
+@dataclass(frozen=True, eq=False)
+class LossTerm:
+    """The loss of one micro-batch, which may be one of several in a batch."""
+
+    loss: Loss
+    batch: MicroBatch
+    reference: Tensor | None
+    """[R], for a loss with `needs_reference`."""
+    weight: float | None
+    """Factor of its total in the gradient; None: no gradient is due."""
+    start: int = 0
+    """Place of the micro-batch's first token in the batch."""
+
+    def value(self, logprobs: Tensor) -> LossValue:
+        """Its value for log-probabilities [R]."""
+        batch = self.batch
+        return self.loss(LossInputs(logprobs, self.reference, batch.trained, batch.weights, batch.prompt_targets))
+
+    def known_slopes(self) -> Tensor | None:
+        """`Loss.slopes` times the weight."""
+        if self.weight is None or (slopes := self.loss.slopes(self.batch)) is None:
+            return None
+        return self.weight * slopes
+
+    def slopes_at(self, logprobs: Tensor) -> Tensor | None:
+        """Derivatives [R] of weight times its total by log-probabilities [R]; None without a weight."""
+        if self.weight is None:
+            return None
+        leaf = logprobs.detach().requires_grad_()
+        with torch.enable_grad():
+            (found,) = torch.autograd.grad(self.value(leaf).total, leaf)
+        return found * self.weight
+
+    def score(self, scores: TargetScores) -> Score:
+        value, units = self.value(scores.logprobs), self.loss.units(self.batch.trained)
+        return Score(
+            loss=float(value.total),
+            units=units,
+            correct=int(scores.correct.sum()),
+            tokens=self.batch.num_trained,
+            further={name: float(total) for name, total in value.metrics.items()},
+            counts={name: value.counts.get(name, units) for name in value.metrics},
+        )
+
+
+def apply_losses(
+    terms: Sequence[LossTerm], head: Head, hidden: Tensor, batch: MicroBatch
+) -> Sliced[tuple[list[Score], Tensor | None]]:
+    """Compute losses from hidden states [T, hidden] after the last layer, each of its own tokens of the batch, and the
+    gradient of the sum of weight times total with respect to them, [T, hidden]; None where no gradient is due."""
+    for term in terms:
+        assert len(term.batch.sequences) % term.loss.group_size == 0, "what belongs together is in one micro-batch"
+    slopes = [term.known_slopes() for term in terms]
+    found: list[TargetScores | None] = [None for _ in terms]
+    unknown = [index for index, known in enumerate(slopes) if known is None]
+    if unknown:
+        buffer = ScoreBuffer(hidden, _targets_of([terms[index] for index in unknown], batch), None)
+        yield from head.fill(buffer)
+        for index, scores in zip(unknown, _split(buffer.scores, [terms[index] for index in unknown]), strict=True):
+            found[index], slopes[index] = scores, terms[index].slopes_at(scores.logprobs)
+    sloping = [(term, slope) for term, slope in zip(terms, slopes, strict=True) if slope is not None]
+    grad = None
+    if sloping:
+        some = [term for term, _ in sloping]
+        buffer = ScoreBuffer(hidden, _targets_of(some, batch), torch.cat([slope for _, slope in sloping]))
+        yield from head.fill(buffer)
+        grad, parts = buffer.grad, iter(_split(buffer.scores, some))
+        found = [scores if slope is None else next(parts) for scores, slope in zip(found, slopes, strict=True)]
+    return [term.score(scores) for term, scores in zip(terms, found, strict=True) if scores is not None], grad
+
+
+def _targets_of(terms: Sequence[LossTerm], batch: MicroBatch) -> MicroBatch:
+    """The batch with the targets of these terms alone."""
+    rows = torch.cat([term.batch.rows + term.start for term in terms])
+    return replace(batch, rows=rows, targets=torch.cat([term.batch.targets for term in terms]))
+
+
+def _split(scores: TargetScores, terms: Sequence[LossTerm]) -> list[TargetScores]:
+    counts = [term.batch.num_trained for term in terms]
+    parts = zip(torch.split(scores.logprobs, counts), torch.split(scores.correct, counts), strict=True)
+    return [TargetScores(logprobs, correct) for logprobs, correct in parts]
+
+
 def apply_loss(
     loss: Loss, head: Head, hidden: Tensor, batch: MicroBatch, *, reference: Tensor | None, weight: float | None
 ) -> Sliced[tuple[Score, Tensor | None]]:
-    """Compute a loss from hidden states [T, hidden] after the last layer; with a `weight`, also the gradient of
-    `weight` times its total with respect to them, [T, hidden]."""
-    assert len(batch.sequences) % loss.group_size == 0, "sequences that belong together are in one micro-batch"
-    slopes = None if weight is None else loss.slopes(batch)
-    buffer = ScoreBuffer(hidden, batch, None if weight is None or slopes is None else weight * slopes)
-    yield from head.fill(buffer)
-    scores = buffer.scores
-    logprobs = scores.logprobs.detach().requires_grad_(weight is not None and slopes is None)
-    with torch.set_grad_enabled(logprobs.requires_grad):
-        value = loss(LossInputs(logprobs, reference, batch.trained, batch.weights, batch.prompt_targets))
-    if weight is not None and slopes is None:
-        (found,) = torch.autograd.grad(value.total, logprobs)
-        buffer = ScoreBuffer(hidden, batch, weight * found)
-        yield from head.fill(buffer)
-    units = loss.units(batch.trained)
-    score = Score(
-        loss=float(value.total.detach()),
-        units=units,
-        correct=int(scores.correct.sum()),
-        tokens=batch.num_trained,
-        further={name: float(total.detach()) for name, total in value.metrics.items()},
-        counts={name: value.counts.get(name, units) for name in value.metrics},
-    )
-    return score, buffer.grad
+    """`apply_losses` of a batch that is one micro-batch."""
+    scores, grad = yield from apply_losses([LossTerm(loss, batch, reference, weight)], head, hidden, batch)
+    return scores[0], grad
 
 
 # -- reference -------------------------------------------------------------------------------------
