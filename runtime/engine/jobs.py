@@ -104,6 +104,11 @@ class EngineJobs:
         self._memory_for_jobs: int | None = None
         """Bytes, as measured when first asked for."""
 
+    @property
+    def base_fingerprint(self) -> str:
+        """See `jobs.records.JobEngine`."""
+        return self._service.lora_base.fingerprint
+
     # -- recipes -------------------------------------------------------------------------------
 
     def prepare(
@@ -158,6 +163,7 @@ class EngineJobs:
         summary |= {"job_weight": self._weight_of(read), "job_priority": read.job_priority}
         summary["launched"] = plan.launch is not None
         summary["versions"] = versions()
+        summary["base_fingerprint"] = self.base_fingerprint
         if read.save_total_limit is not None:
             summary["save_total_limit"] = read.save_total_limit
         return PreparedJob(

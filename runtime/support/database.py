@@ -176,7 +176,7 @@ class Database:
 
     def run(self, work: Callable[[sqlite3.Connection], T]) -> "Future[T]":
         """Run `work` as one transaction, in order with all others. The future raises `StorageUnavailable` when the disk
-        is full or broken, else the error of `work`."""
+        is full or broken, else the error of `work`. A cursor that `work` returns is closed."""
         return self._thread.submit(self._transaction, work)
 
     async def call(self, work: Callable[[sqlite3.Connection], T]) -> T:
@@ -201,7 +201,12 @@ class Database:
         try:
             with self._connection:
                 self._connection.execute("BEGIN IMMEDIATE" if self.frozen is None else "BEGIN")
-                return work(self._connection)
+                result = work(self._connection)
+                # An open cursor shares its statement with later ones of the same text (sqlite3 caches statements), and
+                # resets it when it is freed: on another thread, that is in the middle of a later transaction.
+                if isinstance(result, sqlite3.Cursor):
+                    result.close()
+                return result
         except sqlite3.IntegrityError:
             raise
         except sqlite3.Error as error:

@@ -5,6 +5,7 @@ import sqlite3
 import stat
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,34 @@ def test_a_transaction_that_raises_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no"):
         database.run(work).result()
     assert rows(database) == []
+    database.close()
+
+
+def test_a_cursor_does_not_outlive_its_transaction(tmp_path: Path) -> None:
+    """A cursor that is freed on another thread would reset the statement that the database's thread is running: SQLite
+    calls that misuse."""
+    database = Database(tmp_path, [SCHEMA])
+    values = [(number,) for number in range(200)]
+    problems: list[BaseException] = []
+
+    def delete() -> None:
+        for _ in range(200):
+            try:
+                database.run(lambda c: c.executemany("DELETE FROM t WHERE x = ?", values)).result()
+            except StorageUnavailable as error:
+                problems.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=delete) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert problems == []
     database.close()
 
 

@@ -252,6 +252,7 @@ class Execution:
 
     async def _work(self) -> Outcome:
         if self._prepared is None:
+            await self._store.check_base(self.id, self._engine.base_fingerprint)
             self._prepared = await self._prepare()
         step = await self._store.result(self.id)
         if step is None:

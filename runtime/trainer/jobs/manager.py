@@ -37,7 +37,7 @@ from runtime.trainer.jobs.records import (
     new_record,
 )
 from runtime.trainer.jobs.retention import FOR_EVER, Keep, Retention
-from runtime.trainer.jobs.store import JobStore
+from runtime.trainer.jobs.store import JobStore, files_deleted
 from runtime.trainer.jobs.validation import Validation
 from runtime.trainer.launched.agent_process import end_left_behind
 from settings.schema import TrainerSettings
@@ -249,10 +249,7 @@ class JobManager:
             await self._disk.call(self.directories.copy_uploads, job_id, copy, [file.stored_as for file in files])
         except FileNotFoundError as error:
             await self.discard(copy)
-            raise Conflict(
-                "The data files of this job were deleted (trainer.keep_uploads): send the recipe and the files anew.",
-                code="files_deleted",
-            ) from error
+            raise files_deleted() from error
         except OSError as error:
             await self.discard(copy)
             raise storage_unavailable("The files cannot be stored", error) from error
@@ -306,7 +303,8 @@ class JobManager:
 
     async def resume(self, job_id: str) -> Job:
         """Resume a paused job: at once where its run is still there, else when it is its turn. A failed one goes on
-        from its newest checkpoint. Raises `NotFound`, `Conflict`, `StorageUnavailable`."""
+        from its newest checkpoint, with its data files, and the base model that it has trained for. Raises `NotFound`,
+        `Conflict`, `StorageUnavailable`."""
         self._require_running()
         state = (await self.store.get(job_id)).state
         task = next((task for one, task in self._working.items() if one.id == job_id), None)
@@ -314,12 +312,35 @@ class JobManager:
             await asyncio.wait({task})  # it tidies up still; a paused one is parked then
         if state == "failed":  # what its end has left to be deleted is not to be deleted under the next run
             await delete_discarded(self.store, self.directories, self._disk)
-        job = await self.store.resume(job_id, at_once=job_id in self._parked, max_running=self._max_running)
+        await self.check_resumable(job_id)
+        job = await self.store.resume(
+            job_id,
+            base=self._engine.base_fingerprint,
+            at_once=job_id in self._parked,
+            max_running=self._max_running,
+        )
         if job.state == "running":  # another job that has started since may have released the paused runs
             parked = self._parked.pop(job_id, None)
             self._begin(self._execution_of(job) if parked is None else parked)
         self._wake_up()
         return job
+
+    async def check_resumable(self, job_id: str) -> None:
+        """Raise `NotFound`, and `Conflict` where a job cannot go on, however long one waits."""
+        job = await self.store.check_resumable(job_id, self._engine.base_fingerprint)
+        if job.state == "failed":  # its data is read again
+            uploads = self.directories.uploads(job_id)
+            paths = [uploads / file.stored_as for file in await self.store.files(job_id)]
+            if not await asyncio.to_thread(lambda: all(path.is_file() for path in paths)):
+                raise files_deleted()
+
+    async def can_resume(self, job_id: str) -> bool:
+        """True where `check_resumable` raises no `Conflict`. Raises `NotFound`."""
+        try:
+            await self.check_resumable(job_id)
+        except Conflict:
+            return False
+        return True
 
     # -- the lane ------------------------------------------------------------------------------
 

@@ -181,7 +181,8 @@ class PreparedJob:
     """Name of the adapter that will be published. Empty: the job's id is its name."""
     summary: dict[str, Any]
     """The plan for people, as JSON has it. Where they are there, `save_total_limit` is acted on (the most checkpoints
-    that are kept), and `warnings` and `how_to_ask` become events of the job."""
+    that are kept), `warnings` and `how_to_ask` become events of the job, and what was trained is only continued for
+    the same `base_fingerprint`."""
     total_steps: int
     publish: Publish
     recipe: Recipe | None = None
@@ -257,6 +258,10 @@ class RunHandle(Protocol):
 
 class JobEngine(Protocol):
     """The engine, as jobs need it: to read recipes, to train, and to publish."""
+
+    @property
+    def base_fingerprint(self) -> str:
+        """Fingerprint of the base model's weights."""
 
     def prepare(
         self,

@@ -14,8 +14,9 @@ from msgspec import Struct
 from runtime.errors import Conflict, NotFound, StorageUnavailable
 from runtime.support.logs import get_logger
 from runtime.support.threads import WorkerThread
-from runtime.trainer.jobs.directories import ORIGIN, JobDirectories
+from runtime.trainer.jobs.directories import JobDirectories
 from runtime.trainer.jobs.execution import delete_discarded
+from runtime.trainer.jobs.rows import ended_at
 from runtime.trainer.jobs.store import JobStore
 
 FIRST_LOOK = 30.0
@@ -84,7 +85,7 @@ class Retention:
         now = time.time() if now is None else now
         found = []
         for job in await self._store.ended():
-            age = now - (job.finished_at or job.created_at)
+            age = now - ended_at(job)
             if _over(age, self._keep.jobs):
                 found.append(Due(job.id, "job"))
                 continue
@@ -96,31 +97,35 @@ class Retention:
 
     async def prune(self, now: float | None = None) -> list[Due]:
         """Delete what has been kept for long enough. Raises `StorageUnavailable`."""
+        now = time.time() if now is None else now
         done = []
         for due in await self.due(now):
             try:
-                await self._drop(due)
+                await self._drop(due, now)
             except (NotFound, Conflict):
-                continue  # it was deleted meanwhile
+                continue  # it was deleted or resumed meanwhile
             done.append(due)
             _log.info("pruned", job=due.job_id, what=due.what)
         await delete_discarded(self._store, self._directories, self._disk)
         return done
 
-    async def _drop(self, due: Due) -> None:
-        directories, job_id = self._directories, due.job_id
-        if not (await self._store.get(job_id)).ended:
-            return  # it was resumed meanwhile
+    async def _drop(self, due: Due, now: float) -> None:
+        """Raises `Conflict` for a job that has been resumed since `due` read it, even if it has ended again."""
+        directories, job_id, keep = self._directories, due.job_id, self._keep
+        limit = {"job": keep.jobs, "checkpoints": keep.checkpoints, "uploads": keep.uploads}[due.what]
+        assert limit is not None, "what is kept for ever is never due"
+        ended_before = now - limit
         if due.what == "job":
-            await self._store.delete(job_id, [directories.relative(directories.folder(job_id))])
+            folder = directories.relative(directories.folder(job_id))
+            await self._store.delete(job_id, [folder], ended_before=ended_before)
             await self._forget(job_id)
         elif due.what == "checkpoints":
             steps = [checkpoint.step for checkpoint in await self._store.checkpoints(job_id)]
             folders = [directories.relative(directories.checkpoint(job_id, step)) for step in steps]
-            origin = directories.relative(directories.folder(job_id) / ORIGIN)
-            await self._store.drop_checkpoints(job_id, steps, [*folders, origin])
+            await self._store.prune(job_id, folders, ended_before=ended_before, checkpoints=steps)
         else:
-            await self._store.discard([directories.relative(directories.uploads(job_id))])
+            uploads = directories.relative(directories.uploads(job_id))
+            await self._store.prune(job_id, [uploads], ended_before=ended_before)
 
 
 def _over(age: float, limit: float | None) -> bool:

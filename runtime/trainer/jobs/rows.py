@@ -5,7 +5,7 @@ A state changes only through `move`, together with the event that records it.
 
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import msgspec
@@ -78,7 +78,8 @@ def move(connection: sqlite3.Connection, job_id: str, to: JobState, note: Note, 
     if to in ENDED:
         columns["finished_at"] = now
         # Read by nothing now, but for what a failed job that is resumed goes on from.
-        unneeded = (PREPARED, LAUNCHED) if to == "failed" else (PREPARED, LAUNCHED, ORIGIN)
+        resumable = to == "failed" and trained_so_far(connection, job_id) is not None
+        unneeded = (PREPARED, LAUNCHED) if resumable else (PREPARED, LAUNCHED, ORIGIN)
         discard(connection, [f"jobs/{job_id}/{name}" for name in unneeded])
     elif job.ended:
         columns |= {"finished_at": None, "error_code": None, "error_message": None, "error_param": None}
@@ -208,10 +209,48 @@ def events(connection: sqlite3.Connection, job_id: str, after: int, limit: int) 
     return [to_event(row) for row in connection.execute(query, (job_id, after, limit))]
 
 
-def drop_checkpoints(connection: sqlite3.Connection, job_id: str, steps: list[int]) -> None:
+def drop_checkpoints(connection: sqlite3.Connection, job_id: str, steps: Collection[int]) -> None:
     """Delete the rows of these checkpoints."""
     values = [(job_id, step) for step in steps]
     connection.executemany("DELETE FROM job_checkpoints WHERE job_id = ? AND step = ?", values)
+
+
+def trained_so_far(connection: sqlite3.Connection, job_id: str) -> str | None:
+    """Name of what a job goes on from when it is resumed: its result or its newest checkpoint. None: it has neither."""
+    if connection.execute("SELECT 1 FROM job_results WHERE job_id = ?", (job_id,)).fetchone() is not None:
+        return "its result"
+    query = "SELECT max(step) AS step FROM job_checkpoints WHERE job_id = ?"
+    step = connection.execute(query, (job_id,)).fetchone()["step"]
+    return None if step is None else f"the checkpoint of step {step}"
+
+
+def require_same_base(connection: sqlite3.Connection, job: Job, base: str) -> None:
+    """Raise `Conflict` where a job has trained, for a base model of another fingerprint than `base`. Jobs of older
+    versions do not name theirs."""
+    known = job.summary.get("base_fingerprint", base)
+    if known != base and trained_so_far(connection, job.id) is not None:
+        raise Conflict(
+            f"The job has trained for other weights of the base model ({job.summary.get('base_model')}) than those "
+            "that are served now. Serve that model and resume the job there, or start it again, as a new job.",
+            code="base_model_changed",
+        )
+
+
+def require_ended(connection: sqlite3.Connection, job_id: str, *, before: float | None = None) -> None:
+    """Raise `NotFound`, and `Conflict` for a job that has not ended, or not until the time `before`, in seconds since
+    the epoch."""
+    job = get(connection, job_id)
+    if not job.ended:
+        raise Conflict(
+            f"The job is {job.state}: only one that has ended can be deleted. Cancel it first.", code="job_state"
+        )
+    if before is not None and ended_at(job) >= before:
+        raise Conflict("The job has ended again since.", code="job_state")
+
+
+def ended_at(job: Job) -> float:
+    """Time of an ended job's end, in seconds since the epoch; that of its creation where an older version knew none."""
+    return job.finished_at or job.created_at
 
 
 def discard(connection: sqlite3.Connection, paths: list[str]) -> None:

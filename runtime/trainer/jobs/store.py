@@ -6,7 +6,7 @@ Nothing here runs anything: `runtime.trainer.jobs.manager` does, after it has st
 import asyncio
 import sqlite3
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import TypeVar
 
 import msgspec
@@ -15,6 +15,7 @@ from runtime.errors import Conflict, StorageUnavailable, TooManyRequests
 from runtime.events import AnswersEvent, ProgressEvent, ReadingEvent, Report, StepEvent
 from runtime.support.database import Database
 from runtime.trainer.jobs import rows
+from runtime.trainer.jobs.directories import ORIGIN
 from runtime.trainer.jobs.records import (
     AT_WORK,
     ENDED,
@@ -35,6 +36,14 @@ T = TypeVar("T")
 
 MAX_CRASHES = 3
 """Starts in a row without a checkpoint after which a job that took the process with it is not tried again."""
+
+
+def files_deleted() -> Conflict:
+    """Error for a job whose uploads are needed and were deleted."""
+    return Conflict(
+        "The data files of this job were deleted (trainer.keep_uploads): send the recipe and the files anew.",
+        code="files_deleted",
+    )
 
 
 RETRY = 5.0
@@ -112,19 +121,14 @@ class JobStore(JobReader):
 
         await self._changing(job_id, work)
 
-    async def delete(self, job_id: str, paths: list[str]) -> None:
+    async def delete(self, job_id: str, paths: list[str], *, ended_before: float | None = None) -> None:
         """Delete a job that has come to its end, with all that is stored of it; `paths` go from the disk next.
 
-        Raises `NotFound`, and `Conflict` for one that has not.
+        Raises `NotFound`, and `Conflict` for one that has not, or not before this time, in seconds since the epoch.
         """
 
         def work(c: sqlite3.Connection) -> None:
-            job = rows.get(c, job_id)
-            if not job.ended:
-                raise Conflict(
-                    f"The job is {job.state}: only one that has ended can be deleted. Cancel it first.",
-                    code="job_state",
-                )
+            rows.require_ended(c, job_id, before=ended_before)
             c.execute("DELETE FROM jobs WHERE id = ?", (job_id,))
             rows.discard(c, paths)
 
@@ -242,17 +246,25 @@ class JobStore(JobReader):
 
         return await self._changing(job_id, work)
 
-    async def resume(self, job_id: str, *, at_once: bool, max_running: int) -> Job:
+    async def check_resumable(self, job_id: str, base: str) -> Job:
+        """The job, if by its rows it can be resumed. `base`: fingerprint of the base model's weights. Raises
+        `NotFound`, `Conflict`."""
+        return await self._database.call(lambda c: _require_resumable(c, job_id, base))
+
+    async def check_base(self, job_id: str, base: str) -> None:
+        """Raise `Conflict` where what the job has trained is for a base model of another fingerprint than `base`."""
+        await self._database.call(lambda c: rows.require_same_base(c, rows.get(c, job_id), base))
+
+    async def resume(self, job_id: str, *, base: str, at_once: bool, max_running: int) -> Job:
         """Make a paused job running, where its run is still there (`at_once`) and fewer than `max_running` are at work,
-        else queued; and a failed one queued, where it has a checkpoint. Raises `Conflict`."""
+        else queued; and a failed one queued. Raises `Conflict` also where `check_resumable` does."""
 
         def work(c: sqlite3.Connection) -> Job:
-            job = rows.get(c, job_id)
+            job = _require_resumable(c, job_id, base)
             if job.state == "failed":
-                return _queue_failed(c, job)
-            if job.state != "paused":
-                message = f"The job is {job.state}: only one that is paused or has failed can be resumed."
-                raise Conflict(message, code="job_state")
+                _refuse_same_name(c, job.name or job.id, job.id)
+                note = Note(f"Resumed: queued, to go on from {rows.trained_so_far(c, job_id)}.")
+                return rows.move(c, job_id, "queued", note, attempts=0)
             if at_once and len(_at_work(c)) < max_running:
                 return rows.move(c, job_id, "running", Note("Resumed."))
             return rows.move(c, job_id, "queued", Note("Resumed: queued."))
@@ -302,6 +314,21 @@ class JobStore(JobReader):
         def work(c: sqlite3.Connection) -> None:
             rows.drop_checkpoints(c, job_id, steps)
             rows.discard(c, list(paths))
+
+        await self._events(job_id, work)
+
+    async def prune(
+        self, job_id: str, paths: list[str], *, ended_before: float, checkpoints: Collection[int] = ()
+    ) -> None:
+        """Delete the rows of these checkpoints of an ended job, and note `paths` that are to be deleted next. Raises
+        `NotFound`, and `Conflict` as `delete` does."""
+
+        def work(c: sqlite3.Connection) -> None:
+            rows.require_ended(c, job_id, before=ended_before)
+            rows.drop_checkpoints(c, job_id, checkpoints)
+            rows.discard(c, paths)
+            if rows.trained_so_far(c, job_id) is None:
+                rows.discard(c, [f"jobs/{job_id}/{ORIGIN}"])
 
         await self._events(job_id, work)
 
@@ -381,16 +408,19 @@ def _refuse_same_name(c: sqlite3.Connection, name: str, job_id: str) -> None:
         )
 
 
-def _queue_failed(c: sqlite3.Connection, job: Job) -> Job:
-    """Queue a failed job again."""
-    known = c.execute("SELECT max(step) AS step FROM job_checkpoints WHERE job_id = ?", (job.id,)).fetchone()["step"]
-    trained = c.execute("SELECT 1 FROM job_results WHERE job_id = ?", (job.id,)).fetchone() is not None
-    if known is None and not trained:
+def _require_resumable(c: sqlite3.Connection, job_id: str, base: str) -> Job:
+    job = rows.get(c, job_id)
+    if job.state not in ("paused", "failed"):
+        message = f"The job is {job.state}: only one that is paused or has failed can be resumed."
+        raise Conflict(message, code="job_state")
+    rows.require_same_base(c, job, base)
+    if job.state == "failed" and rows.trained_so_far(c, job_id) is None:
         message = "The job has failed without a checkpoint to go on from: send its recipe again, as a new job."
         raise Conflict(message, code="job_state")
-    _refuse_same_name(c, job.name or job.id, job.id)
-    where = "its result" if trained else f"the checkpoint of step {known}"
-    return rows.move(c, job.id, "queued", Note(f"Resumed: queued, to go on from {where}."), attempts=0)
+    query = "SELECT 1 FROM job_discards JOIN job_files ON job_id = ?1 WHERE path = 'jobs/' || ?1 || '/uploads'"
+    if job.state == "failed" and c.execute(query, (job_id,)).fetchone() is not None:
+        raise files_deleted()
+    return job
 
 
 def _recover(c: sqlite3.Connection, job: Job) -> None:

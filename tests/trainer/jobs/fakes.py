@@ -223,9 +223,12 @@ class FakeEngine:
     def __init__(self, preparer: FakePreparer, runs: FakeRuns, publisher: FakePublisher) -> None:
         self.preparer, self.runs, self.publisher = preparer, runs, publisher
         self.memory = 1000
+        self.base_fingerprint = "base"
 
     def prepare(self, *args: Any) -> FakePrepared:
-        return self.preparer.prepare(*args)
+        prepared = self.preparer.prepare(*args)
+        prepared.summary["base_fingerprint"] = self.base_fingerprint
+        return prepared
 
     def start(self, *args: Any) -> FakeRun:
         return self.runs.start(*args)
@@ -267,6 +270,7 @@ class World:
     steps_itself: bool = True
     max_waiting: int = 100
     max_running: int = 1
+    base_fingerprint: str = "base"
     preparer: FakePreparer = field(default_factory=FakePreparer)
     publisher: FakePublisher = field(default_factory=FakePublisher)
     meters: FakeMeters = field(default_factory=FakeMeters)
@@ -275,6 +279,7 @@ class World:
         self.runs = FakeRuns(steps_itself=self.steps_itself, at_once=self.max_running)
         self.database = Database(self.path, [SCHEMA])
         engine = FakeEngine(self.preparer, self.runs, self.publisher)
+        engine.base_fingerprint = self.base_fingerprint
         self.manager = JobManager(
             self.database,
             JobDirectories(self.path),

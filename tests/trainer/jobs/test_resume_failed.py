@@ -1,11 +1,14 @@
 """Failed jobs that are resumed: from their newest checkpoint, as long as it is kept."""
 
 import errno
+from pathlib import Path
 
 import pytest
 
 from runtime.errors import Conflict
-from tests.trainer.jobs.fakes import World
+from runtime.trainer.jobs.directories import ORIGIN
+from runtime.trainer.jobs.records import JobFile, JobSubmission
+from tests.trainer.jobs.fakes import FakeEngine, World
 
 pytestmark = pytest.mark.anyio
 
@@ -52,6 +55,92 @@ async def test_a_failed_job_without_a_checkpoint_is_not_resumed(by_hand: World) 
     await by_hand.until(job.id, "failed")
     with pytest.raises(Conflict, match="without a checkpoint to go on from"):
         await by_hand.manager.resume(job.id)
+
+
+async def test_a_job_that_has_trained_goes_on_for_the_same_base_only(by_hand: World) -> None:
+    job_id = await failed_job(by_hand)
+    engine = FakeEngine(by_hand.preparer, by_hand.runs, by_hand.publisher)
+    engine.base_fingerprint = "another"
+    by_hand.manager.release(engine)
+    assert not await by_hand.manager.can_resume(job_id)
+    with pytest.raises(Conflict, match="other weights of the base model") as caught:
+        await by_hand.manager.resume(job_id)
+    assert caught.value.code == "base_model_changed"
+    engine.base_fingerprint = "base"
+    assert await by_hand.manager.can_resume(job_id)
+    await by_hand.manager.resume(job_id)
+    await by_hand.until(job_id, "running")
+
+
+@pytest.mark.parametrize("trained", [False, True])
+async def test_a_job_of_another_base_does_not_go_on_after_a_restart(tmp_path: Path, trained: bool) -> None:
+    """One that has not trained is read again, for the base that is served then."""
+    world = World(tmp_path, steps_itself=False)
+    await world.start()
+    job = await world.submit("name: a", "steps: 3", "every: 1")
+    await world.until(job.id, "running")
+    await world.settle()
+    if trained:
+        await world.step()
+    await world.crash()
+    world.base_fingerprint = "another"
+    await world.start()
+    if trained:
+        failed = await world.until(job.id, "failed")
+        assert failed.error is not None
+        assert failed.error.code == "base_model_changed"
+    else:
+        await world.until(job.id, "running")
+    await world.stop(0.0)
+
+
+async def test_a_failed_job_whose_files_were_deleted_is_not_resumed(by_hand: World) -> None:
+    job_id = by_hand.manager.new_id()
+    folder = by_hand.manager.directories.incoming(job_id)
+    folder.mkdir(parents=True)
+    (folder / "000-a.jsonl").write_text("{}\n")
+    file = JobFile(name="a.jsonl", stored_as="000-a.jsonl", bytes=3)
+    recipe = b"name: a\nsteps: 6\nevery: 2\ndata: a.jsonl"
+    await by_hand.manager.submit(JobSubmission(id=job_id, recipe=recipe, files=(file,)))
+    await by_hand.until(job_id, "running")
+    await by_hand.settle()
+    await by_hand.step(3)
+    by_hand.runs.current.fail("nan_loss")
+    failed = await by_hand.until(job_id, "failed")
+    assert await by_hand.manager.can_resume(job_id)
+    store, uploads = by_hand.manager.store, by_hand.manager.directories.uploads(job_id)
+    # Noted to be deleted, then deleted.
+    await store.prune(
+        job_id, [by_hand.manager.directories.relative(uploads)], ended_before=(failed.finished_at or 0.0) + 1.0
+    )
+    assert uploads.exists()
+    with pytest.raises(Conflict) as noted:
+        await store.resume(job_id, base="base", at_once=False, max_running=1)
+    assert not await by_hand.manager.can_resume(job_id)
+    with pytest.raises(Conflict) as gone:
+        await by_hand.manager.resume(job_id)
+    assert not uploads.exists()
+    assert (noted.value.code, gone.value.code) == ("files_deleted", "files_deleted")
+    assert (await store.get(job_id)).state == "failed"
+
+
+@pytest.mark.parametrize("trained", [False, True])
+async def test_the_adapter_to_go_on_from_stays_for_a_job_that_can_be_resumed(by_hand: World, trained: bool) -> None:
+    job = await by_hand.submit("name: a", "steps: 6", "every: 2")
+    await by_hand.until(job.id, "running")
+    await by_hand.settle()
+    origin = by_hand.manager.directories.folder(job.id) / ORIGIN
+    origin.mkdir()
+    if trained:
+        await by_hand.step(3)
+    by_hand.runs.current.fail("nan_loss")
+    failed = await by_hand.until(job.id, "failed")
+    await by_hand.settle()
+    assert origin.exists() == trained
+    if trained:
+        store, end = by_hand.manager.store, (failed.finished_at or 0.0) + 1.0
+        await store.prune(job.id, [], ended_before=end, checkpoints=[2])
+        assert await store.discards() == [by_hand.manager.directories.relative(origin)]
 
 
 async def test_two_jobs_do_not_make_one_adapter_at_a_time(by_hand: World) -> None:

@@ -136,6 +136,39 @@ async def test_whatever_its_end_was(tmp_path: Path, state: str) -> None:
     await world.stop(0.0)
 
 
+@pytest.mark.parametrize("what", ["jobs", "checkpoints", "uploads"])
+@pytest.mark.parametrize("fails_again", [False, True])
+async def test_a_job_that_is_resumed_meanwhile_keeps_everything(by_hand: World, what: str, fails_again: bool) -> None:
+    """Even if it has ended again by then: what it has is not as old as was read."""
+    job_id = await submit_with_file(by_hand, "name: a", "steps: 9", "every: 1")
+    await by_hand.until(job_id, "running")
+    await by_hand.settle()
+    await by_hand.step(2)
+    by_hand.runs.current.fail("nan_loss")
+    await by_hand.until(job_id, "failed")
+    await by_hand.settle()
+    kept = retention(by_hand, **{what: 100.0})
+    due, now = kept.due, time.time() + 101
+
+    async def due_and_resumed(*args: float) -> list[Due]:
+        found = await due(*args)
+        await by_hand.manager.resume(job_id)
+        await by_hand.until(job_id, "running")
+        await by_hand.settle()
+        if fails_again:
+            by_hand.runs.current.fail("nan_loss")
+            failed = await by_hand.until(job_id, "failed")
+            await by_hand.database.call(
+                lambda c: c.execute("UPDATE jobs SET finished_at = ? WHERE id = ?", (now, failed.id))
+            )
+        return found
+
+    kept.due = due_and_resumed  # type: ignore[method-assign]
+    assert await kept.prune(now) == []
+    assert [one.step for one in await by_hand.manager.store.checkpoints(job_id)] == [1, 2]
+    assert names(by_hand, job_id) >= {"checkpoints", "uploads"}
+
+
 async def test_it_goes_by_itself(tmp_path: Path) -> None:
     world = World(tmp_path)
     await world.start()
