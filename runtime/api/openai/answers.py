@@ -29,7 +29,10 @@ class AnswerParser:
     def __init__(self, form: AnswerForm) -> None:
         self._form = form
         self._reasoning = None if form.reasoning is None else ReasoningParser(form.reasoning, inside=form.inside)
-        self._calls = None if form.calls is None else form.calls.parser(form.tools)
+        self._calls = None
+        if form.calls is not None:
+            parser = form.calls.parser_beside_form if form.structured else form.calls.parser
+            self._calls = parser(form.tools)
         self.num_calls = 0
 
     def feed(self, text: str) -> Iterator[Piece]:

@@ -78,6 +78,8 @@ class AnswerForm:
     tools: tuple[Tool, ...] = ()
     calls: ToolFormat | None = None
     """Form of calls; None where no tool may be called."""
+    structured: bool = False
+    """An answer that is no calls is JSON or of another form that was asked for."""
     reasoning: ReasoningFormat | None = None
     inside: bool | None = None
     """As `ReasoningFormat.begins_in` gives it."""
@@ -131,6 +133,7 @@ class FormRequest:
             grammar=grammar,
             tools=self.tools,
             calls=self.calls,
+            structured=self.structure is not None,
             reasoning=self.reasoning,
             inside=inside,
             includes_reasoning=self.includes_reasoning,

@@ -1,13 +1,14 @@
 """Calls without tags at the beginning of an answer: some models of a format with tags leave them out.
 
-`{"name": …, "arguments": {…}}`, in a block of code or not, as Qwen 2.5 Coder writes it. An answer in JSON may have a
-name too, so that only the name of a tool with arguments right after it makes one a call.
+`{"name": …, "arguments": {…}}`, in a block of code or not, as Qwen 2.5 Coder writes it, or with `"type": "function"`
+before the name, as Llama 3 does. An answer in JSON may have a name too, so that only the name of a tool with arguments
+right after it makes one a call.
 """
 
 import json
 from collections.abc import Collection, Sequence
 
-from runtime.text.grammar.source import WHITESPACE, GrammarBuilder, pattern_of
+from runtime.text.grammar.source import WHITESPACE, GrammarBuilder, literal, pattern_of
 from runtime.text.tool_calls.format import Tool
 from runtime.text.tool_calls.json_calls import ARGUMENTS, JsonCallParser
 from runtime.text.tool_calls.reader import Reading
@@ -24,13 +25,13 @@ class BareCallParser(JsonCallParser):
         self._quoted = {_quoted(name): name for name in names}
         super().__init__(names)
 
-    def _bare_calls(self) -> Reading[None]:
-        """Read calls without tags, at the beginning of the answer. What turns out to be none is content."""
-        whole = True
-        while whole:
-            read: list[str] = []
-            whole = yield from self._bare(read)
-            self._content("".join(read))
+    def _bare_calls(self, separator: str = "") -> Reading[None]:
+        """Read calls without tags, at the beginning of the answer, and what may separate them. What turns out to be
+        none is content."""
+        read: list[str] = []
+        while (yield from self._bare(read)):
+            read = [(yield from self._skip_space()), (yield from self._expect(separator))]
+        self._content("".join(read))
 
     def _bare(self, read: list[str]) -> Reading[bool]:
         """Read a call and its fence. Returns if they are whole; what is no part of them is left in `read`."""
@@ -54,9 +55,16 @@ class BareCallParser(JsonCallParser):
         return False
 
     def _bare_call(self, read: list[str]) -> Reading[bool]:
-        for part in ("{", '"name"', ":"):
-            if not (yield from self._part(part, read)):
-                return False
+        if not (yield from self._part("{", read)):
+            return False
+        key = yield from self._string(read)
+        if key == '"type"':
+            for part in ("", ":", '"function"', ","):
+                if not (yield from self._part(part, read)):
+                    return False
+            key = yield from self._string(read)
+        if key != '"name"' or not (yield from self._blank(read)) or not (yield from self._part(":", read)):
+            return False
         name = yield from self._string(read)
         if name not in self._quoted or not (yield from self._blank(read)):
             return False
@@ -103,8 +111,8 @@ def bare_begin(tools: Sequence[Tool]) -> str:
     return f"({WHITESPACE})?({_fence()})?({'|'.join(_head(tool) for tool in tools)})"
 
 
-def bare_calls(builder: GrammarBuilder, tools: Sequence[Tool], *, parallel: bool) -> str:
-    """Expression for such calls, and nothing after them.
+def bare_calls(builder: GrammarBuilder, tools: Sequence[Tool], *, parallel: bool, separator: str = "") -> str:
+    """Expression for such calls, and nothing after them. `separator` may stand between them.
 
     What begins one is a single terminal: text and calls are told apart where the text ends to be one.
     """
@@ -116,7 +124,8 @@ def bare_calls(builder: GrammarBuilder, tools: Sequence[Tool], *, parallel: bool
         fenced = builder.rule(f"FENCED_{index}", f"/({WHITESPACE})?{_fence()}{_head(tool)}/")
         each += [f"{plain} {arguments}", f'{fenced} {arguments} {space}? "{FENCE}"']
     call = builder.rule("bare_call", " | ".join(each))
-    return f"{call}{f' ({call})*' if parallel else ''} {space}?"
+    between = f"({space}? {literal(separator)})? " if separator else ""
+    return f"{call}{f' ({between}{call})*' if parallel else ''} {space}?"
 
 
 def _fence() -> str:
@@ -125,7 +134,12 @@ def _fence() -> str:
 
 def _head(tool: Tool) -> str:
     keys = "|".join(pattern_of(_quoted(key)) for key in ARGUMENTS)
-    parts = [*map(pattern_of, ("{", '"name"', ":", _quoted(tool.name), ",")), f"({keys})", pattern_of(":")]
+    kind = _spaced(*map(pattern_of, ('"type"', ":", '"function"', ",", "")))
+    named = map(pattern_of, ('"name"', ":", _quoted(tool.name), ","))
+    return _spaced(pattern_of("{"), f"({kind})?{_spaced(*named, f'({keys})', pattern_of(':'))}")
+
+
+def _spaced(*parts: str) -> str:
     return f"({WHITESPACE})?".join(parts)
 
 

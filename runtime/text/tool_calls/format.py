@@ -56,6 +56,10 @@ class ToolFormat(ABC):
     def parser(self, tools: Sequence[Tool]) -> ToolParser:
         """Parser of one answer."""
 
+    def parser_beside_form(self, tools: Sequence[Tool]) -> ToolParser:
+        """Parser of an answer that is calls, or else JSON or another form that was asked for."""
+        return self.parser(tools)
+
     @abstractmethod
     def calls(self, builder: GrammarBuilder, tools: Sequence[Tool], *, parallel: bool) -> str:
         """Expression for an answer of calls alone: at least one, and at most one unless `parallel`."""

@@ -3,7 +3,7 @@
 At the beginning of an answer a call may come without its tags, as Qwen 2.5 Coder writes it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from runtime.text.grammar.source import GrammarBuilder
 from runtime.text.tool_calls.bare import BareCallParser, bare_begin, bare_calls
@@ -28,6 +28,10 @@ class HermesFormat(MarkedFormat):
     def parser(self, tools: Sequence[Tool]) -> ToolParser:
         return HermesParser([tool.name for tool in tools])
 
+    def parser_beside_form(self, tools: Sequence[Tool]) -> ToolParser:
+        """Parser of calls with their tags alone: without them the form looks the same, maybe."""
+        return HermesParser([tool.name for tool in tools], bare=False)
+
     def answer(self, builder: GrammarBuilder, tools: Sequence[Tool], *, parallel: bool) -> str:
         builder.reserve(bare_begin(tools))
         tagged = super().answer(builder, tools, parallel=parallel)
@@ -43,8 +47,13 @@ class HermesFormat(MarkedFormat):
 class HermesParser(BareCallParser):
     """Parser of the format. The end of a call may be missing: models leave it out, mostly at the end of the answer."""
 
+    def __init__(self, names: Collection[str], *, bare: bool = True) -> None:
+        self._bare_too = bare
+        super().__init__(names)
+
     def _read(self) -> Reading[None]:
-        yield from self._bare_calls()
+        if self._bare_too:
+            yield from self._bare_calls()
         while marker := (yield from self._until_marker([BEGIN])):
             calls = self.num_calls
             space = yield from self._skip_space()

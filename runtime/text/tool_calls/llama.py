@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 
 from runtime.text.grammar.source import GrammarBuilder
+from runtime.text.tool_calls.bare import BareCallParser, bare_begin, bare_calls
 from runtime.text.tool_calls.format import Tool, ToolFormat
-from runtime.text.tool_calls.json_calls import JsonCallParser, call_rule
+from runtime.text.tool_calls.json_calls import call_rule
 from runtime.text.tool_calls.reader import Reading, ToolParser
 
 TAG = "<|python_tag|>"
@@ -28,26 +29,26 @@ class LlamaFormat(ToolFormat):
         return f'{call} ("; " {call})*' if parallel else call
 
     def answer(self, builder: GrammarBuilder, tools: Sequence[Tool], *, parallel: bool) -> str:
-        """An answer that begins as a call does is one."""
-        text = builder.rule("TEXT", rf"{builder.any_text} & ~/(?s:\s*\{{\s*\"name\".*)/")
-        tag = f"({builder.marker(TAG)})? " if builder.is_special(TAG) else ""
-        return f"{text} | {tag}{self.calls(builder, tools, parallel=parallel)}"
+        """An answer that begins as a call of a tool does is one."""
+        builder.reserve(bare_begin(tools))
+        bare = bare_calls(builder, tools, parallel=parallel, separator=";")
+        tagged = ""
+        if builder.is_special(TAG):
+            tagged = f" | {builder.marker(TAG)} {self.calls(builder, tools, parallel=parallel)}"
+        return f"{builder.text('TEXT')} | {bare}{tagged}"
 
 
-class LlamaParser(JsonCallParser):
+class LlamaParser(BareCallParser):
     """Parser of the format. Calls are at the beginning of the answer, or after the tag."""
 
     def _read(self) -> Reading[None]:
-        self._content((yield from self._skip_space()))
-        yield from self._calls("")
+        yield from self._bare_calls(";")
         while tag := (yield from self._until_marker([TAG])):
             yield from self._calls(tag + (yield from self._skip_space()))
 
     def _calls(self, before: str) -> Reading[None]:
         """Read calls, if there are any. `before` is content if there are none."""
         while True:
-            tag = "" if before else (yield from self._expect(TAG))
-            before += tag + ((yield from self._skip_space()) if tag else "")
             calls = self.num_calls
             rest = yield from self._object_call()
             if rest is not None:

@@ -124,7 +124,7 @@ BEGINNINGS = {
     "mistral_args": "Well, [TOOL_CALLS]",
     "granite": "Well, <|tool_call|>",
     "phi4": "<|tool_call|>",
-    "llama3_json": '{"name"',
+    "llama3_json": '{"name": "now", "parameters":',
     "pythonic": "[now(",
     "qwen3_coder": "Well, <tool_call>",
 }
@@ -162,20 +162,26 @@ BARE = {"": "", "```json\n": "```", "\n\n```\n  ": "```"}
 
 @pytest.mark.parametrize("begin", BARE)
 @pytest.mark.parametrize(
-    "head", ['{"name": "get_weather", "arguments": ', '{\n  "name" : "get_weather",\n  "parameters":']
+    "head",
+    [
+        '{"name": "get_weather", "arguments": ',
+        '{\n  "name" : "get_weather",\n  "parameters":',
+        '{"type": "function", "name": "get_weather", "parameters": ',
+    ],
 )
 @pytest.mark.parametrize("parallel", [True, False])
-def test_a_call_of_hermes_without_tags_is_held_to_its_schema(
-    special_compiler: GrammarCompiler, special_tokenizer: Tokenizer, begin: str, head: str, parallel: bool
+@pytest.mark.parametrize("name", ["hermes", "llama3_json"])
+def test_a_call_without_tags_is_held_to_its_schema(
+    special_compiler: GrammarCompiler, special_tokenizer: Tokenizer, name: str, begin: str, head: str, parallel: bool
 ) -> None:
-    grammar = grammar_of(special_compiler, "hermes", forced=False, parallel=parallel)
+    grammar = grammar_of(special_compiler, name, forced=False, parallel=parallel)
     for seed in range(8):
         first = special_tokenizer.encode(begin + head)
         ids, finished = walk(special_compiler, special_tokenizer, grammar, seed, begin=first)
         if not finished:
             continue
         text = special_tokenizer.decode(ids, skip_special_tokens=False)
-        content, calls = parse("hermes", text)
+        content, calls = parse(name, text)
         assert content == ""
         assert parallel or (len(calls) == 1 and text.rstrip().endswith(BARE[begin]))
         for called, arguments in calls:
@@ -185,7 +191,7 @@ def test_a_call_of_hermes_without_tags_is_held_to_its_schema(
     assert special_tokenizer.eos_ids[0] in allowed(state, special_tokenizer.vocab_size)
 
 
-@pytest.mark.parametrize("name", ["hermes"])
+@pytest.mark.parametrize("name", ["hermes", "llama3_json"])
 @pytest.mark.parametrize(
     "text",
     ['{"name": "other", "arguments": 3}', '{"name": "now"}', '{"name": "now", "age": 3}', "```json\n[1]\n```"],

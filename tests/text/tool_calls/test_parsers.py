@@ -206,14 +206,15 @@ def test_a_call_delta_names_the_function_once() -> None:
 PRETTY = json.dumps({"name": "get_weather", "arguments": WEATHER}, indent=2)
 
 
-@pytest.mark.parametrize("call", [W, PRETTY, W.replace("arguments", "parameters")])
+@pytest.mark.parametrize("name", ["hermes", "llama3_json"])
+@pytest.mark.parametrize("call", [W, PRETTY, LW, W.replace("{", '{"type": "function", ', 1)])
 @pytest.mark.parametrize(("before", "after"), [("", ""), ("\n", "\n"), ("```json\n", "\n```"), ("```\n", "```\n")])
-def test_a_call_of_hermes_without_tags(call: str, before: str, after: str) -> None:
+def test_a_call_without_tags(name: str, call: str, before: str, after: str) -> None:
     text = f"{before}{call}{after}"
-    assert parsed("hermes", text) == ("", [("get_weather", WEATHER)])
-    assert parsed("hermes", f"{text}\n{text}") == ("", [("get_weather", WEATHER)] * 2)
-    assert joined(run("hermes", list(text))) == joined(run("hermes", [text]))
-    assert parsed("hermes", f"{text}\nIt is done.")[0].strip() == "It is done."
+    assert parsed(name, text) == ("", [("get_weather", WEATHER)])
+    assert parsed(name, f"{text}\n{text}") == ("", [("get_weather", WEATHER)] * 2)
+    assert joined(run(name, list(text))) == joined(run(name, [text]))
+    assert parsed(name, f"{text}\nIt is done.")[0].strip() == "It is done."
 
 
 @pytest.mark.parametrize(
@@ -234,5 +235,14 @@ def test_a_call_of_hermes_without_tags(call: str, before: str, after: str) -> No
         '{"name',
     ],
 )
-def test_what_only_looks_like_a_call_of_hermes_is_content(text: str) -> None:
-    assert parsed("hermes", text) == (text, [])
+@pytest.mark.parametrize("name", ["hermes", "llama3_json"])
+def test_what_only_looks_like_a_call_is_content(name: str, text: str) -> None:
+    assert parsed(name, text) == (text, [])
+
+
+def test_beside_a_form_that_was_asked_for_only_calls_of_hermes_with_tags_are_calls() -> None:
+    form = FORMATS["hermes"]
+    for text, expected in ((N, (N, [])), (TWO["hermes"], parsed("hermes", TWO["hermes"]))):
+        parser = form.parser_beside_form(TOOLS)
+        content, calls = joined([*parser.feed(text), *parser.finish()])
+        assert (content, [(name, json.loads(arguments)) for name, arguments in calls]) == expected
