@@ -54,7 +54,8 @@ def print_plan(plan: PlanSummary) -> None:
         ),
     ]
     if estimate.seconds is not None:
-        lines.append(("time", f"about {estimate.seconds:,.0f} s, undisturbed ({BASES[estimate.basis or 'jobs']})"))
+        known_from = f" ({BASES[estimate.basis]})" if estimate.basis else ""  # older servers do not say
+        lines.append(("time", f"about {estimate.seconds:,.0f} s, undisturbed{known_from}"))
     lines.append(
         ("fails", f"when the loss is above {plan.watchdog_threshold:.3g} for {plan.watchdog_patience} steps in a row")
     )

@@ -423,6 +423,26 @@ def test_a_job_is_paused_resumed_and_cancelled(page: Page) -> None:
     page.until("![...document.querySelectorAll('tbody button')].some(e => e.textContent === 'long')")
 
 
+def test_a_job_that_has_failed_goes_on_where_it_can(page: Page, server: RunningServer) -> None:
+    """The first one failed at its third step, with checkpoints of those before; the second at its first step."""
+    go(page, "train")
+    for name, step, buttons in (("again", 3, ["Resume", "Clone", "Delete"]), ("never", 1, ["Clone", "Delete"])):
+        failpoints.configure(f"train.step@{step}=raise")
+        page.fill("Rows of train.jsonl", ROWS)
+        page.fill("Recipe", RECIPE.replace("pasted", name) + "save_steps: 1\n")
+        page.click("Start training")
+        page.until_text("p[role=status]", "failed")
+        clone = f"[...document.querySelectorAll('{SHOWN} button')].find(e => e.textContent === 'Clone')"
+        page.until(f"[...{clone}.parentElement.children].map(e => e.textContent).join() === '{','.join(buttons)}'")
+        failpoints.configure("")
+    page.run("[...document.querySelectorAll('tbody button')].find(e => e.textContent === 'again').click()")
+    page.click("Resume")
+    page.until_text("main button", "Chat with again@1")
+    jobs = httpx.get(f"{server.url}/admin/jobs").json()["data"]
+    steps = {job["name"]: job["step"] for job in jobs}
+    assert (steps["again"], steps["never"]) == (3, 0)
+
+
 def test_an_empty_chat_offers_prompts(page: Page) -> None:
     page.run("document.querySelector('.composer details').open = true")
     page.fill("Most tokens", "3")

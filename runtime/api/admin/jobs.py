@@ -242,7 +242,7 @@ async def pause_job(request: AnyRequest) -> JobDetail:
 @post("/admin/jobs/{job_id:str}/resume", opt={TRAIN: True}, status_code=200)
 async def resume_job(request: AnyRequest) -> JobDetail:
     """Queue a paused job again, or one that has failed and has a checkpoint; it continues from there. 409 for any
-    other."""
+    other (`resumable` is false)."""
     jobs = _jobs(request)
     job = await jobs.resume(await job_id_of(request))
     return await detail_of(jobs, job.id)

@@ -315,7 +315,9 @@ async def detail_of(jobs: JobManager, job_id: str) -> JobDetail:
     job, progress = await jobs.store.describe(job_id)
     store = jobs.store
     files, checkpoints = await store.files(job_id), await store.checkpoints(job_id)
-    return job_detail(job, progress, files, checkpoints, await store.answers(job_id), await store.gate(job_id))
+    answers, gate = await store.answers(job_id), await store.gate(job_id)
+    resumable = job.state in ("paused", "failed") and await jobs.can_resume(job_id)
+    return job_detail(job, progress, files, checkpoints, answers, gate, resumable=resumable)
 
 
 _WAIT = re.compile(r"(?:^|[,;])\s*wait\s*=\s*\"?([0-9]{1,6})\"?\s*(?:$|[,;])", re.IGNORECASE)

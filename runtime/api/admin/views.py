@@ -94,6 +94,9 @@ class JobDetail(JobItem, kw_only=True):
     """Generated answers, of recipes that have some shown (`eval_table_size`)."""
     gate: GateReport | None
     """Null before the gate was asked."""
+    resumable: bool
+    """True for a job that `/admin/jobs/{job_id}/resume` can continue: a paused one, and a failed one whose checkpoint,
+    data files and base model are there."""
 
 
 class JobDeleted(Struct, kw_only=True):
@@ -152,6 +155,8 @@ def job_detail(
     checkpoints: list[JobCheckpoint],
     answers: list[dict[str, Any]],
     gate: dict[str, Any] | None,
+    *,
+    resumable: bool,
 ) -> JobDetail:
     """A job in full."""
     return JobDetail(
@@ -164,6 +169,7 @@ def job_detail(
         ],
         samples=sample_items(answers),
         gate=None if gate is None else GateReport(**gate),
+        resumable=resumable,
     )
 
 

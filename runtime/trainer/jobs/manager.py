@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from runtime.errors import Conflict, EngineUnavailable, RequestError, StorageUnavailable, TooManyRequests
+from runtime.errors import Conflict, EngineUnavailable, ModelLoading, RequestError, StorageUnavailable, TooManyRequests
 from runtime.metrics import Metrics
 from runtime.support.database import Database
 from runtime.support.durable import make_directory, replace_file, storage_unavailable
@@ -445,7 +445,7 @@ class JobManager:
         if self._stopping:
             raise EngineUnavailable("The server is shutting down.")
         if self._held is not None:
-            raise EngineUnavailable(self._held)
+            raise ModelLoading(self._held)
 
 
 # -- opening ---------------------------------------------------------------------------------------

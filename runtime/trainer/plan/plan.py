@@ -229,7 +229,7 @@ def prepare(
                 + sum(map(len, test)) * _evaluations(recipe, schedule) / TRAINING_PASSES
             ),
             rows=0 if vocabulary is None else vocabulary.rows.rows,
-            riding_bytes=riding_bytes,
+            riding_bytes=riding_bytes if launch is None else 0,
         ),
         watchdog_threshold=watchdog_threshold(recipe, shape.vocab_size),
         previews=[preview(example, tokenizer) for example in train[: PREVIEWS - PREVIEWS % recipe.group_size]],

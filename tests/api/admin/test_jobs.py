@@ -66,6 +66,31 @@ async def test_a_job_at_work_has_no_report_of_its_gate(by_hand: World) -> None:
     assert (await client.get(f"/admin/jobs/{job_id}")).json()["gate"] is None
 
 
+async def test_a_job_says_whether_it_can_be_resumed(by_hand: World) -> None:
+    client = admin(by_hand)
+
+    async def resumable(job_id: str) -> bool:
+        return bool((await client.get(f"/admin/jobs/{job_id}")).json()["resumable"])
+
+    bare = await start_job(client, b"name: bare\nsteps: 3\nevery: 1\n")
+    await by_hand.until(bare, "running")
+    await by_hand.settle()
+    assert not await resumable(bare)
+    by_hand.runs.current.fail("nan_loss")
+    await by_hand.until(bare, "failed")
+    assert not await resumable(bare)
+    trained = await start_job(client, b"name: trained\nsteps: 3\nevery: 1\n")
+    await by_hand.until(trained, "running")
+    await by_hand.settle()
+    await by_hand.step()
+    by_hand.runs.current.fail("nan_loss")
+    await by_hand.until(trained, "failed")
+    assert await resumable(trained)
+    answers = [await client.post(f"/admin/jobs/{job_id}/resume") for job_id in (bare, trained)]
+    assert [answer.status_code for answer in answers] == [409, 200]
+    assert not answers[1].json()["resumable"]
+
+
 async def test_a_failed_job_says_why(by_hand: World) -> None:
     client = admin(by_hand)
     job_id = await start_job(client)

@@ -57,6 +57,7 @@ class Planner:
         files: DataFiles | None = None,
         kept: KeptData | None = None,
         riding_bytes: int = 0,
+        devices: int = 0,
         **keys: Any,
     ) -> Plan:
         basic = {"adapter": "lora", "learning_rate": 1e-4, "datasets": [{"path": "rows.jsonl"}]}
@@ -70,6 +71,7 @@ class Planner:
             max_len=max_len,
             shape=SHAPE,
             kept=kept,
+            devices=devices,
             riding_bytes=riding_bytes,
         )
 
@@ -623,6 +625,9 @@ def test_memory_falls_with_checkpointing_and_grows_with_the_batch(planner: Plann
     assert planner.plan(riding_bytes=1000).estimate.memory_bytes == plain.memory_bytes + 1000
     for alone in ({"peft_use_dora": True}, {"neftune_noise_alpha": 5.0}):
         assert planner.plan(riding_bytes=1000, **alone).estimate.riding_bytes == 0
+    launched = planner.plan(riding_bytes=1000, devices=2, ddp=True)
+    assert launched.launch is not None
+    assert launched.estimate.riding_bytes == 0
 
 
 @pytest.mark.parametrize("name", ["tickets", "newts", "template", "dora"])

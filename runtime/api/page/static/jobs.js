@@ -166,7 +166,7 @@ export function jobsPanel(app) {
       actions,
       job.adapter && button(`Chat with ${job.adapter}`, () => app.chatWith(job.adapter), { class: "primary" }),
       !ENDED.includes(job.status) && ["queued", "running"].includes(job.status) && post("Pause", "pause"),
-      job.status === "paused" && post("Resume", "resume"),
+      (job.resumable ?? job.status === "paused") && post("Resume", "resume"), // older servers say nothing of it
       !ENDED.includes(job.status) && post("Cancel", "cancel", { class: "danger" }),
       button("Clone", () => app.clone(job)),
       ENDED.includes(job.status) && remove,
@@ -194,7 +194,8 @@ export function jobsPanel(app) {
         overlaid.delete(chosen);
         chosen = null;
         detail.hidden = true;
-      } else await show();
+      } else if (!following) await choose(chosen); // it had ended, and goes on
+      else await show();
       await list();
     });
   }
@@ -221,6 +222,7 @@ export function jobsPanel(app) {
         const response = await request(`admin/jobs/${id}/events?after=${after}`, { headers: { Accept: "text/event-stream" }, signal });
         for await (const { id: number, data } of events(response)) {
           if (data === "[DONE]") {
+            if (following?.signal === signal) following = null;
             draw();
             await Promise.all([show(), list()]);
             return;

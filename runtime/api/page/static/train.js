@@ -245,7 +245,7 @@ export function trainView(app) {
       Steps: `${steps} (${schedule.steps_per_epoch} an epoch), ${summary.effective_batch} examples each`,
       Adapts: `${number(summary.trained_parameters)} parameters`,
       Memory: `about ${bytes(summary.memory_bytes)} beside the base model`,
-      Time: estimate.seconds === null ? "not known before the first steps" : `about ${seconds(estimate.seconds)}, undisturbed (${BASES[estimate.basis]})`,
+      Time: estimate.seconds === null ? "not known before the first steps" : `about ${seconds(estimate.seconds)}, undisturbed${estimate.basis in BASES ? ` (${BASES[estimate.basis]})` : ""}`,
     };
     const notes = [...summary.warnings, ...summary.notes.filter((note) => !summary.warnings.includes(note))];
     const time = estimate.seconds === null ? "" : `, about ${seconds(estimate.seconds)}`;
