@@ -42,6 +42,7 @@ from runtime.errors import (
     Conflict,
     EngineUnavailable,
     InvalidRequest,
+    ModelLoading,
     NotFound,
     StorageUnavailable,
 )
@@ -69,7 +70,7 @@ def _exclusive(
     @functools.wraps(method)
     async def alone(self: "AdapterLibrary", name: str, /, *args: P.args, **kwargs: P.kwargs) -> T:
         if self._held is not None:
-            raise EngineUnavailable(self._held)
+            raise ModelLoading(self._held)
 
         async def work() -> T:
             async with self._locks.setdefault(canonical(name), asyncio.Lock()):

@@ -34,11 +34,19 @@ class LaunchedStep:
     """Slots that a grammar ends."""
     book: Callable[["LaunchedStep"], StepResult]
     result: StepResult | None = field(default=None, init=False)
+    error: Exception | None = field(default=None, init=False)
 
     def finish(self) -> StepResult:
-        """Wait for the tokens, and book them. To be called in the order of launching; a second time is harmless."""
+        """Wait for the tokens, and book them. To be called in the order of launching; a second time gives the same
+        result, or raises the same error."""
+        if self.error is not None:
+            raise self.error
         if self.result is None:
-            self.result = self.book(self)
+            try:
+                self.result = self.book(self)
+            except Exception as error:
+                self.error = error
+                raise
         return self.result
 
     def then(self, change: Callable[[StepResult], StepResult]) -> "LaunchedStep":

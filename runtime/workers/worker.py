@@ -1,5 +1,6 @@
 """One rank: weights, cache, and the state of every running sequence. It plans nothing."""
 
+import contextlib
 import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -188,9 +189,10 @@ class Worker:
         return launched
 
     def settle(self) -> None:
-        """Wait for the tokens of what was launched."""
+        """Wait for the tokens of what was launched. The error of a step is left to what collects that step."""
         for launched in self._launched[:]:
-            launched.finish()
+            with contextlib.suppress(Exception):
+                launched.finish()
 
     def _book(self, launched: LaunchedStep) -> StepResult:
         """Take in the tokens of a step that was launched."""

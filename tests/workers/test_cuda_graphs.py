@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from runtime.messages import SamplingParams
 from runtime.workers import cuda_graphs
 from runtime.workers.cuda_graphs import DecodeGraphs, GraphVariant, padded, unsuited
 from runtime.workers.executor import AllRowsFailed
+from runtime.workers.recorded_steps import LaunchedStep
 from runtime.workers.sampler import EXCLUDED, NOT_FINITE
 from tests.adapter_files import make_adapter
 from tests.kernels.triton.backend import TRITON
@@ -452,3 +454,25 @@ def test_without_memory_to_record_a_step_is_launched(model: Path) -> None:
     pair.step([0])
     pair.run_ahead([0], 3)
     assert len(tried) == 1
+
+
+def test_a_step_that_fails_keeps_its_error(model: Path) -> None:
+    """Whatever waits for it, the steps behind it have their own results, and its error comes once it is collected."""
+    pair = Pair(model)
+    for slot in range(2):
+        pair.admit(slot, prompt(slot), SamplingParams(temperature=0.0))
+    pair.step([0, 1])
+    pair.run_ahead([0, 1], 2)
+    first, second = (pair.executor.launch(pair.plan([0, 1])) for _ in range(2))
+    assert isinstance(first, LaunchedStep)
+    assert isinstance(second, LaunchedStep)
+
+    def broken() -> np.ndarray:
+        raise RuntimeError("the device is gone")
+
+    first.wait = broken
+    pair.worker.settle()
+    assert len(second.finish().tokens) == 2
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="the device is gone"):
+            first.finish()
