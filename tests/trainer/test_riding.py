@@ -160,6 +160,20 @@ def some_targets(decoder: Decoder) -> Any:
 def test_losses_and_weights_are_those_without_riding(
     service: EngineService, decoder: Decoder, rows: int, keys: dict[str, Any]
 ) -> None:
+    changes_nothing(service, decoder, rows, keys)
+
+
+def test_in_bfloat16_too(tiny_model: Path) -> None:
+    flags = {"model": str(tiny_model), "deterministic": True, "num_blocks": 32, "dtype": "bfloat16"}
+    service = EngineService.load(load(flags=flags, env={}).settings)
+    try:
+        assert isinstance(service.decoder, Decoder)
+        changes_nothing(service, service.decoder, 9, {"lora_dropout": 0.2})
+    finally:
+        service.engine.close()
+
+
+def changes_nothing(service: EngineService, decoder: Decoder, rows: int, keys: dict[str, Any]) -> None:
     keys = {key: value(decoder) if callable(value) else value for key, value in keys.items()}
     alone: list[RunEvent] = []
     straight = finished(make(decoder, alone, **keys))
