@@ -128,6 +128,7 @@ special_tokens:
 
 @pytest.mark.real_model
 @pytest.mark.timeout(600)
+@pytest.mark.slow
 def test_a_model_learns_another_template_with_tokens_that_it_lacks(tmp_path: Path) -> None:
     """SmolLM2, whose own template is ChatML, answers in Gemma's and stops at its end of a turn; the base does not."""
     pairs, held_out = rows()

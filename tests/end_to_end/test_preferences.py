@@ -56,6 +56,7 @@ publish:
 
 @pytest.mark.real_model
 @pytest.mark.timeout(600)
+@pytest.mark.slow
 def test_dpo_lifts_the_margin_and_the_share_of_preferred_answers(tmp_path: Path) -> None:
     """On held-out pairs. After one step the adapter has hardly moved."""
     rows = (EXAMPLES / "data" / "manners.jsonl").read_bytes()

@@ -261,6 +261,7 @@ def load_with_peft(model: Path, adapter: Path) -> bool:
 
 @pytest.mark.real_model
 @pytest.mark.timeout(600)
+@pytest.mark.slow
 def test_three_recipes_on_the_real_model(tmp_path: Path, project: Path) -> None:
     write(project, "HuggingFaceTB/SmolLM2-135M-Instruct", epochs=2, rate=2e-3)
     with ServerProcess("demo", tmp_path / "state") as server:

@@ -26,7 +26,7 @@ STEPS = 64
 GREEDY = SamplingParams(max_tokens=STEPS, temperature=0.0, ignore_eos=True)
 
 
-@pytest.fixture(scope="module", params=["reference", "cpu"])
+@pytest.fixture(scope="module", params=[pytest.param("reference", marks=pytest.mark.slow), "cpu"])
 def backend(request: pytest.FixtureRequest) -> str:
     if (reason := available()[request.param]) is not None:
         pytest.skip(reason)
