@@ -174,7 +174,7 @@ class TrainingHost:
 
     @property
     def _wanting(self) -> list[SlicedRun]:
-        """Runs that want time now: those that have something to do, and those whose pass another one computes."""
+        """Runs that want time now: they have something to do, or another one computes their pass."""
         return [run for run in self._runs if run.ready or (run.offered is not None and run.offered.waits)]
 
     def _lane(self, run: SlicedRun) -> tuple[int, bool]:

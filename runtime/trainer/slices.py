@@ -210,7 +210,7 @@ class FairQueue(Generic[R]):
     def __init__(self) -> None:
         self._claims: dict[R, _Claim] = {}
         self._reached: dict[int, float] = {}
-        """By priority: the least virtual time of those that wanted the last slice."""
+        """By priority: the least virtual time of the runs that wanted the last slice."""
 
     def add(self, run: R, *, weight: float = 1.0, priority: int = 0) -> None:
         """Take in a run. `weight`: its share of the time is to that of another as their weights are."""

@@ -130,7 +130,7 @@ class Driver:
         self.claims = dict(zip(self.runs, claims, strict=False))
         self.coming = list(self.runs)
         self.ended: set[ScriptedRun] = set()
-        """Those that were cancelled or detached."""
+        """Runs that were cancelled or detached."""
 
     def attach(self) -> None:
         if self.coming:

@@ -101,6 +101,7 @@ class GrammarBuilder:
         self._reserved.append(pattern)
 
     def free(self) -> None:
+        """Let texts that are added from here on begin with anything."""
         self._reserved.clear()
 
     def rule(self, name: str, body: str, attributes: str = "") -> str:

@@ -6,6 +6,7 @@ right after it makes one a call.
 """
 
 import json
+import re
 from collections.abc import Collection, Sequence
 
 from runtime.text.grammar.source import WHITESPACE, GrammarBuilder, literal, pattern_of
@@ -14,8 +15,7 @@ from runtime.text.tool_calls.json_calls import ARGUMENTS, JsonCallParser
 from runtime.text.tool_calls.reader import Reading
 
 FENCE, LANGUAGE = "```", "json"
-MAX_SPACE = 32
-"""Characters of whitespace between two parts, as in a grammar (`WHITESPACE`)."""
+_WHITESPACE = re.compile(WHITESPACE)
 
 
 class BareCallParser(JsonCallParser):
@@ -55,25 +55,20 @@ class BareCallParser(JsonCallParser):
         return False
 
     def _bare_call(self, read: list[str]) -> Reading[bool]:
-        if not (yield from self._part("{", read)):
+        if not (yield from self._parts("{", read=read)):
             return False
         key = yield from self._string(read)
         if key == '"type"':
-            for part in ("", ":", '"function"', ","):
-                if not (yield from self._part(part, read)):
-                    return False
+            if not (yield from self._parts(":", '"function"', ",", read=read)):
+                return False
             key = yield from self._string(read)
-        if key != '"name"' or not (yield from self._blank(read)) or not (yield from self._part(":", read)):
+        if key != '"name"' or not (yield from self._parts(":", read=read)):
             return False
         name = yield from self._string(read)
-        if name not in self._quoted or not (yield from self._blank(read)):
-            return False
-        if not (yield from self._part(",", read)):
+        if name not in self._quoted or not (yield from self._parts(",", read=read)):
             return False
         key = yield from self._string(read)
-        if key not in map(_quoted, ARGUMENTS) or not (yield from self._blank(read)):
-            return False
-        if not (yield from self._part(":", read)):
+        if key not in map(_quoted, ARGUMENTS) or not (yield from self._parts(":", read=read)):
             return False
         char = yield from self._next()
         self._unread(char)
@@ -89,21 +84,26 @@ class BareCallParser(JsonCallParser):
         read.clear()
         return True
 
-    def _part(self, text: str, read: list[str]) -> Reading[bool]:
-        """Read a text and the whitespace after it into `read`. Returns if they are as a call has them."""
-        read.append((yield from self._expect(text)))
-        return read[-1] == text and (yield from self._blank(read))
+    def _parts(self, *texts: str, read: list[str]) -> Reading[bool]:
+        """Read texts, each with the whitespace after it, into `read`. Returns if they are as a call has them."""
+        for text in texts:
+            read.append((yield from self._expect(text)))
+            if read[-1] != text or not (yield from self._blank(read)):
+                return False
+        return True
 
     def _string(self, read: list[str]) -> Reading[str]:
-        """Read a string with its quotes into `read`, and return it; something else where it is not whole."""
+        """Read a string and the whitespace after it into `read`. Returns it with its quotes; something else where they
+        are not as a call has them."""
         _, text = yield from self._value(raw_only='"')
         read.append(text)
-        return text
+        return text if (yield from self._blank(read)) else ""
 
     def _blank(self, read: list[str]) -> Reading[bool]:
+        """Read whitespace into `read`. Returns if a grammar lets as much through."""
         space = yield from self._skip_space()
         read.append(space)
-        return len(space) <= MAX_SPACE and not space.strip(" \n\r\t")
+        return not space or _WHITESPACE.fullmatch(space) is not None
 
 
 def bare_begin(tools: Sequence[Tool]) -> str:
